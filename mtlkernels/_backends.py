@@ -1,0 +1,134 @@
+"""Which implementation serves which device, and how to insist on one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mtlkernels import _extension
+
+OPS = ("gated_mixture", "expert_mixture")
+BACKENDS = ("cpp", "triton", "reference")
+
+# A plain module variable, not a ContextVar: autograd runs a CUDA backward in a thread of its own, and torch.compile
+# guards on it.
+_forced: str | None = None
+_references: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on CPU tensors, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backends() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The implementations that this install has: op -> device type -> names, the one that is used first.
+
+    ``"cpp"`` are the C++ kernels for CPUs, ``"triton"`` the Triton kernels for NVIDIA GPUs (float64 goes to the
+    reference there), ``"reference"`` is readable PyTorch and serves every device and dtype.
+    """
+    cpu = ("cpp", "reference") if _extension.loaded() else ("reference",)
+    if has_triton() and interpreting():
+        cpu += ("triton",)
+    cuda = ("triton", "reference") if has_triton() else ("reference",)
+    return {op: {"cpu": cpu, "cuda": cuda, "other": ("reference",)} for op in OPS}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every op runs this implementation, or raises; nothing is substituted.
+
+    The choice holds for the whole process. A backward pass uses the implementation of its forward pass.
+
+    Args:
+        name: ``"cpp"``, ``"triton"`` or ``"reference"``; see :func:`backends`.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: there is no implementation of that name.
+        RuntimeError: raised by an op in the block that has no such implementation for its device and dtype.
+    """
+    global _forced
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {type(name).__name__}")
+    if name not in BACKENDS:
+        raise ValueError(f"name must be one of {BACKENDS}, got {name!r}")
+    previous = _forced
+    _forced = name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def forced() -> str | None:
+    """The implementation that :func:`use_backend` asks for, or None."""
+    return _forced
+
+
+def register_reference(op: str, direction: str, function: Callable[..., Any]) -> None:
+    """Names the PyTorch implementation of one direction of an op."""
+    _references[op, direction] = function
+
+
+def reference_implementation(op: str, direction: str) -> Callable[..., Any]:
+    """The PyTorch implementation of one direction of an op."""
+    return _references[op, direction]
+
+
+def triton_implementation(op: str, direction: str) -> Callable[..., Any]:
+    """The Triton launcher of one direction of an op; Triton is imported when it is first asked for."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"mtlkernels.ops.{op}.triton"), direction)
+    return function
+
+
+def _first_tensor(args: Any) -> torch.Tensor:
+    first = args[0]
+    return first if isinstance(first, torch.Tensor) else first[0]
+
+
+def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """What a CUDA call runs: Triton, or the reference for float64."""
+    if _first_tensor(args).dtype == torch.float64:
+        return reference_implementation(op, direction)
+    return triton_implementation(op, direction)
+
+
+def implementation(op: str, direction: str, backend: str | None, like: torch.Tensor) -> Callable[..., Any]:
+    """The callable for one direction of an op: the dispatcher's unless ``backend`` names one.
+
+    Args:
+        op: the op's name, as its folder under ``mtlkernels/ops``.
+        direction: ``"forward"`` or ``"backward"``.
+        backend: a name from :data:`BACKENDS`, or None for the dispatcher's choice.
+        like: a tensor with the device and dtype of the call.
+
+    Raises:
+        RuntimeError: this install has no such implementation for that device and dtype.
+    """
+    operator: Callable[..., Any] = getattr(torch.ops.mtlkernels, f"{op}_{direction}").default
+    if backend is None:
+        return operator
+    device = like.device.type
+    found = backends()[op]
+    names = found.get(device, found["other"])
+    if backend == "triton" and like.dtype == torch.float64:
+        names = tuple(name for name in names if name != "triton")
+    if backend not in names:
+        raise RuntimeError(f"{op} has no {backend!r} implementation for {device!r} and {like.dtype}; it has {names}")
+    if backend == "reference":
+        return reference_implementation(op, direction)
+    if device == "cpu" and backend == "triton":
+        return triton_implementation(op, direction)
+    return operator

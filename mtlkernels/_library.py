@@ -1,0 +1,161 @@
+"""Every operator's schema and fake kernel, in one place.
+
+Schemas are defined here, in Python, so that an install without a compiler has every operator; C++ only adds
+implementations (``TORCH_LIBRARY_IMPL`` in ``csrc/cpu``). The reference is the default kernel of every operator, on
+every device; Triton takes CUDA where it is installed.
+
+The routing travels flat: ``expert_inputs`` as in :class:`mtlkernels.Routing`, ``gate_experts`` the experts of all
+gates one after another, ``gate_sizes`` how many belong to each gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlkernels import _backends
+
+_library = torch.library.Library("mtlkernels", "DEF")
+
+
+def cast_floats(value: Any, dtype: torch.dtype) -> Any:
+    """Casts the float16, bfloat16 and float32 tensors in ``value`` to ``dtype``, as autocast does; float64 stays."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
+    if isinstance(value, (list, tuple)):
+        return [cast_floats(item, dtype) for item in value]
+    return value
+
+
+def _define(schema: str, fake: Callable[..., Any], autocast: Sequence[int] = ()) -> None:
+    """Defines an operator, its fake kernel, and the positions of the arguments that autocast casts."""
+    name = schema[: schema.index("(")]
+    op, _, direction = name.rpartition("_")
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mtlkernels::{name}", fake, lib=_library)
+
+    def reference(*args: Any) -> Any:
+        return _backends.reference_implementation(op, direction)(*args)
+
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    if _backends.has_triton():
+
+        def cuda(*args: Any) -> Any:
+            return _backends.cuda_implementation(op, direction, args)(*args)
+
+        _library.impl(name, cuda, "CUDA")
+    if autocast:
+        for device in ("cpu", "cuda"):
+
+            def cast(*args: Any, device: str = device) -> Any:
+                dtype = torch.get_autocast_dtype(device)
+                ready = [cast_floats(arg, dtype) if i in autocast else arg for i, arg in enumerate(args)]
+                with torch.autocast(device, enabled=False):
+                    return getattr(torch.ops.mtlkernels, name).default(*ready)
+
+            _library.impl(name, cast, f"Autocast{device.upper()}")
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+# gated_mixture ------------------------------------------------------------------------------------------------------
+
+
+def _gated_mixture_forward(
+    experts: Tensor, gate_logits: list[Tensor], gate_experts: list[int], gate_sizes: list[int]
+) -> list[Tensor]:
+    rows, _, features = experts.shape
+    return [_empty(experts, (rows, features)) for _ in gate_sizes]
+
+
+def _gated_mixture_backward(
+    grad_outputs: list[Tensor],
+    experts: Tensor,
+    gate_logits: list[Tensor],
+    gate_experts: list[int],
+    gate_sizes: list[int],
+    need_experts: bool,
+    need_logits: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    grad_experts = [_empty(experts, experts.shape)] if need_experts else []
+    grad_logits = [_empty(logits, logits.shape) for logits in gate_logits] if need_logits else []
+    return grad_experts, grad_logits
+
+
+_define(
+    "gated_mixture_forward(Tensor experts, Tensor[] gate_logits, int[] gate_experts, int[] gate_sizes) -> Tensor[]",
+    _gated_mixture_forward,
+    autocast=(0,),
+)
+_define(
+    "gated_mixture_backward(Tensor[] grad_outputs, Tensor experts, Tensor[] gate_logits, int[] gate_experts,"
+    " int[] gate_sizes, bool need_experts, bool need_logits) -> (Tensor[], Tensor[])",
+    _gated_mixture_backward,
+)
+
+
+# expert_mixture -----------------------------------------------------------------------------------------------------
+# Weights and biases are lists over layers, then experts: layer l of expert e stands at l * E + e. ``activations`` holds
+# a code a layer, see mtlkernels.ops.activations. ``saved`` holds one [E, B, H] tensor a layer: the activation's output
+# where its derivative follows from that, otherwise its input; it is empty unless ``save`` asks for it.
+
+
+def _expert_mixture_forward(
+    inputs: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gate_logits: list[Tensor],
+    expert_inputs: list[int],
+    gate_experts: list[int],
+    gate_sizes: list[int],
+    activations: list[int],
+    save: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    rows, num_experts = inputs[0].shape[0], len(expert_inputs)
+    widths = [weights[layer * num_experts].shape[0] for layer in range(len(activations))]
+    outputs = [_empty(inputs[0], (rows, widths[-1])) for _ in gate_sizes]
+    saved = [_empty(inputs[0], (num_experts, rows, width)) for width in widths] if save else []
+    return outputs, saved
+
+
+def _expert_mixture_backward(
+    grad_outputs: list[Tensor],
+    inputs: list[Tensor],
+    weights: list[Tensor],
+    gate_logits: list[Tensor],
+    saved: list[Tensor],
+    expert_inputs: list[int],
+    gate_experts: list[int],
+    gate_sizes: list[int],
+    activations: list[int],
+    need_inputs: bool,
+    need_weights: bool,
+    need_biases: bool,
+    need_logits: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    grad_inputs = [_empty(x, x.shape) for x in inputs] if need_inputs else []
+    grad_weights = [_empty(w, w.shape) for w in weights] if need_weights else []
+    grad_biases = [_empty(w, w.shape[:1]) for w in weights] if need_biases else []
+    grad_logits = [_empty(logits, logits.shape) for logits in gate_logits] if need_logits else []
+    return grad_inputs, grad_weights, grad_biases, grad_logits
+
+
+_define(
+    "expert_mixture_forward(Tensor[] inputs, Tensor[] weights, Tensor?[] biases, Tensor[] gate_logits,"
+    " int[] expert_inputs, int[] gate_experts, int[] gate_sizes, int[] activations, bool save)"
+    " -> (Tensor[], Tensor[])",
+    _expert_mixture_forward,
+    autocast=(0, 1, 2),
+)
+_define(
+    "expert_mixture_backward(Tensor[] grad_outputs, Tensor[] inputs, Tensor[] weights, Tensor[] gate_logits,"
+    " Tensor[] saved, int[] expert_inputs, int[] gate_experts, int[] gate_sizes, int[] activations,"
+    " bool need_inputs, bool need_weights, bool need_biases, bool need_logits)"
+    " -> (Tensor[], Tensor[], Tensor[], Tensor[])",
+    _expert_mixture_backward,
+)

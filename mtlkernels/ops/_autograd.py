@@ -1,0 +1,91 @@
+"""What the ops' autograd Functions share: second derivatives and rules for vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiate_twice(
+    forward: Callable[..., Any], primals: Sequence[Tensor], grad_outputs: Sequence[Tensor], grads: Sequence[Any]
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """The vector-Jacobian product of a backward pass, by PyTorch's own derivatives of the reference ``forward``.
+
+    Args:
+        forward: a function of ``primals`` that returns a tuple of tensors.
+        primals: its arguments.
+        grad_outputs: the gradients that the backward pass received.
+        grads: the gradients of what it returned, one a primal; None where there is none.
+
+    Returns:
+        The gradients of ``grad_outputs`` and those of ``primals``.
+    """
+
+    def backward(outs: tuple[Tensor, ...], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        _, pull = torch.func.vjp(forward, *args)
+        return tuple(pull(outs))
+
+    result, pull = torch.func.vjp(backward, tuple(grad_outputs), tuple(primals))
+    cotangents = tuple(
+        torch.zeros_like(out) if grad is None else grad.to(out.dtype) for out, grad in zip(result, grads, strict=True)
+    )
+    grad_grad_outputs, grad_primals = pull(cotangents)
+    return tuple(grad_grad_outputs), tuple(grad_primals)
+
+
+def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """``tensor`` with its vmapped dimension first, expanded where it has none."""
+    if dim is None:
+        return tensor.expand(size, *tensor.shape)
+    return tensor.movedim(dim, 0)
+
+
+def copies(tensor: Tensor | None, dim: int | None, size: int) -> list[Tensor | None]:
+    """One slice of a vmapped tensor per example; the same tensor again and again where it is not vmapped."""
+    if tensor is None or dim is None:
+        return [tensor] * size
+    return list(tensor.unbind(dim))
+
+
+def by_example(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """Splits dimension ``dim``, in which ``size`` examples lie one after another."""
+    return tensor.unflatten(dim, (size, tensor.shape[dim] // size))
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """What a Function's vmap rule reads of its ``info``."""
+
+    batch_size: int
+
+
+def call(function: Any, *args: Any) -> Any:
+    """Applies a backward Function. While compiling it is traced plainly: compiled code has no second derivatives."""
+    return function.forward(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+
+def grads_are_batched(grads: Sequence[Tensor]) -> bool:
+    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` is at work, which is not torch.func's vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+
+
+def batched_backward(function: Any, static: Sequence[Any], tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Runs a backward Function under ``is_grads_batched`` by its own rule for vmap."""
+    level = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    level -= 1
+    is_batched = [t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
+    physical = [
+        torch._remove_batch_dim(t, level, 0, 0) if batched else t
+        for t, batched in zip(tensors, is_batched, strict=True)
+    ]
+    size = next(t.shape[0] for t, batched in zip(physical, is_batched, strict=True) if batched)
+    in_dims = (*(None for _ in static), *(0 if batched else None for batched in is_batched))
+    results, out_dims = function.vmap(_Examples(size), in_dims, *static, *physical)
+    return tuple(torch._add_batch_dim(t, dim, level) for t, dim in zip(results, out_dims, strict=True))

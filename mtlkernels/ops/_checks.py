@@ -1,0 +1,77 @@
+"""Checks of arguments that several ops share. Messages name the argument, what was expected and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlkernels.routing import Routing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"
+
+
+def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
+    """``value`` is a floating-point tensor of ``dim`` dimensions, written ``shape`` in the message."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.dim() != dim:
+        raise ValueError(f"{name} must have shape {shape}, got {shape_of(value)}")
+
+
+def check_like(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """``value`` has the dtype and device of ``like``."""
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
+
+
+def check_routing(routing: Any) -> None:
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a mtlkernels.Routing, got {type(routing).__name__}")
+
+
+def as_sequence(name: str, value: Any, what: str) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple, torch.nn.ParameterList)):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+    return list(value)
+
+
+def check_logits(gate_logits: Any, routing: Routing, rows: int, like: Tensor) -> list[Tensor]:
+    """The K tensors [B, N_k] of gate logits, from a sequence of them or from one tensor [B, sum N_k]."""
+    sizes = [len(gate) for gate in routing.gate_experts]
+    if isinstance(gate_logits, Tensor):
+        check_tensor("gate_logits", gate_logits, 2, f"[{rows}, {sum(sizes)}]")
+        if gate_logits.shape[1] != sum(sizes):
+            raise ValueError(
+                f"gate_logits must have shape [{rows}, {sum(sizes)}], a column for each expert of each gate,"
+                f" got {shape_of(gate_logits)}"
+            )
+        logits, names = list(gate_logits.split(sizes, dim=1)), ["gate_logits"] * len(sizes)
+    else:
+        logits = list(as_sequence("gate_logits", gate_logits, "a tensor or a sequence of tensors"))
+        if len(logits) != len(sizes):
+            raise ValueError(f"gate_logits must hold a tensor for each of {len(sizes)} gates, got {len(logits)}")
+        names = [f"gate_logits[{k}]" for k in range(len(sizes))]
+    for name, tensor, size in zip(names, logits, sizes, strict=True):
+        check_tensor(name, tensor, 2, f"[{rows}, {size}]")
+        if tensor.shape[0] != rows or tensor.shape[1] != size:
+            raise ValueError(f"{name} must have shape [{rows}, {size}], got {shape_of(tensor)}")
+        if tensor.device != like.device:
+            raise ValueError(f"{name} must be on device {like.device}, got {tensor.device}")
+        if tensor.dtype != logits[0].dtype:
+            raise TypeError(f"{name} must have the dtype of the first gate, {logits[0].dtype}, got {tensor.dtype}")
+        if tensor.dtype == torch.float64 and like.dtype != torch.float64:
+            raise TypeError(f"{name} must be no wider than the experts' {like.dtype}, got {tensor.dtype}")
+    return logits

@@ -1,0 +1,94 @@
+"""Expert mixture: a level of experts, evaluated and mixed by every gate in one fused operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mtlkernels import _backends
+from mtlkernels.ops._call import needs_function, under_autocast
+from mtlkernels.ops._checks import check_logits, check_routing
+from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
+from mtlkernels.ops.expert_mixture.checks import (
+    activation_codes,
+    check_biases,
+    check_inputs,
+    check_weights,
+)
+from mtlkernels.routing import Routing
+
+PerExpert = Tensor | Sequence[Tensor]
+
+
+def expert_mixture(
+    inputs: Tensor | Sequence[Tensor],
+    weights: Sequence[PerExpert],
+    biases: Sequence[PerExpert | None] | None,
+    gate_logits: Tensor | Sequence[Tensor],
+    routing: Routing,
+    *,
+    activation: str | Sequence[str] = "relu",
+) -> tuple[Tensor, ...]:
+    """Evaluates every expert of a level and mixes them by every gate, without storing the experts' outputs.
+
+    Each expert is an MLP, ``x <- activation(x W^T + b)`` a layer, the last one included; gate k returns
+    ``y_k = sum_e softmax(logits_k)_e * expert_e`` over the experts that it sees. With ``Routing.mmoe`` this is a level
+    of MMoE (Ma et al., KDD 2018), with ``Routing.cgc`` one of PLE (Tang et al., RecSys 2020). Differentiable in
+    ``inputs``, ``weights``, ``biases`` and ``gate_logits``. An expert that no gate mixes is not evaluated, and its
+    gradients are zero. The softmax and the sums are in float32 (float64 for float64 inputs).
+
+    Args:
+        inputs: [B, D], which every expert reads, or a sequence of G tensors [B, D], of which expert e reads number
+            ``routing.expert_inputs[e]``. float32, bfloat16, float16 or float64; any strides.
+        weights: one entry a layer, each [E, H_out, H_in] or a sequence of E tensors [H_out, H_in] (``nn.Linear``'s).
+        biases: one entry a layer, each [E, H_out] or a sequence of E tensors [H_out]; None for a layer, or for all,
+            means no bias.
+        gate_logits: K tensors [B, N_k], in the order of ``routing.gate_experts[k]``, or one tensor [B, sum N_k].
+            Any floating-point dtype that is not wider than that of ``inputs``.
+        routing: which expert reads which stream, and which gate mixes which experts.
+        activation: "relu", "leaky_relu" (slope 0.01), "gelu" (exact), "silu", "tanh", "sigmoid" or "none", or a
+            sequence of these, one a layer.
+
+    Returns:
+        K tensors [B, H_L] of the dtype of ``inputs``.
+
+    Raises:
+        TypeError: an argument is of the wrong kind or dtype.
+        ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, or an activation is
+            unknown.
+    """
+    check_routing(routing)
+    streams = check_inputs(inputs, routing)
+    x = streams[0]
+    layers = check_weights(weights, routing, x)
+    bias_list = check_biases(biases, layers, routing, x)
+    codes = activation_codes(activation, len(layers))
+    logits = check_logits(gate_logits, routing, x.shape[0], x)
+    flat_weights = [w for layer in layers for w in layer]
+    streams, flat_weights, bias_list = under_autocast(x, streams, flat_weights, bias_list)
+
+    wiring = routing.wiring
+    unused: list[Tensor] = []
+    if wiring.idle:
+        flat_weights, idle_weights = _partition(flat_weights, routing)
+        bias_list, idle_biases = _partition(bias_list, routing)
+        unused = [t for t in idle_weights + idle_biases if t is not None]
+    expert_inputs = wiring.expert_inputs if len(streams) > 1 else (0,) * len(wiring.live)
+    flat = (expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
+    backend = _backends.forced()
+    if needs_function(streams, flat_weights, bias_list, logits, unused):
+        plan = Plan(*flat, len(streams), backend)
+        out = ExpertMixture.apply(plan, *streams, *flat_weights, *bias_list, *logits, *unused)
+        return tuple(out[: len(logits)])
+    run = _backends.implementation("expert_mixture", "forward", backend, streams[0])
+    return tuple(run(streams, flat_weights, bias_list, logits, *flat, False)[0])
+
+
+def _partition(tensors: list[Any], routing: Routing) -> tuple[list[Any], list[Any]]:
+    """A list over layers, then experts, divided into the experts that some gate mixes and the others."""
+    layers = range(0, len(tensors), routing.num_experts)
+    live = [tensors[at + e] for at in layers for e in routing.wiring.live]
+    idle = [tensors[at + e] for at in layers for e in routing.wiring.idle]
+    return live, idle

@@ -1,0 +1,245 @@
+"""Derivatives of expert_mixture, of every order, and its rule for vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlkernels._backends import implementation, register_reference
+from mtlkernels.ops._autograd import batched_backward, by_example, call, copies, differentiate_twice, front, grads_are_batched
+from mtlkernels.ops.expert_mixture import reference
+
+_OP = "expert_mixture"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is static about a call: the routing in the operators' flat form, the layers, and how to run it."""
+
+    expert_inputs: tuple[int, ...]
+    gate_experts: tuple[int, ...]
+    gate_sizes: tuple[int, ...]
+    activations: tuple[int, ...]
+    num_inputs: int
+    backend: str | None
+
+    @property
+    def num_weights(self) -> int:
+        return len(self.activations) * len(self.expert_inputs)
+
+    @property
+    def routing(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        return self.expert_inputs, self.gate_experts, self.gate_sizes, self.activations
+
+    def split(self, tensors: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """Inputs, weights, biases, gate logits, and what follows them."""
+        a = self.num_inputs
+        b = a + self.num_weights
+        c = b + self.num_weights
+        d = c + len(self.gate_sizes)
+        return tensors[:a], tensors[a:b], tensors[b:c], tensors[c:d], tensors[d:]
+
+    def repeated(self, times: int, shared_inputs: bool) -> Plan:
+        """The routing of ``times`` independent copies side by side; ``shared_inputs``: all read the same streams."""
+        streams, experts = (0 if shared_inputs else self.num_inputs), len(self.expert_inputs)
+        return replace(
+            self,
+            expert_inputs=tuple(s + v * streams for v in range(times) for s in self.expert_inputs),
+            gate_experts=tuple(e + v * experts for v in range(times) for e in self.gate_experts),
+            gate_sizes=self.gate_sizes * times,
+            num_inputs=self.num_inputs * (1 if shared_inputs else times),
+        )
+
+
+class ExpertMixture(torch.autograd.Function):
+    """``apply(plan, *inputs, *weights, *biases, *gate_logits, *idle)`` -> K outputs, then one saved tensor a layer.
+
+    ``idle`` are the parameters of experts that no gate mixes: they take no part, and their gradient is zero.
+    """
+
+    @staticmethod
+    def forward(plan: Plan, *tensors: Any) -> Any:
+        inputs, weights, biases, logits, _ = plan.split(tensors)
+        run = implementation(_OP, "forward", plan.backend, inputs[0])
+        outputs, saved = run(inputs, weights, biases, logits, *plan.routing, True)
+        return (*outputs, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        plan, *tensors = inputs
+        saved = output[len(plan.gate_sizes) :]
+        ctx.mark_non_differentiable(*saved)
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        plan: Plan = ctx.plan
+        layers = len(plan.activations)
+        tensors, saved = ctx.saved_tensors[:-layers], ctx.saved_tensors[-layers:]
+        *groups, idle = plan.split(tensors)
+        *flags, idle_flags = plan.split(ctx.needs_input_grad[1:])
+        needs = tuple(any(group) for group in flags)
+        grad_outputs = grads[: len(plan.gate_sizes)]
+        used = [tensor for group in groups for tensor in group]
+        found = iter(
+            call(ExpertMixtureBackward, plan, needs, *grad_outputs, *used, *saved) if any(needs) else ()
+        )
+        result: list[Tensor | None] = [None]
+        for group, need in zip(groups, needs, strict=True):
+            result += [next(found) if need and tensor is not None else None for tensor in group]
+        result += [
+            torch.zeros_like(t) if t is not None and need else None for t, need in zip(idle, idle_flags, strict=True)
+        ]
+        return tuple(result)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Any) -> Any:
+        return _vmap_forward(ExpertMixture.apply, info.batch_size, in_dims[1:], plan, tensors)
+
+
+def _vmap_forward(run: Callable[..., Any], size: int, in_dims: Any, plan: Plan, tensors: Any) -> Any:
+    """The rule for vmap, for ``run(plan, *tensors)`` that returns outputs and, perhaps, saved tensors."""
+    gates, layers = len(plan.gate_sizes), len(plan.activations)
+    inputs, weights, biases, logits, _ = plan.split(tensors)
+    x_dims, w_dims, b_dims, l_dims, _ = plan.split(in_dims)
+    if all(dim is None for dim in (*w_dims, *b_dims)):  # one set of experts: the examples become rows
+        rows = [
+            [front(t, dim, size).flatten(0, 1) for t, dim in zip(ts, dims, strict=True)]
+            for ts, dims in ((inputs, x_dims), (logits, l_dims))
+        ]
+        out = run(plan, *rows[0], *weights, *biases, *rows[1])
+        ys = [by_example(y, 0, size) for y in out[:gates]]
+        saved = [by_example(s, 1, size) for s in out[gates:]]
+        return (*ys, *saved), (0,) * gates + (1,) * len(saved)
+    shared = all(dim is None for dim in x_dims)  # different experts: the examples become further experts
+    x = list(inputs) if shared else _slices(inputs, x_dims, size, 1)
+    w = _slices(weights, w_dims, size, layers)
+    b = _slices(biases, b_dims, size, layers)
+    each = _slices(logits, l_dims, size, 1)
+    out = run(plan.repeated(size, shared), *x, *w, *b, *each)
+    ys = [torch.stack(out[k : size * gates : gates]) for k in range(gates)]
+    saved = [by_example(s, 0, size) for s in out[size * gates :]]
+    return (*ys, *saved), (0,) * (gates + len(saved))
+
+
+class ExpertMixtureBackward(torch.autograd.Function):
+    """``apply(plan, needs, *grad_outputs, *inputs, *weights, *biases, *gate_logits, *saved)`` -> the gradients wanted.
+
+    ``needs``: whether inputs, weights, biases and logits want theirs; they come in that order, none for a bias that
+    is None. A function of its own so that it has derivatives and a rule for vmap.
+    """
+
+    @staticmethod
+    def forward(plan: Plan, needs: tuple[bool, bool, bool, bool], *tensors: Any) -> Any:
+        gates = len(plan.gate_sizes)
+        if grads_are_batched(tensors[:gates]):
+            return batched_backward(ExpertMixtureBackward, (plan, needs), tensors)
+        inputs, weights, biases, logits, saved = plan.split(tensors[gates:])
+        run = implementation(_OP, "backward", plan.backend, inputs[0])
+        dx, dw, db, dl = run(tensors[:gates], inputs, weights, logits, saved, *plan.routing, *needs)
+        return (*dx, *dw, *(g for g, bias in zip(db, biases, strict=False) if bias is not None), *dl)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan, ctx.needs, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        plan: Plan = ctx.plan
+        gates, layers = len(plan.gate_sizes), len(plan.activations)
+        tensors = ctx.saved_tensors
+        grad_outputs, used = tensors[:gates], tensors[gates:-layers]
+        *groups, _ = plan.split(used)
+        found = iter(grads)
+        cotangents = [
+            next(found) if need and tensor is not None else None
+            for group, need in zip(groups, ctx.needs, strict=True)
+            for tensor in group
+        ]
+        present = [i for i, tensor in enumerate(used) if tensor is not None]
+
+        def forward(*primals: Tensor) -> tuple[Tensor, ...]:
+            filled: list[Any] = [None] * len(used)
+            for i, primal in zip(present, primals, strict=True):
+                filled[i] = primal
+            x, w, b, each, _ = plan.split(tuple(filled))
+            return tuple(reference.forward(x, w, b, each, *plan.routing, False)[0])
+
+        primals = [used[i] for i in present]
+        wanted = [cotangents[i] for i in present]
+        grad_grads, grad_primals = differentiate_twice(forward, primals, grad_outputs, wanted)
+        result: list[Tensor | None] = [None] * len(used)
+        for i, grad in zip(present, grad_primals, strict=True):
+            result[i] = grad
+        return (None, None, *grad_grads, *result, *[None] * layers)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *tensors: Any) -> Any:
+        size = info.batch_size
+        gates, layers, experts = len(plan.gate_sizes), len(plan.activations), len(plan.expert_inputs)
+        dims = in_dims[2:]
+        grads = _slices(tensors[:gates], dims[:gates], size, 1)
+        inputs, weights, biases, logits, saved = plan.split(tensors[gates:])
+        x_dims, w_dims, b_dims, l_dims, s_dims = plan.split(dims[gates:])
+        shared = not needs[0] and all(dim is None for dim in x_dims)
+        x = list(inputs) if shared else _slices(inputs, x_dims, size, 1)
+        w = _slices(weights, w_dims, size, layers)
+        b = _slices(biases, b_dims, size, layers)
+        each = _slices(logits, l_dims, size, 1)
+        s = [front(t, dim, size).flatten(0, 1) for t, dim in zip(saved, s_dims, strict=True)]
+        wide = plan.repeated(size, shared)
+        out = list(ExpertMixtureBackward.apply(wide, needs, *grads, *x, *w, *b, *each, *s))
+        result: list[Tensor] = []
+
+        def take(per_example: int, blocks: int) -> None:
+            """Regroups the next ``blocks`` runs of ``size * per_example`` gradients into one a tensor."""
+            for _ in range(blocks):
+                run, out[: size * per_example] = out[: size * per_example], []
+                result.extend(torch.stack(run[i::per_example]) for i in range(per_example))
+
+        if needs[0]:
+            take(len(inputs), 1)
+        if needs[1]:
+            take(experts, layers)
+        if needs[2]:
+            take(experts, sum(bias is not None for bias in biases) // experts)
+        if needs[3]:
+            take(gates, 1)
+        return tuple(result), (0,) * len(result)
+
+
+def _slices(tensors: Any, dims: Any, size: int, blocks: int) -> list[Tensor | None]:
+    """Lists the slices of vmapped tensors example by example, within each of ``blocks`` equal runs of tensors."""
+    slices = [copies(tensor, dim, size) for tensor, dim in zip(tensors, dims, strict=True)]
+    width = len(slices) // blocks
+    return [
+        slices[block * width + i][v] for block in range(blocks) for v in range(size) for i in range(width)
+    ]
+
+
+register_reference(_OP, "forward", reference.forward)
+register_reference(_OP, "backward", reference.backward)
+
+
+@torch.library.register_vmap("mtlkernels::expert_mixture_forward")
+def _vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
+    """The operator's own rule, which torch.compile needs where no gradient is wanted."""
+    *lists, expert_inputs, gate_experts, gate_sizes, activations, save = args
+    routing = tuple(expert_inputs), tuple(gate_experts), tuple(gate_sizes), tuple(activations)
+    gates = len(gate_sizes)
+
+    def run(plan: Plan, *tensors: Any) -> Any:
+        inputs, weights, biases, logits, _ = plan.split(tensors)
+        found = torch.ops.mtlkernels.expert_mixture_forward(inputs, weights, biases, logits, *plan.routing, save)
+        return (*found[0], *found[1])
+
+    dims = [dim for group, ts in zip(in_dims, lists, strict=False) for dim in (group or [None] * len(ts))]
+    plan = Plan(*routing, len(lists[0]), None)
+    out, out_dims = _vmap_forward(run, info.batch_size, dims, plan, [t for ts in lists for t in ts])
+    return (list(out[:gates]), list(out[gates:])), (list(out_dims[:gates]), list(out_dims[gates:]))

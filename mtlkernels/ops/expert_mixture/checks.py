@@ -1,0 +1,104 @@
+"""Checks of expert_mixture's arguments; each returns them in the operator's form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mtlkernels.ops._checks import as_sequence, check_like, check_tensor, shape_of
+from mtlkernels.ops.activations import ACTIVATIONS, CODES
+from mtlkernels.routing import Routing
+
+
+def check_inputs(inputs: Any, routing: Routing) -> list[Tensor]:
+    """The input streams."""
+    if isinstance(inputs, Tensor):
+        check_tensor("inputs", inputs, 2, "[B, D]")
+        return [inputs]
+    streams = list(as_sequence("inputs", inputs, "a tensor [B, D] or a sequence of them"))
+    if len(streams) != routing.num_inputs:
+        raise ValueError(
+            f"inputs must be one tensor or hold the {routing.num_inputs} streams of this routing, got {len(streams)}"
+        )
+    for i, x in enumerate(streams):
+        check_tensor(f"inputs[{i}]", x, 2, "[B, D]")
+        check_like(f"inputs[{i}]", x, "inputs[0]", streams[0])
+        if x.shape != streams[0].shape:
+            raise ValueError(f"inputs[{i}] must have the shape of inputs[0], {shape_of(streams[0])}, got {shape_of(x)}")
+    return streams
+
+
+def _per_expert(name: str, value: Any, routing: Routing, x: Tensor, dim: int, shape: str) -> list[Tensor]:
+    """A layer's E tensors, from one stacked tensor or from a sequence."""
+    experts = routing.num_experts
+    if isinstance(value, Tensor):
+        check_tensor(name, value, dim + 1, f"[{experts}, {shape}]")
+        check_like(name, value, "inputs", x)
+        if value.shape[0] != experts:
+            raise ValueError(f"{name} must have shape [{experts}, {shape}], got {shape_of(value)}")
+        return list(value.unbind(0))
+    tensors = list(as_sequence(name, value, f"a tensor [{experts}, {shape}] or a sequence of {experts} tensors"))
+    if len(tensors) != experts:
+        raise ValueError(f"{name} must hold a tensor for each of {experts} experts, got {len(tensors)}")
+    for e, tensor in enumerate(tensors):
+        check_tensor(f"{name}[{e}]", tensor, dim, f"[{shape}]")
+        check_like(f"{name}[{e}]", tensor, "inputs", x)
+    return tensors
+
+
+def check_weights(weights: Any, routing: Routing, x: Tensor) -> list[list[Tensor]]:
+    """For each layer, its E weights."""
+    if isinstance(weights, Tensor):
+        raise TypeError("weights must be a sequence with an entry a layer, got a tensor; wrap one layer in a list")
+    layers = []
+    width = x.shape[1]
+    entries = as_sequence("weights", weights, "a sequence with an entry a layer")
+    if not entries:
+        raise ValueError("weights must hold at least one layer, got none")
+    for i, entry in enumerate(entries):
+        layer = _per_expert(f"weights[{i}]", entry, routing, x, 2, f"H_out, {width}")
+        out = layer[0].shape[0]
+        for e, tensor in enumerate(layer):
+            if tensor.shape[0] != out or tensor.shape[1] != width:
+                raise ValueError(f"weights[{i}][{e}] must have shape [{out}, {width}], got {shape_of(tensor)}")
+        layers.append(layer)
+        width = out
+    return layers
+
+
+def check_biases(biases: Any, layers: list[list[Tensor]], routing: Routing, x: Tensor) -> list[Tensor | None]:
+    """For each layer and expert its bias or None, in one list."""
+    experts = routing.num_experts
+    if biases is None:
+        return [None] * (len(layers) * experts)
+    if isinstance(biases, Tensor):
+        raise TypeError("biases must be None or a sequence with an entry a layer, got a tensor; wrap it in a list")
+    entries = as_sequence("biases", biases, "None or a sequence with an entry a layer")
+    if len(entries) != len(layers):
+        raise ValueError(f"biases must hold an entry for each of {len(layers)} layers, got {len(entries)}")
+    flat: list[Tensor | None] = []
+    for i, (entry, layer) in enumerate(zip(entries, layers, strict=True)):
+        if entry is None:
+            flat += [None] * experts
+            continue
+        out = layer[0].shape[0]
+        tensors = _per_expert(f"biases[{i}]", entry, routing, x, 1, f"{out}")
+        for e, tensor in enumerate(tensors):
+            if tensor.shape[0] != out:
+                raise ValueError(f"biases[{i}][{e}] must have shape [{out}], got {shape_of(tensor)}")
+        flat += tensors
+    return flat
+
+
+def activation_codes(activation: Any, num_layers: int) -> tuple[int, ...]:
+    """A code a layer."""
+    names = [activation] * num_layers if isinstance(activation, str) else as_sequence("activation", activation, "a name or a sequence of names")
+    if len(names) != num_layers:
+        raise ValueError(f"activation must be one name or one for each of {num_layers} layers, got {len(names)}")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"activation must hold names, got {type(name).__name__}")
+        if name not in CODES:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return tuple(CODES[name] for name in names)

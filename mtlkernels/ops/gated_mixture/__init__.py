@@ -1,0 +1,51 @@
+"""Gated mixture: every gate's softmax-weighted sum of experts' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mtlkernels import _backends
+from mtlkernels.ops._call import needs_function, under_autocast
+from mtlkernels.ops._checks import check_logits, check_routing, check_tensor, shape_of
+from mtlkernels.ops.gated_mixture.autograd import GatedMixture, Plan
+from mtlkernels.routing import Routing
+
+
+def gated_mixture(
+    experts: Tensor, gate_logits: Tensor | Sequence[Tensor], routing: Routing
+) -> tuple[Tensor, ...]:
+    """Mixes experts' outputs by every gate at once: ``y_k = sum_e softmax(logits_k)_e * experts[:, e]``.
+
+    The mixing of MMoE (Ma et al., KDD 2018, equations 6 and 7) and of PLE (Tang et al., RecSys 2020). The softmax and
+    the sums are in float32 (float64 for float64 inputs). Differentiable in ``experts`` and ``gate_logits``.
+
+    Args:
+        experts: [B, E, H], any strides; float32, bfloat16, float16 or float64.
+        gate_logits: K tensors [B, N_k], in the order of ``routing.gate_experts[k]``, or one tensor [B, sum N_k].
+            Any floating-point dtype that is not wider than that of ``experts``.
+        routing: which gate mixes which experts; its ``expert_inputs`` only count the experts here.
+
+    Returns:
+        K tensors [B, H] of the dtype of ``experts``.
+
+    Raises:
+        TypeError: an argument is of the wrong kind or dtype.
+        ValueError: shapes or devices do not agree with each other or with ``routing``.
+    """
+    check_routing(routing)
+    check_tensor("experts", experts, 3, "[B, E, H]")
+    if experts.shape[1] != routing.num_experts:
+        raise ValueError(
+            f"experts must have shape [B, {routing.num_experts}, H] for this routing, got {shape_of(experts)}"
+        )
+    logits = check_logits(gate_logits, routing, experts.shape[0], experts)
+    (experts,) = under_autocast(experts, experts)
+    flat = tuple(e for gate in routing.gate_experts for e in gate)
+    sizes = routing.wiring.gate_sizes
+    backend = _backends.forced()
+    if needs_function((experts,), logits):
+        return tuple(GatedMixture.apply(Plan(flat, sizes, backend), experts, *logits))
+    run = _backends.implementation("gated_mixture", "forward", backend, experts)
+    return tuple(run(experts, logits, flat, sizes))

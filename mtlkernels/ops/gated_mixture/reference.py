@@ -1,0 +1,63 @@
+"""Gated mixture in PyTorch: the specification that every other implementation is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, otherwise float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def split_gates(gate_experts: Sequence[int], gate_sizes: Sequence[int]) -> Iterator[list[int]]:
+    """The experts of each gate, from the flat form that operators take."""
+    start = 0
+    for size in gate_sizes:
+        yield list(gate_experts[start : start + size])
+        start += size
+
+
+def forward(
+    experts: Tensor, gate_logits: Sequence[Tensor], gate_experts: Sequence[int], gate_sizes: Sequence[int]
+) -> list[Tensor]:
+    """``y_k = sum_e softmax(logits_k)_e * experts[:, e]``: K tensors [B, H] of the dtype of ``experts``."""
+    outputs = []
+    for gate, logits in zip(split_gates(gate_experts, gate_sizes), gate_logits, strict=True):
+        acc = accumulation_dtype(experts, logits)
+        weight = torch.softmax(logits.to(acc), dim=1)
+        mixed = torch.bmm(weight.unsqueeze(1), experts[:, gate].to(acc)).squeeze(1)
+        outputs.append(mixed.to(experts.dtype))
+    return outputs
+
+
+def backward(
+    grad_outputs: Sequence[Tensor],
+    experts: Tensor,
+    gate_logits: Sequence[Tensor],
+    gate_experts: Sequence[int],
+    gate_sizes: Sequence[int],
+    need_experts: bool,
+    need_logits: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of ``experts`` and of each gate's logits.
+
+    With p the softmax of a gate's logits and g_e = <dy, experts[:, e]>:
+    d experts[:, e] = sum over gates of p_e * dy, and d logits_e = p_e * (g_e - sum_j p_j * g_j).
+    """
+    acc = accumulation_dtype(experts, *gate_logits)
+    grad_experts = torch.zeros(experts.shape, dtype=acc, device=experts.device)
+    grad_logits = []
+    gates = split_gates(gate_experts, gate_sizes)
+    for gate, logits, grad in zip(gates, gate_logits, grad_outputs, strict=True):
+        weight = torch.softmax(logits.to(acc), dim=1)
+        grad = grad.to(acc)
+        if need_experts:
+            grad_experts[:, gate] += weight.unsqueeze(2) * grad.unsqueeze(1)
+        if need_logits:
+            inner = torch.bmm(experts[:, gate].to(acc), grad.unsqueeze(2)).squeeze(2)
+            grad_logits.append((weight * (inner - (weight * inner).sum(1, keepdim=True))).to(logits.dtype))
+    return [grad_experts.to(experts.dtype)] if need_experts else [], grad_logits
