@@ -59,6 +59,29 @@ def _define(schema: str, fake: Callable[..., Any], autocast: Sequence[int] = ())
             _library.impl(name, cast, f"Autocast{device.upper()}")
 
 
+def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None:
+    """Gives an operator a derivative: ``differentiable`` takes its arguments and returns what it returns.
+
+    The public functions apply the op's autograd Function themselves; this serves direct calls of the operator, and
+    torch.compile of torch.func transforms, which traces past autograd Functions.
+    """
+    overload = getattr(torch.ops.mtlkernels, operator).default
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(_requires_grad(arg) for arg in args):
+            return differentiable(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(operator, kernel, "Autograd", with_keyset=True)
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) and item.requires_grad for item in value)
+
+
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 

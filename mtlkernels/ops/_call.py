@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlkernels._backends import implementation
 from mtlkernels._library import cast_floats
 
 
@@ -21,7 +22,19 @@ def under_autocast(like: Tensor, *groups: Any) -> Any:
 
 
 def needs_function(*groups: Sequence[Tensor | None]) -> bool:
-    """Whether the call goes through the op's autograd Function: a gradient may be wanted, or torch.func is at work."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    """Whether the call goes through the op's autograd Function: a gradient is wanted, or torch.func is at work.
+
+    torch.compile cannot trace a Function whose arguments want no gradient; there the operator's own rules serve.
+    """
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for group in groups for t in group)
+
+
+def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:
+    """Runs an op's forward operator where no gradient is wanted."""
+    run = implementation(op, "forward", backend, like)
+    if torch.compiler.is_compiling():
+        return run(*args)
+    with torch._C._AutoDispatchBelowAutograd():  # past the operator's autograd kernel, which is Python
+        return run(*args)

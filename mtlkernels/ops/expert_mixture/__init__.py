@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import needs_function, under_autocast
+from mtlkernels.ops._call import needs_function, run_forward, under_autocast
 from mtlkernels.ops._checks import check_logits, check_routing
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
 from mtlkernels.ops.expert_mixture.checks import (
@@ -82,8 +82,8 @@ def expert_mixture(
         plan = Plan(*flat, len(streams), backend)
         out = ExpertMixture.apply(plan, *streams, *flat_weights, *bias_list, *logits, *unused)
         return tuple(out[: len(logits)])
-    run = _backends.implementation("expert_mixture", "forward", backend, streams[0])
-    return tuple(run(streams, flat_weights, bias_list, logits, *flat, False)[0])
+    out = run_forward("expert_mixture", backend, streams[0], streams, flat_weights, bias_list, logits, *flat, False)
+    return tuple(out[0])
 
 
 def _partition(tensors: list[Any], routing: Routing) -> tuple[list[Any], list[Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
+from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import batched_backward, by_example, call, copies, differentiate_twice, front, grads_are_batched
 from mtlkernels.ops.expert_mixture import reference
 
@@ -227,12 +228,22 @@ register_reference(_OP, "forward", reference.forward)
 register_reference(_OP, "backward", reference.backward)
 
 
+def _plan(inputs: Any, routing: Any) -> Plan:
+    expert_inputs, gate_experts, gate_sizes, activations = (tuple(part) for part in routing)
+    return Plan(expert_inputs, gate_experts, gate_sizes, activations, len(inputs), None)
+
+
+def _differentiable_forward(inputs: Any, weights: Any, biases: Any, logits: Any, *rest: Any) -> Any:
+    *routing, save = rest
+    out = ExpertMixture.apply(_plan(inputs, routing), *inputs, *weights, *biases, *logits)
+    return list(out[: len(logits)]), list(out[len(logits) :]) if save else []
+
+
 @torch.library.register_vmap("mtlkernels::expert_mixture_forward")
 def _vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
     """The operator's own rule, which torch.compile needs where no gradient is wanted."""
-    *lists, expert_inputs, gate_experts, gate_sizes, activations, save = args
-    routing = tuple(expert_inputs), tuple(gate_experts), tuple(gate_sizes), tuple(activations)
-    gates = len(gate_sizes)
+    lists, routing, save = args[:4], args[4:8], args[8]
+    gates = len(lists[3])
 
     def run(plan: Plan, *tensors: Any) -> Any:
         inputs, weights, biases, logits, _ = plan.split(tensors)
@@ -240,6 +251,9 @@ def _vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
         return (*found[0], *found[1])
 
     dims = [dim for group, ts in zip(in_dims, lists, strict=False) for dim in (group or [None] * len(ts))]
-    plan = Plan(*routing, len(lists[0]), None)
-    out, out_dims = _vmap_forward(run, info.batch_size, dims, plan, [t for ts in lists for t in ts])
+    flat = [t for ts in lists for t in ts]
+    out, out_dims = _vmap_forward(run, info.batch_size, dims, _plan(lists[0], routing), flat)
     return (list(out[:gates]), list(out[gates:])), (list(out_dims[:gates]), list(out_dims[gates:]))
+
+
+register_autograd("expert_mixture_forward", _differentiable_forward)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
+from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import batched_backward, by_example, call, differentiate_twice, front, grads_are_batched
 from mtlkernels.ops.gated_mixture import reference
 
@@ -108,3 +109,10 @@ def _vmap_operator(info: Any, in_dims: Any, experts: Tensor, logits: Any, gate_e
     first, *rest = _as_rows((experts, *logits), dims, info.batch_size)
     out = torch.ops.mtlkernels.gated_mixture_forward(first, rest, gate_experts, gate_sizes)
     return [by_example(y, 0, info.batch_size) for y in out], [0] * len(out)
+
+
+def _differentiable_forward(experts: Tensor, logits: Any, gate_experts: Any, gate_sizes: Any) -> list[Tensor]:
+    return list(GatedMixture.apply(Plan(tuple(gate_experts), tuple(gate_sizes), None), experts, *logits))
+
+
+register_autograd("gated_mixture_forward", _differentiable_forward)
