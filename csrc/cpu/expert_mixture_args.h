@@ -1,0 +1,72 @@
+// What crosses from the operators, which know torch, to the kernels, which do not.
+#pragma once
+
+#include <cstdint>
+
+namespace mtlk {
+
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// The gates of a call. Gate k mixes `sizes[k]` experts, whose probabilities are columns begin[k], begin[k] + 1, ... of
+// the block's probabilities. The same pairs ordered by expert: those of expert e are uses[use_begin[e]] up to
+// uses[use_begin[e + 1]].
+struct GateUse {
+  int gate;
+  int column;
+};
+
+struct Gates {
+  int count;
+  int columns;
+  const int* sizes;
+  const int* begin;
+  const int* use_begin;
+  const GateUse* uses;
+  Dtype dtype;                // of the logits
+  const void* const* logits;  // [rows, sizes[k]] with any strides
+  const int64_t* row_stride;
+  const int64_t* column_stride;
+};
+
+// A level of experts. Weights and biases are ordered by layer, then expert: number layer * experts + e.
+struct Level {
+  int64_t rows;
+  int experts;
+  int layers;
+  const int64_t* widths;      // [layers + 1]; widths[0] is the width of the inputs
+  const int* activations;     // [layers]
+  const int* expert_inputs;   // [experts]
+  const int* order;           // the experts, those of one stream next to each other
+  const void* const* inputs;  // [rows, widths[0]], unit column stride
+  const int64_t* input_ld;
+  const void* const* weights;  // see Kernels::weight_form
+  const int64_t* weight_ld;
+  const void* const* biases;  // of the storage type; null where there is none
+  Gates gates;
+};
+
+struct ForwardArgs {
+  Level level;
+  void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
+  void* const* saved;    // a contiguous [experts, rows, width] for each layer, or null
+};
+
+struct BackwardArgs {
+  Level level;
+  const void* const* grad_outputs;  // [rows, widths[layers]] for each gate, unit column stride
+  const int64_t* grad_ld;
+  const void* const* saved;
+  void* const* grad_inputs;         // contiguous, or null
+  void* const* grad_weights;        // contiguous, or null
+  void* const* grad_biases;         // or null
+  void* const* grad_logits;         // contiguous, of the logits' dtype, or null
+};
+
+// How a set of kernels wants the weights of a level.
+enum class WeightForm {
+  kNatural,  // [out, in] of the storage type, unit column stride
+  kCompute,  // [out, in] of the compute type
+  kPadded,   // [out rounded up to 16, in rounded up to 32] of the storage type, zeros in the margin
+};
+
+}  // namespace mtlk

@@ -1,0 +1,211 @@
+// The forward pass of expert_mixture for a block of rows: every expert's layers, then every gate's sum, on chip.
+#pragma once
+
+#include "gates.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+inline int64_t widest_hidden(const Level& level) {
+  int64_t widest = 0;
+  for (int l = 1; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
+  return widest;
+}
+
+// out = activation(in + bias) for n features of one group, [n][16]; `before` (or null) receives in + bias.
+template <typename T, typename C>
+void bias_activation(int code, const C* in, const T* bias, int64_t n, C* out, C* before) {
+  constexpr int L = Simd<C>::lanes;
+  with_activation(code, [&](auto constant) {
+    for (int64_t i = 0; i < n; ++i) {
+      const Vector<C> b = broadcast(bias ? static_cast<C>(to_compute(bias[i])) : static_cast<C>(0));
+      for (int j = 0; j < kGroup; j += L) {
+        const Vector<C> x = load(in + i * kGroup + j) + b;
+        if (before) store(before + i * kGroup + j, x);
+        store(out + i * kGroup + j, activate<decltype(constant)::value, C>(x));
+      }
+    }
+  });
+}
+
+// acc += p * x for n features of one group, p and x of 16 lanes.
+template <typename C>
+MTLK_INLINE void add_weighted(const C* p, const C* x, int64_t n, C* acc) {
+  constexpr int L = Simd<C>::lanes;
+  constexpr int P = Simd<C>::per_group;
+  Vector<C> weight[P];
+  for (int j = 0; j < P; ++j) weight[j] = load(p + j * L);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int j = 0; j < P; ++j) {
+      C* place = acc + i * kGroup + j * L;
+      store(place, load(place) + weight[j] * load(x + i * kGroup + j * L));
+    }
+  }
+}
+
+// Where a block keeps its intermediates.
+template <typename Engine>
+struct ForwardScratch {
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+  Element *input, *hidden[2], *kept;
+  C *probabilities, *tile, *before, *mixed;
+
+  static int64_t bytes(const Level& level, int64_t groups, bool save) {
+    const int64_t hidden = Engine::panel_size(widest_hidden(level)) * groups;
+    const int64_t tile = Engine::kRows * Engine::kGroups * kGroup;
+    return Arena::bytes<Element>(Engine::panel_size(level.widths[0]) * groups) + 2 * Arena::bytes<Element>(hidden) +
+           (save ? Arena::bytes<Element>(hidden) : 0) + Arena::bytes<C>(level.gates.columns * groups * kGroup) +
+           2 * Arena::bytes<C>(tile) +
+           Arena::bytes<C>(level.gates.count * groups * level.widths[level.layers] * kGroup);
+  }
+
+  ForwardScratch(const Level& level, int64_t groups, bool save, void* memory) {
+    Arena arena(memory);
+    const int64_t widest = Engine::panel_size(widest_hidden(level)) * groups;
+    const int64_t tile_size = Engine::kRows * Engine::kGroups * kGroup;
+    input = arena.take<Element>(Engine::panel_size(level.widths[0]) * groups);
+    hidden[0] = arena.take<Element>(widest);
+    hidden[1] = arena.take<Element>(widest);
+    kept = save ? arena.take<Element>(widest) : nullptr;
+    probabilities = arena.take<C>(level.gates.columns * groups * kGroup);
+    tile = arena.take<C>(tile_size);
+    before = arena.take<C>(tile_size);
+    mixed = arena.take<C>(level.gates.count * groups * level.widths[level.layers] * kGroup);
+  }
+};
+
+template <typename Engine>
+class ForwardBlock {
+ public:
+  using T = typename Engine::T;
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+
+  ForwardBlock(const ForwardArgs& args, int64_t row, int64_t nrows, void* memory)
+      : args_(args),
+        level_(args.level),
+        row_(row),
+        nrows_(nrows),
+        groups_((nrows + kGroup - 1) / kGroup),
+        s_(args.level, groups_, args.saved != nullptr, memory) {}
+
+  // Adds experts order[first] up to order[last] to the gates' sums, s_.mixed[gate][group][feature][16].
+  void run(int first, int last) {
+    std::memset(s_.mixed, 0, mixed_size() * sizeof(C));
+    for (int64_t g = 0; g < groups_; ++g) {
+      gate_probabilities(level_.gates, row_ + g * kGroup, group_rows(g),
+                         s_.probabilities + g * level_.gates.columns * kGroup);
+    }
+    int stream = -1;
+    for (int i = first; i < last; ++i) {
+      const int e = level_.order[i];
+      if (level_.expert_inputs[e] != stream) {
+        stream = level_.expert_inputs[e];
+        load_input(stream);
+      }
+      const Element* in = s_.input;
+      for (int l = 0; l < level_.layers; ++l) {
+        Element* out = s_.hidden[l % 2];
+        layer(e, l, in, out);
+        in = out;
+      }
+    }
+  }
+
+  int64_t mixed_size() const { return level_.gates.count * groups_ * features() * kGroup; }
+  const C* mixed() const { return s_.mixed; }
+
+  // Sums `parts` blocks of mixed values, `stride` apart, in their order, and writes the outputs.
+  void finish(const C* mixed, int parts, int64_t stride) {
+    for (int64_t i = 0; parts > 1 && i < mixed_size(); i += Simd<C>::lanes) {
+      Vector<C> sum = load(mixed + i);
+      for (int p = 1; p < parts; ++p) sum += load(mixed + p * stride + i);
+      mtlk::MTLK_ISA::store(s_.mixed + i, sum);
+    }
+    if (parts > 1) mixed = s_.mixed;
+    for (int k = 0; k < level_.gates.count; ++k) {
+      for (int64_t g = 0; g < groups_; ++g) {
+        T* rows = static_cast<T*>(args_.outputs[k]) + (row_ + g * kGroup) * features();
+        unpack_panel(mixed + (k * groups_ + g) * features() * kGroup, features(), rows, features(), group_rows(g));
+      }
+    }
+  }
+
+ private:
+  int64_t features() const { return level_.widths[level_.layers]; }
+  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
+
+  void load_input(int stream) {
+    const int64_t width = level_.widths[0], ld = level_.input_ld[stream];
+    const T* rows = static_cast<const T*>(level_.inputs[stream]) + row_ * ld;
+    for (int64_t g = 0; g < groups_; ++g) {
+      Element* panel = s_.input + g * Engine::panel_size(width);
+      Engine::pack(rows + g * kGroup * ld, ld, group_rows(g), width, panel);
+    }
+  }
+
+  void layer(int e, int l, const Element* in, Element* out) {
+    const int64_t depth = level_.widths[l], width = level_.widths[l + 1];
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
+    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
+    const bool last = l + 1 == level_.layers;
+    const bool save = args_.saved != nullptr;
+    const bool save_before = save && from_input(level_.activations[l]);
+    const int64_t in_size = Engine::panel_size(depth), out_size = Engine::panel_size(width);
+    constexpr int64_t tile_group = Engine::kRows * kGroup;
+    for (int64_t g = 0; g < groups_ && (!last || save); ++g) {
+      Engine::clear_margin(out + g * out_size, width);
+      if (save_before) Engine::clear_margin(s_.kept + g * out_size, width);
+    }
+    for (int64_t o = 0; o < width; o += Engine::kRows) {
+      const int64_t n = width - o < Engine::kRows ? width - o : Engine::kRows;
+      const T* bias = level_.biases[at] ? static_cast<const T*>(level_.biases[at]) + o : nullptr;
+      for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
+        const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
+        Engine::tile(weight, level_.weight_ld[at], o, n, in + g0 * in_size, depth, ng, s_.tile, tile_group);
+        for (int64_t g = g0; g < g0 + ng; ++g) {
+          C* tile = s_.tile + (g - g0) * tile_group;
+          C* before = save_before ? s_.before : nullptr;
+          C* after = last && !save ? tile : Engine::destination(out + g * out_size, o, tile);
+          bias_activation(level_.activations[l], tile, bias, n, after, before);
+          if (!last || save) Engine::store(out + g * out_size, o, n, after);
+          if (save_before) keep(s_.kept + g * out_size, o, n, before);
+          if (last) mix(e, g, o, n, after);
+        }
+      }
+    }
+    if (save) write_saved(e, l, save_before ? s_.kept : out);
+  }
+
+  static void keep(Element* panel, int64_t o, int64_t n, C* values) {
+    C* place = Engine::destination(panel, o, values);
+    if (place != values) std::memcpy(place, values, n * kGroup * sizeof(C));
+    Engine::store(panel, o, n, values);
+  }
+
+  void mix(int e, int64_t g, int64_t o, int64_t n, const C* values) {
+    const Gates& gates = level_.gates;
+    for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
+      const GateUse use = gates.uses[u];
+      const C* p = s_.probabilities + (g * gates.columns + use.column) * kGroup;
+      add_weighted(p, values, n, s_.mixed + ((use.gate * groups_ + g) * features() + o) * kGroup);
+    }
+  }
+
+  void write_saved(int e, int l, const Element* panels) {
+    const int64_t width = level_.widths[l + 1];
+    T* rows = static_cast<T*>(args_.saved[l]) + (e * level_.rows + row_) * width;
+    for (int64_t g = 0; g < groups_; ++g) {
+      Engine::unpack(panels + g * Engine::panel_size(width), width, rows + g * kGroup * width, width, group_rows(g));
+    }
+  }
+
+  const ForwardArgs& args_;
+  const Level& level_;
+  const int64_t row_, nrows_, groups_;
+  ForwardScratch<Engine> s_;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

@@ -1,0 +1,182 @@
+// The forward pass of expert_mixture for a few rows: dot products along the weights' rows, which are read once.
+#pragma once
+
+#include "expert_mixture_forward.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+constexpr int kTinyRows = 4;
+
+template <typename T, typename C>
+MTLK_INLINE Vector<C> load_as(const T* p) {
+  if constexpr (__is_same(T, C)) {
+    return load(p);
+  } else {
+    alignas(64) C wide[Simd<C>::lanes];
+    widen(p, wide, Simd<C>::lanes);
+    return load(wide);
+  }
+}
+
+template <typename C>
+MTLK_INLINE C sum_lanes(Vector<C> v) {
+  alignas(64) C lanes[Simd<C>::lanes];
+  store(lanes, v);
+  for (int width = Simd<C>::lanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// out[r * ld_out + o] = <x row r, w row o> for R rows and O outputs.
+template <typename T, typename C, int R, int O>
+MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int64_t depth, C* out, int64_t ld_out) {
+  constexpr int L = Simd<C>::lanes;
+  Vector<C> acc[O][R] = {};
+  int64_t k = 0;
+  for (; k + L <= depth; k += L) {
+    Vector<C> row[R];
+    for (int r = 0; r < R; ++r) row[r] = load(x + r * ldx + k);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const Vector<C> weight = load_as<T, C>(w + o * ldw + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[o][r] += weight * row[r];
+    }
+  }
+  for (int o = 0; o < O; ++o) {
+    for (int r = 0; r < R; ++r) {
+      C sum = sum_lanes<C>(acc[o][r]);
+      for (int64_t j = k; j < depth; ++j) sum += static_cast<C>(to_compute(w[o * ldw + j])) * x[r * ldx + j];
+      out[r * ld_out + o] = sum;
+    }
+  }
+}
+
+template <typename T, typename C, int R>
+void dot_rows(const T* w, int64_t ldw, int64_t outputs, const C* x, int64_t ldx, int64_t depth, C* out,
+              int64_t ld_out) {
+  constexpr int O = kRegisters >= 32 ? 8 : 2;
+  int64_t o = 0;
+  for (; o + O <= outputs; o += O) dot_tile<T, C, R, O>(w + o * ldw, ldw, x, ldx, depth, out + o, ld_out);
+  for (; o < outputs; ++o) dot_tile<T, C, R, 1>(w + o * ldw, ldw, x, ldx, depth, out + o, ld_out);
+}
+
+template <typename T>
+class TinyForward {
+ public:
+  using C = Compute<T>;
+
+  static int64_t mixed_size(const Level& level) {
+    return level.gates.count * kTinyRows * padded(level.widths[level.layers]);
+  }
+
+  static int64_t bytes(const Level& level) {
+    int64_t widest = 0;
+    for (int l = 0; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
+    return 3 * Arena::bytes<C>(kTinyRows * padded(widest)) + Arena::bytes<C>(level.gates.columns * kGroup) +
+           Arena::bytes<C>(mixed_size(level));
+  }
+
+  TinyForward(const ForwardArgs& args, void* memory) : args_(args), level_(args.level), rows_(args.level.rows) {
+    widest_ = 0;
+    for (int l = 0; l <= level_.layers; ++l) {
+      widest_ = padded(level_.widths[l]) > widest_ ? padded(level_.widths[l]) : widest_;
+    }
+    Arena arena(memory);
+    input_ = arena.take<C>(kTinyRows * widest_);
+    hidden_[0] = arena.take<C>(kTinyRows * widest_);
+    hidden_[1] = arena.take<C>(kTinyRows * widest_);
+    probabilities_ = arena.take<C>(level_.gates.columns * kGroup);
+    mixed_ = arena.take<C>(mixed_size(level_));
+  }
+
+  const C* mixed() const { return mixed_; }
+
+  void run(int first, int last) {
+    std::memset(mixed_, 0, mixed_size(level_) * sizeof(C));
+    gate_probabilities(level_.gates, 0, rows_, probabilities_);
+    int stream = -1;
+    for (int i = first; i < last; ++i) {
+      const int e = level_.order[i];
+      if (level_.expert_inputs[e] != stream) {
+        stream = level_.expert_inputs[e];
+        const T* rows = static_cast<const T*>(level_.inputs[stream]);
+        for (int64_t r = 0; r < rows_; ++r) {
+          widen(rows + r * level_.input_ld[stream], input_ + r * widest_, level_.widths[0]);
+        }
+      }
+      const C* in = input_;
+      for (int l = 0; l < level_.layers; ++l) {
+        layer(e, l, in, hidden_[l % 2]);
+        in = hidden_[l % 2];
+      }
+      mix(e, in);
+    }
+  }
+
+  void finish(const C* mixed, int parts, int64_t stride) {
+    const int64_t width = level_.widths[level_.layers], row = padded(width);
+    for (int p = 1; p < parts; ++p) {
+      for (int64_t i = 0; i < mixed_size(level_); ++i) mixed_[i] = (p == 1 ? mixed[i] : mixed_[i]) + mixed[p * stride + i];
+    }
+    if (parts > 1) mixed = mixed_;
+    for (int k = 0; k < level_.gates.count; ++k) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        narrow(mixed + (k * kTinyRows + r) * row, static_cast<T*>(args_.outputs[k]) + r * width, width);
+      }
+    }
+  }
+
+ private:
+  static int64_t padded(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
+
+  void layer(int e, int l, const C* in, C* out) {
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
+    const int64_t depth = level_.widths[l], width = level_.widths[l + 1], ldw = level_.weight_ld[at];
+    const T* w = static_cast<const T*>(level_.weights[at]);
+    const T* bias = static_cast<const T*>(level_.biases[at]);
+    switch (rows_) {
+      case 1:
+        dot_rows<T, C, 1>(w, ldw, width, in, widest_, depth, out, widest_);
+        break;
+      case 2:
+        dot_rows<T, C, 2>(w, ldw, width, in, widest_, depth, out, widest_);
+        break;
+      default:  // rows that are not there are computed too, from what the scratch holds, and never read
+        dot_rows<T, C, 4>(w, ldw, width, in, widest_, depth, out, widest_);
+        break;
+    }
+    constexpr int L = Simd<C>::lanes;
+    with_activation(level_.activations[l], [&](auto constant) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        C* row = out + r * widest_;
+        for (int64_t o = 0; bias && o < width; ++o) row[o] += static_cast<C>(to_compute(bias[o]));
+        for (int64_t o = 0; o < width; o += L) store(row + o, activate<decltype(constant)::value, C>(load(row + o)));
+      }
+    });
+  }
+
+  void mix(int e, const C* values) {
+    const Gates& gates = level_.gates;
+    const int64_t width = level_.widths[level_.layers], row = padded(width);
+    for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
+      const GateUse use = gates.uses[u];
+      for (int64_t r = 0; r < rows_; ++r) {
+        const C p = probabilities_[use.column * kGroup + r];
+        C* acc = mixed_ + (use.gate * kTinyRows + r) * row;
+        for (int64_t o = 0; o < width; ++o) acc[o] += p * values[r * widest_ + o];
+      }
+    }
+  }
+
+  const ForwardArgs& args_;
+  const Level& level_;
+  const int64_t rows_;
+  int64_t widest_;
+  C *input_, *hidden_[2], *probabilities_, *mixed_;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

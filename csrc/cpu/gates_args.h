@@ -1,0 +1,80 @@
+// Builds the kernels' view of gates and dtypes from tensors.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "expert_mixture_args.h"
+
+namespace mtlk {
+
+inline Dtype dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "mtlkernels: dtype must be float32, float64, bfloat16 or float16, got ",
+                       tensor.scalar_type());
+  }
+}
+
+// Owns what a Gates points to.
+class GateTables {
+ public:
+  GateTables(at::TensorList logits, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, int64_t experts) {
+    TORCH_CHECK_VALUE(logits.size() == gate_sizes.size(), "mtlkernels: gate_logits must hold a tensor for each of ",
+                      gate_sizes.size(), " gates, got ", logits.size());
+    int column = 0;
+    for (const int64_t size : gate_sizes) {
+      begin_.push_back(column);
+      sizes_.push_back(static_cast<int>(size));
+      column += static_cast<int>(size);
+    }
+    TORCH_CHECK_VALUE(static_cast<int64_t>(gate_experts.size()) == column,
+                      "mtlkernels: gate_experts must hold an expert for each column of the gates, got ",
+                      gate_experts.size(), " for ", column);
+    use_begin_.assign(experts + 1, 0);
+    for (const int64_t e : gate_experts) ++use_begin_.at(e + 1);
+    for (int64_t e = 0; e < experts; ++e) use_begin_[e + 1] += use_begin_[e];
+    uses_.resize(gate_experts.size());
+    std::vector<int> next(use_begin_.begin(), use_begin_.end() - 1);
+    for (int gate = 0, c = 0; gate < static_cast<int>(sizes_.size()); ++gate) {
+      for (int i = 0; i < sizes_[gate]; ++i, ++c) uses_[next[gate_experts[c]]++] = {gate, c};
+    }
+    for (const at::Tensor& tensor : logits) {
+      TORCH_CHECK_TYPE(tensor.scalar_type() == logits[0].scalar_type(), "mtlkernels: gate_logits must share one dtype");
+      pointers_.push_back(tensor.const_data_ptr());
+      row_stride_.push_back(tensor.stride(0));
+      column_stride_.push_back(tensor.stride(1));
+    }
+    gates_ = {static_cast<int>(sizes_.size()),
+              column,
+              sizes_.data(),
+              begin_.data(),
+              use_begin_.data(),
+              uses_.data(),
+              dtype_of(logits[0]),
+              pointers_.data(),
+              row_stride_.data(),
+              column_stride_.data()};
+  }
+  GateTables(const GateTables&) = delete;
+
+  const Gates& gates() const { return gates_; }
+
+ private:
+  std::vector<int> sizes_, begin_, use_begin_;
+  std::vector<GateUse> uses_;
+  std::vector<const void*> pointers_;
+  std::vector<int64_t> row_stride_, column_stride_;
+  Gates gates_;
+};
+
+}  // namespace mtlk

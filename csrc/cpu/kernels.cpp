@@ -1,0 +1,86 @@
+// Instantiates the kernels for one instruction set; CMakeLists.txt compiles this file once for each.
+
+#include "kernels.h"
+
+#include "expert_mixture_tiny.h"
+#include "plain_engine.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+template <typename Engine>
+void forward(const ForwardArgs& args, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed) {
+  Engine::begin();
+  ForwardBlock<Engine> block(args, row, nrows, scratch);
+  block.run(first, last);
+  if (mixed) {
+    std::memcpy(mixed, block.mixed(), block.mixed_size() * sizeof(typename Engine::C));
+  } else {
+    block.finish(block.mixed(), 1, 0);
+  }
+  Engine::end();
+}
+
+template <typename Engine>
+void forward_finish(const ForwardArgs& args, int64_t row, int64_t nrows, const void* mixed, int parts, void* scratch) {
+  using C = typename Engine::C;
+  ForwardBlock<Engine> block(args, row, nrows, scratch);
+  block.finish(static_cast<const C*>(mixed), parts, block.mixed_size());
+}
+
+template <typename T>
+void tiny(const ForwardArgs& args, int first, int last, void* scratch, void* mixed) {
+  TinyForward<T> forward(args, scratch);
+  forward.run(first, last);
+  if (mixed) {
+    std::memcpy(mixed, forward.mixed(), TinyForward<T>::mixed_size(args.level) * sizeof(Compute<T>));
+  } else {
+    forward.finish(forward.mixed(), 1, 0);
+  }
+}
+
+template <typename T>
+void tiny_finish(const ForwardArgs& args, const void* mixed, int parts, void* scratch) {
+  TinyForward<T>(args, scratch)
+      .finish(static_cast<const Compute<T>*>(mixed), parts, TinyForward<T>::mixed_size(args.level));
+}
+
+inline int64_t group_count(int64_t nrows) { return (nrows + kGroup - 1) / kGroup; }
+
+template <typename Engine>
+ExpertMixtureKernels expert_mixture_kernels() {
+  using T = typename Engine::T;
+  using C = typename Engine::C;
+  ExpertMixtureKernels table{};
+  table.forward_form = Engine::kForm;
+  table.forward_bytes = [](const Level& level, int64_t nrows, bool save) {
+    return ForwardScratch<Engine>::bytes(level, group_count(nrows), save);
+  };
+  table.forward_mixed_bytes = [](const Level& level, int64_t nrows) {
+    return static_cast<int64_t>(level.gates.count * group_count(nrows) * kGroup * level.widths[level.layers] *
+                                sizeof(C));
+  };
+  table.forward = forward<Engine>;
+  table.forward_finish = forward_finish<Engine>;
+  table.tiny_rows = kTinyRows;
+  table.tiny_bytes = TinyForward<T>::bytes;
+  table.tiny_mixed_bytes = [](const Level& level) {
+    return static_cast<int64_t>(TinyForward<T>::mixed_size(level) * sizeof(C));
+  };
+  table.tiny = tiny<T>;
+  table.tiny_finish = tiny_finish<T>;
+  return table;
+}
+
+Kernels make_kernels() {
+  Kernels table{};
+  table.isa = MTLK_ISA_NAME;
+  table.expert_mixture[static_cast<int>(Dtype::kFloat32)] = expert_mixture_kernels<PlainEngine<float>>();
+  table.expert_mixture[static_cast<int>(Dtype::kFloat64)] = expert_mixture_kernels<PlainEngine<double>>();
+  table.expert_mixture[static_cast<int>(Dtype::kBFloat16)] = expert_mixture_kernels<PlainEngine<BFloat16>>();
+  table.expert_mixture[static_cast<int>(Dtype::kFloat16)] = expert_mixture_kernels<PlainEngine<Half>>();
+  return table;
+}
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

@@ -1,0 +1,109 @@
+// Panels: how activations lie inside the kernels.
+//
+// The batch is cut into groups of 16 rows. Within a group the 16 values of one feature lie side by side, so a feature is
+// one vector (or a few), weights are read in their natural layout as broadcast operands, and the output of one layer is
+// the input of the next without any repacking. A plain panel is [feature][16] of the compute type; a paired panel, for
+// AMX, is [feature / 2][16][2] of bfloat16.
+#pragma once
+
+#include "simd.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+// 16 x 16 transpose of 32-bit elements: rows of `in`, `ld_in` apart, become columns of `out`.
+MTLK_INLINE void transpose16(const void* in, int64_t ld_in, void* out, int64_t ld_out) {
+  const uint32_t* a = static_cast<const uint32_t*>(in);
+  uint32_t* b = static_cast<uint32_t*>(out);
+#if defined(__AVX512F__)
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(a + i * ld_in);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(b + (i + 0) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(b + (i + 4) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    _mm512_storeu_si512(b + (i + 8) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    _mm512_storeu_si512(b + (i + 12) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) b[j * ld_out + i] = a[i * ld_in + j];
+  }
+#endif
+}
+
+template <typename C>
+MTLK_INLINE void transpose_block(const C* in, int64_t ld_in, C* out, int64_t ld_out) {
+  if constexpr (sizeof(C) == 4) {
+    transpose16(in, ld_in, out, ld_out);
+  } else {
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 16; ++j) out[j * ld_out + i] = in[i * ld_in + j];
+    }
+  }
+}
+
+// One group of rows [nrows][features] into a plain panel; absent rows become zero.
+template <typename T, typename C>
+void pack_panel(const T* rows, int64_t ld, int64_t nrows, int64_t features, C* panel) {
+  alignas(64) C block[kGroup * kGroup];
+  for (int64_t f = 0; f < features; f += kGroup) {
+    const int64_t width = features - f < kGroup ? features - f : kGroup;
+    if constexpr (__is_same(T, C)) {
+      if (width == kGroup && nrows == kGroup) {
+        transpose_block(rows + f, ld, panel + f * kGroup, kGroup);
+        continue;
+      }
+    }
+    if (width < kGroup || nrows < kGroup) std::memset(block, 0, sizeof(block));
+    for (int64_t r = 0; r < nrows; ++r) widen(rows + r * ld + f, block + r * kGroup, width);
+    if (width == kGroup) {
+      transpose_block(block, kGroup, panel + f * kGroup, kGroup);
+    } else {
+      for (int64_t j = 0; j < width; ++j) {
+        for (int r = 0; r < kGroup; ++r) panel[(f + j) * kGroup + r] = block[r * kGroup + j];
+      }
+    }
+  }
+}
+
+// A plain panel back to rows.
+template <typename T, typename C>
+void unpack_panel(const C* panel, int64_t features, T* rows, int64_t ld, int64_t nrows) {
+  alignas(64) C block[kGroup * kGroup];
+  for (int64_t f = 0; f < features; f += kGroup) {
+    const int64_t width = features - f < kGroup ? features - f : kGroup;
+    if (width == kGroup) {
+      if constexpr (__is_same(T, C)) {
+        if (nrows == kGroup) {
+          transpose_block(panel + f * kGroup, kGroup, rows + f, ld);
+          continue;
+        }
+      }
+      transpose_block(panel + f * kGroup, kGroup, block, kGroup);
+    } else {
+      for (int64_t j = 0; j < width; ++j) {
+        for (int r = 0; r < kGroup; ++r) block[r * kGroup + j] = panel[(f + j) * kGroup + r];
+      }
+    }
+    for (int64_t r = 0; r < nrows; ++r) narrow(block + r * kGroup, rows + r * ld + f, width);
+  }
+}
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

@@ -1,0 +1,22 @@
+// The Python module mtlkernels._C: loading it registers the C++ kernels; it exposes facts about the build.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include <map>
+#include <string>
+
+#include "cpu/kernels.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "C++ kernels of mtlkernels";
+  module.def("build_facts", [] {
+    return std::map<std::string, std::string>{
+        {"compiler", MTLK_COMPILER},
+        {"torch", TORCH_VERSION},
+        {"compiled for", MTLK_TARGETS},
+        {"runs as", mtlk::kernels().isa},
+    };
+  });
+}
