@@ -1,0 +1,67 @@
+"""What this install is made of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from mtlkernels import _backends, _extension
+
+_BUILD_HINT = "install a C++ compiler, cmake, ninja and pybind11, then `pip install --no-build-isolation mtlkernels`"
+_TRITON_HINT = "`pip install triton`, on Linux"
+
+
+def show_config() -> str:
+    """Versions, compiled targets, CPU capability, GPU, the implementations a device, and how to get what is missing.
+
+    Returns:
+        A few lines of text, for people and for bug reports.
+    """
+    import mtlkernels
+
+    lines = [
+        f"mtlkernels {mtlkernels.__version__}",
+        f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch      {torch.__version__}",
+        f"triton     {_triton()}",
+        f"extension  {_extension_facts()}",
+        f"cpu        {_cpu()}",
+        f"gpu        {_gpu()}",
+    ]
+    for op, devices in _backends.backends().items():
+        listed = "; ".join(f"{device}: {', '.join(names)}" for device, names in devices.items())
+        lines.append(f"{op}  {listed}")
+    return "\n".join(lines)
+
+
+def _triton() -> str:
+    if not _backends.has_triton():
+        return f"missing, so GPUs run the reference; {_TRITON_HINT}"
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build that was not installed by pip
+        return "of unknown version"
+
+
+def _extension_facts() -> str:
+    if not _extension.loaded():
+        return f"missing ({_extension.load_error()}), so CPUs run the reference; {_BUILD_HINT}"
+    return ", ".join(f"{name} {value}" for name, value in _extension.build_facts().items())
+
+
+def _cpu() -> str:
+    amx = torch.cpu._is_amx_tile_supported()
+    return f"{torch.backends.cpu.get_cpu_capability()}{' with AMX' if amx else ''}, {torch.get_num_threads()} threads"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return "none" if built else "none (this torch is built without GPU support)"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        names.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    return ", ".join(names)

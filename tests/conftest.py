@@ -1,0 +1,63 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import mtlkernels as mk
+from mtlkernels.testing import DTYPES
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-backend",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="fail unless every op has this implementation on the CPU, so that it cannot vanish silently",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in config.getoption("--require-backend"):
+        missing = [op for op, devices in mk.backends().items() if name not in devices["cpu"]]
+        if missing:
+            raise pytest.UsageError(
+                f"--require-backend {name}: this install has none for {', '.join(missing)}\n{mk.show_config()}"
+            )
+
+
+def pytest_report_header() -> str:
+    return mk.show_config()
+
+
+def cpu_backends(op: str) -> tuple[str, ...]:
+    """The implementations of an op to test on this install's CPU; tests/triton has those under the interpreter."""
+    return tuple(name for name in mk.backends()[op]["cpu"] if name != "triton")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``backend``: each implementation by name. ``dtype``: each of the four."""
+    if "backend" in metafunc.fixturenames:
+        names = dict.fromkeys(name for op in mk.backends() for name in cpu_backends(op))
+        metafunc.parametrize("backend", list(names))
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    """One thread: most tests are too small for more, and waiting for each other on a busy machine takes minutes."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Forgets what torch.compile has compiled, before and after."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

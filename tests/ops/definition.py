@@ -1,0 +1,144 @@
+"""The ops by their formulas, term by term, independent of the package: what its references are tested against."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mtlkernels as mk
+from mtlkernels.testing import Case, assert_within_budget, evaluate, poisoned_outputs
+
+ACTIVATIONS: dict[str, Any] = {
+    "none": lambda x: x,
+    "relu": lambda x: x.clamp(min=0),
+    "leaky_relu": lambda x: x.clamp(min=0) + 0.01 * x.clamp(max=0),
+    "gelu": lambda x: x * 0.5 * (1 + (x / math.sqrt(2)).erf()),
+    "silu": lambda x: x * (1 / (1 + (-x).exp())),
+    "tanh": lambda x: 2 / (1 + (-2 * x).exp()) - 1,
+    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+}
+
+
+# The slope below zero of the activations that have a kink there.
+KINKED = {"relu": 0.0, "leaky_relu": 0.01}
+
+
+def _with_noise_at_kink(name: str, noise: float) -> Callable[[Tensor], Tensor]:
+    """The activation; its derivative's sign is taken from an input with noise of so many root mean squares."""
+
+    def activate(x: Tensor) -> Tensor:
+        noisy = x.detach() + noise * x.detach().square().mean().sqrt() * torch.randn_like(x)
+        slope = torch.where(noisy > 0, torch.ones_like(x), KINKED[name]).detach()
+        return ACTIVATIONS[name](x).detach() + slope * (x - x.detach())
+
+    return activate
+
+
+def _logits_by_gate(gate_logits: Any, routing: Any) -> list[Tensor]:
+    if not isinstance(gate_logits, Tensor):
+        return list(gate_logits)
+    logits, at = [], 0
+    for gate in routing.gate_experts:
+        logits.append(gate_logits[:, at : at + len(gate)])
+        at += len(gate)
+    return logits
+
+
+def _mix(experts: Sequence[Tensor], gate_logits: Any, routing: Any) -> list[Tensor]:
+    outputs = []
+    for gate, logits in zip(routing.gate_experts, _logits_by_gate(gate_logits, routing), strict=True):
+        exponentials = [column.exp() for column in logits.unbind(1)]
+        total = sum(exponentials)
+        terms = [(value / total)[:, None] * experts[e] for e, value in zip(gate, exponentials, strict=True)]
+        outputs.append(sum(terms))
+    return outputs
+
+
+def gated_mixture(experts: Tensor, gate_logits: Any, routing: Any) -> list[Tensor]:
+    """y_k = sum over e in gate k of exp(l_ke) / sum_j exp(l_kj) * experts_e."""
+    return [y.to(experts.dtype) for y in _mix(experts.unbind(1), gate_logits, routing)]
+
+
+def expert_mixture(
+    inputs: Any,
+    weights: Any,
+    biases: Any,
+    gate_logits: Any,
+    routing: Any,
+    *,
+    activation: Any = "relu",
+    kink_noise: float = 0.0,
+) -> list[Tensor]:
+    """Every expert by itself, x <- activation(x W^T + b) a layer, then the mixture."""
+    names = [activation] * len(weights) if isinstance(activation, str) else activation
+    noisy = KINKED if kink_noise else {}
+    activations = [_with_noise_at_kink(name, kink_noise) if name in noisy else ACTIVATIONS[name] for name in names]
+    outputs = []
+    for e, stream in enumerate(routing.expert_inputs):
+        x = inputs if isinstance(inputs, Tensor) else inputs[stream]
+        for layer, activate in enumerate(activations):
+            x = x @ weights[layer][e].transpose(0, 1)
+            if biases is not None and biases[layer] is not None:
+                x = x + biases[layer][e]
+            x = activate(x)
+        outputs.append(x)
+    return [y.to(outputs[0].dtype) for y in _mix(outputs, gate_logits, routing)]
+
+
+def kink_slack(case: Case, exact: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """How far gradients move when units within rounding distance of a kink fall on either side of it, at random.
+
+    Two correct implementations may round such a unit's input to different sides of zero.
+    """
+    wide = case.to(torch.float64)
+    noisy = functools.partial(expert_mixture, kink_noise=4 * torch.finfo(case.dtype).eps)
+    slack = {name: [torch.zeros_like(t) for t in group] for name, group in exact.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for _ in range(8):
+            moved = evaluate(noisy, wide, allow_unused=True)
+            for name, group in slack.items():
+                for total, a, b in zip(group, moved[name], exact[name], strict=True):
+                    total += (a - b).abs()
+    return slack
+
+
+def assert_agrees(
+    op: Callable[..., Any], case: Case, baseline: Callable[..., Any] | None = None, threads: int = 1
+) -> None:
+    """An op's outputs and gradients against the definition in float64.
+
+    Args:
+        op: the public function, in the block of the implementation under test.
+        case: its arguments.
+        baseline: PyTorch in the dtype of the case; by default the definition itself.
+        threads: how many the op gets.
+    """
+    formulas = globals()[op.__name__]
+    exact = evaluate(formulas, case.to(torch.float64), allow_unused=True)
+    usual = evaluate(baseline or formulas, case, allow_unused=True)
+    usual_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with poisoned_outputs():
+            actual = evaluate(op, case)
+    finally:
+        torch.set_num_threads(usual_threads)
+    try:
+        assert_within_budget(actual, exact, usual)
+    except AssertionError:
+        names = case.arguments.get("activation", ())
+        if not KINKED.keys() & ({names} if isinstance(names, str) else set(names)):
+            raise
+        assert_within_budget(actual, exact, usual, slack=kink_slack(case, exact))
+
+
+def reference_op(op: Callable[..., Any], **arguments: Any) -> Any:
+    """The op by its reference implementation, whatever the block around asks for."""
+    with mk.use_backend("reference"):
+        return op(**arguments)

@@ -1,0 +1,102 @@
+"""gated_mixture against its formula, over every implementation, dtype and memory layout."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import mtlkernels as mk
+from mtlkernels.testing import LAYOUTS, Case, CaseFactory, evaluate, random_gated_mixture
+from tests.ops import definition
+from tests.ops.definition import assert_agrees, reference_op
+
+CASES = 40
+
+
+def check(case: Case, backend: str, threads: int = 1) -> None:
+    """The reference is judged by plain PyTorch, the others by the reference."""
+    baseline = None if backend == "reference" else functools.partial(reference_op, mk.gated_mixture)
+    with mk.use_backend(backend):
+        assert_agrees(mk.gated_mixture, case, baseline, threads)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_random_cases(seed: int, dtype: torch.dtype, backend: str) -> None:
+    check(random_gated_mixture(seed, dtype), backend, threads=1 + seed % 2)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows: int, dtype: torch.dtype, backend: str) -> None:
+    check(CaseFactory(0, dtype).gated_mixture(rows, 13, mk.Routing.cgc(2, 1, 2, shared_gate=True)), backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, dtype: torch.dtype, backend: str) -> None:
+    make = CaseFactory(1, dtype, layouts=[layout])
+    check(make.gated_mixture(33, 17, mk.Routing.mmoe(5, 3)), backend)
+    check(make.gated_mixture(33, 17, mk.Routing.mmoe(5, 3), joined_logits=True), backend)
+
+
+def test_many_experts_and_gates(dtype: torch.dtype, backend: str) -> None:
+    check(CaseFactory(2, dtype).gated_mixture(9, 5, mk.Routing.mmoe(67, 66), joined_logits=True), backend)
+
+
+def test_wide_features(dtype: torch.dtype, backend: str) -> None:
+    check(CaseFactory(3, dtype).gated_mixture(5, 2049, mk.Routing.mmoe(3, 2)), backend)
+
+
+def test_no_features(backend: str) -> None:
+    case = CaseFactory(4, torch.float32).gated_mixture(5, 0, mk.Routing.mmoe(3, 2))
+    check(case, backend)
+
+
+def test_one_tensor_for_several_gates(backend: str) -> None:
+    make = CaseFactory(5, torch.float32)
+    case = make.gated_mixture(12, 7, mk.Routing.mmoe(4, 3))
+    shared = make.leaf(12, 4)
+    case.arguments["gate_logits"][:] = [shared, shared, shared]
+    check(case, backend)
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_of_another_dtype(logits_dtype: torch.dtype, dtype: torch.dtype, backend: str) -> None:
+    case = CaseFactory(6, dtype).gated_mixture(12, 7, mk.Routing.mmoe(4, 3))
+    case.arguments["gate_logits"][:] = [
+        t.detach().to(logits_dtype).requires_grad_() for t in case.arguments["gate_logits"]
+    ]
+    with mk.use_backend(backend):
+        got = evaluate(mk.gated_mixture, case)
+    assert {t.dtype for t in got["outputs"] + got["experts"]} == {dtype}
+    assert {t.dtype for t in got["gate_logits"]} == {logits_dtype}
+    exact = evaluate(definition.gated_mixture, case.to(torch.float64))
+    worst = max(torch.finfo(dtype).eps, torch.finfo(logits_dtype).eps)
+    for name in exact:
+        for a, b in zip(got[name], exact[name], strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=4 * worst, atol=8 * worst)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_logits_of_any_scale(scale: float, backend: str) -> None:
+    """The softmax subtracts the largest logit: large ones neither overflow nor lose the mixture."""
+    case = CaseFactory(7, torch.float32).gated_mixture(20, 6, mk.Routing.mmoe(5, 2))
+    with torch.no_grad():
+        for logits in case.arguments["gate_logits"]:
+            logits.mul_(scale)
+    with mk.use_backend(backend):
+        got = mk.gated_mixture(**case.arguments)
+    for y, logits in zip(got, case.arguments["gate_logits"], strict=True):
+        weight = torch.softmax(logits.double(), 1)
+        expected = (weight[:, :, None] * case.arguments["experts"].double()).sum(1)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_are_new_dense_tensors(backend: str) -> None:
+    """Also where a gate sees one expert, and its output is that expert's."""
+    case = CaseFactory(8, torch.float32).gated_mixture(4, 3, mk.Routing((0, 0), ((1,), (0, 1))))
+    with mk.use_backend(backend), torch.inference_mode():
+        outputs = mk.gated_mixture(**case.arguments)
+    for y in outputs:
+        assert y.is_contiguous()
+        assert y.untyped_storage().data_ptr() != case.arguments["experts"].untyped_storage().data_ptr()
