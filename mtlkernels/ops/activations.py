@@ -43,7 +43,7 @@ def derivative(code: int, saved: Tensor) -> Tensor:
     if name == "relu":
         return (saved > 0).to(saved.dtype)
     if name == "leaky_relu":
-        return torch.where(saved > 0, 1.0, LEAKY_SLOPE).to(saved.dtype)
+        return torch.where(saved > 0, torch.ones_like(saved), LEAKY_SLOPE)
     if name == "gelu":
         cdf = 0.5 * (1 + torch.erf(saved * math.sqrt(0.5)))
         return cdf + saved * torch.exp(-0.5 * saved * saved) / math.sqrt(2 * math.pi)
