@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension's)
@@ -10,8 +11,7 @@ _module: ModuleType | None
 _error: str | None
 
 try:
-    from mtlkernels import _C as _module  # type: ignore[attr-defined,no-redef]
-
+    _module = importlib.import_module("mtlkernels._C")
     _error = None
 except ImportError as error:
     _module = None
