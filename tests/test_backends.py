@@ -1,0 +1,122 @@
+"""Which implementation runs, and how to insist on one."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import mtlkernels as mk
+from mtlkernels import _backends
+from mtlkernels.testing import Case, CaseFactory
+
+
+@pytest.fixture
+def case() -> Case:
+    return CaseFactory(0, torch.float32).expert_mixture(6, [4, 3], mk.Routing.mmoe(3, 2))
+
+
+def test_backends_lists_every_op_by_device() -> None:
+    listed = mk.backends()
+    assert set(listed) >= {"gated_mixture", "expert_mixture"}
+    for devices in listed.values():
+        assert set(devices) == {"cpu", "cuda", "other"}
+        for names in devices.values():
+            assert "reference" in names
+            assert set(names) <= set(_backends.BACKENDS)
+        assert "cpp" not in devices["cuda"] and devices["other"] == ("reference",)
+
+
+def test_the_first_one_listed_is_used(case: Case) -> None:
+    first = mk.backends()["expert_mixture"]["cpu"][0]
+    usual = mk.expert_mixture(**case.arguments)
+    with mk.use_backend(first):
+        named = mk.expert_mixture(**case.arguments)
+    assert all(torch.equal(a, b) for a, b in zip(usual, named, strict=True))
+
+
+def test_forcing_the_reference_runs_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = _backends.reference_implementation("expert_mixture", "forward")
+    monkeypatch.setitem(
+        _backends._references, ("expert_mixture", "forward"), lambda *args: calls.append("forward") or original(*args)
+    )
+    with mk.use_backend("reference"):
+        mk.expert_mixture(**case.arguments)
+    assert calls == ["forward"]
+
+
+@pytest.mark.parametrize("through_backward", [True, False])
+def test_the_backward_uses_the_implementation_of_its_forward(
+    case: Case, through_backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    original = _backends.reference_implementation("expert_mixture", "backward")
+    monkeypatch.setitem(
+        _backends._references, ("expert_mixture", "backward"), lambda *args: calls.append("backward") or original(*args)
+    )
+    with mk.use_backend("reference"):
+        outputs = mk.expert_mixture(**case.arguments)
+    if through_backward:
+        sum(y.sum() for y in outputs).backward()
+    else:
+        leaves = [leaf for group in case.leaves().values() for leaf in group]
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+    assert calls == ["backward"]
+
+
+def test_restores_the_choice_also_on_an_error() -> None:
+    assert _backends.forced() is None
+    with mk.use_backend("reference"):
+        with pytest.raises(ZeroDivisionError), mk.use_backend("cpp"):
+            assert _backends.forced() == "cpp"
+            raise ZeroDivisionError
+        assert _backends.forced() == "reference"
+    assert _backends.forced() is None
+
+
+@pytest.mark.parametrize("name", ["Reference", "eager", ""])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(ValueError, match=r"name must be one of .*'reference'.*, got "), mk.use_backend(name):
+        pass
+
+
+def test_names_of_another_kind() -> None:
+    with pytest.raises(TypeError, match="name must be a string, got NoneType"), mk.use_backend(None):  # type: ignore[arg-type]
+        pass
+
+
+@pytest.mark.parametrize("wants_gradient", [True, False])
+def test_a_missing_implementation_is_an_error(case: Case, wants_gradient: bool) -> None:
+    missing = set(_backends.BACKENDS) - set(mk.backends()["expert_mixture"]["cpu"])
+    for name in missing:
+        with (
+            torch.set_grad_enabled(wants_gradient),
+            mk.use_backend(name),
+            pytest.raises(RuntimeError, match=f"expert_mixture has no '{name}' implementation for 'cpu'.*it has "),
+        ):
+            mk.expert_mixture(**case.arguments)
+
+
+def test_cpp_is_an_error_without_the_extension(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtlkernels._extension._module", None)
+    assert "cpp" not in mk.backends()["expert_mixture"]["cpu"]
+    with mk.use_backend("cpp"), pytest.raises(RuntimeError, match="has no 'cpp' implementation"):
+        mk.expert_mixture(**case.arguments)
+
+
+def test_holds_for_every_thread(case: Case) -> None:
+    seen = []
+    with mk.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(_backends.forced()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_other_devices_run_the_reference() -> None:
+    """Meta tensors stand for a device that no implementation knows."""
+    case = CaseFactory(0, torch.float32, device="meta").expert_mixture(6, [4, 3], mk.Routing.mmoe(3, 2))
+    outputs = mk.expert_mixture(**case.arguments)
+    assert [tuple(y.shape) for y in outputs] == [(6, 3), (6, 3)]

