@@ -1,0 +1,115 @@
+# mypy: ignore-errors
+"""Functions that Triton kernels call: the pointer table, activations, softmax statistics.
+
+Triton's language has no Python types, so neither this module nor those of the kernels are type-checked.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pointer(table, index, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in the table as a pointer."""
+    found = tl.load(table + index).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        found = tl.multiple_of(found, 16)
+    return found
+
+
+@triton.jit
+def whole(value, ALIGNED: tl.constexpr):
+    """``value``, said to be a multiple of 16 if ``ALIGNED``: the compiler sees that from the multiplication."""
+    if ALIGNED:
+        value = value // 16 * 16
+    return value
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``acc + a b``, accumulated in float32."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def activate(x, CODE: tl.constexpr):
+    """The activation of that code in mtlkernels.ops.activations, for float32."""
+    if CODE == 1:  # relu; the comparison lets NaN pass, as PyTorch does
+        x = tl.where(x < 0.0, 0.0, x)
+    elif CODE == 2:  # leaky_relu
+        x = tl.where(x > 0.0, x, 0.01 * x)
+    elif CODE == 3:  # gelu
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif CODE == 4:  # silu
+        x = x / (1.0 + tl.exp(-x))
+    elif CODE == 5:  # tanh; near 0 the quotient would lose digits, so a series is used
+        s = x * x
+        series = x + x * s * (-0.333333333 + s * (0.133333333 + s * (-0.0539682540 + s * 0.0218694885)))
+        x = tl.where(s < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x)))
+    elif CODE == 6:  # sigmoid
+        x = 1.0 / (1.0 + tl.exp(-x))
+    return x
+
+
+@triton.jit
+def derivative(saved, CODE: tl.constexpr):
+    """The derivative, from the activation's input for gelu and silu, otherwise from its output."""
+    if CODE == 1:
+        saved = tl.where(saved > 0.0, 1.0, 0.0)
+    elif CODE == 2:
+        saved = tl.where(saved > 0.0, 1.0, 0.01)
+    elif CODE == 3:
+        cdf = 0.5 * (1.0 + tl.math.erf(saved * 0.7071067811865476))
+        saved = cdf + saved * tl.exp(-0.5 * saved * saved) * 0.3989422804014327
+    elif CODE == 4:
+        s = 1.0 / (1.0 + tl.exp(-saved))
+        saved = s * (1.0 + saved * (1.0 - s))
+    elif CODE == 5:
+        saved = 1.0 - saved * saved
+    elif CODE == 6:
+        saved = saved * (1.0 - saved)
+    return saved
+
+
+@triton.jit
+def gate_logits(gates, k, num_gates, first, rows, LOGITS: tl.constexpr):
+    """Gate k: pointers to its first logit of each row, its column stride, and its range among all gates' experts."""
+    row_stride = tl.load(gates + num_gates + k)
+    column_stride = tl.load(gates + 2 * num_gates + k)
+    logits = pointer(gates, k, LOGITS, False) + first * row_stride + rows * row_stride
+    start = tl.load(gates + 3 * num_gates + k).to(tl.int32)
+    end = tl.load(gates + 3 * num_gates + k + 1).to(tl.int32)
+    return logits, column_stride, start, end
+
+
+@triton.jit
+def softmax_statistics(logits, column_stride, size, inside, ROWS: tl.constexpr):
+    """The maximum of each row's logits, and the sum of the exponentials of their distances to it."""
+    members = tl.arange(0, 16)
+    highest = tl.full((ROWS, 16), float("-inf"), tl.float32)
+    for j in range(0, size, 16):
+        mask = inside[:, None] & (j + members < size)[None, :]
+        at = logits[:, None] + ((j + members) * column_stride)[None, :]
+        value = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
+        # A NaN must reach the result, as in PyTorch's softmax; the sum below takes it there.
+        highest = tl.maximum(highest, value)
+    maximum = tl.where(inside, tl.max(highest, 1), 0.0)
+    total = tl.zeros((ROWS, 16), tl.float32)
+    for j in range(0, size, 16):
+        mask = inside[:, None] & (j + members < size)[None, :]
+        at = logits[:, None] + ((j + members) * column_stride)[None, :]
+        value = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
+        total += tl.exp(value - maximum[:, None])
+    return maximum, tl.where(inside, tl.sum(total, 1), 1.0)
+
+
+@triton.jit
+def probability(logits, column_stride, member, maximum, total, inside):
+    """The weight of a gate's member in each row."""
+    value = tl.load(logits + member * column_stride, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.exp(value - maximum) / total

@@ -1,0 +1,185 @@
+# mypy: ignore-errors
+"""Kernels of the gated mixture. Memory-bound: every tile of an expert is brought from memory once a program.
+
+Experts are found by an entry in the table: address, stride from row to row, stride from expert to expert; features are
+contiguous. That serves [B, E, H] tensors as well as the [E, B, H] scratch of the expert mixture.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mtlkernels.ops._triton_functions import (
+    activate,
+    derivative,
+    gate_logits,
+    pointer,
+    probability,
+    softmax_statistics,
+    whole,
+)
+
+
+@triton.jit(do_not_specialize=["outputs", "gates", "experts", "num_gates", "num_rows", "width"])
+def mix_forward(
+    table,
+    outputs,
+    gates,
+    experts,
+    num_gates,
+    num_rows,
+    width,
+    DTYPE: tl.constexpr,
+    LOGITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``y_k = sum_e softmax(logits_k)_e * experts_e`` for all gates, in a block of rows and columns a program.
+
+    The gates come one after another, so that any number of them fits; what they share is read again from cache.
+    """
+    width = whole(width, ALIGNED)
+    blocks = tl.cdiv(width, COLUMNS)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    rows = tl.arange(0, ROWS)
+    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = rows < num_rows - first
+    mask = inside[:, None] & (columns < width)[None, :]
+    row_stride = whole(tl.load(table + experts + 1), ALIGNED)
+    expert_stride = whole(tl.load(table + experts + 2), ALIGNED)
+    tiles = pointer(table, experts, DTYPE, ALIGNED) + first * row_stride
+    tiles = tiles + (rows * row_stride)[:, None] + columns[None, :]
+    gates = table + gates
+    for k in range(num_gates):
+        logits, column_stride, start, end = gate_logits(gates, k, num_gates, first, rows, LOGITS)
+        maximum, total = softmax_statistics(logits, column_stride, end - start, inside, ROWS)
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for j in range(start, end):
+            expert = tl.load(gates + 4 * num_gates + 1 + j)
+            weight = probability(logits, column_stride, j - start, maximum, total, inside)
+            tile = tl.load(tiles + expert * expert_stride, mask=mask, other=0.0).to(tl.float32)
+            acc += weight[:, None] * tile
+        out = pointer(table, outputs + k, DTYPE, ALIGNED) + first * width
+        tl.store(out + rows[:, None] * width + columns[None, :], acc.to(DTYPE), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "grad_outputs",
+        "gates",
+        "seen",
+        "saved",
+        "grad_experts",
+        "grad_logits",
+        "num_gates",
+        "num_experts",
+        "num_members",
+        "num_rows",
+        "width",
+    ]
+)
+def mix_backward(
+    table,
+    weights,
+    inner,
+    grad_outputs,
+    gates,
+    seen,
+    saved,
+    grad_experts,
+    grad_logits,
+    num_gates,
+    num_experts,
+    num_members,
+    num_rows,
+    width,
+    DTYPE: tl.constexpr,
+    LOGITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CODE: tl.constexpr,
+    FROM_INPUT: tl.constexpr,
+    NEED_EXPERTS: tl.constexpr,
+    NEED_LOGITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """All gradients of a mixture, in a block of rows a program; ``CODE`` is an activation before it, undone here too.
+
+    With p the softmax of a gate's logits and g_e = <dy, experts_e>: d experts_e = sum over gates of p_e * dy, and
+    d logits_e = p_e * (g_e - sum_j p_j * g_j). ``weights`` [S, B] holds p and ``inner`` [column blocks, S, B] the parts
+    of g, float32, with S the members of all gates; a program uses its own rows of them only. ``seen`` lists for each
+    expert the gates that mix it: E + 1 offsets, then the gates, then their places among the S.
+    """
+    width = whole(width, ALIGNED)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    rows = tl.arange(0, ROWS)
+    inside = rows < num_rows - first
+    gates = table + gates
+    seen = table + seen
+    stride = num_rows.to(tl.int64)
+    weights += first + rows
+    inner += first + rows
+
+    if NEED_EXPERTS or NEED_LOGITS:
+        for k in range(num_gates):
+            logits, column_stride, start, end = gate_logits(gates, k, num_gates, first, rows, LOGITS)
+            maximum, total = softmax_statistics(logits, column_stride, end - start, inside, ROWS)
+            for j in range(start, end):
+                weight = probability(logits, column_stride, j - start, maximum, total, inside)
+                tl.store(weights + j * stride, weight, mask=inside)
+        tl.debug_barrier()  # each thread reads what others of its program have written
+
+    row_stride = whole(tl.load(table + saved + 1), ALIGNED)
+    expert_stride = whole(tl.load(table + saved + 2), ALIGNED)
+    grad_row_stride = whole(tl.load(table + grad_experts + 1), ALIGNED)
+    grad_expert_stride = whole(tl.load(table + grad_experts + 2), ALIGNED)
+    tiles = pointer(table, saved, DTYPE, ALIGNED) + first * row_stride
+    tiles = tiles + (rows * row_stride)[:, None]
+    grads = pointer(table, grad_experts, DTYPE, ALIGNED) + first * grad_row_stride
+    grads = grads + (rows * grad_row_stride)[:, None]
+    for e in range(num_experts):
+        start = tl.load(seen + e).to(tl.int32)
+        end = tl.load(seen + e + 1).to(tl.int32)
+        for block in range(tl.cdiv(width, COLUMNS)):
+            columns = block * COLUMNS + tl.arange(0, COLUMNS)
+            mask = inside[:, None] & (columns < width)[None, :]
+            kept = tl.load(tiles + e * expert_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            expert = activate(kept, CODE) if FROM_INPUT else kept
+            grad = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for i in range(start, end):
+                gate = tl.load(seen + num_experts + 1 + i)
+                member = tl.load(seen + num_experts + 1 + num_members + i)
+                dy = pointer(table, grad_outputs + gate, DTYPE, ALIGNED) + first * width
+                dy = tl.load(dy + rows[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+                if NEED_LOGITS:
+                    at = inner + (block * num_members + member) * stride
+                    tl.store(at, tl.sum(dy * expert, 1), mask=inside)
+                if NEED_EXPERTS:
+                    weight = tl.load(weights + member * stride, mask=inside, other=0.0)
+                    grad += weight[:, None] * dy
+            if NEED_EXPERTS:
+                grad = grad * derivative(kept, CODE) if CODE else grad
+                tl.store(grads + e * grad_expert_stride + columns[None, :], grad.to(DTYPE), mask=mask)
+
+    if NEED_LOGITS:
+        tl.debug_barrier()
+        blocks = tl.cdiv(width, COLUMNS)
+        for k in range(num_gates):
+            start = tl.load(gates + 3 * num_gates + k).to(tl.int32)
+            end = tl.load(gates + 3 * num_gates + k + 1).to(tl.int32)
+            mean = tl.zeros((ROWS,), tl.float32)
+            for j in range(start, end):
+                weight = tl.load(weights + j * stride, mask=inside, other=0.0)
+                for block in range(blocks):
+                    mean += weight * tl.load(inner + (block * num_members + j) * stride, mask=inside, other=0.0)
+            out = pointer(table, grad_logits + k, LOGITS, False) + (first + rows) * (end - start)
+            for j in range(start, end):
+                weight = tl.load(weights + j * stride, mask=inside, other=0.0)
+                value = tl.zeros((ROWS,), tl.float32)
+                for block in range(blocks):
+                    value += tl.load(inner + (block * num_members + j) * stride, mask=inside, other=0.0)
+                tl.store(out + (j - start), (weight * (value - mean)).to(LOGITS), mask=inside)

@@ -1,0 +1,169 @@
+"""Compiles every kernel in every configuration that is shipped, without a GPU, and shows what each one uses.
+
+    python -m tests.triton.aot [--arch 80 90 100] [--kernel NAME ...] [--activations]
+
+A row a kernel, configuration and architecture: registers a thread, bytes of stack (spilled registers), bytes of shared
+memory, and the number of tensor-core instructions. Fails if anything spills, or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mtlkernels.ops._triton import Tile
+from mtlkernels.ops.activations import ACTIVATIONS, CODES, from_input
+from mtlkernels.ops.expert_mixture import triton_kernels as experts
+from mtlkernels.ops.expert_mixture import triton_tiles as tiles
+from mtlkernels.ops.gated_mixture import triton as mixture
+from mtlkernels.ops.gated_mixture import triton_kernels as mixtures
+
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# dtype and input_precision of every product.
+OPERANDS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee"))
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = ((1, 1), (4096, 16), (4096, 4096))  # rows and columns that between them lead to every tile of a product
+# The most expensive activations of those that are undone from their output, and of those undone from their input.
+LARGEST = (CODES["tanh"], CODES["gelu"])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with a launch configuration; ``constants`` are its compile-time arguments but for the tile."""
+
+    kernel: str
+    tile: Tile
+    constants: tuple[tuple[str, Any], ...]
+
+    @property
+    def dtype(self) -> str:
+        return str(dict(self.constants)["DTYPE"])
+
+    def __str__(self) -> str:
+        short = " ".join(f"{name.lower()}={value}" for name, value in self.constants)
+        tile = self.tile
+        return f"{self.kernel} {tile.rows}x{tile.columns}x{tile.depth} warps={tile.warps} stages={tile.stages} {short}"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled variant takes; ``error`` is empty unless it did not compile."""
+
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    tensor_core: int = 0
+    error: str = ""
+
+    @property
+    def fails(self) -> bool:
+        return bool(self.error) or self.stack > 0
+
+
+def variants(codes: Sequence[int]) -> Iterator[Variant]:
+    """Every shipped configuration, with each of these activations where a kernel has one."""
+
+    def made(kernel: str, tile: Tile, dtype: str, **constants: Any) -> Variant:
+        return Variant(kernel, tile, (("DTYPE", dtype), *constants.items()))
+
+    for aligned in (True, False):
+        for dtype in DTYPES:
+            # float32 logits take no fewer registers than narrower ones.
+            common: dict[str, Any] = {"LOGITS": "fp32", "ALIGNED": aligned}
+            yield made("mix_forward", mixture.TILE, dtype, **common)
+            for code in codes:
+                what = {"CODE": code, "FROM_INPUT": from_input(code), "NEED_EXPERTS": True, "NEED_LOGITS": True}
+                yield made("mix_backward", mixture.TILE, dtype, **common, **what)
+        for dtype, precision in OPERANDS:
+            key = tiles.operands(TORCH_DTYPES[dtype], precision), aligned
+            common = {"ALIGNED": aligned, "PRECISION": precision, "UPCAST": False}
+            products = tiles.PRODUCT[key]
+            for code in codes:
+                from_saved_input = from_input(code)
+                for tile in products:
+                    yield made("layer_forward", tile, dtype, **common, CODE=code, KEEP=from_saved_input)
+                for tile in {tiles.product(*key, rows, columns, from_saved_input) for rows, columns in SIZES}:
+                    yield made("input_gradient", tile, dtype, **common, CODE=code, ACTIVATED=from_saved_input)
+                for gates in range(1, tiles.MAX_FUSED_GATES + 1):
+                    what = {"LOGITS": "fp32", "CODE": code, "FROM_INPUT": from_saved_input, "KEEP": True}
+                    yield made("last_forward", tiles.MIXING[key], dtype, **common, **what, GATES=gates)
+            tile = tiles.WEIGHT_GRADIENT[key]
+            yield made("weight_gradient", tile, dtype, **common, NEED_WEIGHTS=True, NEED_BIASES=True)
+
+
+def compile_variant(variant: Variant, architecture: int) -> Usage:
+    """Compiles for an architecture (80, 90, …) and reads from the machine code what it takes."""
+    kernel = getattr(experts, variant.kernel, None) or getattr(mixtures, variant.kernel)
+    tile = variant.tile
+    values = dict(variant.constants) | {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    constants = {name: DTYPES.get(v, v) if name in ("DTYPE", "LOGITS") else v for name, v in values.items()}
+    pointers = {"table": "*i64"} | ({"weights": "*fp32", "inner": "*fp32"} if variant.kernel == "mix_backward" else {})
+    signature = {
+        parameter.name: "constexpr" if parameter.is_constexpr else pointers.get(parameter.name, "i32")
+        for parameter in kernel.params
+    }
+    attributes = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if p.name in pointers}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    except Exception as error:  # whatever the compiler raises is this row's result
+        return Usage(error=f"{type(error).__name__}: {error}".splitlines()[0])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources = _cuobjdump("--dump-resource-usage", file.name)
+        code = _cuobjdump("-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+    if found is None:
+        return Usage(error="cuobjdump shows no resource usage")
+    instructions = len(re.findall(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b", code))
+    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared, instructions)
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
+
+
+def _compile(task: tuple[Variant, int]) -> Usage:
+    return compile_variant(*task)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--kernel", nargs="+", help="only these kernels")
+    parser.add_argument("--activations", action="store_true", help="every activation, not only tanh and gelu")
+    args = parser.parse_args()
+    codes = range(len(ACTIVATIONS)) if args.activations else LARGEST
+    found = dict.fromkeys(v for v in variants(codes) if not args.kernel or v.kernel in args.kernel)
+    tasks = [(variant, architecture) for variant in found for architecture in args.arch]
+    failures = 0
+    print("arch  registers  stack  shared  tensor-core  kernel")
+    with ProcessPoolExecutor(2) as pool:
+        for (variant, architecture), usage in zip(tasks, pool.map(_compile, tasks, chunksize=4), strict=True):
+            failures += usage.fails
+            figures = f"{usage.registers:>9}  {usage.stack:>5}  {usage.shared:>6}  {usage.tensor_core:>11}"
+            print(f"{architecture:>4}  {figures}  {variant}  {usage.error}".rstrip(), flush=True)
+    print(f"{len(tasks)} compiled for {', '.join(f'sm_{a}' for a in args.arch)}: {failures} spill or fail")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

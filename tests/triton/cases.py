@@ -1,0 +1,231 @@
+"""Cases for the Triton kernels, and how they are checked; for the interpreter and for GPUs alike."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from mtlkernels.ops.activations import ACTIVATIONS
+from mtlkernels.ops.expert_mixture import reference as experts_reference
+from mtlkernels.ops.gated_mixture import reference as mixture_reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: sizes, a random ragged routing, and what is unusual about its tensors."""
+
+    name: str
+    rows: int
+    widths: tuple[int, ...]  # the inputs', then each layer's
+    num_experts: int = 4
+    num_gates: int = 3
+    activations: tuple[int, ...] = (1,)
+    dtype: torch.dtype = torch.float32
+    logits_dtype: torch.dtype | None = None
+    num_inputs: int = 1
+    biases: tuple[bool, ...] = (True, True, True)  # whether a layer has them
+    strided: bool = False
+    unaligned: bool = False
+    largest_gate: int = 6
+    fused: bool = True  # mix in the last layer's kernel, where the number of gates allows that
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def cases(scale: int = 1) -> list[Case]:
+    """Small sizes for the interpreter; on a GPU, ``scale`` makes the batches of the larger ones larger."""
+    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    found = [
+        Case("one_row", 1, (7, 5)),
+        Case("no_rows", 0, (7, 6, 5), activations=(1, 3)),
+        Case("odd", 37 * scale, (33, 21, 19), activations=(1, 2), num_inputs=3),
+        Case("aligned", 40 * scale, (48, 32, 16), activations=(1, 1), num_inputs=2),
+        Case("aligned_many_rows", 140 * scale, (80, 144, 80), 3, 2, (3, 1)),
+        Case("aligned_few_columns", 70 * scale, (64, 32), 3, 2, (3,)),
+        Case("three_layers", 45 * scale, (16, 32, 48, 16), activations=(4, 5, 6), dtype=f16),
+        Case("three_layers_odd", 21, (9, 20, 11, 7), activations=(3, 4, 0)),
+        Case("unaligned", 37 * scale, (32, 32, 16), activations=(1, 1), unaligned=True),
+        Case("strided", 35, (32, 16, 16), activations=(1, 4), num_inputs=2, strided=True),
+        Case("no_biases", 18, (20, 12, 8), activations=(1, 1), biases=(False, False)),
+        Case("some_biases", 18, (20, 12, 8), activations=(2, 5), biases=(False, True)),
+        Case("more_gates_than_fit", 35, (20, 12), 5, 7),
+        Case("unfused", 35, (20, 12, 24), 3, 2, (3, 4), fused=False),
+        Case("unfused_one_layer", 5, (16, 16), activations=(0,), fused=False, strided=True),
+        Case("many_experts_and_gates", 3, (4, 3), 70, 66, largest_gate=3),
+        Case("large_gate", 18, (5, 4), 70, 2, largest_gate=70),
+        Case("wide", 9, (8, 270), 2, 2, (5,)),
+        Case("bf16", 40 * scale, (48, 32, 16), activations=(1, 1), dtype=bf16, num_inputs=2),
+        Case("bf16_odd", 37, (19, 21, 9), activations=(3, 1), dtype=bf16, num_inputs=2),
+        Case("bf16_float32_logits", 20, (16, 16), dtype=bf16, logits_dtype=f32),
+        Case("bf16_many_rows", 130 * scale, (64, 144), 2, 2, (4,), dtype=bf16),
+        Case("f16", 40 * scale, (48, 32, 16), activations=(1, 2), dtype=f16, num_inputs=2),
+        Case("f16_odd_unfused", 37, (19, 21, 9), activations=(4, 6), dtype=f16, fused=False),
+        Case("float32_half_logits", 20, (16, 16), logits_dtype=f16, strided=True),
+    ]
+    found += [Case(f"{name}", 18, (20, 12, 9), 3, 2, (code, code)) for code, name in enumerate(ACTIVATIONS)]
+    return found
+
+
+@dataclass
+class Arguments:
+    """The tensors and the routing of a case, in the order of the operators' arguments."""
+
+    inputs: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    gate_logits: list[Tensor]
+    grad_outputs: list[Tensor]
+    expert_inputs: list[int]
+    gate_experts: list[int]
+    gate_sizes: list[int]
+    activations: list[int]
+
+    @property
+    def gates(self) -> tuple[list[int], list[int]]:
+        return self.gate_experts, self.gate_sizes
+
+    @property
+    def routing(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        return self.expert_inputs, self.gate_experts, self.gate_sizes, self.activations
+
+
+def arguments(case: Case, device: str) -> Arguments:
+    """Random tensors for a case, the same at every call."""
+    generator = torch.Generator().manual_seed(case.rows + sum(case.widths))
+    choose = random.Random(case.name)
+
+    def tensor(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+        if case.strided:
+            value = torch.randn(*shape[::-1], generator=generator).t() if len(shape) == 2 else torch.randn(
+                shape[0], 2, generator=generator)[:, 1]  # fmt: skip
+        else:
+            value = torch.randn(*shape, generator=generator)
+        moved = (value * scale).to(dtype).to(device)
+        if case.unaligned:
+            room = torch.zeros(moved.numel() + 1, dtype=dtype, device=device)
+            room[1:] = moved.flatten()
+            moved = room[1:].view(shape)
+        return moved
+
+    sizes = [choose.randint(1, min(case.largest_gate, case.num_experts)) for _ in range(case.num_gates)]
+    sizes[0] = min(case.largest_gate, case.num_experts)
+    members = [choose.sample(range(case.num_experts), size) for size in sizes]
+    layers = len(case.activations)
+    pairs = list(zip(case.widths[:-1], case.widths[1:], strict=True))
+    logits = tensor(case.rows, sum(sizes), dtype=case.logits_dtype or case.dtype)
+    return Arguments(
+        inputs=[tensor(case.rows, case.widths[0]) for _ in range(case.num_inputs)],
+        weights=[tensor(o, i, scale=i**-0.5) for i, o in pairs for _ in range(case.num_experts)],
+        biases=[
+            tensor(pairs[layer][1]) if case.biases[layer] else None
+            for layer in range(layers)
+            for _ in range(case.num_experts)
+        ],
+        gate_logits=list(logits.split(sizes, dim=1)),
+        grad_outputs=[tensor(case.rows, case.widths[-1]) for _ in sizes],
+        expert_inputs=[choose.randrange(case.num_inputs) for _ in range(case.num_experts)],
+        gate_experts=[e for gate in members for e in gate],
+        gate_sizes=sizes,
+        activations=list(case.activations),
+    )
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills what launchers allocate with NaN, so that an element that no kernel writes is seen."""
+
+    def fill(allocate: Any) -> Any:
+        def allocated(*args: Any, **kwargs: Any) -> Tensor:
+            tensor: Tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return allocated
+
+    with (
+        mock.patch.object(torch, "empty", fill(torch.empty)),
+        mock.patch.object(torch, "empty_like", fill(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", fill(Tensor.new_empty)),
+    ):
+        yield
+
+
+def exact(value: Any) -> Any:
+    """The tensors of ``value`` in float64."""
+    if isinstance(value, Tensor):
+        return value.double()
+    return [exact(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def assert_within_budget(
+    what: str, found: Sequence[Tensor], expected: Sequence[Tensor], true: Sequence[Tensor]
+) -> None:
+    """The error against float64 is at most three times that of the reference in the same dtype, and a few eps."""
+    assert len(found) == len(expected), f"{what}: {len(found)} tensors, expected {len(expected)}"
+    for i, (mine, same, ideal) in enumerate(zip(found, expected, true, strict=True)):
+        assert mine.shape == same.shape and mine.dtype == same.dtype, f"{what}[{i}]: {mine.shape} {mine.dtype}"
+        assert mine.is_contiguous(), f"{what}[{i}] is not contiguous"
+        if mine.numel() == 0:
+            continue
+        assert mine.isfinite().all(), f"{what}[{i}] has elements that are not finite"
+        scale = max(ideal.abs().max().item(), 1e-3)
+        allowed = 3 * (same.double() - ideal).abs().max().item() + 4 * torch.finfo(same.dtype).eps * scale
+        error = (mine.double() - ideal).abs().max().item()
+        assert error <= allowed, f"{what}[{i}]: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_expert_mixture(case: Case, device: str, needs: tuple[bool, bool, bool, bool] = (True,) * 4) -> None:
+    """Forward with and without saving, and backward, against the reference."""
+    from mtlkernels.ops.expert_mixture import triton as kernels
+    from mtlkernels.ops.expert_mixture import triton_tiles as tiles
+
+    a = arguments(case, device)
+    operands = (a.inputs, a.weights, a.biases, a.gate_logits)
+    expected, saved = experts_reference.forward(*operands, *a.routing, True)
+    true, true_saved = experts_reference.forward(*map(exact, operands), *a.routing, True)
+    with mock.patch.object(tiles, "MIN_FUSED_PROGRAMS", 0 if case.fused else 1 << 30), poisoned():
+        found, found_saved = kernels.forward(*operands, *a.routing, True)
+        alone, nothing = kernels.forward(*operands, *a.routing, False)
+    assert nothing == []
+    assert_within_budget("outputs", found, expected, true)
+    assert_within_budget("outputs without saving", alone, expected, true)
+    assert_within_budget("saved", found_saved, saved, true_saved)
+
+    operands = (a.grad_outputs, a.inputs, a.weights, a.gate_logits, saved)
+    wanted = experts_reference.backward(*operands, *a.routing, *needs)
+    ideal = experts_reference.backward(*map(exact, operands), *a.routing, *needs)
+    with poisoned():
+        got = kernels.backward(*operands, *a.routing, *needs)
+    for what, *tensors in zip(("inputs", "weights", "biases", "logits"), got, wanted, ideal, strict=True):
+        assert_within_budget(f"gradients of {what}", *tensors)
+
+
+def check_gated_mixture(case: Case, device: str, needs: tuple[bool, bool] = (True, True)) -> None:
+    """Forward and backward against the reference, for experts of two layouts."""
+    from mtlkernels.ops.gated_mixture import triton as kernels
+
+    a = arguments(case, device)
+    shape = (case.num_experts, case.rows, case.widths[-1])
+    stacked = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(case.dtype).to(device)
+    layouts = [stacked.transpose(0, 1), stacked.transpose(0, 1).contiguous()]
+    if case.strided:
+        layouts = [stacked.permute(2, 1, 0).contiguous().permute(1, 2, 0)]
+    for experts in layouts:
+        expected = mixture_reference.forward(experts, a.gate_logits, *a.gates)
+        true = mixture_reference.forward(exact(experts), exact(a.gate_logits), *a.gates)
+        backward = (a.grad_outputs, experts, a.gate_logits)
+        wanted = mixture_reference.backward(*backward, *a.gates, *needs)
+        ideal = mixture_reference.backward(*map(exact, backward), *a.gates, *needs)
+        with poisoned():
+            found = kernels.forward(experts, a.gate_logits, *a.gates)
+            got = kernels.backward(*backward, *a.gates, *needs)
+        assert_within_budget("outputs", found, expected, true)
+        for what, *tensors in zip(("experts", "logits"), got, wanted, ideal, strict=True):
+            assert_within_budget(f"gradients of {what}", *tensors)

@@ -1,0 +1,82 @@
+"""Every kernel against the reference, on CPU tensors; ``test_interpreter.py`` runs this under Triton's interpreter."""
+
+from __future__ import annotations
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+
+from mtlkernels import Routing, expert_mixture, use_backend
+from mtlkernels._backends import interpreting
+from tests.triton.cases import Case, cases, check_expert_mixture, check_gated_mixture
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
+SMALL = Case("small", 9, (8, 7, 6), activations=(3, 1), num_inputs=2)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_expert_mixture(case: Case) -> None:
+    check_expert_mixture(case, "cpu")
+
+
+# The mixture knows nothing of layers: cases that differ in these alone are left out.
+@pytest.mark.parametrize("case", [case for case in cases() if len(case.activations) == 1], ids=str)
+def test_gated_mixture(case: Case) -> None:
+    check_gated_mixture(case, "cpu")
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4))[:-1], ids=str)
+def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool, bool]) -> None:
+    check_expert_mixture(SMALL, "cpu", needs)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
+def test_only_the_mixture_gradients_asked_for(needs: tuple[bool, bool]) -> None:
+    check_gated_mixture(SMALL, "cpu", needs)
+
+
+def test_an_expert_outside_a_gate_cannot_reach_it() -> None:
+    """Infinite outputs of an expert leave the gates that do not mix it alone: no 0 times infinity."""
+    from mtlkernels.ops.expert_mixture import triton as kernels
+    from mtlkernels.ops.expert_mixture import triton_tiles as tiles
+
+    x, weight = torch.ones(32, 4), torch.ones(32, 4)  # whole tiles: beyond them 0 times infinity is harmless
+    logits = [torch.zeros(32, 1), torch.zeros(32, 1)]
+    with mock.patch.object(tiles, "MIN_FUSED_PROGRAMS", 0):
+        (finite, infinite), _ = kernels.forward(
+            [x], [weight, weight], [None, torch.full((32,), float("inf"))], logits, [0, 0], [0, 1], [1, 1], [0], False
+        )
+    assert finite.eq(4).all() and infinite.isinf().all()
+
+
+def test_minus_infinite_logits_mask_an_expert() -> None:
+    from mtlkernels.ops.gated_mixture import reference
+    from mtlkernels.ops.gated_mixture import triton as kernels
+
+    experts = torch.randn(4, 20, 3)
+    logits = torch.randn(4, 20)
+    logits[0, 0] = logits[1, 3] = logits[2, 17] = float("-inf")
+    logits[3, :18] = float("-inf")
+    arguments = (experts, [logits], list(range(20)), [20])
+    torch.testing.assert_close(kernels.forward(*arguments), reference.forward(*arguments))
+
+
+def test_through_the_public_function() -> None:
+    """The launcher is what ``use_backend("triton")`` runs, forward and backward."""
+    routing = Routing.cgc(2, 1, 1, shared_gate=True)
+    torch.manual_seed(0)
+    x = [torch.randn(6, 5, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(3, 4, 5, requires_grad=True)
+    logits = torch.randn(6, 7, requires_grad=True)
+    leaves = [*x, weight, logits]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = expert_mixture(x, [weight], None, logits, routing, activation="tanh")
+        return torch.autograd.grad(sum(y.square().sum() for y in out), leaves)
+
+    with use_backend("triton"):
+        found = gradients()
+    with use_backend("reference"):
+        torch.testing.assert_close(found, gradients())

@@ -1,0 +1,30 @@
+"""Compiles one configuration of every kernel for sm_90; ``python -m tests.triton.aot`` compiles all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+from mtlkernels._backends import interpreting  # noqa: E402
+from mtlkernels.ops.activations import CODES  # noqa: E402
+from tests.triton import aot  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(not (aot.TOOLS / "ptxas").exists(), reason="this Triton has no ptxas"),
+    pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler"),
+]
+KERNELS = ("mix_forward", "mix_backward", "layer_forward", "last_forward", "input_gradient", "weight_gradient")
+PRODUCTS = KERNELS[2:]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_compiles_without_spilling(kernel: str) -> None:
+    variant = [v for v in aot.variants((CODES["tanh"],)) if v.kernel == kernel and v.dtype == "bf16"][-1]
+    usage = aot.compile_variant(variant, 90)
+    assert not usage.error
+    assert usage.stack == 0
+    assert (usage.tensor_core > 0) == (kernel in PRODUCTS)
+
+
+def test_every_kernel_is_among_the_variants() -> None:
+    assert {v.kernel for v in aot.variants((0,))} == set(KERNELS)

@@ -1,0 +1,100 @@
+"""Every kernel against the reference, compiled and on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from mtlkernels import Routing, expert_mixture  # noqa: E402
+from tests.triton.cases import Case, arguments, cases, check_expert_mixture, check_gated_mixture  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+SMALL = Case("small", 9, (8, 7, 6), activations=(3, 1), num_inputs=2)
+# Rows, and widths past a tile in every direction, that take the interpreter too long.
+LARGE = [
+    Case("large_bf16", 4096, (416, 256, 128), 12, 3, (1, 1), dtype=torch.bfloat16, largest_gate=12),
+    Case("large_f32", 4096, (416, 256, 128), 12, 3, (1, 1), largest_gate=12),
+    Case("large_many_gates", 2000, (200, 264, 136), 12, 9, (3, 3), dtype=torch.float16, largest_gate=12),
+]
+
+
+@pytest.fixture(params=[False, True], ids=["ieee", "tf32"])
+def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Both settings of PyTorch's own switch, which the kernels follow."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("case", cases(scale=8) + LARGE, ids=str)
+def test_expert_mixture(case: Case, tf32: bool) -> None:
+    if tf32 and case.dtype != torch.float32:
+        pytest.skip("TF32 concerns float32 alone")
+    check_expert_mixture(case, "cuda")
+
+
+@pytest.mark.parametrize("case", cases(scale=8) + LARGE, ids=str)
+def test_gated_mixture(case: Case) -> None:
+    check_gated_mixture(case, "cuda")
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4))[:-1], ids=str)
+def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool, bool]) -> None:
+    check_expert_mixture(SMALL, "cuda", needs)
+
+
+def test_results_are_the_same_every_time() -> None:
+    from mtlkernels.ops.expert_mixture import triton as kernels
+
+    a = arguments(LARGE[0], "cuda")
+    operands = (a.inputs, a.weights, a.biases, a.gate_logits)
+
+    def results() -> list[torch.Tensor]:
+        outputs, saved = kernels.forward(*operands, *a.routing, True)
+        gradients = kernels.backward(
+            a.grad_outputs, a.inputs, a.weights, a.gate_logits, saved, *a.routing, True, True, True, True
+        )
+        return [*outputs, *itertools.chain(*gradients)]
+
+    for first, second in zip(results(), results(), strict=True):
+        assert torch.equal(first, second)
+
+
+def _training_step() -> tuple[torch.Tensor, Callable[[], list[torch.Tensor]]]:
+    """The input of a small level, and a function that computes its gradients, called once so that all is compiled."""
+    routing = Routing.cgc(2, 2, 2, single_input=True)
+    x = torch.randn(300, 64, device="cuda", requires_grad=True)
+    weights = [torch.randn(6, 32, 64, device="cuda", requires_grad=True)]
+    logits = torch.randn(300, 8, device="cuda", requires_grad=True)
+
+    def gradients() -> list[torch.Tensor]:
+        out = expert_mixture(x, weights, None, logits, routing)
+        return list(torch.autograd.grad([y.square().sum() for y in out], [x, *weights, logits]))
+
+    gradients()
+    return x, gradients
+
+
+def test_nothing_waits_for_the_device() -> None:
+    _, gradients = _training_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_can_be_captured_and_replayed() -> None:
+    x, gradients = _training_step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    with torch.no_grad():
+        x.add_(1)
+    graph.replay()
+    torch.testing.assert_close(captured, gradients())
