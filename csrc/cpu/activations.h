@@ -19,7 +19,7 @@ enum Activation : int {
 // Whether the derivative needs the activation's input; otherwise it follows from the output.
 inline bool from_input(int code) { return code == kGelu || code == kSilu; }
 
-constexpr float kLeakySlope = 0.01f;
+constexpr double kLeakySlope = 0.01;
 
 // exp, erf and tanh for float vectors: polynomials fitted at Chebyshev nodes, with errors below 4e-9 before rounding.
 // For double they are the C library's, lane by lane.

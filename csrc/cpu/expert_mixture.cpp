@@ -3,47 +3,10 @@
 #include <torch/library.h>
 
 #include "level_args.h"
+#include "plan.h"
 
 namespace mtlk {
 namespace {
-
-// A block's intermediates should stay in a core's second-level cache beside the weights of one expert.
-constexpr int64_t kBlockBytes = 640 * 1024;
-constexpr int64_t kLeastRows = 64;
-constexpr int64_t kMostRows = 256;
-
-struct Cut {
-  int64_t block_rows, blocks;
-  int parts;  // into which the experts are divided where there are fewer blocks than threads
-
-  static Cut of(const Level& level, int64_t bytes_of_a_row) {
-    const int64_t threads = at::get_num_threads();
-    int64_t rows = std::clamp(kBlockBytes / bytes_of_a_row, kLeastRows, kMostRows);
-    rows = std::min(rows, std::max(kLeastRows, (level.rows + threads - 1) / threads));
-    rows = (rows + 15) / 16 * 16;
-    const int64_t blocks = (level.rows + rows - 1) / rows;
-    const int64_t parts = std::min<int64_t>(level.experts, blocks < threads ? (threads + blocks - 1) / blocks : 1);
-    return {rows, blocks, static_cast<int>(parts)};
-  }
-};
-
-int part_begin(const Level& level, int part, int parts) { return level.experts * part / parts; }
-
-// Uninitialised memory that starts on a cache line.
-class Scratch {
- public:
-  Scratch(int64_t pieces, int64_t bytes) : stride_((bytes + 63) / 64 * 64) {
-    memory_ = at::empty({pieces * stride_ + 64}, at::kByte);
-    const auto address = reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr());
-    first_ = reinterpret_cast<char*>((address + 63) / 64 * 64);
-  }
-  void* operator[](int64_t piece) const { return first_ + piece * stride_; }
-
- private:
-  int64_t stride_;
-  at::Tensor memory_;
-  char* first_;
-};
 
 void run_tiny(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   const Level& level = args.level;
@@ -121,8 +84,138 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
   return {outputs, saved};
 }
 
+// What a backward call returns, and the sums that its kernels add to where these cannot be the results themselves.
+class Results {
+ public:
+  Results(const Level& level, at::TensorList inputs, at::TensorList weights, at::TensorList logits,
+          const ExpertMixtureKernels& table, bool need_inputs, bool need_weights, bool need_biases, bool need_logits) {
+    for (size_t i = 0; need_inputs && i < inputs.size(); ++i) {
+      const bool read = std::count(level.expert_inputs, level.expert_inputs + level.experts, static_cast<int>(i)) > 0;
+      inputs_.push_back(read ? at::empty(inputs[i].sizes(), inputs[i].options())
+                             : at::zeros(inputs[i].sizes(), inputs[i].options()));
+    }
+    for (size_t k = 0; need_logits && k < logits.size(); ++k) {
+      logits_.push_back(at::empty(logits[k].sizes(), logits[k].options()));
+    }
+    const auto compute = weights[0].options().dtype(weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    for (int l = 0; l < level.layers; ++l) {
+      const int64_t multiple = table.weight_sum_multiple;
+      sum_ld_.push_back((level.widths[l] + multiple - 1) / multiple * multiple);
+    }
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const int64_t out = weights[i].size(0), ld = sum_ld_[i / level.experts];
+      if (need_weights) {
+        weights_.push_back(at::empty(weights[i].sizes(), weights[i].options()));
+        const bool fits = table.stores_compute && ld == weights[i].size(1);
+        weight_sums_.push_back(fits ? weights_.back() : at::empty({out, ld}, compute));
+      }
+      if (need_biases) {
+        biases_.push_back(at::empty({out}, weights[i].options()));
+        bias_sums_.push_back(table.stores_compute ? biases_.back() : at::empty({out}, compute));
+      }
+    }
+    for (auto [tensors, pointers] : {std::pair{&inputs_, &input_pointers_}, {&logits_, &logit_pointers_},
+                                     {&weight_sums_, &weight_pointers_}, {&bias_sums_, &bias_pointers_}}) {
+      for (const at::Tensor& tensor : *tensors) pointers->push_back(tensor.mutable_data_ptr());
+    }
+  }
+  Results(const Results&) = delete;
+
+  void point(BackwardArgs& args) {
+    args.grad_inputs = inputs_.empty() ? nullptr : input_pointers_.data();
+    args.grad_logits = logits_.empty() ? nullptr : logit_pointers_.data();
+    args.need_weights = !weights_.empty();
+    args.need_biases = !biases_.empty();
+    args.weight_sums = weight_pointers_.data();
+    args.weight_sum_ld = sum_ld_.data();
+    args.bias_sums = bias_pointers_.data();
+  }
+
+  void zero_sums() {
+    for (const at::Tensor& sum : weight_sums_) sum.zero_();
+    for (const at::Tensor& sum : bias_sums_) sum.zero_();
+  }
+
+  void write_sums(const ExpertMixtureKernels& table) {
+    const auto write = [&](const std::vector<at::Tensor>& sums, const std::vector<at::Tensor>& results) {
+      parallel_tasks(at::get_num_threads(), results.size(), [&](int64_t i) {
+        const at::Tensor &sum = sums[i], &result = results[i];
+        if (sum.is_same(result)) return;
+        const bool matrix = result.dim() == 2;
+        table.write_sums(sum.const_data_ptr(), matrix ? sum.size(1) : sum.size(0), matrix ? result.size(0) : 1,
+                         matrix ? result.size(1) : result.size(0), result.mutable_data_ptr());
+      });
+    };
+    write(weight_sums_, weights_);
+    write(bias_sums_, biases_);
+  }
+
+  std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> take() {
+    return {std::move(inputs_), std::move(weights_), std::move(biases_), std::move(logits_)};
+  }
+
+ private:
+  std::vector<at::Tensor> inputs_, weights_, biases_, logits_, weight_sums_, bias_sums_;
+  std::vector<int64_t> sum_ld_;
+  std::vector<void*> input_pointers_, logit_pointers_, weight_pointers_, bias_pointers_;
+};
+
+void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
+  const Level& level = args.level;
+  const int64_t threads = at::get_num_threads();
+  const int64_t block_rows = Cut::block_rows_of(level, table.backward_bytes(level, kLeastRows) / kLeastRows);
+  const int64_t capacity = chunk_rows(level, block_rows);
+  const Scratch scratch(threads, table.backward_bytes(level, block_rows));
+  const Scratch gradients(1, args.need_chain() ? table.gradient_bytes(level, capacity) : 0);
+  const Scratch operands(1, args.need_weights ? table.operand_bytes(level, capacity) : 0);
+  for (int64_t row = 0; row < level.rows; row += capacity) {
+    const BackwardChunk chunk{row, std::min(capacity, level.rows - row), capacity, gradients[0], operands[0]};
+    parallel_tasks_on(threads, (chunk.rows + block_rows - 1) / block_rows, [&](int64_t block, int64_t thread) {
+      const int64_t first = block * block_rows;
+      table.backward(args, chunk, row + first, std::min(block_rows, chunk.rows - first), scratch[thread]);
+    });
+    if (args.need_weights) {
+      parallel_tasks(threads, table.operand_tasks(args), [&](int64_t task) { table.make_operand(args, chunk, task); });
+    }
+    if (args.need_weights || args.need_biases) {
+      parallel_tasks(threads, table.weight_tasks(args), [&](int64_t task) { table.weight_gradient(args, chunk, task); });
+    }
+  }
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
+    at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights, at::TensorList gate_logits,
+    at::TensorList saved, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
+    at::IntArrayRef activations, bool need_inputs, bool need_weights, bool need_biases, bool need_logits) {
+  LevelTables tables(inputs, weights, gate_logits, expert_inputs, gate_experts, gate_sizes, activations);
+  const Level& level = tables.level();
+  const ExpertMixtureKernels& table = kernels().expert_mixture[static_cast<int>(dtype_of(inputs[0]))];
+  tables.set_backward(grad_outputs, saved);
+  Results results(level, inputs, weights, gate_logits, table, need_inputs, need_weights, need_biases, need_logits);
+  BackwardArgs args{};
+  args.level = level;
+  args.grad_outputs = tables.grad_outputs();
+  args.grad_output_ld = tables.grad_output_ld();
+  args.saved = tables.saved();
+  results.point(args);
+  if (level.rows == 0 || level.widths[level.layers] == 0) {
+    results.zero_sums();
+  } else {
+    if (args.need_chain()) {
+      tables.set_weights(weights, table.backward_form, table.backward_transposed);
+      args.level = level;
+    }
+    run_backward(args, table);
+  }
+  results.write_sums(table);
+  return results.take();
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) { m.impl("expert_mixture_forward", TORCH_FN(forward)); }
+TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("expert_mixture_forward", TORCH_FN(forward));
+  m.impl("expert_mixture_backward", TORCH_FN(backward));
+}
 
 }  // namespace mtlk

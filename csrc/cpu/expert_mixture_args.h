@@ -54,12 +54,26 @@ struct ForwardArgs {
 struct BackwardArgs {
   Level level;
   const void* const* grad_outputs;  // [rows, widths[layers]] for each gate, unit column stride
-  const int64_t* grad_ld;
-  const void* const* saved;
-  void* const* grad_inputs;         // contiguous, or null
-  void* const* grad_weights;        // contiguous, or null
-  void* const* grad_biases;         // or null
-  void* const* grad_logits;         // contiguous, of the logits' dtype, or null
+  const int64_t* grad_output_ld;
+  const void* const* saved;       // as the forward pass wrote them
+  void* const* grad_inputs;       // contiguous [rows, widths[0]] for each stream, or null
+  void* const* grad_logits;       // contiguous, of the logits' dtype, or null
+  bool need_weights, need_biases;
+
+  // Sums over the rows, of the compute type, for each layer and expert: [out][weight_sum_ld[layer]] and [out].
+  void* const* weight_sums;
+  const int64_t* weight_sum_ld;
+  void* const* bias_sums;
+
+  bool need_chain() const { return grad_inputs != nullptr || need_weights || need_biases; }
+};
+
+// Rows that go through the backward pass together: first the chain, block by block, then the weights' gradients.
+struct BackwardChunk {
+  int64_t row, rows;
+  int64_t capacity;  // rows that the buffers are laid out for
+  void* gradients;  // of pre-activations, see BackwardLayout
+  void* operands;   // what each layer read, where it has to be made
 };
 
 // How a set of kernels wants the weights of a level.

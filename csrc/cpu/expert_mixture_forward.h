@@ -158,8 +158,8 @@ class ForwardBlock {
       Engine::clear_margin(out + g * out_size, width);
       if (save_before) Engine::clear_margin(s_.kept + g * out_size, width);
     }
-    for (int64_t o = 0; o < width; o += Engine::kRows) {
-      const int64_t n = width - o < Engine::kRows ? width - o : Engine::kRows;
+    for (int64_t t = 0; t < Engine::tiles(width); ++t) {
+      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
       const T* bias = level_.biases[at] ? static_cast<const T*>(level_.biases[at]) + o : nullptr;
       for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
         const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;

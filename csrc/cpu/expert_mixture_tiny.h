@@ -19,23 +19,31 @@ MTLK_INLINE Vector<C> load_as(const T* p) {
   }
 }
 
+// out[i] = the sum of the lanes of partial[i], for 16 vectors.
 template <typename C>
-MTLK_INLINE C sum_lanes(Vector<C> v) {
-  alignas(64) C lanes[Simd<C>::lanes];
-  store(lanes, v);
-  for (int width = Simd<C>::lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+MTLK_INLINE void sum_lanes(const C* partial, C* out) {
+  constexpr int L = Simd<C>::lanes;
+  if constexpr (L == kGroup && sizeof(C) == 4) {
+    alignas(64) C columns[kGroup * kGroup];
+    transpose16(partial, kGroup, columns, kGroup);
+    Vector<C> sum[4] = {};
+    for (int i = 0; i < kGroup; ++i) sum[i % 4] += load(columns + i * kGroup);
+    store(out, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  } else {
+    for (int i = 0; i < kGroup; ++i) {
+      C sum = 0;
+      for (int lane = 0; lane < L; ++lane) sum += partial[i * L + lane];
+      out[i] = sum;
+    }
   }
-  return lanes[0];
 }
 
-// out[r * ld_out + o] = <x row r, w row o> for R rows and O outputs.
+// partial[r][o] = the lanes of <x row r, w row o> over whole vectors of `depth`, for R rows and O outputs.
 template <typename T, typename C, int R, int O>
-MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int64_t depth, C* out, int64_t ld_out) {
+MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int64_t depth, C* partial) {
   constexpr int L = Simd<C>::lanes;
   Vector<C> acc[O][R] = {};
-  int64_t k = 0;
-  for (; k + L <= depth; k += L) {
+  for (int64_t k = 0; k + L <= depth; k += L) {
     Vector<C> row[R];
     for (int r = 0; r < R; ++r) row[r] = load(x + r * ldx + k);
 #pragma GCC unroll 8
@@ -46,21 +54,33 @@ MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int6
     }
   }
   for (int o = 0; o < O; ++o) {
-    for (int r = 0; r < R; ++r) {
-      C sum = sum_lanes<C>(acc[o][r]);
-      for (int64_t j = k; j < depth; ++j) sum += static_cast<C>(to_compute(w[o * ldw + j])) * x[r * ldx + j];
-      out[r * ld_out + o] = sum;
-    }
+    for (int r = 0; r < R; ++r) store(partial + (r * kGroup + o) * L, acc[o][r]);
   }
 }
 
+// out[r * ld_out + o] = <x row r, w row o>; out is written in whole groups of 16 outputs.
 template <typename T, typename C, int R>
 void dot_rows(const T* w, int64_t ldw, int64_t outputs, const C* x, int64_t ldx, int64_t depth, C* out,
               int64_t ld_out) {
-  constexpr int O = kRegisters >= 32 ? 8 : 2;
-  int64_t o = 0;
-  for (; o + O <= outputs; o += O) dot_tile<T, C, R, O>(w + o * ldw, ldw, x, ldx, depth, out + o, ld_out);
-  for (; o < outputs; ++o) dot_tile<T, C, R, 1>(w + o * ldw, ldw, x, ldx, depth, out + o, ld_out);
+  constexpr int L = Simd<C>::lanes;
+  constexpr int O = kRegisters >= 32 && R * 8 <= 32 - R - 1 ? 8 : kRegisters >= 32 ? 4 : R == 1 ? 4 : 2;
+  alignas(64) C partial[R * kGroup * L];
+  const int64_t tail = depth / L * L;
+  for (int64_t o = 0; o < outputs; o += kGroup) {
+    const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);
+    const T* rows = w + o * ldw;
+    int i = 0;
+    for (; i + O <= n; i += O) dot_tile<T, C, R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
+    for (; i < n; ++i) dot_tile<T, C, R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
+    for (int r = 0; r < R; ++r) {
+      C* place = out + r * ld_out + o;
+      if (n < kGroup) std::memset(partial + (r * kGroup + n) * L, 0, (kGroup - n) * L * sizeof(C));
+      sum_lanes(partial + r * kGroup * L, place);
+      for (int64_t k = tail; k < depth; ++k) {
+        for (int j = 0; j < n; ++j) place[j] += static_cast<C>(to_compute(rows[j * ldw + k])) * x[r * ldx + k];
+      }
+    }
+  }
 }
 
 template <typename T>
@@ -119,7 +139,9 @@ class TinyForward {
   void finish(const C* mixed, int parts, int64_t stride) {
     const int64_t width = level_.widths[level_.layers], row = padded(width);
     for (int p = 1; p < parts; ++p) {
-      for (int64_t i = 0; i < mixed_size(level_); ++i) mixed_[i] = (p == 1 ? mixed[i] : mixed_[i]) + mixed[p * stride + i];
+      for (int64_t i = 0; i < mixed_size(level_); ++i) {
+        mixed_[i] = (p == 1 ? mixed[i] : mixed_[i]) + mixed[p * stride + i];
+      }
     }
     if (parts > 1) mixed = mixed_;
     for (int k = 0; k < level_.gates.count; ++k) {

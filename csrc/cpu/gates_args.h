@@ -29,7 +29,7 @@ inline Dtype dtype_of(const at::Tensor& tensor) {
 class GateTables {
  public:
   GateTables(at::TensorList logits, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, int64_t experts) {
-    TORCH_CHECK_VALUE(logits.size() == gate_sizes.size(), "mtlkernels: gate_logits must hold a tensor for each of ",
+    TORCH_CHECK_VALUE(logits.size() == gate_sizes.size() && !logits.empty(), "mtlkernels: gate_logits must hold a tensor for each of ",
                       gate_sizes.size(), " gates, got ", logits.size());
     int column = 0;
     for (const int64_t size : gate_sizes) {
@@ -41,7 +41,11 @@ class GateTables {
                       "mtlkernels: gate_experts must hold an expert for each column of the gates, got ",
                       gate_experts.size(), " for ", column);
     use_begin_.assign(experts + 1, 0);
-    for (const int64_t e : gate_experts) ++use_begin_.at(e + 1);
+    for (const int64_t e : gate_experts) {
+      TORCH_CHECK_VALUE(e >= 0 && e < experts, "mtlkernels: gate_experts must name experts in [0, ", experts, "), got ",
+                        e);
+      ++use_begin_[e + 1];
+    }
     for (int64_t e = 0; e < experts; ++e) use_begin_[e + 1] += use_begin_[e];
     uses_.resize(gate_experts.size());
     std::vector<int> next(use_begin_.begin(), use_begin_.end() - 1);
@@ -50,6 +54,7 @@ class GateTables {
     }
     for (const at::Tensor& tensor : logits) {
       TORCH_CHECK_TYPE(tensor.scalar_type() == logits[0].scalar_type(), "mtlkernels: gate_logits must share one dtype");
+      TORCH_CHECK_VALUE(tensor.dim() == 2, "mtlkernels: gate_logits must hold matrices, got ", tensor.sizes());
       pointers_.push_back(tensor.const_data_ptr());
       row_stride_.push_back(tensor.stride(0));
       column_stride_.push_back(tensor.stride(1));
@@ -76,5 +81,17 @@ class GateTables {
   std::vector<int64_t> row_stride_, column_stride_;
   Gates gates_;
 };
+
+// What the kernels rely on of the logits, given rows and the experts' dtype.
+inline void check_gates(at::TensorList logits, const Gates& gates, int64_t rows, at::ScalarType experts) {
+  for (size_t k = 0; k < logits.size(); ++k) {
+    TORCH_CHECK_VALUE(logits[k].is_cpu(), "mtlkernels: gate_logits[", k, "] must be on the CPU, got ",
+                      logits[k].device());
+    TORCH_CHECK_VALUE(logits[k].size(0) == rows && logits[k].size(1) == gates.sizes[k], "mtlkernels: gate_logits[", k,
+                      "] must have shape [", rows, ", ", gates.sizes[k], "], got ", logits[k].sizes());
+    TORCH_CHECK_TYPE(logits[k].scalar_type() != at::kDouble || experts == at::kDouble, "mtlkernels: gate_logits[", k,
+                     "] must be no wider than the experts' ", experts);
+  }
+}
 
 }  // namespace mtlk

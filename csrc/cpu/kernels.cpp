@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include "expert_mixture_backward.h"
 #include "expert_mixture_tiny.h"
 #include "plain_engine.h"
 
@@ -45,6 +46,27 @@ void tiny_finish(const ForwardArgs& args, const void* mixed, int parts, void* sc
       .finish(static_cast<const Compute<T>*>(mixed), parts, TinyForward<T>::mixed_size(args.level));
 }
 
+template <typename Engine>
+void backward(const BackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, void* scratch) {
+  Engine::begin();
+  const BackwardLayout<Engine> layout{args.level, chunk.capacity};
+  BackwardBlock<Engine>(args, chunk, layout, row, nrows, scratch).run();
+  Engine::end();
+}
+
+// f(the weights' gradients of a chunk, their layout in scope).
+template <typename Engine, typename F>
+auto with_weight_gradients(const BackwardArgs& args, const BackwardChunk& chunk, F f) {
+  const BackwardLayout<Engine> layout{args.level, chunk.capacity};
+  return f(WeightGradients<Engine>(args, chunk, layout));
+}
+
+template <typename T>
+void write_sums(const void* sums, int64_t ld, int64_t rows, int64_t columns, void* out) {
+  const Compute<T>* from = static_cast<const Compute<T>*>(sums);
+  for (int64_t r = 0; r < rows; ++r) narrow(from + r * ld, static_cast<T*>(out) + r * columns, columns);
+}
+
 inline int64_t group_count(int64_t nrows) { return (nrows + kGroup - 1) / kGroup; }
 
 template <typename Engine>
@@ -69,6 +91,39 @@ ExpertMixtureKernels expert_mixture_kernels() {
   };
   table.tiny = tiny<T>;
   table.tiny_finish = tiny_finish<T>;
+
+  table.stores_compute = __is_same(T, C);
+  table.backward_form = Engine::kBackwardForm;
+  table.backward_transposed = Engine::kBackwardTransposed;
+  table.block_multiple = Engine::kGradientRows;
+  table.weight_sum_multiple = Engine::kSumMultiple;
+  table.backward_bytes = [](const Level& level, int64_t nrows) {
+    return BackwardScratch<Engine>(level, group_count(nrows), nullptr).total;
+  };
+  table.gradient_bytes = [](const Level& level, int64_t chunk_rows) {
+    return BackwardLayout<Engine>{level, chunk_rows}.gradients() *
+           static_cast<int64_t>(sizeof(typename Engine::Gradient));
+  };
+  table.operand_bytes = [](const Level& level, int64_t chunk_rows) {
+    return BackwardLayout<Engine>{level, chunk_rows}.operand_offset(level.layers, 0, stream_count(level)) *
+           static_cast<int64_t>(sizeof(typename Engine::Operand));
+  };
+  table.backward = backward<Engine>;
+  table.operand_tasks = [](const BackwardArgs& args) {
+    return with_weight_gradients<Engine>(args, {}, [](const auto& grads) { return grads.operands(); });
+  };
+  table.make_operand = [](const BackwardArgs& args, const BackwardChunk& chunk, int64_t task) {
+    with_weight_gradients<Engine>(args, chunk, [&](const auto& grads) { grads.make_operand(task); });
+  };
+  table.weight_tasks = [](const BackwardArgs& args) {
+    return with_weight_gradients<Engine>(args, {}, [](const auto& grads) { return grads.tasks(); });
+  };
+  table.weight_gradient = [](const BackwardArgs& args, const BackwardChunk& chunk, int64_t task) {
+    Engine::begin();
+    with_weight_gradients<Engine>(args, chunk, [&](const auto& grads) { grads.run(task); });
+    Engine::end();
+  };
+  table.write_sums = write_sums<T>;
   return table;
 }
 

@@ -8,6 +8,7 @@ namespace mtlk {
 // Kernels for one storage type. Scratch is bytes that the caller provides, aligned to a cache line.
 struct ExpertMixtureKernels {
   WeightForm forward_form, backward_form;
+  bool stores_compute;  // the storage type is the compute type
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each
   // part leaves its sums, forward_mixed(...) values of the compute type, in `mixed`, and finish adds them in order.
@@ -22,6 +23,22 @@ struct ExpertMixtureKernels {
   int64_t (*tiny_mixed_bytes)(const Level&);
   void (*tiny)(const ForwardArgs&, int first, int last, void* scratch, void* mixed);
   void (*tiny_finish)(const ForwardArgs&, const void* mixed, int parts, void* scratch);
+
+  // A chunk of rows of the backward pass: the chain for its blocks, then the operands, then the weights' gradients;
+  // each may run its tasks in any order. Blocks start at multiples of block_multiple within the chunk.
+  bool backward_transposed;  // the backward pass wants its weights transposed
+  int64_t block_multiple, weight_sum_multiple;
+  int64_t (*backward_bytes)(const Level&, int64_t nrows);
+  int64_t (*gradient_bytes)(const Level&, int64_t chunk_rows);
+  int64_t (*operand_bytes)(const Level&, int64_t chunk_rows);
+  void (*backward)(const BackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, void* scratch);
+  int64_t (*operand_tasks)(const BackwardArgs&);
+  void (*make_operand)(const BackwardArgs&, const BackwardChunk&, int64_t task);
+  int64_t (*weight_tasks)(const BackwardArgs&);
+  void (*weight_gradient)(const BackwardArgs&, const BackwardChunk&, int64_t task);
+
+  // Rows of sums of the compute type, ld apart, to contiguous rows of the storage type.
+  void (*write_sums)(const void* sums, int64_t ld, int64_t rows, int64_t columns, void* out);
 };
 
 struct Kernels {

@@ -22,8 +22,7 @@ class LevelTables {
         activations_(activations.begin(), activations.end()),
         expert_inputs_(expert_inputs.begin(), expert_inputs.end()),
         order_(experts_) {
-    TORCH_CHECK_VALUE(weights.size() == experts_ * activations_.size(), "mtlkernels: weights must hold ",
-                      experts_ * activations_.size(), " tensors, got ", weights.size());
+    check(inputs, weights, gate_logits);
     widths_.push_back(inputs[0].size(1));
     for (size_t l = 0; l < activations_.size(); ++l) widths_.push_back(weights[l * experts_].size(0));
     std::iota(order_.begin(), order_.end(), 0);
@@ -50,18 +49,47 @@ class LevelTables {
 
   const Level& level() const { return level_; }
 
-  // A tensor [rows, n] with unit column stride, kept alive as long as this; the last one kept.
-  void rows_of(const at::Tensor& x) { kept_.push_back(x.stride(1) == 1 ? x : x.contiguous()); }
-  const at::Tensor& last_kept() const { return kept_.back(); }
-
   void set_biases(BiasList biases) {
+    TORCH_CHECK_VALUE(biases.size() == biases_.size(), "mtlkernels: biases must hold ", biases_.size(),
+                      " entries, got ", biases.size());
     for (size_t i = 0; i < biases.size(); ++i) {
       const std::optional<at::Tensor> bias = biases.get(i);
       if (!bias) continue;
+      TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == widths_[i / experts_ + 1], "mtlkernels: biases[", i,
+                        "] must have shape [", widths_[i / experts_ + 1], "], got ", bias->sizes());
+      check_like(*bias, dtype_, "biases", i);
       kept_.push_back(bias->contiguous());
       biases_[i] = kept_.back().const_data_ptr();
     }
   }
+
+  void set_backward(at::TensorList grad_outputs, at::TensorList saved) {
+    const int64_t rows = level_.rows, features = widths_.back();
+    TORCH_CHECK_VALUE(static_cast<int>(grad_outputs.size()) == level_.gates.count,
+                      "mtlkernels: grad_outputs must hold a tensor for each of ", level_.gates.count, " gates, got ",
+                      grad_outputs.size());
+    for (size_t k = 0; k < grad_outputs.size(); ++k) {
+      check_like(grad_outputs[k], dtype_, "grad_outputs", k);
+      TORCH_CHECK_VALUE(grad_outputs[k].sizes() == at::IntArrayRef({rows, features}), "mtlkernels: grad_outputs[", k,
+                        "] must have shape [", rows, ", ", features, "], got ", grad_outputs[k].sizes());
+      rows_of(grad_outputs[k]);
+      grad_outputs_.push_back(kept_.back().const_data_ptr());
+      grad_output_ld_.push_back(kept_.back().stride(0));
+    }
+    TORCH_CHECK_VALUE(saved.size() == activations_.size(), "mtlkernels: saved must hold a tensor for each of ",
+                      activations_.size(), " layers, got ", saved.size());
+    for (size_t l = 0; l < saved.size(); ++l) {
+      check_like(saved[l], dtype_, "saved", l);
+      TORCH_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({static_cast<int64_t>(experts_), rows, widths_[l + 1]}),
+                        "mtlkernels: saved[", l, "] must have shape [", experts_, ", ", rows, ", ", widths_[l + 1],
+                        "], got ", saved[l].sizes());
+      kept_.push_back(saved[l].contiguous());
+      saved_.push_back(kept_.back().const_data_ptr());
+    }
+  }
+  const void* const* grad_outputs() const { return grad_outputs_.data(); }
+  const int64_t* grad_output_ld() const { return grad_output_ld_.data(); }
+  const void* const* saved() const { return saved_.data(); }
 
   // Weights in the form that the kernels want; `transposed` swaps inputs and outputs.
   void set_weights(at::TensorList weights, WeightForm form, bool transposed) {
@@ -81,6 +109,45 @@ class LevelTables {
   }
 
  private:
+  // Keeps a tensor [rows, n] with unit column stride as long as this lives.
+  void rows_of(const at::Tensor& x) { kept_.push_back(x.stride(1) == 1 ? x : x.contiguous()); }
+
+  static void check_like(const at::Tensor& tensor, at::ScalarType dtype, const char* name, size_t i) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype && tensor.layout() == at::kStrided, "mtlkernels: ", name, "[", i,
+                     "] must be a dense tensor of ", dtype, ", got ", tensor.layout(), " of ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.is_cpu(), "mtlkernels: ", name, "[", i, "] must be on the CPU, got ", tensor.device());
+  }
+
+  // All that the kernels rely on, so that a direct call of an operator cannot read out of bounds. The public functions
+  // check the same in Python, where messages know the caller's nesting.
+  void check(at::TensorList inputs, at::TensorList weights, at::TensorList gate_logits) {
+    TORCH_CHECK_VALUE(!inputs.empty() && !weights.empty(), "mtlkernels: there must be an input and a layer");
+    dtype_ = inputs[0].scalar_type();
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      check_like(inputs[i], dtype_, "inputs", i);
+      TORCH_CHECK_VALUE(inputs[i].dim() == 2 && inputs[i].sizes() == inputs[0].sizes(), "mtlkernels: inputs[", i,
+                        "] must have shape [B, D] as inputs[0], got ", inputs[i].sizes());
+    }
+    for (const int stream : expert_inputs_) {
+      TORCH_CHECK_VALUE(stream >= 0 && stream < static_cast<int64_t>(inputs.size()),
+                        "mtlkernels: expert_inputs must name streams in [0, ", inputs.size(), "), got ", stream);
+    }
+    TORCH_CHECK_VALUE(weights.size() == experts_ * activations_.size(), "mtlkernels: weights must hold ",
+                      experts_ * activations_.size(), " tensors, got ", weights.size());
+    int64_t in = inputs[0].size(1), out = in;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      check_like(weights[i], dtype_, "weights", i);
+      TORCH_CHECK_VALUE(weights[i].dim() == 2, "mtlkernels: weights[", i, "] must be a matrix");
+      if (i % experts_ == 0) {
+        in = out;
+        out = weights[i].size(0);
+      }
+      TORCH_CHECK_VALUE(weights[i].size(0) == out && weights[i].size(1) == in, "mtlkernels: weights[", i,
+                        "] must have shape [", out, ", ", in, "], got ", weights[i].sizes());
+    }
+    check_gates(gate_logits, gates_.gates(), inputs[0].size(0), dtype_);
+  }
+
   static at::Tensor with_form(const at::Tensor& weight, WeightForm form) {
     switch (form) {
       case WeightForm::kCompute:
@@ -102,8 +169,10 @@ class LevelTables {
   size_t experts_;
   std::vector<int> activations_, expert_inputs_, order_;
   std::vector<int64_t> widths_, input_ld_, weight_ld_;
-  std::vector<const void*> input_pointers_, weights_, biases_;
+  std::vector<int64_t> grad_output_ld_;
+  std::vector<const void*> input_pointers_, weights_, biases_, grad_outputs_, saved_;
   std::vector<at::Tensor> kept_;
+  at::ScalarType dtype_;
   Level level_;
 };
 

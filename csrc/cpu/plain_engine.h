@@ -18,6 +18,10 @@ struct PlainEngine {
   static constexpr int64_t kGroups = TileShape<C>::groups;      // groups of rows of a tile
   static constexpr WeightForm kForm = __is_same(T, C) ? WeightForm::kNatural : WeightForm::kCompute;
 
+  // Features are divided evenly among as few tiles as will do; tile t begins at tile_begin(features, t).
+  static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
+  static int64_t tile_begin(int64_t features, int64_t t) { return features * t / tiles(features); }
+
   // Elements of one group's panel.
   static int64_t panel_size(int64_t features) { return features * kGroup; }
 
@@ -39,8 +43,79 @@ struct PlainEngine {
   // `n` outputs from `feature` on for `groups` groups: out[group][feature][16].
   static void tile(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                    int64_t groups, C* out, int64_t out_group) {
-    tile_gemm<C>({w + feature * ld, ld, 1, panels, kGroup, panel_size(depth)}, n, groups, depth, out, out_group);
+    panel_gemm<C>(w + feature * ld, ld, 1, panels, panel_size(depth), depth, n, groups, out, out_group);
   }
+
+  // Backward: the same with the weight transposed, n of its columns against gradient panels of `depth` features.
+  static constexpr WeightForm kBackwardForm = kForm;
+  static constexpr bool kBackwardTransposed = false;
+  static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
+                        int64_t groups, C* out, int64_t out_group) {
+    panel_gemm<C>(w + feature, 1, ld, panels, panel_size(depth), depth, n, groups, out, out_group);
+  }
+
+  // Gradients of pre-activations, kept for the weights' gradients: a panel a group, so that the chain reads the same.
+  using Gradient = C;
+  static constexpr int64_t kGradientRows = kGroup;
+  static constexpr bool kGradientIsPanel = true;
+  static int64_t gradient_size(int64_t features) { return features * kGroup; }
+  static void store_gradient(Gradient*, int64_t, int64_t, int64_t, int64_t, const C*) {}
+
+  // What a layer read, for the weights' gradients: rows [nrows][operand_width(features)] of the compute type.
+  using Operand = C;
+  static int64_t operand_size(int64_t features, int64_t nrows) { return rounded(features) * nrows; }
+  // The rows as they are where they fit, otherwise null.
+  static const Operand* direct_operand(const T* rows, int64_t features) {
+    if constexpr (__is_same(T, C)) {
+      if (features % kGroup == 0) return rows;
+    }
+    return nullptr;
+  }
+  template <typename Activate>
+  static void make_operand(const T* rows, int64_t ld, int64_t nrows, int64_t features, Operand* out, Activate f) {
+    const int64_t width = rounded(features);
+    for (int64_t r = 0; r < nrows; ++r) {
+      widen(rows + r * ld, out + r * width, features);
+      for (int64_t i = features; i < width; ++i) out[r * width + i] = 0;
+      f(out + r * width, width);
+    }
+  }
+
+  // Adds gradient^T operand over nrows rows to grad[o][i] for columns [column, column + n), n <= kColumns.
+  static constexpr int64_t kColumns = kGroups * kGroup;
+  static constexpr int64_t kSumMultiple = kGroup;  // to which the rows of grad are rounded up
+  static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t operand_ld,
+                              int64_t nrows, int64_t column, int64_t n, C* grad, int64_t ld, bool add) {
+    const int64_t groups = (n + kGroup - 1) / kGroup;
+    for (int64_t t = 0; t < tiles(outputs); ++t) {
+      const int64_t o = tile_begin(outputs, t), rows = tile_begin(outputs, t + 1) - o;
+      bool on_top = add;
+      for (int64_t m = 0; m < nrows;) {
+        // Whole groups first, up to the depth of a partial sum; then what is left of the last group.
+        const int64_t left = nrows - m;
+        const int64_t inner = left < kGroup ? left : kGroup;
+        const int64_t outer = left < kGroup ? 1 : (left < kDepth ? left : kDepth) / kGroup;
+        tile_gemm<C>({gradient + m * outputs + o * kGroup, kGroup, 1, gradient_size(outputs), inner,
+                      operand + m * operand_ld + column, operand_ld, kGroup},
+                     rows, groups, outer, {grad + o * ld + column, ld, kGroup, on_top});
+        on_top = true;
+        m += outer * inner;
+      }
+    }
+  }
+  static void bias_gradient(const Gradient* gradient, int64_t outputs, int64_t nrows, C* grad, bool add) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      C total = add ? grad[o] : static_cast<C>(0);
+      C sum[kGroup] = {};
+      for (int64_t g = 0; g * kGroup < nrows; ++g) {
+        for (int i = 0; i < kGroup; ++i) sum[i] += gradient[g * gradient_size(outputs) + o * kGroup + i];
+      }
+      for (int i = 0; i < kGroup; ++i) total += sum[i];
+      grad[o] = total;
+    }
+  }
+
+  static int64_t rounded(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
 };
 
 }  // namespace MTLK_ISA

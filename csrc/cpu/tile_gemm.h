@@ -18,77 +18,91 @@ struct TileShape {
                                                                          : 1;
 };
 
-// How to walk A and B: A(i, k) = a[i * a_row + k * a_col]; step k of B starts at b + k * b_step, its second group
-// b_group further.
+// How to walk A and B. Step k = outer * inner + i of the sum has A(row, k) at a[row * a_row + outer * a_outer +
+// i * a_inner]; its B starts at b + k * b_step, the second group of lanes b_group further.
 template <typename C>
 struct Operands {
   const C* a;
-  int64_t a_row, a_col;
+  int64_t a_row, a_inner, a_outer;
+  int64_t inner;
   const C* b;
   int64_t b_step, b_group;
 };
 
-// Sums `depth` products in registers and writes them to out[group][row][16], on top of what is there if `add`.
+// Where a tile goes: row i of group j at out + i * row + j * group.
+template <typename C>
+struct Destination {
+  C* out;
+  int64_t row, group;
+  bool add;  // on top of what is there
+};
+
+// Sums `outer` runs of x.inner products in registers.
 template <typename C, int Rows, int Groups>
-MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t depth, bool add, C* out, int64_t out_group) {
+MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t outer, const Destination<C>& to) {
   constexpr int P = Simd<C>::per_group;
   constexpr int L = Simd<C>::lanes;
   Vector<C> acc[Rows][Groups * P] = {};
-  const C* a = x.a;
+  // A pointer for every third row: the rows between are one and two strides away, which addressing modes can express.
+  constexpr int kPointers = (Rows + 2) / 3;
+  const C* a[kPointers];
+  for (int i = 0; i < kPointers; ++i) a[i] = x.a + 3 * i * x.a_row;
   const C* b = x.b;
-  for (int64_t k = 0; k < depth; ++k, a += x.a_col, b += x.b_step) {
-    Vector<C> step[Groups * P];
+  const int64_t jump = x.a_outer - x.inner * x.a_inner;
+  for (int64_t o = 0; o < outer; ++o) {
+    for (int64_t k = 0; k < x.inner; ++k, b += x.b_step) {
+      Vector<C> step[Groups * P];
 #pragma GCC unroll 8
-    for (int j = 0; j < Groups * P; ++j) step[j] = load(b + (j / P) * x.b_group + (j % P) * L);
+      for (int j = 0; j < Groups * P; ++j) step[j] = load(b + (j / P) * x.b_group + (j % P) * L);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const Vector<C> value = broadcast(a[i * x.a_row]);
+      for (int i = 0; i < Rows; ++i) {
+        const Vector<C> value = broadcast(a[i / 3][(i % 3) * x.a_row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < Groups * P; ++j) acc[i][j] += value * step[j];
+        for (int j = 0; j < Groups * P; ++j) acc[i][j] += value * step[j];
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kPointers; ++i) a[i] += x.a_inner;
     }
+    for (int i = 0; i < kPointers; ++i) a[i] += jump;
   }
   for (int i = 0; i < Rows; ++i) {
     for (int j = 0; j < Groups * P; ++j) {
-      C* place = out + (j / P) * out_group + i * kGroup + (j % P) * L;
-      store(place, add ? load(place) + acc[i][j] : acc[i][j]);
+      C* place = to.out + i * to.row + (j / P) * to.group + (j % P) * L;
+      store(place, to.add ? load(place) + acc[i][j] : acc[i][j]);
     }
   }
 }
 
-// Fewer rows than the full tile: halves until nothing is left.
+// The kernel for a number of rows that is known at run time.
 template <typename C, int Rows, int Groups>
-void tile_rows(Operands<C> x, int64_t rows, int64_t depth, bool add, C* out, int64_t out_group) {
-  while (rows >= Rows) {
-    tile_kernel<C, Rows, Groups>(x, depth, add, out, out_group);
-    x.a += Rows * x.a_row;
-    out += Rows * kGroup;
-    rows -= Rows;
-  }
-  if constexpr (Rows > 1) {
-    if (rows > 0) tile_rows<C, Rows / 2, Groups>(x, rows, depth, add, out, out_group);
+MTLK_INLINE void tile_of_rows(const Operands<C>& x, int64_t rows, int64_t outer, const Destination<C>& to) {
+  if (rows == Rows) return tile_kernel<C, Rows, Groups>(x, outer, to);
+  if constexpr (Rows > 1) tile_of_rows<C, Rows - 1, Groups>(x, rows, outer, to);
+}
+
+// A tile of up to TileShape<C>::rows x TileShape<C>::groups.
+template <typename C>
+void tile_gemm(const Operands<C>& x, int64_t rows, int64_t groups, int64_t outer, const Destination<C>& to) {
+  constexpr int kRows = TileShape<C>::rows;
+  if (TileShape<C>::groups > 1 && groups > 1) {
+    tile_of_rows<C, kRows, TileShape<C>::groups>(x, rows, outer, to);
+  } else {
+    tile_of_rows<C, kRows, 1>(x, rows, outer, to);
   }
 }
 
-// Long sums are cut into partial sums, which bounds the rounding error as a blocked GEMM does.
+// Long sums are cut into partial sums of this many products, which bounds the rounding error as a blocked GEMM does.
 constexpr int64_t kDepth = 512;
 
-// A tile of up to TileShape<C>::rows x TileShape<C>::groups into out[group][row][16], groups `out_group` apart.
+// The tile of a product with a panel: A(row, k) at a[row * a_row + k * a_col], the panel [k][16] a group.
 template <typename C>
-void tile_gemm(Operands<C> x, int64_t rows, int64_t groups, int64_t depth, C* out, int64_t out_group) {
-  constexpr int kRows = TileShape<C>::rows;
-  bool add = false;
-  do {
-    const int64_t part = depth < kDepth ? depth : kDepth;
-    if (TileShape<C>::groups > 1 && groups > 1) {
-      tile_rows<C, kRows, TileShape<C>::groups>(x, rows, part, add, out, out_group);
-    } else {
-      tile_rows<C, kRows, 1>(x, rows, part, add, out, out_group);
-    }
-    x.a += part * x.a_col;
-    x.b += part * x.b_step;
-    depth -= part;
-    add = true;
-  } while (depth > 0);
+void panel_gemm(const C* a, int64_t a_row, int64_t a_col, const C* panel, int64_t panel_group, int64_t depth,
+                int64_t rows, int64_t groups, C* out, int64_t out_group) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
+    const int64_t part = depth - k < kDepth ? depth - k : kDepth;
+    tile_gemm<C>({a + k * a_col, a_row, a_col, 0, part, panel + k * kGroup, kGroup, panel_group}, rows, groups, 1,
+                 {out, kGroup, out_group, k > 0});
+  }
 }
 
 }  // namespace MTLK_ISA

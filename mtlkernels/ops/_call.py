@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlkernels import _backends, _extension
 from mtlkernels._backends import implementation
 from mtlkernels._library import cast_floats
 
@@ -15,7 +16,7 @@ from mtlkernels._library import cast_floats
 def under_autocast(like: Tensor, *groups: Any) -> Any:
     """The groups of tensors as autocast wants them: a differentiable cast, or the same objects outside autocast."""
     device = like.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return groups
     dtype = torch.get_autocast_dtype(device)
     return tuple(cast_floats(group, dtype) for group in groups)
@@ -38,3 +39,24 @@ def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:
         return run(*args)
     with torch._C._AutoDispatchBelowAutograd():  # past the operator's autograd kernel, which is Python
         return run(*args)
+
+
+def direct_to_cpp(like: Any) -> bool:
+    """Whether a call with this tensor may go straight to the C++ operator: nothing wants to see it on its way."""
+    return (
+        type(like) is Tensor
+        and like.is_cpu
+        and not torch.is_grad_enabled()
+        and _extension.loaded()
+        and _backends.forced() in (None, "cpp")
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def run_cpp(op: str, *args: Any) -> Any:
+    """Runs the forward operator of a call that :func:`direct_to_cpp` lets through."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.mtlkernels, f"{op}_forward").default(*args)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import needs_function, run_forward, under_autocast
+from mtlkernels.ops._call import direct_to_cpp, needs_function, run_cpp, run_forward, under_autocast
 from mtlkernels.ops._checks import check_logits, check_routing
+from mtlkernels.ops.activations import CODES
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
 from mtlkernels.ops.expert_mixture.checks import (
     activation_codes,
@@ -59,6 +60,9 @@ def expert_mixture(
         ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, or an activation is
             unknown.
     """
+    outputs = _serve(inputs, weights, biases, gate_logits, routing, activation)
+    if outputs is not None:
+        return outputs
     check_routing(routing)
     streams = check_inputs(inputs, routing)
     x = streams[0]
@@ -84,6 +88,41 @@ def expert_mixture(
         return tuple(out[: len(logits)])
     out = run_forward("expert_mixture", backend, streams[0], streams, flat_weights, bias_list, logits, *flat, False)
     return tuple(out[0])
+
+
+def _serve(
+    inputs: Any, weights: Any, biases: Any, gate_logits: Any, routing: Any, activation: Any
+) -> tuple[Tensor, ...] | None:
+    """Serving on a CPU, where checking some fifty tensors in Python would cost as much as a small batch.
+
+    Goes straight to the C++ operator, which checks what it is given before it computes. Returns None where this does
+    not apply, and where the operator refuses: the checks in Python then find out why, in the caller's terms.
+    """
+    if not direct_to_cpp(inputs[0] if isinstance(inputs, (list, tuple)) and inputs else inputs):
+        return None
+    try:
+        wiring = routing.wiring
+        experts = len(wiring.live)
+        codes = (CODES[activation],) * len(weights)
+        if wiring.idle or isinstance(gate_logits, Tensor) or any(len(layer) != experts for layer in weights):
+            return None
+        flat_weights = [w for layer in weights for w in layer]
+        if biases is None:
+            flat_biases: list[Tensor | None] = [None] * len(flat_weights)
+        else:
+            flat_biases = []
+            for layer in biases:
+                flat_biases += [None] * experts if layer is None else list(layer)
+        if isinstance(inputs, Tensor):
+            streams, expert_inputs = [inputs], (0,) * experts
+        elif len(inputs) == routing.num_inputs:
+            streams, expert_inputs = inputs, wiring.expert_inputs
+        else:
+            return None
+        flat = (expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
+        return tuple(run_cpp("expert_mixture", streams, flat_weights, flat_biases, gate_logits, *flat, False)[0])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _partition(tensors: list[Any], routing: Routing) -> tuple[list[Any], list[Any]]:

@@ -1,0 +1,414 @@
+// The backward pass of expert_mixture.
+//
+// The chain runs over blocks of rows, in cache: gradients of the outputs -> of the gates' logits and the last
+// pre-activations -> down the layers -> of the inputs, summed over the experts that read them. It leaves the gradients
+// of the pre-activations of a chunk of rows; the weights' gradients then take the batch as the depth of their GEMM.
+#pragma once
+
+#include "expert_mixture_forward.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+// Where the gradients and operands of a chunk lie.
+template <typename Engine>
+struct BackwardLayout {
+  const Level& level;
+  int64_t chunk_rows;  // of a full chunk
+
+  int64_t gradient_block(int l) const {
+    return (chunk_rows + Engine::kGradientRows - 1) / Engine::kGradientRows *
+           Engine::gradient_size(level.widths[l + 1]);
+  }
+  int64_t gradient_offset(int l, int e) const {
+    int64_t offset = 0;
+    for (int i = 0; i < l; ++i) offset += level.experts * gradient_block(i);
+    return offset + e * gradient_block(l);
+  }
+  int64_t gradients() const { return gradient_offset(level.layers, 0); }
+
+  // Operands: the streams, then the outputs of all layers but the last, expert by expert.
+  int64_t operand_offset(int l, int index, int streams) const {
+    const int64_t inputs = Engine::operand_size(level.widths[0], chunk_rows);
+    if (l == 0) return index * inputs;
+    int64_t offset = streams * inputs;
+    for (int i = 1; i < l; ++i) offset += level.experts * Engine::operand_size(level.widths[i], chunk_rows);
+    return offset + (l < level.layers ? index * Engine::operand_size(level.widths[l], chunk_rows) : 0);
+  }
+};
+
+inline int stream_count(const Level& level) {
+  int count = 0;
+  for (int e = 0; e < level.experts; ++e) {
+    count = level.expert_inputs[e] >= count ? level.expert_inputs[e] + 1 : count;
+  }
+  return count;
+}
+
+template <typename Engine>
+struct BackwardScratch {
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+  C *grad_outputs, *probabilities, *inner, *kept, *after, *whole, *below, *tile;
+  Element* panel[2];
+  int64_t total;
+
+  BackwardScratch(const Level& level, int64_t groups, void* memory) {
+    Arena arena(memory);
+    const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
+    grad_outputs = arena.take<C>(level.gates.count * groups * features * kGroup);
+    probabilities = arena.take<C>(level.gates.columns * groups * kGroup);
+    inner = arena.take<C>(level.gates.columns * groups * kGroup);
+    kept = arena.take<C>(widest * groups * kGroup);
+    after = arena.take<C>(features * kGroup);
+    whole = arena.take<C>(features * kGroup);
+    below = arena.take<C>(level.widths[0] * groups * kGroup);
+    tile = arena.take<C>(Engine::kRows * Engine::kGroups * kGroup);
+    const int64_t panels = Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups;
+    panel[0] = arena.take<Element>(panels);
+    panel[1] = arena.take<Element>(panels);
+    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+  }
+};
+
+template <typename Engine>
+class BackwardBlock {
+ public:
+  using T = typename Engine::T;
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+  using Gradient = typename Engine::Gradient;
+
+  // Rows [row, row + nrows) of the batch, which lie in the chunk.
+  BackwardBlock(const BackwardArgs& args, const BackwardChunk& chunk, const BackwardLayout<Engine>& layout, int64_t row,
+                int64_t nrows, void* memory)
+      : args_(args),
+        level_(args.level),
+        chunk_(chunk),
+        layout_(layout),
+        row_(row),
+        nrows_(nrows),
+        groups_((nrows + kGroup - 1) / kGroup),
+        s_(args.level, groups_, memory) {}
+
+  void run() {
+    const Gates& gates = level_.gates;
+    for (int64_t g = 0; g < groups_; ++g) {
+      gate_probabilities(gates, row_ + g * kGroup, group_rows(g), s_.probabilities + g * gates.columns * kGroup);
+      for (int k = 0; k < gates.count; ++k) {
+        const int64_t ld = args_.grad_output_ld[k];
+        const T* rows = static_cast<const T*>(args_.grad_outputs[k]) + (row_ + g * kGroup) * ld;
+        pack_panel(rows, ld, group_rows(g), features(), s_.grad_outputs + (k * groups_ + g) * features() * kGroup);
+      }
+    }
+    int stream = -1;
+    for (int i = 0; i < level_.experts; ++i) {
+      const int e = level_.order[i];
+      if (level_.expert_inputs[e] != stream) {
+        if (stream >= 0) write_inputs(stream);
+        stream = level_.expert_inputs[e];
+        std::memset(s_.below, 0, level_.widths[0] * groups_ * kGroup * sizeof(C));
+      }
+      expert(e);
+    }
+    write_inputs(stream);
+    if (args_.grad_logits) write_logits();
+  }
+
+ private:
+  int64_t features() const { return level_.widths[level_.layers]; }
+  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
+
+  Gradient* gradients(int l, int e) const {
+    return static_cast<Gradient*>(chunk_.gradients) + layout_.gradient_offset(l, e) +
+           (row_ - chunk_.row) / Engine::kGradientRows * Engine::gradient_size(level_.widths[l + 1]);
+  }
+  // The panels of a layer's gradients, which the next step down reads.
+  Element* panels(int l, int e) const {
+    if constexpr (Engine::kGradientIsPanel) {
+      return gradients(l, e);
+    } else {
+      return s_.panel[l % 2];
+    }
+  }
+
+  void load_kept(int l, int e) {
+    const int64_t width = level_.widths[l + 1];
+    const T* rows = static_cast<const T*>(args_.saved[l]) + (e * level_.rows + row_) * width;
+    for (int64_t g = 0; g < groups_; ++g) {
+      pack_panel(rows + g * kGroup * width, width, group_rows(g), width, s_.kept + g * width * kGroup);
+    }
+  }
+
+  void expert(int e) {
+    const int last = level_.layers - 1;
+    load_kept(last, e);
+    for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
+    if (!args_.need_chain()) return;
+    for (int l = last; l > 0; --l) {
+      load_kept(l - 1, e);
+      const int code = level_.activations[l - 1];
+      const int64_t width = level_.widths[l], size = Engine::panel_size(width);
+      start_panels(l - 1, e);
+      down(e, l, [&](int64_t g, int64_t o, int64_t n, C* tile) {
+        C* place = Engine::destination(panels(l - 1, e) + g * size, o, tile);
+        times_derivative(code, tile, s_.kept + (g * width + o) * kGroup, n, place);
+        finish_gradient(l - 1, e, g, o, n, place);
+      });
+    }
+    if (args_.grad_inputs) {
+      down(e, 0, [&](int64_t g, int64_t o, int64_t n, const C* tile) {
+        C* place = s_.below + (g * level_.widths[0] + o) * kGroup;
+        for (int64_t i = 0; i < n * kGroup; i += Simd<C>::lanes) {
+          mtlk::MTLK_ISA::store(place + i, load(place + i) + load(tile + i));
+        }
+      });
+    }
+  }
+
+  void start_panels(int l, int e) {
+    const int64_t width = level_.widths[l + 1];
+    for (int64_t g = 0; g < groups_; ++g) Engine::clear_margin(panels(l, e) + g * Engine::panel_size(width), width);
+  }
+
+  void finish_gradient(int l, int e, int64_t g, int64_t o, int64_t n, const C* values) {
+    const int64_t width = level_.widths[l + 1];
+    Engine::store(panels(l, e) + g * Engine::panel_size(width), o, n, values);
+    Engine::store_gradient(gradients(l, e), width, g, o, n, values);
+  }
+
+  // From layer l's gradients to those of what it read: f(group, feature, n, tile) for each tile.
+  template <typename F>
+  void down(int e, int l, F f) {
+    const int64_t depth = level_.widths[l + 1], width = level_.widths[l];
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
+    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
+    const Element* in = panels(l, e);
+    constexpr int64_t tile_group = Engine::kRows * kGroup;
+    for (int64_t t = 0; t < Engine::tiles(width); ++t) {
+      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+      for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
+        const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
+        Engine::tile_back(weight, level_.weight_ld[at], o, n, in + g0 * Engine::panel_size(depth), depth, ng, s_.tile,
+                          tile_group);
+        for (int64_t g = g0; g < g0 + ng; ++g) f(g, o, n, s_.tile + (g - g0) * tile_group);
+      }
+    }
+  }
+
+  static void times_derivative(int code, const C* grad, const C* kept, int64_t n, C* out) {
+    with_activation(code, [&](auto constant) {
+      for (int64_t i = 0; i < n * kGroup; i += Simd<C>::lanes) {
+        mtlk::MTLK_ISA::store(out + i, load(grad + i) * derivative<decltype(constant)::value, C>(load(kept + i)));
+      }
+    });
+  }
+
+  // One group of an expert's outputs: <dy, output> for every gate that mixes it, and the last layer's gradient.
+  void last_layer(int e, int64_t g) {
+    constexpr int L = Simd<C>::lanes;
+    const Gates& gates = level_.gates;
+    const int l = level_.layers - 1, code = level_.activations[l];
+    const int64_t values = features() * kGroup;
+    const C* kept = s_.kept + g * values;
+    const C* after = kept;
+    if (from_input(code)) {
+      with_activation(code, [&](auto constant) {
+        for (int64_t i = 0; i < values; i += L) {
+          mtlk::MTLK_ISA::store(s_.after + i, activate<decltype(constant)::value, C>(load(kept + i)));
+        }
+      });
+      after = s_.after;
+    }
+    std::memset(s_.whole, 0, values * sizeof(C));
+    for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
+      const GateUse use = gates.uses[u];
+      const int64_t column = (g * gates.columns + use.column) * kGroup;
+      const C* grad = s_.grad_outputs + (use.gate * groups_ + g) * values;
+      add_weighted(s_.probabilities + column, grad, features(), s_.whole);
+      dot_lanes(grad, after, s_.inner + column);
+    }
+    if (!args_.need_chain()) return;
+    const int64_t size = Engine::panel_size(features());
+    if (g == 0) start_panels(l, e);
+    C* place = Engine::destination(panels(l, e) + g * size, 0, s_.whole);
+    times_derivative(code, s_.whole, kept, features(), place);
+    finish_gradient(l, e, g, 0, features(), place);
+  }
+
+  void dot_lanes(const C* a, const C* b, C* out) const {
+    constexpr int L = Simd<C>::lanes;
+    constexpr int P = Simd<C>::per_group;
+    for (int j = 0; j < P; ++j) {
+      Vector<C> sum[4] = {};
+      for (int64_t i = 0; i < features(); ++i) sum[i % 4] += load(a + i * kGroup + j * L) * load(b + i * kGroup + j * L);
+      mtlk::MTLK_ISA::store(out + j * L, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    }
+  }
+
+  void write_inputs(int stream) {
+    if (!args_.grad_inputs) return;
+    const int64_t width = level_.widths[0];
+    T* rows = static_cast<T*>(args_.grad_inputs[stream]) + row_ * width;
+    for (int64_t g = 0; g < groups_; ++g) {
+      unpack_panel(s_.below + g * width * kGroup, width, rows + g * kGroup * width, width, group_rows(g));
+    }
+  }
+
+  // d logits = p * (inner - sum over the gate's experts of p * inner).
+  void write_logits() {
+    const Gates& gates = level_.gates;
+    for (int64_t g = 0; g < groups_; ++g) {
+      for (int k = 0; k < gates.count; ++k) {
+        const int64_t at = (g * gates.columns + gates.begin[k]) * kGroup;
+        const int64_t row = row_ + g * kGroup;
+        switch (gates.dtype) {
+          case Dtype::kFloat32:
+            softmax_gradient<float>(s_.probabilities + at, s_.inner + at, gates.sizes[k], group_rows(g), k, row);
+            break;
+          case Dtype::kFloat64:
+            softmax_gradient<double>(s_.probabilities + at, s_.inner + at, gates.sizes[k], group_rows(g), k, row);
+            break;
+          case Dtype::kBFloat16:
+            softmax_gradient<BFloat16>(s_.probabilities + at, s_.inner + at, gates.sizes[k], group_rows(g), k, row);
+            break;
+          case Dtype::kFloat16:
+            softmax_gradient<Half>(s_.probabilities + at, s_.inner + at, gates.sizes[k], group_rows(g), k, row);
+            break;
+        }
+      }
+    }
+  }
+
+  template <typename LogitType>
+  void softmax_gradient(const C* p, const C* inner, int columns, int64_t nrows, int k, int64_t row) {
+    LogitType* out = static_cast<LogitType*>(args_.grad_logits[k]) + row * columns;
+    for (int64_t r = 0; r < nrows; ++r) {
+      C mean = 0;
+      for (int c = 0; c < columns; ++c) mean += p[c * kGroup + r] * inner[c * kGroup + r];
+      for (int c = 0; c < columns; ++c) {
+        const C value = p[c * kGroup + r] * (inner[c * kGroup + r] - mean);
+        if constexpr (sizeof(LogitType) == 8 || sizeof(C) == 8) {
+          from_compute(static_cast<typename ComputeOf<LogitType>::type>(value), out + r * columns + c);
+        } else {
+          from_compute(value, out + r * columns + c);
+        }
+      }
+    }
+  }
+
+  const BackwardArgs& args_;
+  const Level& level_;
+  const BackwardChunk& chunk_;
+  const BackwardLayout<Engine>& layout_;
+  const int64_t row_, nrows_, groups_;
+  BackwardScratch<Engine> s_;
+};
+
+// The weights' gradients of a chunk, as tasks that write apart from each other.
+template <typename Engine>
+class WeightGradients {
+ public:
+  using T = typename Engine::T;
+  using C = typename Engine::C;
+  using Gradient = typename Engine::Gradient;
+  using Operand = typename Engine::Operand;
+
+  WeightGradients(const BackwardArgs& args, const BackwardChunk& chunk, const BackwardLayout<Engine>& layout)
+      : args_(args), level_(args.level), chunk_(chunk), layout_(layout), streams_(stream_count(args.level)) {}
+
+  // Operands to make: every stream, then every hidden layer's outputs.
+  int64_t operands() const { return streams_ + static_cast<int64_t>(level_.layers - 1) * level_.experts; }
+
+  void make_operand(int64_t task) const {
+    if (task < streams_) {
+      const int stream = static_cast<int>(task);
+      const int64_t ld = level_.input_ld[stream];
+      return make(0, stream, static_cast<const T*>(level_.inputs[stream]) + chunk_.row * ld, ld, kNone);
+    }
+    const int l = static_cast<int>((task - streams_) / level_.experts) + 1;
+    const int e = static_cast<int>((task - streams_) % level_.experts);
+    make(l, e, hidden_rows(l, e), level_.widths[l], hidden_code(l));
+  }
+
+  // Tasks: an expert's layer, a run of its columns.
+  int64_t tasks() const {
+    int64_t count = 0;
+    for (int l = 0; l < level_.layers; ++l) count += level_.experts * columns(l);
+    return count;
+  }
+
+  void run(int64_t task) const {
+    int l = 0;
+    while (task >= level_.experts * columns(l)) task -= level_.experts * columns(l++);
+    const int e = static_cast<int>(task / columns(l));
+    const int64_t column = task % columns(l) * Engine::kColumns, width = level_.widths[l];
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e, outputs = level_.widths[l + 1];
+    const Gradient* gradient = static_cast<const Gradient*>(chunk_.gradients) + layout_.gradient_offset(l, e);
+    const bool add = chunk_.row > 0;
+    if (args_.need_weights && column < width) {
+      int64_t ld = 0;
+      const Operand* operand = operand_of(l, e, &ld);
+      const int64_t n = width - column < Engine::kColumns ? width - column : Engine::kColumns;
+      Engine::weight_gradient(gradient, outputs, operand, ld, chunk_.rows, column, n,
+                              static_cast<C*>(args_.weight_sums[at]), args_.weight_sum_ld[l], add);
+    }
+    if (args_.need_biases && column == 0) {
+      Engine::bias_gradient(gradient, outputs, chunk_.rows, static_cast<C*>(args_.bias_sums[at]), add);
+    }
+  }
+
+ private:
+  int64_t columns(int l) const {
+    const int64_t count = (level_.widths[l] + Engine::kColumns - 1) / Engine::kColumns;
+    return count > 0 ? count : 1;
+  }
+  const T* hidden_rows(int l, int e) const {
+    return static_cast<const T*>(args_.saved[l - 1]) + (e * level_.rows + chunk_.row) * level_.widths[l];
+  }
+  // The activation that saved values still need.
+  int hidden_code(int l) const {
+    return from_input(level_.activations[l - 1]) ? level_.activations[l - 1] : static_cast<int>(kNone);
+  }
+
+  Operand* place(int l, int index) const {
+    return static_cast<Operand*>(chunk_.operands) + layout_.operand_offset(l, index, streams_);
+  }
+
+  void make(int l, int index, const T* rows, int64_t ld, int code) const {
+    const int64_t width = level_.widths[l];
+    if (code == kNone && Engine::direct_operand(rows, width)) return;
+    with_activation(code, [&](auto constant) {
+      Engine::make_operand(rows, ld, chunk_.rows, width, place(l, index), [&](C* values, int64_t n) {
+        if constexpr (decltype(constant)::value != kNone) {
+          for (int64_t i = 0; i < n; i += Simd<C>::lanes) {
+            mtlk::MTLK_ISA::store(values + i, activate<decltype(constant)::value, C>(load(values + i)));
+          }
+        }
+      });
+    });
+  }
+
+  const Operand* operand_of(int l, int e, int64_t* ld) const {
+    const int index = l == 0 ? level_.expert_inputs[e] : e;
+    const T* rows = l == 0 ? static_cast<const T*>(level_.inputs[index]) + chunk_.row * level_.input_ld[index]
+                           : hidden_rows(l, e);
+    if (l == 0 || hidden_code(l) == kNone) {
+      if (const Operand* direct = Engine::direct_operand(rows, level_.widths[l])) {
+        *ld = l == 0 ? level_.input_ld[index] : level_.widths[l];
+        return direct;
+      }
+    }
+    *ld = Engine::rounded(level_.widths[l]);
+    return place(l, index);
+  }
+
+  const BackwardArgs& args_;
+  const Level& level_;
+  const BackwardChunk& chunk_;
+  const BackwardLayout<Engine>& layout_;
+  const int streams_;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk
