@@ -1,0 +1,77 @@
+"""Which machine and which versions a result belongs to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+import torch
+
+
+def cpu_model() -> str:
+    """The processor's name as the operating system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def _isa() -> list[str]:
+    """The instruction sets that torch finds and that matter to a GEMM."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    wanted = re.compile(r"avx2$|fma3$|avx512_(f|bf16|fp16|vnni)$|amx_|neon|asimd|sve|bf16$|i8mm$")
+    return sorted(name for name, there in found.items() if there is True and wanted.match(name))
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The machine, in JSON's types."""
+    machine: dict[str, object] = {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "isa": _isa(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine["gpu"] = properties.name
+        machine["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        machine["gpu_capability"] = f"sm_{properties.major}{properties.minor}"
+        machine["allow_tf32"] = torch.backends.cuda.matmul.allow_tf32
+    return machine
+
+
+def versions() -> dict[str, str]:
+    """Of everything that the figures depend on; "absent" where it is not installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "mtlkernels"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent" if package == "triton" else "source tree"
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def slug(machine: dict[str, object]) -> str:
+    """A short name for files: the GPU, or the processor with its number of cores and its widest instruction set."""
+    if "gpu" in machine:
+        name = str(machine["gpu"])
+    else:
+        isa = machine["isa"]
+        tiles = "-amx" if isinstance(isa, list) and "amx_tile" in isa else ""
+        name = f"{machine['cpu']} {machine['cores']}c {machine['cpu_capability']}{tiles}"
+    name = re.sub(r"\((r|tm|c)\)|\bcpu\b|\bprocessor\b|@.*?ghz", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def today() -> str:
+    """The date in UTC."""
+    return time.strftime("%Y-%m-%d", time.gmtime())

@@ -1,0 +1,197 @@
+"""Plots of a report: speed-up bars, and time against a size on log axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import table
+from benchmarks.harness.case import BASELINE, OURS, Curve, Suite
+from benchmarks.harness.report import Report, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; mtlkernels gets the strongest of it.
+COLOURS = {BASELINE: "#777777", "compile": "#E69F00", "graph": "#CC79A7", "batched": "#56B4E9", OURS: "#0072B2"}
+MARKERS = {BASELINE: "o", "compile": "s", "graph": "D", "batched": "^", OURS: "*"}
+OTHER_COLOURS = ("#009E73", "#D55E00", "#F0E442", "#000000")
+OTHER_MARKERS = ("v", "P", "X", "<")
+
+
+def draw(suite: Suite, rows: Sequence[Row], report: Report, folder: Path) -> list[Path]:
+    """Writes the plots of a suite; their paths."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = report.file_name.removesuffix(".json")
+    if len(report.suites) > 1:
+        stem = stem.replace("-".join(report.suites), suite.name, 1)
+    written = []
+
+    def save(figure: Figure, kind: str) -> None:
+        FigureCanvasAgg(figure)
+        path = folder / f"{stem}-{kind}.png"
+        figure.savefig(path, dpi=130)
+        written.append(path)
+
+    if any(row.timing(BASELINE) for row in rows):
+        figure = Figure(layout="constrained")
+        speedups(figure, rows, suite.title, where(report))
+        save(figure, "speedup")
+    for curve in suite.curves:
+        chosen = [row for row in rows if row.workload in curve.workloads and row.work == curve.work]
+        if len({row.size[curve.axis] for row in chosen}) > 1:
+            figure = Figure(layout="constrained")
+            cost(figure, chosen, curve, where(report))
+            save(figure, curve.name)
+    return written
+
+
+def where(report: Report) -> str:
+    """The machine in one short line."""
+    m = report.machine
+    cpu = f"{m['cpu']}, {report.threads} threads, {m['cpu_capability']}{' + AMX' if 'amx_tile' in m['isa'] else ''}"
+    return f"{m.get('gpu', cpu)}, torch {report.versions['torch']}, {report.date}"
+
+
+def _style(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """A colour and a marker for each contender."""
+    others = [name for name in names if name not in COLOURS]
+    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=False))
+    markers = MARKERS | dict(zip(others, OTHER_MARKERS, strict=False))
+    return colours, markers
+
+
+def _labels(rows: Sequence[Row]) -> dict[str, str]:
+    return {name: row.outcomes[name].label for row in rows for name in row.outcomes}
+
+
+def _panels(figure: Figure, rows: Sequence[Row], **shared: Any) -> list[tuple[str, Axes]]:
+    """Axes side by side, one a dtype."""
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    axes = figure.subplots(1, len(dtypes), squeeze=False, **shared)[0]
+    return list(zip(dtypes, axes, strict=True))
+
+
+def speedups(figure: Figure, rows: Sequence[Row], title: str, place: str) -> None:
+    """Bars of each contender's speed over the baseline's, and a mark at what the machine's limit would allow."""
+    names = [name for name in table.contenders(rows) if name != BASELINE]
+    colours, _ = _style(names)
+    labels = _labels(rows)
+    groups = list(dict.fromkeys(_group(row) for row in rows))
+    panels = _panels(figure, rows, sharey=True)
+    figure.set_size_inches(6.2 * len(panels) + 1.5, 0.26 * (len(names) + 1) * len(groups) + 2.2)
+    thickness = 0.8 / len(names)
+    for dtype, axes in panels:
+        # Bars outside the panel's reach would squeeze the others; a limit far beyond is marked at the edge instead.
+        found = [row.speedup(BASELINE, name) or 0.0 for row in rows if row.dtype == dtype for name in names]
+        reach = 1.25 * max(1.0, *found)
+        for row in (row for row in rows if row.dtype == dtype):
+            at = groups.index(_group(row))
+            for index, name in enumerate(names):
+                _bar(axes, row, name, at + (index - (len(names) - 1) / 2) * thickness, thickness, colours[name])
+            _limit_mark(axes, row, at, reach)
+        axes.axvline(1.0, color=COLOURS[BASELINE], linewidth=1.2, zorder=0)
+        axes.set_xlim(0, 1.12 * reach)
+        axes.set_title(dtype)
+        axes.set_xlabel("times as fast as per-expert modules, eager")
+        axes.spines[["top", "right"]].set_visible(False)
+    first = panels[0][1]
+    first.set_yticks(range(len(groups)), groups)
+    first.set_ylim(len(groups) - 0.4, -0.6)
+    figure.suptitle(f"{title}: speed-up over eager PyTorch\n{place}", fontsize=11)
+    handles = [_patch(colours[name], labels[name]) for name in names] + [_limit_handle()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+
+
+def _group(row: Row) -> str:
+    size = ", ".join(f"{axis}={value}" for axis, value in row.size.items())
+    return f"{row.workload}  {size}\n{row.work}"
+
+
+def _bar(axes: Axes, row: Row, name: str, at: float, thickness: float, colour: str) -> None:
+    value = row.speedup(BASELINE, name)
+    outcome = row.outcomes.get(name)
+    if value is None:
+        text = outcome.status if outcome else "not run"
+        axes.text(0.03, at, text, va="center", fontsize=7.5, color=colour)
+        return
+    axes.barh(at, value, height=0.92 * thickness, color=colour)
+    axes.annotate(
+        f"{value:.2f}×",
+        (value, at),
+        (3, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
+        weight="bold" if name == OURS else "normal",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},  # a limit's mark may lie behind
+    )
+
+
+def _limit_mark(axes: Axes, row: Row, at: int, reach: float) -> None:
+    """A black line across the row's bars where the limit lies, or an arrow at the edge when it lies beyond."""
+    base = row.timing(BASELINE)
+    if base is None:
+        return
+    limit = base.median / row.limit_ms
+    if limit <= reach:
+        axes.vlines(limit, at - 0.43, at + 0.43, color="black", linewidth=1.6, zorder=2)
+        return
+    axes.annotate(f"limit {limit:.1f}× →", (1.11 * reach, at), ha="right", va="center", fontsize=8)
+
+
+def _patch(colour: str, label: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=colour, label=label)
+
+
+def _limit_handle() -> Any:
+    from matplotlib.lines import Line2D
+
+    label = "limit of the machine (GEMM rate or bandwidth)"
+    return Line2D([], [], color="black", marker="|", linestyle="none", markersize=11, label=label)
+
+
+def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
+    """Median time against a size, with the quartiles as a band and the machine's limit below."""
+    names = table.contenders(rows)
+    colours, markers = _style(names)
+    labels = _labels(rows)
+    panels = _panels(figure, rows, sharey=True)
+    figure.set_size_inches(5.4 * len(panels) + 0.6, 5.2)
+    for dtype, axes in panels:
+        mine = sorted((row for row in rows if row.dtype == dtype), key=lambda row: row.size[curve.axis])
+        for name in names:
+            points = [(row.size[curve.axis], t) for row in mine if (t := row.timing(name))]
+            x = [at for at, _ in points]
+            size = 11 if markers[name] == "*" else 6
+            style: dict[str, Any] = {
+                "color": colours[name],
+                "marker": markers[name],
+                "markersize": size,
+                "label": labels[name],
+            }
+            axes.plot(x, [t.median for _, t in points], **style)
+            axes.fill_between(
+                x, [t.lower for _, t in points], [t.upper for _, t in points], color=colours[name], alpha=0.2
+            )
+        x = [row.size[curve.axis] for row in mine]
+        limit = [row.limit_ms for row in mine]
+        axes.plot(x, limit, color="black", linestyle="--", label="limit of the machine (GEMM rate or bandwidth)")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(x, [str(at) for at in x])
+        axes.set_xlabel(f"{curve.axis} (rows)" if curve.axis == "B" else curve.axis)
+        axes.set_title(dtype)
+        axes.grid(True, which="major", alpha=0.3)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panels[0][1].set_ylabel("time of a call (ms)")
+    figure.suptitle(f"{curve.title}\n{place}", fontsize=11)
+    handles, texts = panels[0][1].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=9)

@@ -1,0 +1,158 @@
+"""Results as data: rows, and the file that keeps them with the machine, the versions and the limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import machine
+from benchmarks.harness.case import OURS
+from benchmarks.harness.limits import Limits
+from benchmarks.harness.timing import Budget, Timing
+
+OK, FAILED, UNAVAILABLE = "ok", "FAILED", "unavailable"
+
+
+@dataclass
+class Outcome:
+    """One contender in one row.
+
+    ``error`` is its largest error as a share of what was allowed; ``reason`` says why there is no ``timing``.
+    """
+
+    label: str
+    status: str
+    reason: str = ""
+    error: float | None = None
+    timing: Timing | None = None
+
+
+@dataclass
+class Row:
+    """One case with the outcome of every contender. Times are milliseconds."""
+
+    workload: str
+    work: str
+    dtype: str
+    size: dict[str, int]
+    flop: float
+    traffic: float
+    resident: bool
+    outcomes: dict[str, Outcome]
+    limit_ms: float = math.nan
+    limited_by: str = ""
+
+    def set_limit(self, limits: Limits) -> None:
+        seconds, self.limited_by = limits.seconds(self.flop, self.traffic, self.dtype, self.resident)
+        self.limit_ms = 1e3 * seconds
+
+    def timing(self, name: str) -> Timing | None:
+        outcome = self.outcomes.get(name)
+        return outcome.timing if outcome else None
+
+    def speedup(self, over: str, of: str = OURS) -> float | None:
+        """How many times as fast one contender is as another; None where either was not timed."""
+        slow, fast = self.timing(over), self.timing(of)
+        return slow.median / fast.median if slow and fast else None
+
+    def tflops(self, name: str) -> float | None:
+        """Achieved TFLOP/s."""
+        timing = self.timing(name)
+        return self.flop / timing.median * 1e-9 if timing else None
+
+    def share_of_limit(self, name: str) -> float | None:
+        """1 where the contender takes no longer than arithmetic and traffic allow at this machine's measured rates."""
+        timing = self.timing(name)
+        return self.limit_ms / timing.median if timing else None
+
+    def derived(self) -> dict[str, Any]:
+        """Figures for readers of the JSON, which follow from the others."""
+        others = [name for name in self.outcomes if name != OURS]
+        return {
+            "speedup_of_ours_over": {name: self.speedup(name) for name in others},
+            "tflops": {name: self.tflops(name) for name in self.outcomes},
+            "share_of_limit": {name: self.share_of_limit(name) for name in self.outcomes},
+        }
+
+
+@dataclass
+class Report:
+    """A run of some suites."""
+
+    suites: list[str]
+    date: str
+    device: str
+    threads: int
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    budget: dict[str, float]
+    limits: dict[str, Any]
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether some contender computed something wrong."""
+        return any(o.status == FAILED for rows in self.rows.values() for row in rows for o in row.outcomes.values())
+
+    @property
+    def file_name(self) -> str:
+        return f"{'-'.join(self.suites)}-{machine.slug(self.machine)}.json"
+
+
+def new_report(suites: Sequence[str], device: torch.device, budget: Budget) -> Report:
+    return Report(
+        suites=list(suites),
+        date=machine.today(),
+        device=device.type,
+        threads=torch.get_num_threads(),
+        machine=machine.describe(device),
+        versions=machine.versions(),
+        budget=dataclasses.asdict(budget),
+        limits={},
+    )
+
+
+def limits_as_json(limits: Limits) -> dict[str, Any]:
+    return {
+        "gemm_tflops": {name: rate * 1e-12 for name, rate in limits.gemm.items()},
+        "gemm_shape_mnk": {name: list(shape) for name, shape in limits.gemm_shape.items()},
+        "read_gb_s": limits.read * 1e-9,
+        "resident_read_gb_s": limits.resident_read * 1e-9,
+        "copy_gb_s": limits.copy * 1e-9,
+    }
+
+
+def save(report: Report, path: Path) -> Path:
+    """Writes JSON; returns its path. Unless ``path`` ends in .json, it is a folder for ``<suite>-<machine>.json``."""
+    if path.suffix != ".json":
+        path = path / report.file_name
+    data = dataclasses.asdict(report)
+    for name, rows in report.rows.items():
+        for row, plain in zip(rows, data["rows"][name], strict=True):
+            plain["derived"] = row.derived()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    return path
+
+
+def load(path: Path) -> Report:
+    """Reads what :func:`save` wrote."""
+    data = json.loads(path.read_text())
+    rows = {name: [_row(row) for row in plain] for name, plain in data.pop("rows").items()}
+    return Report(**data, rows=rows)
+
+
+def _row(data: Mapping[str, Any]) -> Row:
+    fields = {key: value for key, value in data.items() if key != "derived"}
+    outcomes = {}
+    for name, plain in fields["outcomes"].items():
+        timing = plain["timing"]
+        outcomes[name] = Outcome(**{**plain, "timing": Timing(**timing) if timing else None})
+    return Row(**{**fields, "outcomes": outcomes})

@@ -1,0 +1,95 @@
+"""Runs the cases of a suite: check, then time, one row after another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.case import BASELINE, OURS, Bench, Case, Contender, Step
+from benchmarks.harness.check import Error, Verdict, judge, judge_baseline, measure_all
+from benchmarks.harness.limits import Limits
+from benchmarks.harness.report import FAILED, OK, UNAVAILABLE, Outcome, Row
+from benchmarks.harness.timing import Budget, interleaved
+
+
+def run(cases: Sequence[Case], device: torch.device, budget: Budget, limits: Limits) -> list[Row]:
+    """The rows of all cases. Progress goes to stderr. ``limits`` are measured for a dtype when it first comes."""
+    rows = []
+    for case in cases:
+        if case.dtype_name not in limits.gemm:
+            limits.measure([case.dtype], _limit_seconds(budget))
+        print(case.title, file=sys.stderr, flush=True)
+        rows.append(run_case(case, device, budget))
+    # Once more at the end: if the machine was slowed down at the start, the limit would be too low.
+    limits.measure(sorted({case.dtype for case in cases}, key=str), _limit_seconds(budget))
+    for row in rows:
+        row.set_limit(limits)
+    return rows
+
+
+def _limit_seconds(budget: Budget) -> float:
+    return min(2.0, budget.seconds / 2)
+
+
+def run_case(case: Case, device: torch.device, budget: Budget) -> Row:
+    """One row: every contender that passes the check is timed, the others say why not."""
+    bench = case.build(device)
+    outcomes, steps = check(bench, case.dtype)
+    timings = interleaved(steps, device, budget) if steps else {}
+    for name, timing in timings.items():
+        outcomes[name].timing = timing
+    torch._dynamo.reset()  # compiled code and CUDA graphs of this row are not needed again
+    return Row(
+        workload=case.workload,
+        work=case.work,
+        dtype=case.dtype_name,
+        size=dict(case.size),
+        flop=case.flop,
+        traffic=case.traffic,
+        resident=case.resident,
+        outcomes=outcomes,
+    )
+
+
+def check(bench: Bench, dtype: torch.dtype) -> tuple[dict[str, Outcome], dict[str, Step]]:
+    """Compares every contender with float64; the outcomes, and the steps of those that may be timed."""
+    expected = bench.expected()
+    outcomes: dict[str, Outcome] = {}
+    steps: dict[str, Step] = {}
+    budget: dict[str, Error] | None = None
+    for contender in sorted(bench.contenders, key=lambda c: c.name != BASELINE):
+        outcome = Outcome(contender.label, UNAVAILABLE)
+        outcomes[contender.name] = outcome
+        if contender.name != BASELINE and budget is None:
+            outcome.reason = "the baseline has failed, so there is no error budget"
+            continue
+        try:
+            step, errors = _first_call(contender, expected)
+        except Exception as error:  # a contender that cannot run is a result, which the table shows with its reason
+            outcome.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            outcome.status = FAILED if contender.name in (BASELINE, OURS) else UNAVAILABLE
+            continue
+        verdict = _judge(contender.name, errors, budget, dtype)
+        outcome.error, outcome.reason = verdict.error, verdict.reason
+        outcome.status = OK if verdict.ok else FAILED
+        if verdict.ok:
+            steps[contender.name] = step
+            budget = errors if contender.name == BASELINE else budget
+    return outcomes, steps
+
+
+def _first_call(contender: Contender, expected: Mapping[str, Tensor]) -> tuple[Step, dict[str, Error]]:
+    """Builds the step, calls it twice, since the second call may take another path than the first, and compares."""
+    step = contender.build()
+    step()
+    step()
+    return step, measure_all(step.results(), expected)
+
+
+def _judge(name: str, errors: dict[str, Error], budget: dict[str, Error] | None, dtype: torch.dtype) -> Verdict:
+    if name == BASELINE or budget is None:
+        return judge_baseline(errors, dtype)
+    return judge(errors, budget, dtype)

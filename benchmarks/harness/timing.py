@@ -1,0 +1,131 @@
+"""Interleaved timing: all contenders of a row take turns, so that a slow minute of the machine hits each of them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+# A sample shorter than this would measure the clock and the interpreter's hiccups.
+SAMPLE_SECONDS = 5e-3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a row may take. Warm-up and timed rounds count; building, compiling and checking do not.
+
+    Args:
+        seconds: for the rounds of one row, over all its contenders.
+        warmup: seconds for each contender before the first round.
+        min_rounds: rounds that are run even when the time is up.
+    """
+
+    seconds: float = 8.0
+    warmup: float = 0.3
+    min_rounds: int = 5
+
+
+QUICK = Budget(seconds=0.6, warmup=0.05, min_rounds=3)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: quartiles over the samples, each the mean of ``calls`` calls in a row."""
+
+    median: float
+    lower: float
+    upper: float
+    best: float
+    samples: int
+    calls: int
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        return (self.upper - self.lower) / (2 * self.median)
+
+
+def _time_cpu(step: Callable[[], None], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def _time_cuda(step: Callable[[], None], calls: int) -> float:
+    """Events bracket the work on the device; a step that the host launches too slowly shows as idle time there."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3 / calls
+
+
+def timer(device: torch.device) -> Callable[[Callable[[], None], int], float]:
+    """A function of a step and a number of calls in a row: the seconds of one call."""
+    return _time_cuda if device.type == "cuda" else _time_cpu
+
+
+def quantile(ordered: list[float], share: float) -> float:
+    """The value below which that share of the ordered values lies, interpolated."""
+    at = share * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def _summary(seconds: list[float], calls: int) -> Timing:
+    ordered = sorted(1e3 * s for s in seconds)
+    return Timing(
+        median=quantile(ordered, 0.5),
+        lower=quantile(ordered, 0.25),
+        upper=quantile(ordered, 0.75),
+        best=ordered[0],
+        samples=len(ordered),
+        calls=calls,
+    )
+
+
+def _warm_up(step: Callable[[], None], measure: Callable[[Callable[[], None], int], float], seconds: float) -> int:
+    """Runs a step until ``seconds`` have passed; the number of calls that make a sample long enough."""
+    shortest = math.inf
+    start = time.perf_counter()
+    while True:
+        shortest = min(shortest, measure(step, 1))
+        if time.perf_counter() - start >= seconds:
+            return max(1, math.ceil(SAMPLE_SECONDS / shortest))
+
+
+def interleaved(steps: Mapping[str, Callable[[], None]], device: torch.device, budget: Budget) -> dict[str, Timing]:
+    """Times every step: in each round each of them gives one sample, in an order that is shuffled anew.
+
+    Inputs and weights are the same in every call and so are warm in cache as far as they fit. A small serving batch
+    finds them so too; for large batches, whose operands exceed the cache, it makes no difference.
+    """
+    measure = timer(device)
+    calls = {name: _warm_up(step, measure, budget.warmup) for name, step in steps.items()}
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    shuffle = random.Random(0).shuffle
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        rounds = 0
+        while rounds < budget.min_rounds or time.perf_counter() - start < budget.seconds:
+            shuffle(order)
+            for name in order:
+                samples[name].append(measure(steps[name], calls[name]))
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: _summary(samples[name], calls[name]) for name in steps}

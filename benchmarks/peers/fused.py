@@ -1,0 +1,53 @@
+"""The same parameters, evaluated by ``mtlkernels.expert_mixture``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mtlkernels as mk
+from benchmarks.peers.per_expert import PerExpertLevel, PerExpertTrunk
+from benchmarks.peers.shape import TrunkShape
+
+
+class FusedLevel(PerExpertLevel):
+    """One level of separate expert modules, as a user's model has them, evaluated by one operator."""
+
+    def __init__(self, shape: TrunkShape, level: int) -> None:
+        super().__init__(shape, level)
+        self._gather()
+
+    def _gather(self) -> None:
+        """Lists of the same parameters, so that a call does not search modules: that costs more than a small batch."""
+        linears = [self.linears(layer) for layer in range(self.num_layers)]
+        gates = [gate for gate in self.gates if isinstance(gate, nn.Linear)]
+        self.expert_weights = [[x.weight for x in layer] for layer in linears]
+        self.expert_biases = [[x.bias for x in layer] for layer in linears]
+        self.gate_sizes = [gate.out_features for gate in gates]
+        self.gate_weights: list[Tensor] = [gate.weight for gate in gates]
+        self.gate_biases: list[Tensor] = [gate.bias for gate in gates]
+
+    def forward(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        inputs = streams[0] if self.routing.num_inputs == 1 else streams
+        mixed = mk.expert_mixture(inputs, self.expert_weights, self.expert_biases, self._logits(streams), self.routing)
+        return list(mixed)
+
+    def _logits(self, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.routing.num_inputs == 1:  # every gate reads the same rows: one product
+            joint: Any = F.linear(streams[0], torch.cat(self.gate_weights), torch.cat(self.gate_biases))
+            logits: tuple[Tensor, ...] = joint.split(self.gate_sizes, dim=1)
+            return logits
+        gates = zip(self.gate_inputs, self.gate_weights, self.gate_biases, strict=True)
+        return [F.linear(streams[stream], weight, bias) for stream, weight, bias in gates]
+
+
+def fused_trunk(shape: TrunkShape, source: PerExpertTrunk) -> PerExpertTrunk:
+    """A trunk with copies of ``source``'s parameters whose levels are fused."""
+    like = next(source.parameters())
+    trunk = PerExpertTrunk(shape, FusedLevel).to(like.device, like.dtype)
+    trunk.load_state_dict(source.state_dict())
+    return trunk

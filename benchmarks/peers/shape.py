@@ -1,0 +1,67 @@
+"""The sizes of a multi-task trunk, and what one evaluation of it costs at least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mtlkernels as mk
+
+
+@dataclass(frozen=True)
+class TrunkShape:
+    """One level of experts and gates (CGC), or several (PLE: Tang et al., RecSys 2020).
+
+    Every level but the last has a shared gate, whose output the next level's shared experts read. ``last_shared_gate``
+    gives the last level one too, as a level has that is measured on its own. Experts follow each layer by a ReLU; gates
+    are one linear layer with bias.
+    """
+
+    in_features: int
+    num_tasks: int
+    num_specific: int
+    num_shared: int
+    units: tuple[int, ...]
+    num_levels: int = 1
+    last_shared_gate: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        return self.num_tasks * self.num_specific + self.num_shared
+
+    def routing(self, level: int) -> mk.Routing:
+        """Who reads what: at the first level everybody reads the one input."""
+        return mk.Routing.cgc(
+            self.num_tasks,
+            self.num_specific,
+            self.num_shared,
+            shared_gate=self.last_shared_gate or level < self.num_levels - 1,
+            single_input=level == 0,
+        )
+
+    def widths(self, level: int) -> tuple[int, ...]:
+        """Features in front of each layer of the level's experts, and behind the last."""
+        return (self.in_features if level == 0 else self.units[-1], *self.units)
+
+    def gate_width(self, level: int) -> int:
+        """Logits of all gates of a level."""
+        return sum(len(gate) for gate in self.routing(level).gate_experts)
+
+    def parameters(self) -> tuple[int, int]:
+        """Numbers of weights and of biases."""
+        weights = biases = 0
+        for level in range(self.num_levels):
+            widths, logits = self.widths(level), self.gate_width(level)
+            weights += self.num_experts * sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+            weights += widths[0] * logits
+            biases += self.num_experts * sum(self.units) + logits
+        return weights, biases
+
+    def flop(self, rows: int, training: bool) -> float:
+        """Arithmetic of experts' and gates' linear layers, twice as much again backwards. Mixing is not counted."""
+        return 2.0 * rows * self.parameters()[0] * (3 if training else 1)
+
+    def traffic(self, rows: int, itemsize: int, training: bool) -> float:
+        """Bytes that have to move: parameters, input and outputs once, and in training their gradients as well."""
+        outputs = self.routing(self.num_levels - 1).num_gates * self.units[-1]
+        elements = sum(self.parameters()) + rows * (self.in_features + outputs)
+        return float(elements * itemsize * (2 if training else 1))

@@ -1,0 +1,92 @@
+"""Runs the benchmarks: ``python benchmarks/run.py [SUITE ...] --device cpu|cuda --json FILE --plot DIR``.
+
+Every contender is checked against float64 before it is timed; one that fails is reported as FAILED, has no time and no
+speed-up, and makes the exit status 1. The limits that the shares refer to are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+# Behind what is installed, so that `benchmarks` is found from a clone and an installed mtlkernels still comes first.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.harness import plots, report, table  # noqa: E402
+from benchmarks.harness.case import Case, Suite  # noqa: E402
+from benchmarks.harness.limits import Limits  # noqa: E402
+from benchmarks.harness.runner import run  # noqa: E402
+from benchmarks.harness.timing import QUICK, Budget  # noqa: E402
+from benchmarks.suites import SUITES  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="mtlkernels against what a user would pick instead.")
+    p.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all by default")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write results; a folder gets SUITE-MACHINE.json")
+    p.add_argument("--plot", type=Path, metavar="DIR", help="write plots (needs matplotlib)")
+    p.add_argument("--workload", nargs="+", metavar="NAME", help="only these workloads, such as A A1")
+    p.add_argument("--dtype", nargs="+", metavar="NAME", help="only these dtypes, such as float32 bfloat16")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads; PyTorch's choice by default")
+    p.add_argument("--quick", action="store_true", help="few rows and little time each: a smoke test")
+    p.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    p.add_argument("--from-json", type=Path, metavar="FILE", help="print and plot earlier results; measure nothing")
+    return p
+
+
+def choose(suite: Suite, options: argparse.Namespace) -> list[Case]:
+    """The cases of a suite that the options ask for."""
+    return [
+        case
+        for case in suite.cases(options.device)
+        if (not options.workload or case.workload in options.workload)
+        and (not options.dtype or case.dtype_name in options.dtype)
+        and (case.quick or not options.quick)
+    ]
+
+
+def measure(options: argparse.Namespace) -> report.Report:
+    """Runs the suites and writes the JSON."""
+    device = torch.device(options.device)
+    budget = QUICK if options.quick else Budget()
+    limits = Limits(device)
+    chosen = {name: choose(SUITES[name], options) for name in options.suites or SUITES}
+    if not any(chosen.values()):
+        raise SystemExit("no rows left: --workload, --dtype and --quick together exclude all of them")
+    found = report.new_report(list(chosen), device, budget)
+    for name, cases in chosen.items():
+        found.rows[name] = run(cases, device, budget, limits)
+    found.limits = report.limits_as_json(limits)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    p = parser()
+    options = p.parse_args(arguments)
+    unknown = sorted(set(options.suites) - set(SUITES))
+    if unknown:
+        p.error(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: PyTorch finds no GPU")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    found = report.load(options.from_json) if options.from_json else measure(options)
+    for name, rows in found.rows.items():
+        print(f"\n{SUITES[name].title}\n")
+        print(table.markdown(rows) if options.markdown else table.text(rows))
+    print(f"\n{table.machine(found)}")
+    if options.json:
+        print(f"wrote {report.save(found, options.json)}")
+    if options.plot:
+        for name, rows in found.rows.items():
+            for path in plots.draw(SUITES[name], rows, found, options.plot):
+                print(f"wrote {path}")
+    return 1 if found.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
