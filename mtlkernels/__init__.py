@@ -1,7 +1,9 @@
 """Fused kernels for multi-task learning in PyTorch."""
 
-from mtlkernels import _library  # noqa: F401  (defines the operators)
+from mtlkernels import _library, nn  # noqa: F401  (_library defines the operators)
 from mtlkernels._backends import backends, use_backend
+from mtlkernels._config import show_config
+from mtlkernels._convert import ConversionReport, convert, revert
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import gated_mixture
 from mtlkernels.routing import Routing
@@ -9,9 +11,14 @@ from mtlkernels.routing import Routing
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConversionReport",
     "Routing",
     "backends",
+    "convert",
     "expert_mixture",
     "gated_mixture",
+    "nn",
+    "revert",
+    "show_config",
     "use_backend",
 ]

@@ -1,0 +1,69 @@
+"""How a module changes its behaviour in place: it gets a subclass of its own class.
+
+A method bound on the instance would follow it into ``copy.deepcopy`` still bound to the old instance, and would not
+pickle. A subclass, as ``torch.nn.utils.parametrize`` and FSDP2 make them, leaves the instance as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mtlkernels._convert.report import Line
+
+CLASS_ATTRIBUTE = "_mtlkernels_original"
+PLAN = "_mtlkernels_plan"
+
+
+@dataclass(frozen=True)
+class Converter:
+    """How one class of a library is converted.
+
+    Args:
+        plan: looks at an instance, given its path in the model, and returns what the fused method needs to know, which
+            must be picklable, and the lines of the report; None where nothing of it can be fused.
+        mixin: a subclass of :class:`Converted` with the fused method.
+    """
+
+    plan: Callable[[nn.Module, str], tuple[Any, list[Line]]]
+    mixin: type[Converted]
+
+
+class Converted:
+    """Base of the mix-ins with fused methods."""
+
+    _mtlkernels_original: type
+    _mtlkernels_plan: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles and copies by mix-in and original class: the class made of the two has no name to import it by."""
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        kind = type(self)
+        if CLASS_ATTRIBUTE not in vars(kind):
+            return reduced
+        return (_rebuild, (kind.__bases__[0], kind._mtlkernels_original), *reduced[2:])
+
+
+def _rebuild(mixin: type[Converted], original: type) -> Any:
+    kind = converted_class(mixin, original)
+    return kind.__new__(kind)
+
+
+_classes: dict[tuple[type, type], Any] = {}
+
+
+def converted_class(mixin: type[Converted], original: type) -> Any:
+    """The subclass of ``original`` with the methods of ``mixin``, always the same one."""
+    if (mixin, original) in _classes:
+        return _classes[mixin, original]
+    namespace = {CLASS_ATTRIBUTE: original, "__doc__": original.__doc__, "__module__": mixin.__module__}
+    return _classes.setdefault((mixin, original), type(f"Fused{original.__name__}", (mixin, original), namespace))
+
+
+def original_class(kind: type) -> type | None:
+    """The class from which a converted class was made, None for any other."""
+    found: type | None = getattr(kind, CLASS_ATTRIBUTE, None)
+    return found

@@ -1,0 +1,270 @@
+"""deepctr-torch: ``PLE`` and ``MMOE``.
+
+Both hold experts and gates as ``DNN`` modules, [Linear → (BatchNorm1d) → activation → Dropout] a layer, and call them
+one by one. Their weights are read at each call, so that they are never stale, and so that whatever is done to the
+modules later (dropout in training, a hook, an exchanged layer) is seen; then the library's own code runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepctr_torch.inputs import combined_dnn_input
+from deepctr_torch.layers import DNN
+from deepctr_torch.layers.activation import Identity
+from deepctr_torch.models.multitask import MMOE, PLE
+from torch import Tensor, nn
+
+from mtlkernels._convert.classes import Converted, Converter
+from mtlkernels._convert.report import Line
+from mtlkernels.nn.level import linear_parameters
+from mtlkernels.ops import activations as act
+from mtlkernels.ops._call import under_autocast
+from mtlkernels.ops.expert_mixture import expert_mixture
+from mtlkernels.routing import Routing
+
+_VERSIONS = ("0.3.0",)
+_ACTIVATIONS: dict[type, str] = {
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.SiLU: "silu",
+    nn.Identity: "none",
+    Identity: "none",
+}
+
+# Of one DNN: weights, biases and activation names, one a layer.
+Layers = tuple[list[Tensor], list[Any], list[str]]
+
+
+def _activation_name(module: Any) -> str | None:
+    if type(module) is nn.GELU and module.approximate == "none":
+        return "gelu"
+    if type(module) is nn.LeakyReLU and module.negative_slope == act.LEAKY_SLOPE:
+        return "leaky_relu"
+    return _ACTIVATIONS.get(type(module))
+
+
+def _watched(*modules: Any) -> bool:
+    """Whether calling one of the modules does more than its class's forward."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return True
+        if module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False
+
+
+def _read(dnn: Any) -> Layers | str:
+    """The layers of a DNN, or why it cannot be fused in any mode."""
+    if type(dnn) is not DNN:
+        return f"{type(dnn).__name__} in the place of a DNN"
+    if dnn.use_bn:
+        return "batch norm"
+    modules = dnn._modules  # attribute look-ups by nn.Module.__getattr__ show when one row is served
+    dropout = modules["dropout"]
+    linears, activations = modules["linears"]._modules.values(), modules["activation_layers"]._modules.values()
+    if type(dropout) is not nn.Dropout:
+        return f"{type(dropout).__name__} in the place of Dropout"
+    if _watched(dnn, dropout, *linears, *activations):
+        return "a hook"
+    weights, biases, names = [], [], []
+    for layer, activation in zip(linears, activations, strict=True):
+        if type(layer) is not nn.Linear:
+            return f"{type(layer).__name__} in the place of Linear"
+        name = _ACTIVATIONS.get(type(activation)) or _activation_name(activation)
+        if name is None:
+            return f"activation {type(activation).__name__}"
+        weight, bias = linear_parameters(layer)
+        weights.append(weight)
+        biases.append(bias)
+        names.append(name)
+    return weights, biases, names
+
+
+def _drops(dnn: Any) -> bool:
+    """Whether dropout is at work in a DNN."""
+    dropout = dnn._modules["dropout"]
+    return bool(dropout.p > 0 and dropout.training)
+
+
+def _read_experts(experts: Iterable[Any]) -> Any:
+    """Weights and biases of a level as ``expert_mixture`` takes them and the activations; or why it cannot be fused."""
+    rows = []
+    for dnn in experts:
+        found = _read(dnn)
+        if isinstance(found, str):
+            return found
+        if _drops(dnn):
+            return "dropout"
+        rows.append(found)
+    weights, biases, names = zip(*rows, strict=True)
+    if any(name != names[0] for name in names):
+        return "experts of unequal activations"
+    return list(zip(*weights, strict=True)), list(zip(*biases, strict=True)), names[0]
+
+
+def _mix(inputs: Sequence[Tensor], experts: Any, logits: list[Tensor], routing: Routing) -> tuple[Tensor, ...]:
+    """The level's experts and gates, from what :func:`_read_experts` found."""
+    # Under autocast the streams of an upper level have its dtype already, and the parameters have their own.
+    streams, weights, biases = under_autocast(inputs[0], list(inputs), experts[0], experts[1])
+    activations = experts[2][0] if len(set(experts[2])) == 1 else experts[2]
+    single = all(x is inputs[0] for x in inputs)
+    return expert_mixture(streams[0] if single else streams, weights, biases, logits, routing, activation=activations)
+
+
+def _logits(dnn: Any, final: Any, x: Tensor) -> Tensor:
+    """The logits of one gate, without the cost of calling modules where nothing listens to the calls."""
+    if dnn is not None:
+        found = _read(dnn)
+        if isinstance(found, str) or _drops(dnn):
+            x = dnn(x)
+        else:
+            for weight, bias, name in zip(*found, strict=True):
+                x = act.activate(act.CODES[name], F.linear(x, weight, bias))
+    if type(final) is not nn.Linear or _watched(final):
+        logits: Tensor = final(x)
+        return logits
+    return F.linear(x, final.weight, final.bias)
+
+
+def _children(model: Any, name: str, level: int) -> Any:
+    """The sub-modules of ``model.<name>[level]``."""
+    return model._modules[name]._modules[str(level)]._modules.values()
+
+
+def _ple_experts(model: Any, level: int) -> list[Any]:
+    """A level's experts in the order of ``Routing.cgc``.
+
+    deepctr-torch makes as many shared experts as a task has specific ones, and evaluates the first
+    ``shared_expert_num`` of them.
+    """
+    experts = [dnn for task in _children(model, "specific_experts", level) for dnn in task._modules.values()]
+    (shared,) = _children(model, "shared_experts", level)
+    return experts + list(shared._modules.values())[: model.shared_expert_num]
+
+
+def _ple_gates(model: Any, level: int, shared_gate: bool) -> list[tuple[Any, Any]]:
+    """The DNN, or None, and the final layer of each gate of a level: the tasks' and perhaps the shared one."""
+    finals = list(_children(model, "specific_gate_dnn_final_layer", level))
+    dnns: list[Any] = [None] * (len(finals) + shared_gate)
+    if len(model.gate_dnn_hidden_units) > 0:
+        dnns = [dnn for task in _children(model, "specific_gate_dnn", level) for dnn in task._modules.values()]
+        if shared_gate:
+            dnns.append(model.shared_gate_dnn[level])
+    if shared_gate:
+        finals.append(model.shared_gate_dnn_final_layer[level])
+    return list(zip(dnns, finals, strict=True))
+
+
+class FusedPLE(Converted):
+    """``PLE`` with each level one ``expert_mixture``; its plan holds a Routing a level, None for one left alone."""
+
+    def cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor]:
+        """T + 1 streams [B, D] → T [B, H], and the shared one [B, H] below the last level."""
+        routing: Routing | None = self._mtlkernels_plan[level_num]
+        found = "left alone" if routing is None else _read_experts(_ple_experts(self, level_num))
+        if routing is None or isinstance(found, str):
+            original: list[Tensor] = super().cgc_net(inputs, level_num)  # type: ignore[misc]
+            return original
+        gates = _ple_gates(self, level_num, routing.num_gates > self.num_tasks)
+        # The shared gate, where there is one, is the last and reads the last stream.
+        logits = [_logits(dnn, final, x) for (dnn, final), x in zip(gates, inputs, strict=False)]
+        return list(_mix(inputs, found, logits, routing))
+
+
+class FusedMMOE(Converted):
+    """``MMOE`` with experts and gates one ``expert_mixture``; its plan is the Routing."""
+
+    def forward(self: Any, X: Tensor) -> Tensor:  # noqa: N803 (the library's name, which callers may use)
+        """Features [B, F], as deepctr-torch lays them out → predictions [B, T]."""
+        found = _read_experts(self._modules["expert_dnn"]._modules.values())
+        if isinstance(found, str):
+            original: Tensor = super().forward(X)  # type: ignore[misc]
+            return original
+        x = combined_dnn_input(*self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict))
+        gates = self.gate_dnn if len(self.gate_dnn_hidden_units) > 0 else [None] * self.num_tasks
+        logits = [_logits(dnn, final, x) for dnn, final in zip(gates, self.gate_dnn_final_layer, strict=True)]
+        mixed = _mix([x], found, logits, self._mtlkernels_plan)
+        towers = self.tower_dnn if len(self.tower_dnn_hidden_units) > 0 else [None] * self.num_tasks
+        predictions = [
+            out(final(hidden if tower is None else tower(hidden)))
+            for hidden, tower, final, out in zip(mixed, towers, self.tower_dnn_final_layer, self.out, strict=True)
+        ]
+        return torch.cat(predictions, -1)
+
+
+def _refusal(model: nn.Module, library_class: type, method: str) -> str | None:
+    """Why nothing of this model can be replaced, as far as its class tells."""
+    version = sys.modules["deepctr_torch"].__version__
+    if version not in _VERSIONS:
+        return f"deepctr-torch {version} is not known, {', '.join(_VERSIONS)} is"
+    if getattr(type(model), method) is not getattr(library_class, method) or method in vars(model):
+        return f"{method} is not that of deepctr-torch"
+    return None
+
+
+def _level_line(model: nn.Module, path: str, part: str, experts: Sequence[Any], gates: int) -> Line:
+    """What becomes of one level."""
+
+    def left(reason: str) -> Line:
+        return Line("left alone", path, part, reason)
+
+    if not experts:
+        return left("it has no experts")
+    kinds = set()
+    for dnn in experts:
+        found = _read(dnn)
+        if isinstance(found, str):
+            return left(f"{found} ({next(name for name, module in model.named_modules() if module is dnn)})")
+        kinds.add(tuple(found[2]))
+    shapes = {tuple((linear.weight.shape, linear.bias is None) for linear in dnn.linears) for dnn in experts}
+    if len(shapes) > 1 or len(kinds) > 1:
+        return left(f"experts of unequal {'shape' if len(shapes) > 1 else 'activations'}")
+    detail = f"{len(experts)} experts of {len(experts[0].linears)} layers and {gates} gates in one expert_mixture"
+    rate = max(dnn.dropout.p for dnn in experts)
+    if rate > 0:
+        detail += f"; in training as before, because of dropout {rate}"
+    return Line("replaced", path, part, detail)
+
+
+def _plan_ple(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
+    model: Any = module
+    tasks, specific, shared = model.num_tasks, model.specific_expert_num, model.shared_expert_num
+    refusal = _refusal(model, PLE, "cgc_net")
+    if refusal is None and shared < 1:
+        refusal = "without shared experts nothing trains its shared gates"
+    if refusal is None and shared > specific:
+        refusal = f"shared_expert_num is {shared}, but deepctr-torch made {specific}, as many as specific_expert_num"
+    if refusal is not None:
+        return None, [Line("left alone", path, type(model).__name__, refusal)]
+    # The library evaluates the last level's shared gate too, and its own forward ignores it.
+    needs_last = type(model).forward is not PLE.forward or "forward" in vars(model)
+    routings: list[Routing | None] = []
+    lines = []
+    for level in range(model.num_levels):
+        shared_gate = needs_last or level < model.num_levels - 1
+        routing = Routing.cgc(tasks, specific, shared, shared_gate=shared_gate)
+        part = f"{type(model).__name__} level {level}"
+        lines.append(_level_line(model, path, part, _ple_experts(model, level), routing.num_gates))
+        routings.append(routing if lines[-1].action == "replaced" else None)
+    return (tuple(routings) if any(routings) else None), lines
+
+
+def _plan_mmoe(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
+    model: Any = module
+    refusal = _refusal(model, MMOE, "forward")
+    if refusal is not None:
+        return None, [Line("left alone", path, type(model).__name__, refusal)]
+    line = _level_line(model, path, type(model).__name__, list(model.expert_dnn), model.num_tasks)
+    return (Routing.mmoe(model.num_experts, model.num_tasks) if line.action == "replaced" else None), [line]
+
+
+CONVERTERS = {
+    "deepctr_torch.models.multitask.ple.PLE": Converter(_plan_ple, FusedPLE),
+    "deepctr_torch.models.multitask.mmoe.MMOE": Converter(_plan_mmoe, FusedMMOE),
+}

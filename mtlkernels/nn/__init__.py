@@ -1,0 +1,5 @@
+"""Trunks of multi-task models: modules that give each task a representation, evaluated by the fused operators."""
+
+from mtlkernels.nn.trunks import CGC, PLE, MMoE
+
+__all__ = ["CGC", "PLE", "MMoE"]

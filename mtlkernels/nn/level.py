@@ -1,0 +1,147 @@
+"""One level of a trunk: experts, gates and the wiring between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlkernels.nn._arguments import Style
+from mtlkernels.ops import activations as act
+from mtlkernels.ops._call import under_autocast
+from mtlkernels.ops.expert_mixture import expert_mixture
+from mtlkernels.ops.gated_mixture import gated_mixture
+from mtlkernels.routing import Routing
+
+
+class Expert(nn.Module):
+    """An MLP, [Linear → (BatchNorm1d) → activation → (Dropout)] a layer; also the hidden layers of a gate.
+
+    ``linears.{i}`` and ``norms.{i}`` hold the parameters of layer i. A layer with batch norm has no bias of its own.
+    """
+
+    def __init__(self, in_features: int, units: Sequence[int], style: Style) -> None:
+        super().__init__()
+        widths = (in_features, *units)
+        self.linears = nn.ModuleList(
+            nn.Linear(a, b, bias=not style.batch_norm, **style.factory)
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(n, **style.factory) for n in units if style.batch_norm)
+        self.dropout = nn.Dropout(style.dropout)
+        self._code = act.CODES[style.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D] → [B, H]."""
+        for i, linear in enumerate(self.linears):
+            x = linear(x)
+            if self.norms:
+                x = self.norms[i](x)
+            x = self.dropout(act.activate(self._code, x))
+        return x
+
+
+def linear_parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of an ``nn.Linear``.
+
+    Serving one row takes so little time that attribute look-ups by ``nn.Module.__getattr__`` show. A parametrized layer
+    and a replica of ``nn.DataParallel`` keep theirs elsewhere, so they go the long way.
+    """
+    own = layer._parameters
+    weight = own.get("weight")
+    if weight is None:
+        linear: Any = layer
+        return linear.weight, linear.bias
+    return weight, own.get("bias")
+
+
+class Level(nn.Module):
+    """Experts and gates of one level: ``y_k = sum_e softmax(gate_k(x))_e * expert_e(x)``.
+
+    Without batch norm and without active dropout the experts and all mixing are one :func:`mtlkernels.expert_mixture`;
+    the experts' modules are then not called, so hooks on them do not run. Otherwise the experts run as modules, and
+    :func:`mtlkernels.gated_mixture` mixes them.
+
+    Args:
+        in_features: D, the width of every input stream.
+        expert_units: the width of each layer of an expert.
+        gate_units: the width of each hidden layer of a gate; a last layer without bias gives the logits.
+        routing: which expert reads which stream, and which gate mixes which experts.
+        gate_inputs: the stream that each gate reads.
+        style: activation, batch norm, dropout, device and dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        expert_units: Sequence[int],
+        gate_units: Sequence[int],
+        routing: Routing,
+        gate_inputs: Sequence[int],
+        style: Style,
+    ) -> None:
+        super().__init__()
+        self.routing = routing
+        self.activation = style.activation
+        self.batch_norm = style.batch_norm
+        self.dropout = float(style.dropout)
+        self.experts = nn.ModuleList(Expert(in_features, expert_units, style) for _ in range(routing.num_experts))
+        self._sizes = [len(gate) for gate in routing.gate_experts]
+        self._gate_inputs = tuple(gate_inputs)
+        # Gates without hidden layers that all read one stream are rows of one matrix: a GEMM instead of K.
+        self._one_gemm = not gate_units and len(set(gate_inputs)) == 1
+        self.gates: nn.Module
+        if self._one_gemm:
+            self.gates = nn.Linear(in_features, sum(self._sizes), bias=False, **style.factory)
+        else:
+            self.gates = nn.ModuleList(_gate(in_features, gate_units, size, style) for size in self._sizes)
+
+    def fused(self) -> bool:
+        """Whether a call now takes the fused path."""
+        return not self.batch_norm and not (self.dropout > 0 and self.training)
+
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
+        streams = (inputs,) if isinstance(inputs, Tensor) else inputs
+        logits = self._gate_logits(streams)
+        if self.fused():
+            # Under autocast the streams of an upper level have its dtype already, and the parameters have their own.
+            weights, biases = self._expert_parameters()
+            inputs, weights, biases = under_autocast(streams[0], inputs, weights, biases)
+            return expert_mixture(inputs, weights, biases, logits, self.routing, activation=self.activation)
+        single = len(streams) == 1
+        hidden = [
+            expert(streams[0 if single else stream])
+            for expert, stream in zip(self.experts, self.routing.expert_inputs, strict=True)
+        ]
+        return gated_mixture(torch.stack(hidden, dim=1), logits, self.routing)
+
+    def _gate_logits(self, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self._one_gemm:
+            logits: tuple[Tensor, ...] = self.gates(streams[self._gate_inputs[0]]).split(self._sizes, dim=1)
+            return logits
+        gates: Any = self.gates
+        return [gate(streams[stream]) for gate, stream in zip(gates, self._gate_inputs, strict=True)]
+
+    def _expert_parameters(self) -> tuple[list[list[Tensor]], list[Any]]:
+        """For each layer the experts' weights and biases, read now, so that they are never stale."""
+        rows = [
+            [linear_parameters(layer) for layer in expert._modules["linears"]._modules.values()]  # type: ignore
+            for expert in self._modules["experts"]._modules.values()  # type: ignore[union-attr]
+        ]
+        layers = list(zip(*rows, strict=True))
+        return [[w for w, _ in layer] for layer in layers], [[b for _, b in layer] for layer in layers]
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, batch_norm={self.batch_norm}, dropout={self.dropout}"
+
+
+def _gate(in_features: int, hidden_units: Sequence[int], size: int, style: Style) -> nn.Module:
+    """A gate: hidden layers as the experts have them, then a linear layer without bias."""
+    if not hidden_units:
+        return nn.Linear(in_features, size, bias=False, **style.factory)
+    return nn.Sequential(
+        Expert(in_features, hidden_units, style), nn.Linear(hidden_units[-1], size, bias=False, **style.factory)
+    )

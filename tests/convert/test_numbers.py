@@ -1,0 +1,129 @@
+"""A converted model computes what the library computes: in training, step by step, and in serving."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mtlkernels as mk
+from tests.convert.models import features, mmoe, ple
+
+MODELS: dict[str, Any] = {
+    "PLE of one level": lambda: ple(num_levels=1),
+    "PLE of two levels": lambda: ple(l2_reg_dnn=1e-3, task_types=("binary", "regression", "binary")),
+    "PLE of three levels, two tasks": lambda: ple(num_levels=3, task_names=("a", "b")),
+    "PLE with gates of one layer": lambda: ple(gate_dnn_hidden_units=(), specific_expert_num=3),
+    "PLE with fewer shared experts": lambda: ple(specific_expert_num=3, shared_expert_num=1),
+    "PLE with experts of one layer": lambda: ple(expert_dnn_hidden_units=(8,), gate_dnn_hidden_units=(9, 4)),
+    "PLE without towers": lambda: ple(tower_dnn_hidden_units=(), dnn_activation="sigmoid"),
+    "PLE without activations": lambda: ple(dnn_activation="linear"),
+    "PLE with SiLU": lambda: ple(dnn_activation=torch.nn.SiLU),
+    "MMOE": lambda: mmoe(l2_reg_dnn=1e-3),
+    "MMOE of regressions": lambda: mmoe(task_names=("a", "b"), task_types=("regression",) * 2, num_experts=2),
+    "MMOE with gates of one layer": lambda: mmoe(gate_dnn_hidden_units=(), tower_dnn_hidden_units=()),
+    "MMOE with experts of one layer": lambda: mmoe(expert_dnn_hidden_units=(8,), dnn_activation=torch.nn.GELU),
+}
+# float32 results that differ by less than a few roundings are the same.
+FLOOR = 8 * torch.finfo(torch.float32).eps
+
+
+def train_and_serve(model: Any) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """Three steps of Adam; every step's outputs, the last gradients and parameters, and what is served afterwards.
+
+    Also which parameters have a gradient at all: weight decay moves those with zeros and leaves those with None.
+    """
+    dtype = next(model.parameters()).dtype
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
+    results: dict[str, Tensor] = {}
+    model.train()
+    for step in range(3):
+        y = model(features(50, seed=step).to(dtype))
+        target = (features(50, seed=100 + step)[:, 4:5] > 0).to(dtype).expand_as(y)
+        loss = F.mse_loss(y, target, reduction="sum") + model.get_regularization_loss().to(dtype).squeeze()
+        optimizer.zero_grad()
+        loss.backward()
+        results[f"outputs of step {step}"] = y.detach()
+        if step == 0:
+            results |= {f"gradient of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+    results |= {name: p.detach() for name, p in model.named_parameters()}
+    model.eval()
+    with torch.no_grad():
+        for rows in (1, 33):
+            results[f"serving {rows}"] = model(features(rows, seed=9).to(dtype))
+    return results, {name: p.grad is None for name, p in model.named_parameters()}
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    scale = exact.norm().item()
+    return (found.double() - exact).norm().item() / scale if scale else found.norm().item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_agrees_with_the_library(name: str) -> None:
+    model = MODELS[name]()
+    exact = copy.deepcopy(model).double()
+    converted = copy.deepcopy(model)
+    keys, parameters = list(converted.state_dict()), list(map(id, converted.parameters()))
+    report = mk.convert(converted)
+    assert not report.left_alone, report
+    assert list(converted.state_dict()) == keys
+    assert list(map(id, converted.parameters())) == parameters
+
+    expected, expected_none = train_and_serve(exact)
+    original, original_none = train_and_serve(model)
+    found, found_none = train_and_serve(converted)
+    assert found_none == original_none == expected_none
+    assert found.keys() == original.keys() == expected.keys()
+    for key, tensor in found.items():
+        budget = 3 * error(original[key], expected[key]) + FLOOR
+        assert error(tensor, expected[key]) <= budget, key
+
+
+def test_float64_agrees_to_float64() -> None:
+    model = ple().double()
+    x = features(20)
+    expected = model(x)
+    mk.convert(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("make", [ple, mmoe])
+def test_autocast(make: Any) -> None:
+    model = make()
+    x = features(20).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        mk.convert(model)
+        found = model(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+    found.float().sum().backward()
+    assert model.embedding_dict["s0"].weight.grad.abs().sum() > 0
+
+
+def test_serving_empty_batches() -> None:
+    model = mmoe()
+    mk.convert(model)
+    assert model(features(0).float()).shape == (0, 3)
+
+
+@pytest.mark.parametrize("make", [ple, mmoe])
+def test_the_librarys_own_fit(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    x = features(64).numpy()
+    inputs = {name: x[:, start] for name, (start, _) in make().feature_index.items()}
+    labels = (x[:, -3:] > 0).astype("float32")
+    predictions = []
+    for convert in (False, True):
+        model = make(l2_reg_dnn=1e-4)
+        if convert:
+            assert mk.convert(model).replaced
+        model.compile("adam", loss=["binary_crossentropy"] * 3)
+        model.fit(dict(inputs), labels, batch_size=16, epochs=2, verbose=0, shuffle=False)
+        predictions.append(model.predict(dict(inputs), batch_size=64))
+    torch.testing.assert_close(*map(torch.from_numpy, predictions), rtol=1e-5, atol=1e-5)
