@@ -39,8 +39,9 @@ OPERANDS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = ((1, 1), (4096, 16), (4096, 4096))  # rows and columns that between them lead to every tile of a product
-# The most expensive activations of those that are undone from their output, and of those undone from their input.
-LARGEST = (CODES["tanh"], CODES["gelu"])
+# gelu takes the most registers, but its derivative is computed in smaller tiles than those that follow from the output.
+FORWARD_CODES = (CODES["gelu"],)
+BACKWARD_CODES = (CODES["tanh"], CODES["gelu"])
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Usage:
         return bool(self.error) or self.stack > 0
 
 
-def variants(codes: Sequence[int]) -> Iterator[Variant]:
-    """Every shipped configuration, with each of these activations where a kernel has one."""
+def variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
+    """Every shipped configuration, with these activations in the kernels of the two directions."""
 
     def made(kernel: str, tile: Tile, dtype: str, **constants: Any) -> Variant:
         return Variant(kernel, tile, (("DTYPE", dtype), *constants.items()))
@@ -87,22 +88,23 @@ def variants(codes: Sequence[int]) -> Iterator[Variant]:
             # float32 logits take no fewer registers than narrower ones.
             common: dict[str, Any] = {"LOGITS": "fp32", "ALIGNED": aligned}
             yield made("mix_forward", mixture.TILE, dtype, **common)
-            for code in codes:
+            for code in backward_codes:
                 what = {"CODE": code, "FROM_INPUT": from_input(code), "NEED_EXPERTS": True, "NEED_LOGITS": True}
                 yield made("mix_backward", mixture.TILE, dtype, **common, **what)
         for dtype, precision in OPERANDS:
             key = tiles.operands(TORCH_DTYPES[dtype], precision), aligned
             common = {"ALIGNED": aligned, "PRECISION": precision, "UPCAST": False}
             products = tiles.PRODUCT[key]
-            for code in codes:
-                from_saved_input = from_input(code)
+            for code in forward_codes:
                 for tile in products:
-                    yield made("layer_forward", tile, dtype, **common, CODE=code, KEEP=from_saved_input)
-                for tile in {tiles.product(*key, rows, columns, from_saved_input) for rows, columns in SIZES}:
-                    yield made("input_gradient", tile, dtype, **common, CODE=code, ACTIVATED=from_saved_input)
+                    yield made("layer_forward", tile, dtype, **common, CODE=code, KEEP=from_input(code))
                 for gates in range(1, tiles.MAX_FUSED_GATES + 1):
-                    what = {"LOGITS": "fp32", "CODE": code, "FROM_INPUT": from_saved_input, "KEEP": True}
+                    what = {"LOGITS": "fp32", "CODE": code, "FROM_INPUT": from_input(code), "KEEP": True}
                     yield made("last_forward", tiles.MIXING[key], dtype, **common, **what, GATES=gates)
+            for code in backward_codes:
+                for rows, columns in SIZES:
+                    tile = tiles.product(*key, rows, columns, from_input(code))
+                    yield made("input_gradient", tile, dtype, **common, CODE=code, ACTIVATED=from_input(code))
             tile = tiles.WEIGHT_GRADIENT[key]
             yield made("weight_gradient", tile, dtype, **common, NEED_WEIGHTS=True, NEED_BIASES=True)
 
@@ -151,8 +153,9 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+", help="only these kernels")
     parser.add_argument("--activations", action="store_true", help="every activation, not only tanh and gelu")
     args = parser.parse_args()
-    codes = range(len(ACTIVATIONS)) if args.activations else LARGEST
-    found = dict.fromkeys(v for v in variants(codes) if not args.kernel or v.kernel in args.kernel)
+    every = range(len(ACTIVATIONS))
+    codes = (every, every) if args.activations else (FORWARD_CODES, BACKWARD_CODES)
+    found = dict.fromkeys(v for v in variants(*codes) if not args.kernel or v.kernel in args.kernel)
     tasks = [(variant, architecture) for variant in found for architecture in args.arch]
     failures = 0
     print("arch  registers  stack  shared  tensor-core  kernel")
