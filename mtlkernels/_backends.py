@@ -128,7 +128,19 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
     if backend not in names:
         raise RuntimeError(f"{op} has no {backend!r} implementation for {device!r} and {like.dtype}; it has {names}")
     if backend == "reference":
-        return reference_implementation(op, direction)
+        return _outside_autocast(reference_implementation(op, direction), device)
     if device == "cpu" and backend == "triton":
-        return triton_implementation(op, direction)
+        return _outside_autocast(triton_implementation(op, direction), device)
     return operator
+
+
+def _outside_autocast(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Keeps autocast out of an implementation, as the dispatcher does for operators."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return function
+
+    def run(*args: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run

@@ -31,7 +31,10 @@ def cast_floats(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _define(schema: str, fake: Callable[..., Any], autocast: Sequence[int] = ()) -> None:
-    """Defines an operator, its fake kernel, and the positions of the arguments that autocast casts."""
+    """Defines an operator, its fake kernel, and the positions of the arguments that autocast casts.
+
+    Autocast never reaches into an implementation, also not where it casts nothing.
+    """
     name = schema[: schema.index("(")]
     op, _, direction = name.rpartition("_")
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -47,16 +50,15 @@ def _define(schema: str, fake: Callable[..., Any], autocast: Sequence[int] = ())
             return _backends.cuda_implementation(op, direction, args)(*args)
 
         _library.impl(name, cuda, "CUDA")
-    if autocast:
-        for device in ("cpu", "cuda"):
+    for device in ("cpu", "cuda"):
 
-            def cast(*args: Any, device: str = device) -> Any:
-                dtype = torch.get_autocast_dtype(device)
-                ready = [cast_floats(arg, dtype) if i in autocast else arg for i, arg in enumerate(args)]
-                with torch.autocast(device, enabled=False):
-                    return getattr(torch.ops.mtlkernels, name).default(*ready)
+        def cast(*args: Any, device: str = device) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            ready = [cast_floats(arg, dtype) if i in autocast else arg for i, arg in enumerate(args)]
+            with torch.autocast(device, enabled=False):
+                return getattr(torch.ops.mtlkernels, name).default(*ready)
 
-            _library.impl(name, cast, f"Autocast{device.upper()}")
+        _library.impl(name, cast, f"Autocast{device.upper()}")
 
 
 def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None:

@@ -12,6 +12,8 @@ from mtlkernels import _backends, _extension
 from mtlkernels._backends import implementation
 from mtlkernels._library import cast_floats
 
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
 
 def under_autocast(like: Tensor, *groups: Any) -> Any:
     """The groups of tensors as autocast wants them: a differentiable cast, or the same objects outside autocast."""
@@ -30,6 +32,17 @@ def needs_function(*groups: Sequence[Tensor | None]) -> bool:
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for group in groups for t in group)
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, each object once: torch.compile does not trace a Function that gets one twice. Views stand in."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
+    return tuple(found)
 
 
 def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:
@@ -57,6 +70,8 @@ def direct_to_cpp(like: Any) -> bool:
 
 
 def run_cpp(op: str, *args: Any) -> Any:
-    """Runs the forward operator of a call that :func:`direct_to_cpp` lets through."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.mtlkernels, f"{op}_forward").default(*args)
+    """Runs the forward operator of a call that :func:`direct_to_cpp` lets through.
+
+    Sent to the CPU's kernel whatever the tensors are, so that it is the one to refuse a tensor of another device.
+    """
+    return getattr(torch.ops.mtlkernels, f"{op}_forward").default.redispatch(_CPU, *args)

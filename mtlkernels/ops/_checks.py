@@ -29,9 +29,17 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {shape_of(value)}")
 
 
+def _same_under_autocast(a: Tensor, b: Tensor) -> bool:
+    """Whether autocast is about to cast both tensors to one dtype, as it leaves activations and parameters apart."""
+    device = a.device.type
+    if torch.float64 in (a.dtype, b.dtype) or not torch.amp.is_autocast_available(device):
+        return False
+    return torch.is_autocast_enabled(device)
+
+
 def check_like(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    """``value`` has the dtype and device of ``like``."""
-    if value.dtype != like.dtype:
+    """``value`` has the dtype, as far as autocast does not see to that, and the device of ``like``."""
+    if value.dtype != like.dtype and not _same_under_autocast(value, like):
         raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
@@ -49,10 +57,13 @@ def as_sequence(name: str, value: Any, what: str) -> Sequence[Any]:
 
 
 def check_logits(gate_logits: Any, routing: Routing, rows: int, like: Tensor) -> list[Tensor]:
-    """The K tensors [B, N_k] of gate logits, from a sequence of them or from one tensor [B, sum N_k]."""
+    """The K tensors [B, N_k] of gate logits, from a sequence of them or from one tensor [B, sum N_k].
+
+    The number of rows is put into a message only when there is one: torch.compile would take it for a constant.
+    """
     sizes = [len(gate) for gate in routing.gate_experts]
     if isinstance(gate_logits, Tensor):
-        check_tensor("gate_logits", gate_logits, 2, f"[{rows}, {sum(sizes)}]")
+        check_tensor("gate_logits", gate_logits, 2, f"[B, {sum(sizes)}]")
         if gate_logits.shape[1] != sum(sizes):
             raise ValueError(
                 f"gate_logits must have shape [{rows}, {sum(sizes)}], a column for each expert of each gate,"
@@ -65,7 +76,7 @@ def check_logits(gate_logits: Any, routing: Routing, rows: int, like: Tensor) ->
             raise ValueError(f"gate_logits must hold a tensor for each of {len(sizes)} gates, got {len(logits)}")
         names = [f"gate_logits[{k}]" for k in range(len(sizes))]
     for name, tensor, size in zip(names, logits, sizes, strict=True):
-        check_tensor(name, tensor, 2, f"[{rows}, {size}]")
+        check_tensor(name, tensor, 2, f"[B, {size}]")
         if tensor.shape[0] != rows or tensor.shape[1] != size:
             raise ValueError(f"{name} must have shape [{rows}, {size}], got {shape_of(tensor)}")
         if tensor.device != like.device:

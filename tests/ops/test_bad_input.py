@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -257,6 +257,13 @@ def gated() -> dict[str, Any]:
 
 def expert() -> dict[str, Any]:
     return dict(CaseFactory(0, torch.float32).expert_mixture(6, [4, 8, 3], ROUTING).arguments)
+
+
+@pytest.fixture(params=["training", "serving"], autouse=True)
+def _mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Serving may take another way to the operator than training."""
+    with torch.set_grad_enabled(request.param == "training"):
+        yield
 
 
 def check(op: Callable[..., Any], arguments: dict[str, Any], mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import direct_to_cpp, needs_function, run_cpp, run_forward, under_autocast
+from mtlkernels.ops._call import direct_to_cpp, distinct, needs_function, run_cpp, run_forward, under_autocast
 from mtlkernels.ops._checks import check_logits, check_routing
 from mtlkernels.ops.activations import CODES
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
@@ -84,7 +84,7 @@ def expert_mixture(
     backend = _backends.forced()
     if needs_function(streams, flat_weights, bias_list, logits, unused):
         plan = Plan(*flat, len(streams), backend)
-        out = ExpertMixture.apply(plan, *streams, *flat_weights, *bias_list, *logits, *unused)
+        out = ExpertMixture.apply(plan, *distinct(*streams, *flat_weights, *bias_list, *logits, *unused))
         return tuple(out[: len(logits)])
     out = run_forward("expert_mixture", backend, streams[0], streams, flat_weights, bias_list, logits, *flat, False)
     return tuple(out[0])
@@ -112,6 +112,8 @@ def _serve(
         else:
             flat_biases = []
             for layer in biases:
+                if layer is not None and any(bias is None for bias in layer):
+                    return None
                 flat_biases += [None] * experts if layer is None else list(layer)
         if isinstance(inputs, Tensor):
             streams, expert_inputs = [inputs], (0,) * experts

@@ -81,7 +81,8 @@ class ExpertMixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: Plan = ctx.plan
         layers = len(plan.activations)
-        tensors, saved = ctx.saved_tensors[:-layers], ctx.saved_tensors[-layers:]
+        kept = ctx.saved_tensors  # once: checkpointing recomputes them at each access
+        tensors, saved = kept[:-layers], kept[-layers:]
         *groups, idle = plan.split(tensors)
         *flags, idle_flags = plan.split(ctx.needs_input_grad[1:])
         needs = tuple(any(group) for group in flags)

@@ -76,7 +76,8 @@ class GatedMixtureBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: Plan = ctx.plan
         gates = len(plan.gate_sizes)
-        grad_outputs, primals = ctx.saved_tensors[:gates], ctx.saved_tensors[gates:]
+        tensors = ctx.saved_tensors
+        grad_outputs, primals = tensors[:gates], tensors[gates:]
         found = iter(grads)
         wanted = [next(found) if ctx.needs[0] else None]
         wanted += [next(found) if ctx.needs[1] else None for _ in range(gates)]

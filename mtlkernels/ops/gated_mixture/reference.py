@@ -30,7 +30,7 @@ def forward(
         acc = accumulation_dtype(experts, logits)
         weight = torch.softmax(logits.to(acc), dim=1)
         mixed = torch.bmm(weight.unsqueeze(1), experts[:, gate].to(acc)).squeeze(1)
-        outputs.append(mixed.to(experts.dtype))
+        outputs.append(mixed.to(experts.dtype, copy=True))  # a copy, so that no output is a view
     return outputs
 
 

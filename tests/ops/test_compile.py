@@ -1,0 +1,156 @@
+"""torch.compile and torch.export of what calls the ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtlkernels as mk
+from mtlkernels.testing import CaseFactory, evaluate
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    # torch._dynamo makes an instance of each autograd.Function that it traces, and torch warns of that.
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
+    # torch.export copies its tree specs by a class that torch deprecates.
+    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
+    # torch._inductor imports modules that still use TorchScript.
+    pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning"),
+]
+
+ROUTING = mk.Routing.cgc(2, 1, 1, shared_gate=True)
+
+
+class Level(nn.Module):
+    """Two experts a task, one of them shared, each with parameters of its own, and gates of one linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 5)]) for _ in range(3))
+        self.gate = nn.Linear(6, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = [[expert[layer].weight for expert in self.experts] for layer in range(2)]
+        biases = [[expert[layer].bias for expert in self.experts] for layer in range(2)]
+        outputs = mk.expert_mixture([x, x, x], weights, biases, self.gate(x), ROUTING, activation=["silu", "none"])
+        mixed = mk.gated_mixture(torch.stack(outputs, 1), [self.gate(x)[:, :3]], mk.Routing.mmoe(3, 1))
+        return torch.cat([*outputs, *mixed], 1)
+
+
+def gradients(module: nn.Module, function: Any, x: Tensor) -> list[Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = function(leaf)
+    return [y, *torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_forward_and_backward_without_a_graph_break(compiler: str) -> None:
+    module = Level()
+    x = torch.randn(9, 6)
+    compiled = torch.compile(module, fullgraph=True, backend=compiler)
+    for got, expected in zip(gradients(module, compiled, x), gradients(module, module, x), strict=True):
+        torch.testing.assert_close(got, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("wants_gradient", [True, False])
+def test_a_dynamic_batch_is_compiled_once(wants_gradient: bool) -> None:
+    module = Level().requires_grad_(wants_gradient)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(torch.randn(9, 6))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (2, 33, 260):
+            x = torch.randn(rows, 6)
+            torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("op, make", [(mk.gated_mixture, "gated_mixture"), (mk.expert_mixture, "expert_mixture")])
+def test_the_functions_themselves(op: Any, make: str) -> None:
+    """Every leaf a gradient, an expert without a gate, a stream that nobody reads."""
+    routing = mk.Routing((0, 2, 0), ((2, 0), (0,)))
+    factory = CaseFactory(0, torch.float32)
+    size = 4 if make == "gated_mixture" else [4, 3]
+    case = getattr(factory, make)(7, size, routing)
+    got = evaluate(torch.compile(op, fullgraph=True, backend="aot_eager"), case)
+    for name, group in evaluate(op, case).items():
+        for a, b in zip(got[name], group, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_mistakes_are_found_while_compiling() -> None:
+    compiled = torch.compile(mk.gated_mixture, backend="aot_eager")
+    with pytest.raises(Exception, match=r"experts .*\[B, 3, H\].*, got \[4, 2, 5\]"):
+        compiled(torch.randn(4, 2, 5), torch.randn(4, 3), mk.Routing.mmoe(3, 1))
+
+
+def test_func_transforms_inside_compile() -> None:
+    routing = mk.Routing.mmoe(2, 2)
+    x, w, logits = torch.randn(5, 4), torch.randn(2, 3, 4), torch.randn(5, 4)
+
+    def loss(w: Tensor, x: Tensor, logits: Tensor) -> Tensor:
+        return sum(y.square().sum() for y in mk.expert_mixture(x, [w], None, logits, routing, activation="tanh"))
+
+    def batched(x: Tensor, logits: Tensor) -> Tensor:
+        return torch.func.vmap(lambda x, logits: loss(w, x[None], logits[None]))(x, logits)
+
+    for function, arguments in ((torch.func.grad(loss), (w, x, logits)), (batched, (x, logits))):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*arguments), function(*arguments))
+
+
+def test_autocast_inside_compile() -> None:
+    module = Level()
+    x = torch.randn(9, 6)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x)
+
+    def eager(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x)
+
+    got, expected = gradients(module, compiled, x), gradients(module, eager, x)
+    assert [t.dtype for t in got] == [t.dtype for t in expected] == [torch.bfloat16] + [torch.float32] * 15
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_use_backend_is_guarded() -> None:
+    """Compiled code does not go on with the implementation that it was compiled for."""
+    x, logits, routing = torch.randn(4, 2, 5), torch.randn(4, 2), mk.Routing.mmoe(2, 1)
+    compiled = torch.compile(mk.gated_mixture, backend="aot_eager")
+    with torch.no_grad():
+        with mk.use_backend("reference"):
+            first = compiled(x, logits, routing)
+        second = compiled(x, logits, routing)
+    torch.testing.assert_close(first, second)
+    missing = "triton" if "triton" not in mk.backends()["gated_mixture"]["cpu"] else "cpp"
+    with mk.use_backend(missing), pytest.raises(Exception, match=f"no '{missing}' implementation"):
+        compiled(x, logits, routing)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_with_a_dynamic_batch(training: bool) -> None:
+    module = Level().train(training)
+    x = torch.randn(9, 6)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=2, max=4096)},))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "mtlkernels.expert_mixture_forward.default" in names
+    for rows in (2, 9, 300):
+        x = torch.randn(rows, 6)
+        torch.testing.assert_close(program.module()(x), module(x))
+
+
+def test_exported_program_decomposes_saves_and_loads(tmp_path: Any) -> None:
+    module = Level().eval()
+    x = torch.randn(9, 6)
+    program = torch.export.export(module, (x,)).run_decompositions()
+    torch.export.save(program, tmp_path / "level.pt2")
+    loaded = torch.export.load(tmp_path / "level.pt2")
+    torch.testing.assert_close(loaded.module()(x), module(x))
