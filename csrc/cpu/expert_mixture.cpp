@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "level_args.h"
+#include "memory.h"
 #include "plan.h"
 
 namespace mtlk {
@@ -72,7 +73,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
     output_pointers.push_back(outputs.back().mutable_data_ptr());
   }
   for (int l = 0; save && l < level.layers; ++l) {
-    saved.push_back(at::empty({level.experts, level.rows, level.widths[l + 1]}, options));
+    saved.push_back(with_huge_pages(at::empty({level.experts, level.rows, level.widths[l + 1]}, options)));
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
   if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};

@@ -4,7 +4,11 @@
 
 #include "expert_mixture_backward.h"
 #include "expert_mixture_tiny.h"
+#if defined(__AMX_BF16__)
+#include "amx_engine.h"
+#else
 #include "plain_engine.h"
+#endif
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -127,14 +131,17 @@ ExpertMixtureKernels expert_mixture_kernels() {
   return table;
 }
 
-Kernels make_kernels() {
-  Kernels table{};
+// Puts this instruction set's kernels into a table.
+void fill(Kernels& table) {
   table.isa = MTLK_ISA_NAME;
+#if defined(__AMX_BF16__)
+  table.expert_mixture[static_cast<int>(Dtype::kBFloat16)] = expert_mixture_kernels<AmxEngine>();
+#else
   table.expert_mixture[static_cast<int>(Dtype::kFloat32)] = expert_mixture_kernels<PlainEngine<float>>();
   table.expert_mixture[static_cast<int>(Dtype::kFloat64)] = expert_mixture_kernels<PlainEngine<double>>();
   table.expert_mixture[static_cast<int>(Dtype::kBFloat16)] = expert_mixture_kernels<PlainEngine<BFloat16>>();
   table.expert_mixture[static_cast<int>(Dtype::kFloat16)] = expert_mixture_kernels<PlainEngine<Half>>();
-  return table;
+#endif
 }
 
 }  // namespace MTLK_ISA

@@ -45,20 +45,4 @@ inline int64_t chunk_rows(const Level& level, int64_t block_rows) {
 
 inline int part_begin(const Level& level, int part, int parts) { return level.experts * part / parts; }
 
-// Uninitialised memory that starts on a cache line.
-class Scratch {
- public:
-  Scratch(int64_t pieces, int64_t bytes) : stride_((bytes + 63) / 64 * 64) {
-    memory_ = at::empty({pieces * stride_ + 64}, at::kByte);
-    const auto address = reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr());
-    first_ = reinterpret_cast<char*>((address + 63) / 64 * 64);
-  }
-  void* operator[](int64_t piece) const { return first_ + piece * stride_; }
-
- private:
-  int64_t stride_;
-  at::Tensor memory_;
-  char* first_;
-};
-
 }  // namespace mtlk

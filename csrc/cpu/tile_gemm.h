@@ -50,8 +50,12 @@ MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t outer, const Destinat
   const C* b = x.b;
   const int64_t jump = x.a_outer - x.inner * x.a_inner;
   for (int64_t o = 0; o < outer; ++o) {
+    if (outer > 1) {  // the next run lies elsewhere, where no hardware prefetcher looks
+      for (int i = 0; i < Rows; ++i) __builtin_prefetch(a[i / 3] + (i % 3) * x.a_row + x.a_outer);
+    }
     for (int64_t k = 0; k < x.inner; ++k, b += x.b_step) {
       Vector<C> step[Groups * P];
+      if (outer > 1) __builtin_prefetch(b + 16 * x.b_step);
 #pragma GCC unroll 8
       for (int j = 0; j < Groups * P; ++j) step[j] = load(b + (j / P) * x.b_group + (j % P) * L);
 #pragma GCC unroll 16
