@@ -1,0 +1,73 @@
+# Each target does all the set-up that it needs, in .venv; only Python, make and, for the C++ kernels, a compiler have to
+# be there. Without a compiler the install is pure Python.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# setup.py looks for cmake and ninja on the PATH.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+COMPILER := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
+# With a compiler the C++ kernels must be there, so that they cannot vanish without a test failing.
+REQUIRED := $(if $(COMPILER),--require-backend cpp)
+
+# Arguments of the targets below, as in `make bench SUITE=mixture DEVICE=cuda`.
+SUITE ?=
+DEVICE ?= cpu
+ARGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench aot clean
+
+help:
+	@echo "make demo    train a real library's PLE on real data, before and after mk.convert"
+	@echo "make test    check, then the whole test suite"
+	@echo "make check   formatting, lint and types"
+	@echo "make bench   benchmarks; SUITE=name DEVICE=cpu|cuda ARGS='--json FILE --plot DIR'"
+	@echo "make aot     compile every Triton kernel for every architecture, without a GPU; ARGS='--arch 90'"
+	@echo "make clean   remove everything that make has made, .venv included"
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first, under its plain name: whoever wants a certain build of it installs that into .venv, or sets pip up so.
+$(VENV)/.torch: $(VENV)/.created
+	$(PIP) torch
+	@touch $@
+
+# What pyproject.toml lists as the extra "build", which has to be there before the package can be installed.
+$(VENV)/.build-tools: $(VENV)/.torch
+	$(PIP) "setuptools>=77.0.3" wheel "cmake>=3.26" ninja "pybind11>=2.13"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.build-tools $(BUILD_INPUTS)
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@$(PY) -c "import mtlkernels; print(mtlkernels.show_config())"
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(PY) -m benchmarks.demo $(ARGS)
+
+test: check
+	$(PY) -m pytest $(REQUIRED) $(ARGS)
+
+check: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(if $(CXX_SOURCES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+bench: $(VENV)/.installed
+	$(PY) benchmarks/run.py $(SUITE) --device $(DEVICE) $(ARGS)
+
+aot: $(VENV)/.installed
+	$(PY) -m tests.triton.aot $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mtlkernels/_C*.so demo-out bench-out
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find mtlkernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
