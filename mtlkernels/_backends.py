@@ -38,7 +38,7 @@ def backends() -> dict[str, dict[str, tuple[str, ...]]]:
     ``"cpp"`` are the C++ kernels for CPUs, ``"triton"`` the Triton kernels for NVIDIA GPUs (float64 goes to the
     reference there), ``"reference"`` is readable PyTorch and serves every device and dtype.
     """
-    cpu = ("cpp", "reference") if _extension.loaded() else ("reference",)
+    cpu: tuple[str, ...] = ("cpp", "reference") if _extension.loaded() else ("reference",)
     if has_triton() and interpreting():
         cpu += ("triton",)
     cuda = ("triton", "reference") if has_triton() else ("reference",)

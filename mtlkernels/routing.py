@@ -65,11 +65,10 @@ class Routing:
         for expert, stream in enumerate(streams):
             if stream < 0:
                 raise ValueError(f"expert_inputs[{expert}] must be a stream index of at least 0, got {stream}")
-        if isinstance(self.gate_experts, (str, bytes)) or not isinstance(self.gate_experts, Sequence):
-            raise TypeError(
-                f"gate_experts must be a sequence of sequences of ints, got {type(self.gate_experts).__name__}"
-            )
-        gates = tuple(_index_tuple(f"gate_experts[{k}]", gate) for k, gate in enumerate(self.gate_experts))
+        given: object = self.gate_experts
+        if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+            raise TypeError(f"gate_experts must be a sequence of sequences of ints, got {type(given).__name__}")
+        gates = tuple(_index_tuple(f"gate_experts[{k}]", gate) for k, gate in enumerate(given))
         if not gates:
             raise ValueError("gate_experts must hold at least one gate, got an empty sequence")
         for k, gate in enumerate(gates):
@@ -77,9 +76,7 @@ class Routing:
                 raise ValueError(f"gate_experts[{k}] must mix at least one expert, got an empty gate")
             for expert in gate:
                 if not 0 <= expert < len(streams):
-                    raise ValueError(
-                        f"gate_experts[{k}] must name experts in [0, {len(streams)}), got expert {expert}"
-                    )
+                    raise ValueError(f"gate_experts[{k}] must name experts in [0, {len(streams)}), got expert {expert}")
             if len(set(gate)) != len(gate):
                 raise ValueError(f"gate_experts[{k}] must name each expert once, got {gate}")
         object.__setattr__(self, "expert_inputs", streams)

@@ -25,11 +25,13 @@ def differentiate_twice(
         The gradients of ``grad_outputs`` and those of ``primals``.
     """
 
+    vjp: Any = torch.func.vjp  # annotated in torch as if it always returned three values
+
     def backward(outs: tuple[Tensor, ...], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        _, pull = torch.func.vjp(forward, *args)
+        _, pull = vjp(forward, *args)
         return tuple(pull(outs))
 
-    result, pull = torch.func.vjp(backward, tuple(grad_outputs), tuple(primals))
+    result, pull = vjp(backward, tuple(grad_outputs), tuple(primals))
     cotangents = tuple(
         torch.zeros_like(out) if grad is None else grad.to(out.dtype) for out, grad in zip(result, grads, strict=True)
     )
@@ -53,7 +55,8 @@ def copies(tensor: Tensor | None, dim: int | None, size: int) -> list[Tensor | N
 
 def by_example(tensor: Tensor, dim: int, size: int) -> Tensor:
     """Splits dimension ``dim``, in which ``size`` examples lie one after another."""
-    return tensor.unflatten(dim, (size, tensor.shape[dim] // size))
+    split: Tensor = tensor.unflatten(dim, (size, tensor.shape[dim] // size))
+    return split
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
-from mtlkernels.ops._autograd import batched_backward, by_example, call, copies, differentiate_twice, front, grads_are_batched
+from mtlkernels.ops._autograd import (
+    batched_backward,
+    by_example,
+    call,
+    copies,
+    differentiate_twice,
+    front,
+    grads_are_batched,
+)
 from mtlkernels.ops.expert_mixture import reference
 
 _OP = "expert_mixture"
@@ -88,9 +96,7 @@ class ExpertMixture(torch.autograd.Function):
         needs = tuple(any(group) for group in flags)
         grad_outputs = grads[: len(plan.gate_sizes)]
         used = [tensor for group in groups for tensor in group]
-        found = iter(
-            call(ExpertMixtureBackward, plan, needs, *grad_outputs, *used, *saved) if any(needs) else ()
-        )
+        found = iter(call(ExpertMixtureBackward, plan, needs, *grad_outputs, *used, *saved) if any(needs) else ())
         result: list[Tensor | None] = [None]
         for group, need in zip(groups, needs, strict=True):
             result += [next(found) if need and tensor is not None else None for tensor in group]
@@ -220,9 +226,7 @@ def _slices(tensors: Any, dims: Any, size: int, blocks: int) -> list[Tensor | No
     """Lists the slices of vmapped tensors example by example, within each of ``blocks`` equal runs of tensors."""
     slices = [copies(tensor, dim, size) for tensor, dim in zip(tensors, dims, strict=True)]
     width = len(slices) // blocks
-    return [
-        slices[block * width + i][v] for block in range(blocks) for v in range(size) for i in range(width)
-    ]
+    return [slices[block * width + i][v] for block in range(blocks) for v in range(size) for i in range(width)]
 
 
 register_reference(_OP, "forward", reference.forward)

@@ -93,7 +93,11 @@ def check_biases(biases: Any, layers: list[list[Tensor]], routing: Routing, x: T
 
 def activation_codes(activation: Any, num_layers: int) -> tuple[int, ...]:
     """A code a layer."""
-    names = [activation] * num_layers if isinstance(activation, str) else as_sequence("activation", activation, "a name or a sequence of names")
+    names = (
+        [activation] * num_layers
+        if isinstance(activation, str)
+        else as_sequence("activation", activation, "a name or a sequence of names")
+    )
     if len(names) != num_layers:
         raise ValueError(f"activation must be one name or one for each of {num_layers} layers, got {len(names)}")
     for name in names:

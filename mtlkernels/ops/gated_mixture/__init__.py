@@ -13,9 +13,7 @@ from mtlkernels.ops.gated_mixture.autograd import GatedMixture, Plan
 from mtlkernels.routing import Routing
 
 
-def gated_mixture(
-    experts: Tensor, gate_logits: Tensor | Sequence[Tensor], routing: Routing
-) -> tuple[Tensor, ...]:
+def gated_mixture(experts: Tensor, gate_logits: Tensor | Sequence[Tensor], routing: Routing) -> tuple[Tensor, ...]:
     """Mixes experts' outputs by every gate at once: ``y_k = sum_e softmax(logits_k)_e * experts[:, e]``.
 
     The mixing of MMoE (Ma et al., KDD 2018, equations 6 and 7) and of PLE (Tang et al., RecSys 2020). The softmax and
