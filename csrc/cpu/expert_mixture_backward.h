@@ -255,44 +255,13 @@ class BackwardBlock {
     }
   }
 
-  // d logits = p * (inner - sum over the gate's experts of p * inner).
   void write_logits() {
     const Gates& gates = level_.gates;
     for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t at = g * gates.columns * kGroup;
       for (int k = 0; k < gates.count; ++k) {
-        const int64_t at = (g * gates.columns + gates.begin[k]) * kGroup;
-        const int64_t row = row_ + g * kGroup;
-        switch (gates.dtype) {
-          case Dtype::kFloat32:
-            softmax_gradient<float>(s_.probabilities + at, s_.inner + at, gates.sizes[k], group_rows(g), k, row);
-            break;
-          case Dtype::kFloat64:
-            softmax_gradient<double>(s_.probabilities + at, s_.inner + at, gates.sizes[k], group_rows(g), k, row);
-            break;
-          case Dtype::kBFloat16:
-            softmax_gradient<BFloat16>(s_.probabilities + at, s_.inner + at, gates.sizes[k], group_rows(g), k, row);
-            break;
-          case Dtype::kFloat16:
-            softmax_gradient<Half>(s_.probabilities + at, s_.inner + at, gates.sizes[k], group_rows(g), k, row);
-            break;
-        }
-      }
-    }
-  }
-
-  template <typename LogitType>
-  void softmax_gradient(const C* p, const C* inner, int columns, int64_t nrows, int k, int64_t row) {
-    LogitType* out = static_cast<LogitType*>(args_.grad_logits[k]) + row * columns;
-    for (int64_t r = 0; r < nrows; ++r) {
-      C mean = 0;
-      for (int c = 0; c < columns; ++c) mean += p[c * kGroup + r] * inner[c * kGroup + r];
-      for (int c = 0; c < columns; ++c) {
-        const C value = p[c * kGroup + r] * (inner[c * kGroup + r] - mean);
-        if constexpr (sizeof(LogitType) == 8 || sizeof(C) == 8) {
-          from_compute(static_cast<typename ComputeOf<LogitType>::type>(value), out + r * columns + c);
-        } else {
-          from_compute(value, out + r * columns + c);
-        }
+        write_logit_gradient(gates, k, s_.probabilities + at, s_.inner + at, row_ + g * kGroup, group_rows(g),
+                             args_.grad_logits[k]);
       }
     }
   }

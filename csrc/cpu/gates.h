@@ -73,5 +73,38 @@ void gate_probabilities(const Gates& gates, int64_t row, int64_t nrows, C* panel
   }
 }
 
+// d logits = p * (inner - sum over the gate's experts of p * inner), for one group of rows.
+template <typename T, typename C>
+void softmax_gradient(const C* p, const C* inner, int columns, int64_t nrows, T* out) {
+  for (int64_t r = 0; r < nrows; ++r) {
+    C mean = 0;
+    for (int c = 0; c < columns; ++c) mean += p[c * kGroup + r] * inner[c * kGroup + r];
+    for (int c = 0; c < columns; ++c) {
+      const C value = p[c * kGroup + r] * (inner[c * kGroup + r] - mean);
+      from_compute(static_cast<Compute<T>>(value), out + r * columns + c);
+    }
+  }
+}
+
+// Writes rows [row, row + nrows) of gate k's gradient from panels of all columns: probabilities, and inner products of
+// the gradient with the experts' outputs.
+template <typename C>
+void write_logit_gradient(const Gates& gates, int k, const C* probabilities, const C* inner, int64_t row, int64_t nrows,
+                          void* out) {
+  const int columns = gates.sizes[k];
+  const int64_t at = static_cast<int64_t>(gates.begin[k]) * kGroup, to = row * columns;
+  const C *p = probabilities + at, *q = inner + at;
+  switch (gates.dtype) {
+    case Dtype::kFloat32:
+      return softmax_gradient(p, q, columns, nrows, static_cast<float*>(out) + to);
+    case Dtype::kFloat64:
+      return softmax_gradient(p, q, columns, nrows, static_cast<double*>(out) + to);
+    case Dtype::kBFloat16:
+      return softmax_gradient(p, q, columns, nrows, static_cast<BFloat16*>(out) + to);
+    case Dtype::kFloat16:
+      return softmax_gradient(p, q, columns, nrows, static_cast<Half*>(out) + to);
+  }
+}
+
 }  // namespace MTLK_ISA
 }  // namespace mtlk

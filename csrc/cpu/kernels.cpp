@@ -4,6 +4,7 @@
 
 #include "expert_mixture_backward.h"
 #include "expert_mixture_tiny.h"
+#include "gated_mixture_kernels.h"
 #if defined(__AMX_BF16__)
 #include "amx_engine.h"
 #else
@@ -131,16 +132,33 @@ ExpertMixtureKernels expert_mixture_kernels() {
   return table;
 }
 
+template <typename T>
+GatedMixtureKernels gated_mixture_kernels() {
+  return {GatedMixtureRows<T>::bytes,
+          [](const GatedMixtureArgs& args, int64_t first, int64_t last, void* scratch) {
+            GatedMixtureRows<T>(args, scratch).forward(first, last);
+          },
+          [](const GatedMixtureArgs& args, int64_t first, int64_t last, void* scratch) {
+            GatedMixtureRows<T>(args, scratch).backward(first, last);
+          }};
+}
+
+template <typename T, typename Engine>
+void fill_dtype(Kernels& table, Dtype dtype) {
+  table.gated_mixture[static_cast<int>(dtype)] = gated_mixture_kernels<T>();
+  table.expert_mixture[static_cast<int>(dtype)] = expert_mixture_kernels<Engine>();
+}
+
 // Puts this instruction set's kernels into a table.
 void fill(Kernels& table) {
   table.isa = MTLK_ISA_NAME;
 #if defined(__AMX_BF16__)
-  table.expert_mixture[static_cast<int>(Dtype::kBFloat16)] = expert_mixture_kernels<AmxEngine>();
+  fill_dtype<BFloat16, AmxEngine>(table, Dtype::kBFloat16);
 #else
-  table.expert_mixture[static_cast<int>(Dtype::kFloat32)] = expert_mixture_kernels<PlainEngine<float>>();
-  table.expert_mixture[static_cast<int>(Dtype::kFloat64)] = expert_mixture_kernels<PlainEngine<double>>();
-  table.expert_mixture[static_cast<int>(Dtype::kBFloat16)] = expert_mixture_kernels<PlainEngine<BFloat16>>();
-  table.expert_mixture[static_cast<int>(Dtype::kFloat16)] = expert_mixture_kernels<PlainEngine<Half>>();
+  fill_dtype<float, PlainEngine<float>>(table, Dtype::kFloat32);
+  fill_dtype<double, PlainEngine<double>>(table, Dtype::kFloat64);
+  fill_dtype<BFloat16, PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
+  fill_dtype<Half, PlainEngine<Half>>(table, Dtype::kFloat16);
 #endif
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "expert_mixture_args.h"
+#include "gated_mixture_args.h"
 
 namespace mtlk {
 
@@ -41,8 +42,15 @@ struct ExpertMixtureKernels {
   void (*write_sums)(const void* sums, int64_t ld, int64_t rows, int64_t columns, void* out);
 };
 
+struct GatedMixtureKernels {
+  int64_t (*bytes)(const GatedMixtureArgs&);
+  void (*forward)(const GatedMixtureArgs&, int64_t first, int64_t last, void* scratch);
+  void (*backward)(const GatedMixtureArgs&, int64_t first, int64_t last, void* scratch);
+};
+
 struct Kernels {
   const char* isa;
+  GatedMixtureKernels gated_mixture[4];    // by Dtype
   ExpertMixtureKernels expert_mixture[4];  // by Dtype
 };
 
