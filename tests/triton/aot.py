@@ -87,10 +87,10 @@ def variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Ite
         for dtype in DTYPES:
             # float32 logits take no fewer registers than narrower ones.
             common: dict[str, Any] = {"LOGITS": "fp32", "ALIGNED": aligned}
-            yield made("mix_forward", mixture.TILE, dtype, **common)
+            yield made("mix_forward", mixture.TILES[aligned], dtype, **common)
             for code in backward_codes:
                 what = {"CODE": code, "FROM_INPUT": from_input(code), "NEED_EXPERTS": True, "NEED_LOGITS": True}
-                yield made("mix_backward", mixture.TILE, dtype, **common, **what)
+                yield made("mix_backward", mixture.TILES[aligned], dtype, **common, **what)
         for dtype, precision in OPERANDS:
             key = tiles.operands(TORCH_DTYPES[dtype], precision), aligned
             common = {"ALIGNED": aligned, "PRECISION": precision, "UPCAST": False}

@@ -40,7 +40,7 @@ MAX_FUSED_GATES = 4
 MIXING = {
     ("half", True): Tile(64, 64, 64, 8, 3),
     ("tf32", True): Tile(64, 64, 32, 8, 3),
-    ("ieee", True): Tile(32, 32, 16, 4, 2),
+    ("ieee", True): Tile(32, 32, 16, 8, 2),
     ("half", False): Tile(64, 32, 32, 8, 2),
     ("tf32", False): Tile(64, 32, 32, 8, 2),
     ("ieee", False): Tile(32, 32, 16, 4, 2),

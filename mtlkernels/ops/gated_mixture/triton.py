@@ -15,7 +15,11 @@ from mtlkernels.ops.gated_mixture.triton_kernels import mix_backward, mix_forwar
 
 # 2,048 elements a tile: two 16-byte loads a thread in half precision, and few enough registers for 8 or more programs
 # on a multiprocessor, whose loads hide each other's latency.
-TILE = Tile(rows=16, columns=128, depth=1, warps=4, stages=1)
+# Without alignment every element needs an address of its own, in registers: half the columns.
+TILES = {
+    True: Tile(rows=16, columns=128, depth=1, warps=4, stages=1),
+    False: Tile(rows=16, columns=64, depth=1, warps=4, stages=1),
+}
 
 
 def strides(table: Table, tensor: Tensor | None, row: int, expert: int) -> int:
@@ -76,12 +80,13 @@ def prepare_forward(
     outputs = [like.new_empty(shape) for _ in gate_sizes]
     gates = _triton.gate_entries(table, gate_logits, gate_experts, gate_sizes)
     at_outputs = table.pointers(outputs)
+    tile = TILES[aligned]
 
     def run(entries: Tensor) -> None:
         launch(
             mix_forward,
-            triton.cdiv(num_rows, TILE.rows) * triton.cdiv(width, TILE.columns),
-            TILE,
+            triton.cdiv(num_rows, tile.rows) * triton.cdiv(width, tile.columns),
+            tile,
             entries,
             at_outputs,
             gates,
@@ -143,8 +148,8 @@ def prepare_backward(
     """
     grad_logits = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in gate_logits if need_logits]
     num_rows, width = grad_outputs[0].shape
-    members = len(gate_experts)
-    blocks = triton.cdiv(width, TILE.columns) if need_logits else 0
+    members, tile = len(gate_experts), TILES[aligned]
+    blocks = triton.cdiv(width, tile.columns) if need_logits else 0
     weights = grad_outputs[0].new_empty((members, num_rows), dtype=torch.float32)
     inner = grad_outputs[0].new_empty((blocks, members, num_rows), dtype=torch.float32)
     gates = _triton.gate_entries(table, gate_logits, gate_experts, gate_sizes)
@@ -155,8 +160,8 @@ def prepare_backward(
     def run(entries: Tensor) -> None:
         launch(
             mix_backward,
-            triton.cdiv(num_rows, TILE.rows),
-            TILE,
+            triton.cdiv(num_rows, tile.rows),
+            tile,
             entries,
             weights,
             inner,
