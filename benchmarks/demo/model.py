@@ -1,0 +1,103 @@
+"""The model: PLE of deepctr-torch as its users write it, its loss, and its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.demo.flights import TASKS, Flights
+from benchmarks.demo.library import import_deepctr
+
+EMBEDDING = 40  # times 10 features, and 16 dense ones: D = 416, as in the benchmarks' standard workload
+SEED = 2013
+
+
+def build(flights: Flights) -> Any:
+    """Two levels of 4 experts a task and 4 shared ones, (256, 128) units; the same weights each time."""
+    import_deepctr()
+    from deepctr_torch.inputs import DenseFeat, SparseFeat
+    from deepctr_torch.models.multitask import PLE
+
+    columns = [SparseFeat(name, size, EMBEDDING) for name, size in flights.vocabulary.items()]
+    columns += [DenseFeat(name, 1) for name in flights.dense]
+    return PLE(
+        columns,
+        shared_expert_num=4,
+        specific_expert_num=4,
+        num_levels=2,
+        expert_dnn_hidden_units=(256, 128),
+        gate_dnn_hidden_units=(),
+        init_std=0.05,
+        seed=SEED,
+        task_types=("binary",) * len(TASKS),
+        task_names=TASKS,
+    )
+
+
+def tensors(model: Any, flights: Flights) -> tuple[Tensor, Tensor]:
+    """Features [N, F] in the order in which the model wants them, and labels [N, T]."""
+    values = {**flights.sparse, **flights.dense}
+    features = np.stack([values[name] for name in model.feature_index], axis=1).astype("float32")
+    return torch.from_numpy(features), torch.from_numpy(flights.labels)
+
+
+def loss_of(model: Any, features: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy a flight, over the labels that it has, and the model's own regularisation."""
+    known = ~labels.isnan()
+    entropy = F.binary_cross_entropy(model(features), labels.nan_to_num(), weight=known.float(), reduction="sum")
+    loss: Tensor = entropy / len(features) + model.get_regularization_loss().squeeze()
+    return loss
+
+
+def training_step(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function that takes one step of Adam and returns the loss."""
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def step(features: Tensor, labels: Tensor) -> Tensor:
+        loss = loss_of(model, features, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def train(
+    model: Any, features: Tensor, labels: Tensor, epochs: int, rows: int, on_step: Callable[[int, float], None]
+) -> list[float]:
+    """Trains over batches of ``rows`` in an order that depends on nothing but :data:`SEED`; the loss of each step."""
+    shuffle = torch.Generator().manual_seed(SEED)
+    step = training_step(model)
+    losses: list[float] = []
+    for _ in range(epochs):
+        for batch in torch.randperm(len(features), generator=shuffle).split(rows):
+            losses.append(step(features[batch], labels[batch]).item())
+            on_step(len(losses), losses[-1])
+    return losses
+
+
+@torch.no_grad()
+def predict(model: Any, features: Tensor, rows: int = 4096) -> Tensor:
+    """Predictions [N, T]."""
+    model.eval()
+    return torch.cat([model(batch) for batch in features.split(rows)])
+
+
+def aucs(predictions: Tensor, labels: Tensor) -> list[float]:
+    """The area under the ROC curve of each task, over the flights that have its label; NaN without both classes."""
+    from sklearn.metrics import roc_auc_score
+
+    found = []
+    for task in range(labels.shape[1]):
+        known = ~labels[:, task].isnan()
+        truth = labels[known, task].numpy()
+        both = len(np.unique(truth)) == 2
+        found.append(float(roc_auc_score(truth, predictions[known, task].numpy())) if both else float("nan"))
+    return found

