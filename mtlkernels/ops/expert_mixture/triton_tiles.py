@@ -24,8 +24,9 @@ class Products(NamedTuple):
     full: Tile
 
 
-# 128 x 128 halves what is read for a 64 x 128 tile and still leaves room for two programs on a multiprocessor of sm_90;
-# its 8 warps are two warp groups, each with 64 rows. A tensor core takes 16 rows at least (64 for a warp group's).
+# A 128 x 128 tile reads two thirds of what 64 x 128 tiles do. Its 8 warps are two warp groups, each with 64 rows, and
+# registers leave a multiprocessor room for one such program, which three stages in shared memory keep supplied. A
+# tensor core takes 16 rows at least (64 for a warp group's).
 PRODUCT = {
     ("half", True): Products(Tile(16, 64, 128, 4, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
     ("tf32", True): Products(Tile(16, 64, 64, 4, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3)),

@@ -13,8 +13,8 @@ from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.gated_mixture.triton_kernels import mix_backward, mix_forward
 
-# 2,048 elements a tile: two 16-byte loads a thread in half precision, and few enough registers for 8 or more programs
-# on a multiprocessor, whose loads hide each other's latency.
+# 2,048 elements a tile: two 16-byte loads a thread in half precision, and few enough registers for several programs on
+# a multiprocessor (8 or more forward, 4 backward), whose loads hide each other's latency.
 # Without alignment every element needs an address of its own, in registers: half the columns.
 TILES = {
     True: Tile(rows=16, columns=128, depth=1, warps=4, stages=1),
