@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find $(wildcard csrc tests/csrc) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 COMPILER := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
 # With a compiler the C++ kernels must be there, so that they cannot vanish without a test failing.
 REQUIRED := $(if $(COMPILER),--require-backend cpp)

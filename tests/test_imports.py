@@ -14,12 +14,14 @@ ROOT = Path(__file__).parents[1]
 
 BLOCK = """
 import sys
-from importlib.machinery import PathFinder
-class Without(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name in blocked else super().find_spec(name, path, target)
-sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name in blocked else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 CALL = """
 import torch
