@@ -100,9 +100,15 @@ MTLK_INLINE FloatVector vtanh(FloatVector x) {
 }
 
 using DoubleVector = Vector<double>;
-MTLK_INLINE DoubleVector vexp(DoubleVector x) { return lanewise(x, [](double v) { return std::exp(v); }); }
-MTLK_INLINE DoubleVector verf(DoubleVector x) { return lanewise(x, [](double v) { return std::erf(v); }); }
-MTLK_INLINE DoubleVector vtanh(DoubleVector x) { return lanewise(x, [](double v) { return std::tanh(v); }); }
+MTLK_INLINE DoubleVector vexp(DoubleVector x) {
+  return lanewise(x, [](double v) { return std::exp(v); });
+}
+MTLK_INLINE DoubleVector verf(DoubleVector x) {
+  return lanewise(x, [](double v) { return std::erf(v); });
+}
+MTLK_INLINE DoubleVector vtanh(DoubleVector x) {
+  return lanewise(x, [](double v) { return std::tanh(v); });
+}
 
 template <int Code, typename C>
 MTLK_INLINE Vector<C> activate(Vector<C> x) {

@@ -145,8 +145,8 @@ struct AmxEngine {
 
   static constexpr int64_t kColumns = 32;
   static constexpr int64_t kSumMultiple = 32;
-  static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t,
-                              int64_t nrows, int64_t column, int64_t, C* grad, int64_t ld, bool add) {
+  static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t, int64_t nrows,
+                              int64_t column, int64_t, C* grad, int64_t ld, bool add) {
     alignas(64) C sums[kRows * kColumns];
     const int64_t steps = rounded(nrows) / kDepthStep;
     const Operand* b = operand + column / 16 * steps * 16 * 32;
@@ -173,7 +173,8 @@ struct AmxEngine {
         const Gradient* place = gradient + m / kGradientRows * gradient_size(outputs) + o * kGradientRows;
         const __m512i pairs = _mm512_loadu_si512(place);
         const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+        const __m512 odd =
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
         sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
       }
       grad[o] = (add ? grad[o] : 0.0f) + _mm512_reduce_add_ps(sum);

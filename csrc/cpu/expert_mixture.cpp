@@ -58,10 +58,12 @@ void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   }
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
-    at::TensorList inputs, at::TensorList weights, BiasList biases, at::TensorList gate_logits,
-    at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
-    at::IntArrayRef activations, bool save) {
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(at::TensorList inputs, at::TensorList weights,
+                                                                     BiasList biases, at::TensorList gate_logits,
+                                                                     at::IntArrayRef expert_inputs,
+                                                                     at::IntArrayRef gate_experts,
+                                                                     at::IntArrayRef gate_sizes,
+                                                                     at::IntArrayRef activations, bool save) {
   LevelTables tables(inputs, weights, gate_logits, expert_inputs, gate_experts, gate_sizes, activations);
   tables.set_biases(biases);
   const Level& level = tables.level();
@@ -115,8 +117,10 @@ class Results {
         bias_sums_.push_back(table.stores_compute ? biases_.back() : at::empty({out}, compute));
       }
     }
-    for (auto [tensors, pointers] : {std::pair{&inputs_, &input_pointers_}, {&logits_, &logit_pointers_},
-                                     {&weight_sums_, &weight_pointers_}, {&bias_sums_, &bias_pointers_}}) {
+    for (auto [tensors, pointers] : {std::pair{&inputs_, &input_pointers_},
+                                     {&logits_, &logit_pointers_},
+                                     {&weight_sums_, &weight_pointers_},
+                                     {&bias_sums_, &bias_pointers_}}) {
       for (const at::Tensor& tensor : *tensors) pointers->push_back(tensor.mutable_data_ptr());
     }
   }
@@ -151,7 +155,8 @@ class Results {
     write(bias_sums_, biases_);
   }
 
-  std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> take() {
+  std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>>
+  take() {
     return {std::move(inputs_), std::move(weights_), std::move(biases_), std::move(logits_)};
   }
 
@@ -179,7 +184,8 @@ void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
       parallel_tasks(threads, table.operand_tasks(args), [&](int64_t task) { table.make_operand(args, chunk, task); });
     }
     if (args.need_weights || args.need_biases) {
-      parallel_tasks(threads, table.weight_tasks(args), [&](int64_t task) { table.weight_gradient(args, chunk, task); });
+      parallel_tasks(threads, table.weight_tasks(args),
+                     [&](int64_t task) { table.weight_gradient(args, chunk, task); });
     }
   }
 }

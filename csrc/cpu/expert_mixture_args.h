@@ -55,9 +55,9 @@ struct BackwardArgs {
   Level level;
   const void* const* grad_outputs;  // [rows, widths[layers]] for each gate, unit column stride
   const int64_t* grad_output_ld;
-  const void* const* saved;       // as the forward pass wrote them
-  void* const* grad_inputs;       // contiguous [rows, widths[0]] for each stream, or null
-  void* const* grad_logits;       // contiguous, of the logits' dtype, or null
+  const void* const* saved;  // as the forward pass wrote them
+  void* const* grad_inputs;  // contiguous [rows, widths[0]] for each stream, or null
+  void* const* grad_logits;  // contiguous, of the logits' dtype, or null
   bool need_weights, need_biases;
 
   // Sums over the rows, of the compute type, for each layer and expert: [out][weight_sum_ld[layer]] and [out].
@@ -72,8 +72,8 @@ struct BackwardArgs {
 struct BackwardChunk {
   int64_t row, rows;
   int64_t capacity;  // rows that the buffers are laid out for
-  void* gradients;  // of pre-activations, see BackwardLayout
-  void* operands;   // what each layer read, where it has to be made
+  void* gradients;   // of pre-activations, see BackwardLayout
+  void* operands;    // what each layer read, where it has to be made
 };
 
 // How a set of kernels wants the weights of a level.

@@ -241,7 +241,8 @@ class BackwardBlock {
     constexpr int P = Simd<C>::per_group;
     for (int j = 0; j < P; ++j) {
       Vector<C> sum[4] = {};
-      for (int64_t i = 0; i < features(); ++i) sum[i % 4] += load(a + i * kGroup + j * L) * load(b + i * kGroup + j * L);
+      for (int64_t i = 0; i < features(); ++i)
+        sum[i % 4] += load(a + i * kGroup + j * L) * load(b + i * kGroup + j * L);
       mtlk::MTLK_ISA::store(out + j * L, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
   }
@@ -360,8 +361,8 @@ class WeightGradients {
 
   const Operand* operand_of(int l, int e, int64_t* ld) const {
     const int index = l == 0 ? level_.expert_inputs[e] : e;
-    const T* rows = l == 0 ? static_cast<const T*>(level_.inputs[index]) + chunk_.row * level_.input_ld[index]
-                           : hidden_rows(l, e);
+    const T* rows =
+        l == 0 ? static_cast<const T*>(level_.inputs[index]) + chunk_.row * level_.input_ld[index] : hidden_rows(l, e);
     if (l == 0 || hidden_code(l) == kNone) {
       if (const Operand* direct = Engine::direct_operand(rows, level_.widths[l])) {
         *ld = l == 0 ? level_.input_ld[index] : level_.widths[l];

@@ -68,8 +68,9 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
   const at::Tensor values = with_unit_stride(experts);
   const GateTables tables(gate_logits, gate_experts, gate_sizes, experts.size(1));
   GatedMixtureArgs args = make_args(values, gate_logits, tables);
-  TORCH_CHECK_VALUE(grad_outputs.size() == gate_sizes.size(), "mtlkernels: grad_outputs must hold a tensor for each of ",
-                    gate_sizes.size(), " gates, got ", grad_outputs.size());
+  TORCH_CHECK_VALUE(grad_outputs.size() == gate_sizes.size(),
+                    "mtlkernels: grad_outputs must hold a tensor for each of ", gate_sizes.size(), " gates, got ",
+                    grad_outputs.size());
   std::vector<at::Tensor> kept, grad_experts, grad_logits;
   std::vector<const void*> grads;
   std::vector<int64_t> grad_ld;

@@ -29,8 +29,9 @@ inline Dtype dtype_of(const at::Tensor& tensor) {
 class GateTables {
  public:
   GateTables(at::TensorList logits, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, int64_t experts) {
-    TORCH_CHECK_VALUE(logits.size() == gate_sizes.size() && !logits.empty(), "mtlkernels: gate_logits must hold a tensor for each of ",
-                      gate_sizes.size(), " gates, got ", logits.size());
+    TORCH_CHECK_VALUE(logits.size() == gate_sizes.size() && !logits.empty(),
+                      "mtlkernels: gate_logits must hold a tensor for each of ", gate_sizes.size(), " gates, got ",
+                      logits.size());
     int column = 0;
     for (const int64_t size : gate_sizes) {
       begin_.push_back(column);

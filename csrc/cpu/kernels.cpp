@@ -155,10 +155,10 @@ void fill(Kernels& table) {
 #if defined(__AMX_BF16__)
   fill_dtype<BFloat16, AmxEngine>(table, Dtype::kBFloat16);
 #else
-  fill_dtype<float, PlainEngine<float>>(table, Dtype::kFloat32);
-  fill_dtype<double, PlainEngine<double>>(table, Dtype::kFloat64);
-  fill_dtype<BFloat16, PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
-  fill_dtype<Half, PlainEngine<Half>>(table, Dtype::kFloat16);
+  fill_dtype<float, PlainEngine<float> >(table, Dtype::kFloat32);
+  fill_dtype<double, PlainEngine<double> >(table, Dtype::kFloat64);
+  fill_dtype<BFloat16, PlainEngine<BFloat16> >(table, Dtype::kBFloat16);
+  fill_dtype<Half, PlainEngine<Half> >(table, Dtype::kFloat16);
 #endif
 }
 

@@ -96,9 +96,8 @@ class LevelTables {
     weights_.resize(weights.size());
     weight_ld_.resize(weights.size());
     std::vector<at::Tensor> ready(weights.size());
-    parallel_tasks(form == WeightForm::kNatural ? 1 : at::get_num_threads(), weights.size(), [&](int64_t i) {
-      ready[i] = with_form(transposed ? weights[i].t() : weights[i], form);
-    });
+    parallel_tasks(form == WeightForm::kNatural ? 1 : at::get_num_threads(), weights.size(),
+                   [&](int64_t i) { ready[i] = with_form(transposed ? weights[i].t() : weights[i], form); });
     for (size_t i = 0; i < weights.size(); ++i) {
       weights_[i] = ready[i].const_data_ptr();
       weight_ld_[i] = ready[i].stride(0);

@@ -1,9 +1,9 @@
 // Panels: how activations lie inside the kernels.
 //
-// The batch is cut into groups of 16 rows. Within a group the 16 values of one feature lie side by side, so a feature is
-// one vector (or a few), weights are read in their natural layout as broadcast operands, and the output of one layer is
-// the input of the next without any repacking. A plain panel is [feature][16] of the compute type; a paired panel, for
-// AMX, is [feature / 2][16][2] of bfloat16.
+// The batch is cut into groups of 16 rows. Within a group the 16 values of one feature lie side by side, so a feature
+// is one vector (or a few), weights are read in their natural layout as broadcast operands, and the output of one layer
+// is the input of the next without any repacking. A plain panel is [feature][16] of the compute type; a paired panel,
+// for AMX, is [feature / 2][16][2] of bfloat16.
 #pragma once
 
 #include "simd.h"

@@ -12,10 +12,10 @@ template <typename T_>
 struct PlainEngine {
   using T = T_;
   using C = Compute<T>;
-  using Element = C;                                            // of panels
-  using Weight = C;                                             // of weights, as the glue hands them over
-  static constexpr int64_t kRows = TileShape<C>::rows;          // features of a tile
-  static constexpr int64_t kGroups = TileShape<C>::groups;      // groups of rows of a tile
+  using Element = C;                                        // of panels
+  using Weight = C;                                         // of weights, as the glue hands them over
+  static constexpr int64_t kRows = TileShape<C>::rows;      // features of a tile
+  static constexpr int64_t kGroups = TileShape<C>::groups;  // groups of rows of a tile
   static constexpr WeightForm kForm = __is_same(T, C) ? WeightForm::kNatural : WeightForm::kCompute;
 
   // Features are divided evenly among as few tiles as will do; tile t begins at tile_begin(features, t).
