@@ -84,5 +84,5 @@ def check_logits(gate_logits: Any, routing: Routing, rows: int, like: Tensor) ->
         if tensor.dtype != logits[0].dtype:
             raise TypeError(f"{name} must have the dtype of the first gate, {logits[0].dtype}, got {tensor.dtype}")
         if tensor.dtype == torch.float64 and like.dtype != torch.float64:
-            raise TypeError(f"{name} must be no wider than the experts' {like.dtype}, got {tensor.dtype}")
+            raise TypeError(f"{name} must be float32 or narrower beside experts in {like.dtype}, got {tensor.dtype}")
     return logits

@@ -47,7 +47,7 @@ def expert_mixture(
         biases: one entry a layer, each [E, H_out] or a sequence of E tensors [H_out]; None for a layer, or for all,
             means no bias.
         gate_logits: K tensors [B, N_k], in the order of ``routing.gate_experts[k]``, or one tensor [B, sum N_k].
-            Any floating-point dtype that is not wider than that of ``inputs``.
+            Any of the four dtypes; float64 only with float64 ``inputs``.
         routing: which expert reads which stream, and which gate mixes which experts.
         activation: "relu", "leaky_relu" (slope 0.01), "gelu" (exact), "silu", "tanh", "sigmoid" or "none", or a
             sequence of these, one a layer.
@@ -104,7 +104,9 @@ def _serve(
         wiring = routing.wiring
         experts = len(wiring.live)
         codes = (CODES[activation],) * len(weights)
-        if wiring.idle or isinstance(gate_logits, Tensor) or any(len(layer) != experts for layer in weights):
+        if isinstance(gate_logits, Tensor):
+            gate_logits = gate_logits.split(wiring.gate_sizes, dim=1)
+        if wiring.idle or any(len(layer) != experts for layer in weights):
             return None
         flat_weights = [w for layer in weights for w in layer]
         if biases is None:

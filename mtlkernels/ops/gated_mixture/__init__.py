@@ -22,7 +22,7 @@ def gated_mixture(experts: Tensor, gate_logits: Tensor | Sequence[Tensor], routi
     Args:
         experts: [B, E, H], any strides; float32, bfloat16, float16 or float64.
         gate_logits: K tensors [B, N_k], in the order of ``routing.gate_experts[k]``, or one tensor [B, sum N_k].
-            Any floating-point dtype that is not wider than that of ``experts``.
+            Any of the four dtypes; float64 only with float64 ``experts``.
         routing: which gate mixes which experts; its ``expert_inputs`` only count the experts here.
 
     Returns:
