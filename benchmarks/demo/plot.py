@@ -47,7 +47,7 @@ def draw(
     sizes = list(next(iter(speedups.values())))
     for offset, (name, colour) in zip((-0.2, 0.2), (("training", AFTER), ("serving", SERVING)), strict=True):
         bars = right.bar(np.arange(len(sizes)) + offset, list(speedups[name].values()), 0.38, color=colour, label=name)
-        right.bar_label(bars, fmt="%.1f×", fontsize=9, padding=2)
+        right.bar_label(bars, fmt="%.2f×", fontsize=8, padding=2)
     right.axhline(1.0, color=BEFORE, linewidth=1.2)
     right.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
     right.set_xlabel("batch size (rows)")
