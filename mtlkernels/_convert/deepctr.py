@@ -23,7 +23,6 @@ from mtlkernels._convert.classes import Converted, Converter
 from mtlkernels._convert.report import Line
 from mtlkernels.nn.level import linear_parameters
 from mtlkernels.ops import activations as act
-from mtlkernels.ops._call import under_autocast
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.routing import Routing
 
@@ -110,11 +109,10 @@ def _read_experts(experts: Iterable[Any]) -> Any:
 
 def _mix(inputs: Sequence[Tensor], experts: Any, logits: list[Tensor], routing: Routing) -> tuple[Tensor, ...]:
     """The level's experts and gates, from what :func:`_read_experts` found."""
-    # Under autocast the streams of an upper level have its dtype already, and the parameters have their own.
-    streams, weights, biases = under_autocast(inputs[0], list(inputs), experts[0], experts[1])
-    activations = experts[2][0] if len(set(experts[2])) == 1 else experts[2]
-    single = all(x is inputs[0] for x in inputs)
-    return expert_mixture(streams[0] if single else streams, weights, biases, logits, routing, activation=activations)
+    weights, biases, names = experts
+    activation = names[0] if len(set(names)) == 1 else names
+    streams = inputs[0] if all(x is inputs[0] for x in inputs) else list(inputs)
+    return expert_mixture(streams, weights, biases, logits, routing, activation=activation)
 
 
 def _logits(dnn: Any, final: Any, x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mtlkernels.nn._arguments import Style
 from mtlkernels.ops import activations as act
-from mtlkernels.ops._call import under_autocast
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import gated_mixture
 from mtlkernels.routing import Routing
@@ -107,9 +106,7 @@ class Level(nn.Module):
         streams = (inputs,) if isinstance(inputs, Tensor) else inputs
         logits = self._gate_logits(streams)
         if self.fused():
-            # Under autocast the streams of an upper level have its dtype already, and the parameters have their own.
             weights, biases = self._expert_parameters()
-            inputs, weights, biases = under_autocast(streams[0], inputs, weights, biases)
             return expert_mixture(inputs, weights, biases, logits, self.routing, activation=self.activation)
         single = len(streams) == 1
         hidden = [
