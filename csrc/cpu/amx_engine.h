@@ -1,4 +1,11 @@
-// Evaluates layers in bfloat16 on AMX tiles: weights in their natural layout, activations as paired panels.
+// Evaluates layers on AMX tiles, which multiply bfloat16 and add in float32.
+//
+// A bfloat16 is one tile operand. Wider types are split into a sum of bfloat16 planes, each the rounded rest of those
+// before: three planes hold all 24 bits of a float32, two those of a float16. A product of split numbers keeps the
+// terms up to the last plane's weight, six for float32: what is dropped is below its rounding error, as is the error of
+// the sum, whose leading terms have an accumulator of their own. On a processor with AMX that is about twice as fast as
+// float32 multiply-adds. Two limits: an infinite float32 or float16 factor yields NaN, and beneath 2^-110 or so, where
+// the last plane leaves bfloat16's normal range, precision falls off.
 #pragma once
 
 #include "expert_mixture_args.h"
@@ -7,20 +14,30 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
+template <typename T>
+constexpr int planes_of() {
+  return __is_same(T, float) ? 3 : __is_same(T, Half) ? 2 : 1;
+}
+
+template <typename T_>
 struct AmxEngine {
-  using T = BFloat16;
+  using T = T_;
   using C = float;
   using Element = BFloat16;
   using Weight = BFloat16;
-  static constexpr int64_t kRows = 32;  // two tiles of 16 features by two groups of rows
-  static constexpr int64_t kGroups = 2;
-  static constexpr WeightForm kForm = WeightForm::kPadded;
-  static constexpr int64_t kDepthStep = 32;  // features of one tile product
+  static constexpr int kPlanes = planes_of<T>();
+  static constexpr int64_t kStep = 32;                            // features of one tile product
+  static constexpr int64_t kBlock = kGroup * kStep;               // elements of a tile
+  static constexpr int64_t kPlaneBlock = kPlanes * kBlock;        // and of its planes, which lie one after another
+  static constexpr int64_t kRows = 32, kGroups = 2;               // two tiles of features by two groups of rows
+  static constexpr WeightForm kForm = WeightForm::kPrepared;
+  static constexpr int64_t kBlockBytes = 1280 * 1024;             // every processor with AMX has 2 MiB of L2
+  static constexpr int64_t kChunkBytes = 1024 * 1024;
 
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
   static int64_t tile_begin(int64_t features, int64_t t) { return t * kRows < features ? t * kRows : features; }
-  static int64_t panel_size(int64_t features) { return rounded(features) * kGroup; }
-  static int64_t rounded(int64_t n) { return (n + kDepthStep - 1) / kDepthStep * kDepthStep; }
+  static int64_t steps(int64_t n) { return (n + kStep - 1) / kStep; }
+  static int64_t rounded(int64_t n) { return steps(n) * kStep; }
 
   // Eight full tiles: 16 rows of 64 bytes.
   static void begin() {
@@ -33,134 +50,163 @@ struct AmxEngine {
   }
   static void end() { _tile_release(); }
 
+  // Panels: [feature / 32][plane][16 pairs of features][16 rows][2].
+  static int64_t panel_size(int64_t features) { return steps(features) * kPlaneBlock; }
+
   static void pack(const T* rows, int64_t ld, int64_t nrows, int64_t features, Element* panel) {
-    alignas(64) T block[kGroup * kDepthStep];
-    for (int64_t f = 0; f < features; f += kDepthStep) {
-      const int64_t width = features - f < kDepthStep ? features - f : kDepthStep;
-      if (width == kDepthStep && nrows == kGroup && ld % 2 == 0) {
-        transpose16(rows + f, ld / 2, panel + f * kGroup, kGroup);
+    alignas(64) BFloat16 block[kPlaneBlock];
+    for (int64_t f = 0; f < features; f += kStep, panel += kPlaneBlock) {
+      const int64_t width = features - f < kStep ? features - f : kStep;
+      if (kPlanes == 1 && width == kStep && nrows == kGroup && ld % 2 == 0) {
+        transpose16(rows + f, ld / 2, panel, kGroup);
         continue;
       }
-      std::memset(block, 0, sizeof(block));
-      for (int64_t r = 0; r < nrows; ++r) std::memcpy(block + r * kDepthStep, rows + r * ld + f, width * sizeof(T));
-      transpose16(block, kDepthStep / 2, panel + f * kGroup, kGroup);
+      split_rows(rows + f, ld, 1, nrows, width, block);
+      for (int p = 0; p < kPlanes; ++p) transpose16(block + p * kBlock, kStep / 2, panel + p * kBlock, kGroup);
     }
   }
 
   static void unpack(const Element* panel, int64_t features, T* rows, int64_t ld, int64_t nrows) {
-    alignas(64) T block[kGroup * kDepthStep];
-    for (int64_t f = 0; f < features; f += kDepthStep) {
-      const int64_t width = features - f < kDepthStep ? features - f : kDepthStep;
-      if (width == kDepthStep && nrows == kGroup && ld % 2 == 0) {
-        transpose16(panel + f * kGroup, kGroup, rows + f, ld / 2);
+    alignas(64) BFloat16 block[kPlaneBlock];
+    alignas(64) float sum[kStep];
+    for (int64_t f = 0; f < features; f += kStep, panel += kPlaneBlock) {
+      const int64_t width = features - f < kStep ? features - f : kStep;
+      if (kPlanes == 1 && width == kStep && nrows == kGroup && ld % 2 == 0) {
+        transpose16(panel, kGroup, rows + f, ld / 2);
         continue;
       }
-      transpose16(panel + f * kGroup, kGroup, block, kDepthStep / 2);
-      for (int64_t r = 0; r < nrows; ++r) std::memcpy(rows + r * ld + f, block + r * kDepthStep, width * sizeof(T));
+      for (int p = 0; p < kPlanes; ++p) transpose16(panel + p * kBlock, kGroup, block + p * kBlock, kStep / 2);
+      for (int64_t r = 0; r < nrows; ++r) {
+        for (int64_t j = 0; j < kStep; j += kGroup) {
+          const BFloat16* place = block + r * kStep + j;
+          __m512 value = widened(place);
+          for (int p = 1; p < kPlanes; ++p) value = _mm512_add_ps(value, widened(place + p * kBlock));
+          _mm512_store_ps(sum + j, value);
+        }
+        narrow(sum, rows + r * ld + f, width);
+      }
     }
   }
 
   // Zeroes what a panel has beyond its features; store fills the rest.
   static void clear_margin(Element* panel, int64_t features) {
-    const int64_t written = (features + 1) / 2 * 2;
-    std::memset(panel + written * kGroup, 0, (rounded(features) - written) * kGroup * sizeof(Element));
+    const int64_t pair = features % kStep == 0 ? kStep / 2 : (features % kStep + 1) / 2;
+    Element* last = panel + (steps(features) - 1) * kPlaneBlock;
+    for (int p = 0; p < kPlanes; ++p) {
+      std::memset(last + p * kBlock + pair * 2 * kGroup, 0, (kStep / 2 - pair) * 2 * kGroup * sizeof(Element));
+    }
   }
 
   static C* destination(Element*, int64_t, C* tile) { return tile; }
 
   static void store(Element* panel, int64_t feature, int64_t n, const C* values) {
     for (int64_t i = 0; i < n; i += 2) {
-      const __m512 even = _mm512_loadu_ps(values + i * kGroup);
-      const __m512 odd = i + 1 < n ? _mm512_loadu_ps(values + (i + 1) * kGroup) : _mm512_setzero_ps();
-      const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-      const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-      _mm512_storeu_si512(panel + (feature + i) * kGroup, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      __m256i even[kPlanes], odd[kPlanes];
+      split(_mm512_loadu_ps(values + i * kGroup), even);
+      split(i + 1 < n ? _mm512_loadu_ps(values + (i + 1) * kGroup) : _mm512_setzero_ps(), odd);
+      Element* place = panel + (feature + i) / kStep * kPlaneBlock + (feature + i) % kStep * kGroup;
+      for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, interleaved(even[p], odd[p]));
     }
   }
 
-  static void tile(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
+  // Prepared weights: [output / 16][input / 32][plane][16][32], zeros in the margins. The element of output o and input
+  // i is at w[o * row_stride + i * column_stride], one of the strides 1.
+  static int64_t prepared_size(int64_t outputs, int64_t inputs) {
+    return (outputs + kGroup - 1) / kGroup * steps(inputs) * kPlaneBlock;
+  }
+  static void prepare(const T* w, int64_t row_stride, int64_t column_stride, int64_t outputs, int64_t inputs,
+                      Weight* out) {
+    for (int64_t o = 0; o < outputs; o += kGroup) {
+      for (int64_t i = 0; i < inputs; i += kStep, out += kPlaneBlock) {
+        split_rows(w + o * row_stride + i * column_stride, row_stride, column_stride,
+                   outputs - o < kGroup ? outputs - o : kGroup, inputs - i < kStep ? inputs - i : kStep, out);
+      }
+    }
+  }
+
+  static void tile(const Weight* w, int64_t, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                    int64_t groups, C* out, int64_t out_group) {
-    const Weight* a = w + feature * ld;
     const int64_t size = panel_size(depth);
-    product(a, a + 16 * ld, n > 16, ld, 32, panels, panels + size, groups > 1, kDepthStep * kGroup,
-            rounded(depth) / kDepthStep);
-    store_tiles(out, out + 16 * kGroup, n > 16, out + out_group, out + out_group + 16 * kGroup, groups > 1, kGroup);
+    const Weight* a = w + feature / kGroup * size;
+    product({a, a + size, kPlaneBlock, n > kGroup}, {panels, panels + size, kPlaneBlock, groups > 1}, steps(depth), out,
+            out + out_group, kGroup);
   }
 
   // The backward pass gets its weights transposed, so that it is the same product.
-  static constexpr WeightForm kBackwardForm = WeightForm::kPadded;
   static constexpr bool kBackwardTransposed = true;
   static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                         int64_t groups, C* out, int64_t out_group) {
     tile(w, ld, feature, n, panels, depth, groups, out, out_group);
   }
 
-  // Gradients of pre-activations, kept for the weights' gradients: [rows / 32][feature][32], rows of a tile.
+  // Gradients of pre-activations, kept for the weights' gradients: [row / 32][feature / 16][plane][16][32 rows].
   using Gradient = BFloat16;
-  static constexpr int64_t kGradientRows = 32;
+  static constexpr int64_t kGradientRows = kStep;
+  static constexpr int64_t kGradientBytes = kPlanes * sizeof(BFloat16);
   static constexpr bool kGradientIsPanel = false;
-  static int64_t gradient_size(int64_t features) { return rounded(features) * kGradientRows; }
+  static int64_t gradient_size(int64_t features) { return (features + kGroup - 1) / kGroup * kPlaneBlock; }
   static void store_gradient(Gradient* base, int64_t features, int64_t group, int64_t feature, int64_t n,
                              const C* values) {
-    Gradient* place = base + group / 2 * gradient_size(features) + feature * kGradientRows;
-    const bool second = group % 2 != 0;
+    Gradient* block = base + group / 2 * gradient_size(features);
     for (int64_t i = 0; i < n; ++i) {
-      const __m256i value = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values + i * kGroup));
-      if (second) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + i * kGradientRows + kGroup), value);
-      } else {  // zeroes the second group, which may not come
-        _mm512_storeu_si512(place + i * kGradientRows, _mm512_zextsi256_si512(value));
+      __m256i planes[kPlanes];
+      split(_mm512_loadu_ps(values + i * kGroup), planes);
+      Gradient* place = block + (feature + i) / kGroup * kPlaneBlock + (feature + i) % kGroup * kStep;
+      for (int p = 0; p < kPlanes; ++p) {
+        if (group % 2 != 0) {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + p * kBlock + kGroup), planes[p]);
+        } else {  // zeroes the second group, which may not come
+          _mm512_storeu_si512(place + p * kBlock, _mm512_zextsi256_si512(planes[p]));
+        }
       }
     }
   }
 
-  // What a layer read, paired along the rows: [feature / 16][rows / 2][16][2].
+  // What a layer read, paired along the rows: [feature / 16][row / 32][plane][16 pairs of rows][16][2].
   using Operand = BFloat16;
-  static int64_t operand_size(int64_t features, int64_t nrows) { return rounded(features) * rounded(nrows); }
+  static int64_t operand_size(int64_t features, int64_t nrows) {
+    return rounded(features) / kGroup * steps(nrows) * kPlaneBlock;
+  }
   static const Operand* direct_operand(const T*, int64_t) { return nullptr; }
   template <typename Activate>
   static void make_operand(const T* rows, int64_t ld, int64_t nrows, int64_t features, Operand* out, Activate f) {
-    const int64_t half = rounded(nrows) / 2;
-    alignas(64) T pair[2][kDepthStep];
-    alignas(64) C wide[kDepthStep];
-    for (int64_t column = 0; column < features; column += kDepthStep) {
-      const int64_t width = features - column < kDepthStep ? features - column : kDepthStep;
-      for (int64_t m = 0; m < 2 * half; m += 2) {
+    alignas(64) float wide[2][kStep];
+    for (int64_t column = 0; column < features; column += kStep) {
+      const int64_t width = features - column < kStep ? features - column : kStep;
+      for (int64_t m = 0; m < rounded(nrows); m += 2) {
         for (int64_t r = 0; r < 2; ++r) {
-          std::memset(pair[r], 0, sizeof(pair[r]));
+          if (width < kStep || m + r >= nrows) std::memset(wide[r], 0, sizeof(wide[r]));
           if (m + r >= nrows) continue;
-          widen(rows + (m + r) * ld + column, wide, width);
-          f(wide, width / kGroup * kGroup + (width % kGroup ? kGroup : 0));
-          narrow(wide, pair[r], width);
+          widen(rows + (m + r) * ld + column, wide[r], width);
+          f(wide[r], (width + kGroup - 1) / kGroup * kGroup);
         }
-        for (int64_t j = 0; j < 2; ++j) {
-          const __m512i even = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<__m256i*>(pair[0] + 16 * j)));
-          const __m512i odd = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<__m256i*>(pair[1] + 16 * j)));
-          Operand* place = out + ((column / 16 + j) * half + m / 2) * 32;
-          _mm512_storeu_si512(place, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        for (int64_t j = 0; j < kStep; j += kGroup) {
+          __m256i even[kPlanes], odd[kPlanes];
+          split(_mm512_load_ps(wide[0] + j), even);
+          split(_mm512_load_ps(wide[1] + j), odd);
+          Operand* place = out + ((column + j) / kGroup * steps(nrows) + m / kStep) * kPlaneBlock + m % kStep * kGroup;
+          for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, interleaved(even[p], odd[p]));
         }
       }
     }
   }
 
-  static constexpr int64_t kColumns = 32;
-  static constexpr int64_t kSumMultiple = 32;
-  static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t, int64_t nrows,
-                              int64_t column, int64_t, C* grad, int64_t ld, bool add) {
-    alignas(64) C sums[kRows * kColumns];
-    const int64_t steps = rounded(nrows) / kDepthStep;
-    const Operand* b = operand + column / 16 * steps * 16 * 32;
+  static constexpr int64_t kColumns = kStep;
+  static constexpr int64_t kSumMultiple = kStep;
+  static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t,
+                              int64_t nrows, int64_t column, int64_t, C* grad, int64_t ld, bool add) {
+    alignas(64) C sums[kGroups][kRows * kGroup];
+    const Operand* b = operand + column / kGroup * steps(nrows) * kPlaneBlock;
     for (int64_t o = 0; o < outputs; o += kRows) {
       const int64_t n = outputs - o < kRows ? outputs - o : kRows;
-      const Gradient* a = gradient + o * kGradientRows;
-      product(a, a + 16 * kGradientRows, n > 16, kGradientRows, gradient_size(outputs), b, b + steps * 16 * 32, true,
-              16 * 32, steps);
-      store_tiles(sums, sums + 16 * kColumns, n > 16, sums + 16, sums + 16 * kColumns + 16, true, kColumns);
+      const Gradient* a = gradient + o / kGroup * kPlaneBlock;
+      product({a, a + kPlaneBlock, gradient_size(outputs), n > kGroup},
+              {b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true}, steps(nrows), sums[0], sums[1], kGroup);
       for (int64_t i = 0; i < n; ++i) {
-        C* place = grad + (o + i) * ld + column;
-        for (int64_t j = 0; j < kColumns; j += 16) {
-          const __m512 sum = _mm512_load_ps(sums + i * kColumns + j);
-          _mm512_storeu_ps(place + j, add ? _mm512_add_ps(_mm512_loadu_ps(place + j), sum) : sum);
+        for (int64_t j = 0; j < kGroups; ++j) {
+          C* place = grad + (o + i) * ld + column + j * kGroup;
+          const __m512 sum = _mm512_load_ps(sums[j] + i * kGroup);
+          _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sum) : sum);
         }
       }
     }
@@ -169,60 +215,135 @@ struct AmxEngine {
   static void bias_gradient(const Gradient* gradient, int64_t outputs, int64_t nrows, C* grad, bool add) {
     for (int64_t o = 0; o < outputs; ++o) {
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t m = 0; m < nrows; m += kGradientRows) {
-        const Gradient* place = gradient + m / kGradientRows * gradient_size(outputs) + o * kGradientRows;
-        const __m512i pairs = _mm512_loadu_si512(place);
-        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-        const __m512 odd =
-            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-        sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
+      for (int64_t step = 0; step < steps(nrows); ++step) {
+        const Gradient* place =
+            gradient + step * gradient_size(outputs) + o / kGroup * kPlaneBlock + o % kGroup * kStep;
+        __m512 value = _mm512_setzero_ps();
+        for (int p = kPlanes - 1; p >= 0; --p) {
+          value = _mm512_add_ps(value, widened(place + p * kBlock));
+          value = _mm512_add_ps(value, widened(place + p * kBlock + kGroup));
+        }
+        sum = _mm512_add_ps(sum, value);
       }
       grad[o] = (add ? grad[o] : 0.0f) + _mm512_reduce_add_ps(sum);
     }
   }
 
  private:
-  // Tiles 0 to 3 = [a0; a1] [b0, b1] over `steps` products; a1 and b1 only if asked for. Rows of a tile of a are ld
-  // apart, those of b 32.
-  static void product(const BFloat16* a0, const BFloat16* a1, bool second_a, int64_t ld, int64_t a_step,
-                      const BFloat16* b0, const BFloat16* b1, bool second_b, int64_t b_step, int64_t steps) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    if (second_a && second_b) {
-      for (int64_t k = 0; k < steps; ++k) {
-        _tile_loadd(4, a0 + k * a_step, ld * 2);
-        _tile_loadd(6, b0 + k * b_step, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b1 + k * b_step, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a1 + k * a_step, ld * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      return;
+  static __m512 widened(const BFloat16* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  }
+
+  static __m512i interleaved(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  }
+
+  // value = the sum of the planes. Behind an infinite leading plane the others are zero, so that its sign survives.
+  static void split(__m512 value, __m256i* planes) {
+    planes[0] = (__m256i)_mm512_cvtneps_pbh(value);
+    for (int p = 1; p < kPlanes; ++p) {
+      const __m512 taken = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(planes[p - 1]), 16));
+      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+      value = _mm512_maskz_sub_ps(finite, value, taken);
+      planes[p] = (__m256i)_mm512_cvtneps_pbh(value);
     }
-    for (int64_t k = 0; k < steps; ++k) {
-      _tile_loadd(4, a0 + k * a_step, ld * 2);
-      _tile_loadd(6, b0 + k * b_step, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if (second_b) {
-        _tile_loadd(7, b1 + k * b_step, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if (second_a) {
-        _tile_loadd(5, a1 + k * a_step, ld * 2);
-        _tile_dpbf16ps(2, 5, 6);
+  }
+
+  // Up to 16 rows of up to 32 values into planes [16][32], zeros in the margins.
+  static void split_rows(const T* rows, int64_t row_stride, int64_t column_stride, int64_t nrows, int64_t width,
+                         BFloat16* out) {
+    alignas(64) float wide[kBlock];
+    if (nrows < kGroup || width < kStep) std::memset(wide, 0, sizeof(wide));
+    if (column_stride == 1) {
+      for (int64_t r = 0; r < nrows; ++r) widen(rows + r * row_stride, wide + r * kStep, width);
+    } else {  // columns are contiguous: read them as rows, and turn them
+      alignas(64) float turned[kStep * kGroup];
+      if (nrows < kGroup || width < kStep) std::memset(turned, 0, sizeof(turned));
+      for (int64_t c = 0; c < width; ++c) widen(rows + c * column_stride, turned + c * kGroup, nrows);
+      for (int64_t c = 0; c < kStep; c += kGroup) transpose16(turned + c * kGroup, kGroup, wide + c, kStep);
+    }
+    for (int64_t i = 0; i < kBlock; i += kGroup) {
+      __m256i planes[kPlanes];
+      split(_mm512_load_ps(wide + i), planes);
+      for (int p = 0; p < kPlanes; ++p) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock + i), planes[p]);
       }
     }
   }
 
-  static void store_tiles(C* c00, C* c10, bool second_a, C* c01, C* c11, bool second_b, int64_t ld) {
-    _tile_stored(0, c00, ld * 4);
-    if (second_b) _tile_stored(1, c01, ld * 4);
-    if (second_a) _tile_stored(2, c10, ld * 4);
-    if (second_a && second_b) _tile_stored(3, c11, ld * 4);
+  // Two neighbouring tiles of a factor, or one; from one step of the depth to the next it moves on by `step` elements.
+  struct Factor {
+    const BFloat16 *first, *second;
+    int64_t step;
+    bool both;
+  };
+
+  // out0[i * ld] and out1 = rows of both tiles of a against the first and the second tile of b.
+  static void product(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld) {
+    if constexpr (kPlanes == 1) {
+      product_2x2(a, b, steps, out0, out1, ld);
+    } else {
+      product_split(a.first, a.step, b.first, b.step, steps, out0, ld);
+      if (b.both) product_split(a.first, a.step, b.second, b.step, steps, out1, ld);
+      if (!a.both) return;
+      product_split(a.second, a.step, b.first, b.step, steps, out0 + kGroup * ld, ld);
+      if (b.both) product_split(a.second, a.step, b.second, b.step, steps, out1 + kGroup * ld, ld);
+    }
+  }
+
+  static void product_2x2(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < steps; ++k) {
+      _tile_loadd(4, a.first + k * a.step, 64);
+      _tile_loadd(6, b.first + k * b.step, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (b.both) {
+        _tile_loadd(7, b.second + k * b.step, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (a.both) {
+        _tile_loadd(5, a.second + k * a.step, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        if (b.both) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, out0, ld * sizeof(C));
+    if (b.both) _tile_stored(1, out1, ld * sizeof(C));
+    if (a.both) _tile_stored(2, out0 + kGroup * ld, ld * sizeof(C));
+    if (a.both && b.both) _tile_stored(3, out1 + kGroup * ld, ld * sizeof(C));
+  }
+
+  // Tile 0 sums the leading planes' products, tile 1 the rest, which is too small to lose anything to rounding.
+  static void product_split(const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, int64_t steps, C* out,
+                            int64_t ld) {
+    alignas(64) C rest[kGroup * kGroup];
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
+      _tile_loadd(2, a, 64);
+      _tile_loadd(5, b, 64);
+      _tile_dpbf16ps(0, 2, 5);
+      _tile_loadd(6, b + kBlock, 64);
+      _tile_dpbf16ps(1, 2, 6);
+      _tile_loadd(3, a + kBlock, 64);
+      _tile_dpbf16ps(1, 3, 5);
+      if constexpr (kPlanes == 3) {
+        _tile_loadd(7, b + 2 * kBlock, 64);
+        _tile_dpbf16ps(1, 2, 7);
+        _tile_loadd(4, a + 2 * kBlock, 64);
+        _tile_dpbf16ps(1, 3, 6);
+        _tile_dpbf16ps(1, 4, 5);
+      }
+    }
+    _tile_stored(0, out, ld * sizeof(C));
+    _tile_stored(1, rest, kGroup * sizeof(C));
+    for (int64_t i = 0; i < kGroup; ++i) {
+      _mm512_storeu_ps(out + i * ld, _mm512_add_ps(_mm512_loadu_ps(out + i * ld), _mm512_load_ps(rest + i * kGroup)));
+    }
   }
 };
 

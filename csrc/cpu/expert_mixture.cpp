@@ -28,7 +28,7 @@ void run_tiny(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
 void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   const Level& level = args.level;
   const bool save = args.saved != nullptr;
-  const Cut cut = Cut::of(level, kernels.forward_bytes(level, kLeastRows, save) / kLeastRows);
+  const Cut cut = Cut::of(level, kernels.block_bytes, kernels.forward_bytes(level, kLeastRows, save) / kLeastRows);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), cut.blocks * cut.parts);
   const Scratch scratch(threads, kernels.forward_bytes(level, cut.block_rows, save));
   const int64_t mixed_bytes = kernels.forward_mixed_bytes(level, cut.block_rows);
@@ -81,7 +81,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(at::TensorL
   if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};
   const ExpertMixtureKernels& table = kernels().expert_mixture[static_cast<int>(dtype_of(inputs[0]))];
   const bool tiny = level.rows <= table.tiny_rows && !save;
-  tables.set_weights(weights, tiny ? WeightForm::kNatural : table.forward_form, false);
+  tiny ? tables.set_natural_weights(weights) : tables.set_weights(weights, table, false);
   const ForwardArgs args{level, output_pointers.data(), save ? saved_pointers.data() : nullptr};
   tiny ? run_tiny(args, table) : run_blocks(args, table);
   return {outputs, saved};
@@ -169,8 +169,8 @@ class Results {
 void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
   const Level& level = args.level;
   const int64_t threads = at::get_num_threads();
-  const int64_t block_rows = Cut::block_rows_of(level, table.backward_bytes(level, kLeastRows) / kLeastRows);
-  const int64_t capacity = chunk_rows(level, block_rows);
+  const int64_t block_rows = Cut::block_rows_of(level, table.block_bytes, table.backward_bytes(level, kLeastRows) / kLeastRows);
+  const int64_t capacity = chunk_rows(level, block_rows, table);
   const Scratch scratch(threads, table.backward_bytes(level, block_rows));
   const Scratch gradients(1, args.need_chain() ? table.gradient_bytes(level, capacity) : 0);
   const Scratch operands(1, args.need_weights ? table.operand_bytes(level, capacity) : 0);
@@ -209,7 +209,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
     results.zero_sums();
   } else {
     if (args.need_chain()) {
-      tables.set_weights(weights, table.backward_form, table.backward_transposed);
+      tables.set_weights(weights, table, table.backward_transposed);
       args.level = level;
     }
     run_backward(args, table);

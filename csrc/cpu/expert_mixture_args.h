@@ -39,7 +39,7 @@ struct Level {
   const int* order;           // the experts, those of one stream next to each other
   const void* const* inputs;  // [rows, widths[0]], unit column stride
   const int64_t* input_ld;
-  const void* const* weights;  // see Kernels::weight_form
+  const void* const* weights;  // see WeightForm
   const int64_t* weight_ld;
   const void* const* biases;  // of the storage type; null where there is none
   Gates gates;
@@ -80,7 +80,7 @@ struct BackwardChunk {
 enum class WeightForm {
   kNatural,  // [out, in] of the storage type, unit column stride
   kCompute,  // [out, in] of the compute type
-  kPadded,   // [out rounded up to 16, in rounded up to 32] of the storage type, zeros in the margin
+  kPrepared,  // as ExpertMixtureKernels::prepare writes them
 };
 
 }  // namespace mtlk

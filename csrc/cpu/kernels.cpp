@@ -79,7 +79,19 @@ ExpertMixtureKernels expert_mixture_kernels() {
   using T = typename Engine::T;
   using C = typename Engine::C;
   ExpertMixtureKernels table{};
-  table.forward_form = Engine::kForm;
+  table.form = Engine::kForm;
+  table.block_bytes = Engine::kBlockBytes;
+  table.chunk_bytes = Engine::kChunkBytes;
+  if constexpr (Engine::kForm == WeightForm::kPrepared) {
+    table.prepared_bytes = [](int64_t outputs, int64_t inputs) {
+      return Engine::prepared_size(outputs, inputs) * static_cast<int64_t>(sizeof(typename Engine::Weight));
+    };
+    table.prepare = [](const void* weight, int64_t row_stride, int64_t column_stride, int64_t outputs, int64_t inputs,
+                       void* prepared) {
+      Engine::prepare(static_cast<const T*>(weight), row_stride, column_stride, outputs, inputs,
+                      static_cast<typename Engine::Weight*>(prepared));
+    };
+  }
   table.forward_bytes = [](const Level& level, int64_t nrows, bool save) {
     return ForwardScratch<Engine>::bytes(level, group_count(nrows), save);
   };
@@ -98,10 +110,9 @@ ExpertMixtureKernels expert_mixture_kernels() {
   table.tiny_finish = tiny_finish<T>;
 
   table.stores_compute = __is_same(T, C);
-  table.backward_form = Engine::kBackwardForm;
   table.backward_transposed = Engine::kBackwardTransposed;
-  table.block_multiple = Engine::kGradientRows;
   table.weight_sum_multiple = Engine::kSumMultiple;
+  table.gradient_bytes_each = Engine::kGradientBytes;
   table.backward_bytes = [](const Level& level, int64_t nrows) {
     return BackwardScratch<Engine>(level, group_count(nrows), nullptr).total;
   };
@@ -153,7 +164,9 @@ void fill_dtype(Kernels& table, Dtype dtype) {
 void fill(Kernels& table) {
   table.isa = MTLK_ISA_NAME;
 #if defined(__AMX_BF16__)
-  fill_dtype<BFloat16, AmxEngine>(table, Dtype::kBFloat16);
+  fill_dtype<float, AmxEngine<float>>(table, Dtype::kFloat32);
+  fill_dtype<BFloat16, AmxEngine<BFloat16>>(table, Dtype::kBFloat16);
+  fill_dtype<Half, AmxEngine<Half>>(table, Dtype::kFloat16);
 #else
   fill_dtype<float, PlainEngine<float> >(table, Dtype::kFloat32);
   fill_dtype<double, PlainEngine<double> >(table, Dtype::kFloat64);

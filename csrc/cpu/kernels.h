@@ -8,7 +8,13 @@ namespace mtlk {
 
 // Kernels for one storage type. Scratch is bytes that the caller provides, aligned to a cache line.
 struct ExpertMixtureKernels {
-  WeightForm forward_form, backward_form;
+  // Weights: the form that the blocks want, and how to prepare one that has `outputs` x `inputs` elements of the storage
+  // type, o * row_stride + i * column_stride apart, one of the strides 1.
+  WeightForm form;
+  int64_t (*prepared_bytes)(int64_t outputs, int64_t inputs);
+  void (*prepare)(const void* weight, int64_t row_stride, int64_t column_stride, int64_t outputs, int64_t inputs,
+                  void* prepared);
+  int64_t block_bytes, chunk_bytes;  // that a block's intermediates and a chunk's gradients may take
   bool stores_compute;  // the storage type is the compute type
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each
@@ -26,9 +32,9 @@ struct ExpertMixtureKernels {
   void (*tiny_finish)(const ForwardArgs&, const void* mixed, int parts, void* scratch);
 
   // A chunk of rows of the backward pass: the chain for its blocks, then the operands, then the weights' gradients;
-  // each may run its tasks in any order. Blocks start at multiples of block_multiple within the chunk.
+  // each may run its tasks in any order. Blocks start at multiples of 32 rows within the chunk.
   bool backward_transposed;  // the backward pass wants its weights transposed
-  int64_t block_multiple, weight_sum_multiple;
+  int64_t weight_sum_multiple, gradient_bytes_each;
   int64_t (*backward_bytes)(const Level&, int64_t nrows);
   int64_t (*gradient_bytes)(const Level&, int64_t chunk_rows);
   int64_t (*operand_bytes)(const Level&, int64_t chunk_rows);

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 
 #include "gates_args.h"
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace mtlk {
@@ -91,20 +93,42 @@ class LevelTables {
   const int64_t* grad_output_ld() const { return grad_output_ld_.data(); }
   const void* const* saved() const { return saved_.data(); }
 
-  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs.
-  void set_weights(at::TensorList weights, WeightForm form, bool transposed) {
-    weights_.resize(weights.size());
-    weight_ld_.resize(weights.size());
-    std::vector<at::Tensor> ready(weights.size());
-    parallel_tasks(form == WeightForm::kNatural ? 1 : at::get_num_threads(), weights.size(),
-                   [&](int64_t i) { ready[i] = with_form(transposed ? weights[i].t() : weights[i], form); });
-    for (size_t i = 0; i < weights.size(); ++i) {
-      weights_[i] = ready[i].const_data_ptr();
-      weight_ld_[i] = ready[i].stride(0);
-      kept_.push_back(std::move(ready[i]));
+  // Weights as they are, for kernels that read rows of the storage type.
+  void set_natural_weights(at::TensorList weights) {
+    for (const at::Tensor& weight : weights) {
+      kept_.push_back(weight.stride(1) == 1 ? weight : weight.contiguous());
+      weights_.push_back(kept_.back().const_data_ptr());
+      weight_ld_.push_back(kept_.back().stride(0));
     }
-    level_.weights = weights_.data();
-    level_.weight_ld = weight_ld_.data();
+    point_weights();
+  }
+
+  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared.
+  void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
+    if (table.form == WeightForm::kNatural) return set_natural_weights(weights);
+    if (table.form == WeightForm::kCompute) {
+      std::vector<at::Tensor> wide(weights.size());
+      parallel_tasks(at::get_num_threads(), weights.size(),
+                     [&](int64_t i) { wide[i] = weights[i].to(at::kFloat).contiguous(); });
+      return set_natural_weights(wide);
+    }
+    std::vector<at::Tensor> rows;
+    std::vector<int64_t> offsets{0};
+    for (const at::Tensor& weight : weights) {
+      const bool turned = weight.stride(1) != 1 && weight.stride(0) != 1;
+      rows.push_back(transposed ? (turned ? weight.contiguous() : weight).t() : (turned ? weight.contiguous() : weight));
+      offsets.push_back(offsets.back() + table.prepared_bytes(rows.back().size(0), rows.back().size(1)));
+    }
+    prepared_.emplace(1, offsets.back());
+    char* memory = static_cast<char*>((*prepared_)[0]);
+    parallel_tasks(at::get_num_threads(), weights.size(), [&](int64_t i) {
+      const at::Tensor& weight = rows[i];
+      table.prepare(weight.const_data_ptr(), weight.stride(0), weight.stride(1), weight.size(0), weight.size(1),
+                    memory + offsets[i]);
+    });
+    for (size_t i = 0; i < weights.size(); ++i) weights_.push_back(memory + offsets[i]);
+    weight_ld_.assign(weights.size(), 0);
+    point_weights();
   }
 
  private:
@@ -147,21 +171,9 @@ class LevelTables {
     check_gates(gate_logits, gates_.gates(), inputs[0].size(0), dtype_);
   }
 
-  static at::Tensor with_form(const at::Tensor& weight, WeightForm form) {
-    switch (form) {
-      case WeightForm::kCompute:
-        return weight.to(at::kFloat).contiguous();
-      case WeightForm::kPadded: {
-        const int64_t out = (weight.size(0) + 15) / 16 * 16, in = (weight.size(1) + 31) / 32 * 32;
-        if (out == weight.size(0) && in == weight.size(1)) break;
-        at::Tensor padded = at::zeros({out, in}, weight.options());
-        padded.narrow(0, 0, weight.size(0)).narrow(1, 0, weight.size(1)).copy_(weight);
-        return padded;
-      }
-      case WeightForm::kNatural:
-        break;
-    }
-    return weight.stride(1) == 1 ? weight : weight.contiguous();
+  void point_weights() {
+    level_.weights = weights_.data();
+    level_.weight_ld = weight_ld_.data();
   }
 
   GateTables gates_;
@@ -171,6 +183,7 @@ class LevelTables {
   std::vector<int64_t> grad_output_ld_;
   std::vector<const void*> input_pointers_, weights_, biases_, grad_outputs_, saved_;
   std::vector<at::Tensor> kept_;
+  std::optional<Scratch> prepared_;
   at::ScalarType dtype_;
   Level level_;
 };

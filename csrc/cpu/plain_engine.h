@@ -17,6 +17,8 @@ struct PlainEngine {
   static constexpr int64_t kRows = TileShape<C>::rows;      // features of a tile
   static constexpr int64_t kGroups = TileShape<C>::groups;  // groups of rows of a tile
   static constexpr WeightForm kForm = __is_same(T, C) ? WeightForm::kNatural : WeightForm::kCompute;
+  static constexpr int64_t kBlockBytes = 640 * 1024;  // with an expert's weights beside it in the second-level cache
+  static constexpr int64_t kChunkBytes = 512 * 1024;
 
   // Features are divided evenly among as few tiles as will do; tile t begins at tile_begin(features, t).
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
@@ -47,7 +49,6 @@ struct PlainEngine {
   }
 
   // Backward: the same with the weight transposed, n of its columns against gradient panels of `depth` features.
-  static constexpr WeightForm kBackwardForm = kForm;
   static constexpr bool kBackwardTransposed = false;
   static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                         int64_t groups, C* out, int64_t out_group) {
@@ -57,6 +58,7 @@ struct PlainEngine {
   // Gradients of pre-activations, kept for the weights' gradients: a panel a group, so that the chain reads the same.
   using Gradient = C;
   static constexpr int64_t kGradientRows = kGroup;
+  static constexpr int64_t kGradientBytes = sizeof(C);
   static constexpr bool kGradientIsPanel = true;
   static int64_t gradient_size(int64_t features) { return features * kGroup; }
   static void store_gradient(Gradient*, int64_t, int64_t, int64_t, int64_t, const C*) {}
