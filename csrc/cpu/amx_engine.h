@@ -8,6 +8,7 @@
 // the last plane leaves bfloat16's normal range, precision falls off.
 #pragma once
 
+#include "ahead.h"
 #include "expert_mixture_args.h"
 #include "panels.h"
 
@@ -31,6 +32,7 @@ struct AmxEngine {
   static constexpr int64_t kPlaneBlock = kPlanes * kBlock;        // and of its planes, which lie one after another
   static constexpr int64_t kRows = 32, kGroups = 2;               // two tiles of features by two groups of rows
   static constexpr WeightForm kForm = WeightForm::kPrepared;
+  static constexpr int64_t kLeastRows = kPlanes == 1 ? 0 : 192;  // below, splitting the weights costs what it saves
   static constexpr int64_t kBlockBytes = 1280 * 1024;             // every processor with AMX has 2 MiB of L2
   static constexpr int64_t kChunkBytes = 1024 * 1024;
 
@@ -124,19 +126,26 @@ struct AmxEngine {
     }
   }
 
+  // Where the weights of a tile lie, for fetching them ahead.
+  static Ahead weight_rows(const Weight* w, int64_t, int64_t depth, int64_t feature, int64_t n) {
+    const int64_t size = panel_size(depth);
+    return {reinterpret_cast<const char*>(w + feature / kGroup * size),
+            (n + kGroup - 1) / kGroup * size * static_cast<int64_t>(sizeof(Weight))};
+  }
+
   static void tile(const Weight* w, int64_t, int64_t feature, int64_t n, const Element* panels, int64_t depth,
-                   int64_t groups, C* out, int64_t out_group) {
+                   int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
     const int64_t size = panel_size(depth);
     const Weight* a = w + feature / kGroup * size;
     product({a, a + size, kPlaneBlock, n > kGroup}, {panels, panels + size, kPlaneBlock, groups > 1}, steps(depth), out,
-            out + out_group, kGroup);
+            out + out_group, kGroup, ahead);
   }
 
   // The backward pass gets its weights transposed, so that it is the same product.
   static constexpr bool kBackwardTransposed = true;
   static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
-                        int64_t groups, C* out, int64_t out_group) {
-    tile(w, ld, feature, n, panels, depth, groups, out, out_group);
+                        int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
+    tile(w, ld, feature, n, panels, depth, groups, out, out_group, ahead);
   }
 
   // Gradients of pre-activations, kept for the weights' gradients: [row / 32][feature / 16][plane][16][32 rows].
@@ -201,7 +210,8 @@ struct AmxEngine {
       const int64_t n = outputs - o < kRows ? outputs - o : kRows;
       const Gradient* a = gradient + o / kGroup * kPlaneBlock;
       product({a, a + kPlaneBlock, gradient_size(outputs), n > kGroup},
-              {b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true}, steps(nrows), sums[0], sums[1], kGroup);
+              {b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true}, steps(nrows), sums[0], sums[1], kGroup,
+              {});
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < kGroups; ++j) {
           C* place = grad + (o + i) * ld + column + j * kGroup;
@@ -253,6 +263,14 @@ struct AmxEngine {
   // Up to 16 rows of up to 32 values into planes [16][32], zeros in the margins.
   static void split_rows(const T* rows, int64_t row_stride, int64_t column_stride, int64_t nrows, int64_t width,
                          BFloat16* out) {
+    if (column_stride == 1 && width == kStep) {  // straight from whole rows
+      for (int64_t r = 0; r < kGroup; ++r) {
+        for (int64_t j = 0; j < kStep; j += kGroup) {
+          split_to(r < nrows ? load_wide(rows + r * row_stride + j) : _mm512_setzero_ps(), out + r * kStep + j);
+        }
+      }
+      return;
+    }
     alignas(64) float wide[kBlock];
     if (nrows < kGroup || width < kStep) std::memset(wide, 0, sizeof(wide));
     if (column_stride == 1) {
@@ -260,16 +278,29 @@ struct AmxEngine {
     } else {  // columns are contiguous: read them as rows, and turn them
       alignas(64) float turned[kStep * kGroup];
       if (nrows < kGroup || width < kStep) std::memset(turned, 0, sizeof(turned));
-      for (int64_t c = 0; c < width; ++c) widen(rows + c * column_stride, turned + c * kGroup, nrows);
+      for (int64_t c = 0; c < width; ++c) {
+        if (nrows == kGroup) {
+          _mm512_store_ps(turned + c * kGroup, load_wide(rows + c * column_stride));
+        } else {
+          widen(rows + c * column_stride, turned + c * kGroup, nrows);
+        }
+      }
       for (int64_t c = 0; c < kStep; c += kGroup) transpose16(turned + c * kGroup, kGroup, wide + c, kStep);
     }
-    for (int64_t i = 0; i < kBlock; i += kGroup) {
-      __m256i planes[kPlanes];
-      split(_mm512_load_ps(wide + i), planes);
-      for (int p = 0; p < kPlanes; ++p) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock + i), planes[p]);
-      }
-    }
+    for (int64_t i = 0; i < kBlock; i += kGroup) split_to(_mm512_load_ps(wide + i), out + i);
+  }
+
+  static __m512 load_wide(const float* p) { return _mm512_loadu_ps(p); }
+  static __m512 load_wide(const BFloat16* p) { return widened(p); }
+  static __m512 load_wide(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
+  // 16 values to 16 elements of each plane.
+  static void split_to(__m512 value, BFloat16* out) {
+    __m256i planes[kPlanes];
+    split(value, planes);
+    for (int p = 0; p < kPlanes; ++p) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock), planes[p]);
   }
 
   // Two neighbouring tiles of a factor, or one; from one step of the depth to the next it moves on by `step` elements.
@@ -280,24 +311,36 @@ struct AmxEngine {
   };
 
   // out0[i * ld] and out1 = rows of both tiles of a against the first and the second tile of b.
-  static void product(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld) {
+  static void product(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld,
+                      const Ahead& ahead) {
     if constexpr (kPlanes == 1) {
-      product_2x2(a, b, steps, out0, out1, ld);
+      product_2x2(a, b, steps, out0, out1, ld, ahead);
     } else {
-      product_split(a.first, a.step, b.first, b.step, steps, out0, ld);
-      if (b.both) product_split(a.first, a.step, b.second, b.step, steps, out1, ld);
+      const int64_t parts = (a.both ? 2 : 1) * (b.both ? 2 : 1);
+      int64_t part = 0;
+      const auto next = [&] { return ahead.share(part++, 1, parts); };
+      product_split(a.first, a.step, b.first, b.step, steps, out0, ld, next());
+      if (b.both) product_split(a.first, a.step, b.second, b.step, steps, out1, ld, next());
       if (!a.both) return;
-      product_split(a.second, a.step, b.first, b.step, steps, out0 + kGroup * ld, ld);
-      if (b.both) product_split(a.second, a.step, b.second, b.step, steps, out1 + kGroup * ld, ld);
+      product_split(a.second, a.step, b.first, b.step, steps, out0 + kGroup * ld, ld, next());
+      if (b.both) product_split(a.second, a.step, b.second, b.step, steps, out1 + kGroup * ld, ld, next());
     }
   }
 
-  static void product_2x2(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld) {
+  // Fetches what falls to step k of `steps`.
+  static void fetch(const Ahead& ahead, int64_t k, int64_t steps) {
+    const Ahead part = ahead.share(k, 1, steps);
+    for (int64_t i = 0; i < part.bytes; i += 64) __builtin_prefetch(part.first + i, 0, 2);
+  }
+
+  static void product_2x2(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld,
+                          const Ahead& ahead) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < steps; ++k) {
+      fetch(ahead, k, steps);
       _tile_loadd(4, a.first + k * a.step, 64);
       _tile_loadd(6, b.first + k * b.step, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -319,11 +362,12 @@ struct AmxEngine {
 
   // Tile 0 sums the leading planes' products, tile 1 the rest, which is too small to lose anything to rounding.
   static void product_split(const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, int64_t steps, C* out,
-                            int64_t ld) {
+                            int64_t ld, const Ahead& ahead) {
     alignas(64) C rest[kGroup * kGroup];
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
+      fetch(ahead, k, steps);
       _tile_loadd(2, a, 64);
       _tile_loadd(5, b, 64);
       _tile_dpbf16ps(0, 2, 5);

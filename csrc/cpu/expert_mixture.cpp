@@ -79,7 +79,9 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(at::TensorL
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
   if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};
-  const ExpertMixtureKernels& table = kernels().expert_mixture[static_cast<int>(dtype_of(inputs[0]))];
+  const int dtype = static_cast<int>(dtype_of(inputs[0]));
+  const bool few = level.rows < kernels().expert_mixture[dtype].least_rows;
+  const ExpertMixtureKernels& table = few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype];
   const bool tiny = level.rows <= table.tiny_rows && !save;
   tiny ? tables.set_natural_weights(weights) : tables.set_weights(weights, table, false);
   const ForwardArgs args{level, output_pointers.data(), save ? saved_pointers.data() : nullptr};

@@ -190,7 +190,7 @@ class BackwardBlock {
       for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
         const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
         Engine::tile_back(weight, level_.weight_ld[at], o, n, in + g0 * Engine::panel_size(depth), depth, ng, s_.tile,
-                          tile_group);
+                          tile_group, {});
         for (int64_t g = g0; g < g0 + ng; ++g) f(g, o, n, s_.tile + (g - g0) * tile_group);
       }
     }

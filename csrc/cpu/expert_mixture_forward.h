@@ -1,6 +1,7 @@
 // The forward pass of expert_mixture for a block of rows: every expert's layers, then every gate's sum, on chip.
 #pragma once
 
+#include "ahead.h"
 #include "gates.h"
 
 namespace mtlk {
@@ -107,7 +108,8 @@ class ForwardBlock {
       const Element* in = s_.input;
       for (int l = 0; l < level_.layers; ++l) {
         Element* out = s_.hidden[l % 2];
-        layer(e, l, in, out);
+        const int following = l + 1 < level_.layers ? e : level_.order[i + 1 < last ? i + 1 : first];
+        layer(e, l, in, out, number((l + 1) % level_.layers, following));
         in = out;
       }
     }
@@ -145,9 +147,20 @@ class ForwardBlock {
     }
   }
 
-  void layer(int e, int l, const Element* in, Element* out) {
+  int64_t number(int l, int e) const { return static_cast<int64_t>(l) * level_.experts + e; }
+
+  // The weights of tile t of a layer.
+  Ahead weights_of(int64_t at, int64_t t) const {
+    const int64_t depth = level_.widths[at / level_.experts], width = level_.widths[at / level_.experts + 1];
+    const int64_t o = Engine::tile_begin(width, t);
+    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
+    return Engine::weight_rows(weight, level_.weight_ld[at], depth, o, Engine::tile_begin(width, t + 1) - o);
+  }
+
+  // One layer of expert e; the weights of number `next` are those that will be needed after it.
+  void layer(int e, int l, const Element* in, Element* out, int64_t next) {
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1];
-    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
+    const int64_t at = number(l, e);
     const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
     const bool last = l + 1 == level_.layers;
     const bool save = args_.saved != nullptr;
@@ -160,10 +173,12 @@ class ForwardBlock {
     }
     for (int64_t t = 0; t < Engine::tiles(width); ++t) {
       const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+      const Ahead ahead = t + 1 < Engine::tiles(width) ? weights_of(at, t + 1) : weights_of(next, 0);
       const T* bias = level_.biases[at] ? static_cast<const T*>(level_.biases[at]) + o : nullptr;
       for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
         const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
-        Engine::tile(weight, level_.weight_ld[at], o, n, in + g0 * in_size, depth, ng, s_.tile, tile_group);
+        Engine::tile(weight, level_.weight_ld[at], o, n, in + g0 * in_size, depth, ng, s_.tile, tile_group,
+                     ahead.share(g0, ng, groups_));
         for (int64_t g = g0; g < g0 + ng; ++g) {
           C* tile = s_.tile + (g - g0) * tile_group;
           C* before = save_before ? s_.before : nullptr;

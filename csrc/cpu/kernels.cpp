@@ -79,6 +79,7 @@ ExpertMixtureKernels expert_mixture_kernels() {
   using T = typename Engine::T;
   using C = typename Engine::C;
   ExpertMixtureKernels table{};
+  table.least_rows = Engine::kLeastRows;
   table.form = Engine::kForm;
   table.block_bytes = Engine::kBlockBytes;
   table.chunk_bytes = Engine::kChunkBytes;
@@ -157,7 +158,9 @@ GatedMixtureKernels gated_mixture_kernels() {
 template <typename T, typename Engine>
 void fill_dtype(Kernels& table, Dtype dtype) {
   table.gated_mixture[static_cast<int>(dtype)] = gated_mixture_kernels<T>();
-  table.expert_mixture[static_cast<int>(dtype)] = expert_mixture_kernels<Engine>();
+  const int i = static_cast<int>(dtype);
+  table.expert_mixture[i] = expert_mixture_kernels<Engine>();
+  if (table.expert_mixture[i].least_rows == 0) table.expert_mixture_few[i] = table.expert_mixture[i];
 }
 
 // Puts this instruction set's kernels into a table.

@@ -17,6 +17,7 @@ struct PlainEngine {
   static constexpr int64_t kRows = TileShape<C>::rows;      // features of a tile
   static constexpr int64_t kGroups = TileShape<C>::groups;  // groups of rows of a tile
   static constexpr WeightForm kForm = __is_same(T, C) ? WeightForm::kNatural : WeightForm::kCompute;
+  static constexpr int64_t kLeastRows = 0;
   static constexpr int64_t kBlockBytes = 640 * 1024;  // with an expert's weights beside it in the second-level cache
   static constexpr int64_t kChunkBytes = 512 * 1024;
 
@@ -26,6 +27,11 @@ struct PlainEngine {
 
   // Elements of one group's panel.
   static int64_t panel_size(int64_t features) { return features * kGroup; }
+
+  // Where the weights of a tile lie, for fetching them ahead.
+  static Ahead weight_rows(const Weight* w, int64_t ld, int64_t, int64_t feature, int64_t n) {
+    return {reinterpret_cast<const char*>(w + feature * ld), n * ld * static_cast<int64_t>(sizeof(Weight))};
+  }
 
   static void begin() {}
   static void end() {}
@@ -44,15 +50,15 @@ struct PlainEngine {
 
   // `n` outputs from `feature` on for `groups` groups: out[group][feature][16].
   static void tile(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
-                   int64_t groups, C* out, int64_t out_group) {
-    panel_gemm<C>(w + feature * ld, ld, 1, panels, panel_size(depth), depth, n, groups, out, out_group);
+                   int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
+    panel_gemm<C>(w + feature * ld, ld, 1, panels, panel_size(depth), depth, n, groups, out, out_group, ahead);
   }
 
   // Backward: the same with the weight transposed, n of its columns against gradient panels of `depth` features.
   static constexpr bool kBackwardTransposed = false;
   static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
-                        int64_t groups, C* out, int64_t out_group) {
-    panel_gemm<C>(w + feature, 1, ld, panels, panel_size(depth), depth, n, groups, out, out_group);
+                        int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
+    panel_gemm<C>(w + feature, 1, ld, panels, panel_size(depth), depth, n, groups, out, out_group, ahead);
   }
 
   // Gradients of pre-activations, kept for the weights' gradients: a panel a group, so that the chain reads the same.

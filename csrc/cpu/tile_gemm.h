@@ -1,7 +1,7 @@
 // The GEMM tile for plain panels: C[i][lane] = sum_k A(i, k) * B[k][lane], A broadcast from its natural layout.
 #pragma once
 
-#include "simd.h"
+#include "ahead.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -27,6 +27,8 @@ struct Operands {
   int64_t inner;
   const C* b;
   int64_t b_step, b_group;
+  const char* ahead = nullptr;  // see Ahead; moves on by ahead_step bytes with every product
+  int64_t ahead_step = 0;
 };
 
 // Where a tile goes: row i of group j at out + i * row + j * group.
@@ -48,6 +50,7 @@ MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t outer, const Destinat
   const C* a[kPointers];
   for (int i = 0; i < kPointers; ++i) a[i] = x.a + 3 * i * x.a_row;
   const C* b = x.b;
+  const char* ahead = x.ahead;
   const int64_t jump = x.a_outer - x.inner * x.a_inner;
   for (int64_t o = 0; o < outer; ++o) {
     if (outer > 1) {  // the next run lies elsewhere, where no hardware prefetcher looks
@@ -56,6 +59,8 @@ MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t outer, const Destinat
     for (int64_t k = 0; k < x.inner; ++k, b += x.b_step) {
       Vector<C> step[Groups * P];
       if (outer > 1) __builtin_prefetch(b + 16 * x.b_step);
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += x.ahead_step;
 #pragma GCC unroll 8
       for (int j = 0; j < Groups * P; ++j) step[j] = load(b + (j / P) * x.b_group + (j % P) * L);
 #pragma GCC unroll 16
@@ -101,11 +106,13 @@ constexpr int64_t kDepth = 512;
 // The tile of a product with a panel: A(row, k) at a[row * a_row + k * a_col], the panel [k][16] a group.
 template <typename C>
 void panel_gemm(const C* a, int64_t a_row, int64_t a_col, const C* panel, int64_t panel_group, int64_t depth,
-                int64_t rows, int64_t groups, C* out, int64_t out_group) {
+                int64_t rows, int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
+  const int64_t ahead_step = depth > 0 ? ahead.bytes / depth : 0;
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
     const int64_t part = depth - k < kDepth ? depth - k : kDepth;
-    tile_gemm<C>({a + k * a_col, a_row, a_col, 0, part, panel + k * kGroup, kGroup, panel_group}, rows, groups, 1,
-                 {out, kGroup, out_group, k > 0});
+    tile_gemm<C>({a + k * a_col, a_row, a_col, 0, part, panel + k * kGroup, kGroup, panel_group,
+                  ahead.first + k * ahead_step, ahead_step},
+                 rows, groups, 1, {out, kGroup, out_group, k > 0});
   }
 }
 
