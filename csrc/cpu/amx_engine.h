@@ -30,10 +30,11 @@ struct AmxEngine {
   static constexpr int64_t kStep = 32;                            // features of one tile product
   static constexpr int64_t kBlock = kGroup * kStep;               // elements of a tile
   static constexpr int64_t kPlaneBlock = kPlanes * kBlock;        // and of its planes, which lie one after another
-  static constexpr int64_t kRows = 32, kGroups = 2;               // two tiles of features by two groups of rows
+  static constexpr int64_t kRows = 32;  // two tiles of features by two groups of rows
+  static constexpr int64_t kGroups = 2;
   static constexpr WeightForm kForm = WeightForm::kPrepared;
   static constexpr int64_t kLeastRows = kPlanes == 1 ? 0 : 192;  // below, splitting the weights costs what it saves
-  static constexpr int64_t kBlockBytes = 1280 * 1024;             // every processor with AMX has 2 MiB of L2
+  static constexpr int64_t kBlockBytes = 1024 * 1024;             // every processor with AMX has 2 MiB of L2
   static constexpr int64_t kChunkBytes = 1024 * 1024;
 
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
@@ -327,11 +328,19 @@ struct AmxEngine {
     }
   }
 
-  // Fetches what falls to step k of `steps`.
-  static void fetch(const Ahead& ahead, int64_t k, int64_t steps) {
-    const Ahead part = ahead.share(k, 1, steps);
-    for (int64_t i = 0; i < part.bytes; i += 64) __builtin_prefetch(part.first + i, 0, 2);
-  }
+  // Fetches a share of what will be needed with every step.
+  class Fetcher {
+   public:
+    Fetcher(const Ahead& ahead, int64_t steps)
+        : next_(ahead.first), end_(ahead.first + ahead.bytes), lines_((ahead.bytes / 64 + steps - 1) / steps) {}
+    void step() {
+      for (int64_t i = 0; i < lines_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
+    }
+
+   private:
+    const char *next_, *end_;
+    const int64_t lines_;
+  };
 
   static void product_2x2(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld,
                           const Ahead& ahead) {
@@ -339,8 +348,9 @@ struct AmxEngine {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    Fetcher fetcher(ahead, steps);
     for (int64_t k = 0; k < steps; ++k) {
-      fetch(ahead, k, steps);
+      fetcher.step();
       _tile_loadd(4, a.first + k * a.step, 64);
       _tile_loadd(6, b.first + k * b.step, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -366,8 +376,9 @@ struct AmxEngine {
     alignas(64) C rest[kGroup * kGroup];
     _tile_zero(0);
     _tile_zero(1);
+    Fetcher fetcher(ahead, steps);
     for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
-      fetch(ahead, k, steps);
+      fetcher.step();
       _tile_loadd(2, a, 64);
       _tile_loadd(5, b, 64);
       _tile_dpbf16ps(0, 2, 5);
