@@ -1,0 +1,22 @@
+// Fetching memory ahead of its use.
+#pragma once
+
+#include "simd.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+// Memory that will be needed next. A tile fetches it little by little between its products: fetched at once, it would
+// hold up what the products wait for, and the hardware's prefetchers lose the trail where a dozen rows are read at once.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t bytes = 0;
+
+  // The part that falls to a tile of groups [g, g + n) out of `groups`.
+  Ahead share(int64_t g, int64_t n, int64_t groups) const {
+    return {first + bytes * g / groups, bytes * (g + n) / groups - bytes * g / groups};
+  }
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk
