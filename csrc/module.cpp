@@ -1,4 +1,5 @@
-// The Python module mtlkernels._C: loading it registers the C++ kernels; it exposes facts about the build.
+// The Python module mtlkernels._C: loading it registers the C++ kernels; it exposes facts about the build and the
+// instruction sets to choose from.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -19,4 +20,6 @@ PYBIND11_MODULE(_C, module) {
         {"runs as", mtlk::kernels().isa},
     };
   });
+  module.def("instruction_sets", &mtlk::instruction_sets, "The instruction sets that can serve here, the best last.");
+  module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
 }

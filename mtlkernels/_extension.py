@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension's)
@@ -31,3 +33,24 @@ def load_error() -> str | None:
 def build_facts() -> dict[str, str]:
     """What the extension was built with; empty without one."""
     return dict(_module.build_facts()) if _module is not None else {}
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What the C++ kernels can run on this processor, the best last; empty without the extension."""
+    return tuple(_module.instruction_sets()) if _module is not None else ()
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Within the block the C++ kernels use this instruction set, for tests and measurements.
+
+    Raises:
+        ValueError: this build or this processor has none of that name.
+    """
+    if name not in instruction_sets() or _module is None:
+        raise ValueError(f"name must be one of {instruction_sets()}, got {name!r}")
+    _module.select_isa(name)
+    try:
+        yield
+    finally:
+        _module.select_isa(instruction_sets()[-1])

@@ -65,7 +65,7 @@ def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None
     """Gives an operator a derivative: ``differentiable`` takes its arguments and returns what it returns.
 
     The public functions apply the op's autograd Function themselves; this serves direct calls of the operator, and
-    torch.compile of torch.func transforms, which traces past autograd Functions.
+    torch.compile of torch.func.vmap, which traces past autograd Functions.
     """
     overload = getattr(torch.ops.mtlkernels, operator).default
 

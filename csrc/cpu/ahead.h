@@ -7,7 +7,8 @@ namespace mtlk {
 namespace MTLK_ISA {
 
 // Memory that will be needed next. A tile fetches it little by little between its products: fetched at once, it would
-// hold up what the products wait for, and the hardware's prefetchers lose the trail where a dozen rows are read at once.
+// hold up what the products wait for, and the hardware's prefetchers lose the trail where a dozen rows are read at
+// once.
 struct Ahead {
   const char* first = nullptr;
   int64_t bytes = 0;
@@ -16,6 +17,20 @@ struct Ahead {
   Ahead share(int64_t g, int64_t n, int64_t groups) const {
     return {first + bytes * g / groups, bytes * (g + n) / groups - bytes * g / groups};
   }
+};
+
+// Fetches a share of what will be needed with every step.
+class Fetcher {
+ public:
+  Fetcher(const Ahead& ahead, int64_t steps)
+      : next_(ahead.first), end_(ahead.first + ahead.bytes), lines_((ahead.bytes / 64 + steps - 1) / steps) {}
+  void step() {
+    for (int64_t i = 0; i < lines_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const char *next_, *end_;
+  const int64_t lines_;
 };
 
 }  // namespace MTLK_ISA

@@ -27,14 +27,14 @@ struct AmxEngine {
   using Element = BFloat16;
   using Weight = BFloat16;
   static constexpr int kPlanes = planes_of<T>();
-  static constexpr int64_t kStep = 32;                            // features of one tile product
-  static constexpr int64_t kBlock = kGroup * kStep;               // elements of a tile
-  static constexpr int64_t kPlaneBlock = kPlanes * kBlock;        // and of its planes, which lie one after another
-  static constexpr int64_t kRows = 32;  // two tiles of features by two groups of rows
+  static constexpr int64_t kStep = 32;                      // features of one tile product
+  static constexpr int64_t kBlock = kGroup * kStep;         // elements of a tile
+  static constexpr int64_t kPlaneBlock = kPlanes * kBlock;  // and of its planes, which lie one after another
+  static constexpr int64_t kRows = 32;                      // two tiles of features by two groups of rows
   static constexpr int64_t kGroups = 2;
   static constexpr WeightForm kForm = WeightForm::kPrepared;
   static constexpr int64_t kLeastRows = kPlanes == 1 ? 0 : 192;  // below, splitting the weights costs what it saves
-  static constexpr int64_t kBlockBytes = 1024 * 1024;             // every processor with AMX has 2 MiB of L2
+  static constexpr int64_t kBlockBytes = 1024 * 1024;            // every processor with AMX has 2 MiB of L2
   static constexpr int64_t kChunkBytes = 1024 * 1024;
 
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
@@ -203,16 +203,15 @@ struct AmxEngine {
 
   static constexpr int64_t kColumns = kStep;
   static constexpr int64_t kSumMultiple = kStep;
-  static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t,
-                              int64_t nrows, int64_t column, int64_t, C* grad, int64_t ld, bool add) {
+  static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t, int64_t nrows,
+                              int64_t column, int64_t, C* grad, int64_t ld, bool add) {
     alignas(64) C sums[kGroups][kRows * kGroup];
     const Operand* b = operand + column / kGroup * steps(nrows) * kPlaneBlock;
     for (int64_t o = 0; o < outputs; o += kRows) {
       const int64_t n = outputs - o < kRows ? outputs - o : kRows;
       const Gradient* a = gradient + o / kGroup * kPlaneBlock;
       product({a, a + kPlaneBlock, gradient_size(outputs), n > kGroup},
-              {b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true}, steps(nrows), sums[0], sums[1], kGroup,
-              {});
+              {b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true}, steps(nrows), sums[0], sums[1], kGroup, {});
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < kGroups; ++j) {
           C* place = grad + (o + i) * ld + column + j * kGroup;
@@ -327,20 +326,6 @@ struct AmxEngine {
       if (b.both) product_split(a.second, a.step, b.second, b.step, steps, out1 + kGroup * ld, ld, next());
     }
   }
-
-  // Fetches a share of what will be needed with every step.
-  class Fetcher {
-   public:
-    Fetcher(const Ahead& ahead, int64_t steps)
-        : next_(ahead.first), end_(ahead.first + ahead.bytes), lines_((ahead.bytes / 64 + steps - 1) / steps) {}
-    void step() {
-      for (int64_t i = 0; i < lines_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
-    }
-
-   private:
-    const char *next_, *end_;
-    const int64_t lines_;
-  };
 
   static void product_2x2(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld,
                           const Ahead& ahead) {

@@ -42,27 +42,53 @@ static bool has_amx() {
 #endif
 #endif
 
-static Kernels choose() {
-  Kernels table{};
-  baseline::fill(table);
+// The tables in rising order: each has what the one before has, and its own on top.
+static std::vector<Kernels> make_tables() {
+  std::vector<Kernels> tables;
+  const auto add = [&](void (*fill)(Kernels&)) {
+    tables.push_back(tables.empty() ? Kernels{} : tables.back());
+    fill(tables.back());
+  };
+  add(baseline::fill);
 #if defined(MTLK_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    avx2::fill(table);
-    if (has_avx512()) {
-      avx512::fill(table);
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    return tables;
+  add(avx2::fill);
+  if (!has_avx512()) return tables;
+  add(avx512::fill);
 #if defined(MTLK_AMX)
-      if (has_amx()) amx::fill(table);
+  if (has_amx()) add(amx::fill);
 #endif
-    }
-  }
 #endif
+  return tables;
+}
+
+static const std::vector<Kernels>& tables() {
+  static const std::vector<Kernels> made = make_tables();
+  return made;
+}
+
+static const Kernels*& selected() {
+  static const Kernels* table = &tables().back();
   return table;
 }
 
-const Kernels& kernels() {
-  static const Kernels chosen = choose();
-  return chosen;
+const Kernels& kernels() { return *selected(); }
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels& table : tables()) names.emplace_back(table.isa);
+  return names;
+}
+
+bool select_isa(const std::string& isa) {
+  for (const Kernels& table : tables()) {
+    if (isa != table.isa) continue;
+    selected() = &table;
+    return true;
+  }
+  return false;
 }
 
 }  // namespace mtlk

@@ -78,8 +78,8 @@ struct BackwardChunk {
 
 // How a set of kernels wants the weights of a level.
 enum class WeightForm {
-  kNatural,  // [out, in] of the storage type, unit column stride
-  kCompute,  // [out, in] of the compute type
+  kNatural,   // [out, in] of the storage type, unit column stride
+  kCompute,   // [out, in] of the compute type
   kPrepared,  // as ExpertMixtureKernels::prepare writes them
 };
 

@@ -91,7 +91,7 @@ inline void check_gates(at::TensorList logits, const Gates& gates, int64_t rows,
     TORCH_CHECK_VALUE(logits[k].size(0) == rows && logits[k].size(1) == gates.sizes[k], "mtlkernels: gate_logits[", k,
                       "] must have shape [", rows, ", ", gates.sizes[k], "], got ", logits[k].sizes());
     TORCH_CHECK_TYPE(logits[k].scalar_type() != at::kDouble || experts == at::kDouble, "mtlkernels: gate_logits[", k,
-                     "] must be no wider than the experts' ", experts);
+                     "] must be float32 or narrower beside experts in ", experts);
   }
 }
 

@@ -171,10 +171,10 @@ void fill(Kernels& table) {
   fill_dtype<BFloat16, AmxEngine<BFloat16>>(table, Dtype::kBFloat16);
   fill_dtype<Half, AmxEngine<Half>>(table, Dtype::kFloat16);
 #else
-  fill_dtype<float, PlainEngine<float> >(table, Dtype::kFloat32);
-  fill_dtype<double, PlainEngine<double> >(table, Dtype::kFloat64);
-  fill_dtype<BFloat16, PlainEngine<BFloat16> >(table, Dtype::kBFloat16);
-  fill_dtype<Half, PlainEngine<Half> >(table, Dtype::kFloat16);
+  fill_dtype<float, PlainEngine<float>>(table, Dtype::kFloat32);
+  fill_dtype<double, PlainEngine<double>>(table, Dtype::kFloat64);
+  fill_dtype<BFloat16, PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
+  fill_dtype<Half, PlainEngine<Half>>(table, Dtype::kFloat16);
 #endif
 }
 

@@ -1,6 +1,9 @@
 // The kernels that each instruction set provides, and the choice among them at run time.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "expert_mixture_args.h"
 #include "gated_mixture_args.h"
 
@@ -10,14 +13,14 @@ namespace mtlk {
 struct ExpertMixtureKernels {
   int64_t least_rows;  // of a forward call for which these kernels pay
 
-  // Weights: the form that the blocks want, and how to prepare one that has `outputs` x `inputs` elements of the storage
-  // type, o * row_stride + i * column_stride apart, one of the strides 1.
+  // Weights: the form that the blocks want, and how to prepare one that has `outputs` x `inputs` elements of the
+  // storage type, o * row_stride + i * column_stride apart, one of the strides 1.
   WeightForm form;
   int64_t (*prepared_bytes)(int64_t outputs, int64_t inputs);
   void (*prepare)(const void* weight, int64_t row_stride, int64_t column_stride, int64_t outputs, int64_t inputs,
                   void* prepared);
   int64_t block_bytes, chunk_bytes;  // that a block's intermediates and a chunk's gradients may take
-  bool stores_compute;  // the storage type is the compute type
+  bool stores_compute;               // the storage type is the compute type
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each
   // part leaves its sums, forward_mixed(...) values of the compute type, in `mixed`, and finish adds them in order.
@@ -58,12 +61,19 @@ struct GatedMixtureKernels {
 
 struct Kernels {
   const char* isa;
-  GatedMixtureKernels gated_mixture[4];    // by Dtype
+  GatedMixtureKernels gated_mixture[4];  // by Dtype
   ExpertMixtureKernels expert_mixture[4];
   ExpertMixtureKernels expert_mixture_few[4];  // forward only, for calls with fewer rows than the others pay for
 };
 
-// The best that this processor and this build have.
+// What serves now: the best that this processor and this build have, unless select_isa chose another.
 const Kernels& kernels();
+
+// The instruction sets that this processor and this build have, the best last.
+std::vector<std::string> instruction_sets();
+
+// Serves with one of them, for tests and measurements; false if there is none of that name. Not to be called while an
+// operator runs.
+bool select_isa(const std::string& isa);
 
 }  // namespace mtlk

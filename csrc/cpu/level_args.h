@@ -116,7 +116,8 @@ class LevelTables {
     std::vector<int64_t> offsets{0};
     for (const at::Tensor& weight : weights) {
       const bool turned = weight.stride(1) != 1 && weight.stride(0) != 1;
-      rows.push_back(transposed ? (turned ? weight.contiguous() : weight).t() : (turned ? weight.contiguous() : weight));
+      rows.push_back(transposed ? (turned ? weight.contiguous() : weight).t()
+                                : (turned ? weight.contiguous() : weight));
       offsets.push_back(offsets.back() + table.prepared_bytes(rows.back().size(0), rows.back().size(1)));
     }
     prepared_.emplace(1, offsets.back());

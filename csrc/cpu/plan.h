@@ -36,7 +36,8 @@ struct Cut {
 // second-level cache with what they are multiplied by, and every thread should have a block.
 inline int64_t chunk_rows(const Level& level, int64_t block_rows, const ExpertMixtureKernels& table) {
   const int64_t widest = *std::max_element(level.widths + 1, level.widths + level.layers + 1);
-  const int64_t rows = std::clamp<int64_t>(table.chunk_bytes / (std::max<int64_t>(widest, 1) * table.gradient_bytes_each), 256, 2048);
+  const int64_t rows =
+      std::clamp<int64_t>(table.chunk_bytes / (std::max<int64_t>(widest, 1) * table.gradient_bytes_each), 256, 2048);
   const int64_t least = std::max(rows, at::get_num_threads() * block_rows);
   return std::min((least + block_rows - 1) / block_rows, (level.rows + block_rows - 1) / block_rows) * block_rows;
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -202,24 +202,25 @@ class ExpertMixtureBackward(torch.autograd.Function):
         each = _slices(logits, l_dims, size, 1)
         s = [front(t, dim, size).flatten(0, 1) for t, dim in zip(saved, s_dims, strict=True)]
         wide = plan.repeated(size, shared)
-        out = list(ExpertMixtureBackward.apply(wide, needs, *grads, *x, *w, *b, *each, *s))
-        result: list[Tensor] = []
-
-        def take(per_example: int, blocks: int) -> None:
-            """Regroups the next ``blocks`` runs of ``size * per_example`` gradients into one a tensor."""
-            for _ in range(blocks):
-                run, out[: size * per_example] = out[: size * per_example], []
-                result.extend(torch.stack(run[i::per_example]) for i in range(per_example))
-
-        if needs[0]:
-            take(len(inputs), 1)
-        if needs[1]:
-            take(experts, layers)
-        if needs[2]:
-            take(experts, sum(bias is not None for bias in biases) // experts)
-        if needs[3]:
-            take(gates, 1)
+        out = iter(ExpertMixtureBackward.apply(wide, needs, *grads, *x, *w, *b, *each, *s))
+        biased_layers = sum(bias is not None for bias in biases) // experts
+        shapes = ((len(inputs), 1), (experts, layers), (experts, biased_layers), (gates, 1))
+        result = [
+            grad
+            for need, (width, blocks) in zip(needs, shapes, strict=True)
+            if need
+            for grad in _regrouped(out, size, width, blocks)
+        ]
         return tuple(result), (0,) * len(result)
+
+
+def _regrouped(grads: Iterator[Tensor], size: int, width: int, blocks: int) -> list[Tensor]:
+    """The inverse of :func:`_slices`: takes the slices from ``grads`` and stacks those of one tensor."""
+    result = []
+    for _ in range(blocks):
+        run = [next(grads) for _ in range(size * width)]
+        result += [torch.stack(run[i::width]) for i in range(width)]
+    return result
 
 
 def _slices(tensors: Any, dims: Any, size: int, blocks: int) -> list[Tensor | None]:
