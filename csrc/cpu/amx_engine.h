@@ -69,28 +69,6 @@ struct AmxEngine {
     }
   }
 
-  static void unpack(const Element* panel, int64_t features, T* rows, int64_t ld, int64_t nrows) {
-    alignas(64) BFloat16 block[kPlaneBlock];
-    alignas(64) float sum[kStep];
-    for (int64_t f = 0; f < features; f += kStep, panel += kPlaneBlock) {
-      const int64_t width = features - f < kStep ? features - f : kStep;
-      if (kPlanes == 1 && width == kStep && nrows == kGroup && ld % 2 == 0) {
-        transpose16(panel, kGroup, rows + f, ld / 2);
-        continue;
-      }
-      for (int p = 0; p < kPlanes; ++p) transpose16(panel + p * kBlock, kGroup, block + p * kBlock, kStep / 2);
-      for (int64_t r = 0; r < nrows; ++r) {
-        for (int64_t j = 0; j < kStep; j += kGroup) {
-          const BFloat16* place = block + r * kStep + j;
-          __m512 value = widened(place);
-          for (int p = 1; p < kPlanes; ++p) value = _mm512_add_ps(value, widened(place + p * kBlock));
-          _mm512_store_ps(sum + j, value);
-        }
-        narrow(sum, rows + r * ld + f, width);
-      }
-    }
-  }
-
   // Zeroes what a panel has beyond its features; store fills the rest.
   static void clear_margin(Element* panel, int64_t features) {
     const int64_t pair = features % kStep == 0 ? kStep / 2 : (features % kStep + 1) / 2;
@@ -99,6 +77,9 @@ struct AmxEngine {
       std::memset(last + p * kBlock + pair * 2 * kGroup, 0, (kStep / 2 - pair) * 2 * kGroup * sizeof(Element));
     }
   }
+
+  // Values are saved tile by tile, while they are float32 and at hand.
+  static constexpr bool kSavesTiles = true;
 
   static C* destination(Element*, int64_t, C* tile) { return tile; }
 
@@ -303,6 +284,8 @@ struct AmxEngine {
     for (int p = 0; p < kPlanes; ++p) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock), planes[p]);
   }
 
+  static constexpr int64_t kLongDepth = 20;  // steps
+
   // Two neighbouring tiles of a factor, or one; from one step of the depth to the next it moves on by `step` elements.
   struct Factor {
     const BFloat16 *first, *second;
@@ -316,14 +299,19 @@ struct AmxEngine {
     if constexpr (kPlanes == 1) {
       product_2x2(a, b, steps, out0, out1, ld, ahead);
     } else {
-      const int64_t parts = (a.both ? 2 : 1) * (b.both ? 2 : 1);
+      // Short depths find their factors near, and run fastest with a register for each plane; long ones wait for the
+      // second-level cache, and read b once for both tiles of a.
+      const bool together = steps >= kLongDepth;
+      const int64_t parts = (a.both && !together ? 2 : 1) * (b.both ? 2 : 1);
       int64_t part = 0;
       const auto next = [&] { return ahead.share(part++, 1, parts); };
-      product_split(a.first, a.step, b.first, b.step, steps, out0, ld, next());
-      if (b.both) product_split(a.first, a.step, b.second, b.step, steps, out1, ld, next());
-      if (!a.both) return;
-      product_split(a.second, a.step, b.first, b.step, steps, out0 + kGroup * ld, ld, next());
-      if (b.both) product_split(a.second, a.step, b.second, b.step, steps, out1 + kGroup * ld, ld, next());
+      const Factor first{a.first, nullptr, a.step, false};
+      product_split(together ? a : first, b.first, b.step, steps, out0, ld, next());
+      if (b.both) product_split(together ? a : first, b.second, b.step, steps, out1, ld, next());
+      if (together || !a.both) return;
+      const Factor second{a.second, nullptr, a.step, false};
+      product_split(second, b.first, b.step, steps, out0 + kGroup * ld, ld, next());
+      if (b.both) product_split(second, b.second, b.step, steps, out1 + kGroup * ld, ld, next());
     }
   }
 
@@ -355,35 +343,60 @@ struct AmxEngine {
     if (a.both && b.both) _tile_stored(3, out1 + kGroup * ld, ld * sizeof(C));
   }
 
-  // Tile 0 sums the leading planes' products, tile 1 the rest, which is too small to lose anything to rounding.
-  static void product_split(const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, int64_t steps, C* out,
-                            int64_t ld, const Ahead& ahead) {
-    alignas(64) C rest[kGroup * kGroup];
+  // Tiles 0 and 2 sum the leading planes' products with the first and the second tile of a, tiles 1 and 3 the rest,
+  // which is too small to lose anything to rounding.
+  static void product_split(const Factor& a, const BFloat16* b, int64_t b_step, int64_t steps, C* out, int64_t ld,
+                            const Ahead& ahead) {
     _tile_zero(0);
     _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
     Fetcher fetcher(ahead, steps);
-    for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
+    for (int64_t k = 0; k < steps; ++k, b += b_step) {
       fetcher.step();
-      _tile_loadd(2, a, 64);
       _tile_loadd(5, b, 64);
-      _tile_dpbf16ps(0, 2, 5);
       _tile_loadd(6, b + kBlock, 64);
-      _tile_dpbf16ps(1, 2, 6);
-      _tile_loadd(3, a + kBlock, 64);
-      _tile_dpbf16ps(1, 3, 5);
+      if constexpr (kPlanes == 3) _tile_loadd(7, b + 2 * kBlock, 64);
+      const BFloat16* first = a.first + k * a.step;
+      _tile_loadd(4, first, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 6);
+      if constexpr (kPlanes == 3) _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(4, first + kBlock, 64);
+      _tile_dpbf16ps(1, 4, 5);
       if constexpr (kPlanes == 3) {
-        _tile_loadd(7, b + 2 * kBlock, 64);
-        _tile_dpbf16ps(1, 2, 7);
-        _tile_loadd(4, a + 2 * kBlock, 64);
-        _tile_dpbf16ps(1, 3, 6);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(4, first + 2 * kBlock, 64);
         _tile_dpbf16ps(1, 4, 5);
       }
+      if (!a.both) continue;
+      const BFloat16* second = a.second + k * a.step;
+      _tile_loadd(4, second, 64);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_dpbf16ps(3, 4, 6);
+      if constexpr (kPlanes == 3) _tile_dpbf16ps(3, 4, 7);
+      _tile_loadd(4, second + kBlock, 64);
+      _tile_dpbf16ps(3, 4, 5);
+      if constexpr (kPlanes == 3) {
+        _tile_dpbf16ps(3, 4, 6);
+        _tile_loadd(4, second + 2 * kBlock, 64);
+        _tile_dpbf16ps(3, 4, 5);
+      }
     }
+    alignas(64) C rest[kGroup * kGroup];
+    const auto store_sum = [&](C* place) {
+      for (int64_t i = 0; i < kGroup; ++i) {
+        const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(place + i * ld), _mm512_load_ps(rest + i * kGroup));
+        _mm512_storeu_ps(place + i * ld, sum);
+      }
+    };
     _tile_stored(0, out, ld * sizeof(C));
     _tile_stored(1, rest, kGroup * sizeof(C));
-    for (int64_t i = 0; i < kGroup; ++i) {
-      _mm512_storeu_ps(out + i * ld, _mm512_add_ps(_mm512_loadu_ps(out + i * ld), _mm512_load_ps(rest + i * kGroup)));
-    }
+    store_sum(out);
+    if (!a.both) return;
+    _tile_stored(2, out + kGroup * ld, ld * sizeof(C));
+    _tile_stored(3, rest, kGroup * sizeof(C));
+    store_sum(out + kGroup * ld);
   }
 };
 

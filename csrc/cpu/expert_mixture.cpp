@@ -171,9 +171,9 @@ class Results {
 void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
   const Level& level = args.level;
   const int64_t threads = at::get_num_threads();
+  const int64_t capacity = chunk_rows(level, table);
   const int64_t block_rows =
-      Cut::block_rows_of(level, table.block_bytes, table.backward_bytes(level, kLeastRows) / kLeastRows);
-  const int64_t capacity = chunk_rows(level, block_rows, table);
+      mtlk::block_rows(capacity, table.block_bytes, table.backward_bytes(level, kLeastRows) / kLeastRows);
   const Scratch scratch(threads, table.backward_bytes(level, block_rows));
   const Scratch gradients(1, args.need_chain() ? table.gradient_bytes(level, capacity) : 0);
   const Scratch operands(1, args.need_weights ? table.operand_bytes(level, capacity) : 0);

@@ -167,10 +167,8 @@ class ForwardBlock {
     const bool save_before = save && from_input(level_.activations[l]);
     const int64_t in_size = Engine::panel_size(depth), out_size = Engine::panel_size(width);
     constexpr int64_t tile_group = Engine::kRows * kGroup;
-    for (int64_t g = 0; g < groups_ && (!last || save); ++g) {
-      Engine::clear_margin(out + g * out_size, width);
-      if (save_before) Engine::clear_margin(s_.kept + g * out_size, width);
-    }
+    const bool panel_out = !last || (save && !Engine::kSavesTiles);
+    for (int64_t g = 0; g < groups_ && panel_out; ++g) Engine::clear_margin(out + g * out_size, width);
     for (int64_t t = 0; t < Engine::tiles(width); ++t) {
       const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
       const Ahead ahead = t + 1 < Engine::tiles(width) ? weights_of(at, t + 1) : weights_of(next, 0);
@@ -182,21 +180,32 @@ class ForwardBlock {
         for (int64_t g = g0; g < g0 + ng; ++g) {
           C* tile = s_.tile + (g - g0) * tile_group;
           C* before = save_before ? s_.before : nullptr;
-          C* after = last && !save ? tile : Engine::destination(out + g * out_size, o, tile);
+          C* after = panel_out ? Engine::destination(out + g * out_size, o, tile) : tile;
           bias_activation(level_.activations[l], tile, bias, n, after, before);
-          if (!last || save) Engine::store(out + g * out_size, o, n, after);
-          if (save_before) keep(s_.kept + g * out_size, o, n, before);
+          if (panel_out) Engine::store(out + g * out_size, o, n, after);
+          if (save) keep(e, l, g, o, n, save_before ? before : after);
           if (last) mix(e, g, o, n, after);
         }
       }
     }
-    if (save) write_saved(e, l, save_before ? s_.kept : out);
+    if constexpr (!Engine::kSavesTiles) {
+      if (save) write_saved(e, l, save_before ? s_.kept : out);
+    }
   }
 
-  static void keep(Element* panel, int64_t o, int64_t n, C* values) {
-    C* place = Engine::destination(panel, o, values);
-    if (place != values) std::memcpy(place, values, n * kGroup * sizeof(C));
-    Engine::store(panel, o, n, values);
+  // Saves what the backward pass wants of n features: at once, or in a panel for write_saved.
+  void keep(int e, int l, int64_t g, int64_t o, int64_t n, const C* values) {
+    const int64_t width = level_.widths[l + 1];
+    if constexpr (Engine::kSavesTiles) {
+      unpack_panel(values, n, saved_rows(e, l, g) + o, width, group_rows(g));
+    } else if (from_input(level_.activations[l])) {
+      std::memcpy(s_.kept + (g * width + o) * kGroup, values, n * kGroup * sizeof(C));
+    }
+  }
+
+  T* saved_rows(int e, int l, int64_t g) const {
+    const int64_t width = level_.widths[l + 1];
+    return static_cast<T*>(args_.saved[l]) + (e * level_.rows + row_ + g * kGroup) * width;
   }
 
   void mix(int e, int64_t g, int64_t o, int64_t n, const C* values) {
@@ -208,11 +217,10 @@ class ForwardBlock {
     }
   }
 
-  void write_saved(int e, int l, const Element* panels) {
+  void write_saved(int e, int l, const C* panels) {
     const int64_t width = level_.widths[l + 1];
-    T* rows = static_cast<T*>(args_.saved[l]) + (e * level_.rows + row_) * width;
     for (int64_t g = 0; g < groups_; ++g) {
-      Engine::unpack(panels + g * Engine::panel_size(width), width, rows + g * kGroup * width, width, group_rows(g));
+      unpack_panel(panels + g * width * kGroup, width, saved_rows(e, l, g), width, group_rows(g));
     }
   }
 

@@ -3,6 +3,9 @@
 
 #include <ATen/ATen.h>
 
+#include <deque>
+#include <mutex>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -22,14 +25,59 @@ inline at::Tensor with_huge_pages(at::Tensor tensor) {
   return tensor;
 }
 
+// Byte tensors kept from one call to the next: touching fresh memory costs a page fault and the kernel's zeroing, which
+// is some 10% of a training step of a thousand rows.
+class ScratchPool {
+ public:
+  static ScratchPool& instance() {
+    static auto* pool = new ScratchPool;  // never destroyed: torch may be gone by then
+    return *pool;
+  }
+
+  // The smallest tensor of at least `bytes` and at most twice as many, or a new one.
+  at::Tensor take(int64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto best = idle_.end();
+    for (auto it = idle_.begin(); it != idle_.end(); ++it) {
+      const int64_t size = it->numel();
+      if (size >= bytes && size <= 2 * bytes && (best == idle_.end() || size < best->numel())) best = it;
+    }
+    if (best == idle_.end()) return with_huge_pages(at::empty({bytes}, at::kByte));
+    at::Tensor found = std::move(*best);
+    idle_.erase(best);
+    held_ -= found.numel();
+    return found;
+  }
+
+  // Keeps it for later; the oldest go where the pool would hold more than kMost.
+  void give_back(at::Tensor tensor) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    held_ += tensor.numel();
+    idle_.push_back(std::move(tensor));
+    while (held_ > kMost) {
+      held_ -= idle_.front().numel();
+      idle_.pop_front();
+    }
+  }
+
+ private:
+  static constexpr int64_t kMost = int64_t{64} << 20;
+  std::mutex mutex_;
+  std::deque<at::Tensor> idle_;
+  int64_t held_ = 0;
+};
+
 // Uninitialised pieces of equal size, each of which starts on a cache line.
 class Scratch {
  public:
   Scratch(int64_t pieces, int64_t bytes)
-      : stride_((bytes + 63) / 64 * 64), memory_(with_huge_pages(at::empty({pieces * stride_ + 64}, at::kByte))) {
+      : stride_((bytes + 63) / 64 * 64), memory_(ScratchPool::instance().take(pieces * stride_ + 64)) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr());
     first_ = reinterpret_cast<char*>((address + 63) / 64 * 64);
   }
+  ~Scratch() { ScratchPool::instance().give_back(std::move(memory_)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   void* operator[](int64_t piece) const { return first_ + piece * stride_; }
 
  private:

@@ -39,9 +39,8 @@ struct PlainEngine {
   static void pack(const T* rows, int64_t ld, int64_t nrows, int64_t features, Element* panel) {
     pack_panel(rows, ld, nrows, features, panel);
   }
-  static void unpack(const Element* panel, int64_t features, T* rows, int64_t ld, int64_t nrows) {
-    unpack_panel(panel, features, rows, ld, nrows);
-  }
+  // Tiles have odd widths: values are saved when all of a layer's are there.
+  static constexpr bool kSavesTiles = false;
   static void clear_margin(Element*, int64_t) {}
 
   // Where a tile's outputs go if they form features [feature, feature + n) of a panel: straight there.

@@ -13,33 +13,38 @@ namespace mtlk {
 constexpr int64_t kLeastRows = 64;
 constexpr int64_t kMostRows = 256;
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of a block, a multiple of 32: what fits `block_bytes`, but such that every thread gets as many blocks of equal
+// size, unless that is too little.
+inline int64_t block_rows(int64_t rows, int64_t block_bytes, int64_t bytes_of_a_row) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t most = std::clamp(block_bytes / bytes_of_a_row, kLeastRows, kMostRows);
+  const int64_t blocks_each = divide_up(divide_up(rows, threads), most);
+  return divide_up(std::max(kLeastRows, divide_up(rows, threads * blocks_each)), 32) * 32;
+}
+
 struct Cut {
   int64_t block_rows, blocks;
   int parts;  // into which the experts are divided where there are fewer blocks than threads
 
   static Cut of(const Level& level, int64_t block_bytes, int64_t bytes_of_a_row) {
-    const int64_t threads = at::get_num_threads(), rows = block_rows_of(level, block_bytes, bytes_of_a_row);
-    const int64_t blocks = (level.rows + rows - 1) / rows;
-    const int64_t parts = std::min<int64_t>(level.experts, blocks < threads ? (threads + blocks - 1) / blocks : 1);
-    return {rows, blocks, static_cast<int>(parts)};
-  }
-
-  // A multiple of 32; what fits `block_bytes`, but at most an even share of the rows where that is not too little.
-  static int64_t block_rows_of(const Level& level, int64_t block_bytes, int64_t bytes_of_a_row) {
     const int64_t threads = at::get_num_threads();
-    const int64_t rows = std::clamp(block_bytes / bytes_of_a_row, kLeastRows, kMostRows);
-    return (std::min(rows, std::max(kLeastRows, (level.rows + threads - 1) / threads)) + 31) / 32 * 32;
+    const int64_t rows = mtlk::block_rows(level.rows, block_bytes, bytes_of_a_row);
+    const int64_t blocks = divide_up(level.rows, rows);
+    const int64_t parts = std::min<int64_t>(level.experts, blocks < threads ? divide_up(threads, blocks) : 1);
+    return {rows, blocks, static_cast<int>(parts)};
   }
 };
 
-// Rows that go through the backward pass together: the gradients of one expert's pre-activations should stay in the
-// second-level cache with what they are multiplied by, and every thread should have a block.
-inline int64_t chunk_rows(const Level& level, int64_t block_rows, const ExpertMixtureKernels& table) {
+// Rows that go through the backward pass together, in chunks of equal size: the gradients of one expert's
+// pre-activations should stay in the second-level cache with what they are multiplied by, and every thread should have
+// something to do.
+inline int64_t chunk_rows(const Level& level, const ExpertMixtureKernels& table) {
   const int64_t widest = *std::max_element(level.widths + 1, level.widths + level.layers + 1);
-  const int64_t rows =
-      std::clamp<int64_t>(table.chunk_bytes / (std::max<int64_t>(widest, 1) * table.gradient_bytes_each), 256, 2048);
-  const int64_t least = std::max(rows, at::get_num_threads() * block_rows);
-  return std::min((least + block_rows - 1) / block_rows, (level.rows + block_rows - 1) / block_rows) * block_rows;
+  const int64_t fitting = table.chunk_bytes / (std::max<int64_t>(widest, 1) * table.gradient_bytes_each);
+  const int64_t most = std::max(std::clamp<int64_t>(fitting, 256, 2048), at::get_num_threads() * kLeastRows);
+  return divide_up(divide_up(level.rows, divide_up(level.rows, most)), 32) * 32;
 }
 
 inline int part_begin(const Level& level, int part, int parts) { return level.experts * part / parts; }
