@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ class FusedLevel(PerExpertLevel):
         gates = [gate for gate in self.gates if isinstance(gate, nn.Linear)]
         self.expert_weights = [[x.weight for x in layer] for layer in linears]
         self.expert_biases = [[x.bias for x in layer] for layer in linears]
-        self.gate_sizes = [gate.out_features for gate in gates]
         self.gate_weights: list[Tensor] = [gate.weight for gate in gates]
         self.gate_biases: list[Tensor] = [gate.bias for gate in gates]
 
@@ -36,11 +34,9 @@ class FusedLevel(PerExpertLevel):
         mixed = mk.expert_mixture(inputs, self.expert_weights, self.expert_biases, self._logits(streams), self.routing)
         return list(mixed)
 
-    def _logits(self, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _logits(self, streams: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
         if self.routing.num_inputs == 1:  # every gate reads the same rows: one product
-            joint: Any = F.linear(streams[0], torch.cat(self.gate_weights), torch.cat(self.gate_biases))
-            logits: tuple[Tensor, ...] = joint.split(self.gate_sizes, dim=1)
-            return logits
+            return F.linear(streams[0], torch.cat(self.gate_weights), torch.cat(self.gate_biases))
         gates = zip(self.gate_inputs, self.gate_weights, self.gate_biases, strict=True)
         return [F.linear(streams[stream], weight, bias) for stream, weight, bias in gates]
 
