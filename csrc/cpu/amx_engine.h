@@ -211,8 +211,8 @@ struct AmxEngine {
             gradient + step * gradient_size(outputs) + o / kGroup * kPlaneBlock + o % kGroup * kStep;
         __m512 value = _mm512_setzero_ps();
         for (int p = kPlanes - 1; p >= 0; --p) {
-          value = _mm512_add_ps(value, widened(place + p * kBlock));
-          value = _mm512_add_ps(value, widened(place + p * kBlock + kGroup));
+          value = _mm512_add_ps(value, load_wide(place + p * kBlock));
+          value = _mm512_add_ps(value, load_wide(place + p * kBlock + kGroup));
         }
         sum = _mm512_add_ps(sum, value);
       }
@@ -221,11 +221,6 @@ struct AmxEngine {
   }
 
  private:
-  static __m512 widened(const BFloat16* p) {
-    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-  }
-
   static __m512i interleaved(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
@@ -269,12 +264,6 @@ struct AmxEngine {
       for (int64_t c = 0; c < kStep; c += kGroup) transpose16(turned + c * kGroup, kGroup, wide + c, kStep);
     }
     for (int64_t i = 0; i < kBlock; i += kGroup) split_to(_mm512_load_ps(wide + i), out + i);
-  }
-
-  static __m512 load_wide(const float* p) { return _mm512_loadu_ps(p); }
-  static __m512 load_wide(const BFloat16* p) { return widened(p); }
-  static __m512 load_wide(const Half* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
   // 16 values to 16 elements of each plane.

@@ -145,6 +145,18 @@ MTLK_INLINE void from_compute(float value, Half* out) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// 16 values as float.
+MTLK_INLINE __m512 load_wide(const float* p) { return _mm512_loadu_ps(p); }
+MTLK_INLINE __m512 load_wide(const BFloat16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+MTLK_INLINE __m512 load_wide(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#endif
+
 // Contiguous runs. The loops vectorise; float16 and AVX-512 have instructions that the compiler does not find.
 template <typename T, typename C>
 MTLK_INLINE void widen(const T* in, C* out, int64_t n) {
@@ -152,12 +164,7 @@ MTLK_INLINE void widen(const T* in, C* out, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 2 && sizeof(C) == 4) {
     for (; i + 16 <= n; i += 16) {
-      const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
-      if constexpr (__is_same(T, Half) && sizeof(C) == 4) {
-        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(raw));
-      } else {
-        _mm512_storeu_ps(out + i, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
-      }
+      _mm512_storeu_ps(out + i, load_wide(in + i));
     }
   }
 #elif defined(__F16C__)
