@@ -9,6 +9,13 @@
 namespace mtlk {
 namespace {
 
+// The kernels for a call with these inputs.
+const ExpertMixtureKernels& kernels_for(const at::Tensor& inputs) {
+  const int dtype = static_cast<int>(dtype_of(inputs));
+  const bool few = inputs.size(0) < kernels().expert_mixture[dtype].least_rows;
+  return few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype];
+}
+
 void run_tiny(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   const Level& level = args.level;
   const int parts = std::min(level.experts, at::get_num_threads());
@@ -79,9 +86,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(at::TensorL
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
   if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};
-  const int dtype = static_cast<int>(dtype_of(inputs[0]));
-  const bool few = level.rows < kernels().expert_mixture[dtype].least_rows;
-  const ExpertMixtureKernels& table = few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype];
+  const ExpertMixtureKernels& table = kernels_for(inputs[0]);
   const bool tiny = level.rows <= table.tiny_rows && !save;
   tiny ? tables.set_natural_weights(weights) : tables.set_weights(weights, table, false);
   const ForwardArgs args{level, output_pointers.data(), save ? saved_pointers.data() : nullptr};
@@ -199,7 +204,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
     at::IntArrayRef activations, bool need_inputs, bool need_weights, bool need_biases, bool need_logits) {
   LevelTables tables(inputs, weights, gate_logits, expert_inputs, gate_experts, gate_sizes, activations);
   const Level& level = tables.level();
-  const ExpertMixtureKernels& table = kernels().expert_mixture[static_cast<int>(dtype_of(inputs[0]))];
+  const ExpertMixtureKernels& table = kernels_for(inputs[0]);
   tables.set_backward(grad_outputs, saved);
   Results results(level, inputs, weights, gate_logits, table, need_inputs, need_weights, need_biases, need_logits);
   BackwardArgs args{};

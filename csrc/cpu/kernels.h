@@ -11,7 +11,7 @@ namespace mtlk {
 
 // Kernels for one storage type. Scratch is bytes that the caller provides, aligned to a cache line.
 struct ExpertMixtureKernels {
-  int64_t least_rows;  // of a forward call for which these kernels pay
+  int64_t least_rows;  // of a call for which these kernels pay
 
   // Weights: the form that the blocks want, and how to prepare one that has `outputs` x `inputs` elements of the
   // storage type, o * row_stride + i * column_stride apart, one of the strides 1.
@@ -63,7 +63,7 @@ struct Kernels {
   const char* isa;
   GatedMixtureKernels gated_mixture[4];  // by Dtype
   ExpertMixtureKernels expert_mixture[4];
-  ExpertMixtureKernels expert_mixture_few[4];  // forward only, for calls with fewer rows than the others pay for
+  ExpertMixtureKernels expert_mixture_few[4];  // for calls with fewer rows than those pay for
 };
 
 // What serves now: the best that this processor and this build have, unless select_isa chose another.
