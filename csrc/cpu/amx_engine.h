@@ -333,7 +333,8 @@ struct AmxEngine {
   }
 
   // Tiles 0 and 2 sum the leading planes' products with the first and the second tile of a, tiles 1 and 3 the rest,
-  // which is too small to lose anything to rounding.
+  // which is too small to lose anything to rounding. Tile numbers are part of an instruction's text, so both halves are
+  // written out.
   static void product_split(const Factor& a, const BFloat16* b, int64_t b_step, int64_t steps, C* out, int64_t ld,
                             const Ahead& ahead) {
     _tile_zero(0);
