@@ -6,6 +6,7 @@ from mtlkernels._config import show_config
 from mtlkernels._convert import ConversionReport, convert, revert
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import gated_mixture
+from mtlkernels.ops.pcgrad import gram, pcgrad, pcgrad_weights
 from mtlkernels.routing import Routing
 
 __version__ = "0.1.0"
@@ -17,7 +18,10 @@ __all__ = [
     "convert",
     "expert_mixture",
     "gated_mixture",
+    "gram",
     "nn",
+    "pcgrad",
+    "pcgrad_weights",
     "revert",
     "show_config",
     "use_backend",

@@ -13,7 +13,9 @@ import torch
 
 from mtlkernels import _extension
 
-OPS = ("gated_mixture", "expert_mixture")
+OPS = ("gated_mixture", "expert_mixture", "pcgrad")
+# Ops whose Triton kernels leave float64 to the reference.
+_TRITON_WITHOUT_FLOAT64 = ("gated_mixture", "expert_mixture")
 BACKENDS = ("cpp", "triton", "reference")
 
 # A plain module variable, not a ContextVar: autograd runs a CUDA backward in a thread of its own, and torch.compile
@@ -95,12 +97,12 @@ def triton_implementation(op: str, direction: str) -> Callable[..., Any]:
 
 def _first_tensor(args: Any) -> torch.Tensor:
     first = args[0]
-    return first if isinstance(first, torch.Tensor) else first[0]
+    return first if isinstance(first, torch.Tensor) else next(tensor for tensor in first if tensor is not None)
 
 
 def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """What a CUDA call runs: Triton, or the reference for float64."""
-    if _first_tensor(args).dtype == torch.float64:
+    """What a CUDA call runs: Triton, or the reference where Triton does not take float64."""
+    if op in _TRITON_WITHOUT_FLOAT64 and _first_tensor(args).dtype == torch.float64:
         return reference_implementation(op, direction)
     return triton_implementation(op, direction)
 
@@ -110,7 +112,7 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
 
     Args:
         op: the op's name, as its folder under ``mtlkernels/ops``.
-        direction: ``"forward"`` or ``"backward"``.
+        direction: what follows the op's name in the operator's, such as ``"forward"`` or ``"backward"``.
         backend: a name from :data:`BACKENDS`, or None for the dispatcher's choice.
         like: a tensor with the device and dtype of the call.
 
@@ -123,7 +125,7 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
     device = like.device.type
     found = backends()[op]
     names = found.get(device, found["other"])
-    if backend == "triton" and like.dtype == torch.float64:
+    if backend == "triton" and op in _TRITON_WITHOUT_FLOAT64 and like.dtype == torch.float64:
         names = tuple(name for name in names if name != "triton")
     if backend not in names:
         raise RuntimeError(f"{op} has no {backend!r} implementation for {device!r} and {like.dtype}; it has {names}")

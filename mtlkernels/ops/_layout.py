@@ -1,0 +1,32 @@
+"""How gradients of one parameter lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one piece of memory, in whatever order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in one order of their elements, so that memory can be walked linearly.
+
+    As they are where all are dense with the same strides, as those of a parameter in channels-last layout are;
+    otherwise contiguous.
+    """
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return list(tensors)
+    if all(tensor.stride() == tensors[0].stride() for tensor in tensors) and _is_dense(tensors[0]):
+        return list(tensors)
+    return [tensor.contiguous() for tensor in tensors]

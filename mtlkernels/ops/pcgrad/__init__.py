@@ -1,0 +1,151 @@
+"""PCGrad: conflicting task gradients projected onto each other's normal planes, in two passes over the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlkernels import _backends
+from mtlkernels.ops._call import needs_function
+from mtlkernels.ops.pcgrad import autograd, reference  # noqa: F401  (autograd registers the operators' rules)
+from mtlkernels.ops.pcgrad.checks import (
+    check_gram,
+    check_options,
+    check_order,
+    check_reduction,
+)
+from mtlkernels.ops.pcgrad.parameters import Parameters
+
+Grads = Tensor | Sequence[Sequence[Tensor | None]]
+
+
+def gram(grads: Grads) -> Tensor:
+    """The Gram matrix of the tasks' gradients: ``G_ij = <g_i, g_j>`` over all parameters.
+
+    One pass over lists of tensors, none of which is copied or concatenated. Sums are in float64, in an order that
+    depends on the shapes alone, so that the same gradients give the same bits. Differentiable.
+
+    Args:
+        grads: a sequence over T tasks of sequences over parameters of tensors or None, which counts as zero; or one
+            tensor [T, P]. float32, bfloat16, float16 or float64, one dtype a parameter; dense or sparse_coo.
+
+    Returns:
+        [T, T] in float64 on the device of the gradients.
+
+    Raises:
+        TypeError: an argument is of the wrong kind, dtype or layout.
+        ValueError: numbers of parameters, shapes or devices do not agree.
+    """
+    return Parameters(grads).gram()
+
+
+def pcgrad_weights(
+    gram: Tensor,
+    order: Tensor | Sequence[Sequence[int]] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    include_self: bool = False,
+    max_norm: float | None = None,
+    normalize: bool = False,
+    project: bool = True,
+    eps: float = 0.0,
+) -> Tensor:
+    """What PCGrad makes of tasks' gradients, as coefficients: ``g_i' = sum_j W_ij g_j``, from their Gram matrix alone.
+
+    Runs where ``gram`` is, without reading anything back. Differentiable in ``gram``.
+
+    Args:
+        gram: [T, T] in float64, see :func:`mtlkernels.gram`.
+        order, generator, include_self, max_norm, normalize, project, eps: as for :func:`mtlkernels.pcgrad`.
+
+    Returns:
+        W [T, T] in float64.
+
+    Raises:
+        TypeError: an argument is of the wrong kind or dtype.
+        ValueError: a shape or a value is wrong.
+    """
+    check_gram(gram)
+    check_options(include_self, max_norm, normalize, project, eps)
+    drawn = _order(order, generator, gram.shape[0], gram.device, project)
+    return _weights(gram, drawn, include_self, max_norm, normalize, project, eps, False)[0]
+
+
+def pcgrad(
+    grads: Grads,
+    *,
+    order: Tensor | Sequence[Sequence[int]] | None = None,
+    generator: torch.Generator | None = None,
+    reduction: str = "sum",
+    include_self: bool = False,
+    max_norm: float | None = None,
+    normalize: bool = False,
+    project: bool = True,
+    eps: float = 0.0,
+) -> Any:
+    """Gradient surgery (PCGrad; Yu et al., NeurIPS 2020, algorithm 1): one update from T conflicting gradients.
+
+    For each task i, and each other task j in the order given, ``d = <g_i', g_j>`` with g_i' the gradient projected so
+    far and g_j the original one; where d < 0, ``g_i' -= d / (|g_j|^2 + eps) * g_j``. The result is the sum of the g_i',
+    or their mean. The projections run on the T x T Gram matrix in float64, so that the parameters are read twice and
+    written once, whatever T is, and nothing is read back from a GPU. Deterministic for a given order. Differentiable.
+
+    Args:
+        grads: a sequence over T tasks of sequences over parameters of tensors or None, which counts as zero; or one
+            tensor [T, P]. float32, bfloat16, float16 or float64, one dtype a parameter; dense or sparse_coo.
+        order: [T, T - 1] or [T, T] integers: row i the tasks that g_i is projected against, one after another; i itself
+            is skipped unless ``include_self``. On a GPU its entries are not checked, as that would wait for it; one out
+            of range makes the result NaN. None draws a random permutation a task.
+        generator: draws the permutations; torch's default generator of the device without one.
+        reduction: "sum", as in the paper, or "mean" over tasks.
+        include_self: projects g_i' against g_i as well where its turn comes, as some implementations do.
+        max_norm: each task's gradient is first clipped to this norm.
+        normalize: each task's gradient is then scaled to the mean norm of the tasks.
+        project: False leaves the projection out, so that clipping and scaling can be measured on their own.
+        eps: added to |g_j|^2.
+
+    Returns:
+        A list over parameters of tensors, None where every task has None; for a tensor [T, P], one tensor [P]. Dtypes
+        and layouts are those of the gradients. A parameter that has sparse gradients alone gets a sparse result.
+        Gradients that are not finite make the result not finite.
+
+    Raises:
+        TypeError: an argument is of the wrong kind, dtype or layout.
+        ValueError: numbers of parameters, shapes, devices or values do not agree or are out of range.
+    """
+    mean = check_reduction(reduction)
+    check_options(include_self, max_norm, normalize, project, eps)
+    parameters = Parameters(grads)
+    drawn = _order(order, generator, parameters.num_tasks, parameters.device, project)
+    found = parameters.gram()
+    _, coefficients = _weights(found, drawn, include_self, max_norm, normalize, project, eps, mean)
+    results = parameters.combine(coefficients)
+    return results[0] if isinstance(grads, Tensor) else results
+
+
+def _order(
+    order: Any, generator: torch.Generator | None, num_tasks: int, device: torch.device, project: bool
+) -> Tensor | None:
+    """The order of projections on ``device``, drawn where it is not given."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if order is not None:
+        if generator is not None:
+            raise ValueError("generator must be None where order is given, got both")
+        return check_order(order, num_tasks).to(device, torch.int64, non_blocking=True)
+    if not project:
+        return None
+    where = device if generator is None else generator.device
+    keys = torch.rand(num_tasks, num_tasks, generator=generator, device=where, dtype=torch.float64)
+    return keys.argsort(dim=1).to(device, non_blocking=True)
+
+
+def _weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    if needs_function((gram,)):
+        return reference.weights(gram, order, *options)
+    run = _backends.implementation("pcgrad", "weights", _backends.forced(), gram)
+    rows, coefficients = run(gram, order, *options)
+    return rows, coefficients

@@ -1,0 +1,105 @@
+"""PCGrad in PyTorch: the specification that every other implementation is tested against.
+
+Gradients travel flat, parameter by parameter: that of task t for parameter p stands at ``p * T + t``, or is None. The
+projected gradients stay in the span of the original ones, so that everything but the first and the last pass over the
+parameters happens on T x T coefficients, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mtlkernels.ops._layout import alike
+
+
+def by_parameter(grads: Sequence[Tensor | None], num_tasks: int) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """For each parameter the tasks that have a gradient, and these, laid out alike."""
+    for start in range(0, len(grads), num_tasks):
+        column = grads[start : start + num_tasks]
+        tasks = [t for t, grad in enumerate(column) if grad is not None]
+        yield tasks, alike([grad for grad in column if grad is not None])
+
+
+def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
+    """``G_ij = <g_i, g_j>`` over all parameters: [T, T] in float64. A gradient that is None counts as zero."""
+    device = next(grad.device for grad in grads if grad is not None)
+    total = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device)
+    for tasks, found in by_parameter(grads, num_tasks):
+        if found:
+            flat = torch.stack([grad.to(torch.float64).reshape(-1) for grad in found])
+            at = torch.tensor(tasks, device=device)
+            total = total.index_put((at.unsqueeze(1), at.unsqueeze(0)), flat @ flat.T, accumulate=True)
+    return total
+
+
+def weights(
+    gram: Tensor,
+    order: Tensor | None,
+    include_self: bool,
+    max_norm: float | None,
+    normalize: bool,
+    project: bool,
+    eps: float,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """The projected gradients' coefficients over the original gradients [T, T], and the result's [T].
+
+    Gradients are first clipped to ``max_norm``, then scaled to their mean norm, both by factors on ``gram``. The
+    result is the sum, or the mean, of the projected gradients. An entry of ``order`` out of range makes its row NaN.
+    """
+    num_tasks = gram.shape[0]
+    scale = _scales(gram, max_norm, normalize)
+    scaled = scale.unsqueeze(1) * gram * scale
+    rows = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
+    if project and order is not None:
+        for step in range(order.shape[1]):
+            rows = _project(rows, scaled, order[:, step], include_self, eps)
+    rows = rows * scale
+    return rows, rows.mean(0) if mean else rows.sum(0)
+
+
+def _scales(gram: Tensor, max_norm: float | None, normalize: bool) -> Tensor:
+    """What each task's gradient is multiplied by before the projection."""
+    square = gram.diagonal()
+    zero = square == 0
+    norm = torch.where(zero, 0, torch.where(zero, 1, square).sqrt())  # the square root has no derivative at zero
+    scale = torch.ones_like(norm)
+    if max_norm is not None:
+        scale = torch.where(norm > max_norm, max_norm / torch.where(norm > max_norm, norm, 1), scale)
+    if normalize:
+        clipped = scale * norm
+        zero = clipped == 0
+        scale = torch.where(zero, scale, scale * clipped.mean() / torch.where(zero, 1, clipped))
+    return scale
+
+
+def _project(rows: Tensor, gram: Tensor, others: Tensor, include_self: bool, eps: float) -> Tensor:
+    """Takes from each row i of coefficients its conflict with the original gradient ``others[i]``."""
+    num_tasks = gram.shape[0]
+    valid = (others >= 0) & (others < num_tasks)
+    others = torch.where(valid, others, 0)
+    square = gram.diagonal()[others]
+    inner = (rows * gram[others]).sum(1)
+    applies = (inner < 0) & (square != 0)
+    if not include_self:
+        applies = applies & (others != torch.arange(num_tasks, device=gram.device))
+    step = torch.where(applies, inner / torch.where(square + eps == 0, 1, square + eps), 0)
+    step = torch.where(valid, step, torch.nan)
+    return rows - step.unsqueeze(1) * torch.nn.functional.one_hot(others, num_tasks)
+
+
+def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
+    """``sum_t coefficients_t * g_t`` for each parameter, computed in float64, in the dtype of its gradients.
+
+    Every parameter must have at least one gradient.
+    """
+    results = []
+    for tasks, found in by_parameter(grads, num_tasks):
+        total = torch.zeros_like(found[0], dtype=torch.float64)
+        for task, grad in zip(tasks, found, strict=True):
+            total = total + coefficients[task] * grad.to(torch.float64)
+        results.append(total.to(found[0].dtype, copy=True))
+    return results
