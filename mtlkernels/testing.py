@@ -323,3 +323,51 @@ def random_expert_mixture(
         stacked=rng.random() < 0.3,
         joined_logits=rng.random() < 0.3,
     )
+
+
+SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (300,), (5, 3), (33, 65), (4, 3, 3, 3), (0,), (17, 1), (40000,))
+
+
+@dataclass(frozen=True)
+class TaskGradients:
+    """Gradients of T tasks for P parameters, as :func:`mtlkernels.pcgrad` takes them, and an order of projections."""
+
+    grads: list[list[Tensor | None]]
+    order: Tensor
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.grads)
+
+
+def random_task_gradients(seed: int, *, device: torch.device | str = "cpu", max_tasks: int = 12) -> TaskGradients:
+    """Tasks of scales from 1e-12 to 1e8, None and zero gradients, dtypes that differ by parameter, any layout.
+
+    float16 is among the dtypes only where scales are such that it holds the results.
+    """
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    num_tasks = rng.randint(1, max_tasks)
+    narrow = rng.random() < 0.3
+    scales = [10.0 ** (rng.uniform(-2, 1) if narrow else rng.uniform(-12, 8)) for _ in range(num_tasks)]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16 if narrow else torch.float64)
+    columns = []
+    for _ in range(rng.randint(1, 8)):
+        shape, dtype, layout = rng.choice(SHAPES), rng.choice(dtypes), rng.choice(LAYOUTS)
+        common = torch.randn(shape, generator=generator)  # makes tasks agree or conflict
+        column: list[Tensor | None] = []
+        for scale in scales:
+            if rng.random() < 0.15:
+                column.append(None)
+                continue
+            values = torch.randn(shape, generator=generator) + rng.uniform(-1.5, 1.5) * common
+            grad = (values * (0.0 if rng.random() < 0.1 else scale)).to(dtype).to(device)
+            column.append(laid_out(grad, layout if rng.random() < 0.8 else "contiguous"))
+        columns.append(column)
+    grads: list[list[Tensor | None]] = [list(row) for row in zip(*columns, strict=True)]
+    width = num_tasks if rng.random() < 0.5 else num_tasks - 1
+    rows = []
+    for i in range(num_tasks):
+        row = rng.sample(range(num_tasks), num_tasks)
+        rows.append(row if width == num_tasks else [j for j in row if j != i])
+    return TaskGradients(grads, torch.tensor(rows, dtype=torch.int64).reshape(num_tasks, width))

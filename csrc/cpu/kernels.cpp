@@ -5,6 +5,7 @@
 #include "expert_mixture_backward.h"
 #include "expert_mixture_tiny.h"
 #include "gated_mixture_kernels.h"
+#include "pcgrad_kernels.h"
 #if defined(__AMX_BF16__)
 #include "amx_engine.h"
 #else
@@ -158,6 +159,7 @@ GatedMixtureKernels gated_mixture_kernels() {
 template <typename T, typename Engine>
 void fill_dtype(Kernels& table, Dtype dtype) {
   table.gated_mixture[static_cast<int>(dtype)] = gated_mixture_kernels<T>();
+  table.pcgrad[static_cast<int>(dtype)] = pcgrad_kernels<T>();
   const int i = static_cast<int>(dtype);
   table.expert_mixture[i] = expert_mixture_kernels<Engine>();
   if (table.expert_mixture[i].least_rows == 0) table.expert_mixture_few[i] = table.expert_mixture[i];

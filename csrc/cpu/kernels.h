@@ -6,6 +6,7 @@
 
 #include "expert_mixture_args.h"
 #include "gated_mixture_args.h"
+#include "pcgrad_args.h"
 
 namespace mtlk {
 
@@ -64,6 +65,7 @@ struct Kernels {
   GatedMixtureKernels gated_mixture[4];  // by Dtype
   ExpertMixtureKernels expert_mixture[4];
   ExpertMixtureKernels expert_mixture_few[4];  // for calls with fewer rows than those pay for
+  PcgradKernels pcgrad[4];
 };
 
 // What serves now: the best that this processor and this build have, unless select_isa chose another.

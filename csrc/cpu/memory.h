@@ -5,6 +5,7 @@
 
 #include <deque>
 #include <mutex>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -66,6 +67,20 @@ class ScratchPool {
   std::deque<at::Tensor> idle_;
   int64_t held_ = 0;
 };
+
+// An uninitialised tensor like another one, whose memory goes back to the pool when its last user is gone: results that
+// are made at every step, and dropped before the next, then cost no page faults.
+inline at::Tensor pooled_like(const at::Tensor& like) {
+  constexpr size_t kSmall = 1 << 14;
+  if (like.nbytes() < kSmall) return at::empty_like(like);
+  at::Tensor memory = ScratchPool::instance().take(static_cast<int64_t>(like.nbytes()) + 64);
+  const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+  void* const first = reinterpret_cast<void*>((address + 63) / 64 * 64);
+  return at::from_blob(
+      first, like.sizes(), like.strides(),
+      [memory = std::move(memory)](void*) mutable { ScratchPool::instance().give_back(std::move(memory)); },
+      like.options());
+}
 
 // Uninitialised pieces of equal size, each of which starts on a cache line.
 class Scratch {

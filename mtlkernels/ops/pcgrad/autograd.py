@@ -14,30 +14,40 @@ from torch.utils import _pytree as pytree
 
 from mtlkernels._backends import register_reference
 from mtlkernels._library import register_autograd
+from mtlkernels.ops._autograd import copies
 from mtlkernels.ops.pcgrad import reference
 
 _OP = "pcgrad"
 
 
-def _differentiable_combine(grads: list[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
-    return reference.combine(grads, num_tasks, coefficients)
-
-
 def _register(direction: str, function: Callable[..., Any]) -> None:
     register_reference(_OP, direction, function)
     register_autograd(f"{_OP}_{direction}", function)
+    operator = getattr(torch.ops.mtlkernels, f"{_OP}_{direction}").default
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        dims = tuple(
-            dim if not isinstance(arg, list) else (dim or [None] * len(arg))
-            for arg, dim in zip(args, in_dims, strict=True)
-        )
-        out = torch.vmap(function, in_dims=dims)(*args)
+        """Example by example; the public functions, which call the reference under vmap, do not come here."""
+        flat, spec = pytree.tree_flatten(args)
+        dims = _spread(in_dims, args)
+        columns = [
+            copies(value, dim, info.batch_size) if isinstance(value, Tensor) else [value] * info.batch_size
+            for value, dim in zip(flat, dims, strict=True)
+        ]
+        found = [operator(*pytree.tree_unflatten(row, spec)) for row in zip(*columns, strict=True)]
+        out = pytree.tree_map(lambda *examples: torch.stack(examples), *found)
         return out, pytree.tree_map(lambda _: 0, out)
 
     torch.library.register_vmap(f"mtlkernels::{_OP}_{direction}", rule)
 
 
+def _spread(dims: Any, args: Any) -> list[Any]:
+    """The vmapped dimension of each argument, and of each entry of one that is a list."""
+    spread: list[Any] = []
+    for dim, arg in zip(dims, args, strict=True):
+        spread += (dim or [None] * len(arg)) if isinstance(arg, list) else [dim]
+    return spread
+
+
 _register("gram", reference.gram)
 _register("weights", reference.weights)
-_register("combine", _differentiable_combine)
+_register("combine", reference.combine)

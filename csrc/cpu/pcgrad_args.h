@@ -1,0 +1,25 @@
+// What crosses from PCGrad's operators to their kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace mtlk {
+
+// A run of elements of one parameter, from the gradients that some tasks have for it.
+struct PcgradPiece {
+  const void* const* grads;  // `count` of them, where the run starts
+  int count;
+  int64_t elements;
+};
+
+// Kernels for one storage type.
+struct PcgradKernels {
+  // The inner products <g_i, g_j> over a piece, to products[i * count + j] for i <= j.
+  int64_t (*gram_bytes)(int count);
+  void (*gram)(const PcgradPiece&, double* products, void* scratch);
+
+  // out = sum_i coefficients[i] * g_i; past the caches where `stream`.
+  void (*combine)(const PcgradPiece&, const double* coefficients, void* out, bool stream);
+};
+
+}  // namespace mtlk
