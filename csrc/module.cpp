@@ -1,5 +1,5 @@
-// The Python module mtlkernels._C: loading it registers the C++ kernels; it exposes facts about the build and the
-// instruction sets to choose from.
+// The Python module mtlkernels._C: loading it registers the C++ kernels; it exposes facts about the build, the
+// instruction sets to choose from, and a short way to serve.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "serve.h"
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels of mtlkernels";
@@ -21,5 +22,7 @@ PYBIND11_MODULE(_C, module) {
     };
   });
   module.def("instruction_sets", &mtlk::instruction_sets, "The instruction sets that can serve here, the best last.");
+  module.def("serve_expert_mixture", &mtlk::serve_expert_mixture_from_python,
+             "mtlkernels.expert_mixture without gradients; ValueError or RuntimeError for what it does not take.");
   module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
 }

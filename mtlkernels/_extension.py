@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension's)
 
@@ -23,6 +24,12 @@ except ImportError as error:
 def loaded() -> bool:
     """Whether the C++ kernels are there."""
     return _module is not None
+
+
+def function(name: str) -> Callable[..., Any]:
+    """A function of the extension, which must be there."""
+    found: Callable[..., Any] = getattr(_module, name)
+    return found
 
 
 def load_error() -> str | None:

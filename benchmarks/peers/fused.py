@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import mtlkernels as mk
 from benchmarks.peers.per_expert import PerExpertLevel, PerExpertTrunk
@@ -31,14 +29,16 @@ class FusedLevel(PerExpertLevel):
 
     def forward(self, streams: Sequence[Tensor]) -> list[Tensor]:
         inputs = streams[0] if self.routing.num_inputs == 1 else streams
-        mixed = mk.expert_mixture(inputs, self.expert_weights, self.expert_biases, self._logits(streams), self.routing)
+        mixed = mk.expert_mixture(
+            inputs,
+            self.expert_weights,
+            self.expert_biases,
+            None,
+            self.routing,
+            gate_weights=self.gate_weights,
+            gate_biases=self.gate_biases,
+        )
         return list(mixed)
-
-    def _logits(self, streams: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
-        if self.routing.num_inputs == 1:  # every gate reads the same rows: one product
-            return F.linear(streams[0], torch.cat(self.gate_weights), torch.cat(self.gate_biases))
-        gates = zip(self.gate_inputs, self.gate_weights, self.gate_biases, strict=True)
-        return [F.linear(streams[stream], weight, bias) for stream, weight, bias in gates]
 
 
 def fused_trunk(shape: TrunkShape, source: PerExpertTrunk) -> PerExpertTrunk:

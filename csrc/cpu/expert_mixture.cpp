@@ -1,5 +1,8 @@
 // The operator expert_mixture on CPUs: how a call is cut into blocks of rows and parts of experts.
 
+#include "expert_mixture.h"
+
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include "level_args.h"
@@ -65,19 +68,19 @@ void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   }
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(at::TensorList inputs, at::TensorList weights,
-                                                                     BiasList biases, at::TensorList gate_logits,
-                                                                     at::IntArrayRef expert_inputs,
-                                                                     at::IntArrayRef gate_experts,
-                                                                     at::IntArrayRef gate_sizes,
-                                                                     at::IntArrayRef activations, bool save) {
-  LevelTables tables(inputs, weights, gate_logits, expert_inputs, gate_experts, gate_sizes, activations);
-  tables.set_biases(biases);
+// Evaluates a level whose gates `set_gates(form of the weights)` describes.
+template <typename F>
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTables& tables, at::TensorList inputs,
+                                                                         at::TensorList weights, bool save,
+                                                                         F set_gates) {
   const Level& level = tables.level();
+  const ExpertMixtureKernels& table = kernels_for(inputs[0]);
+  const bool tiny = level.rows <= table.tiny_rows && !save;
+  set_gates(tiny ? WeightForm::kNatural : table.form);
   const auto options = inputs[0].options();
   std::vector<at::Tensor> outputs, saved;
   std::vector<void*> output_pointers, saved_pointers;
-  for (size_t k = 0; k < gate_sizes.size(); ++k) {
+  for (int k = 0; k < level.gates.count; ++k) {
     outputs.push_back(at::empty({level.rows, level.widths[level.layers]}, options));
     output_pointers.push_back(outputs.back().mutable_data_ptr());
   }
@@ -86,12 +89,21 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(at::TensorL
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
   if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};
-  const ExpertMixtureKernels& table = kernels_for(inputs[0]);
-  const bool tiny = level.rows <= table.tiny_rows && !save;
   tiny ? tables.set_natural_weights(weights) : tables.set_weights(weights, table, false);
   const ForwardArgs args{level, output_pointers.data(), save ? saved_pointers.data() : nullptr};
   tiny ? run_tiny(args, table) : run_blocks(args, table);
   return {outputs, saved};
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
+    at::TensorList inputs, at::TensorList weights, const c10::List<std::optional<at::Tensor>>& biases,
+    at::TensorList gate_logits, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
+    at::IntArrayRef activations, bool save) {
+  LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
+  std::vector<at::Tensor> offsets;
+  for (size_t i = 0; i < biases.size(); ++i) offsets.push_back(biases.get(i).value_or(at::Tensor()));
+  tables.set_biases(offsets);
+  return run_forward(tables, inputs, weights, save, [&](WeightForm) { tables.set_logits(gate_logits); });
 }
 
 // What a backward call returns, and the sums that its kernels add to where these cannot be the results themselves.
@@ -202,7 +214,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
     at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights, at::TensorList gate_logits,
     at::TensorList saved, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
     at::IntArrayRef activations, bool need_inputs, bool need_weights, bool need_biases, bool need_logits) {
-  LevelTables tables(inputs, weights, gate_logits, expert_inputs, gate_experts, gate_sizes, activations);
+  LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
+  tables.set_logits(gate_logits);
   const Level& level = tables.level();
   const ExpertMixtureKernels& table = kernels_for(inputs[0]);
   tables.set_backward(grad_outputs, saved);
@@ -227,6 +240,20 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
 }
 
 }  // namespace
+
+std::vector<at::Tensor> serve_expert_mixture(const ServeArgs& args) {
+  RECORD_FUNCTION("mtlkernels::expert_mixture_serve", {});
+  LevelTables tables(args.inputs, args.weights, args.expert_inputs, args.gate_experts, args.gate_sizes,
+                     args.activations);
+  tables.set_biases(args.biases);
+  return std::get<0>(run_forward(tables, args.inputs, args.weights, false, [&](WeightForm form) {
+    if (args.gate_weights.empty()) {
+      tables.set_logits(args.gate_logits);
+    } else {
+      tables.set_gate_layers(args.inputs, args.gate_weights, args.gate_biases, form);
+    }
+  }));
+}
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("expert_mixture_forward", TORCH_FN(forward));

@@ -26,6 +26,13 @@ struct Gates {
   const void* const* logits;  // [rows, sizes[k]] with any strides
   const int64_t* row_stride;
   const int64_t* column_stride;
+
+  // Or, of an expert mixture, linear layers that make the logits from the inputs: weights [sizes[k], widths[0]] in the
+  // experts' form, biases or null as theirs, and the stream that each gate reads. Null where logits are given.
+  const void* const* weights;
+  const int64_t* weight_ld;
+  const void* const* biases;
+  const int* streams;
 };
 
 // A level of experts. Weights and biases are ordered by layer, then expert: number layer * experts + e.

@@ -94,11 +94,7 @@ class ForwardBlock {
   // Adds experts order[first] up to order[last] to the gates' sums, s_.mixed[gate][group][feature][16].
   void run(int first, int last) {
     std::memset(s_.mixed, 0, mixed_size() * sizeof(C));
-    for (int64_t g = 0; g < groups_; ++g) {
-      gate_probabilities(level_.gates, row_ + g * kGroup, group_rows(g),
-                         s_.probabilities + g * level_.gates.columns * kGroup);
-    }
-    int stream = -1;
+    int stream = gates();
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
       if (level_.expert_inputs[e] != stream) {
@@ -135,6 +131,49 @@ class ForwardBlock {
   }
 
  private:
+  // The gates' probabilities. Returns the stream whose input is loaded then, or -1.
+  int gates() {
+    int stream = -1;
+    if constexpr (Engine::kForm != WeightForm::kPrepared) {
+      if (level_.gates.weights) {
+        for (int k = level_.gates.count - 1; k >= 0; --k) {  // so that the first stream is the last to be loaded
+          if (level_.gates.streams[k] != stream) load_input(stream = level_.gates.streams[k]);
+          gate_layer(k);
+        }
+        return stream;
+      }
+    }
+    for (int64_t g = 0; g < groups_; ++g) {
+      gate_probabilities(level_.gates, row_ + g * kGroup, group_rows(g), probabilities(g));
+    }
+    return stream;
+  }
+
+  // Gate k's linear layer on the input that is loaded, and its softmax.
+  void gate_layer(int k) {
+    const Gates& gates = level_.gates;
+    const auto* weight = static_cast<const typename Engine::Weight*>(gates.weights[k]);
+    const T* bias = static_cast<const T*>(gates.biases[k]);
+    const int64_t depth = level_.widths[0], width = gates.sizes[k], in_size = Engine::panel_size(depth);
+    constexpr int64_t tile_group = Engine::kRows * kGroup;
+    for (int64_t t = 0; t < Engine::tiles(width); ++t) {
+      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+      for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
+        const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
+        Engine::tile(weight, gates.weight_ld[k], o, n, s_.input + g0 * in_size, depth, ng, s_.tile, tile_group, {});
+        for (int64_t g = g0; g < g0 + ng; ++g) {
+          bias_activation<T, C>(kNone, s_.tile + (g - g0) * tile_group, bias ? bias + o : nullptr, n,
+                                probabilities(g) + (gates.begin[k] + o) * kGroup, nullptr);
+        }
+      }
+    }
+    for (int64_t g = 0; g < groups_; ++g) {
+      softmax_panel(probabilities(g) + gates.begin[k] * kGroup, static_cast<int>(width));
+    }
+  }
+
+  C* probabilities(int64_t g) const { return s_.probabilities + g * level_.gates.columns * kGroup; }
+
   int64_t features() const { return level_.widths[level_.layers]; }
   int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
 
@@ -212,7 +251,7 @@ class ForwardBlock {
     const Gates& gates = level_.gates;
     for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
       const GateUse use = gates.uses[u];
-      const C* p = s_.probabilities + (g * gates.columns + use.column) * kGroup;
+      const C* p = probabilities(g) + use.column * kGroup;
       add_weighted(p, values, n, s_.mixed + ((use.gate * groups_ + g) * features() + o) * kGroup);
     }
   }

@@ -93,17 +93,20 @@ class TinyForward {
   }
 
   static int64_t bytes(const Level& level) {
-    int64_t widest = 0;
-    for (int l = 0; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
+    const int64_t widest = widest_of(level);
     return 3 * Arena::bytes<C>(kTinyRows * padded(widest)) + Arena::bytes<C>(level.gates.columns * kGroup) +
            Arena::bytes<C>(mixed_size(level));
   }
 
+  static int64_t widest_of(const Level& level) {
+    int64_t widest = 0;
+    for (int l = 0; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
+    for (int k = 0; k < level.gates.count; ++k) widest = level.gates.sizes[k] > widest ? level.gates.sizes[k] : widest;
+    return widest;
+  }
+
   TinyForward(const ForwardArgs& args, void* memory) : args_(args), level_(args.level), rows_(args.level.rows) {
-    widest_ = 0;
-    for (int l = 0; l <= level_.layers; ++l) {
-      widest_ = padded(level_.widths[l]) > widest_ ? padded(level_.widths[l]) : widest_;
-    }
+    widest_ = padded(widest_of(level_));
     Arena arena(memory);
     input_ = arena.take<C>(kTinyRows * widest_);
     hidden_[0] = arena.take<C>(kTinyRows * widest_);
@@ -116,17 +119,10 @@ class TinyForward {
 
   void run(int first, int last) {
     std::memset(mixed_, 0, mixed_size(level_) * sizeof(C));
-    gate_probabilities(level_.gates, 0, rows_, probabilities_);
-    int stream = -1;
+    int stream = gates();
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
-      if (level_.expert_inputs[e] != stream) {
-        stream = level_.expert_inputs[e];
-        const T* rows = static_cast<const T*>(level_.inputs[stream]);
-        for (int64_t r = 0; r < rows_; ++r) {
-          widen(rows + r * level_.input_ld[stream], input_ + r * widest_, level_.widths[0]);
-        }
-      }
+      if (level_.expert_inputs[e] != stream) load_input(stream = level_.expert_inputs[e]);
       const C* in = input_;
       for (int l = 0; l < level_.layers; ++l) {
         layer(e, l, in, hidden_[l % 2]);
@@ -154,22 +150,53 @@ class TinyForward {
  private:
   static int64_t padded(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
 
-  void layer(int e, int l, const C* in, C* out) {
-    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
-    const int64_t depth = level_.widths[l], width = level_.widths[l + 1], ldw = level_.weight_ld[at];
-    const T* w = static_cast<const T*>(level_.weights[at]);
-    const T* bias = static_cast<const T*>(level_.biases[at]);
+  void load_input(int stream) {
+    const T* rows = static_cast<const T*>(level_.inputs[stream]);
+    for (int64_t r = 0; r < rows_; ++r) {
+      widen(rows + r * level_.input_ld[stream], input_ + r * widest_, level_.widths[0]);
+    }
+  }
+
+  // The gates' probabilities. Returns the stream whose input is loaded then, or -1.
+  int gates() {
+    const Gates& gates = level_.gates;
+    if (!gates.weights) {
+      gate_probabilities(gates, 0, rows_, probabilities_);
+      return -1;
+    }
+    int stream = -1;
+    for (int k = gates.count - 1; k >= 0; --k) {  // so that the first stream is the last to be loaded
+      if (gates.streams[k] != stream) load_input(stream = gates.streams[k]);
+      const T* bias = static_cast<const T*>(gates.biases[k]);
+      product(static_cast<const T*>(gates.weights[k]), gates.weight_ld[k], gates.sizes[k], input_, level_.widths[0],
+              hidden_[0]);
+      C* panel = probabilities_ + gates.begin[k] * kGroup;
+      for (int c = 0; c < gates.sizes[k]; ++c) {
+        const C b = bias ? static_cast<C>(to_compute(bias[c])) : static_cast<C>(0);
+        for (int r = 0; r < kGroup; ++r) panel[c * kGroup + r] = r < rows_ ? hidden_[0][r * widest_ + c] + b : 0;
+      }
+      softmax_panel(panel, gates.sizes[k]);
+    }
+    return stream;
+  }
+
+  // out[row][o] = <in[row], w row o>
+  void product(const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out) {
     switch (rows_) {
       case 1:
-        dot_rows<T, C, 1>(w, ldw, width, in, widest_, depth, out, widest_);
-        break;
+        return dot_rows<T, C, 1>(w, ldw, width, in, widest_, depth, out, widest_);
       case 2:
-        dot_rows<T, C, 2>(w, ldw, width, in, widest_, depth, out, widest_);
-        break;
+        return dot_rows<T, C, 2>(w, ldw, width, in, widest_, depth, out, widest_);
       default:  // rows that are not there are computed too, from what the scratch holds, and never read
-        dot_rows<T, C, 4>(w, ldw, width, in, widest_, depth, out, widest_);
-        break;
+        return dot_rows<T, C, 4>(w, ldw, width, in, widest_, depth, out, widest_);
     }
+  }
+
+  void layer(int e, int l, const C* in, C* out) {
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
+    const int64_t width = level_.widths[l + 1];
+    const T* bias = static_cast<const T*>(level_.biases[at]);
+    product(static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, in, level_.widths[l], out);
     constexpr int L = Simd<C>::lanes;
     with_activation(level_.activations[l], [&](auto constant) {
       for (int64_t r = 0; r < rows_; ++r) {

@@ -28,10 +28,14 @@ inline Dtype dtype_of(const at::Tensor& tensor) {
 // Owns what a Gates points to.
 class GateTables {
  public:
-  GateTables(at::TensorList logits, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, int64_t experts) {
-    TORCH_CHECK_VALUE(logits.size() == gate_sizes.size() && !logits.empty(),
-                      "mtlkernels: gate_logits must hold a tensor for each of ", gate_sizes.size(), " gates, got ",
-                      logits.size());
+  GateTables(at::TensorList logits, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, int64_t experts)
+      : GateTables(gate_experts, gate_sizes, experts) {
+    set_logits(logits);
+  }
+
+  // Gates whose logits are set later.
+  GateTables(at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, int64_t experts) {
+    TORCH_CHECK_VALUE(!gate_sizes.empty(), "mtlkernels: there must be a gate");
     int column = 0;
     for (const int64_t size : gate_sizes) {
       begin_.push_back(column);
@@ -53,6 +57,19 @@ class GateTables {
     for (int gate = 0, c = 0; gate < static_cast<int>(sizes_.size()); ++gate) {
       for (int i = 0; i < sizes_[gate]; ++i, ++c) uses_[next[gate_experts[c]]++] = {gate, c};
     }
+    gates_ = {};
+    gates_.count = static_cast<int>(sizes_.size());
+    gates_.columns = column;
+    gates_.sizes = sizes_.data();
+    gates_.begin = begin_.data();
+    gates_.use_begin = use_begin_.data();
+    gates_.uses = uses_.data();
+  }
+  GateTables(const GateTables&) = delete;
+
+  void set_logits(at::TensorList logits) {
+    TORCH_CHECK_VALUE(logits.size() == sizes_.size(), "mtlkernels: gate_logits must hold a tensor for each of ",
+                      sizes_.size(), " gates, got ", logits.size());
     for (const at::Tensor& tensor : logits) {
       TORCH_CHECK_TYPE(tensor.scalar_type() == logits[0].scalar_type(), "mtlkernels: gate_logits must share one dtype");
       TORCH_CHECK_VALUE(tensor.dim() == 2, "mtlkernels: gate_logits must hold matrices, got ", tensor.sizes());
@@ -60,18 +77,20 @@ class GateTables {
       row_stride_.push_back(tensor.stride(0));
       column_stride_.push_back(tensor.stride(1));
     }
-    gates_ = {static_cast<int>(sizes_.size()),
-              column,
-              sizes_.data(),
-              begin_.data(),
-              use_begin_.data(),
-              uses_.data(),
-              dtype_of(logits[0]),
-              pointers_.data(),
-              row_stride_.data(),
-              column_stride_.data()};
+    gates_.dtype = dtype_of(logits[0]);
+    gates_.logits = pointers_.data();
+    gates_.row_stride = row_stride_.data();
+    gates_.column_stride = column_stride_.data();
   }
-  GateTables(const GateTables&) = delete;
+
+  // Linear layers in the place of logits; what the pointers point to must outlive this.
+  void set_weights(const std::vector<const void*>& weights, const std::vector<int64_t>& ld,
+                   const std::vector<const void*>& biases, const std::vector<int>& streams) {
+    gates_.weights = weights.data();
+    gates_.weight_ld = ld.data();
+    gates_.biases = biases.data();
+    gates_.streams = streams.data();
+  }
 
   const Gates& gates() const { return gates_; }
 

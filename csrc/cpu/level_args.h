@@ -12,19 +12,17 @@
 
 namespace mtlk {
 
-using BiasList = const c10::List<std::optional<at::Tensor>>&;
-
 // Owns what a Level points to, and whatever had to be copied to fit the kernels.
 class LevelTables {
  public:
-  LevelTables(at::TensorList inputs, at::TensorList weights, at::TensorList gate_logits, at::IntArrayRef expert_inputs,
+  LevelTables(at::TensorList inputs, at::TensorList weights, at::IntArrayRef expert_inputs,
               at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, at::IntArrayRef activations)
-      : gates_(gate_logits, gate_experts, gate_sizes, static_cast<int64_t>(expert_inputs.size())),
+      : gates_(gate_experts, gate_sizes, static_cast<int64_t>(expert_inputs.size())),
         experts_(expert_inputs.size()),
         activations_(activations.begin(), activations.end()),
         expert_inputs_(expert_inputs.begin(), expert_inputs.end()),
         order_(experts_) {
-    check(inputs, weights, gate_logits);
+    check(inputs, weights);
     widths_.push_back(inputs[0].size(1));
     for (size_t l = 0; l < activations_.size(); ++l) widths_.push_back(weights[l * experts_].size(0));
     std::iota(order_.begin(), order_.end(), 0);
@@ -51,18 +49,46 @@ class LevelTables {
 
   const Level& level() const { return level_; }
 
-  void set_biases(BiasList biases) {
+  // Undefined tensors stand for no bias.
+  void set_biases(const std::vector<at::Tensor>& biases) {
     TORCH_CHECK_VALUE(biases.size() == biases_.size(), "mtlkernels: biases must hold ", biases_.size(),
                       " entries, got ", biases.size());
-    for (size_t i = 0; i < biases.size(); ++i) {
-      const std::optional<at::Tensor> bias = biases.get(i);
-      if (!bias) continue;
-      TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == widths_[i / experts_ + 1], "mtlkernels: biases[", i,
-                        "] must have shape [", widths_[i / experts_ + 1], "], got ", bias->sizes());
-      check_like(*bias, dtype_, "biases", i);
-      kept_.push_back(bias->contiguous());
-      biases_[i] = kept_.back().const_data_ptr();
+    for (size_t i = 0; i < biases.size(); ++i) biases_[i] = bias_of(biases[i], widths_[i / experts_ + 1], "biases", i);
+  }
+
+  void set_logits(at::TensorList logits) {
+    gates_.set_logits(logits);
+    check_gates(logits, gates_.gates(), level_.rows, dtype_);
+    level_.gates = gates_.gates();
+  }
+
+  // Linear layers in the place of logits: gate k's reads stream k, or the only one. Kernels that want prepared weights
+  // get logits after all, as so narrow a layer is nothing to prepare for.
+  void set_gate_layers(at::TensorList inputs, const std::vector<at::Tensor>& weights,
+                       const std::vector<at::Tensor>& biases, WeightForm form) {
+    const Gates& gates = gates_.gates();
+    const size_t count = gates.count;
+    TORCH_CHECK_VALUE(weights.size() == count && biases.size() == count,
+                      "mtlkernels: gate_weights and gate_biases must hold an entry for each of ", count, " gates");
+    TORCH_CHECK_VALUE(inputs.size() == 1 || inputs.size() >= count, "mtlkernels: there must be a stream for each of ",
+                      count, " gates, got ", inputs.size());
+    for (size_t k = 0; k < count; ++k) {
+      check_like(weights[k], dtype_, "gate_weights", k);
+      TORCH_CHECK_VALUE(
+          weights[k].dim() == 2 && weights[k].size(0) == gates.sizes[k] && weights[k].size(1) == widths_[0],
+          "mtlkernels: gate_weights[", k, "] must have shape [", gates.sizes[k], ", ", widths_[0], "], got ",
+          weights[k].sizes());
+      gate_biases_.push_back(bias_of(biases[k], gates.sizes[k], "gate_biases", k));
+      gate_streams_.push_back(inputs.size() == 1 ? 0 : static_cast<int>(k));
     }
+    if (form == WeightForm::kPrepared) return set_logits(logits_of(inputs, weights, biases));
+    for (const at::Tensor& weight : weights) {
+      rows_of(form == WeightForm::kCompute && dtype_ != at::kDouble ? weight.to(at::kFloat) : weight);
+      gate_weights_.push_back(kept_.back().const_data_ptr());
+      gate_weight_ld_.push_back(kept_.back().stride(0));
+    }
+    gates_.set_weights(gate_weights_, gate_weight_ld_, gate_biases_, gate_streams_);
+    level_.gates = gates_.gates();
   }
 
   void set_backward(at::TensorList grad_outputs, at::TensorList saved) {
@@ -133,6 +159,36 @@ class LevelTables {
   }
 
  private:
+  // The address of a bias of `size` elements, null for none.
+  const void* bias_of(const at::Tensor& bias, int64_t size, const char* name, size_t i) {
+    if (!bias.defined()) return nullptr;
+    TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == size, "mtlkernels: ", name, "[", i, "] must have shape [",
+                      size, "], got ", bias.sizes());
+    check_like(bias, dtype_, name, i);
+    kept_.push_back(bias.contiguous());
+    return kept_.back().const_data_ptr();
+  }
+
+  std::vector<at::Tensor> logits_of(at::TensorList inputs, const std::vector<at::Tensor>& weights,
+                                    const std::vector<at::Tensor>& biases) {
+    const bool all = std::all_of(biases.begin(), biases.end(), [](const at::Tensor& bias) { return bias.defined(); });
+    const bool none = std::none_of(biases.begin(), biases.end(), [](const at::Tensor& bias) { return bias.defined(); });
+    std::vector<at::Tensor> logits;
+    if (inputs.size() == 1 && (all || none)) {  // one product for all gates
+      const auto bias = all ? std::optional<at::Tensor>(at::cat(biases)) : std::nullopt;
+      std::vector<int64_t> sizes;
+      for (const at::Tensor& weight : weights) sizes.push_back(weight.size(0));
+      logits = at::linear(inputs[0], at::cat(weights), bias).split_with_sizes(sizes, 1);
+    } else {
+      for (size_t k = 0; k < weights.size(); ++k) {
+        const auto bias = biases[k].defined() ? std::optional<at::Tensor>(biases[k]) : std::nullopt;
+        logits.push_back(at::linear(inputs[gate_streams_[k]], weights[k], bias));
+      }
+    }
+    kept_.insert(kept_.end(), logits.begin(), logits.end());
+    return logits;
+  }
+
   // Keeps a tensor [rows, n] with unit column stride as long as this lives.
   void rows_of(const at::Tensor& x) { kept_.push_back(x.stride(1) == 1 ? x : x.contiguous()); }
 
@@ -144,7 +200,7 @@ class LevelTables {
 
   // All that the kernels rely on, so that a direct call of an operator cannot read out of bounds. The public functions
   // check the same in Python, where messages know the caller's nesting.
-  void check(at::TensorList inputs, at::TensorList weights, at::TensorList gate_logits) {
+  void check(at::TensorList inputs, at::TensorList weights) {
     TORCH_CHECK_VALUE(!inputs.empty() && !weights.empty(), "mtlkernels: there must be an input and a layer");
     dtype_ = inputs[0].scalar_type();
     for (size_t i = 0; i < inputs.size(); ++i) {
@@ -169,7 +225,6 @@ class LevelTables {
       TORCH_CHECK_VALUE(weights[i].size(0) == out && weights[i].size(1) == in, "mtlkernels: weights[", i,
                         "] must have shape [", out, ", ", in, "], got ", weights[i].sizes());
     }
-    check_gates(gate_logits, gates_.gates(), inputs[0].size(0), dtype_);
   }
 
   void point_weights() {
@@ -183,6 +238,9 @@ class LevelTables {
   std::vector<int64_t> widths_, input_ld_, weight_ld_;
   std::vector<int64_t> grad_output_ld_;
   std::vector<const void*> input_pointers_, weights_, biases_, grad_outputs_, saved_;
+  std::vector<const void*> gate_weights_, gate_biases_;
+  std::vector<int64_t> gate_weight_ld_;
+  std::vector<int> gate_streams_;
   std::vector<at::Tensor> kept_;
   std::optional<Scratch> prepared_;
   at::ScalarType dtype_;

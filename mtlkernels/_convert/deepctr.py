@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.classes import Converted, Converter
 from mtlkernels._convert.report import Line
-from mtlkernels.nn.level import linear_parameters
+from mtlkernels.nn.level import linear_parameters, watched
 from mtlkernels.ops import activations as act
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.routing import Routing
@@ -48,16 +48,6 @@ def _activation_name(module: Any) -> str | None:
     return _ACTIVATIONS.get(type(module))
 
 
-def _watched(*modules: Any) -> bool:
-    """Whether calling one of the modules does more than its class's forward."""
-    for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return True
-        if module._backward_hooks or module._backward_pre_hooks:
-            return True
-    return False
-
-
 def _read(dnn: Any) -> Layers | str:
     """The layers of a DNN, or why it cannot be fused in any mode."""
     if type(dnn) is not DNN:
@@ -69,7 +59,7 @@ def _read(dnn: Any) -> Layers | str:
     linears, activations = modules["linears"]._modules.values(), modules["activation_layers"]._modules.values()
     if type(dropout) is not nn.Dropout:
         return f"{type(dropout).__name__} in the place of Dropout"
-    if _watched(dnn, dropout, *linears, *activations):
+    if any(watched(module) for module in (dnn, dropout, *linears, *activations)):
         return "a hook"
     weights, biases, names = [], [], []
     for layer, activation in zip(linears, activations, strict=True):
@@ -107,11 +97,20 @@ def _read_experts(experts: Iterable[Any]) -> Any:
     return list(zip(*weights, strict=True)), list(zip(*biases, strict=True)), names[0]
 
 
-def _mix(inputs: Sequence[Tensor], experts: Any, logits: list[Tensor], routing: Routing) -> tuple[Tensor, ...]:
-    """The level's experts and gates, from what :func:`_read_experts` found."""
+def _mix(inputs: Sequence[Tensor], experts: Any, gates: Sequence[tuple[Any, Any]], routing: Routing) -> Any:
+    """The level's K outputs, from what :func:`_read_experts` found and each gate's DNN, or None, and final layer.
+
+    Gate k reads ``inputs[k]``, or the only one.
+    """
     weights, biases, names = experts
     activation = names[0] if len(set(names)) == 1 else names
     streams = inputs[0] if all(x is inputs[0] for x in inputs) else list(inputs)
+    if all(dnn is None and type(final) is nn.Linear and not watched(final) for dnn, final in gates):
+        gate_weights, gate_biases = zip(*(linear_parameters(final) for _, final in gates), strict=True)
+        linear = {"gate_weights": gate_weights, "gate_biases": gate_biases}
+        return expert_mixture(streams, weights, biases, None, routing, activation=activation, **linear)
+    read = inputs if len(inputs) > 1 else list(inputs) * len(gates)
+    logits = [_logits(dnn, final, x) for (dnn, final), x in zip(gates, read, strict=False)]
     return expert_mixture(streams, weights, biases, logits, routing, activation=activation)
 
 
@@ -124,7 +123,7 @@ def _logits(dnn: Any, final: Any, x: Tensor) -> Tensor:
         else:
             for weight, bias, name in zip(*found, strict=True):
                 x = act.activate(act.CODES[name], F.linear(x, weight, bias))
-    if type(final) is not nn.Linear or _watched(final):
+    if type(final) is not nn.Linear or watched(final):
         logits: Tensor = final(x)
         return logits
     return F.linear(x, final.weight, final.bias)
@@ -171,8 +170,7 @@ class FusedPLE(Converted):
             return original
         gates = _ple_gates(self, level_num, routing.num_gates > self.num_tasks)
         # The shared gate, where there is one, is the last and reads the last stream.
-        logits = [_logits(dnn, final, x) for (dnn, final), x in zip(gates, inputs, strict=False)]
-        return list(_mix(inputs, found, logits, routing))
+        return list(_mix(inputs, found, gates, routing))
 
 
 class FusedMMOE(Converted):
@@ -185,9 +183,9 @@ class FusedMMOE(Converted):
             original: Tensor = super().forward(X)  # type: ignore[misc]
             return original
         x = combined_dnn_input(*self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict))
-        gates = self.gate_dnn if len(self.gate_dnn_hidden_units) > 0 else [None] * self.num_tasks
-        logits = [_logits(dnn, final, x) for dnn, final in zip(gates, self.gate_dnn_final_layer, strict=True)]
-        mixed = _mix([x], found, logits, self._mtlkernels_plan)
+        dnns = self.gate_dnn if len(self.gate_dnn_hidden_units) > 0 else [None] * self.num_tasks
+        gates = list(zip(dnns, self.gate_dnn_final_layer, strict=True))
+        mixed = _mix([x], found, gates, self._mtlkernels_plan)
         towers = self.tower_dnn if len(self.tower_dnn_hidden_units) > 0 else [None] * self.num_tasks
         predictions = [
             out(final(hidden if tower is None else tower(hidden)))

@@ -56,6 +56,13 @@ def linear_parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, own.get("bias")
 
 
+def watched(module: Any) -> bool:
+    """Whether calling a module does more than its class's forward."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return True
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 class Level(nn.Module):
     """Experts and gates of one level: ``y_k = sum_e softmax(gate_k(x))_e * expert_e(x)``.
 
@@ -104,10 +111,15 @@ class Level(nn.Module):
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
         streams = (inputs,) if isinstance(inputs, Tensor) else inputs
-        logits = self._gate_logits(streams)
         if self.fused():
             weights, biases = self._expert_parameters()
-            return expert_mixture(inputs, weights, biases, logits, self.routing, activation=self.activation)
+            gates = self._gate_parameters(len(streams))
+            logits = self._gate_logits(streams) if gates is None else None
+            activation = self.activation
+            return expert_mixture(
+                inputs, weights, biases, logits, self.routing, activation=activation, gate_weights=gates
+            )
+        logits = self._gate_logits(streams)
         single = len(streams) == 1
         hidden = [
             expert(streams[0 if single else stream])
@@ -121,6 +133,19 @@ class Level(nn.Module):
             return logits
         gates: Any = self.gates
         return [gate(streams[stream]) for gate, stream in zip(gates, self._gate_inputs, strict=True)]
+
+    def _gate_parameters(self, num_streams: int) -> Any:
+        """The weights of gates that are linear layers to which nobody listens, else None."""
+        gates: Any = self._modules["gates"]
+        if self._one_gemm:
+            # Of several streams all gates read one, which is not what the op's gates do.
+            return linear_parameters(gates)[0] if num_streams == 1 and not watched(gates) else None
+        layers = list(gates._modules.values())
+        if num_streams > 1 and self._gate_inputs != tuple(range(len(layers))):
+            return None
+        if any(type(layer) is not nn.Linear or watched(layer) for layer in layers):
+            return None
+        return [linear_parameters(layer)[0] for layer in layers]
 
     def _expert_parameters(self) -> tuple[list[list[Tensor]], list[Any]]:
         """For each layer the experts' weights and biases, read now, so that they are never stale."""

@@ -12,8 +12,6 @@ from mtlkernels import _backends, _extension
 from mtlkernels._backends import implementation
 from mtlkernels._library import cast_floats
 
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-
 
 def under_autocast(like: Tensor, *groups: Any) -> Any:
     """The groups of tensors as autocast wants them: a differentiable cast, or the same objects outside autocast."""
@@ -69,9 +67,6 @@ def direct_to_cpp(like: Any) -> bool:
     )
 
 
-def run_cpp(op: str, *args: Any) -> Any:
-    """Runs the forward operator of a call that :func:`direct_to_cpp` lets through.
-
-    Sent to the CPU's kernel whatever the tensors are, so that it is the one to refuse a tensor of another device.
-    """
-    return getattr(torch.ops.mtlkernels, f"{op}_forward").default.redispatch(_CPU, *args)
+def serve(op: str, *args: Any) -> Any:
+    """Runs the C++ function for a call that :func:`direct_to_cpp` lets through; it raises for what it does not take."""
+    return _extension.function(f"serve_{op}")(*args)

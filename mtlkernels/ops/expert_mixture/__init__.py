@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import direct_to_cpp, distinct, needs_function, run_cpp, run_forward, under_autocast
+from mtlkernels.ops._call import direct_to_cpp, distinct, needs_function, run_forward, serve, under_autocast
 from mtlkernels.ops._checks import check_logits, check_routing
 from mtlkernels.ops.activations import CODES
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
 from mtlkernels.ops.expert_mixture.checks import (
     activation_codes,
     check_biases,
+    check_gate_layers,
     check_inputs,
     check_weights,
 )
@@ -27,10 +30,12 @@ def expert_mixture(
     inputs: Tensor | Sequence[Tensor],
     weights: Sequence[PerExpert],
     biases: Sequence[PerExpert | None] | None,
-    gate_logits: Tensor | Sequence[Tensor],
+    gate_logits: Tensor | Sequence[Tensor] | None,
     routing: Routing,
     *,
     activation: str | Sequence[str] = "relu",
+    gate_weights: Tensor | Sequence[Tensor] | None = None,
+    gate_biases: Tensor | Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """Evaluates every expert of a level and mixes them by every gate, without storing the experts' outputs.
 
@@ -47,10 +52,13 @@ def expert_mixture(
         biases: one entry a layer, each [E, H_out] or a sequence of E tensors [H_out]; None for a layer, or for all,
             means no bias.
         gate_logits: K tensors [B, N_k], in the order of ``routing.gate_experts[k]``, or one tensor [B, sum N_k].
-            Any of the four dtypes; float64 only with float64 ``inputs``.
+            Any of the four dtypes; float64 only with float64 ``inputs``. None with ``gate_weights``.
         routing: which expert reads which stream, and which gate mixes which experts.
         activation: "relu", "leaky_relu" (slope 0.01), "gelu" (exact), "silu", "tanh", "sigmoid" or "none", or a
             sequence of these, one a layer.
+        gate_weights: K tensors [N_k, D] (``nn.Linear``'s), or one [sum N_k, D], in the place of logits that are a
+            linear layer of the input: gate k reads ``inputs[k]``, or the only input. A level is then one call.
+        gate_biases: beside ``gate_weights``, K tensors [N_k] or None, or one [sum N_k]; None for no bias.
 
     Returns:
         K tensors [B, H_L] of the dtype of ``inputs``.
@@ -60,7 +68,7 @@ def expert_mixture(
         ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, or an activation is
             unknown.
     """
-    outputs = _serve(inputs, weights, biases, gate_logits, routing, activation)
+    outputs = _serve(inputs, weights, biases, gate_logits, routing, activation, gate_weights, gate_biases)
     if outputs is not None:
         return outputs
     check_routing(routing)
@@ -69,6 +77,9 @@ def expert_mixture(
     layers = check_weights(weights, routing, x)
     bias_list = check_biases(biases, layers, routing, x)
     codes = activation_codes(activation, len(layers))
+    gates = check_gate_layers(gate_logits, gate_weights, gate_biases, streams, routing)
+    if gates is not None:
+        gate_logits = _gate_logits(streams, *gates)
     logits = check_logits(gate_logits, routing, x.shape[0], x)
     flat_weights = [w for layer in layers for w in layer]
     streams, flat_weights, bias_list = under_autocast(x, streams, flat_weights, bias_list)
@@ -91,9 +102,9 @@ def expert_mixture(
 
 
 def _serve(
-    inputs: Any, weights: Any, biases: Any, gate_logits: Any, routing: Any, activation: Any
+    inputs: Any, weights: Any, biases: Any, gate_logits: Any, routing: Any, activation: Any, *gates: Any
 ) -> tuple[Tensor, ...] | None:
-    """Serving on a CPU, where checking some fifty tensors in Python would cost as much as a small batch.
+    """Serving on a CPU, where the way through checks and dispatcher would take as long as a small batch.
 
     Goes straight to the C++ operator, which checks what it is given before it computes. Returns None where this does
     not apply, and where the operator refuses: the checks in Python then find out why, in the caller's terms.
@@ -102,31 +113,28 @@ def _serve(
         return None
     try:
         wiring = routing.wiring
-        experts = len(wiring.live)
+        several = not isinstance(inputs, Tensor)
+        if wiring.idle or (several and len(inputs) != routing.num_inputs):
+            return None
+        if gates[0] is None if gate_logits is None else gates != (None, None):
+            return None
         codes = (CODES[activation],) * len(weights)
-        if isinstance(gate_logits, Tensor):
-            gate_logits = gate_logits.split(wiring.gate_sizes, dim=1)
-        if wiring.idle or any(len(layer) != experts for layer in weights):
-            return None
-        flat_weights = [w for layer in weights for w in layer]
-        if biases is None:
-            flat_biases: list[Tensor | None] = [None] * len(flat_weights)
-        else:
-            flat_biases = []
-            for layer in biases:
-                if layer is not None and any(bias is None for bias in layer):
-                    return None
-                flat_biases += [None] * experts if layer is None else list(layer)
-        if isinstance(inputs, Tensor):
-            streams, expert_inputs = [inputs], (0,) * experts
-        elif len(inputs) == routing.num_inputs:
-            streams, expert_inputs = inputs, wiring.expert_inputs
-        else:
-            return None
-        flat = (expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
-        return tuple(run_cpp("expert_mixture", streams, flat_weights, flat_biases, gate_logits, *flat, False)[0])
+        flat = (wiring.expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
+        served: tuple[Tensor, ...] = serve("expert_mixture", inputs, weights, biases, gate_logits, *gates, *flat)
+        return served
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         return None
+
+
+def _gate_logits(
+    streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor | list[Tensor]:
+    """The logits of gates that are linear layers: one product where they read one stream."""
+    if len(streams) == 1 and all((bias is None) == (biases[0] is None) for bias in biases):
+        offsets = [bias for bias in biases if bias is not None]
+        return F.linear(streams[0], torch.cat(list(weights)), torch.cat(offsets) if offsets else None)
+    rows = streams if len(streams) > 1 else [streams[0]] * len(weights)
+    return [F.linear(x, weight, bias) for x, weight, bias in zip(rows, weights, biases, strict=False)]
 
 
 def _partition(tensors: list[Any], routing: Routing) -> tuple[list[Any], list[Any]]:

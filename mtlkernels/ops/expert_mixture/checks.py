@@ -91,6 +91,44 @@ def check_biases(biases: Any, layers: list[list[Tensor]], routing: Routing, x: T
     return flat
 
 
+def _per_gate(name: str, value: Any, sizes: list[int]) -> list[Any]:
+    """An entry a gate, from a sequence or from one tensor in which the gates' rows follow each other."""
+    if not isinstance(value, Tensor):
+        return list(as_sequence(name, value, "a tensor or a sequence with an entry a gate"))
+    if value.dim() == 0 or value.shape[0] != sum(sizes):
+        raise ValueError(f"{name} must have {sum(sizes)} rows, one for each expert of each gate, got {shape_of(value)}")
+    return list(value.split(sizes))
+
+
+def check_gate_layers(
+    gate_logits: Any, gate_weights: Any, gate_biases: Any, streams: list[Tensor], routing: Routing
+) -> tuple[list[Tensor], list[Tensor | None]] | None:
+    """Weights and biases of gates that are linear layers; None where logits are given."""
+    if gate_weights is None:
+        if gate_biases is not None:
+            raise ValueError("gate_biases must be None without gate_weights, got biases")
+        return None
+    if gate_logits is not None:
+        raise ValueError("gate_logits must be None where gate_weights are given, got both")
+    sizes, x = [len(gate) for gate in routing.gate_experts], streams[0]
+    if 1 < len(streams) < len(sizes):
+        raise ValueError(f"gate_weights need an input for each of {len(sizes)} gates, or one for all; pass gate_logits")
+    weights = _per_gate("gate_weights", gate_weights, sizes)
+    biases = [None] * len(sizes) if gate_biases is None else _per_gate("gate_biases", gate_biases, sizes)
+    for name, entries in (("gate_weights", weights), ("gate_biases", biases)):
+        if len(entries) != len(sizes):
+            raise ValueError(f"{name} must hold an entry for each of {len(sizes)} gates, got {len(entries)}")
+    for k, (weight, bias, size) in enumerate(zip(weights, biases, sizes, strict=True)):
+        for name, tensor, shape in (("gate_weights", weight, (size, x.shape[1])), ("gate_biases", bias, (size,))):
+            if tensor is None and name == "gate_biases":
+                continue
+            check_tensor(f"{name}[{k}]", tensor, len(shape), f"{list(shape)}")
+            check_like(f"{name}[{k}]", tensor, "inputs", x)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}[{k}] must have shape {list(shape)}, got {shape_of(tensor)}")
+    return weights, biases
+
+
 def activation_codes(activation: Any, num_layers: int) -> tuple[int, ...]:
     """A code a layer."""
     names = (

@@ -1,0 +1,185 @@
+"""expert_mixture with gates that are linear layers, against the same logits computed outside."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mtlkernels as mk
+from mtlkernels import _extension
+from mtlkernels.testing import Case, CaseFactory, assert_within_budget, evaluate, poisoned_outputs
+
+ROUTING = mk.Routing.cgc(2, 2, 1, shared_gate=True)  # 5 experts, 3 streams, gates of 3, 3 and 5
+
+
+def with_layers(seed: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments with gate layers: one stream or one a gate, biases in all gates, some or none, stacked or not."""
+    rng = random.Random(seed)
+    make = CaseFactory(seed, dtype, layouts=("contiguous", "transposed", "strided"))
+    streams = rng.random() < 0.5
+    widths = [rng.randint(1, 60) for _ in range(rng.randint(2, 3))]
+    rows = rng.choice((0, 1, 2, 3, 4, 5, 16, 33, 64, 130, 300))
+    arguments = dict(make.expert_mixture(rows, widths, ROUTING, streams=streams, activation="silu").arguments)
+    del arguments["gate_logits"]
+    sizes = [len(gate) for gate in ROUTING.gate_experts]
+    weights: Any = [make.leaf(size, widths[0], scale=widths[0] ** -0.5) for size in sizes]
+    biases: Any = [make.leaf(size) if rng.random() < 0.7 else None for size in sizes]
+    if rng.random() < 0.3:
+        weights = make.leaf(sum(sizes), widths[0], scale=widths[0] ** -0.5)
+        biases = make.leaf(sum(sizes)) if rng.random() < 0.5 else None
+    return {**arguments, "gate_weights": weights, "gate_biases": biases}
+
+
+def by_logits(*, inputs: Any, gate_weights: Any, gate_biases: Any, **rest: Any) -> tuple[Tensor, ...]:
+    sizes = [len(gate) for gate in ROUTING.gate_experts]
+    weights = gate_weights.split(sizes) if isinstance(gate_weights, Tensor) else gate_weights
+    biases = gate_biases.split(sizes) if isinstance(gate_biases, Tensor) else gate_biases or [None] * 3
+    streams = [inputs] * 3 if isinstance(inputs, Tensor) else inputs
+    logits = [F.linear(x, w, b) for x, w, b in zip(streams, weights, biases, strict=True)]
+    return mk.expert_mixture(inputs, rest.pop("weights"), rest.pop("biases"), logits, **rest)
+
+
+def by_layers(**arguments: Any) -> tuple[Tensor, ...]:
+    first = [arguments.pop(name) for name in ("inputs", "weights", "biases")]
+    return mk.expert_mixture(*first, None, **arguments)
+
+
+def check(seed: int, dtype: torch.dtype, grad: bool) -> None:
+    case = Case(with_layers(seed, dtype), dtype)
+    if not grad:
+        case = case.map(lambda t: t.detach())
+    exact_case = case.to(torch.float64)
+    with torch.set_grad_enabled(grad):
+        with poisoned_outputs():
+            actual = evaluate(by_layers, case)
+        with mk.use_backend("reference"):
+            exact, baseline = evaluate(by_logits, exact_case), evaluate(by_logits, case)
+    assert_within_budget(actual, exact, baseline)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["serving", "training"])
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cases(seed: int, grad: bool, dtype: torch.dtype, backend: str) -> None:
+    with mk.use_backend(backend):
+        check(seed, dtype, grad)
+
+
+@pytest.mark.parametrize("isa", _extension.instruction_sets()[:-1])
+@pytest.mark.parametrize("seed", range(40, 55))
+def test_every_instruction_set(seed: int, isa: str, dtype: torch.dtype) -> None:
+    with _extension.instruction_set(isa):
+        check(seed, dtype, False)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 4, 16, 64, 100])
+def test_serving_goes_straight_to_cpp(rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients neither the checks in Python nor an operator of PyTorch is on the way."""
+    if not _extension.loaded():
+        pytest.skip("no C++ kernels")
+    torch.set_num_threads(threads)
+    arguments = with_layers(3, torch.float32)
+    arguments["inputs"] = torch.randn(rows, arguments["weights"][0][0].shape[1])
+    expected = by_logits(**arguments)
+    monkeypatch.setattr("mtlkernels.ops.expert_mixture.check_routing", None)
+    with torch.no_grad():
+        found = by_layers(**arguments)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_serving_in_inference_mode() -> None:
+    arguments = with_layers(1, torch.float32)
+    with torch.inference_mode():
+        assert all(y.is_inference() for y in by_layers(**arguments))
+
+
+def test_more_experts_than_features(backend: str) -> None:
+    """A gate that is wider than every layer."""
+    make = CaseFactory(0, torch.float32)
+    routing = mk.Routing.mmoe(40, 2)
+    arguments = dict(make.expert_mixture(3, [2, 3], routing, streams=False).arguments)
+    del arguments["gate_logits"]
+    gates = [make.leaf(40, 2) for _ in range(2)]
+    with mk.use_backend(backend), torch.no_grad():
+        found = by_layers(**arguments, gate_weights=gates)
+        logits = [F.linear(arguments["inputs"], gate) for gate in gates]
+        expected = mk.expert_mixture(arguments["inputs"], arguments["weights"], arguments["biases"], logits, routing)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_subclass() -> None:
+    """A tensor subclass sees its operators: it does not take the short way."""
+
+    class Counted(torch.Tensor):
+        calls = 0
+
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.calls += 1
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    arguments = with_layers(2, torch.float32)
+    arguments["inputs"] = torch.randn(3, arguments["weights"][0][0].shape[1]).as_subclass(Counted)
+    with torch.no_grad():
+        by_layers(**arguments)
+    assert Counted.calls > 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile(grad: bool) -> None:
+    arguments = with_layers(4, torch.float32)
+    with torch.set_grad_enabled(grad):
+        found = torch.compile(lambda a: by_layers(**a), fullgraph=True, backend="aot_eager")(dict(arguments))
+        expected = by_layers(**arguments)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("both", {"gate_logits": torch.zeros(6, 11)}, ValueError, "gate_logits must be None where gate_weights are given"),
+    ("neither", {"gate_weights": None, "gate_biases": None}, TypeError, "gate_logits must be .*, got NoneType"),
+    ("biases alone", {"gate_weights": None}, ValueError, "gate_biases must be None without gate_weights"),
+    ("a kind", {"gate_weights": 3.0}, TypeError, "gate_weights must be a tensor or a sequence .*, got float"),
+    ("too few", {"gate_weights": [torch.zeros(3, 4)]}, ValueError, "gate_weights must hold .* 3 gates, got 1"),
+    ("rows", {"gate_weights": torch.zeros(10, 4)}, ValueError, r"gate_weights must have 11 rows, .* got \[10, 4\]"),
+    ("width", {"gate_weights": torch.zeros(11, 5)}, ValueError, r"gate_weights\[0\] must have shape \[3, 4\], got"),
+    ("dtype", {"gate_weights": torch.zeros(11, 4).double()}, TypeError, r"gate_weights\[0\] must have the dtype of"),
+    ("none", {"gate_weights": [None] * 3}, TypeError, r"gate_weights\[0\] must be a tensor .*, got NoneType"),
+    ("few biases", {"gate_biases": [None]}, ValueError, "gate_biases must hold an entry for each of 3 gates, got 1"),
+    ("bias shape", {"gate_biases": [torch.zeros(2), None, None]}, ValueError, r"gate_biases\[0\] .*\[3\], got \[2\]"),
+    ("bias kind", {"gate_biases": [1.0, None, None]}, TypeError, r"gate_biases\[0\] must be a tensor .*, got float"),
+]
+
+
+@pytest.mark.parametrize("_, change, error, message", MISTAKES, ids=[name for name, *_ in MISTAKES])
+@pytest.mark.parametrize("grad", [False, True])
+def test_bad_input(_: str, change: dict[str, Any], error: type[Exception], message: str, grad: bool) -> None:
+    arguments = {
+        "inputs": torch.zeros(6, 4),
+        "weights": [torch.zeros(5, 3, 4)],
+        "biases": None,
+        "gate_logits": None,
+        "routing": ROUTING,
+        "gate_weights": torch.zeros(11, 4),
+        "gate_biases": torch.zeros(11),
+        **change,
+    }
+    with pytest.raises(error, match=message), torch.set_grad_enabled(grad):
+        mk.expert_mixture(**arguments)
+
+
+def test_fewer_streams_than_gates() -> None:
+    routing = mk.Routing((0, 1), ((0,), (1,), (0, 1)))
+    with pytest.raises(ValueError, match="gate_weights need an input for each of 3 gates, or one for all"):
+        mk.expert_mixture(
+            [torch.zeros(2, 4)] * 2, [torch.zeros(2, 3, 4)], None, None, routing, gate_weights=torch.zeros(4, 4)
+        )
