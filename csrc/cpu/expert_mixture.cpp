@@ -85,7 +85,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
     output_pointers.push_back(outputs.back().mutable_data_ptr());
   }
   for (int l = 0; save && l < level.layers; ++l) {
-    saved.push_back(with_huge_pages(at::empty({level.experts, level.rows, level.widths[l + 1]}, options)));
+    saved.push_back(pooled({level.experts, level.rows, level.widths[l + 1]}, options));
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
   if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};
@@ -113,7 +113,7 @@ class Results {
           const ExpertMixtureKernels& table, bool need_inputs, bool need_weights, bool need_biases, bool need_logits) {
     for (size_t i = 0; need_inputs && i < inputs.size(); ++i) {
       const bool read = std::count(level.expert_inputs, level.expert_inputs + level.experts, static_cast<int>(i)) > 0;
-      inputs_.push_back(read ? at::empty(inputs[i].sizes(), inputs[i].options())
+      inputs_.push_back(read ? pooled(inputs[i].sizes(), inputs[i].options())
                              : at::zeros(inputs[i].sizes(), inputs[i].options()));
     }
     for (size_t k = 0; need_logits && k < logits.size(); ++k) {
@@ -127,9 +127,9 @@ class Results {
     for (size_t i = 0; i < weights.size(); ++i) {
       const int64_t out = weights[i].size(0), ld = sum_ld_[i / level.experts];
       if (need_weights) {
-        weights_.push_back(at::empty(weights[i].sizes(), weights[i].options()));
+        weights_.push_back(pooled(weights[i].sizes(), weights[i].options()));
         const bool fits = table.stores_compute && ld == weights[i].size(1);
-        weight_sums_.push_back(fits ? weights_.back() : at::empty({out, ld}, compute));
+        weight_sums_.push_back(fits ? weights_.back() : pooled({out, ld}, compute));
       }
       if (need_biases) {
         biases_.push_back(at::empty({out}, weights[i].options()));

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/accumulate.h>
 
-#include <deque>
+#include <iterator>
+#include <limits>
+#include <map>
 #include <mutex>
 #include <utility>
 
@@ -27,70 +30,80 @@ inline at::Tensor with_huge_pages(at::Tensor tensor) {
 }
 
 // Byte tensors kept from one call to the next: touching fresh memory costs a page fault and the kernel's zeroing, which
-// is some 10% of a training step of a thousand rows.
-class ScratchPool {
+// is some 10% of a training step.
+class MemoryPool {
  public:
-  static ScratchPool& instance() {
-    static auto* pool = new ScratchPool;  // never destroyed: torch may be gone by then
+  static MemoryPool& instance() {
+    static auto* pool = new MemoryPool;  // never destroyed: torch may be gone by then
     return *pool;
   }
 
   // The smallest tensor of at least `bytes` and at most twice as many, or a new one.
   at::Tensor take(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto best = idle_.end();
-    for (auto it = idle_.begin(); it != idle_.end(); ++it) {
-      const int64_t size = it->numel();
-      if (size >= bytes && size <= 2 * bytes && (best == idle_.end() || size < best->numel())) best = it;
-    }
-    if (best == idle_.end()) return with_huge_pages(at::empty({bytes}, at::kByte));
-    at::Tensor found = std::move(*best);
+    const auto best = idle_.lower_bound(bytes);
+    if (best == idle_.end() || best->first > 2 * bytes) return with_huge_pages(at::empty({bytes}, at::kByte));
+    at::Tensor found = std::move(best->second);
+    held_ -= best->first;
     idle_.erase(best);
-    held_ -= found.numel();
     return found;
   }
 
-  // Keeps it for later; the oldest go where the pool would hold more than kMost.
+  // Keeps it for later; the largest go where the pool would hold more than kMost.
   void give_back(at::Tensor tensor) {
     const std::lock_guard<std::mutex> lock(mutex_);
     held_ += tensor.numel();
-    idle_.push_back(std::move(tensor));
+    idle_.emplace(tensor.numel(), std::move(tensor));
     while (held_ > kMost) {
-      held_ -= idle_.front().numel();
-      idle_.pop_front();
+      const auto largest = std::prev(idle_.end());
+      held_ -= largest->first;
+      idle_.erase(largest);
     }
   }
 
  private:
-  static constexpr int64_t kMost = int64_t{64} << 20;
+  static constexpr int64_t kMost = int64_t{256} << 20;
   std::mutex mutex_;
-  std::deque<at::Tensor> idle_;
+  std::multimap<int64_t, at::Tensor> idle_;  // by size
   int64_t held_ = 0;
 };
 
-// An uninitialised tensor like another one, whose memory goes back to the pool when its last user is gone: results that
-// are made at every step, and dropped before the next, then cost no page faults.
-inline at::Tensor pooled_like(const at::Tensor& like) {
-  constexpr size_t kSmall = 1 << 14;
-  if (like.nbytes() < kSmall) return at::empty_like(like);
-  at::Tensor memory = ScratchPool::instance().take(static_cast<int64_t>(like.nbytes()) + 64);
+inline void* cache_line(at::Tensor& memory) {
   const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-  void* const first = reinterpret_cast<void*>((address + 63) / 64 * 64);
-  return at::from_blob(
-      first, like.sizes(), like.strides(),
-      [memory = std::move(memory)](void*) mutable { ScratchPool::instance().give_back(std::move(memory)); },
-      like.options());
+  return reinterpret_cast<void*>((address + 63) / 64 * 64);
+}
+
+// An uninitialised tensor whose memory goes back to the pool when its last user is gone, for results that are made at
+// every step and dropped before the next.
+inline at::Tensor pooled(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options) {
+  constexpr int64_t kSmall = 1 << 14;
+  const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
+  if (bytes < kSmall) return at::empty_strided(sizes, strides, options);
+  at::Tensor memory = MemoryPool::instance().take(bytes + 64);
+  void* const first = cache_line(memory);
+  const auto give_back = [memory = std::move(memory)](void*) mutable {
+    MemoryPool::instance().give_back(std::move(memory));
+  };
+  at::Tensor result = at::from_blob(first, sizes, strides, give_back, options);
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    result.fill_(std::numeric_limits<double>::quiet_NaN());  // as fresh memory is filled then
+  }
+  return result;
+}
+
+inline at::Tensor pooled(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return pooled(sizes, c10::contiguous_strides(sizes), options);
 }
 
 // Uninitialised pieces of equal size, each of which starts on a cache line.
 class Scratch {
  public:
   Scratch(int64_t pieces, int64_t bytes)
-      : stride_((bytes + 63) / 64 * 64), memory_(ScratchPool::instance().take(pieces * stride_ + 64)) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr());
-    first_ = reinterpret_cast<char*>((address + 63) / 64 * 64);
+      : stride_((bytes + 63) / 64 * 64), memory_(MemoryPool::instance().take(pieces * stride_ + 64)) {
+    first_ = static_cast<char*>(cache_line(memory_));
   }
-  ~Scratch() { ScratchPool::instance().give_back(std::move(memory_)); }
+  ~Scratch() { MemoryPool::instance().give_back(std::move(memory_)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   void* operator[](int64_t piece) const { return first_ + piece * stride_; }

@@ -184,7 +184,8 @@ std::vector<at::Tensor> combine(GradList grads, int64_t tasks, const at::Tensor&
     const Parameter& parameter = parameters[p];
     TORCH_CHECK_VALUE(!parameter.grads.empty(),
                       "mtlkernels: grads must hold a gradient for each parameter, got none for ", p);
-    results.push_back(pooled_like(parameter.grads[0]));
+    const at::Tensor& like = parameter.grads[0];
+    results.push_back(pooled(like.sizes(), like.strides(), like.options()));
     outputs.push_back(results.back().mutable_data_ptr());
     bytes += static_cast<int64_t>(results.back().nbytes());
     chosen.emplace_back();

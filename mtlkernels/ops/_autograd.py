@@ -67,8 +67,22 @@ class _Examples:
 
 
 def call(function: Any, *args: Any) -> Any:
-    """Applies a backward Function. While compiling it is traced plainly: compiled code has no second derivatives."""
-    return function.forward(*args) if torch.compiler.is_compiling() else function.apply(*args)
+    """Applies a backward Function, or runs it plainly where nobody will differentiate it again.
+
+    While compiling it is traced plainly: compiled code has no second derivatives.
+    """
+    if torch.compiler.is_compiling():
+        return function.forward(*args)
+    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        return function.forward(*args)
+    return function.apply(*args)
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))
 
 
 def grads_are_batched(grads: Sequence[Tensor]) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels import _backends
+from mtlkernels.ops._autograd import apply
 from mtlkernels.ops._call import direct_to_cpp, distinct, needs_function, run_forward, serve, under_autocast
 from mtlkernels.ops._checks import check_logits, check_routing
 from mtlkernels.ops.activations import CODES
@@ -95,7 +96,7 @@ def expert_mixture(
     backend = _backends.forced()
     if needs_function(streams, flat_weights, bias_list, logits, unused):
         plan = Plan(*flat, len(streams), backend)
-        out = ExpertMixture.apply(plan, *distinct(*streams, *flat_weights, *bias_list, *logits, *unused))
+        out = apply(ExpertMixture, plan, *distinct(*streams, *flat_weights, *bias_list, *logits, *unused))
         return tuple(out[: len(logits)])
     out = run_forward("expert_mixture", backend, streams[0], streams, flat_weights, bias_list, logits, *flat, False)
     return tuple(out[0])

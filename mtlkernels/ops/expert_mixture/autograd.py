@@ -20,6 +20,7 @@ from mtlkernels.ops._autograd import (
     front,
     grads_are_batched,
 )
+from mtlkernels.ops._call import run_forward
 from mtlkernels.ops.expert_mixture import reference
 
 _OP = "expert_mixture"
@@ -73,8 +74,8 @@ class ExpertMixture(torch.autograd.Function):
     @staticmethod
     def forward(plan: Plan, *tensors: Any) -> Any:
         inputs, weights, biases, logits, _ = plan.split(tensors)
-        run = implementation(_OP, "forward", plan.backend, inputs[0])
-        outputs, saved = run(inputs, weights, biases, logits, *plan.routing, True)
+        args = (inputs, weights, biases, logits, *plan.routing, True)
+        outputs, saved = run_forward(_OP, plan.backend, inputs[0], *args)
         return (*outputs, *saved)
 
     @staticmethod

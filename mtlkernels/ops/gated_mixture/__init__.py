@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mtlkernels import _backends
+from mtlkernels.ops._autograd import apply
 from mtlkernels.ops._call import distinct, needs_function, run_forward, under_autocast
 from mtlkernels.ops._checks import check_logits, check_routing, check_tensor, shape_of
 from mtlkernels.ops.gated_mixture.autograd import GatedMixture, Plan
@@ -44,5 +45,5 @@ def gated_mixture(experts: Tensor, gate_logits: Tensor | Sequence[Tensor], routi
     sizes = routing.wiring.gate_sizes
     backend = _backends.forced()
     if needs_function((experts,), logits):
-        return tuple(GatedMixture.apply(Plan(flat, sizes, backend), *distinct(experts, *logits)))
+        return tuple(apply(GatedMixture, Plan(flat, sizes, backend), *distinct(experts, *logits)))
     return tuple(run_forward("gated_mixture", backend, experts, experts, logits, flat, sizes))

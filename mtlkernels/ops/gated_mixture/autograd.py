@@ -11,6 +11,7 @@ from torch import Tensor
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import batched_backward, by_example, call, differentiate_twice, front, grads_are_batched
+from mtlkernels.ops._call import run_forward
 from mtlkernels.ops.gated_mixture import reference
 
 _OP = "gated_mixture"
@@ -30,8 +31,7 @@ class GatedMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(plan: Plan, experts: Tensor, *logits: Tensor) -> Any:
-        run = implementation(_OP, "forward", plan.backend, experts)
-        return tuple(run(experts, logits, plan.gate_experts, plan.gate_sizes))
+        return tuple(run_forward(_OP, plan.backend, experts, experts, logits, plan.gate_experts, plan.gate_sizes))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
