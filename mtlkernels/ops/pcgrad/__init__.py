@@ -70,8 +70,8 @@ def pcgrad_weights(
     """
     check_gram(gram)
     check_options(include_self, max_norm, normalize, project, eps)
-    drawn = _order(order, generator, gram.shape[0], gram.device, project)
-    return _weights(gram, drawn, include_self, max_norm, normalize, project, eps, False)[0]
+    drawn = draw_order(order, generator, gram.shape[0], gram.device, project)
+    return solve(gram, drawn, include_self, max_norm, normalize, project, eps, False)[0]
 
 
 def pcgrad(
@@ -119,14 +119,14 @@ def pcgrad(
     mean = check_reduction(reduction)
     check_options(include_self, max_norm, normalize, project, eps)
     parameters = Parameters(grads)
-    drawn = _order(order, generator, parameters.num_tasks, parameters.device, project)
+    drawn = draw_order(order, generator, parameters.num_tasks, parameters.device, project)
     found = parameters.gram()
-    _, coefficients = _weights(found, drawn, include_self, max_norm, normalize, project, eps, mean)
+    _, coefficients = solve(found, drawn, include_self, max_norm, normalize, project, eps, mean)
     results = parameters.combine(coefficients)
     return results[0] if isinstance(grads, Tensor) else results
 
 
-def _order(
+def draw_order(
     order: Any, generator: torch.Generator | None, num_tasks: int, device: torch.device, project: bool
 ) -> Tensor | None:
     """The order of projections on ``device``, drawn where it is not given."""
@@ -143,7 +143,8 @@ def _order(
     return keys.argsort(dim=1).to(device, non_blocking=True)
 
 
-def _weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+def solve(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    """The projected gradients' coefficients [T, T], and the result's [T]; ``options`` as in ``reference.weights``."""
     if needs_function((gram,)):
         return reference.weights(gram, order, *options)
     run = _backends.implementation("pcgrad", "weights", _backends.forced(), gram)
