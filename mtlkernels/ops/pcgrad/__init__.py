@@ -26,7 +26,7 @@ def gram(grads: Grads) -> Tensor:
     """The Gram matrix of the tasks' gradients: ``G_ij = <g_i, g_j>`` over all parameters.
 
     One pass over lists of tensors, none of which is copied or concatenated. Sums are in float64, in an order that
-    depends on the shapes alone, so that the same gradients give the same bits. Differentiable.
+    depends on the shapes alone, so that the same gradients give the same bits. Differentiable in dense gradients.
 
     Args:
         grads: a sequence over T tasks of sequences over parameters of tensors or None, which counts as zero; or one
@@ -91,7 +91,11 @@ def pcgrad(
     For each task i, and each other task j in the order given, ``d = <g_i', g_j>`` with g_i' the gradient projected so
     far and g_j the original one; where d < 0, ``g_i' -= d / (|g_j|^2 + eps) * g_j``. The result is the sum of the g_i',
     or their mean. The projections run on the T x T Gram matrix in float64, so that the parameters are read twice and
-    written once, whatever T is, and nothing is read back from a GPU. Deterministic for a given order. Differentiable.
+    written once, whatever T is, and nothing is read back from a GPU. Deterministic for a given order. Differentiable in
+    dense gradients.
+
+    Sparse gradients, as those of ``nn.Embedding(sparse=True)``, need not be coalesced, and are never made dense: memory
+    is proportional to what they hold. On a GPU they wait for it as ``Tensor.coalesce`` does. They have no derivatives.
 
     Args:
         grads: a sequence over T tasks of sequences over parameters of tensors or None, which counts as zero; or one
