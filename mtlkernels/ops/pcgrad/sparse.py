@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # The values of all tasks over the union of their rows may take this many times the memory of the values themselves.
-_FILL = 2
+_FILL = 4
 
 
 def is_sparse(grad: Tensor | None) -> bool:
@@ -29,7 +29,7 @@ class SparseColumn:
         dense: the dense gradients, by task.
         union: keys of the rows that any sparse gradient touches, sorted.
         place: for each sparse gradient, by task, where its rows are in ``union``.
-        values: for each sparse gradient, by task, [rows, ...]; of one dtype, the gradients' or a wider one.
+        values: for each sparse gradient, by task, [rows, ...]; all of the gradients' dtype or of float64.
         aligned: whether ``values`` are laid out over ``union``.
     """
 
@@ -38,11 +38,11 @@ class SparseColumn:
         self.dense = {t: grad for t, grad in enumerate(column) if grad is not None and not is_sparse(grad)}
         sparse = {t: grad for t, grad in enumerate(column) if grad is not None and is_sparse(grad)}
         self.like = next(iter(sparse.values()))
-        dtype = self.like.dtype
-        if not all(grad.is_coalesced() for grad in sparse.values()):
-            dtype = torch.promote_types(dtype, torch.float32)
-        rows = {t: _rows(grad, dtype) for t, grad in sparse.items()}
-        self.values = {t: values for t, (_, values) in rows.items()}
+        rows = {t: _rows(grad) for t, grad in sparse.items()}
+        dtype = (
+            self.like.dtype if all(values.dtype == self.like.dtype for _, values in rows.values()) else torch.float64
+        )
+        self.values = {t: values.to(dtype) for t, (_, values) in rows.items()}
         keys = [found for found, _ in rows.values()]
         self.union, place, self._touched = torch.cat(keys).unique(return_inverse=True, return_counts=True)
         self.place = dict(zip(rows, place.split([len(found) for found in keys]), strict=True))
@@ -155,15 +155,19 @@ class SparseColumn:
         return torch.sparse_coo_tensor(indices, values, self.like.shape, is_coalesced=True, check_invariants=False)
 
 
-def _rows(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys of the rows that a sparse gradient touches, sorted, each once, and their values in ``dtype``."""
+def _rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys of the rows that a sparse gradient touches, sorted, each once, and their values.
+
+    Values that had to be added up are in float64; others are what they were.
+    """
     indices, values = grad._indices(), grad._values()
     keys = indices[0]
     for d in range(1, grad.sparse_dim()):
         keys = keys * grad.shape[d] + indices[d]
     if grad.is_coalesced():
-        return keys, values.to(dtype)
+        return keys, values
     size = (grad.shape[: grad.sparse_dim()].numel(), *values.shape[1:])
     wide = values.to(torch.float64)
     merged = torch.sparse_coo_tensor(keys.unsqueeze(0), wide, size, check_invariants=False).coalesce()
-    return merged.indices()[0], merged.values().to(dtype)
+    sums = merged.values()
+    return merged.indices()[0], sums.to(grad.dtype) if len(sums) == len(values) else sums
