@@ -24,7 +24,7 @@ def coo(indices: Any, values: Tensor, shape: tuple[int, ...], *, coalesced: bool
 
 
 class Maker:
-    """Random gradients; integers over a power of two, so that every dtype holds the same values."""
+    """Random gradients, whose scales are such that the dtype holds them."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self.rng = random.Random(seed)
@@ -32,8 +32,7 @@ class Maker:
         self.dtype = dtype
 
     def values(self, *shape: int, scale: float) -> Tensor:
-        whole = torch.randint(-64, 65, shape, generator=self.generator)
-        return (whole * (scale / 64)).to(self.dtype)
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.dtype)
 
     def sparse(self, shape: tuple[int, ...], sparse_dim: int, scale: float) -> Tensor:
         count = self.rng.choice((0, 1, 3, 10, 30))
