@@ -12,16 +12,30 @@ from torch.optim import Optimizer
 from mtlkernels.ops._checks import DTYPES, shape_of
 
 
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer, as they are now: groups can be added."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def check_optimizers(optimizer: Any, beside: Any) -> list[Optimizer]:
+    """The optimizer to wrap, then the others whose parameters take part."""
+    if isinstance(beside, Optimizer) or not isinstance(beside, Sequence):
+        raise TypeError(f"beside must be a sequence of optimizers, got {type(beside).__name__}")
+    found = []
+    for i, candidate in enumerate((optimizer, *beside)):
+        name = f"beside[{i - 1}]" if i else "optimizer"
+        if not isinstance(candidate, Optimizer):
+            raise TypeError(f"{name} must be a torch.optim.Optimizer, got {type(candidate).__name__}")
+        found.append(candidate)
+    return found
 
 
-def check_shared(shared: Any, optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """All parameters of the optimizers, as they are now: groups can be added."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return list({id(parameter): parameter for group in groups for parameter in group["params"]}.values())
+
+
+def check_shared(shared: Any, optimizers: Sequence[Optimizer]) -> list[Tensor]:
     """``shared`` as a list, each tensor once; a frozen one need not be the optimizer's."""
     if isinstance(shared, (Tensor, torch.nn.Module)) or not isinstance(shared, Iterable):
         raise TypeError(f"shared must be an iterable of parameters or None, got {type(shared).__name__}")
-    known = {id(parameter) for parameter in parameters_of(optimizer)}
+    known = {id(parameter) for parameter in parameters_of(optimizers)}
     found: dict[int, Tensor] = {}
     for i, parameter in enumerate(shared):
         if not isinstance(parameter, Tensor):

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from mtlkernels.ops.pcgrad import draw_order, solve
 from mtlkernels.ops.pcgrad.checks import check_options, check_reduction
 from mtlkernels.ops.pcgrad.parameters import Parameters
-from mtlkernels.optim._checks import check_losses, check_shared, check_trained, parameters_of
+from mtlkernels.optim._checks import check_losses, check_optimizers, check_shared, check_trained, parameters_of
 from mtlkernels.optim._task_gradients import Row, task_gradients
 
 
@@ -48,12 +48,14 @@ class PCGrad(Optimizer):
     Args:
         optimizer: the optimizer to wrap; it stays reachable as ``.optimizer``.
         shared: the parameters whose task gradients are projected, such as ``model.trunk.parameters()``. The others, the
-            tasks' own heads, get the sum or mean of their gradients. None: all parameters of the optimizer are shared.
+            tasks' own heads, get the sum or mean of their gradients. None: all parameters are shared.
         reduction: "mean" over tasks or "sum", of shared and other parameters alike.
         generator: draws the order of projections; torch's default generator of the device without one.
         include_self, max_norm, normalize, project, eps: as for :func:`mtlkernels.pcgrad`.
         batched: one batched backward pass for all losses instead of one pass a loss. Often faster for small models; it
             takes T times the memory of a pass, and operators that can be batched: dense gradients, no compiled model.
+        beside: other optimizers of the same model, such as SparseAdam for its embeddings beside Adam. Their parameters
+            take part in :meth:`pc_backward`; their ``step``, ``zero_grad`` and checkpoints stay the caller's.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -73,10 +75,12 @@ class PCGrad(Optimizer):
         project: bool = True,
         eps: float = 0.0,
         batched: bool = False,
+        beside: Sequence[Optimizer] = (),
     ) -> None:
         # Not Optimizer.__init__: groups, state and hooks are the wrapped optimizer's.
-        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, PCGrad):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
+        self._optimizers = check_optimizers(optimizer, beside)
+        if isinstance(optimizer, PCGrad):
+            raise TypeError("optimizer must be one that is not wrapped yet, got PCGrad")
         self._mean = check_reduction(reduction)
         check_options(include_self, max_norm, normalize, project, eps)
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -85,7 +89,7 @@ class PCGrad(Optimizer):
             raise TypeError(f"batched must be True or False, got {type(batched).__name__}")
         self.optimizer = optimizer
         self.generator = generator
-        self._shared = None if shared is None else check_shared(shared, optimizer)
+        self._shared = None if shared is None else check_shared(shared, self._optimizers)
         self._options = (include_self, max_norm, normalize, project, eps)
         self._batched = batched
 
@@ -126,7 +130,7 @@ class PCGrad(Optimizer):
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that require gradients: the shared ones, and the others."""
-        trained = [parameter for parameter in parameters_of(self.optimizer) if parameter.requires_grad]
+        trained = [parameter for parameter in parameters_of(self._optimizers) if parameter.requires_grad]
         if self._shared is None:
             return trained, []
         shared = {id(parameter) for parameter in self._shared}
