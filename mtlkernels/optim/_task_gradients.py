@@ -34,14 +34,15 @@ def task_gradients(
     for i, loss in enumerate(losses):
         found = torch.autograd.grad(loss, [*shared, *others], retain_graph=i + 1 < len(losses), allow_unused=True)
         rows.append(list(found[: len(shared)]))
-        for p, grad in enumerate(found[len(shared) :]):
-            if grad is not None:
-                totals[p] = _add(totals[p], grad, factor)
+        totals = [_add(total, grad, factor) for total, grad in zip(totals, found[len(shared) :], strict=True)]
+        del found  # before the next pass takes memory
     return rows, totals
 
 
-def _add(total: Tensor | None, grad: Tensor, factor: float) -> Tensor:
-    """``total + factor * grad``, in place where both are dense. Autograd may hand out one tensor twice: never that."""
+def _add(total: Tensor | None, grad: Tensor | None, factor: float) -> Tensor | None:
+    """``total + factor * grad``, in place where both are dense, in memory that autograd does not hand out twice."""
+    if grad is None:
+        return total
     if total is None:
         return grad.clone() if factor == 1 else grad * factor
     if total.is_sparse and grad.is_sparse:  # a sum of sparse tensors is their concatenation

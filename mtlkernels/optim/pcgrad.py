@@ -96,7 +96,10 @@ class PCGrad(Optimizer):
     def pc_backward(
         self, losses: Sequence[Tensor] | Tensor, *, scaler: torch.amp.grad_scaler.GradScaler | None = None
     ) -> Tensor:
-        """Adds to ``.grad`` what PCGrad makes of the losses' gradients, and frees the losses' graphs.
+        """Adds to ``.grad`` what PCGrad makes of the losses' gradients.
+
+        The last backward pass frees the graph that it runs through. What another loss alone has, such as a head, lives
+        as long as that loss does; with ``batched`` all is freed.
 
         Args:
             losses: T scalars, one a task, or a vector of them.

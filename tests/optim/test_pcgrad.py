@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
+import textwrap
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -242,6 +244,23 @@ def test_the_graph_is_freed_and_nothing_else_is_kept() -> None:
     assert [reference() for reference in references] == [None] * TASKS
 
 
+def test_gradients_of_others_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass begins when those of all passes before are gone."""
+    model, seen = Model(), []
+    compute = torch.autograd.grad
+
+    def observed(loss: Tensor, inputs: list[Tensor], **options: Any) -> Any:
+        assert all(reference() is None for reference in seen)
+        found = compute(loss, inputs, **options)
+        seen.extend(weakref.ref(g) for g, p in zip(found, inputs, strict=True) if p.shape == (1, 4) and g is not None)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", observed)
+    optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()), shared=model.trunk.parameters())
+    optimizer.pc_backward(model())
+    assert len(seen) == TASKS
+
+
 def test_a_vector_of_losses() -> None:
     model = Model()
     optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()))
@@ -294,6 +313,16 @@ def test_generator_decides(monkeypatch: pytest.MonkeyPatch) -> None:
             found.append(model.trunk[0].weight.grad)
         assert torch.equal(found[-1], found[-2])  # type: ignore[arg-type]
     assert any(not torch.equal(found[0], other) for other in found[2:])  # type: ignore[arg-type]
+
+
+def test_the_example_of_the_docstring() -> None:
+    text = (mk.optim.PCGrad.__doc__ or "").partition("::\n\n")[2]
+    lines = itertools.takewhile(lambda line: not line or line.startswith(" " * 8), text.splitlines())
+    code = textwrap.dedent("\n".join(lines))
+    batches = [(torch.randn(7, 64), [torch.randn(7, 1) for _ in range(2)]) for _ in range(3)]
+    names: dict[str, Any] = {"mk": mk, "torch": torch, "batches": batches}
+    exec(code, names)
+    assert len(names["optimizer"].state) == len(list(names["model"].parameters())) + 4
 
 
 # Around the wrapper -------------------------------------------------------------------------------------------------
