@@ -225,10 +225,10 @@ def test_sparse_others_are_added_up_sparse() -> None:
     found = grads_of([model.embedding.weight])
     assert_close(found, expected(model, list(model.trunk.parameters()), [model.embedding.weight])[-1:])
     both = torch.zeros(6, 2, requires_grad=True)
-    optimizer = mk.optim.PCGrad(torch.optim.SGD([both]), shared=[torch.zeros(1)], reduction="sum")
+    optimizer = mk.optim.PCGrad(torch.optim.SGD([both]), shared=[torch.zeros(1)])
     lookup = nn.functional.embedding(torch.tensor([1, 1]), both, sparse=True).sum()
-    optimizer.pc_backward([lookup, both.sum(), lookup])
-    assert both.grad is not None and both.grad[:, 0].tolist() == [1, 5, 1, 1, 1, 1]
+    optimizer.pc_backward([lookup, both.sum(), lookup, both.sum()])
+    assert both.grad is not None and both.grad[:, 0].tolist() == [0.5, 1.5, 0.5, 0.5, 0.5, 0.5]
 
 
 def test_the_graph_is_freed_and_nothing_else_is_kept() -> None:
@@ -389,9 +389,12 @@ def test_schedulers(where: str) -> None:
     for scheduler in schedulers:
         scheduler.step()
     assert sgd.param_groups[0]["lr"] != before
-    again = copy.deepcopy(optimizer)
-    again.pc_backward([again.param_groups[0]["params"][0].sum()] * TASKS)
-    again.step()
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        own, kept = again.param_groups[0]["params"][0], model.trunk[0].weight.clone()
+        again.zero_grad()
+        again.pc_backward([own.sum(), (2 * own).sum()])
+        again.step()
+        assert not torch.equal(own, kept) and torch.equal(model.trunk[0].weight, kept), "a copy steps on its own"
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
