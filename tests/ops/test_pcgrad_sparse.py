@@ -145,7 +145,7 @@ def test_tasks_of_one_batch_are_aligned_without_a_copy() -> None:
     column = SparseColumn([coo(rows, torch.randn(4, 2), (9, 2)) for _ in range(3)])
     assert column.aligned
     assert [len(values) for values in column.values.values()] == [3, 3, 3]
-    assert not column.dense and len(column.for_gram()) == 1
+    assert not column.dense and len(column.for_gram()) == 3
 
 
 def test_nothing_is_as_large_as_the_parameter(backend: str) -> None:
@@ -188,6 +188,16 @@ def test_results_do_not_change_from_run_to_run() -> None:
             assert (a is None) == (b is None)
             if a is not None and b is not None:
                 assert torch.equal(a.to_dense(), b.to_dense())
+
+
+def test_autocast_stays_out() -> None:
+    for grads in (low_overlap(), Maker(2, torch.float32).grads(4)):
+        order = [random.Random(i).sample(range(len(grads)), len(grads)) for i in range(len(grads))]
+        plain = mk.pcgrad(grads, order=order)
+        with torch.autocast("cpu"):
+            cast = mk.pcgrad(grads, order=order)
+        for a, b in zip(plain, cast, strict=True):
+            assert a is b is None or torch.equal(a.to_dense(), b.to_dense())
 
 
 def test_arguments_are_left_alone() -> None:

@@ -31,7 +31,7 @@ class Parameters:
                 self.sparse[p] = SparseColumn(column)
             elif any(grad is not None for grad in column):
                 self.dense.append(p)
-        self._flat = [grad for p in self.dense for grad in self.columns[p]]
+        self._flat: list[Tensor | None] = [grad for p in self.dense for grad in self.columns[p]]
 
     @property
     def device(self) -> torch.device:
@@ -41,8 +41,9 @@ class Parameters:
 
     def gram(self) -> Tensor:
         """[T, T] in float64."""
-        columns = [column for sparse in self.sparse.values() for column in sparse.for_gram()]
-        flat = [*self._flat, *(grad for column in columns for grad in column)]
+        flat = list(self._flat)
+        for sparse in self.sparse.values():
+            flat += sparse.for_gram()
         if not flat:
             return torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
         found: Tensor = self._run("gram", flat)
@@ -54,11 +55,15 @@ class Parameters:
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:
         """The sum over tasks of coefficient times gradient, for each parameter."""
         results: list[Tensor | None] = [None] * len(self.columns)
-        columns = {p: column for p, sparse in self.sparse.items() if (column := sparse.for_combine()) is not None}
-        flat = [*self._flat, *(grad for column in columns.values() for grad in column)]
+        flat, places = list(self._flat), list(self.dense)
+        for p, sparse in self.sparse.items():
+            column = sparse.for_combine()
+            if column:
+                flat += column
+                places.append(p)
         if flat:
             combined = self._run("combine", flat, coefficients)
-            for p, result in zip((*self.dense, *columns), combined, strict=True):
+            for p, result in zip(places, combined, strict=True):
                 results[p] = result
         for p, sparse in self.sparse.items():
             results[p] = sparse.combine(coefficients, results[p])

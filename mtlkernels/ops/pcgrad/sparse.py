@@ -1,9 +1,9 @@
 """Sparse gradients, as embeddings have them, for PCGrad: nothing is ever as large as the parameter.
 
-Each gradient becomes sorted keys, one a row that it touches, and the rows' values, duplicates
-added up in float64. Where the tasks touch much the same rows, as those that are trained on the same batch do, their
-values are laid out over the union of the rows, and the operators take them for dense. Otherwise inner products run
-over the pairs of tasks that meet in a row. On a GPU only the numbers of rows are waited for, as in ``coalesce``.
+Each gradient becomes sorted keys, one a row that it touches, and the rows' values, duplicates added up in float64.
+Where the tasks touch much the same rows, as those that are trained on one batch do, their values are laid out over the
+union of the rows, and the operators take them for dense. Otherwise inner products run over the pairs of tasks that meet
+in a row. On a GPU only the numbers of rows are waited for, as in ``coalesce``.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ class SparseColumn:
         sparse = {t: grad for t, grad in enumerate(column) if grad is not None and is_sparse(grad)}
         self.like = next(iter(sparse.values()))
         rows = {t: _rows(grad) for t, grad in sparse.items()}
-        dtype = (
-            self.like.dtype if all(values.dtype == self.like.dtype for _, values in rows.values()) else torch.float64
-        )
+        dtypes = {values.dtype for _, values in rows.values()}
+        dtype = self.like.dtype if dtypes == {self.like.dtype} else torch.float64
         self.values = {t: values.to(dtype) for t, (_, values) in rows.items()}
         keys = [found for found, _ in rows.values()]
         self.union, place, self._touched = torch.cat(keys).unique(return_inverse=True, return_counts=True)
@@ -58,18 +57,20 @@ class SparseColumn:
         spread[self.place[task]] = values
         return spread
 
-    def for_gram(self) -> list[list[Tensor | None]]:
-        """Columns of dense tensors, of whose Gram matrices :meth:`cross` is what the whole one has besides."""
-        columns = [self._column(self.dense)] if self.dense else []
+    def for_gram(self) -> list[Tensor | None]:
+        """Columns of dense tensors, flat, of whose Gram matrix :meth:`cross` is what the whole one has besides."""
+        flat = self._column(self.dense) if self.dense else []
         if self.aligned:
-            return [*columns, self._column(self.values)]
-        return [*columns, *(self._column({t: values}) for t, values in self.values.items())]
+            return flat + self._column(self.values)
+        for t, values in self.values.items():
+            flat += self._column({t: values})
+        return flat
 
-    def for_combine(self) -> list[Tensor | None] | None:
-        """The column of dense tensors whose weighted sum :meth:`combine` wants."""
+    def for_combine(self) -> list[Tensor | None]:
+        """The column of dense tensors whose weighted sum :meth:`combine` wants, or none."""
         if self.dense:
             return self._column(self.dense)
-        return self._column(self.values) if self.aligned else None
+        return self._column(self.values) if self.aligned else []
 
     def _column(self, grads: dict[int, Tensor]) -> list[Tensor | None]:
         return [grads.get(t) for t in range(self.num_tasks)]
