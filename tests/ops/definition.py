@@ -160,7 +160,7 @@ def pcgrad(
 
     def flatten(row: Sequence[Tensor | None]) -> Tensor:
         parts = [
-            (torch.zeros_like(like) if grad is None else grad).to_dense().double().flatten()
+            (torch.zeros_like(like) if grad is None else grad).double().to_dense().flatten()
             for grad, like in zip(row, shapes, strict=True)
             if like is not None
         ]
@@ -200,7 +200,7 @@ def assert_pcgrad_agrees(grads: Sequence[Sequence[Tensor | None]], order: Tensor
     with poisoned_outputs():
         actual = mk.pcgrad(grads, order=order, **options)
     assert len(actual) == len(expected)
-    sizes = [float(sum(g.to_dense().double().square().sum() for g in row if g is not None)) ** 0.5 for row in grads]
+    sizes = [float(sum(g.double().to_dense().square().sum() for g in row if g is not None)) ** 0.5 for row in grads]
     for got, want, column in zip(actual, expected, zip(*grads, strict=True), strict=True):
         if want is None:
             assert got is None

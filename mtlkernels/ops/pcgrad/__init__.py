@@ -26,7 +26,7 @@ def gram(grads: Grads) -> Tensor:
     """The Gram matrix of the tasks' gradients: ``G_ij = <g_i, g_j>`` over all parameters.
 
     One pass over lists of tensors, none of which is copied or concatenated. Sums are in float64, in an order that
-    depends on the shapes alone, so that the same gradients give the same bits. Differentiable.
+    depends on the shapes alone, so that the same gradients give the same bits. Differentiable in dense gradients.
 
     Args:
         grads: a sequence over T tasks of sequences over parameters of tensors or None, which counts as zero; or one
@@ -70,8 +70,8 @@ def pcgrad_weights(
     """
     check_gram(gram)
     check_options(include_self, max_norm, normalize, project, eps)
-    drawn = _order(order, generator, gram.shape[0], gram.device, project)
-    return _weights(gram, drawn, include_self, max_norm, normalize, project, eps, False)[0]
+    drawn = draw_order(order, generator, gram.shape[0], gram.device, project)
+    return solve(gram, drawn, include_self, max_norm, normalize, project, eps, False)[0]
 
 
 def pcgrad(
@@ -91,7 +91,11 @@ def pcgrad(
     For each task i, and each other task j in the order given, ``d = <g_i', g_j>`` with g_i' the gradient projected so
     far and g_j the original one; where d < 0, ``g_i' -= d / (|g_j|^2 + eps) * g_j``. The result is the sum of the g_i',
     or their mean. The projections run on the T x T Gram matrix in float64, so that the parameters are read twice and
-    written once, whatever T is, and nothing is read back from a GPU. Deterministic for a given order. Differentiable.
+    written once, whatever T is, and nothing is read back from a GPU. Deterministic for a given order. Differentiable in
+    dense gradients.
+
+    Sparse gradients, as those of ``nn.Embedding(sparse=True)``, need not be coalesced, and are never made dense: memory
+    is proportional to what they hold. On a GPU they wait for it as ``Tensor.coalesce`` does. They have no derivatives.
 
     Args:
         grads: a sequence over T tasks of sequences over parameters of tensors or None, which counts as zero; or one
@@ -119,14 +123,14 @@ def pcgrad(
     mean = check_reduction(reduction)
     check_options(include_self, max_norm, normalize, project, eps)
     parameters = Parameters(grads)
-    drawn = _order(order, generator, parameters.num_tasks, parameters.device, project)
+    drawn = draw_order(order, generator, parameters.num_tasks, parameters.device, project)
     found = parameters.gram()
-    _, coefficients = _weights(found, drawn, include_self, max_norm, normalize, project, eps, mean)
+    _, coefficients = solve(found, drawn, include_self, max_norm, normalize, project, eps, mean)
     results = parameters.combine(coefficients)
     return results[0] if isinstance(grads, Tensor) else results
 
 
-def _order(
+def draw_order(
     order: Any, generator: torch.Generator | None, num_tasks: int, device: torch.device, project: bool
 ) -> Tensor | None:
     """The order of projections on ``device``, drawn where it is not given."""
@@ -143,7 +147,8 @@ def _order(
     return keys.argsort(dim=1).to(device, non_blocking=True)
 
 
-def _weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+def solve(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    """The projected gradients' coefficients [T, T], and the result's [T]; ``options`` as in ``reference.weights``."""
     if needs_function((gram,)):
         return reference.weights(gram, order, *options)
     run = _backends.implementation("pcgrad", "weights", _backends.forced(), gram)

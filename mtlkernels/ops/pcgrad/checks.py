@@ -44,6 +44,7 @@ def check_columns(columns: Sequence[Column]) -> None:
     device: torch.device | None = None
     for p, column in enumerate(columns):
         like: Tensor | None = None
+        sparse_dim: int | None = None
         for t, grad in enumerate(column):
             if grad is None:
                 continue
@@ -64,6 +65,20 @@ def check_columns(columns: Sequence[Column]) -> None:
                 raise ValueError(f"{name} must have shape {shape_of(like)} as other tasks have, got {shape_of(grad)}")
             if grad.dtype != like.dtype:
                 raise TypeError(f"{name} must have dtype {like.dtype} as other tasks have, got {grad.dtype}")
+            if grad.layout == torch.sparse_coo:
+                sparse_dim = _check_sparse(name, grad, sparse_dim)
+
+
+def _check_sparse(name: str, grad: Tensor, expected: int | None) -> int:
+    """The number of sparse dimensions, which is ``expected`` where another task's gradient is sparse too."""
+    found = grad.sparse_dim()
+    if found == 0:
+        raise ValueError(f"{name} must have at least one sparse dimension, got none")
+    if expected not in (None, found):
+        raise ValueError(f"{name} must have {expected} sparse dimensions as other tasks have, got {found}")
+    if grad.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require gradients: a sparse gradient has no derivative here")
+    return found
 
 
 def check_gram(gram: Any) -> Tensor:

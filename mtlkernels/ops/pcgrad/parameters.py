@@ -11,39 +11,62 @@ from torch import Tensor
 from mtlkernels import _backends
 from mtlkernels.ops._call import needs_function
 from mtlkernels.ops.pcgrad.checks import check_columns, columns_of
+from mtlkernels.ops.pcgrad.sparse import SparseColumn, is_sparse
 
 
 class Parameters:
     """T gradients for each of P parameters, checked.
 
-    Dense ones go to the operators, all in one call; a parameter without any gradient is left out.
+    Dense ones go to the operators, all in one call, and with them what :class:`SparseColumn` makes of the others; a
+    parameter without any gradient is left out.
     """
 
     def __init__(self, grads: Any) -> None:
         self.num_tasks, self.columns = columns_of(grads)
         check_columns(self.columns)
-        self.dense = [p for p, column in enumerate(self.columns) if any(grad is not None for grad in column)]
-        self._flat = [grad for p in self.dense for grad in self.columns[p]]
+        self.dense: list[int] = []
+        self.sparse: dict[int, SparseColumn] = {}
+        for p, column in enumerate(self.columns):
+            if any(is_sparse(grad) for grad in column):
+                self.sparse[p] = SparseColumn(column)
+            elif any(grad is not None for grad in column):
+                self.dense.append(p)
+        self._flat: list[Tensor | None] = [grad for p in self.dense for grad in self.columns[p]]
 
     @property
     def device(self) -> torch.device:
         """Where the gradients are; the CPU where there are none."""
-        return next((grad.device for grad in self._flat if grad is not None), torch.device("cpu"))
+        found = (grad.device for column in self.columns for grad in column if grad is not None)
+        return next(found, torch.device("cpu"))
 
     def gram(self) -> Tensor:
         """[T, T] in float64."""
-        if not self._flat:
+        flat = list(self._flat)
+        for sparse in self.sparse.values():
+            flat += sparse.for_gram()
+        if not flat:
             return torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
-        found: Tensor = self._run("gram", self._flat)
+        found: Tensor = self._run("gram", flat)
+        for sparse in self.sparse.values():
+            if sparse.dense or not sparse.aligned:
+                found = found + sparse.cross()
         return found
 
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:
         """The sum over tasks of coefficient times gradient, for each parameter."""
         results: list[Tensor | None] = [None] * len(self.columns)
-        if self._flat:
-            combined = self._run("combine", self._flat, coefficients)
-            for p, result in zip(self.dense, combined, strict=True):
+        flat, places = list(self._flat), list(self.dense)
+        for p, sparse in self.sparse.items():
+            column = sparse.for_combine()
+            if column:
+                flat += column
+                places.append(p)
+        if flat:
+            combined = self._run("combine", flat, coefficients)
+            for p, result in zip(places, combined, strict=True):
                 results[p] = result
+        for p, sparse in self.sparse.items():
+            results[p] = sparse.combine(coefficients, results[p])
         return results
 
     def _run(self, direction: str, flat: Sequence[Tensor | None], *args: Tensor) -> Any:

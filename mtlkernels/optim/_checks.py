@@ -1,0 +1,85 @@
+"""Checks of what the wrappers of optimizers take. Messages name the argument, what was expected and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtlkernels.ops._checks import DTYPES, shape_of
+
+
+def check_optimizers(optimizer: Any, beside: Any) -> list[Optimizer]:
+    """The optimizer to wrap, then the others whose parameters take part."""
+    if isinstance(beside, Optimizer) or not isinstance(beside, Sequence):
+        raise TypeError(f"beside must be a sequence of optimizers, got {type(beside).__name__}")
+    found = []
+    for i, candidate in enumerate((optimizer, *beside)):
+        name = f"beside[{i - 1}]" if i else "optimizer"
+        if not isinstance(candidate, Optimizer):
+            raise TypeError(f"{name} must be a torch.optim.Optimizer, got {type(candidate).__name__}")
+        found.append(candidate)
+    return found
+
+
+def parameters_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """All parameters of the optimizers, as they are now: groups can be added."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return list({id(parameter): parameter for group in groups for parameter in group["params"]}.values())
+
+
+def check_shared(shared: Any, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """``shared`` as a list, each tensor once; a frozen one need not be the optimizer's."""
+    if isinstance(shared, (Tensor, torch.nn.Module)) or not isinstance(shared, Iterable):
+        raise TypeError(f"shared must be an iterable of parameters or None, got {type(shared).__name__}")
+    known = {id(parameter) for parameter in parameters_of(optimizers)}
+    found: dict[int, Tensor] = {}
+    for i, parameter in enumerate(shared):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"shared[{i}] must be a parameter, got {type(parameter).__name__}")
+        if id(parameter) not in known and parameter.requires_grad:
+            raise ValueError(f"shared[{i}] must be a parameter of the optimizer, got another of {shape_of(parameter)}")
+        found[id(parameter)] = parameter
+    if not found:
+        raise ValueError("shared must hold at least one parameter, got none: is it a generator that was used before?")
+    return list(found.values())
+
+
+def check_losses(losses: Any) -> list[Tensor]:
+    """The losses, one a task; a vector of them is taken apart."""
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(f"losses must be a sequence of scalars or a vector [T], got shape {shape_of(losses)}")
+        if not losses.requires_grad:
+            raise ValueError("losses must require gradients, got a tensor that does not")
+        losses = losses.unbind()
+    if isinstance(losses, (str, bytes)) or not isinstance(losses, Sequence):
+        raise TypeError(f"losses must be a sequence of tensors, one a task, got {type(losses).__name__}")
+    if not losses:
+        raise ValueError("losses must hold the loss of at least one task, got none")
+    for i, loss in enumerate(losses):
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"losses[{i}] must be a tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"losses[{i}] must be a scalar, got shape {shape_of(loss)}")
+        if not loss.requires_grad:
+            raise ValueError(f"losses[{i}] must require gradients, got one that does not: is no_grad on?")
+    return list(losses)
+
+
+def check_trained(shared: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """There is something to train, and the tasks' gradients of what they share can be put into one Gram matrix."""
+    if not shared and not others:
+        raise ValueError("optimizer must hold a parameter that requires gradients, got none")
+    for i, parameter in enumerate(shared):
+        if parameter.dtype not in DTYPES:
+            raise TypeError(
+                f"shared parameter {i} must be float32, bfloat16, float16 or float64, got {parameter.dtype}"
+            )
+        if parameter.device != shared[0].device:
+            raise ValueError(
+                f"shared parameter {i} must be on {shared[0].device} as the first one is, got {parameter.device}"
+            )

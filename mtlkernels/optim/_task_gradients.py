@@ -1,0 +1,73 @@
+"""One gradient a task for shared parameters, the ordinary gradient of all losses for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Row = list[Tensor | None]
+
+
+def task_gradients(
+    losses: Sequence[Tensor], shared: Sequence[Tensor], others: Sequence[Tensor], *, mean: bool, batched: bool
+) -> tuple[list[Row], Row]:
+    """The gradients of ``losses``; frees their graphs, and writes no ``.grad``.
+
+    Args:
+        losses: T scalars.
+        shared: parameters, all of which require gradients.
+        others: likewise.
+        mean: whether ``others`` get the mean over losses instead of the sum.
+        batched: one backward pass for all losses instead of one a loss.
+
+    Returns:
+        T rows of gradients of ``shared``, and one row of ``others``, whose tensors nothing else refers to. None where
+        a loss does not reach a parameter.
+    """
+    factor = 1 / len(losses) if mean else 1.0
+    if batched:
+        return _in_one_pass(losses, shared, others, factor)
+    rows: list[Row] = []
+    totals: Row = [None] * len(others)
+    for i, loss in enumerate(losses):
+        found = torch.autograd.grad(loss, [*shared, *others], retain_graph=i + 1 < len(losses), allow_unused=True)
+        rows.append(list(found[: len(shared)]))
+        totals = [_add(total, grad, factor) for total, grad in zip(totals, found[len(shared) :], strict=True)]
+        del found  # before the next pass takes memory
+    return rows, totals
+
+
+def _add(total: Tensor | None, grad: Tensor | None, factor: float) -> Tensor | None:
+    """``total + factor * grad``, in place where both are dense, in memory that autograd does not hand out twice."""
+    if grad is None:
+        return total
+    if total is None:
+        return grad.clone() if factor == 1 else grad * factor
+    if total.is_sparse and grad.is_sparse:  # a sum of sparse tensors is their concatenation
+        return torch.add(total, grad, alpha=factor).coalesce()
+    if total.is_sparse:
+        return torch.add(grad * factor, total)
+    return total.add_(grad, alpha=factor)
+
+
+def _in_one_pass(
+    losses: Sequence[Tensor], shared: Sequence[Tensor], others: Sequence[Tensor], factor: float
+) -> tuple[list[Row], Row]:
+    num_tasks = len(losses)
+    picks = []
+    for i, loss in enumerate(losses):
+        pick = torch.zeros((num_tasks, *loss.shape), dtype=loss.dtype, device=loss.device)
+        pick[i] = 1
+        picks.append(pick)
+    try:
+        found = torch.autograd.grad(losses, [*shared, *others], picks, allow_unused=True, is_grads_batched=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(
+            "batched must be False for these losses: an operator of their backward pass cannot be batched, as those of"
+            f" sparse gradients and of compiled models cannot ({error})"
+        ) from error
+    columns = [[None] * num_tasks if grad is None else list(grad.unbind()) for grad in found[: len(shared)]]
+    rows: list[Row] = [[column[t] for column in columns] for t in range(num_tasks)]
+    return rows, [None if grad is None else grad.sum(0) * factor for grad in found[len(shared) :]]
