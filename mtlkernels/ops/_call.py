@@ -12,6 +12,8 @@ from mtlkernels import _backends, _extension
 from mtlkernels._backends import implementation
 from mtlkernels._library import cast_floats
 
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
 
 def under_autocast(like: Tensor, *groups: Any) -> Any:
     """The groups of tensors as autocast wants them: a differentiable cast, or the same objects outside autocast."""
@@ -57,7 +59,6 @@ def direct_to_cpp(like: Any) -> bool:
     return (
         type(like) is Tensor
         and like.is_cpu
-        and not torch.is_grad_enabled()
         and _extension.loaded()
         and _backends.forced() in (None, "cpp")
         and not torch.compiler.is_compiling()
@@ -65,6 +66,14 @@ def direct_to_cpp(like: Any) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def run_cpp(op: str, *args: Any) -> Any:
+    """Runs the forward operator of a call that :func:`direct_to_cpp` lets through.
+
+    Sent to the CPU's kernel whatever the tensors are, so that it is the one to refuse a tensor of another device.
+    """
+    return getattr(torch.ops.mtlkernels, f"{op}_forward").default.redispatch(_CPU, *args)
 
 
 def serve(op: str, *args: Any) -> Any:

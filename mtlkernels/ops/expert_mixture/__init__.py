@@ -22,7 +22,7 @@ from mtlkernels.ops.expert_mixture.checks import (
     check_inputs,
     check_weights,
 )
-from mtlkernels.routing import Routing
+from mtlkernels.routing import Routing, Wiring
 
 PerExpert = Tensor | Sequence[Tensor]
 
@@ -69,7 +69,7 @@ def expert_mixture(
         ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, or an activation is
             unknown.
     """
-    outputs = _serve(inputs, weights, biases, gate_logits, routing, activation, gate_weights, gate_biases)
+    outputs = _direct(inputs, weights, biases, gate_logits, routing, activation, gate_weights, gate_biases)
     if outputs is not None:
         return outputs
     check_routing(routing)
@@ -102,29 +102,69 @@ def expert_mixture(
     return tuple(out[0])
 
 
-def _serve(
+def _direct(
     inputs: Any, weights: Any, biases: Any, gate_logits: Any, routing: Any, activation: Any, *gates: Any
 ) -> tuple[Tensor, ...] | None:
-    """Serving on a CPU, where the way through checks and dispatcher would take as long as a small batch.
+    """A call on a CPU, where the way through checks and dispatcher would take as long as a small batch.
 
     Goes straight to the C++ operator, which checks what it is given before it computes. Returns None where this does
     not apply, and where the operator refuses: the checks in Python then find out why, in the caller's terms.
     """
-    if not direct_to_cpp(inputs[0] if isinstance(inputs, (list, tuple)) and inputs else inputs):
+    several = isinstance(inputs, (list, tuple))
+    if not direct_to_cpp(inputs[0] if several and inputs else inputs):
         return None
     try:
         wiring = routing.wiring
-        several = not isinstance(inputs, Tensor)
         if wiring.idle or (several and len(inputs) != routing.num_inputs):
             return None
         if gates[0] is None if gate_logits is None else gates != (None, None):
             return None
         codes = (CODES[activation],) * len(weights)
+        if torch.is_grad_enabled():
+            return _train(inputs, weights, biases, gate_logits, gates, wiring, codes)
         flat = (wiring.expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
         served: tuple[Tensor, ...] = serve("expert_mixture", inputs, weights, biases, gate_logits, *gates, *flat)
         return served
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
         return None
+
+
+def _train(
+    inputs: Any, weights: Any, biases: Any, logits: Any, gates: Any, wiring: Wiring, codes: tuple[int, ...]
+) -> tuple[Tensor, ...] | None:
+    """The direct way with gradients; None where none is wanted."""
+    streams = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    experts = len(wiring.live)
+    if any(len(layer) != experts for layer in (*weights, *(layer for layer in biases or () if layer is not None))):
+        return None
+    flat_weights = [w for layer in weights for w in layer]
+    flat_biases: list[Any] = [None] * len(flat_weights)
+    if biases is not None:
+        flat_biases = [b for layer in biases for b in ([None] * experts if layer is None else layer)]
+        if any(b is None for layer in biases if layer is not None for b in layer):
+            return None
+    if logits is None:
+        gate_weights = _per_gate(gates[0], wiring.gate_sizes)
+        gate_biases = [None] * len(gate_weights) if gates[1] is None else _per_gate(gates[1], wiring.gate_sizes)
+        if tuple(map(len, gate_weights)) != wiring.gate_sizes or len(gate_biases) != len(gate_weights):
+            return None
+        if 1 < len(streams) < len(gate_weights):
+            return None
+        logits = _gate_logits(streams, gate_weights, gate_biases)
+    if isinstance(logits, Tensor):
+        logits = logits.split(wiring.gate_sizes, dim=1)
+    if not needs_function(streams, flat_weights, flat_biases, logits):
+        return None
+    expert_inputs = wiring.expert_inputs if len(streams) > 1 else (0,) * experts
+    routing = (expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
+    plan = Plan(*routing, len(streams), _backends.forced(), direct=True)
+    out = apply(ExpertMixture, plan, *streams, *flat_weights, *flat_biases, *logits)
+    return tuple(out[: len(logits)])
+
+
+def _per_gate(value: Any, sizes: Sequence[int]) -> list[Any]:
+    """An entry a gate, from a list or from one tensor in which the gates' rows follow each other."""
+    return list(value.split(sizes) if isinstance(value, Tensor) else value)
 
 
 def _gate_logits(

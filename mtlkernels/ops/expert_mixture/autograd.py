@@ -20,7 +20,7 @@ from mtlkernels.ops._autograd import (
     front,
     grads_are_batched,
 )
-from mtlkernels.ops._call import run_forward
+from mtlkernels.ops._call import run_cpp, run_forward
 from mtlkernels.ops.expert_mixture import reference
 
 _OP = "expert_mixture"
@@ -36,6 +36,7 @@ class Plan:
     activations: tuple[int, ...]
     num_inputs: int
     backend: str | None
+    direct: bool = False  # straight to the C++ operator, which checks what it is given
 
     @property
     def num_weights(self) -> int:
@@ -75,7 +76,7 @@ class ExpertMixture(torch.autograd.Function):
     def forward(plan: Plan, *tensors: Any) -> Any:
         inputs, weights, biases, logits, _ = plan.split(tensors)
         args = (inputs, weights, biases, logits, *plan.routing, True)
-        outputs, saved = run_forward(_OP, plan.backend, inputs[0], *args)
+        outputs, saved = run_cpp(_OP, *args) if plan.direct else run_forward(_OP, plan.backend, inputs[0], *args)
         return (*outputs, *saved)
 
     @staticmethod
