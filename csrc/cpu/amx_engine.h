@@ -84,10 +84,15 @@ struct AmxEngine {
   static C* destination(Element*, int64_t, C* tile) { return tile; }
 
   static void store(Element* panel, int64_t feature, int64_t n, const C* values) {
+    store_each(panel, feature, n, [&](int64_t i, int) { return load(values + i * kGroup); });
+  }
+  // The same with value(i, 0) the 16 rows of feature + i.
+  template <typename F>
+  MTLK_INLINE static void store_each(Element* panel, int64_t feature, int64_t n, F value) {
     for (int64_t i = 0; i < n; i += 2) {
       __m256i even[kPlanes], odd[kPlanes];
-      split(_mm512_loadu_ps(values + i * kGroup), even);
-      split(i + 1 < n ? _mm512_loadu_ps(values + (i + 1) * kGroup) : _mm512_setzero_ps(), odd);
+      split(reinterpret_cast<__m512>(value(i, 0)), even);
+      split(i + 1 < n ? reinterpret_cast<__m512>(value(i + 1, 0)) : _mm512_setzero_ps(), odd);
       Element* place = panel + (feature + i) / kStep * kPlaneBlock + (feature + i) % kStep * kGroup;
       for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, interleaved(even[p], odd[p]));
     }

@@ -218,6 +218,10 @@ class ForwardBlock {
                      ahead.share(g0, ng, groups_));
         for (int64_t g = g0; g < g0 + ng; ++g) {
           C* tile = s_.tile + (g - g0) * tile_group;
+          if (!save && (!last || uses(e) <= kFusedUses)) {
+            last ? mix_activated(e, g, o, n, tile, bias) : store_activated(l, tile, bias, n, out + g * out_size, o);
+            continue;
+          }
           C* before = save_before ? s_.before : nullptr;
           C* after = panel_out ? Engine::destination(out + g * out_size, o, tile) : tile;
           bias_activation(level_.activations[l], tile, bias, n, after, before);
@@ -231,6 +235,58 @@ class ForwardBlock {
       if (save) write_saved(e, l, save_before ? s_.kept : out);
     }
   }
+
+  // activation(values + bias) of n features, straight into the next layer's input.
+  void store_activated(int l, const C* values, const T* bias, int64_t n, Element* panel, int64_t o) {
+    with_activation(level_.activations[l], [&](auto constant) {
+      Engine::store_each(panel, o, n, [&](int64_t i, int j) {
+        return activate<decltype(constant)::value, C>(load(values + i * kGroup + j) + bias_at(bias, i));
+      });
+    });
+  }
+
+  static Vector<C> bias_at(const T* bias, int64_t i) {
+    return broadcast(bias ? static_cast<C>(to_compute(bias[i])) : static_cast<C>(0));
+  }
+
+  // Adds activation(values + bias) of n features of expert e's last layer to every gate's sum, in one pass.
+  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const T* bias) {
+    with_activation(level_.activations[level_.layers - 1], [&](auto constant) {
+      switch (uses(e)) {
+        case 1:
+          return mix_activated<decltype(constant)::value, 1>(e, g, o, n, values, bias);
+        case 2:
+          return mix_activated<decltype(constant)::value, 2>(e, g, o, n, values, bias);
+        case 3:
+          return mix_activated<decltype(constant)::value, 3>(e, g, o, n, values, bias);
+      }
+    });
+  }
+
+  template <int Code, int Uses>
+  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const T* bias) {
+    constexpr int L = Simd<C>::lanes;
+    const Gates& gates = level_.gates;
+    const GateUse* use = gates.uses + gates.use_begin[e];
+    C* sums[Uses];
+    for (int u = 0; u < Uses; ++u) sums[u] = s_.mixed + ((use[u].gate * groups_ + g) * features() + o) * kGroup;
+    for (int j = 0; j < kGroup; j += L) {
+      Vector<C> p[Uses];
+      for (int u = 0; u < Uses; ++u) p[u] = load(probabilities(g) + use[u].column * kGroup + j);
+      for (int64_t i = 0; i < n; ++i) {
+        const Vector<C> x = activate<Code, C>(load(values + i * kGroup + j) + bias_at(bias, i));
+#pragma GCC unroll 3
+        for (int u = 0; u < Uses; ++u) {
+          C* place = sums[u] + i * kGroup + j;
+          mtlk::MTLK_ISA::store(place, load(place) + p[u] * x);
+        }
+      }
+    }
+  }
+
+  // Gates that mix expert e; up to kFusedUses of them take its last layer as it comes.
+  static constexpr int kFusedUses = 3;
+  int uses(int e) const { return level_.gates.use_begin[e + 1] - level_.gates.use_begin[e]; }
 
   // Saves what the backward pass wants of n features: at once, or in a panel for write_saved.
   void keep(int e, int l, int64_t g, int64_t o, int64_t n, const C* values) {

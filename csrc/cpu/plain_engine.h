@@ -46,6 +46,15 @@ struct PlainEngine {
   // Where a tile's outputs go if they form features [feature, feature + n) of a panel: straight there.
   static C* destination(Element* panel, int64_t feature, C*) { return panel + feature * kGroup; }
   static void store(Element*, int64_t, int64_t, const C*) {}
+  // value(i, j): lanes from j on of the 16 rows of feature + i.
+  template <typename F>
+  MTLK_INLINE static void store_each(Element* panel, int64_t feature, int64_t n, F value) {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int j = 0; j < kGroup; j += Simd<C>::lanes) {
+        mtlk::MTLK_ISA::store(panel + (feature + i) * kGroup + j, value(i, j));
+      }
+    }
+  }
 
   // `n` outputs from `feature` on for `groups` groups: out[group][feature][16].
   static void tile(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
