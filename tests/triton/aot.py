@@ -31,17 +31,37 @@ from mtlkernels.ops.expert_mixture import triton_kernels as experts
 from mtlkernels.ops.expert_mixture import triton_tiles as tiles
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture import triton_kernels as mixtures
+from mtlkernels.ops.pcgrad import triton as pcgrad
+from mtlkernels.ops.pcgrad import triton_gram as grams
+from mtlkernels.ops.pcgrad import triton_kernels as projections
 
+MODULES = (experts, mixtures, grams, projections)
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # dtype and input_precision of every product.
 OPERANDS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee"))
-DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = ((1, 1), (4096, 16), (4096, 4096))  # rows and columns that between them lead to every tile of a product
 # gelu takes the most registers, but its derivative is computed in smaller tiles than those that follow from the output.
 FORWARD_CODES = (CODES["gelu"],)
 BACKWARD_CODES = (CODES["tanh"], CODES["gelu"])
+TASKS = (*range(1, 9), 12, 16, 32, 64)  # every size of a group, and of a projection
+# The types of a kernel's arguments but for those that are i32.
+ARGUMENTS = {
+    "mix_backward": {"table": "*i64", "weights": "*fp32", "inner": "*fp32"},
+    "gram_chunks": {"table": "*i64", "parts": "*fp64"},
+    "gram_sum": {"parts": "*fp64", "gram": "*fp64"},
+    "project_tasks": {
+        "gram": "*fp64",
+        "order": "*i64",
+        "rows": "*fp64",
+        "coefficients": "*fp64",
+        "max_norm": "i64",
+        "eps": "i64",
+    },
+    "combine_chunks": {"table": "*i64", "coefficients": "*fp64"},
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,7 @@ class Variant:
 
     @property
     def dtype(self) -> str:
-        return str(dict(self.constants)["DTYPE"])
+        return str(dict(self.constants).get("DTYPE", ""))
 
     def __str__(self) -> str:
         short = " ".join(f"{name.lower()}={value}" for name, value in self.constants)
@@ -77,14 +97,20 @@ class Usage:
         return bool(self.error) or self.stack > 0
 
 
-def variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
+def every_variant(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
     """Every shipped configuration, with these activations in the kernels of the two directions."""
+    yield from mixture_variants(forward_codes, backward_codes)
+    yield from pcgrad_variants()
+
+
+def mixture_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
+    """Every configuration of the mixtures' kernels."""
 
     def made(kernel: str, tile: Tile, dtype: str, **constants: Any) -> Variant:
         return Variant(kernel, tile, (("DTYPE", dtype), *constants.items()))
 
     for aligned in (True, False):
-        for dtype in DTYPES:
+        for dtype in TORCH_DTYPES:
             # float32 logits take no fewer registers than narrower ones.
             common: dict[str, Any] = {"LOGITS": "fp32", "ALIGNED": aligned}
             yield made("mix_forward", mixture.TILES[aligned], dtype, **common)
@@ -109,18 +135,33 @@ def variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Ite
             yield made("weight_gradient", tile, dtype, **common, NEED_WEIGHTS=True, NEED_BIASES=True)
 
 
+def pcgrad_variants() -> Iterator[Variant]:
+    """Every configuration of PCGrad's kernels, for products in float64 and in float32."""
+    for dtype in DTYPES:
+        for group, single in dict.fromkeys((pcgrad.group_size(t), t <= pcgrad.MAX_GROUP) for t in TASKS):
+            for wide in (True, False) if dtype != "fp64" else (True,):
+                constants = (("DTYPE", dtype), ("WIDE", wide), ("GROUP", group), ("SINGLE", single))
+                yield Variant("gram_chunks", pcgrad.gram_tile(wide, single), constants)
+        yield Variant("combine_chunks", pcgrad.COMBINE, (("DTYPE", dtype),))
+    yield Variant("gram_sum", pcgrad.SUM, ())
+    flags = (("CLIP", True), ("NORMALIZE", True), ("INCLUDE_SELF", False), ("MEAN", True))
+    for tile in dict.fromkeys(map(pcgrad.projection_tile, TASKS)):
+        yield Variant("project_tasks", tile, flags)
+
+
 def compile_variant(variant: Variant, architecture: int) -> Usage:
     """Compiles for an architecture (80, 90, …) and reads from the machine code what it takes."""
-    kernel = getattr(experts, variant.kernel, None) or getattr(mixtures, variant.kernel)
+    kernel = next(found for m in MODULES if (found := getattr(m, variant.kernel, None)) is not None)
     tile = variant.tile
     values = dict(variant.constants) | {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     constants = {name: DTYPES.get(v, v) if name in ("DTYPE", "LOGITS") else v for name, v in values.items()}
-    pointers = {"table": "*i64"} | ({"weights": "*fp32", "inner": "*fp32"} if variant.kernel == "mix_backward" else {})
+    types = ARGUMENTS.get(variant.kernel, {"table": "*i64"})
     signature = {
-        parameter.name: "constexpr" if parameter.is_constexpr else pointers.get(parameter.name, "i32")
+        parameter.name: "constexpr" if parameter.is_constexpr else types.get(parameter.name, "i32")
         for parameter in kernel.params
     }
-    attributes = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if p.name in pointers}
+    pointers = [i for i, parameter in enumerate(kernel.params) if signature[parameter.name].startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     try:
@@ -155,7 +196,7 @@ def main() -> int:
     args = parser.parse_args()
     every = range(len(ACTIVATIONS))
     codes = (every, every) if args.activations else (FORWARD_CODES, BACKWARD_CODES)
-    found = dict.fromkeys(v for v in variants(*codes) if not args.kernel or v.kernel in args.kernel)
+    found = dict.fromkeys(v for v in every_variant(*codes) if not args.kernel or v.kernel in args.kernel)
     tasks = [(variant, architecture) for variant in found for architecture in args.arch]
     failures = 0
     print("arch  registers  stack  shared  tensor-core  kernel")

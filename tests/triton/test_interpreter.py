@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-def test_kernels_agree_with_the_reference() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton/interpreted.py"]
+@pytest.mark.parametrize("tests", ["interpreted.py", "interpreted_pcgrad.py"])
+def test_kernels_agree_with_the_reference(tests: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/{tests}"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

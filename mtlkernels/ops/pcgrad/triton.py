@@ -1,0 +1,233 @@
+"""PCGrad on NVIDIA GPUs through Triton: two launches for the Gram matrix, one for the weights, one for the result.
+
+The passes over the parameters take one launch for each dtype among them: pointer types and the products' precision are
+then fixed when a kernel is compiled. Most models have one dtype. The Gram matrix's parts are added up in a launch of
+their own rather than by the program that finishes last: the counter that tells it so would have to be zeroed first,
+in a launch too.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtlkernels.ops import _triton
+from mtlkernels.ops._layout import alike
+from mtlkernels.ops._triton import Table, Tile, launch
+from mtlkernels.ops.pcgrad.triton_gram import gram_chunks, gram_sum
+from mtlkernels.ops.pcgrad.triton_kernels import combine_chunks, project_tasks
+
+DTYPES = _triton.DTYPES | {torch.float64: tl.float64}
+# Tasks whose products stay in a thread's registers: up to 36 sums. More tasks are cut into groups, between two of which
+# there are 36 or 64 sums.
+MAX_GROUP = 8
+GROUPS = (6, 8)
+# GPUs whose float64 arithmetic runs at half the rate of float32: exact products in float64 take a quarter of the time
+# that the gradients take to arrive there (8 tasks, H100), and cost no more than float32 ones with their scaling. On all
+# other GPUs, at 1/64 of the rate, they would take several times as long as the gradients do.
+WIDE_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
+GRAM_CHUNK = 128 * 24  # elements: the product of every gram_tile
+SUM = Tile(rows=128, columns=4, depth=1, warps=4, stages=1)
+COMBINE = Tile(rows=128, columns=8, depth=4, warps=4, stages=1)
+
+
+def gram_tile(wide: bool, single: bool) -> Tile:
+    """Chunks of 128 lanes x 24 elements, which keep a GPU busy from 1M parameters on.
+
+    In float32 a lane adds up 4 products, 4 roundings, and 6 such sums, 5 more; 128 lanes meet in 7 steps. These 16
+    roundings are 9.5e-7 of ``|g_i| |g_j|`` if all go one way, and some 1e-8 as they do go; what follows is float64.
+    Four elements of 8 tasks are enough loads on their way; 64 sums in float64 leave registers for two.
+    """
+    columns = 2 if wide and not single else 4
+    return Tile(rows=128, columns=columns, depth=24 // columns, warps=4, stages=1)
+
+
+def projection_tile(num_tasks: int) -> Tile:
+    """T x T coefficients, 8 a thread; up to 16 tasks are one warp, whose sums need no barrier."""
+    size = max(8, triton.next_power_of_2(num_tasks))
+    return Tile(rows=size, columns=size, depth=1, warps=max(1, size * size // 256), stages=1)
+
+
+def group_size(num_tasks: int) -> int:
+    """The number of tasks in a group: all, or the smaller of the sizes that makes the fewest groups."""
+    if num_tasks <= MAX_GROUP:
+        return num_tasks
+    return min(GROUPS, key=lambda size: (triton.cdiv(num_tasks, size), size))
+
+
+def is_wide(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products are computed in float64."""
+    if dtype == torch.float64:
+        return True
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in WIDE_CAPABILITIES
+
+
+@dataclass
+class Parameters:
+    """The parameters of one dtype, with places in the table of what kernels know of them."""
+
+    dtype: torch.dtype
+    count: int
+    chunks: int
+    starts: int
+    sizes: int
+    tasks: int
+    outputs: int
+
+
+def by_dtype(
+    table: Table, columns: Sequence[Sequence[Tensor | None]], outputs: Sequence[Tensor] | None, chunk: int
+) -> list[Parameters]:
+    """Appends the parameters, those that have elements, to the table; one entry for each dtype."""
+    sorted_by: dict[torch.dtype, list[tuple[int, int]]] = {}
+    for p, column in enumerate(columns):
+        like = next((grad for grad in column if grad is not None), None)
+        if like is not None and like.numel():
+            sorted_by.setdefault(like.dtype, []).append((p, like.numel()))
+    found = []
+    for dtype, members in sorted_by.items():
+        starts = [0]
+        for _, size in members:
+            starts.append(starts[-1] + triton.cdiv(size, chunk))
+        found.append(
+            Parameters(
+                dtype,
+                len(members),
+                starts[-1],
+                starts=table.integers(starts[:-1]),
+                sizes=table.integers(size for _, size in members),
+                tasks=table.pointers(grad for p, _ in members for grad in columns[p]),
+                outputs=table.pointers(outputs[p] for p, _ in members) if outputs else 0,
+            )
+        )
+    return found
+
+
+def laid_out(grads: Sequence[Tensor | None], num_tasks: int) -> list[list[Tensor | None]]:
+    """The gradients parameter by parameter, those of one parameter in one order of their elements."""
+    columns = []
+    for start in range(0, len(grads), num_tasks):
+        column = grads[start : start + num_tasks]
+        found = iter(alike([grad for grad in column if grad is not None]))
+        columns.append([None if grad is None else next(found) for grad in column])
+    return columns
+
+
+def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
+    """As the reference: [T, T] in float64."""
+    device = next(grad.device for grad in grads if grad is not None)
+    columns = laid_out(grads, num_tasks)
+    group = group_size(num_tasks)
+    single = group == num_tasks
+    firsts = range(0, num_tasks, group)
+    pairs = [(first, second) for second in firsts for first in firsts if first <= second]
+    table = Table()
+    at_pairs = table.integers(first for pair in pairs for first in pair)
+    found = by_dtype(table, columns, None, GRAM_CHUNK)
+    num_parts = sum(parameters.chunks for parameters in found)
+    parts = torch.empty((num_tasks, num_tasks, num_parts), dtype=torch.float64, device=device)
+    result = torch.empty((num_tasks, num_tasks), dtype=torch.float64, device=device)
+    first_part = 0
+    with _triton.on_device(device):
+        entries = table.to(device)
+        for parameters in found:
+            wide = is_wide(parameters.dtype, device)
+            launch(
+                gram_chunks,
+                parameters.chunks * len(pairs),
+                gram_tile(wide, single),
+                entries,
+                parts,
+                first_part,
+                num_parts,
+                parameters.starts,
+                parameters.sizes,
+                parameters.tasks,
+                at_pairs,
+                parameters.count,
+                num_tasks,
+                len(pairs),
+                DTYPE=DTYPES[parameters.dtype],
+                WIDE=wide,
+                GROUP=group,
+                SINGLE=single,
+            )
+            first_part += parameters.chunks
+        launch(gram_sum, num_tasks * num_tasks, SUM, parts, result, num_parts, num_tasks)
+    return result
+
+
+def bits(value: float) -> int:
+    """The bits of a float64 number, as an integer."""
+    found: int = struct.unpack("q", struct.pack("d", value))[0]
+    return found
+
+
+def weights(
+    gram: Tensor,
+    order: Tensor | None,
+    include_self: bool,
+    max_norm: float | None,
+    normalize: bool,
+    project: bool,
+    eps: float,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the reference: the projected gradients' coefficients [T, T], and the result's [T], in float64."""
+    num_tasks = gram.shape[0]
+    gram = gram.contiguous()
+    rows, coefficients = torch.empty_like(gram), torch.empty_like(gram[0])
+    steps = order.to(torch.int64).contiguous() if project and order is not None else None
+    with _triton.on_device(gram.device):
+        launch(
+            project_tasks,
+            1,
+            projection_tile(num_tasks),
+            gram,
+            gram if steps is None else steps,
+            rows,
+            coefficients,
+            num_tasks,
+            0 if steps is None else steps.shape[1],
+            bits(max_norm or 0.0),
+            bits(eps),
+            CLIP=max_norm is not None,
+            NORMALIZE=normalize,
+            INCLUDE_SELF=include_self,
+            MEAN=mean,
+        )
+    return rows, coefficients
+
+
+def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
+    """As the reference: one tensor a parameter, in the dtype and the layout of its gradients."""
+    columns = laid_out(grads, num_tasks)
+    results = [torch.empty_like(next(grad for grad in column if grad is not None)) for column in columns]
+    coefficients = coefficients.to(torch.float64).contiguous()
+    table = Table()
+    found = by_dtype(table, columns, results, COMBINE.rows * COMBINE.columns * COMBINE.depth)
+    if found:
+        with _triton.on_device(coefficients.device):
+            entries = table.to(coefficients.device)
+            for parameters in found:
+                launch(
+                    combine_chunks,
+                    parameters.chunks,
+                    COMBINE,
+                    entries,
+                    coefficients,
+                    parameters.starts,
+                    parameters.sizes,
+                    parameters.tasks,
+                    parameters.outputs,
+                    parameters.count,
+                    num_tasks,
+                    DTYPE=DTYPES[parameters.dtype],
+                )
+    return results

@@ -1,0 +1,311 @@
+# mypy: ignore-errors
+"""Kernels of the Gram matrix: a part for each chunk of a parameter, and their sum.
+
+A program is ROWS lanes that take COLUMNS elements of every gradient at a time, DEPTH times. A lane keeps its own sums
+of products in registers; lanes meet only when the chunk is done.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mtlkernels.ops.pcgrad.triton_kernels import find_chunk
+
+
+@triton.jit
+def power(exponent):
+    """Two to a power of at most 127, in float32; 0 below -126."""
+    return (tl.maximum(exponent + 127, 0) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def read(
+    addresses,
+    exponents,
+    offset,
+    row,
+    limit,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The next elements of COUNT gradients, COLUMNS vectors each; in float32 over a power of two a lane and gradient.
+
+    ``exponents`` are those of the powers so far. Returns the vectors, the new exponents, which the elements left under
+    4, and the factors by which sums of products with earlier elements shrink for that.
+    """
+    lanes = row + tl.arange(0, ROWS)
+    vectors = ()
+    for t in tl.static_range(COUNT):
+        elements = tl.where(addresses[t] != 0, limit, 0)
+        for c in tl.static_range(COLUMNS):
+            at = lanes + c * ROWS
+            pointers = addresses[t].to(tl.pointer_type(DTYPE)) + offset + at
+            value = tl.load(pointers, mask=at < elements, other=0.0)
+            vectors = vectors + (value.to(tl.float64 if WIDE else tl.float32),)
+    if WIDE:
+        return vectors, exponents, exponents
+    else:
+        scaled = ()
+        raised = ()
+        factors = ()
+        for t in tl.static_range(COUNT):
+            largest = tl.zeros((ROWS,), tl.int32)
+            for c in tl.static_range(COLUMNS):
+                bits = vectors[t * COLUMNS + c].to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                largest = tl.maximum(largest, bits)
+            # 126 at most, so that the inverse is a normal number; infinity and NaN stay what they are.
+            exponent = tl.maximum(exponents[t], tl.minimum((largest >> 23) - 127, 126))
+            for c in tl.static_range(COLUMNS):
+                scaled = scaled + (vectors[t * COLUMNS + c] * power(-exponent),)
+            raised = raised + (exponent,)
+            factors = factors + (power(exponents[t] - exponent),)
+        return scaled, raised, factors
+
+
+@triton.jit
+def multiplied(
+    total,
+    left,
+    right,
+    factors,
+    others,
+    I: tl.constexpr,  # noqa: E741
+    J: tl.constexpr,
+    WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``total`` and the products of gradients I and J. In float32 these are added up among themselves first."""
+    if WIDE:
+        for c in tl.static_range(COLUMNS):
+            total += left[I * COLUMNS + c] * right[J * COLUMNS + c]
+        return total
+    else:
+        inner = left[I * COLUMNS] * right[J * COLUMNS]
+        for c in tl.static_range(1, COLUMNS):
+            inner += left[I * COLUMNS + c] * right[J * COLUMNS + c]
+        return total * (factors[I] * others[J]) + inner
+
+
+@triton.jit
+def filled(value, dtype: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """COUNT vectors."""
+    vectors = ()
+    for _ in tl.static_range(COUNT):
+        vectors = vectors + (tl.full((ROWS,), value, dtype),)
+    return vectors
+
+
+@triton.jit
+def group_addresses(table, tasks, first, num_tasks, GROUP: tl.constexpr):
+    """The addresses of a group of tasks' gradients, 0 beyond the last task."""
+    addresses = ()
+    for t in tl.static_range(GROUP):
+        addresses = addresses + (tl.load(table + tasks + first + t, mask=first + t < num_tasks, other=0),)
+    return addresses
+
+
+@triton.jit
+def levelled(exponents, WIDE: tl.constexpr, COUNT: tl.constexpr):
+    """What makes lanes' sums comparable: a factor a lane for each gradient, and the unit that then remains."""
+    factors = ()
+    units = ()
+    if not WIDE:
+        for t in tl.static_range(COUNT):
+            highest = tl.max(exponents[t], 0)
+            factors = factors + (power(exponents[t] - highest),)
+            units = units + (((highest + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True),)
+    return factors, units
+
+
+@triton.jit
+def write(
+    out,
+    stride,
+    num_tasks,
+    i,
+    j,
+    total,
+    left,
+    right,
+    level,
+    other_level,
+    I: tl.constexpr,  # noqa: E741
+    J: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Adds up the lanes' sums of products of tasks i and j, the I-th and J-th of their groups, and writes the result.
+
+    Exactly zero where one of the gradients is missing, also if the other one is not finite.
+    """
+    if WIDE:
+        result = tl.sum(total, 0)
+    else:
+        factors, units = level
+        other_factors, other_units = other_level
+        result = tl.sum(total * (factors[I] * other_factors[J]), 0).to(tl.float64) * (units[I] * other_units[J])
+    result = tl.where((left[I] != 0) & (right[J] != 0), result, 0.0)
+    tl.store(out + (i * num_tasks + j).to(tl.int64) * stride, result, mask=(i < num_tasks) & (j < num_tasks))
+
+
+@triton.jit
+def gram_triangle(
+    table,
+    out,
+    stride,
+    tasks,
+    first,
+    num_tasks,
+    offset,
+    limit,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The products within a group of tasks, for one chunk."""
+    addresses = group_addresses(table, tasks, first, num_tasks, GROUP)
+    totals = filled(0.0, tl.float64 if WIDE else tl.float32, GROUP * (GROUP + 1) // 2, ROWS)
+    exponents = filled(-126, tl.int32, GROUP, ROWS)
+    for row in range(0, limit, ROWS * COLUMNS):
+        vectors, exponents, factors = read(addresses, exponents, offset, row, limit, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
+        sums = ()
+        for j in tl.static_range(GROUP):
+            for i in tl.static_range(j + 1):
+                total = totals[j * (j + 1) // 2 + i]
+                sums = sums + (multiplied(total, vectors, vectors, factors, factors, i, j, WIDE, COLUMNS),)
+        totals = sums
+    level = levelled(exponents, WIDE, GROUP)
+    for j in tl.static_range(GROUP):
+        for i in tl.static_range(j + 1):
+            total = totals[j * (j + 1) // 2 + i]
+            where = (out, stride, num_tasks, first + i, first + j)
+            write(*where, total, addresses, addresses, level, level, i, j, WIDE)
+
+
+@triton.jit
+def gram_square(
+    table,
+    out,
+    stride,
+    tasks,
+    first,
+    second,
+    num_tasks,
+    offset,
+    limit,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The products between two groups of tasks, for one chunk; those of the second are read one by one."""
+    addresses = group_addresses(table, tasks, first, num_tasks, GROUP)
+    others = group_addresses(table, tasks, second, num_tasks, GROUP)
+    totals = filled(0.0, tl.float64 if WIDE else tl.float32, GROUP * GROUP, ROWS)
+    exponents = filled(-126, tl.int32, GROUP, ROWS)
+    other_exponents = filled(-126, tl.int32, GROUP, ROWS)
+    for row in range(0, limit, ROWS * COLUMNS):
+        vectors, exponents, factors = read(addresses, exponents, offset, row, limit, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
+        sums = ()
+        raised = ()
+        for j in tl.static_range(GROUP):
+            other, exponent, factor = read(
+                (others[j],), (other_exponents[j],), offset, row, limit, DTYPE, WIDE, 1, ROWS, COLUMNS
+            )
+            for i in tl.static_range(GROUP):
+                total = totals[j * GROUP + i]
+                sums = sums + (multiplied(total, vectors, other, factors, factor, i, 0, WIDE, COLUMNS),)
+            raised = raised + exponent
+        totals = sums
+        other_exponents = raised
+    level = levelled(exponents, WIDE, GROUP)
+    other_level = levelled(other_exponents, WIDE, GROUP)
+    for j in tl.static_range(GROUP):
+        for i in tl.static_range(GROUP):
+            where = (out, stride, num_tasks, first + i, second + j)
+            write(*where, totals[j * GROUP + i], addresses, others, level, other_level, i, j, WIDE)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_part",
+        "num_parts",
+        "starts",
+        "sizes",
+        "tasks",
+        "pairs",
+        "num_parameters",
+        "num_tasks",
+        "num_pairs",
+    ]
+)
+def gram_chunks(
+    table,
+    parts,
+    first_part,
+    num_parts,
+    starts,
+    sizes,
+    tasks,
+    pairs,
+    num_parameters,
+    num_tasks,
+    num_pairs,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    SINGLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """A chunk's part of ``<g_i, g_j>`` for the tasks i of a group and j of the same or a later one.
+
+    ``parts`` [T, T, parts], float64, takes the upper triangle. ``pairs`` holds the first tasks of each pair of groups
+    (all tasks are one group if ``SINGLE``). The pairs come one after another for each chunk, which thus is in the cache
+    for all but the first of them.
+    """
+    chunk = tl.program_id(0) // num_pairs
+    parameter, offset, limit = find_chunk(table, chunk, starts, sizes, num_parameters, ROWS * COLUMNS * DEPTH)
+    tasks += parameter * num_tasks
+    out = parts + first_part + chunk
+    stride = num_parts.to(tl.int64)
+    if SINGLE:
+        gram_triangle(table, out, stride, tasks, 0, num_tasks, offset, limit, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
+    else:
+        pairs += 2 * (tl.program_id(0) % num_pairs)
+        first = tl.load(table + pairs).to(tl.int32)
+        second = tl.load(table + pairs + 1).to(tl.int32)
+        what = (table, out, stride, tasks, first)
+        if first == second:
+            gram_triangle(*what, num_tasks, offset, limit, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
+        else:
+            gram_square(*what, second, num_tasks, offset, limit, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["num_parts", "num_tasks"])
+def gram_sum(
+    parts,
+    gram,
+    num_parts,
+    num_tasks,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Adds up the parts of one element of the Gram matrix [T, T], in an order that depends on their number alone."""
+    i = tl.program_id(0) // num_tasks
+    j = tl.program_id(0) % num_tasks
+    element = tl.minimum(i, j) * num_tasks + tl.maximum(i, j)
+    parts += element.to(tl.int64) * num_parts
+    lanes = tl.arange(0, ROWS * COLUMNS)
+    total = tl.zeros((ROWS * COLUMNS,), tl.float64)
+    for first in range(0, num_parts, ROWS * COLUMNS):
+        total += tl.load(parts + first + lanes, mask=first + lanes < num_parts, other=0.0)
+    tl.store(gram + tl.program_id(0), tl.sum(total, 0))
