@@ -169,6 +169,16 @@ def columns(flat: Flat, num_tasks: int) -> list[Flat]:
     return [flat[start : start + num_tasks] for start in range(0, len(flat), num_tasks)]
 
 
+def crowded(device: str) -> tuple[Tensor, Tensor]:
+    """The Gram matrix of 8 gradients in a plane, and an order in which one comes to conflict with itself."""
+    generator = torch.Generator().manual_seed(205)
+    plane = torch.randn(8, 2, generator=generator, dtype=torch.float64)
+    gram, order = plane @ plane.T, torch.rand(8, 8, generator=generator).argsort(1)
+    alone, itself = (reference.weights(gram, order, flag, None, False, True, 0.0, False)[1] for flag in (False, True))
+    assert not torch.allclose(alone, itself), "no gradient conflicts with itself"
+    return gram.to(device), order.to(device)
+
+
 def extreme(device: str) -> Flat:
     """Squares beyond float32's range on both sides, and every order of small and large elements in one lane."""
     generator = torch.Generator().manual_seed(0)

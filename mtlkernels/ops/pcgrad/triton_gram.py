@@ -32,10 +32,11 @@ def read(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The next elements of COUNT gradients, COLUMNS vectors each; in float32 over a power of two a lane and gradient.
+    """The next elements of COUNT gradients, COLUMNS vectors each, in float64 if ``WIDE``.
 
-    ``exponents`` are those of the powers so far. Returns the vectors, the new exponents, which the elements left under
-    4, and the factors by which sums of products with earlier elements shrink for that.
+    In float32 they are divided by a power of two, one for each lane and gradient, so that neither they nor their
+    products leave the range; it grows when larger elements come. Returns the vectors, the exponents of these powers,
+    given what they were, and the factors, at most 1, by which sums over earlier elements shrink when a power grows.
     """
     lanes = row + tl.arange(0, ROWS)
     vectors = ()
