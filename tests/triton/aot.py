@@ -137,11 +137,11 @@ def mixture_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]
 
 def pcgrad_variants() -> Iterator[Variant]:
     """Every configuration of PCGrad's kernels, for products in float64 and in float32."""
-    for dtype in DTYPES:
+    for dtype, torch_dtype in (TORCH_DTYPES | {"fp64": torch.float64}).items():
         for group, single in dict.fromkeys((pcgrad.group_size(t), t <= pcgrad.MAX_GROUP) for t in TASKS):
             for wide in (True, False) if dtype != "fp64" else (True,):
                 constants = (("DTYPE", dtype), ("WIDE", wide), ("GROUP", group), ("SINGLE", single))
-                yield Variant("gram_chunks", pcgrad.gram_tile(wide, single), constants)
+                yield Variant("gram_chunks", pcgrad.gram_tile(torch_dtype, wide, single), constants)
         yield Variant("combine_chunks", pcgrad.COMBINE, (("DTYPE", dtype),))
     yield Variant("gram_sum", pcgrad.SUM, ())
     flags = (("CLIP", True), ("NORMALIZE", True), ("INCLUDE_SELF", False), ("MEAN", True))

@@ -37,21 +37,22 @@ SUM = Tile(rows=128, columns=4, depth=1, warps=4, stages=1)
 COMBINE = Tile(rows=128, columns=8, depth=4, warps=4, stages=1)
 
 
-def gram_tile(wide: bool, single: bool) -> Tile:
+def gram_tile(dtype: torch.dtype, wide: bool, single: bool) -> Tile:
     """Chunks of 128 lanes x 24 elements, which keep a GPU busy from 1M parameters on.
 
     In float32 a lane adds up 4 products, 4 roundings, and 6 such sums, 5 more; 128 lanes meet in 7 steps. These 16
     roundings are 9.5e-7 of ``|g_i| |g_j|`` if all go one way, and some 1e-8 as they do go; what follows is float64.
-    Four elements of 8 tasks are enough loads on their way; 64 sums in float64 leave registers for two.
+    Four elements of 8 tasks are enough loads on their way; 64 sums in float64 leave registers for two, or for one that
+    is float64 itself.
     """
-    columns = 2 if wide and not single else 4
+    columns = 4 if single or not wide else 1 if dtype == torch.float64 else 2
     return Tile(rows=128, columns=columns, depth=24 // columns, warps=4, stages=1)
 
 
 def projection_tile(num_tasks: int) -> Tile:
-    """T x T coefficients, 8 a thread; up to 16 tasks are one warp, whose sums need no barrier."""
+    """T x T coefficients, 8 a thread up to 64 tasks; up to 16 tasks are one warp, whose sums need no barrier."""
     size = max(8, triton.next_power_of_2(num_tasks))
-    return Tile(rows=size, columns=size, depth=1, warps=max(1, size * size // 256), stages=1)
+    return Tile(rows=size, columns=size, depth=1, warps=min(max(1, size * size // 256), 32), stages=1)
 
 
 def group_size(num_tasks: int) -> int:
@@ -141,7 +142,7 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
             launch(
                 gram_chunks,
                 parameters.chunks * len(pairs),
-                gram_tile(wide, single),
+                gram_tile(parameters.dtype, wide, single),
                 entries,
                 parts,
                 first_part,
