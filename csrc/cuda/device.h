@@ -3,7 +3,6 @@
 
 #define MTLK_GLOBAL __global__
 #define MTLK_DEVICE __device__
-#define MTLK_UNROLL_8 _Pragma("unroll 8")
 
 namespace mtlk::cuda {
 

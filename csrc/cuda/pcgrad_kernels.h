@@ -150,7 +150,7 @@ MTLK_GLOBAL void __launch_bounds__(kThreads) gram_kernel(const GramArguments arg
     const Chunk chunk = table.chunk(index, parameter);
     parameter = chunk.parameter;
     if (table.present(parameter) != present) {  // the same for all threads
-      flush<octets>(sums, present, rows, total);
+      if (present != 0) flush<octets>(sums, present, rows, total);
       present = table.present(parameter);
     }
     switch (table.kind(parameter)) {

@@ -17,7 +17,6 @@
 
 #define MTLK_GLOBAL
 #define MTLK_DEVICE
-#define MTLK_UNROLL_8
 #define __launch_bounds__(threads)
 #define __shared__ static
 #define __syncthreads() emulated::Block::now->wait(emulated::kBlock, __LINE__)

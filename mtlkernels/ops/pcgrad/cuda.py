@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,12 @@ def slots(chunks: int, num_tasks: int) -> int:
     """How many partial sums the Gram matrix takes: for each block its tiles, of eight tasks by eight."""
     octets = 1 if num_tasks <= 8 else 2 if num_tasks <= 16 else 4 if num_tasks <= 32 else 8
     return min(max(chunks, 1), _MAX_BLOCKS) * (octets * (octets + 1) // 2) * _TILE
+
+
+def takes(direction: str, args: tuple[Any, ...]) -> bool:
+    """Whether the kernels take a call with these arguments: they are for up to 64 tasks."""
+    num_tasks: int = args[0].shape[0] if direction == "weights" else args[1]
+    return num_tasks <= MAX_TASKS
 
 
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
