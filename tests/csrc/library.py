@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtlkernels.ops.pcgrad import cuda
+from mtlkernels.testing import poisoned_outputs
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 OPTIONS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
@@ -59,54 +61,42 @@ def chunk_at(table: Tensor, parameters: int, tasks: int, index: int, start: int)
     return parameter, first, count
 
 
-def gram(grads: Sequence[Tensor | None], tasks: int, seed: int = 0) -> Tensor:
-    """The Gram matrix by csrc/cuda's kernel; ``seed`` picks the order in which blocks and threads run."""
-    call = cuda.arguments(grads, tasks, with_results=False)
-    table = call.table.to(torch.device("cpu"))
-    slots = torch.full((cuda.slots(call.chunks, tasks),), torch.nan, dtype=torch.float64)
-    out = torch.full((tasks, tasks), torch.nan, dtype=torch.float64)
-    _check(
-        load().gram(
-            pointer(table), integer(call.parameters), tasks, integer(call.chunks), pointer(slots), pointer(out), seed
-        )
-    )
-    return out
+@contextmanager
+def operators(seed: int = 0) -> Iterator[None]:
+    """Within the block the operators of mtlkernels_cuda run on CPU tensors, so that their launchers do.
+
+    Their schemas are those that csrc/cuda/pcgrad.cpp registers. ``seed`` picks the order in which blocks and threads run.
+    What is allocated holds NaN.
+    """
+
+    def gram(table: Tensor, parameters: int, chunks: int, slots: Tensor, out: Tensor) -> None:
+        tasks = out.shape[0]
+        assert slots.numel() >= load().gram_slots(integer(chunks), tasks)
+        counts = integer(parameters), tasks, integer(chunks)
+        _check(load().gram(pointer(table), *counts, pointer(slots), pointer(out), seed))
+
+    def weights(
+        gram: Tensor, order: Tensor, rows: Tensor, coefficients: Tensor, max_norm: float, eps: float, *flags: bool
+    ) -> None:
+        tensors = [pointer(tensor) for tensor in (gram, order, rows, coefficients)]
+        numbers = [ctypes.c_double(max_norm), ctypes.c_double(eps), *map(ctypes.c_bool, flags)]
+        _check(load().weights(*tensors, gram.shape[0], order.shape[1], *numbers, seed))
+
+    def combine(table: Tensor, parameters: int, chunks: int, coefficients: Tensor) -> None:
+        counts = integer(parameters), coefficients.numel(), integer(chunks)
+        _check(load().combine(pointer(table), *counts, pointer(coefficients), seed))
+
+    source = (ROOT / "csrc" / "cuda" / "pcgrad.cpp").read_text()
+    with torch.library._scoped_library("mtlkernels_cuda", "FRAGMENT") as made, poisoned_outputs():
+        for found in re.findall(r"library\.def\(\s*((?:\"[^\"]*\"\s*)+)\)", source):
+            schema = "".join(re.findall(r"\"([^\"]*)\"", found))
+            if not hasattr(torch.ops.mtlkernels_cuda, schema[: schema.index("(")]):
+                made.define(schema)
+        for name, function in (("gram", gram), ("weights", weights), ("combine", combine)):
+            made.impl(name, function, "CPU")
+        yield
 
 
-def weights(
-    gram: Tensor,
-    order: Tensor,
-    include_self: bool,
-    max_norm: float | None,
-    normalize: bool,
-    project: bool,
-    eps: float,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    """The projections by csrc/cuda's kernel."""
-    tasks = gram.shape[0]
-    rows, coefficients = torch.full_like(gram, torch.nan), torch.full_like(gram[0], torch.nan)
-    tensors = [pointer(tensor) for tensor in (gram, order, rows, coefficients)]
-    norm = ctypes.c_double(-1.0 if max_norm is None else max_norm)
-    flags = [ctypes.c_bool(flag) for flag in (include_self, normalize, project, mean)]
-    _check(load().weights(*tensors, tasks, order.shape[1], norm, ctypes.c_double(eps), *flags, 0))
-    return rows, coefficients
-
-
-def combine(grads: Sequence[Tensor | None], tasks: int, coefficients: Tensor, seed: int = 0) -> list[Tensor]:
-    """The weighted sums by csrc/cuda's kernel."""
-    call = cuda.arguments(grads, tasks, with_results=True)
-    table = call.table.to(torch.device("cpu"))
-    for result in call.results:
-        result.fill_(torch.nan)
-    _check(
-        load().combine(
-            pointer(table), integer(call.parameters), tasks, integer(call.chunks), pointer(coefficients), seed
-        )
-    )
-    return call.results
-
-
-def _check(error: Any) -> None:
+def _check(error: bytes | None) -> None:
     if error is not None:
         raise AssertionError(error.decode())

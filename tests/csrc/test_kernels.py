@@ -5,19 +5,37 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtlkernels.ops.pcgrad import reference
-from mtlkernels.testing import DTYPES
+from mtlkernels import _backends
+from mtlkernels.ops.pcgrad import cuda, reference
+from mtlkernels.testing import DTYPES, random_task_gradients
 from tests.csrc import library
+from tests.ops.definition import assert_pcgrad_agrees
 
 pytestmark = library.needs_compiler
 EPS = torch.finfo(torch.float64).eps
 SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 100, 255, 256, 257, 1000)
+
+
+def gram(grads: Sequence[Tensor | None], tasks: int, seed: int = 0) -> Tensor:
+    with library.operators(seed):
+        return cuda.gram(grads, tasks)
+
+
+def combine(grads: Sequence[Tensor | None], tasks: int, coefficients: Tensor, seed: int = 0) -> list[Tensor]:
+    with library.operators(seed):
+        return cuda.combine(grads, tasks, coefficients)
+
+
+def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    with library.operators():
+        return cuda.weights(gram, order, *options)
 
 
 def placed(values: Tensor, offset: int) -> Tensor:
@@ -79,18 +97,18 @@ def assert_combined(found: Sequence[Tensor], grads: Sequence[Tensor | None], tas
 @pytest.mark.parametrize("tasks", range(1, 65))
 def test_every_number_of_tasks(tasks: int) -> None:
     grads = random_list(tasks, tasks, SIZES if tasks <= 16 else SIZES[:12], 4)
-    assert_gram(library.gram(grads, tasks), grads, tasks)
+    assert_gram(gram(grads, tasks), grads, tasks)
     coefficients = torch.randn(tasks, dtype=torch.float64)
-    assert_combined(library.combine(grads, tasks, coefficients), grads, tasks, coefficients)
+    assert_combined(combine(grads, tasks, coefficients), grads, tasks, coefficients)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_lists(seed: int) -> None:
     tasks = random.Random(seed).choice((1, 2, 3, 4, 5, 7, 8, 9, 12, 16))
     grads = random_list(100 + seed, tasks)
-    assert_gram(library.gram(grads, tasks, seed), grads, tasks)
+    assert_gram(gram(grads, tasks, seed), grads, tasks)
     coefficients = torch.randn(tasks, dtype=torch.float64)
-    assert_combined(library.combine(grads, tasks, coefficients, seed), grads, tasks, coefficients)
+    assert_combined(combine(grads, tasks, coefficients, seed), grads, tasks, coefficients)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -99,33 +117,33 @@ def test_parameters_of_several_chunks(dtype: torch.dtype, offset: int) -> None:
         grads: list[Tensor | None] = [
             placed(torch.randn(size).to(dtype), offset) for size in (8192, 4097) for _ in range(tasks)
         ]
-        assert_gram(library.gram(grads, tasks), grads, tasks)
+        assert_gram(gram(grads, tasks), grads, tasks)
         coefficients = torch.randn(tasks, dtype=torch.float64)
-        assert_combined(library.combine(grads, tasks, coefficients), grads, tasks, coefficients)
+        assert_combined(combine(grads, tasks, coefficients), grads, tasks, coefficients)
 
 
 @pytest.mark.parametrize("parameters", [33, 64, 65, 1030])
 def test_more_blocks_than_a_group_and_more_chunks_than_blocks(parameters: int) -> None:
     grads: list[Tensor | None] = [torch.randn(3) for _ in range(2 * parameters)]
-    assert_gram(library.gram(grads, 2), grads, 2)
+    assert_gram(gram(grads, 2), grads, 2)
 
 
 @pytest.mark.parametrize("tasks", [2, 8, 20])
 def test_the_bits_do_not_depend_on_the_order_of_blocks_and_threads(tasks: int) -> None:
     grads = random_list(tasks, tasks, (5, 100, 257), 40)
-    first = library.gram(grads, tasks, 0)
+    first = gram(grads, tasks, 0)
     coefficients = torch.randn(tasks, dtype=torch.float64)
-    combined = library.combine(grads, tasks, coefficients, 0)
+    combined = combine(grads, tasks, coefficients, 0)
     for seed in (1, 2):
-        assert torch.equal(library.gram(grads, tasks, seed), first)
-        again = library.combine(grads, tasks, coefficients, seed)
+        assert torch.equal(gram(grads, tasks, seed), first)
+        again = combine(grads, tasks, coefficients, seed)
         assert all(torch.equal(a, b) for a, b in zip(again, combined, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e25, 1e38])
 def test_squares_outside_the_range_of_float32(scale: float) -> None:
     grads: list[Tensor | None] = [torch.randn(500).clamp(-3, 3) * scale for _ in range(3)]
-    found, exact = library.gram(grads, 3), reference.gram(grads, 3)
+    found, exact = gram(grads, 3), reference.gram(grads, 3)
     norms = exact.diagonal().sqrt()
     assert (norms > 0).all() and torch.isfinite(norms).all()
     assert ((found - exact).abs() <= 1e-12 * norms.unsqueeze(1) * norms).all()
@@ -134,7 +152,7 @@ def test_squares_outside_the_range_of_float32(scale: float) -> None:
 def test_coefficients_outside_the_range_of_float32() -> None:
     grads: list[Tensor | None] = [torch.randn(300) * 1e-30, torch.randn(300) * 1e20]
     coefficients = torch.tensor([1e50, -1e-60], dtype=torch.float64)
-    assert_combined(library.combine(grads, 2, coefficients), grads, 2, coefficients)
+    assert_combined(combine(grads, 2, coefficients), grads, 2, coefficients)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -143,19 +161,19 @@ def test_what_is_not_finite_stays_visible_and_stays_where_it_is(value: float) ->
         grads: list[Tensor | None] = [torch.randn(40) for _ in range(2 * tasks)]
         grads[1][7] = value  # type: ignore[index]
         grads[2] = None  # has no part in the product with the second gradient
-        found, exact = library.gram(grads, tasks), reference.gram(grads, tasks)
+        found, exact = gram(grads, tasks), reference.gram(grads, tasks)
         torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12, equal_nan=True)
         assert not found[1].isfinite()[1] and found[1].isfinite()[2]
         for coefficient in (2.0, 0.0):
             coefficients = torch.full((tasks,), coefficient, dtype=torch.float64)
-            combined = library.combine(grads, tasks, coefficients)
+            combined = combine(grads, tasks, coefficients)
             expected = reference.combine(grads, tasks, coefficients)
             torch.testing.assert_close(combined, expected, equal_nan=True)
 
 
 def test_nothing_to_add_up() -> None:
     grads: list[Tensor | None] = [torch.empty(0) for _ in range(6)]
-    assert torch.equal(library.gram(grads, 3), torch.zeros(3, 3, dtype=torch.float64))
+    assert torch.equal(gram(grads, 3), torch.zeros(3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3])
@@ -171,7 +189,7 @@ def test_nothing_but_the_results_is_written(offset: int) -> None:
 
     coefficients = torch.randn(5, dtype=torch.float64)
     with mock.patch.object(torch, "empty_like", inside):
-        found = library.combine(grads, 5, coefficients)
+        found = combine(grads, 5, coefficients)
     assert_combined(found, grads, 5, coefficients)
     for around, result in made:
         result.fill_(7)
@@ -196,7 +214,7 @@ def test_projections(tasks: int) -> None:
             vectors = torch.randn(tasks, tasks + 3, dtype=torch.float64)
             order = torch.stack([torch.randperm(tasks)[:columns] for _ in range(tasks)])
             eps = 0.1 if include_self else 0.0
-            found, coefficients = library.weights(
+            found, coefficients = weights(
                 vectors @ vectors.T, order, include_self, None, False, True, eps, columns == tasks
             )
             exact = direct(vectors, order, include_self, eps)
@@ -211,23 +229,48 @@ def test_options_of_the_projections(seed: int) -> None:
     tasks = rng.randint(1, 20)
     vectors = torch.randn(tasks, 4, dtype=torch.float64) * 10 ** rng.uniform(-30, 30)
     vectors[torch.rand(tasks) < 0.2] = 0
-    gram = vectors @ vectors.T
-    gram = torch.where(gram == 0, 0.0, gram)
+    products = vectors @ vectors.T
     order = torch.stack([torch.randperm(tasks) for _ in range(tasks)])
-    max_norm = rng.choice((None, float(gram.diagonal().max().sqrt()) / 2 or 1.0))
+    max_norm = rng.choice((None, float(products.diagonal().max().sqrt()) / 2 or 1.0))
     options = (rng.random() < 0.5, max_norm, rng.random() < 0.5, rng.random() < 0.8, rng.choice((0.0, 1e-8)))
     for mean in (False, True):
-        found, expected = library.weights(gram, order, *options, mean), reference.weights(gram, order, *options, mean)
+        found, expected = weights(products, order, *options, mean), reference.weights(products, order, *options, mean)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_an_order_out_of_range_makes_its_row_nan() -> None:
-    gram = torch.eye(4, dtype=torch.float64)
+    products = torch.eye(4, dtype=torch.float64)
     for wrong in (-1, 4, 2**40, -(2**40)):
         order = torch.tensor([[1, 2, 3], [0, wrong, 3], [0, 1, 3], [0, 1, 2]])
-        rows, coefficients = library.weights(gram, order, False, None, False, True, 0.0, False)
+        rows, coefficients = weights(products, order, False, None, False, True, 0.0, False)
         assert rows[1].isnan().all() and coefficients.isnan().all()
-        assert torch.equal(rows[[0, 2, 3]], gram[[0, 2, 3]])
+        assert torch.equal(rows[[0, 2, 3]], products[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_public_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "implementation", lambda op, direction, *_: getattr(cuda, direction))
+    case = random_task_gradients(seed)
+    rng = random.Random(seed)
+    options = {
+        "reduction": rng.choice(("sum", "mean")),
+        "include_self": rng.random() < 0.5,
+        "normalize": rng.random() < 0.2,
+        "project": rng.random() < 0.8,
+    }
+    with library.operators(seed):
+        assert_pcgrad_agrees(case.grads, case.order, **options)
+
+
+def test_more_tasks_than_the_kernels_take() -> None:
+    grads: list[Tensor | None] = [torch.ones(1)] * 65
+    message = "takes at most 64 tasks, got 65"
+    with pytest.raises(RuntimeError, match=message):
+        cuda.gram(grads, 65)
+    with pytest.raises(RuntimeError, match=message):
+        cuda.combine(grads, 65, torch.ones(65, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=message):
+        cuda.weights(torch.eye(65, dtype=torch.float64), None, False, None, False, True, 0.0, False)
 
 
 def test_the_emulation_notices_threads_that_do_not_meet() -> None:
