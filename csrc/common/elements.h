@@ -164,30 +164,33 @@ MTLK_HOST_DEVICE inline void write(Vector* target, const Vector& value) {
 #endif
 }
 
-// Elements `first` and following of `count`; zeros past the end and where there is no source.
+// Elements `first` and following, aligned and all there; zeros where there is no source.
 template <int kind>
-MTLK_HOST_DEVICE inline Vector load(const typename Element<kind>::Bits* source, int first, int count, bool aligned) {
-  constexpr int kPer = Element<kind>::kPerVector;
+MTLK_HOST_DEVICE inline Vector load_whole(const typename Element<kind>::Bits* source, int first) {
+  return source == nullptr ? Vector{} : read(reinterpret_cast<const Vector*>(source + first));
+}
+
+// Elements `first` and following of `count`, one by one; zeros past the end and where there is no source.
+template <int kind>
+MTLK_HOST_DEVICE inline Vector load_part(const typename Element<kind>::Bits* source, int first, int count) {
   Vector vector = {};
-  if (source == nullptr) return vector;
-  if (aligned && first + kPer <= count) return read(reinterpret_cast<const Vector*>(source + first));
   MTLK_UNROLL
-  for (int i = 0; i < kPer; ++i) {
-    if (first + i < count) put<kind>(vector, i, read(source + first + i));
+  for (int i = 0; i < Element<kind>::kPerVector; ++i) {
+    if (source != nullptr && first + i < count) put<kind>(vector, i, read(source + first + i));
   }
   return vector;
 }
 
 template <int kind>
-MTLK_HOST_DEVICE inline void store(typename Element<kind>::Bits* target, int first, int count, bool aligned,
-                                   const Vector& vector) {
-  constexpr int kPer = Element<kind>::kPerVector;
-  if (aligned && first + kPer <= count) {
-    write(reinterpret_cast<Vector*>(target + first), vector);
-    return;
-  }
+MTLK_HOST_DEVICE inline void store_whole(typename Element<kind>::Bits* target, int first, const Vector& vector) {
+  write(reinterpret_cast<Vector*>(target + first), vector);
+}
+
+template <int kind>
+MTLK_HOST_DEVICE inline void store_part(typename Element<kind>::Bits* target, int first, int count,
+                                        const Vector& vector) {
   MTLK_UNROLL
-  for (int i = 0; i < kPer; ++i) {
+  for (int i = 0; i < Element<kind>::kPerVector; ++i) {
     if (first + i < count) write(target + first + i, get<kind>(vector, i));
   }
 }

@@ -1,16 +1,17 @@
-// Registers PCGrad's CUDA kernels as operators of the library mtlkernels_cuda, which mtlkernels/ops/pcgrad/cuda.py calls.
+// Registers PCGrad's CUDA kernels as operators of the library mtlkernels_cuda, which mtlkernels/ops/pcgrad/cuda.py
+// calls.
 //
-// Written against torch's stable ABI, so that one build serves every CUDA build of torch from 2.10 on. Gradients come as
-// addresses in `table`; see csrc/common/chunks.h.
+// Written against torch's stable ABI, so that one build serves every CUDA build of torch from 2.10 on. Gradients come
+// as addresses in `table`; see csrc/common/chunks.h.
 
 #define TORCH_TARGET_VERSION 0x020a000000000000ULL  // 2.10
 #define USE_CUDA                                    // declares the current CUDA stream, also in a CPU build's headers
 
+#include "pcgrad.h"
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include "pcgrad.h"
 
 namespace {
 
@@ -52,9 +53,8 @@ void gram(const Tensor& table, int64_t parameters, int64_t chunks, const Tensor&
   const int tasks = checked_tasks(out.size(0));
   STD_TORCH_CHECK(slots.numel() >= mtlk::cuda::gram_slots(chunks, tasks), "slots has ", slots.numel(), " entries");
   const Stream stream(table);
-  check(mtlk::cuda::launch_gram({parameter_table(table, parameters, tasks), chunks, data<double>(slots),
-                                 data<double>(out)},
-                                stream.get()));
+  check(mtlk::cuda::launch_gram(
+      {parameter_table(table, parameters, tasks), chunks, data<double>(slots), data<double>(out)}, stream.get()));
 }
 
 void weights(const Tensor& gram, const Tensor& order, const Tensor& rows, const Tensor& coefficients, double max_norm,

@@ -23,10 +23,17 @@ void launch_gram_of(const GramArguments& arguments, void* stream) {
 
 const char* launch_gram(const GramArguments& arguments, void* stream) {
   switch (octets(arguments.table.tasks())) {
-    case 1: launch_gram_of<1>(arguments, stream); break;
-    case 2: launch_gram_of<2>(arguments, stream); break;
-    case 4: launch_gram_of<4>(arguments, stream); break;
-    default: launch_gram_of<8>(arguments, stream);
+    case 1:
+      launch_gram_of<1>(arguments, stream);
+      break;
+    case 2:
+      launch_gram_of<2>(arguments, stream);
+      break;
+    case 4:
+      launch_gram_of<4>(arguments, stream);
+      break;
+    default:
+      launch_gram_of<8>(arguments, stream);
   }
   return launched();
 }
@@ -38,7 +45,8 @@ const char* launch_weights(const WeightsArguments& arguments, void* stream) {
 
 const char* launch_combine(const CombineArguments& arguments, void* stream) {
   if (arguments.chunks == 0) return nullptr;
-  const auto blocks = static_cast<unsigned>(arguments.chunks < kMaxCombineBlocks ? arguments.chunks : kMaxCombineBlocks);
+  const auto blocks =
+      static_cast<unsigned>(arguments.chunks < kMaxCombineBlocks ? arguments.chunks : kMaxCombineBlocks);
   combine_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
   return launched();
 }

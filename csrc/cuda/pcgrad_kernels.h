@@ -1,6 +1,7 @@
 // PCGrad's kernels: the Gram matrix of the tasks' gradients, the projections, the weighted sum.
 //
-// Whoever includes this includes device.h first, or what stands in for it on a host: tests/csrc runs these kernels there.
+// Whoever includes this includes device.h first, or what stands in for it on a host: tests/csrc runs these kernels
+// there.
 #pragma once
 
 #include "../common/elements.h"
@@ -12,20 +13,21 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
 // Gram ---------------------------------------------------------------------------------------------------------------
-// Sums of products in double: exact for float32 and narrower but for the additions, and no square leaves its range, which
-// float32 holds only with a scale a task and chunk. Where doubles run at half the rate of floats (sm_80, 90, 100) this
-// costs no time: a position of T = 8 float32 gradients takes an H100's multiprocessor 2.4 clocks to read, 0.5 to convert
-// and at most 1 to multiply on the tensor cores, and T = 64 still takes no longer than reading. Where they run at 1/64
-// (consumer cards) the multiplications take a few times as long as the reads.
+// Sums of products in double: exact for float32 and narrower but for the additions, and no square leaves its range,
+// which float32 holds only with a scale a task and chunk. Where doubles run at half the rate of floats (sm_80, 90, 100)
+// this should cost no time: by the rates that NVIDIA states, a position of T = 8 float32 gradients takes an H100's
+// multiprocessor 2.4 clocks to read, 0.5 to convert and 0.5 to multiply on the tensor cores; with T = 64 it is 19, 4
+// and
+// 18. Where doubles run at 1/64 (consumer cards) the multiplications take a few times as long as the reads.
 //
-// A warp's product of two tiles, mma(sums, a, b), takes from lane 4 r + q the element of row r at position q of both, so
-// that a lane loads 16 bytes of one task and multiplies them position by position: a diagonal tile is mma(sums, a, a),
-// nothing passes through shared memory, and nothing is read twice. Fewer than 8 tasks leave rows free; these take other
-// positions of the same tasks, whose sums are added at the end.
+// A warp's product of two tiles, mma(sums, a, b), takes from lane 4 r + q the element of row r at position q of both,
+// so that a lane loads 16 bytes of one task and multiplies them position by position: a diagonal tile takes the same
+// operand twice, nothing passes through shared memory, and nothing is read twice. Fewer than 8 tasks leave rows free;
+// these take other positions of the same tasks, whose sums are added at the end.
 
 // How many vectors a lane has on their way at a time, over all octets.
 template <int octets>
-constexpr int kAhead = octets == 1 ? 4 : octets == 2 ? 2 : 1;
+constexpr int kAhead = octets > 4 ? 1 : 4 / octets;
 
 template <int octets>
 using Sums = double[tiles(octets)][2];
@@ -51,11 +53,21 @@ MTLK_DEVICE void add_products(Sums<octets>& sums, const ParameterTable& table, c
   const int step = 32 / rows;  // vectors of a task that a warp loads at once
   for (int base = warp * kSteps * step; base < vectors; base += kWarps * kSteps * step) {
     Vector loaded[kSteps][octets];
-    MTLK_UNROLL
-    for (int s = 0; s < kSteps; ++s) {
-      const int first = (base + s * step + row / rows * 4 + quarter) * kPer;
+    const int mine = base + row / rows * 4 + quarter;
+    if (aligned && (base + kSteps * step) * kPer <= chunk.count) {  // the same for a warp: loads without branches
       MTLK_UNROLL
-      for (int o = 0; o < octets; ++o) loaded[s][o] = load<kind>(sources[o], first, chunk.count, aligned);
+      for (int s = 0; s < kSteps; ++s) {
+        MTLK_UNROLL
+        for (int o = 0; o < octets; ++o) loaded[s][o] = load_whole<kind>(sources[o], (mine + s * step) * kPer);
+      }
+    } else {
+      MTLK_UNROLL
+      for (int s = 0; s < kSteps; ++s) {
+        MTLK_UNROLL
+        for (int o = 0; o < octets; ++o) {
+          loaded[s][o] = load_part<kind>(sources[o], (mine + s * step) * kPer, chunk.count);
+        }
+      }
     }
     __syncwarp();
     MTLK_UNROLL
@@ -154,10 +166,17 @@ MTLK_GLOBAL void __launch_bounds__(kThreads) gram_kernel(const GramArguments arg
       present = table.present(parameter);
     }
     switch (table.kind(parameter)) {
-      case kFloat32: add_products<octets, kFloat32>(sums, table, chunk); break;
-      case kBFloat16: add_products<octets, kBFloat16>(sums, table, chunk); break;
-      case kFloat16: add_products<octets, kFloat16>(sums, table, chunk); break;
-      default: add_products<octets, kFloat64>(sums, table, chunk);
+      case kFloat32:
+        add_products<octets, kFloat32>(sums, table, chunk);
+        break;
+      case kBFloat16:
+        add_products<octets, kBFloat16>(sums, table, chunk);
+        break;
+      case kFloat16:
+        add_products<octets, kFloat16>(sums, table, chunk);
+        break;
+      default:
+        add_products<octets, kFloat64>(sums, table, chunk);
     }
   }
   flush<octets>(sums, present, rows, total);
@@ -214,8 +233,8 @@ MTLK_GLOBAL void __launch_bounds__(kMaxTasks) weights_kernel(const WeightsArgume
 }
 
 // Combine ------------------------------------------------------------------------------------------------------------
-// A thread takes 16 bytes of the result, and has those of kTogether tasks on their way at a time. In double: coefficients
-// can exceed float32's range where gradients are tiny.
+// A thread takes 16 bytes of the result, and has those of kTogether tasks on their way at a time. In double:
+// coefficients can exceed float32's range where gradients are tiny.
 
 constexpr int kTogether = 8;
 constexpr Integer kMaxCombineBlocks = 1 << 16;
@@ -227,20 +246,26 @@ MTLK_DEVICE void combine_chunk(const ParameterTable& table, const Chunk& chunk, 
   const bool aligned = table.aligned(chunk.parameter);
   Bits* result = reinterpret_cast<Bits*>(table.result(chunk.parameter)) + chunk.first;
   for (int first = threadIdx.x * kPer; first < chunk.count; first += kThreads * kPer) {
+    const bool whole = aligned && first + kPer <= chunk.count;
     double sums[kPer] = {};
     for (int start = 0; start < table.tasks(); start += kTogether) {
-      Vector loaded[kTogether];
-      bool there[kTogether];
+      const Bits* sources[kTogether];
       MTLK_UNROLL
       for (int k = 0; k < kTogether; ++k) {
         const Integer address = start + k < table.tasks() ? table.gradient(chunk.parameter, start + k) : 0;
-        there[k] = address != 0;
-        const Bits* source = there[k] ? reinterpret_cast<const Bits*>(address) + chunk.first : nullptr;
-        loaded[k] = load<kind>(source, first, chunk.count, aligned);
+        sources[k] = address == 0 ? nullptr : reinterpret_cast<const Bits*>(address) + chunk.first;
+      }
+      Vector loaded[kTogether];
+      if (whole) {
+        MTLK_UNROLL
+        for (int k = 0; k < kTogether; ++k) loaded[k] = load_whole<kind>(sources[k], first);
+      } else {
+        MTLK_UNROLL
+        for (int k = 0; k < kTogether; ++k) loaded[k] = load_part<kind>(sources[k], first, chunk.count);
       }
       MTLK_UNROLL
       for (int k = 0; k < kTogether; ++k) {
-        if (!there[k]) continue;
+        if (sources[k] == nullptr) continue;
         const double coefficient = read(coefficients + start + k);
         MTLK_UNROLL
         for (int i = 0; i < kPer; ++i) sums[i] += coefficient * Element<kind>::value(get<kind>(loaded[k], i));
@@ -249,7 +274,11 @@ MTLK_DEVICE void combine_chunk(const ParameterTable& table, const Chunk& chunk, 
     Vector rounded = {};
     MTLK_UNROLL
     for (int i = 0; i < kPer; ++i) put<kind>(rounded, i, Element<kind>::rounded(sums[i]));
-    store<kind>(result, first, chunk.count, aligned, rounded);
+    if (whole) {
+      store_whole<kind>(result, first, rounded);
+    } else {
+      store_part<kind>(result, first, chunk.count, rounded);
+    }
   }
 }
 
@@ -260,10 +289,17 @@ MTLK_GLOBAL void __launch_bounds__(kThreads) combine_kernel(const CombineArgumen
     const Chunk chunk = table.chunk(index, parameter);
     parameter = chunk.parameter;
     switch (table.kind(parameter)) {
-      case kFloat32: combine_chunk<kFloat32>(table, chunk, arguments.coefficients); break;
-      case kBFloat16: combine_chunk<kBFloat16>(table, chunk, arguments.coefficients); break;
-      case kFloat16: combine_chunk<kFloat16>(table, chunk, arguments.coefficients); break;
-      default: combine_chunk<kFloat64>(table, chunk, arguments.coefficients);
+      case kFloat32:
+        combine_chunk<kFloat32>(table, chunk, arguments.coefficients);
+        break;
+      case kBFloat16:
+        combine_chunk<kBFloat16>(table, chunk, arguments.coefficients);
+        break;
+      case kFloat16:
+        combine_chunk<kFloat16>(table, chunk, arguments.coefficients);
+        break;
+      default:
+        combine_chunk<kFloat64>(table, chunk, arguments.coefficients);
     }
   }
 }

@@ -1,8 +1,8 @@
 // Stands in for csrc/cuda/device.h on a host: blocks one after another in a random order, a block's threads as fibers.
 //
-// Threads run in a random order and switch only where they wait for each other, so that a missing barrier changes results,
-// or reads what a later thread has yet to write. Waiting is strict: all threads of the block, or of the warp, must come to
-// the same line, and none may have returned. What it does not show: fences, and blocks at the same time.
+// Threads run in a random order and switch only where they wait for each other, so that a missing barrier changes
+// results, or reads what a later thread has yet to write. Waiting is strict: all threads of the block, or of the warp,
+// must come to the same line, and none may have returned. What it does not show: fences, and blocks at the same time.
 #pragma once
 
 #include <ucontext.h>

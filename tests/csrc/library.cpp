@@ -38,18 +38,22 @@ const char* gram(Integer* table, Integer parameters, int tasks, Integer chunks, 
                  unsigned seed) {
   const cuda::GramArguments arguments{{table, parameters, tasks}, chunks, slots, out};
   switch (cuda::octets(tasks)) {
-    case 1: return gram_of<1>(arguments, seed);
-    case 2: return gram_of<2>(arguments, seed);
-    case 4: return gram_of<4>(arguments, seed);
-    default: return gram_of<8>(arguments, seed);
+    case 1:
+      return gram_of<1>(arguments, seed);
+    case 2:
+      return gram_of<2>(arguments, seed);
+    case 4:
+      return gram_of<4>(arguments, seed);
+    default:
+      return gram_of<8>(arguments, seed);
   }
 }
 
 const char* weights(const double* gram, const Integer* order, double* rows, double* coefficients, int tasks, int steps,
                     double max_norm, double eps, bool include_self, bool normalize, bool project, bool mean,
                     unsigned seed) {
-  const cuda::WeightsArguments arguments{gram,  order, rows, coefficients, tasks,
-                                         steps, {max_norm, eps, include_self, normalize, project}, mean};
+  const cuda::WeightsArguments arguments{
+      gram, order, rows, coefficients, tasks, steps, {max_norm, eps, include_self, normalize, project}, mean};
   return emulated::launch(1, kMaxTasks, seed, [&] { cuda::weights_kernel(arguments); });
 }
 
@@ -57,7 +61,8 @@ const char* combine(Integer* table, Integer parameters, int tasks, Integer chunk
                     unsigned seed) {
   const cuda::CombineArguments arguments{{table, parameters, tasks}, chunks, coefficients};
   const Integer blocks = std::min(chunks, cuda::kMaxCombineBlocks);
-  return emulated::launch(static_cast<unsigned>(blocks), cuda::kThreads, seed, [&] { cuda::combine_kernel(arguments); });
+  return emulated::launch(static_cast<unsigned>(blocks), cuda::kThreads, seed,
+                          [&] { cuda::combine_kernel(arguments); });
 }
 
 // Kernels that are wrong, to see that this is noticed.

@@ -65,8 +65,8 @@ def chunk_at(table: Tensor, parameters: int, tasks: int, index: int, start: int)
 def operators(seed: int = 0) -> Iterator[None]:
     """Within the block the operators of mtlkernels_cuda run on CPU tensors, so that their launchers do.
 
-    Their schemas are those that csrc/cuda/pcgrad.cpp registers. ``seed`` picks the order in which blocks and threads run.
-    What is allocated holds NaN.
+    Their schemas are those that csrc/cuda/pcgrad.cpp registers. ``seed`` picks the order in which blocks
+    and threads run. What is allocated holds NaN.
     """
 
     def gram(table: Tensor, parameters: int, chunks: int, slots: Tensor, out: Tensor) -> None:

@@ -247,7 +247,7 @@ def test_an_order_out_of_range_makes_its_row_nan() -> None:
         assert torch.equal(rows[[0, 2, 3]], products[[0, 2, 3]])
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_the_public_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "implementation", lambda op, direction, *_: getattr(cuda, direction))
     case = random_task_gradients(seed)
