@@ -51,7 +51,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         import torch
-        from torch.utils.cpp_extension import include_paths
+        from torch.utils.cpp_extension import include_paths, library_paths
 
         path = Path(self.get_ext_fullpath(ext.name)).resolve()
         cuda = ext.name == CUDA
@@ -61,6 +61,7 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(ROOT / "csrc" / "cuda" if cuda else ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
+            f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
             f"-DCMAKE_INSTALL_PREFIX={path.parent}",
             *([f"-DMTLK_OUTPUT_NAME={path.name}"] if cuda else options_for_cpp()),
         ]  # fmt: skip
@@ -75,12 +76,10 @@ def options_for_cpp() -> list[str]:
     """What CMakeLists.txt asks for, beside what csrc/cuda/CMakeLists.txt does."""
     import pybind11
     import torch
-    from torch.utils.cpp_extension import library_paths
 
     return [
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
         f"-DTORCH_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
     ]
 

@@ -32,7 +32,7 @@ def _load_cuda(folder: Path = Path(__file__).parent) -> str | None:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return str(error)
+        return str(error.__cause__ or error)
     return None
 
 
