@@ -7,11 +7,12 @@
 namespace mtlk::cuda {
 
 // sums += A B for A [8, 4] and B [4, 8], spread over a warp: lane 4 r + q holds A[r, q], B[q, r] and the sums of row r
-// at columns 2 q and 2 q + 1. Every lane of the warp must come here together.
+// at columns 2 q and 2 q + 1. Every lane of the warp must come here together; volatile, so that it is not moved to
+// where only some do.
 __device__ inline void mma(double (&sums)[2], double a, double b) {
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-      : "+d"(sums[0]), "+d"(sums[1])
-      : "d"(a), "d"(b));
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+               : "+d"(sums[0]), "+d"(sums[1])
+               : "d"(a), "d"(b));
 }
 
 __device__ inline long long count_up(long long* counter) {

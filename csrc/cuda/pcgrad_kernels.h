@@ -112,16 +112,17 @@ MTLK_DEVICE void flush(Sums<octets>& sums, unsigned long long present, int rows,
   }
 }
 
-// Whether this block is the last of `expected` to come here; what the others wrote before can then be read.
+// Whether this block is the last of `expected` to come here; what all of them wrote before can then be read.
 MTLK_DEVICE inline bool arrives_last(Integer* counter, int expected) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = count_up(counter) == expected - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // after the barrier, so that it holds for what the whole block wrote
+    last = count_up(counter) == expected - 1;
+    __threadfence();
+  }
   __syncthreads();
-  const bool found = last;
-  __threadfence();
-  return found;
+  return last;
 }
 
 // Sum over `count` slots of one entry, in order.
