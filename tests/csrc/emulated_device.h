@@ -1,12 +1,14 @@
 // Stands in for csrc/cuda/device.h on a host: blocks one after another in a random order, a block's threads as fibers.
 //
-// Threads run in a random order and switch only where they wait for each other, so that a missing barrier changes
-// results, or reads what a later thread has yet to write. Waiting is strict: all threads of the block, or of the warp,
-// must come to the same line, and none may have returned. What it does not show: fences, and blocks at the same time.
+// Threads switch only where they wait for each other, and run in a random order, in half of the blocks one warp far
+// ahead of the others, so that a missing barrier changes results, or reads what a later thread has yet to write.
+// Waiting is strict: all threads of the block, or of the warp, must come to the same line, and none may have returned.
+// What it does not show: fences, and blocks at the same time.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <memory>
@@ -109,8 +111,10 @@ inline void emulated::Block::run() {
     makecontext(&fiber.context, &Block::enter, 0);
     ready_.push_back(t);
   }
+  std::shuffle(ready_.begin(), ready_.end(), random_);
+  const bool ahead = random_() % 2;  // a warp goes as far as it can while others have yet to start
   while (!ready_.empty()) {
-    std::swap(ready_[random_() % ready_.size()], ready_.back());
+    if (!ahead) std::swap(ready_[random_() % ready_.size()], ready_.back());
     current_ = ready_.back();
     ready_.pop_back();
     threadIdx.x = current_;

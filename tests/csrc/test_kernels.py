@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -271,6 +271,34 @@ def test_more_tasks_than_the_kernels_take() -> None:
         cuda.combine(grads, 65, torch.ones(65, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=message):
         cuda.weights(torch.eye(65, dtype=torch.float64), None, False, None, False, True, 0.0, False)
+
+
+A, B = torch.ones(3), torch.ones(2, 2)
+D = torch.ones(3, dtype=torch.float64)
+PLAIN = (None, False, None, False, True, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: cuda.gram([A, A, A], 2), ValueError, r"num_tasks = 2 entries a parameter, got 3"),
+        (lambda: cuda.gram([A], 0), ValueError, r"num_tasks must be at least 1, got 0"),
+        (lambda: cuda.gram([A, B], 2), ValueError, r"grads\[1\]\[0\] must have shape \[3\], got \[2, 2\]"),
+        (lambda: cuda.gram([A, D], 2), TypeError, r"grads\[1\]\[0\] must have dtype torch.float32, got torch.float64"),
+        (lambda: cuda.gram([A.int()], 1), TypeError, r"must be float32, bfloat16, float16 or float64, got torch.int32"),
+        (lambda: cuda.gram([A, A.to("meta")], 2), ValueError, r"grads\[1\]\[0\] must be dense and on cpu, got .* meta"),
+        (lambda: cuda.gram([A.to_sparse()], 1), ValueError, r"must be dense and on cpu, got torch.sparse_coo"),
+        (lambda: cuda.combine([None, None], 2, D[:2]), ValueError, r"a gradient for each parameter, got none for 0"),
+        (lambda: cuda.combine([A, A], 2, D), ValueError, r"coefficients must have shape \[2\] in float64, got \[3\]"),
+        (lambda: cuda.combine([A], 1, D[:1].to("meta")), ValueError, r"grads must be on meta .*, got cpu"),
+        (lambda: cuda.weights(D[:2].expand(3, 2), *PLAIN), ValueError, r"gram must be a matrix \[T, T\], got \[3, 2\]"),
+        (lambda: cuda.weights(B, *PLAIN), TypeError, r"gram must be float64, got torch.float32"),
+        (lambda: cuda.weights(B.double(), A.long(), *PLAIN[1:]), ValueError, r"order must have a row for each of 2"),
+    ],
+)
+def test_wrong_calls_of_the_operators(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_the_emulation_notices_threads_that_do_not_meet() -> None:

@@ -38,15 +38,26 @@ class Arguments:
 
 
 def arguments(grads: Sequence[Tensor | None], num_tasks: int, *, with_results: bool) -> Arguments:
-    """Lays the parameters that have a gradient out as csrc/common/chunks.h says; with tensors for their results."""
+    """Lays the parameters that have a gradient out as csrc/common/chunks.h says; with tensors for their results.
+
+    Checks what it reads addresses of, as operators can be called directly.
+    """
+    if len(grads) % num_tasks:
+        raise ValueError(f"grads must hold num_tasks = {num_tasks} entries a parameter, got {len(grads)}")
     starts, sizes, formats, presents, addresses = [0], [], [], [], []
     kept: list[list[Tensor]] = []
     results: list[Tensor] = []
+    device: torch.device | None = None
     for start in range(0, len(grads), num_tasks):
         column = grads[start : start + num_tasks]
-        found = alike([grad for grad in column if grad is not None])
-        if not found:
+        given = [grad for grad in column if grad is not None]
+        if not given:
+            if with_results:
+                raise ValueError(f"grads must hold a gradient for each parameter, got none for {start // num_tasks}")
             continue
+        device = given[0].device if device is None else device
+        _check_column(column, start // num_tasks, given[0], device)
+        found = alike(given)
         like = found[0]
         size = like.numel()
         each = iter(found)
@@ -68,6 +79,21 @@ def arguments(grads: Sequence[Tensor | None], num_tasks: int, *, with_results: b
     table.pointers(results or [None] * len(kept))
     table.integers(addresses)
     return Arguments(table, len(kept), starts[-1], kept, results)
+
+
+def _check_column(column: Sequence[Tensor | None], p: int, like: Tensor, device: torch.device) -> None:
+    shape, dtype = like.shape, like.dtype
+    if dtype not in _KINDS:
+        raise TypeError(f"grads of parameter {p} must be float32, bfloat16, float16 or float64, got {dtype}")
+    for t, grad in enumerate(column):
+        if grad is None:
+            continue
+        if grad.device != device or grad.layout != torch.strided:
+            raise ValueError(f"grads[{t}][{p}] must be dense and on {device}, got {grad.layout} on {grad.device}")
+        if grad.shape != shape:
+            raise ValueError(f"grads[{t}][{p}] must have shape {list(shape)}, got {list(grad.shape)}")
+        if grad.dtype != dtype:
+            raise TypeError(f"grads[{t}][{p}] must have dtype {dtype}, got {grad.dtype}")
 
 
 def slots(chunks: int, num_tasks: int) -> int:
@@ -106,8 +132,17 @@ def weights(
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mtlkernels.ops.pcgrad.reference.weights`."""
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram must be a matrix [T, T], got {list(gram.shape)}")
+    if gram.dtype != torch.float64:
+        raise TypeError(f"gram must be float64, got {gram.dtype}")
     num_tasks = gram.shape[0]
     _check_tasks(num_tasks)
+    if order is not None and (order.dim() != 2 or order.shape[0] != num_tasks or order.device != gram.device):
+        raise ValueError(
+            f"order must have a row for each of {num_tasks} tasks on {gram.device}, got {list(order.shape)} on"
+            f" {order.device}"
+        )
     gram = gram.contiguous()
     steps = gram.new_empty((num_tasks, 0), dtype=torch.int64) if order is None else order.long().contiguous()
     rows, coefficients = torch.empty_like(gram), gram.new_empty(num_tasks)
@@ -129,15 +164,24 @@ def weights(
 def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
     """See :func:`mtlkernels.ops.pcgrad.reference.combine`."""
     _check_tasks(num_tasks)
+    if coefficients.shape != (num_tasks,) or coefficients.dtype != torch.float64:
+        raise ValueError(
+            f"coefficients must have shape [{num_tasks}] in float64, got {list(coefficients.shape)} in"
+            f" {coefficients.dtype}"
+        )
     device = coefficients.device
     with on_device(device):
         call = arguments(grads, num_tasks, with_results=True)
+        if any(result.device != device for result in call.results):
+            raise ValueError(f"grads must be on {device} as coefficients are, got {call.results[0].device}")
         torch.ops.mtlkernels_cuda.combine(
-            call.table.to(device), call.parameters, call.chunks, coefficients.double().contiguous()
+            call.table.to(device), call.parameters, call.chunks, coefficients.contiguous()
         )
     return call.results
 
 
 def _check_tasks(num_tasks: int) -> None:
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
     if num_tasks > MAX_TASKS:
         raise RuntimeError(f"pcgrad's 'cuda' implementation takes at most {MAX_TASKS} tasks, got {num_tasks}")
