@@ -122,10 +122,14 @@ def test_parameters_of_several_chunks(dtype: torch.dtype, offset: int) -> None:
         assert_combined(combine(grads, tasks, coefficients), grads, tasks, coefficients)
 
 
-@pytest.mark.parametrize("parameters", [33, 64, 65, 1030])
+@pytest.mark.parametrize("parameters", [33, 64, 65, 1040])
 def test_more_blocks_than_a_group_and_more_chunks_than_blocks(parameters: int) -> None:
-    grads: list[Tensor | None] = [torch.randn(3) for _ in range(2 * parameters)]
-    assert_gram(gram(grads, 2), grads, 2)
+    """Blocks of more than one chunk go from parameters that have some tasks' gradients to such that have others'."""
+    grads: list[Tensor | None] = [torch.randn(3) for _ in range(3 * parameters)]
+    for p in range(parameters):
+        if p % 5 < 3:
+            grads[3 * p + p % 5] = None
+    assert_gram(gram(grads, 3), grads, 3)
 
 
 @pytest.mark.parametrize("tasks", [2, 8, 20])
