@@ -11,6 +11,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find $(wildcard csrc tests/csrc) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 COMPILER := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
+NVCC := $(shell command -v nvcc)
+CUDA_SOURCES := $(shell find csrc/cuda csrc/common -type f) tests/cuda/compile.py
 # With a compiler the C++ kernels must be there, so that they cannot vanish without a test failing.
 REQUIRED := $(if $(COMPILER),--require-backend cpp)
 
@@ -25,7 +27,7 @@ ARGS ?=
 help:
 	@echo "make demo    train a real library's PLE on real data, before and after mk.convert"
 	@echo "make test    check, then the whole test suite"
-	@echo "make check   formatting, lint and types"
+	@echo "make check   formatting, lint and types; with nvcc, what the CUDA kernels use"
 	@echo "make bench   benchmarks; SUITE=name DEVICE=cpu|cuda ARGS='--json FILE --plot DIR'"
 	@echo "make aot     compile every Triton kernel for every architecture, without a GPU; ARGS='--arch 90'"
 	@echo "make clean   remove everything that make has made, .venv included"
@@ -55,11 +57,16 @@ demo: $(VENV)/.installed
 test: check
 	$(PY) -m pytest $(REQUIRED) $(ARGS)
 
-check: $(VENV)/.installed
+# Takes longer than all of the other checks, so it is done again only where something has changed.
+$(VENV)/.cuda-report: $(VENV)/.installed $(CUDA_SOURCES)
+	@$(PY) -m tests.cuda.compile > $@ || { cat $@; exit 1; }
+
+check: $(VENV)/.installed $(if $(NVCC),$(VENV)/.cuda-report)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(if $(CXX_SOURCES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES))
+	@$(if $(NVCC),cat $(VENV)/.cuda-report,echo "csrc/cuda: not compiled, as there is no nvcc")
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/run.py $(SUITE) --device $(DEVICE) $(ARGS)
@@ -68,6 +75,6 @@ aot: $(VENV)/.installed
 	$(PY) -m tests.triton.aot $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mtlkernels/_C*.so demo-out bench-out
+	rm -rf $(VENV) build dist *.egg-info mtlkernels/_C*.so mtlkernels/_cuda*.so demo-out bench-out
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find mtlkernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Builds the C++ kernels with CMake and ninja where that is possible; otherwise the install is pure Python.
+"""Builds the C++ and CUDA kernels with CMake and ninja where that is possible; otherwise the install does without.
 
 Everything else about the package is in pyproject.toml.
 """
@@ -6,6 +6,7 @@ Everything else about the package is in pyproject.toml.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
+CPP, CUDA = "mtlkernels._C", "mtlkernels._cuda"
 
 
 def what_is_missing() -> str | None:
@@ -32,35 +35,61 @@ def what_is_missing() -> str | None:
     return None
 
 
+def what_is_missing_for_cuda() -> str | None:
+    """Why the CUDA kernels cannot be built here, or None. MTLKERNELS_BUILD_CUDA=1 builds them for another machine."""
+    import torch
+
+    if torch.version.cuda is None and os.environ.get("MTLKERNELS_BUILD_CUDA") != "1":
+        return "this torch is built without CUDA"
+    if shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
+        return "nvcc is not on the PATH"
+    return None
+
+
 class CMakeBuild(build_ext):
-    """Runs CMake for the one extension; a failure leaves a pure-Python install and says so."""
+    """Runs CMake, once an extension; after a failure the install does without that extension, and says so."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch{torch.__version__}"
+        path = Path(self.get_ext_fullpath(ext.name)).resolve()
+        cuda = ext.name == CUDA
+        kind = "cmake-cuda" if cuda else "cmake"
+        build = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-torch{torch.__version__}"
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake", "-S", str(ROOT / "csrc" / "cuda" if cuda else ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
-            f"-DTORCH_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-            f"-DCMAKE_INSTALL_PREFIX={target}",
+            f"-DCMAKE_INSTALL_PREFIX={path.parent}",
+            *([f"-DMTLK_OUTPUT_NAME={path.name}"] if cuda else options_for_cpp()),
         ]  # fmt: skip
         for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
-            subprocess.run(command, check=True)
+            try:
+                subprocess.run(command, check=True)
+            except subprocess.CalledProcessError as error:
+                raise CompileError(str(error)) from error
 
 
+def options_for_cpp() -> list[str]:
+    """What CMakeLists.txt asks for, beside what csrc/cuda/CMakeLists.txt does."""
+    import pybind11
+    import torch
+
+    return [
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DTORCH_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+    ]
+
+
+extensions = []
 missing = what_is_missing()
-if missing is not None:
-    print(f"mtlkernels: installing without the C++ kernels: {missing}", file=sys.stderr)
+for name, reason in ((CPP, missing), (CUDA, missing or what_is_missing_for_cuda())):
+    if reason is None:
+        extensions.append(Extension(name, sources=[], optional=True))
+    else:
+        print(f"mtlkernels: installing without {name}: {reason}", file=sys.stderr)
 
-setup(
-    ext_modules=[] if missing else [Extension("mtlkernels._C", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
-)
+setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})

@@ -16,7 +16,9 @@ from mtlkernels import _extension
 OPS = ("gated_mixture", "expert_mixture", "pcgrad")
 # Ops whose Triton kernels leave float64 to the reference.
 _TRITON_WITHOUT_FLOAT64 = ("gated_mixture", "expert_mixture")
-BACKENDS = ("cpp", "triton", "reference")
+# Ops that have CUDA C++ kernels.
+_CUDA = ("pcgrad",)
+BACKENDS = ("cpp", "cuda", "triton", "reference")
 
 # A plain module variable, not a ContextVar: autograd runs a CUDA backward in a thread of its own, and torch.compile
 # guards on it.
@@ -29,6 +31,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def has_cuda(op: str) -> bool:
+    """Whether this install has CUDA C++ kernels for an op."""
+    return op in _CUDA and _extension.cuda_loaded()
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run on CPU tensors, in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,14 +44,16 @@ def interpreting() -> bool:
 def backends() -> dict[str, dict[str, tuple[str, ...]]]:
     """The implementations that this install has: op -> device type -> names, the one that is used first.
 
-    ``"cpp"`` are the C++ kernels for CPUs, ``"triton"`` the Triton kernels for NVIDIA GPUs (float64 goes to the
-    reference there), ``"reference"`` is readable PyTorch and serves every device and dtype.
+    ``"cpp"`` are the C++ kernels for CPUs, ``"cuda"`` the CUDA C++ kernels for NVIDIA GPUs, ``"triton"`` the Triton
+    kernels for them (float64 mixtures go to the reference), ``"reference"`` is readable PyTorch and serves every device
+    and dtype.
     """
     cpu: tuple[str, ...] = ("cpp", "reference") if _extension.loaded() else ("reference",)
     if has_triton() and interpreting():
         cpu += ("triton",)
     cuda = ("triton", "reference") if has_triton() else ("reference",)
-    return {op: {"cpu": cpu, "cuda": cuda, "other": ("reference",)} for op in OPS}
+    first = {op: ("cuda",) if has_cuda(op) else () for op in OPS}
+    return {op: {"cpu": cpu, "cuda": first[op] + cuda, "other": ("reference",)} for op in OPS}
 
 
 @contextmanager
@@ -54,7 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
     The choice holds for the whole process. A backward pass uses the implementation of its forward pass.
 
     Args:
-        name: ``"cpp"``, ``"triton"`` or ``"reference"``; see :func:`backends`.
+        name: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; see :func:`backends`.
 
     Raises:
         TypeError: ``name`` is not a string.
@@ -101,8 +110,13 @@ def _first_tensor(args: Any) -> torch.Tensor:
 
 
 def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """What a CUDA call runs: Triton, or the reference where Triton does not take float64."""
-    if op in _TRITON_WITHOUT_FLOAT64 and _first_tensor(args).dtype == torch.float64:
+    """What a CUDA call runs: CUDA C++ or Triton, or the reference for what these do not take."""
+    if has_cuda(op) and _forced != "triton":
+        module = importlib.import_module(f"mtlkernels.ops.{op}.cuda")
+        if _forced == "cuda" or module.takes(direction, args):
+            function: Callable[..., Any] = getattr(module, direction)
+            return function
+    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and _first_tensor(args).dtype == torch.float64):
         return reference_implementation(op, direction)
     return triton_implementation(op, direction)
 

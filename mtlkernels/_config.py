@@ -9,7 +9,9 @@ import torch
 
 from mtlkernels import _backends, _extension
 
-_BUILD_HINT = "install a C++ compiler, cmake, ninja and pybind11, then `pip install --no-build-isolation mtlkernels`"
+_BUILD = "then `pip install --no-build-isolation mtlkernels`"
+_BUILD_HINT = f"install a C++ compiler, cmake, ninja and pybind11, {_BUILD}"
+_CUDA_HINT = f"install nvcc besides what the C++ kernels need, {_BUILD}"
 _TRITON_HINT = "`pip install triton`, on Linux"
 
 
@@ -27,6 +29,7 @@ def show_config() -> str:
         f"torch      {torch.__version__}",
         f"triton     {_triton()}",
         f"extension  {_extension_facts()}",
+        f"cuda       {_cuda()}",
         f"cpu        {_cpu()}",
         f"gpu        {_gpu()}",
     ]
@@ -49,6 +52,15 @@ def _extension_facts() -> str:
     if not _extension.loaded():
         return f"missing ({_extension.load_error()}), so CPUs run the reference; {_BUILD_HINT}"
     return ", ".join(f"{name} {value}" for name, value in _extension.build_facts().items())
+
+
+def _cuda() -> str:
+    if _extension.cuda_loaded():
+        return "CUDA C++ kernels for PCGrad"
+    reason = _extension.cuda_load_error()
+    if torch.version.cuda is None:
+        return f"no CUDA C++ kernels ({reason})"
+    return f"no CUDA C++ kernels ({reason}), so PCGrad runs by Triton or the reference; {_CUDA_HINT}"
 
 
 def _cpu() -> str:

@@ -1,14 +1,15 @@
-"""Loads the compiled extension where the install has one."""
+"""Loads the compiled parts that the install has: the C++ kernels, and those for CUDA."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  (its libraries must be loaded before the extension's)
+import torch  # its libraries must be loaded before the extension's
 
 _module: ModuleType | None
 _error: str | None
@@ -19,6 +20,33 @@ try:
 except ImportError as error:
     _module = None
     _error = str(error)
+
+
+def _load_cuda(folder: Path = Path(__file__).parent) -> str | None:
+    """Registers the operators of ``mtlkernels_cuda``; returns why that is not possible, or None."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    found = sorted(folder.glob("_cuda*.so"))
+    if not found:
+        return "not built"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return str(error.__cause__ or error)
+    return None
+
+
+_cuda_error = _load_cuda()
+
+
+def cuda_loaded() -> bool:
+    """Whether the CUDA C++ kernels are there."""
+    return _cuda_error is None
+
+
+def cuda_load_error() -> str | None:
+    """Why the CUDA C++ kernels are missing, or None."""
+    return _cuda_error
 
 
 def loaded() -> bool:

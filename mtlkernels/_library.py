@@ -2,7 +2,7 @@
 
 Schemas are defined here, in Python, so that an install without a compiler has every operator; C++ only adds
 implementations (``TORCH_LIBRARY_IMPL`` in ``csrc/cpu``). The reference is the default kernel of every operator, on
-every device; Triton takes CUDA where it is installed.
+every device; CUDA C++ or Triton takes CUDA where it is installed.
 
 The routing travels flat: ``expert_inputs`` as in :class:`mtlkernels.Routing`, ``gate_experts`` the experts of all
 gates one after another, ``gate_sizes`` how many belong to each gate.
@@ -45,7 +45,7 @@ def _define(schema: str, fake: Callable[..., Any], autocast: Sequence[int] = ())
         return _backends.reference_implementation(op, direction)(*args)
 
     _library.impl(name, reference, "CompositeExplicitAutograd")
-    if _backends.has_triton():
+    if _backends.has_triton() or _backends.has_cuda(op):
 
         def cuda(*args: Any) -> Any:
             return _backends.cuda_implementation(op, direction, args)(*args)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import mtlkernels as mk
-from mtlkernels import _backends
+from mtlkernels import _backends, _extension
 from mtlkernels.testing import Case, CaseFactory
 
 
@@ -120,3 +121,54 @@ def test_other_devices_run_the_reference() -> None:
     case = CaseFactory(0, torch.float32, device="meta").expert_mixture(6, [4, 3], mk.Routing.mmoe(3, 2))
     outputs = mk.expert_mixture(**case.arguments)
     assert [tuple(y.shape) for y in outputs] == [(6, 3), (6, 3)]
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CUDA C++ kernels had been loaded."""
+    monkeypatch.setattr("mtlkernels._extension._cuda_error", None)
+
+
+@pytest.mark.parametrize(("triton", "others"), [(True, ("triton", "reference")), (False, ("reference",))])
+def test_cuda_comes_first_where_it_is_loaded(
+    with_cuda: None, triton: bool, others: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_backends, "has_triton", lambda: triton)
+    assert mk.backends()["pcgrad"]["cuda"] == ("cuda", *others)
+    assert mk.backends()["expert_mixture"]["cuda"] == others
+    assert "cuda" not in mk.backends()["pcgrad"]["cpu"]
+
+
+def test_what_a_cuda_call_of_pcgrad_runs(with_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtlkernels.ops.pcgrad import cuda
+
+    monkeypatch.setattr(_backends, "triton_implementation", lambda op, direction: f"triton {direction}")
+    grads = [torch.ones(2)] * 65
+    gram = torch.eye(3, dtype=torch.float64)
+    assert _backends.cuda_implementation("pcgrad", "gram", (grads[:3], 3)) is cuda.gram
+    assert _backends.cuda_implementation("pcgrad", "weights", (gram, None)) is cuda.weights
+    with mk.use_backend("triton"):
+        assert _backends.cuda_implementation("pcgrad", "combine", (grads[:3], 3, gram[0])) == "triton combine"
+    many = torch.eye(65, dtype=torch.float64)
+    for direction, args in (("gram", (grads, 65)), ("weights", (many, None)), ("combine", (grads, 65, many[0]))):
+        monkeypatch.setattr(_backends, "has_triton", lambda: True)
+        assert _backends.cuda_implementation("pcgrad", direction, args) == f"triton {direction}"
+        monkeypatch.setattr(_backends, "has_triton", lambda: False)
+        expected = _backends.reference_implementation("pcgrad", direction)
+        assert _backends.cuda_implementation("pcgrad", direction, args) is expected
+        with mk.use_backend("cuda"):  # which refuses that many
+            assert _backends.cuda_implementation("pcgrad", direction, args) is getattr(cuda, direction)
+
+
+def test_cuda_is_an_error_on_a_cpu(with_cuda: None) -> None:
+    with mk.use_backend("cuda"), pytest.raises(RuntimeError, match="pcgrad has no 'cuda' implementation for 'cpu'"):
+        mk.gram([[torch.ones(2)]])
+
+
+def test_loading_the_cuda_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _extension._load_cuda(tmp_path) == "this torch is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert _extension._load_cuda(tmp_path) == "not built"
+    (tmp_path / "_cuda.so").write_bytes(b"not a shared object")
+    assert "_cuda.so" in (_extension._load_cuda(tmp_path) or "")

@@ -52,3 +52,14 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert line("gpu").endswith("GPU 0 (sm_90), GPU 1 (sm_90)")
+
+
+def test_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "_cuda_error", None)
+    assert line("cuda").endswith("CUDA C++ kernels for PCGrad")
+    monkeypatch.setattr(_extension, "_cuda_error", "not built")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "(not built)" in line("cuda") and "nvcc" in line("cuda")
+    monkeypatch.setattr(_extension, "_cuda_error", "this torch is built without CUDA")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert line("cuda").endswith("(this torch is built without CUDA)")

@@ -1,14 +1,10 @@
 // PCGrad's projections on the T x T Gram matrix of the tasks' gradients, for the host and for the device.
 //
-// Includes nothing, so that nvcc, a host compiler and a unit test can all take it. See
+// Includes nothing but a macro, so that nvcc, a host compiler and a unit test can all take it. See
 // mtlkernels/ops/pcgrad/reference.py for what it computes.
 #pragma once
 
-#if defined(__CUDACC__)
-#define MTLK_HOST_DEVICE __host__ __device__
-#else
-#define MTLK_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace mtlk {
 

@@ -1,0 +1,16 @@
+// Marks functions that the host and the device share, and loops that are unrolled on the device.
+#pragma once
+
+#if defined(__CUDACC__)
+#define MTLK_HOST_DEVICE __host__ __device__
+#else
+#define MTLK_HOST_DEVICE
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define MTLK_UNROLL _Pragma("unroll")
+#define MTLK_UNROLL_8 _Pragma("unroll 8")
+#else
+#define MTLK_UNROLL
+#define MTLK_UNROLL_8
+#endif

@@ -1,0 +1,60 @@
+"""The table of a call: one int64 tensor through which kernels on a GPU find their tensors.
+
+It holds addresses, strides and indices. Tensors thus stay where they are, however many there are, and a call copies one
+small array to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# CUDA stages a pageable copy of at most this many bytes at once; it may wait for the device before it reads more.
+_STAGED = 65536
+# Hosts' copies of tables that a CUDA graph reads whenever it is replayed.
+_captured: list[Tensor] = []
+
+
+class Table:
+    """Collects what the kernels of a call look up."""
+
+    def __init__(self) -> None:
+        self.entries: list[int] = []
+
+    def integers(self, values: Iterable[int]) -> int:
+        """Appends integers and returns where they start."""
+        start = len(self.entries)
+        self.entries += values
+        return start
+
+    def pointers(self, tensors: Iterable[Tensor | None]) -> int:
+        """Appends the addresses of tensors, 0 for None, and returns where they start."""
+        return self.integers(0 if t is None else t.data_ptr() for t in tensors)
+
+    def slices(self, tensor: Tensor | None, count: int) -> int:
+        """Appends the addresses of ``tensor[i]`` for each i, or zeros, and returns where they start."""
+        if tensor is None:
+            return self.integers([0] * count)
+        step = tensor.stride(0) * tensor.element_size()
+        return self.integers(tensor.data_ptr() + i * step for i in range(count))
+
+    def to(self, device: torch.device) -> Tensor:
+        """The table on the device, without waiting for it."""
+        if device.type != "cuda":
+            return torch.tensor(self.entries, dtype=torch.int64)
+        # A graph reads the source again at every replay, so there it must be pinned, and stay.
+        capturing = torch.cuda.is_current_stream_capturing()
+        pinned = capturing or 8 * len(self.entries) > _STAGED
+        host = torch.tensor(self.entries, dtype=torch.int64, pin_memory=pinned)
+        if capturing:
+            _captured.append(host)
+        return host.to(device, non_blocking=True)
+
+
+def on_device(device: torch.device) -> Any:
+    """Makes ``device`` the current one, where launches go."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

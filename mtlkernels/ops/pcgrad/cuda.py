@@ -1,0 +1,187 @@
+"""PCGrad by CUDA C++ kernels (csrc/cuda), a launch each: the Gram matrix, the projections, the weighted sum.
+
+Needs the shared object ``mtlkernels/_cuda*.so``, see :mod:`mtlkernels._extension`. Never run on a GPU so far: tests run
+the kernels on an emulated device (``tests/csrc``), and ``make check`` compiles them where there is nvcc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlkernels.ops._layout import alike
+from mtlkernels.ops._table import Table, on_device
+
+# As in csrc/common/chunks.h, elements.h and csrc/cuda/pcgrad.h.
+MAX_TASKS = 64
+CHUNK = 4096
+_COUNTERS = 64
+_ALIGNED = 256
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_MAX_BLOCKS = 1024
+_TILE = 64
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The gradients of a call as the kernels take them; ``grads`` and ``results`` are what ``table`` points to."""
+
+    table: Table
+    parameters: int
+    chunks: int
+    grads: list[list[Tensor]]
+    results: list[Tensor]
+
+
+def arguments(grads: Sequence[Tensor | None], num_tasks: int, *, with_results: bool) -> Arguments:
+    """Lays the parameters that have a gradient out as csrc/common/chunks.h says; with tensors for their results.
+
+    Checks what it reads addresses of, as operators can be called directly.
+    """
+    if len(grads) % num_tasks:
+        raise ValueError(f"grads must hold num_tasks = {num_tasks} entries a parameter, got {len(grads)}")
+    starts, sizes, formats, presents, addresses = [0], [], [], [], []
+    kept: list[list[Tensor]] = []
+    results: list[Tensor] = []
+    device: torch.device | None = None
+    for start in range(0, len(grads), num_tasks):
+        column = grads[start : start + num_tasks]
+        given = [grad for grad in column if grad is not None]
+        if not given:
+            if with_results:
+                raise ValueError(f"grads must hold a gradient for each parameter, got none for {start // num_tasks}")
+            continue
+        device = given[0].device if device is None else device
+        _check_column(column, start // num_tasks, given[0], device)
+        found = alike(given)
+        like = found[0]
+        size = like.numel()
+        each = iter(found)
+        pointers = [0 if grad is None else next(each).data_ptr() for grad in column]
+        present = sum(1 << t for t, grad in enumerate(column) if grad is not None)
+        aligned = not any(pointer % 16 for pointer in pointers)
+        if with_results:
+            results.append(torch.empty_like(like))
+            aligned = aligned and results[-1].data_ptr() % 16 == 0
+        kept.append(found)
+        starts.append(starts[-1] + -(-size // CHUNK))
+        sizes.append(size)
+        formats.append(_KINDS[like.dtype] + (_ALIGNED if aligned else 0))
+        presents.append(present - (1 << 64) if present >> 63 else present)
+        addresses += pointers
+    table = Table()
+    for values in ([0] * _COUNTERS, starts, sizes, formats, presents):
+        table.integers(values)
+    table.pointers(results or [None] * len(kept))
+    table.integers(addresses)
+    return Arguments(table, len(kept), starts[-1], kept, results)
+
+
+def _check_column(column: Sequence[Tensor | None], p: int, like: Tensor, device: torch.device) -> None:
+    shape, dtype = like.shape, like.dtype
+    if dtype not in _KINDS:
+        raise TypeError(f"grads of parameter {p} must be float32, bfloat16, float16 or float64, got {dtype}")
+    for t, grad in enumerate(column):
+        if grad is None:
+            continue
+        if grad.device != device or grad.layout != torch.strided:
+            raise ValueError(f"grads[{t}][{p}] must be dense and on {device}, got {grad.layout} on {grad.device}")
+        if grad.shape != shape:
+            raise ValueError(f"grads[{t}][{p}] must have shape {list(shape)}, got {list(grad.shape)}")
+        if grad.dtype != dtype:
+            raise TypeError(f"grads[{t}][{p}] must have dtype {dtype}, got {grad.dtype}")
+
+
+def slots(chunks: int, num_tasks: int) -> int:
+    """How many partial sums the Gram matrix takes: for each block its tiles, of eight tasks by eight."""
+    octets = 1 if num_tasks <= 8 else 2 if num_tasks <= 16 else 4 if num_tasks <= 32 else 8
+    return min(max(chunks, 1), _MAX_BLOCKS) * (octets * (octets + 1) // 2) * _TILE
+
+
+def takes(direction: str, args: tuple[Any, ...]) -> bool:
+    """Whether the kernels take a call with these arguments: they are for up to 64 tasks."""
+    num_tasks: int = args[0].shape[0] if direction == "weights" else args[1]
+    return num_tasks <= MAX_TASKS
+
+
+def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
+    """See :func:`mtlkernels.ops.pcgrad.reference.gram`. At most 64 tasks, or a RuntimeError, as below."""
+    _check_tasks(num_tasks)
+    device = next(grad.device for grad in grads if grad is not None)
+    with on_device(device):
+        call = arguments(grads, num_tasks, with_results=False)
+        found = torch.empty(num_tasks, num_tasks, dtype=torch.float64, device=device)
+        scratch = torch.empty(slots(call.chunks, num_tasks), dtype=torch.float64, device=device)
+        # Blocks count themselves in the table, whose copy to the device brings the zeros, at a graph's replay too.
+        torch.ops.mtlkernels_cuda.gram(call.table.to(device), call.parameters, call.chunks, scratch, found)
+    return found
+
+
+def weights(
+    gram: Tensor,
+    order: Tensor | None,
+    include_self: bool,
+    max_norm: float | None,
+    normalize: bool,
+    project: bool,
+    eps: float,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mtlkernels.ops.pcgrad.reference.weights`."""
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram must be a matrix [T, T], got {list(gram.shape)}")
+    if gram.dtype != torch.float64:
+        raise TypeError(f"gram must be float64, got {gram.dtype}")
+    num_tasks = gram.shape[0]
+    _check_tasks(num_tasks)
+    if order is not None and (order.dim() != 2 or order.shape[0] != num_tasks or order.device != gram.device):
+        raise ValueError(
+            f"order must have a row for each of {num_tasks} tasks on {gram.device}, got {list(order.shape)} on"
+            f" {order.device}"
+        )
+    gram = gram.contiguous()
+    steps = gram.new_empty((num_tasks, 0), dtype=torch.int64) if order is None else order.long().contiguous()
+    rows, coefficients = torch.empty_like(gram), gram.new_empty(num_tasks)
+    torch.ops.mtlkernels_cuda.weights(
+        gram,
+        steps,
+        rows,
+        coefficients,
+        -1.0 if max_norm is None else max_norm,
+        eps,
+        include_self,
+        normalize,
+        project,
+        mean,
+    )
+    return rows, coefficients
+
+
+def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
+    """See :func:`mtlkernels.ops.pcgrad.reference.combine`."""
+    _check_tasks(num_tasks)
+    if coefficients.shape != (num_tasks,) or coefficients.dtype != torch.float64:
+        raise ValueError(
+            f"coefficients must have shape [{num_tasks}] in float64, got {list(coefficients.shape)} in"
+            f" {coefficients.dtype}"
+        )
+    device = coefficients.device
+    with on_device(device):
+        call = arguments(grads, num_tasks, with_results=True)
+        if any(result.device != device for result in call.results):
+            raise ValueError(f"grads must be on {device} as coefficients are, got {call.results[0].device}")
+        torch.ops.mtlkernels_cuda.combine(
+            call.table.to(device), call.parameters, call.chunks, coefficients.contiguous()
+        )
+    return call.results
+
+
+def _check_tasks(num_tasks: int) -> None:
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+    if num_tasks > MAX_TASKS:
+        raise RuntimeError(f"pcgrad's 'cuda' implementation takes at most {MAX_TASKS} tasks, got {num_tasks}")
