@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import table
-from benchmarks.harness.case import BASELINE, OURS, Curve, Suite
+from benchmarks.harness.case import OURS, Curve, Study, Suite, amount, size_text
 from benchmarks.harness.report import Report, Row
 
 if TYPE_CHECKING:
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; mtlkernels gets the strongest of it.
-COLOURS = {BASELINE: "#777777", "compile": "#E69F00", "graph": "#CC79A7", "batched": "#56B4E9", OURS: "#0072B2"}
-MARKERS = {BASELINE: "o", "compile": "s", "graph": "D", "batched": "^", OURS: "*"}
-OTHER_COLOURS = ("#009E73", "#D55E00", "#F0E442", "#000000")
+COLOURS = {"compile": "#E69F00", "graph": "#CC79A7", "batched": "#56B4E9", OURS: "#0072B2"}
+MARKERS = {"compile": "s", "graph": "D", "batched": "^", OURS: "*"}
+BASELINE_COLOUR, BASELINE_MARKER = "#777777", "o"
+OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442")
 OTHER_MARKERS = ("v", "P", "X", "<")
 
 
@@ -26,29 +27,47 @@ def draw(suite: Suite, rows: Sequence[Row], report: Report, folder: Path) -> lis
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = report.file_name.removesuffix(".json")
-    if len(report.suites) > 1:
-        stem = stem.replace("-".join(report.suites), suite.name, 1)
     written = []
 
     def save(figure: Figure, kind: str) -> None:
         FigureCanvasAgg(figure)
-        path = folder / f"{stem}-{kind}.png"
+        path = _path(folder, report, suite.name, f"-{kind}")
         figure.savefig(path, dpi=130)
         written.append(path)
 
-    if any(row.timing(BASELINE) for row in rows):
+    if any(row.timing(row.baseline) for row in rows):
         figure = Figure(layout="constrained")
         speedups(figure, rows, suite.title, where(report))
         save(figure, "speedup")
     for curve in suite.curves:
-        chosen = [row for row in rows if row.workload in curve.workloads and row.work == curve.work]
+        chosen = [
+            row
+            for row in rows
+            if row.workload in curve.workloads
+            and row.work == curve.work
+            and all(row.size.get(axis) == value for axis, value in curve.fixed.items())
+        ]
         if len({row.size[curve.axis] for row in chosen}) > 1:
             figure = Figure(layout="constrained")
             cost(figure, chosen, curve, where(report))
             save(figure, curve.name)
     return written
+
+
+def draw_study(study: Study, report: Report, folder: Path) -> Path:
+    """Writes the plot of a study; its path."""
+    path = _path(folder, report, study.name, "")
+    study.draw(report.studies[study.name], where(report), path)
+    return path
+
+
+def _path(folder: Path, report: Report, suite: str, kind: str) -> Path:
+    """Named as the report's JSON is, but for one suite."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = report.file_name.removesuffix(".json")
+    if len(report.suites) > 1:
+        stem = stem.replace("-".join(report.suites), suite, 1)
+    return folder / f"{stem}{kind}.png"
 
 
 def where(report: Report) -> str:
@@ -58,11 +77,11 @@ def where(report: Report) -> str:
     return f"{m.get('gpu', cpu)}, torch {report.versions['torch']}, {report.date}"
 
 
-def _style(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _style(names: Sequence[str], baseline: str) -> tuple[dict[str, str], dict[str, str]]:
     """A colour and a marker for each contender."""
-    others = [name for name in names if name not in COLOURS]
-    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=False))
-    markers = MARKERS | dict(zip(others, OTHER_MARKERS, strict=False))
+    others = [name for name in names if name not in COLOURS and name != baseline]
+    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=False)) | {baseline: BASELINE_COLOUR}
+    markers = MARKERS | dict(zip(others, OTHER_MARKERS, strict=False)) | {baseline: BASELINE_MARKER}
     return colours, markers
 
 
@@ -79,8 +98,9 @@ def _panels(figure: Figure, rows: Sequence[Row], **shared: Any) -> list[tuple[st
 
 def speedups(figure: Figure, rows: Sequence[Row], title: str, place: str) -> None:
     """Bars of each contender's speed over the baseline's, and a mark at what the machine's limit would allow."""
-    names = [name for name in table.contenders(rows) if name != BASELINE]
-    colours, _ = _style(names)
+    baseline = rows[0].baseline
+    names = [name for name in table.contenders(rows) if name != baseline]
+    colours, _ = _style(names, baseline)
     labels = _labels(rows)
     groups = list(dict.fromkeys(_group(row) for row in rows))
     panels = _panels(figure, rows, sharey=True)
@@ -88,33 +108,32 @@ def speedups(figure: Figure, rows: Sequence[Row], title: str, place: str) -> Non
     thickness = 0.8 / len(names)
     for dtype, axes in panels:
         # Bars outside the panel's reach would squeeze the others; a limit far beyond is marked at the edge instead.
-        found = [row.speedup(BASELINE, name) or 0.0 for row in rows if row.dtype == dtype for name in names]
+        found = [row.speedup(baseline, name) or 0.0 for row in rows if row.dtype == dtype for name in names]
         reach = 1.25 * max(1.0, *found)
         for row in (row for row in rows if row.dtype == dtype):
             at = groups.index(_group(row))
             for index, name in enumerate(names):
                 _bar(axes, row, name, at + (index - (len(names) - 1) / 2) * thickness, thickness, colours[name])
             _limit_mark(axes, row, at, reach)
-        axes.axvline(1.0, color=COLOURS[BASELINE], linewidth=1.2, zorder=0)
+        axes.axvline(1.0, color=BASELINE_COLOUR, linewidth=1.2, zorder=0)
         axes.set_xlim(0, 1.12 * reach)
         axes.set_title(dtype)
-        axes.set_xlabel("times as fast as per-expert modules, eager")
+        axes.set_xlabel(f"times as fast as {labels[baseline]}")
         axes.spines[["top", "right"]].set_visible(False)
     first = panels[0][1]
     first.set_yticks(range(len(groups)), groups)
     first.set_ylim(len(groups) - 0.4, -0.6)
-    figure.suptitle(f"{title}: speed-up over eager PyTorch\n{place}", fontsize=11)
+    figure.suptitle(f"{title}: speed-up\n{place}", fontsize=11)
     handles = [_patch(colours[name], labels[name]) for name in names] + [_limit_handle()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
 
 
 def _group(row: Row) -> str:
-    size = ", ".join(f"{axis}={value}" for axis, value in row.size.items())
-    return f"{row.workload}  {size}\n{row.work}"
+    return f"{row.workload}  {size_text(row.size)}\n{row.work}"
 
 
 def _bar(axes: Axes, row: Row, name: str, at: float, thickness: float, colour: str) -> None:
-    value = row.speedup(BASELINE, name)
+    value = row.speedup(row.baseline, name)
     outcome = row.outcomes.get(name)
     if value is None:
         text = outcome.status if outcome else "not run"
@@ -135,7 +154,7 @@ def _bar(axes: Axes, row: Row, name: str, at: float, thickness: float, colour: s
 
 def _limit_mark(axes: Axes, row: Row, at: int, reach: float) -> None:
     """A black line across the row's bars where the limit lies, or an arrow at the edge when it lies beyond."""
-    base = row.timing(BASELINE)
+    base = row.timing(row.baseline)
     if base is None:
         return
     limit = base.median / row.limit_ms
@@ -161,7 +180,7 @@ def _limit_handle() -> Any:
 def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
     """Median time against a size, with the quartiles as a band and the machine's limit below."""
     names = table.contenders(rows)
-    colours, markers = _style(names)
+    colours, markers = _style(names, rows[0].baseline)
     labels = _labels(rows)
     panels = _panels(figure, rows, sharey=True)
     figure.set_size_inches(5.4 * len(panels) + 0.6, 5.2)
@@ -186,7 +205,7 @@ def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
         axes.plot(x, limit, color="black", linestyle="--", label="limit of the machine (GEMM rate or bandwidth)")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(x, [str(at) for at in x])
+        axes.set_xticks(x, [amount(at) for at in x])
         axes.set_xlabel(f"{curve.axis} (rows)" if curve.axis == "B" else curve.axis)
         axes.set_title(dtype)
         axes.grid(True, which="major", alpha=0.3)
