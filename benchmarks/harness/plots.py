@@ -20,6 +20,10 @@ MARKERS = {"compile": "s", "graph": "D", "batched": "^", OURS: "*"}
 BASELINE_COLOUR, BASELINE_MARKER = "#777777", "o"
 OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442")
 OTHER_MARKERS = ("v", "P", "X", "<")
+# Inches: a title with the machine's name, and an entry of a legend.
+TITLE_WIDTH, LEGEND_WIDTH = 8.5, 3.2
+# Bars that differ by more than this are on a log axis.
+WIDE = 30.0
 
 
 def draw(suite: Suite, rows: Sequence[Row], report: Report, folder: Path) -> list[Path]:
@@ -104,19 +108,25 @@ def speedups(figure: Figure, rows: Sequence[Row], title: str, place: str) -> Non
     labels = _labels(rows)
     groups = list(dict.fromkeys(_group(row) for row in rows))
     panels = _panels(figure, rows, sharey=True)
-    figure.set_size_inches(6.2 * len(panels) + 1.5, 0.26 * (len(names) + 1) * len(groups) + 2.2)
+    width = max(TITLE_WIDTH, 6.2 * len(panels) + 1.5)
+    figure.set_size_inches(width, 0.26 * (len(names) + 1) * len(groups) + 2.2)
+    values = [value for row in rows for name in names if (value := row.speedup(baseline, name)) is not None]
+    wide = bool(values) and max(values) > WIDE * min(values)
     thickness = 0.8 / len(names)
     for dtype, axes in panels:
         # Bars outside the panel's reach would squeeze the others; a limit far beyond is marked at the edge instead.
         found = [row.speedup(baseline, name) or 0.0 for row in rows if row.dtype == dtype for name in names]
         reach = 1.25 * max(1.0, *found)
+        if wide:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         for row in (row for row in rows if row.dtype == dtype):
             at = groups.index(_group(row))
             for index, name in enumerate(names):
                 _bar(axes, row, name, at + (index - (len(names) - 1) / 2) * thickness, thickness, colours[name])
             _limit_mark(axes, row, at, reach)
         axes.axvline(1.0, color=BASELINE_COLOUR, linewidth=1.2, zorder=0)
-        axes.set_xlim(0, 1.12 * reach)
+        axes.set_xlim(0.8 * min(1.0, *values) if wide else 0, (2.5 if wide else 1.12) * reach)
         axes.set_title(dtype)
         axes.set_xlabel(f"times as fast as {labels[baseline]}")
         axes.spines[["top", "right"]].set_visible(False)
@@ -125,7 +135,7 @@ def speedups(figure: Figure, rows: Sequence[Row], title: str, place: str) -> Non
     first.set_ylim(len(groups) - 0.4, -0.6)
     figure.suptitle(f"{title}: speed-up\n{place}", fontsize=11)
     handles = [_patch(colours[name], labels[name]) for name in names] + [_limit_handle()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    _legend(figure, handles, width)
 
 
 def _group(row: Row) -> str:
@@ -139,10 +149,11 @@ def _bar(axes: Axes, row: Row, name: str, at: float, thickness: float, colour: s
         text = outcome.status if outcome else "not run"
         axes.text(0.03, at, text, va="center", fontsize=7.5, color=colour)
         return
-    axes.barh(at, value, height=0.92 * thickness, color=colour)
+    start = 1.0 if axes.get_xscale() == "log" else 0.0
+    axes.barh(at, value - start, left=start, height=0.92 * thickness, color=colour)
     axes.annotate(
-        f"{value:.2f}×",
-        (value, at),
+        f"{value:.2f}×" if value < 100 else f"{value:.0f}×",
+        (max(value, start), at),
         (3, 0),
         textcoords="offset points",
         va="center",
@@ -161,7 +172,14 @@ def _limit_mark(axes: Axes, row: Row, at: int, reach: float) -> None:
     if limit <= reach:
         axes.vlines(limit, at - 0.43, at + 0.43, color="black", linewidth=1.6, zorder=2)
         return
-    axes.annotate(f"limit {limit:.1f}× →", (1.11 * reach, at), ha="right", va="center", fontsize=8)
+    at_edge = 2.4 if axes.get_xscale() == "log" else 1.11
+    axes.annotate(f"limit {limit:.1f}× →", (at_edge * reach, at), ha="right", va="center", fontsize=8)
+
+
+def _legend(figure: Figure, handles: Sequence[Any], width: float) -> None:
+    """Below everything, in as many columns as fit."""
+    columns = min(len(handles), int(width / LEGEND_WIDTH))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _patch(colour: str, label: str) -> Any:
@@ -183,7 +201,8 @@ def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
     colours, markers = _style(names, rows[0].baseline)
     labels = _labels(rows)
     panels = _panels(figure, rows, sharey=True)
-    figure.set_size_inches(5.4 * len(panels) + 0.6, 5.2)
+    width = max(TITLE_WIDTH, 5.4 * len(panels) + 0.6)
+    figure.set_size_inches(width, 5.2)
     for dtype, axes in panels:
         mine = sorted((row for row in rows if row.dtype == dtype), key=lambda row: row.size[curve.axis])
         for name in names:
@@ -212,5 +231,4 @@ def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panels[0][1].set_ylabel("time of a call (ms)")
     figure.suptitle(f"{curve.title}\n{place}", fontsize=11)
-    handles, texts = panels[0][1].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    _legend(figure, panels[0][1].get_legend_handles_labels()[0], width)
