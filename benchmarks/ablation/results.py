@@ -72,8 +72,8 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
     clipped = np.array([run["clipped"] for run in plain]).mean(0)
     shares = ", ".join(f"{task} {100 * share:.0f}%" for task, share in zip(data["tasks"], clipped, strict=True))
     return [
-        f"Test AUC, mean ± standard deviation over {len(settings['seeds'])} seeds; gains are over the plain sum with the"
-        " same first weights and batches, * where the mean is larger than its standard deviation.",
+        f"Test AUC, mean ± standard deviation over {len(settings['seeds'])} seeds; gains are over the plain sum with"
+        " the same first weights and batches, * where the mean is larger than its standard deviation.",
         f"{data['train']:,} flights to train, {data['test']:,} to test, {settings['epochs']} epochs of batches of"
         f" {settings['batch']}, Adam {settings['learning_rate']:g}; {data['shared']:,} shared parameters.",
         f"max_norm, the median norm in the first {settings['norm_steps']} steps of each seed's plain sum: {lengths}."
@@ -116,7 +116,5 @@ def draw(data: Mapping[str, Any], place: str, path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(variants), frameon=False)
-    figure.suptitle(
-        f"MMoE on 2013 flights from New York: what is done to the shared gradients. {place}", fontsize=11
-    )
+    figure.suptitle(f"MMoE on 2013 flights from New York: what is done to the shared gradients. {place}", fontsize=11)
     figure.savefig(path, dpi=130)

@@ -55,7 +55,7 @@ class Settings:
     """
 
     seeds: Sequence[int] = (1, 2, 3, 4, 5)
-    epochs: int = 3
+    epochs: int = 2
     batch: int = 512
     learning_rate: float = 1e-3
     rows: int | None = None
@@ -74,6 +74,7 @@ class Run:
         variant, seed: which one.
         auc: of each task, in the test period.
         conflicts: [windows][pairs], the share of steps in which the pair's gradients had a negative inner product.
+        cosines: [windows][pairs], the mean cosine of the angle between them.
         norms: [windows][T], the median norm of each task's gradient.
         clipped: [T], the share of steps in which the task's gradient was longer than ``max_norm``.
         max_norm: where it was clipped.
@@ -85,6 +86,7 @@ class Run:
     seed: int
     auc: list[float]
     conflicts: list[list[float]]
+    cosines: list[list[float]]
     norms: list[list[float]]
     clipped: list[float]
     max_norm: float
@@ -92,7 +94,9 @@ class Run:
     seconds: float
 
 
-def train(flights: Flights, data: Batch, settings: Settings, variant: Variant, seed: int, max_norm: float | None) -> Run:
+def train(
+    flights: Flights, data: Batch, settings: Settings, variant: Variant, seed: int, max_norm: float | None
+) -> Run:
     """Trains one variant. Without ``max_norm``, that is for the plain sum, it is found here."""
     torch.manual_seed(seed)
     model = FlightsModel(flights).to(data.dense.device)
@@ -119,20 +123,23 @@ def train(flights: Flights, data: Batch, settings: Settings, variant: Variant, s
                 parameter.grad = torch.stack([part for part in parts if part is not None]).sum(0)
             optimizer.step()
     seconds = time.perf_counter() - start
+    windows = min(settings.windows, len(losses))
     gram = torch.stack(grams)
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     if max_norm is None:
         max_norm = float(norms[: settings.norm_steps].median())
-    conflicting = torch.stack([gram[:, i, j] < 0 for i, j in PAIRS], dim=1).double()
+    cosines = torch.stack([gram[:, i, j] / (norms[:, i] * norms[:, j]) for i, j in PAIRS], dim=1)
+    conflicting = (cosines < 0).double()
     return Run(
         variant=variant.name,
         seed=seed,
         auc=_test(model, data[slice(flights.train, None)]),
-        conflicts=[part.mean(0).tolist() for part in conflicting.tensor_split(settings.windows)],
-        norms=[part.median(0).values.tolist() for part in norms.tensor_split(settings.windows)],
+        conflicts=[part.mean(0).tolist() for part in conflicting.tensor_split(windows)],
+        cosines=[part.mean(0).tolist() for part in cosines.tensor_split(windows)],
+        norms=[part.median(0).values.tolist() for part in norms.tensor_split(windows)],
         clipped=(norms > max_norm).double().mean(0).tolist(),
         max_norm=max_norm,
-        loss=[part.mean().item() for part in torch.stack(losses).tensor_split(settings.windows)],
+        loss=[part.mean().item() for part in torch.stack(losses).tensor_split(windows)],
         seconds=seconds,
     )
 

@@ -24,8 +24,8 @@ OK, FAILED, UNAVAILABLE = "ok", "FAILED", "unavailable"
 class Outcome:
     """One contender in one row.
 
-    ``error`` is its largest error as a share of what was allowed; ``reason`` says why there is no ``timing``. ``peak`` is
-    the most memory that a call holds beyond its inputs, results included, in MiB, where that was measured.
+    ``error`` is its largest error as a share of what was allowed; ``reason`` says why there is no ``timing``. ``peak``
+    is the most memory that a call holds beyond its inputs, results included, in MiB, where that was measured.
     """
 
     label: str

@@ -13,8 +13,8 @@ import torch
 
 # A sample shorter than this would measure the clock and the interpreter's hiccups.
 SAMPLE_SECONDS = 5e-3
-# Rounds are few where one of the steps is slow. One that is MUCH_FASTER gives a sample more a round for each such factor,
-# up to MOST_SAMPLES, so that its median rests on more than those few.
+# Rounds are few where one of the steps is slow. So that the median of a fast one rests on more samples than that, it
+# gives one a round for each factor MUCH_FASTER by which it is faster, up to MOST_SAMPLES.
 MUCH_FASTER, MOST_SAMPLES = 5.0, 8
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ Grads = list[list[Tensor]]
 # A projection is taken where an inner product is negative. One this close to zero, as the cosine of the angle, may come
 # out with either sign by rounding, and two right implementations then differ by a projection.
 CLEAR = 3e-3
+PART = 1 << 16
 
 
 def sizes(total: int, tensors: int) -> list[int]:
@@ -28,8 +29,8 @@ def sizes(total: int, tensors: int) -> list[int]:
 def orders(num_tasks: int, seed: int = 0) -> list[list[int]]:
     """Row i: task i itself, then the others in a random order.
 
-    Some implementations skip the task itself and some do not. In the first place, where a gradient still is what it was,
-    its product with itself is positive and no projection is taken, so that all of them compute the same.
+    Some implementations skip the task itself and some do not. In the first place, where a gradient still is what it
+    was, its product with itself is positive and no projection is taken, so that all of them compute the same.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randperm(num_tasks, generator=generator).tolist() for _ in range(num_tasks)]
@@ -73,7 +74,9 @@ def dense(
     for length in lengths:
         first, second = torch.randn(2, length, generator=generator, device=device)
         for task, (a, b) in zip(grads, weights, strict=True):
-            task.append(torch.randn(length, generator=generator, device=device).add_(a * first).add_(b * second).to(dtype))
+            task.append(
+                torch.randn(length, generator=generator, device=device).add_(a * first).add_(b * second).to(dtype)
+            )
     return grads
 
 
@@ -91,7 +94,8 @@ def sparse(
     for a, b in _mixture(num_tasks, order).tolist():
         chosen = torch.randint(len(popular), (touched,), generator=generator)
         values = torch.randn(touched, shape[1], generator=generator) + a * shared[0, chosen] + b * shared[1, chosen]
-        grads.append([torch.sparse_coo_tensor(popular[chosen].unsqueeze(0), values, shape).to(device)])
+        at = popular[chosen].unsqueeze(0)
+        grads.append([torch.sparse_coo_tensor(at, values, shape, check_invariants=True).to(device)])
     return grads
 
 
@@ -101,17 +105,20 @@ def exact(grads: Grads, order: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     Raises:
         ValueError: some angle is so close to a right one that its sign is a matter of rounding.
     """
-    gram = torch.zeros(len(grads), len(grads), dtype=torch.float64)
-    for column in zip(*grads, strict=True):
-        flat = _double(column)
-        gram += (flat @ flat.T).cpu()
+    gram = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=grads[0][0].device)
+    for part in _double(grads):
+        gram += part @ part.T
+    gram = gram.cpu()
     rows, closest = project(gram, order)
     if closest < CLEAR:
         raise ValueError(f"the cosine of every angle must be at least {CLEAR} from zero, got {closest:.1e}")
     total = rows.sum(0).to(grads[0][0].device)
-    return {"update": torch.cat([total @ _double(column) for column in zip(*grads, strict=True)])}
+    return {"update": torch.cat([total @ part for part in _double(grads)])}
 
 
-def _double(column: Sequence[Tensor]) -> Tensor:
-    """[T, length] in float64."""
-    return torch.stack([grad.to_dense().to(torch.float64).reshape(-1) for grad in column])
+def _double(grads: Grads) -> Iterator[Tensor]:
+    """The gradients in float64, [T, elements], parameter after parameter in parts that fit in a cache."""
+    for column in zip(*grads, strict=True):
+        flat = [grad.to_dense().reshape(-1) for grad in column]
+        for start in range(0, len(flat[0]), PART):
+            yield torch.stack([grad[start : start + PART].to(torch.float64) for grad in flat])
