@@ -60,7 +60,7 @@ class Bench:
         contenders: everybody who does the work, the baseline among them.
         expected: evaluates it in float64.
         baseline: the name of the contender whose error sets the budget of the others.
-        slack: how many times as far off as usual the baseline may be, where it sums in an inexact way by itself.
+        slack: how many times as far off as usual contenders may be, where what users have sums inexactly by itself.
     """
 
     contenders: Sequence[Contender]

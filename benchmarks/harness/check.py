@@ -73,9 +73,11 @@ def judge_baseline(errors: Mapping[str, Error], dtype: torch.dtype, slack: float
     return _judge(errors, limits)
 
 
-def judge(errors: Mapping[str, Error], baseline: Mapping[str, Error], dtype: torch.dtype) -> Verdict:
+def judge(
+    errors: Mapping[str, Error], baseline: Mapping[str, Error], dtype: torch.dtype, slack: float = 1.0
+) -> Verdict:
     """At most :data:`ALLOWANCE` times the baseline's error, tensor by tensor, plus a small floor."""
-    floor = ROUNDING * torch.finfo(dtype).eps + SUMMATION * torch.finfo(torch.float32).eps
+    floor = slack * (ROUNDING * torch.finfo(dtype).eps + SUMMATION * torch.finfo(torch.float32).eps)
     limits = {
         name: Error(ALLOWANCE * error.rms + floor, ALLOWANCE * error.max + floor) for name, error in baseline.items()
     }

@@ -82,7 +82,8 @@ def check(
             outcome.reason = f"{type(error).__name__}: {error}".splitlines()[0]
             outcome.status = FAILED if contender.name in (bench.baseline, OURS) else UNAVAILABLE
             continue
-        verdict = judge_baseline(errors, dtype, bench.slack) if budget is None else judge(errors, budget, dtype)
+        slack = bench.slack
+        verdict = judge(errors, budget, dtype, slack) if budget else judge_baseline(errors, dtype, slack)
         outcome.error, outcome.reason = verdict.error, verdict.reason
         outcome.status = OK if verdict.ok else FAILED
         if verdict.ok:

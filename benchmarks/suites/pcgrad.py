@@ -41,9 +41,10 @@ TASK_SWEEP = (2, 4, 8, 16)
 TASK_SWEEP_SIZE = {"cpu": MILLION, "cuda": 10 * MILLION}
 SIZE_SWEEP = {"cpu": (40 * MILLION,), "cuda": (MILLION, 100 * MILLION)}
 TABLE, TOUCHED = (MILLION, 32), 20_000
-# torch.dot adds millions of squares one after another, so the usual PCGrad is less exact in float32 than its epsilon
-# would have it; in bfloat16 that is lost in the rounding.
-SLACK = {torch.float32: 32.0}
+# torch.dot and GEMMs add millions of squares nearly one after another: at P=10M the usual PCGrad was off by 1.4e-5 and
+# TorchJD's by 1.1e-4 on one thread. Neither is wrong, and 5e-4 still tells a projection that is not taken. In bfloat16
+# all of that is lost in the rounding.
+SLACK = {torch.float32: 128.0}
 
 
 class Ours(Surgery):
