@@ -51,7 +51,10 @@ def draw(suite: Suite, rows: Sequence[Row], report: Report, folder: Path) -> lis
             and row.work == curve.work
             and all(row.size.get(axis) == value for axis, value in curve.fixed.items())
         ]
-        if len({row.size[curve.axis] for row in chosen}) > 1:
+        points = {(row.dtype, row.size[curve.axis]) for row in chosen}
+        dtypes = [dtype for dtype, _ in points]
+        chosen = [row for row in chosen if dtypes.count(row.dtype) > 1]
+        if chosen:
             figure = Figure(layout="constrained")
             cost(figure, chosen, curve, where(report))
             save(figure, curve.name)
@@ -93,11 +96,13 @@ def _labels(rows: Sequence[Row]) -> dict[str, str]:
     return {name: row.outcomes[name].label for row in rows for name in row.outcomes}
 
 
-def _panels(figure: Figure, rows: Sequence[Row], **shared: Any) -> list[tuple[str, Axes]]:
-    """Axes side by side, one a dtype."""
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
-    axes = figure.subplots(1, len(dtypes), squeeze=False, **shared)[0]
-    return list(zip(dtypes, axes, strict=True))
+def _panels(figure: Figure, rows: Sequence[Row], together: bool, **shared: Any) -> list[tuple[str, list[Row], Axes]]:
+    """Axes side by side, one a dtype, or one for all of them: what stands above, the rows, the axes."""
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault("" if together else row.dtype, []).append(row)
+    axes = figure.subplots(1, len(parts), squeeze=False, **shared)[0]
+    return [(heading, mine, at) for (heading, mine), at in zip(parts.items(), axes, strict=True)]
 
 
 def speedups(figure: Figure, rows: Sequence[Row], title: str, place: str) -> None:
@@ -106,31 +111,36 @@ def speedups(figure: Figure, rows: Sequence[Row], title: str, place: str) -> Non
     names = [name for name in table.contenders(rows) if name != baseline]
     colours, _ = _style(names, baseline)
     labels = _labels(rows)
+    dtypes = {row.dtype for row in rows}
     groups = list(dict.fromkeys(_group(row) for row in rows))
-    panels = _panels(figure, rows, sharey=True)
+    # A panel a dtype, unless most of it would be empty.
+    together = len(rows) < 0.75 * len(dtypes) * len(groups)
+    if together:
+        groups = [f"{_group(row)} {row.dtype}" for row in rows]
+    panels = _panels(figure, rows, together, sharey=True)
     width = max(TITLE_WIDTH, 6.2 * len(panels) + 1.5)
     figure.set_size_inches(width, 0.26 * (len(names) + 1) * len(groups) + 2.2)
     values = [value for row in rows for name in names if (value := row.speedup(baseline, name)) is not None]
     wide = bool(values) and max(values) > WIDE * min(values)
     thickness = 0.8 / len(names)
-    for dtype, axes in panels:
+    for heading, mine, axes in panels:
         # Bars outside the panel's reach would squeeze the others; a limit far beyond is marked at the edge instead.
-        found = [row.speedup(baseline, name) or 0.0 for row in rows if row.dtype == dtype for name in names]
+        found = [row.speedup(baseline, name) or 0.0 for row in mine for name in names]
         reach = 1.25 * max(1.0, *found)
         if wide:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        for row in (row for row in rows if row.dtype == dtype):
-            at = groups.index(_group(row))
+        for row in mine:
+            at = groups.index(f"{_group(row)} {row.dtype}" if together else _group(row))
             for index, name in enumerate(names):
                 _bar(axes, row, name, at + (index - (len(names) - 1) / 2) * thickness, thickness, colours[name])
             _limit_mark(axes, row, at, reach)
         axes.axvline(1.0, color=BASELINE_COLOUR, linewidth=1.2, zorder=0)
         axes.set_xlim(0.8 * min(1.0, *values) if wide else 0, (2.5 if wide else 1.12) * reach)
-        axes.set_title(dtype)
+        axes.set_title(heading)
         axes.set_xlabel(f"times as fast as {labels[baseline]}")
         axes.spines[["top", "right"]].set_visible(False)
-    first = panels[0][1]
+    first = panels[0][2]
     first.set_yticks(range(len(groups)), groups)
     first.set_ylim(len(groups) - 0.4, -0.6)
     figure.suptitle(f"{title}: speed-up\n{place}", fontsize=11)
@@ -143,11 +153,12 @@ def _group(row: Row) -> str:
 
 
 def _bar(axes: Axes, row: Row, name: str, at: float, thickness: float, colour: str) -> None:
+    if name not in row.outcomes:
+        return
     value = row.speedup(row.baseline, name)
-    outcome = row.outcomes.get(name)
     if value is None:
-        text = outcome.status if outcome else "not run"
-        axes.text(0.03, at, text, va="center", fontsize=7.5, color=colour)
+        status = row.outcomes[name].status
+        axes.text(0.01, at, status, va="center", fontsize=7.5, color=colour, transform=axes.get_yaxis_transform())
         return
     start = 1.0 if axes.get_xscale() == "log" else 0.0
     axes.barh(at, value - start, left=start, height=0.92 * thickness, color=colour)
@@ -200,11 +211,11 @@ def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
     names = table.contenders(rows)
     colours, markers = _style(names, rows[0].baseline)
     labels = _labels(rows)
-    panels = _panels(figure, rows, sharey=True)
+    panels = _panels(figure, rows, False, sharey=True)
     width = max(TITLE_WIDTH, 5.4 * len(panels) + 0.6)
     figure.set_size_inches(width, 5.2)
-    for dtype, axes in panels:
-        mine = sorted((row for row in rows if row.dtype == dtype), key=lambda row: row.size[curve.axis])
+    for heading, mine, axes in panels:
+        mine.sort(key=lambda row: row.size[curve.axis])
         for name in names:
             points = [(row.size[curve.axis], t) for row in mine if (t := row.timing(name))]
             x = [at for at, _ in points]
@@ -226,9 +237,9 @@ def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
         axes.set_yscale("log")
         axes.set_xticks(x, [amount(at) for at in x])
         axes.set_xlabel(f"{curve.axis} (rows)" if curve.axis == "B" else curve.axis)
-        axes.set_title(dtype)
+        axes.set_title(heading)
         axes.grid(True, which="major", alpha=0.3)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panels[0][1].set_ylabel("time of a call (ms)")
+    panels[0][2].set_ylabel("time of a call (ms)")
     figure.suptitle(f"{curve.title}\n{place}", fontsize=11)
-    _legend(figure, panels[0][1].get_legend_handles_labels()[0], width)
+    _legend(figure, panels[0][2].get_legend_handles_labels()[0], width)

@@ -128,7 +128,10 @@ def case(
 
 
 def sparse_case(num_tasks: int, shape: tuple[int, int], touched: int) -> Case:
-    """The row of sparse gradients. Its traffic is that of the rows that are touched, indices included."""
+    """The row of sparse gradients. Its traffic is that of the rows that are touched, indices included.
+
+    Between them the tasks touch nearly all of the twice as many rows that they choose from.
+    """
     row = shape[1] * torch.float32.itemsize + torch.int64.itemsize
     return Case(
         workload="C-sparse",
@@ -136,7 +139,7 @@ def sparse_case(num_tasks: int, shape: tuple[int, int], touched: int) -> Case:
         dtype=torch.float32,
         size={"T": num_tasks, "P": shape[0] * shape[1], "tensors": 1},
         flop=float(num_tasks * (num_tasks + 1) + 2 * num_tasks) * touched * shape[1],
-        traffic=float((2 * num_tasks + 1) * touched * row),
+        traffic=float((2 * num_tasks + 2) * touched * row),
         build=lambda device: build_sparse(num_tasks, shape, touched, device),
         memory=True,
         rounds=3,
