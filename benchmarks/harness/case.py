@@ -27,7 +27,12 @@ def size_text(size: Mapping[str, int]) -> str:
 
 
 class Step(Protocol):
-    """One unit of timed work, ready to run again and again."""
+    """One unit of timed work, ready to run again and again.
+
+    ``outputs`` are the tensors that the last call gave back.
+    """
+
+    outputs: Sequence[Tensor]
 
     def __call__(self) -> None:
         """Lets go of the last results and does the work once; everything in here is timed."""

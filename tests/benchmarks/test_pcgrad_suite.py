@@ -105,20 +105,22 @@ def test_a_sum_without_projection_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_peak_memory() -> None:
     x = torch.ones(1 << 18)  # 1 MiB
+    pool = torch.ones(1 << 17)
 
-    def call() -> None:
-        y = torch.cat([x, x])
-        z = y.clone()
-        del y
-        z += 1
+    class Doubled(Surgery):
+        def update(self) -> Sequence[Tensor]:
+            y = torch.cat([x, x])
+            z = y.clone()
+            del y
+            return z[1:], z[:2], pool
 
-    assert peak_mib(call, CPU) == pytest.approx(4.0, abs=0.01)
+    assert peak_mib(Doubled([], []), CPU) == pytest.approx(4.5, abs=0.01)
     row = run_case(tiny(parameters=200_000), CPU, BUDGET)
     update = 200_000 * 4 / MIB
     peaks = {name: outcome.peak for name, outcome in row.outcomes.items() if outcome.peak is not None}
     # Flattened gradients, their copies and the stack of these; the update alone at least.
     assert 8 * update < peaks[pcgrad.USUAL] < 14 * update
-    assert update <= peaks["ours"] < peaks[pcgrad.USUAL]
+    assert 0.999 * update <= peaks["ours"] < peaks[pcgrad.USUAL]
 
 
 def test_fast_steps_give_more_samples() -> None:
