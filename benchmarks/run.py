@@ -2,6 +2,8 @@
 
 Every contender is checked against float64 before it is timed; one that fails is reported as FAILED, has no time and no
 speed-up, and makes the exit status 1. The limits that the shares refer to are measured in the same run.
+
+A study measures something else than time, takes minutes, and runs only where it is named.
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ from benchmarks.harness.case import Case, Suite  # noqa: E402
 from benchmarks.harness.limits import Limits  # noqa: E402
 from benchmarks.harness.runner import run  # noqa: E402
 from benchmarks.harness.timing import QUICK, Budget  # noqa: E402
-from benchmarks.suites import SUITES  # noqa: E402
+from benchmarks.suites import STUDIES, SUITES  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="mtlkernels against what a user would pick instead.")
-    p.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all by default")
+    p.add_argument(
+        "suites",
+        nargs="*",
+        metavar="SUITE",
+        help=f"of {', '.join(SUITES)}, which are all run by default, and the studies {', '.join(STUDIES)}",
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--json", type=Path, metavar="FILE", help="write results; a folder gets SUITE-MACHINE.json")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write plots (needs matplotlib)")
@@ -54,22 +61,27 @@ def measure(options: argparse.Namespace) -> report.Report:
     device = torch.device(options.device)
     budget = QUICK if options.quick else Budget()
     limits = Limits(device)
-    chosen = {name: choose(SUITES[name], options) for name in options.suites or SUITES}
-    if not any(chosen.values()):
+    names = list(dict.fromkeys(options.suites or SUITES))
+    chosen = {name: choose(SUITES[name], options) for name in names if name in SUITES}
+    if chosen and not any(chosen.values()):
         raise SystemExit("no rows left: --workload, --dtype and --quick together exclude all of them")
-    found = report.new_report(list(chosen), device, budget)
+    found = report.new_report(names, device, budget)
     for name, cases in chosen.items():
         found.rows[name] = run(cases, device, budget, limits)
-    found.limits = report.limits_as_json(limits)
+    if chosen:
+        found.limits = report.limits_as_json(limits)
+    for name in names:
+        if name in STUDIES:
+            found.studies[name] = STUDIES[name].run(device, options.quick)
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(arguments)
-    unknown = sorted(set(options.suites) - set(SUITES))
+    unknown = sorted(set(options.suites) - set(SUITES) - set(STUDIES))
     if unknown:
-        p.error(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+        p.error(f"no suite {', '.join(unknown)}; there are {', '.join([*SUITES, *STUDIES])}")
     if options.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: PyTorch finds no GPU")
     if options.threads:
@@ -78,6 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, rows in found.rows.items():
         print(f"\n{SUITES[name].title}\n")
         print(table.markdown(rows) if options.markdown else table.text(rows))
+    for name, data in found.studies.items():
+        print(f"\n{STUDIES[name].title}\n")
+        print(STUDIES[name].show(data, options.markdown))
     print(f"\n{table.machine(found)}")
     if options.json:
         print(f"wrote {report.save(found, options.json)}")
@@ -85,6 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, rows in found.rows.items():
             for path in plots.draw(SUITES[name], rows, found, options.plot):
                 print(f"wrote {path}")
+        for name in found.studies:
+            print(f"wrote {plots.draw_study(STUDIES[name], found, options.plot)}")
     return 1 if found.failed else 0
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
+from benchmarks.peers import task_gradients
 
 ROWS, WIDTH, UNITS = 1024, 128, (128, 64)
+PARAMETERS = 1_000_000
 ROUTING = mk.Routing.cgc(2, 4, 4, shared_gate=True, single_input=True)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -79,3 +81,22 @@ def test_expert_mixture(benchmark: Benchmark, device: str, name: str, dtype: tor
     logits = [random(device, dtype, ROWS, len(gate)) for gate in ROUTING.gate_experts]
     leaves = [x, *(w for layer in weights for w in layer), *(b for layer in biases for b in layer), *logits]
     measure(benchmark, name, lambda: mk.expert_mixture(x, weights, biases, logits, ROUTING), leaves, training)
+
+
+@pytest.mark.parametrize("tensors", [4, 40])
+@pytest.mark.parametrize("num_tasks", [2, 8])
+@pytest.mark.parametrize(("device", "name"), implementations("pcgrad"))
+def test_pcgrad(benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, num_tasks: int, tensors: int) -> None:
+    lengths = task_gradients.sizes(PARAMETERS, tensors)
+    order = task_gradients.orders(num_tasks)
+    grads = task_gradients.dense(num_tasks, lengths, order, dtype, torch.device(device))
+    rows = torch.tensor(order, device=device)
+
+    def step() -> None:
+        mk.pcgrad(grads, order=rows)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    with mk.use_backend(name):
+        step()
+        benchmark(step)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,26 @@ OURS = "ours"
 BASELINE = "eager"
 
 
+def amount(value: int) -> str:
+    """A size as people write it: whole millions as M."""
+    return f"{value // 1_000_000}M" if value and value % 1_000_000 == 0 else str(value)
+
+
+def size_text(size: Mapping[str, int]) -> str:
+    """A case's sizes in one line."""
+    return ", ".join(f"{axis}={amount(value)}" for axis, value in size.items())
+
+
 class Step(Protocol):
-    """One unit of timed work, ready to run again and again."""
+    """One unit of timed work, ready to run again and again.
+
+    ``outputs`` are the tensors that the last call gave back.
+    """
+
+    outputs: Sequence[Tensor]
 
     def __call__(self) -> None:
-        """Does the work once; everything in here is timed."""
+        """Lets go of the last results and does the work once; everything in here is timed."""
 
     def results(self) -> Mapping[str, Tensor]:
         """What the last call computed, under names that all contenders of the case share. Not timed."""
@@ -30,7 +46,7 @@ class Contender:
     """One way to do the work of a case.
 
     Args:
-        name: its key in tables and JSON; ``"eager"`` is the baseline, ``"ours"`` is mtlkernels.
+        name: its key in tables and JSON; ``"ours"`` is mtlkernels.
         label: how plots call it.
         build: makes the step, with copies of the parameters that the case made. May raise where this install or
             device cannot run the contender; it is then reported as unavailable.
@@ -43,10 +59,19 @@ class Contender:
 
 @dataclass(frozen=True)
 class Bench:
-    """A case with its parameters and inputs made. ``expected`` evaluates it in float64."""
+    """A case with its parameters and inputs made.
+
+    Args:
+        contenders: everybody who does the work, the baseline among them.
+        expected: evaluates it in float64.
+        baseline: the name of the contender whose error sets the budget of the others.
+        slack: how many times as far off as usual contenders may be, where what users have sums inexactly by itself.
+    """
 
     contenders: Sequence[Contender]
     expected: Callable[[], Mapping[str, Tensor]]
+    baseline: str = BASELINE
+    slack: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +89,8 @@ class Case:
         resident: the operands of one call stay in cache from one call to the next, as a serving model's weights do;
             the traffic is then held against the bandwidth of the cache instead of that of the memory.
         quick: whether ``--quick`` keeps the row.
+        memory: whether the peak memory of a call is measured.
+        rounds: of timing that are enough where a call takes seconds; by default what the budget asks for.
     """
 
     workload: str
@@ -75,6 +102,8 @@ class Case:
     build: Callable[[torch.device], Bench]
     resident: bool = False
     quick: bool = False
+    memory: bool = False
+    rounds: int | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -82,19 +111,19 @@ class Case:
 
     @property
     def title(self) -> str:
-        size = " ".join(f"{axis}={value}" for axis, value in self.size.items())
-        return f"{self.workload} {size} {self.work} {self.dtype_name}"
+        return f"{self.workload} {size_text(self.size)} {self.work} {self.dtype_name}"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A plot of time against one axis of ``size``, over the rows of some workloads."""
+    """A plot of time against one axis of ``size``, over the rows of some workloads whose other sizes are ``fixed``."""
 
     name: str
     title: str
     axis: str
     workloads: tuple[str, ...]
     work: str
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,3 +134,21 @@ class Suite:
     title: str
     cases: Callable[[str], Iterable[Case]]
     curves: tuple[Curve, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Study:
+    """A suite that measures something else than time: what it found is data in JSON's types, and its own to show.
+
+    Args:
+        name, title: as those of a :class:`Suite`.
+        run: does the work on a device; the flag asks for a smoke test.
+        show: the data as text, or as Markdown where the flag is set.
+        draw: writes the data's plot to a file; the string says where and when it was measured.
+    """
+
+    name: str
+    title: str
+    run: Callable[[torch.device, bool], dict[str, Any]]
+    show: Callable[[Mapping[str, Any], bool], str]
+    draw: Callable[[Mapping[str, Any], str, Path], None]

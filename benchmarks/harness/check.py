@@ -66,16 +66,18 @@ def measure_all(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     return {name: measure(results[name], expected[name]) for name in expected}
 
 
-def judge_baseline(errors: Mapping[str, Error], dtype: torch.dtype) -> Verdict:
+def judge_baseline(errors: Mapping[str, Error], dtype: torch.dtype, slack: float = 1.0) -> Verdict:
     """The baseline sets the budget of the others, so its own errors are held against the dtype's epsilon."""
-    eps = torch.finfo(dtype).eps
+    eps = slack * torch.finfo(dtype).eps
     limits = {name: Error(BASELINE_LIMIT["rms"] * eps, BASELINE_LIMIT["max"] * eps) for name in errors}
     return _judge(errors, limits)
 
 
-def judge(errors: Mapping[str, Error], baseline: Mapping[str, Error], dtype: torch.dtype) -> Verdict:
+def judge(
+    errors: Mapping[str, Error], baseline: Mapping[str, Error], dtype: torch.dtype, slack: float = 1.0
+) -> Verdict:
     """At most :data:`ALLOWANCE` times the baseline's error, tensor by tensor, plus a small floor."""
-    floor = ROUNDING * torch.finfo(dtype).eps + SUMMATION * torch.finfo(torch.float32).eps
+    floor = slack * (ROUNDING * torch.finfo(dtype).eps + SUMMATION * torch.finfo(torch.float32).eps)
     limits = {
         name: Error(ALLOWANCE * error.rms + floor, ALLOWANCE * error.max + floor) for name, error in baseline.items()
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import table
-from benchmarks.harness.case import BASELINE, OURS, Curve, Suite
+from benchmarks.harness.case import OURS, Curve, Study, Suite, amount, size_text
 from benchmarks.harness.report import Report, Row
 
 if TYPE_CHECKING:
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; mtlkernels gets the strongest of it.
-COLOURS = {BASELINE: "#777777", "compile": "#E69F00", "graph": "#CC79A7", "batched": "#56B4E9", OURS: "#0072B2"}
-MARKERS = {BASELINE: "o", "compile": "s", "graph": "D", "batched": "^", OURS: "*"}
-OTHER_COLOURS = ("#009E73", "#D55E00", "#F0E442", "#000000")
+COLOURS = {"compile": "#E69F00", "graph": "#CC79A7", "batched": "#56B4E9", OURS: "#0072B2"}
+MARKERS = {"compile": "s", "graph": "D", "batched": "^", OURS: "*"}
+BASELINE_COLOUR, BASELINE_MARKER = "#777777", "o"
+OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442")
 OTHER_MARKERS = ("v", "P", "X", "<")
+# Inches: a title with the machine's name, and an entry of a legend.
+TITLE_WIDTH, LEGEND_WIDTH = 8.5, 3.2
+# Bars that differ by more than this are on a log axis.
+WIDE = 30.0
 
 
 def draw(suite: Suite, rows: Sequence[Row], report: Report, folder: Path) -> list[Path]:
@@ -26,29 +31,50 @@ def draw(suite: Suite, rows: Sequence[Row], report: Report, folder: Path) -> lis
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = report.file_name.removesuffix(".json")
-    if len(report.suites) > 1:
-        stem = stem.replace("-".join(report.suites), suite.name, 1)
     written = []
 
     def save(figure: Figure, kind: str) -> None:
         FigureCanvasAgg(figure)
-        path = folder / f"{stem}-{kind}.png"
+        path = _path(folder, report, suite.name, f"-{kind}")
         figure.savefig(path, dpi=130)
         written.append(path)
 
-    if any(row.timing(BASELINE) for row in rows):
+    if any(row.timing(row.baseline) for row in rows):
         figure = Figure(layout="constrained")
         speedups(figure, rows, suite.title, where(report))
         save(figure, "speedup")
     for curve in suite.curves:
-        chosen = [row for row in rows if row.workload in curve.workloads and row.work == curve.work]
-        if len({row.size[curve.axis] for row in chosen}) > 1:
+        chosen = [
+            row
+            for row in rows
+            if row.workload in curve.workloads
+            and row.work == curve.work
+            and all(row.size.get(axis) == value for axis, value in curve.fixed.items())
+        ]
+        points = {(row.dtype, row.size[curve.axis]) for row in chosen}
+        dtypes = [dtype for dtype, _ in points]
+        chosen = [row for row in chosen if dtypes.count(row.dtype) > 1]
+        if chosen:
             figure = Figure(layout="constrained")
             cost(figure, chosen, curve, where(report))
             save(figure, curve.name)
     return written
+
+
+def draw_study(study: Study, report: Report, folder: Path) -> Path:
+    """Writes the plot of a study; its path."""
+    path = _path(folder, report, study.name, "")
+    study.draw(report.studies[study.name], where(report), path)
+    return path
+
+
+def _path(folder: Path, report: Report, suite: str, kind: str) -> Path:
+    """Named as the report's JSON is, but for one suite."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = report.file_name.removesuffix(".json")
+    if len(report.suites) > 1:
+        stem = stem.replace("-".join(report.suites), suite, 1)
+    return folder / f"{stem}{kind}.png"
 
 
 def where(report: Report) -> str:
@@ -58,11 +84,11 @@ def where(report: Report) -> str:
     return f"{m.get('gpu', cpu)}, torch {report.versions['torch']}, {report.date}"
 
 
-def _style(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _style(names: Sequence[str], baseline: str) -> tuple[dict[str, str], dict[str, str]]:
     """A colour and a marker for each contender."""
-    others = [name for name in names if name not in COLOURS]
-    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=False))
-    markers = MARKERS | dict(zip(others, OTHER_MARKERS, strict=False))
+    others = [name for name in names if name not in COLOURS and name != baseline]
+    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=False)) | {baseline: BASELINE_COLOUR}
+    markers = MARKERS | dict(zip(others, OTHER_MARKERS, strict=False)) | {baseline: BASELINE_MARKER}
     return colours, markers
 
 
@@ -70,60 +96,75 @@ def _labels(rows: Sequence[Row]) -> dict[str, str]:
     return {name: row.outcomes[name].label for row in rows for name in row.outcomes}
 
 
-def _panels(figure: Figure, rows: Sequence[Row], **shared: Any) -> list[tuple[str, Axes]]:
-    """Axes side by side, one a dtype."""
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
-    axes = figure.subplots(1, len(dtypes), squeeze=False, **shared)[0]
-    return list(zip(dtypes, axes, strict=True))
+def _panels(figure: Figure, rows: Sequence[Row], together: bool, **shared: Any) -> list[tuple[str, list[Row], Axes]]:
+    """Axes side by side, one a dtype, or one for all of them: what stands above, the rows, the axes."""
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault("" if together else row.dtype, []).append(row)
+    axes = figure.subplots(1, len(parts), squeeze=False, **shared)[0]
+    return [(heading, mine, at) for (heading, mine), at in zip(parts.items(), axes, strict=True)]
 
 
 def speedups(figure: Figure, rows: Sequence[Row], title: str, place: str) -> None:
     """Bars of each contender's speed over the baseline's, and a mark at what the machine's limit would allow."""
-    names = [name for name in table.contenders(rows) if name != BASELINE]
-    colours, _ = _style(names)
+    baseline = rows[0].baseline
+    names = [name for name in table.contenders(rows) if name != baseline]
+    colours, _ = _style(names, baseline)
     labels = _labels(rows)
+    dtypes = {row.dtype for row in rows}
     groups = list(dict.fromkeys(_group(row) for row in rows))
-    panels = _panels(figure, rows, sharey=True)
-    figure.set_size_inches(6.2 * len(panels) + 1.5, 0.26 * (len(names) + 1) * len(groups) + 2.2)
+    # A panel a dtype, unless most of it would be empty.
+    together = len(rows) < 0.75 * len(dtypes) * len(groups)
+    if together:
+        groups = [f"{_group(row)} {row.dtype}" for row in rows]
+    panels = _panels(figure, rows, together, sharey=True)
+    width = max(TITLE_WIDTH, 6.2 * len(panels) + 1.5)
+    figure.set_size_inches(width, 0.26 * (len(names) + 1) * len(groups) + 2.2)
+    values = [value for row in rows for name in names if (value := row.speedup(baseline, name)) is not None]
+    wide = bool(values) and max(values) > WIDE * min(values)
     thickness = 0.8 / len(names)
-    for dtype, axes in panels:
+    for heading, mine, axes in panels:
         # Bars outside the panel's reach would squeeze the others; a limit far beyond is marked at the edge instead.
-        found = [row.speedup(BASELINE, name) or 0.0 for row in rows if row.dtype == dtype for name in names]
+        found = [row.speedup(baseline, name) or 0.0 for row in mine for name in names]
         reach = 1.25 * max(1.0, *found)
-        for row in (row for row in rows if row.dtype == dtype):
-            at = groups.index(_group(row))
+        if wide:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for row in mine:
+            at = groups.index(f"{_group(row)} {row.dtype}" if together else _group(row))
             for index, name in enumerate(names):
                 _bar(axes, row, name, at + (index - (len(names) - 1) / 2) * thickness, thickness, colours[name])
             _limit_mark(axes, row, at, reach)
-        axes.axvline(1.0, color=COLOURS[BASELINE], linewidth=1.2, zorder=0)
-        axes.set_xlim(0, 1.12 * reach)
-        axes.set_title(dtype)
-        axes.set_xlabel("times as fast as per-expert modules, eager")
+        axes.axvline(1.0, color=BASELINE_COLOUR, linewidth=1.2, zorder=0)
+        axes.set_xlim(0.8 * min(1.0, *values) if wide else 0, (2.5 if wide else 1.12) * reach)
+        axes.set_title(heading)
+        axes.set_xlabel(f"times as fast as {labels[baseline]}")
         axes.spines[["top", "right"]].set_visible(False)
-    first = panels[0][1]
+    first = panels[0][2]
     first.set_yticks(range(len(groups)), groups)
     first.set_ylim(len(groups) - 0.4, -0.6)
-    figure.suptitle(f"{title}: speed-up over eager PyTorch\n{place}", fontsize=11)
+    figure.suptitle(f"{title}: speed-up\n{place}", fontsize=11)
     handles = [_patch(colours[name], labels[name]) for name in names] + [_limit_handle()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    _legend(figure, handles, width)
 
 
 def _group(row: Row) -> str:
-    size = ", ".join(f"{axis}={value}" for axis, value in row.size.items())
-    return f"{row.workload}  {size}\n{row.work}"
+    return f"{row.workload}  {size_text(row.size)}\n{row.work}"
 
 
 def _bar(axes: Axes, row: Row, name: str, at: float, thickness: float, colour: str) -> None:
-    value = row.speedup(BASELINE, name)
-    outcome = row.outcomes.get(name)
-    if value is None:
-        text = outcome.status if outcome else "not run"
-        axes.text(0.03, at, text, va="center", fontsize=7.5, color=colour)
+    if name not in row.outcomes:
         return
-    axes.barh(at, value, height=0.92 * thickness, color=colour)
+    value = row.speedup(row.baseline, name)
+    if value is None:
+        status = row.outcomes[name].status
+        axes.text(0.01, at, status, va="center", fontsize=7.5, color=colour, transform=axes.get_yaxis_transform())
+        return
+    start = 1.0 if axes.get_xscale() == "log" else 0.0
+    axes.barh(at, value - start, left=start, height=0.92 * thickness, color=colour)
     axes.annotate(
-        f"{value:.2f}×",
-        (value, at),
+        f"{value:.2f}×" if value < 100 else f"{value:.0f}×",
+        (max(value, start), at),
         (3, 0),
         textcoords="offset points",
         va="center",
@@ -135,14 +176,21 @@ def _bar(axes: Axes, row: Row, name: str, at: float, thickness: float, colour: s
 
 def _limit_mark(axes: Axes, row: Row, at: int, reach: float) -> None:
     """A black line across the row's bars where the limit lies, or an arrow at the edge when it lies beyond."""
-    base = row.timing(BASELINE)
+    base = row.timing(row.baseline)
     if base is None:
         return
     limit = base.median / row.limit_ms
     if limit <= reach:
         axes.vlines(limit, at - 0.43, at + 0.43, color="black", linewidth=1.6, zorder=2)
         return
-    axes.annotate(f"limit {limit:.1f}× →", (1.11 * reach, at), ha="right", va="center", fontsize=8)
+    at_edge = 2.4 if axes.get_xscale() == "log" else 1.11
+    axes.annotate(f"limit {limit:.1f}× →", (at_edge * reach, at), ha="right", va="center", fontsize=8)
+
+
+def _legend(figure: Figure, handles: Sequence[Any], width: float) -> None:
+    """Below everything, in as many columns as fit."""
+    columns = min(len(handles), int(width / LEGEND_WIDTH))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _patch(colour: str, label: str) -> Any:
@@ -161,12 +209,13 @@ def _limit_handle() -> Any:
 def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
     """Median time against a size, with the quartiles as a band and the machine's limit below."""
     names = table.contenders(rows)
-    colours, markers = _style(names)
+    colours, markers = _style(names, rows[0].baseline)
     labels = _labels(rows)
-    panels = _panels(figure, rows, sharey=True)
-    figure.set_size_inches(5.4 * len(panels) + 0.6, 5.2)
-    for dtype, axes in panels:
-        mine = sorted((row for row in rows if row.dtype == dtype), key=lambda row: row.size[curve.axis])
+    panels = _panels(figure, rows, False, sharey=True)
+    width = max(TITLE_WIDTH, 5.4 * len(panels) + 0.6)
+    figure.set_size_inches(width, 5.2)
+    for heading, mine, axes in panels:
+        mine.sort(key=lambda row: row.size[curve.axis])
         for name in names:
             points = [(row.size[curve.axis], t) for row in mine if (t := row.timing(name))]
             x = [at for at, _ in points]
@@ -186,12 +235,11 @@ def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
         axes.plot(x, limit, color="black", linestyle="--", label="limit of the machine (GEMM rate or bandwidth)")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(x, [str(at) for at in x])
+        axes.set_xticks(x, [amount(at) for at in x])
         axes.set_xlabel(f"{curve.axis} (rows)" if curve.axis == "B" else curve.axis)
-        axes.set_title(dtype)
+        axes.set_title(heading)
         axes.grid(True, which="major", alpha=0.3)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panels[0][1].set_ylabel("time of a call (ms)")
+    panels[0][2].set_ylabel("time of a call (ms)")
     figure.suptitle(f"{curve.title}\n{place}", fontsize=11)
-    handles, texts = panels[0][1].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    _legend(figure, panels[0][2].get_legend_handles_labels()[0], width)

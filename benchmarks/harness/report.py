@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import machine
-from benchmarks.harness.case import OURS
+from benchmarks.harness.case import BASELINE, OURS
 from benchmarks.harness.limits import Limits
 from benchmarks.harness.timing import Budget, Timing
 
@@ -24,7 +24,8 @@ OK, FAILED, UNAVAILABLE = "ok", "FAILED", "unavailable"
 class Outcome:
     """One contender in one row.
 
-    ``error`` is its largest error as a share of what was allowed; ``reason`` says why there is no ``timing``.
+    ``error`` is its largest error as a share of what was allowed; ``reason`` says why there is no ``timing``. ``peak``
+    is the most memory that a call holds beyond its inputs, results included, in MiB, where that was measured.
     """
 
     label: str
@@ -32,6 +33,7 @@ class Outcome:
     reason: str = ""
     error: float | None = None
     timing: Timing | None = None
+    peak: float | None = None
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Row:
     outcomes: dict[str, Outcome]
     limit_ms: float = math.nan
     limited_by: str = ""
+    baseline: str = BASELINE
 
     def set_limit(self, limits: Limits) -> None:
         seconds, self.limited_by = limits.seconds(self.flop, self.traffic, self.dtype, self.resident)
@@ -84,7 +87,7 @@ class Row:
 
 @dataclass
 class Report:
-    """A run of some suites."""
+    """A run of some suites: the rows of those that measure time, the data of the studies."""
 
     suites: list[str]
     date: str
@@ -95,6 +98,7 @@ class Report:
     budget: dict[str, float]
     limits: dict[str, Any]
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    studies: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:

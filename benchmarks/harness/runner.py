@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.case import BASELINE, OURS, Bench, Case, Contender, Step
-from benchmarks.harness.check import Error, Verdict, judge, judge_baseline, measure_all
+from benchmarks.harness.case import OURS, Bench, Case, Contender, Step
+from benchmarks.harness.check import Error, judge, judge_baseline, measure_all
 from benchmarks.harness.limits import Limits
+from benchmarks.harness.memory import peak_mib
 from benchmarks.harness.report import FAILED, OK, UNAVAILABLE, Outcome, Row
 from benchmarks.harness.timing import Budget, interleaved
 
@@ -37,7 +39,9 @@ def _limit_seconds(budget: Budget) -> float:
 def run_case(case: Case, device: torch.device, budget: Budget) -> Row:
     """One row: every contender that passes the check is timed, the others say why not."""
     bench = case.build(device)
-    outcomes, steps = check(bench, case.dtype)
+    outcomes, steps = check(bench, case.dtype, memory=device if case.memory else None)
+    if case.rounds is not None:
+        budget = dataclasses.replace(budget, min_rounds=min(budget.min_rounds, case.rounds))
     timings = interleaved(steps, device, budget) if steps else {}
     for name, timing in timings.items():
         outcomes[name].timing = timing
@@ -51,45 +55,52 @@ def run_case(case: Case, device: torch.device, budget: Budget) -> Row:
         traffic=case.traffic,
         resident=case.resident,
         outcomes=outcomes,
+        baseline=bench.baseline,
     )
 
 
-def check(bench: Bench, dtype: torch.dtype) -> tuple[dict[str, Outcome], dict[str, Step]]:
-    """Compares every contender with float64; the outcomes, and the steps of those that may be timed."""
+def check(
+    bench: Bench, dtype: torch.dtype, memory: torch.device | None = None
+) -> tuple[dict[str, Outcome], dict[str, Step]]:
+    """Compares every contender with float64; the outcomes, and the steps of those that may be timed.
+
+    With ``memory`` the peak memory of their first calls on that device is measured as well.
+    """
     expected = bench.expected()
     outcomes: dict[str, Outcome] = {}
     steps: dict[str, Step] = {}
     budget: dict[str, Error] | None = None
-    for contender in sorted(bench.contenders, key=lambda c: c.name != BASELINE):
+    for contender in sorted(bench.contenders, key=lambda c: c.name != bench.baseline):
         outcome = Outcome(contender.label, UNAVAILABLE)
         outcomes[contender.name] = outcome
-        if contender.name != BASELINE and budget is None:
+        if contender.name != bench.baseline and budget is None:
             outcome.reason = "the baseline has failed, so there is no error budget"
             continue
         try:
-            step, errors = _first_call(contender, expected)
+            step, outcome.peak, errors = _first_call(contender, expected, memory)
         except Exception as error:  # a contender that cannot run is a result, which the table shows with its reason
             outcome.reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            outcome.status = FAILED if contender.name in (BASELINE, OURS) else UNAVAILABLE
+            outcome.status = FAILED if contender.name in (bench.baseline, OURS) else UNAVAILABLE
             continue
-        verdict = _judge(contender.name, errors, budget, dtype)
+        slack = bench.slack
+        verdict = judge(errors, budget, dtype, slack) if budget else judge_baseline(errors, dtype, slack)
         outcome.error, outcome.reason = verdict.error, verdict.reason
         outcome.status = OK if verdict.ok else FAILED
         if verdict.ok:
             steps[contender.name] = step
-            budget = errors if contender.name == BASELINE else budget
+            budget = errors if budget is None else budget
     return outcomes, steps
 
 
-def _first_call(contender: Contender, expected: Mapping[str, Tensor]) -> tuple[Step, dict[str, Error]]:
+def _first_call(
+    contender: Contender, expected: Mapping[str, Tensor], memory: torch.device | None
+) -> tuple[Step, float | None, dict[str, Error]]:
     """Builds the step, calls it twice, since the second call may take another path than the first, and compares."""
     step = contender.build()
+    peak = None
+    if memory is None:
+        step()
+    else:  # the first call, when no earlier results are there to be let go of
+        peak = peak_mib(step, memory)
     step()
-    step()
-    return step, measure_all(step.results(), expected)
-
-
-def _judge(name: str, errors: dict[str, Error], budget: dict[str, Error] | None, dtype: torch.dtype) -> Verdict:
-    if name == BASELINE or budget is None:
-        return judge_baseline(errors, dtype)
-    return judge(errors, budget, dtype)
+    return step, peak, measure_all(step.results(), expected)

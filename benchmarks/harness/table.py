@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.harness.case import OURS
+from benchmarks.harness.case import OURS, size_text
 from benchmarks.harness.report import FAILED, OK, Outcome, Report, Row
 
 
@@ -32,11 +32,17 @@ def _times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}×"
 
 
-def _cells(row: Row, names: Sequence[str], spread: bool) -> list[str]:
+def _mebibytes(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return ""
+    return "–" if outcome.peak is None else milliseconds(outcome.peak)
+
+
+def _cells(row: Row, names: Sequence[str], spread: bool, memory: bool) -> list[str]:
     ours, share = row.tflops(OURS), row.share_of_limit(OURS)
     return [
         row.workload,
-        ", ".join(f"{axis}={value}" for axis, value in row.size.items()),
+        size_text(row.size),
         row.work,
         row.dtype,
         milliseconds(row.flop * 1e-9),
@@ -45,6 +51,7 @@ def _cells(row: Row, names: Sequence[str], spread: bool) -> list[str]:
         "–" if ours is None else f"{ours:.3g}",
         milliseconds(row.limit_ms),
         "–" if share is None else f"{100 * share:.0f}%",
+        *(_mebibytes(row.outcomes.get(name)) for name in names if memory),
         row.limited_by,
     ]
 
@@ -54,8 +61,10 @@ def _grid(rows: Sequence[Row], spread: bool) -> list[list[str]]:
     head = ["", "size", "work", "dtype", "GFLOP"]
     head += [f"{name} ms" for name in names]
     head += [f"vs {name}" for name in names if name != OURS]
-    head += ["TFLOP/s", "limit ms", "of limit", "limited by"]
-    return [head] + [_cells(row, names, spread) for row in rows]
+    head += ["TFLOP/s", "limit ms", "of limit"]
+    memory = any(outcome.peak is not None for row in rows for outcome in row.outcomes.values())
+    head += [f"{name} MiB" for name in names if memory] + ["limited by"]
+    return [head] + [_cells(row, names, spread, memory) for row in rows]
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -65,8 +74,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for name, outcome in row.outcomes.items():
             if outcome.status != OK:
-                size = ", ".join(f"{axis}={value}" for axis, value in row.size.items())
-                notes.append(f"{row.workload} {size} {row.work} {row.dtype}: {name} {outcome.status}: {outcome.reason}")
+                title = f"{row.workload} {size_text(row.size)} {row.work} {row.dtype}"
+                notes.append(f"{title}: {name} {outcome.status}: {outcome.reason}")
     return notes
 
 
@@ -97,10 +106,14 @@ def machine(report: Report) -> str:
     """One paragraph: where and with what this was measured, and the limits of that machine."""
     m, v, limits = report.machine, report.versions, report.limits
     place = f"{m['gpu']} ({m['gpu_capability']})" if "gpu" in m else f"{m['cpu']}, {m['cores']} cores"
+    text = (
+        f"{place}, {report.threads} threads, {m['cpu_capability']} ({', '.join(m['isa'])}); "
+        f"torch {v['torch']}, triton {v['triton']}, python {v['python']}, mtlkernels {v['mtlkernels']}; {report.date}."
+    )
+    if not limits:  # nothing was timed
+        return text
     rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in limits["gemm_tflops"].items())
     return (
-        f"{place}, {report.threads} threads, {m['cpu_capability']} ({', '.join(m['isa'])}); "
-        f"torch {v['torch']}, triton {v['triton']}, python {v['python']}, mtlkernels {v['mtlkernels']}; {report.date}. "
-        f"Measured limits: GEMM {rates}; memory read {limits['read_gb_s']:.3g} GB/s,"
+        f"{text} Measured limits: GEMM {rates}; memory read {limits['read_gb_s']:.3g} GB/s,"
         f" copy {limits['copy_gb_s']:.3g} GB/s, read in cache {limits['resident_read_gb_s']:.3g} GB/s."
     )

@@ -13,6 +13,9 @@ import torch
 
 # A sample shorter than this would measure the clock and the interpreter's hiccups.
 SAMPLE_SECONDS = 5e-3
+# Rounds are few where one of the steps is slow. So that the median of a fast one rests on more samples than that, it
+# gives one a round for each factor MUCH_FASTER by which it is faster, up to MOST_SAMPLES.
+MUCH_FASTER, MOST_SAMPLES = 5.0, 8
 
 
 @dataclass(frozen=True)
@@ -94,26 +97,35 @@ def _summary(seconds: list[float], calls: int) -> Timing:
     )
 
 
-def _warm_up(step: Callable[[], None], measure: Callable[[Callable[[], None], int], float], seconds: float) -> int:
-    """Runs a step until ``seconds`` have passed; the number of calls that make a sample long enough."""
+def _warm_up(
+    step: Callable[[], None], measure: Callable[[Callable[[], None], int], float], seconds: float
+) -> tuple[int, float]:
+    """Runs a step until ``seconds`` have passed; the calls that make a sample long enough, and seconds of a sample."""
     shortest = math.inf
     start = time.perf_counter()
     while True:
         shortest = min(shortest, measure(step, 1))
         if time.perf_counter() - start >= seconds:
-            return max(1, math.ceil(SAMPLE_SECONDS / shortest))
+            calls = max(1, math.ceil(SAMPLE_SECONDS / shortest))
+            return calls, calls * shortest
+
+
+def _samples_a_round(times_as_fast: float) -> int:
+    return max(1, min(MOST_SAMPLES, int(times_as_fast / MUCH_FASTER)))
 
 
 def interleaved(steps: Mapping[str, Callable[[], None]], device: torch.device, budget: Budget) -> dict[str, Timing]:
-    """Times every step: in each round each of them gives one sample, in an order that is shuffled anew.
+    """Times every step: in each round each of them gives a sample, or some, in an order that is shuffled anew.
 
     Inputs and weights are the same in every call and so are warm in cache as far as they fit. A small serving batch
     finds them so too; for large batches, whose operands exceed the cache, it makes no difference.
     """
     measure = timer(device)
-    calls = {name: _warm_up(step, measure, budget.warmup) for name, step in steps.items()}
+    warm = {name: _warm_up(step, measure, budget.warmup) for name, step in steps.items()}
+    calls = {name: found for name, (found, _) in warm.items()}
+    slowest = max(seconds for _, seconds in warm.values())
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
+    order = [name for name, (_, seconds) in warm.items() for _ in range(_samples_a_round(slowest / seconds))]
     shuffle = random.Random(0).shuffle
     collecting = gc.isenabled()
     gc.disable()

@@ -1,8 +1,9 @@
-"""The suites by name. A new one is a file beside these that makes a ``Suite``, and a line here."""
+"""The suites by name. A new one is a file beside these that makes a ``Suite`` or a ``Study``, and a line here."""
 
 from __future__ import annotations
 
-from benchmarks.harness.case import Suite
-from benchmarks.suites import mixture
+from benchmarks.harness.case import Study, Suite
+from benchmarks.suites import mixture, pcgrad, pcgrad_ablation
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (mixture.SUITE,)}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (mixture.SUITE, pcgrad.SUITE)}
+STUDIES: dict[str, Study] = {study.name: study for study in (pcgrad_ablation.STUDY,)}

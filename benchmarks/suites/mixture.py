@@ -16,7 +16,7 @@ the input, as a level inside a model has them, freed before each step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -57,7 +57,7 @@ class TrunkStep:
         self.x = x.detach().clone().requires_grad_(cotangents is not None)
         self.cotangents = cotangents
         self.trained = [self.x, *module.parameters()]
-        self.outputs: tuple[Tensor, ...] = ()
+        self.outputs: Sequence[Tensor] = ()
 
     def __call__(self) -> None:
         self.outputs = ()

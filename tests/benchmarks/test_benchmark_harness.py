@@ -59,9 +59,11 @@ class Altered:
 
     def __init__(self, step: Step, name: str, change: float) -> None:
         self.step, self.name, self.change = step, name, change
+        self.outputs = step.outputs
 
     def __call__(self) -> None:
         self.step()
+        self.outputs = self.step.outputs
 
     def results(self) -> Mapping[str, Tensor]:
         found = {name: tensor.clone() for name, tensor in self.step.results().items()}

@@ -1,0 +1,58 @@
+"""PCGrad as it is usually written: each task's gradients flattened, and a walk over all of them for each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.task_gradients import Grads
+
+
+def usual(grads: Grads, order: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The sum of the projected gradients, a tensor a parameter.
+
+    Without what some add to it: copies of the parameters' gradients, and masks of those that have one. The squares of
+    the norms are computed once a task, which costs no more than ``norm()`` at each conflict; that would be further off
+    in float32 than a wrong contender.
+    """
+    flat = [torch.cat([grad.reshape(-1) for grad in task]) for task in grads]
+    squares = [torch.dot(g, g) for g in flat]
+    projected = [g.clone() for g in flat]
+    for i, g in enumerate(projected):
+        for j in order[i]:
+            if j != i:
+                inner = torch.dot(g, flat[j])
+                if inner < 0:  # on a GPU the host waits for the device here
+                    g -= inner / squares[j] * flat[j]
+    update = torch.stack(projected).sum(0)
+    parts = update.split([grad.numel() for grad in grads[0]])
+    return [part.view_as(grad) for part, grad in zip(parts, grads[0], strict=True)]
+
+
+class Surgery:
+    """One call on fixed gradients; what each contender of the suite is a kind of."""
+
+    def __init__(self, grads: Grads, order: Sequence[Sequence[int]]) -> None:
+        self.grads = grads
+        self.order = order
+        self.outputs: Sequence[Tensor] = ()
+
+    def __call__(self) -> None:
+        self.outputs = ()
+        self.outputs = self.update()
+
+    def update(self) -> Sequence[Tensor]:
+        """A tensor a parameter, or one over all of them."""
+        return usual(self.grads, self.order)
+
+    def results(self) -> Mapping[str, Tensor]:
+        return {"update": torch.cat([output.to_dense().reshape(-1) for output in self.outputs])}
+
+
+class DensifiedSurgery(Surgery):
+    """The same for sparse gradients, which it cannot take: they are made dense first."""
+
+    def update(self) -> Sequence[Tensor]:
+        return usual([[grad.to_dense() for grad in task] for task in self.grads], self.order)
