@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mtlkernels.ops.pcgrad import draw_order, options_of, solve
 from mtlkernels.ops.pcgrad.checks import check_group, check_options, check_reduction
-from mtlkernels.ops.pcgrad.parameters import Gradients, collect, is_dtensor, over, together
+from mtlkernels.ops.pcgrad.parameters import Gradients, collect, dtensor_class, over, together
 from mtlkernels.optim._checks import check_losses, check_optimizers, check_shared, check_trained, parameters_of
 from mtlkernels.optim._task_gradients import Row, task_gradients
 
@@ -160,7 +160,8 @@ class PCGrad(Optimizer):
             with torch.enable_grad():
                 checked = [scaler.scale(loss) for loss in checked]
             unit = scaler.scale(torch.ones((), device=checked[0].device))
-        fsdp = any(is_dtensor(parameter) for parameter in (*shared, *others))
+        dtensor = dtensor_class()
+        fsdp = dtensor is not None and any(isinstance(parameter, dtensor) for parameter in (*shared, *others))
         if fsdp and self.group is not None:
             raise ValueError("group must be None where parameters are DTensors, which know their ranks, got a group")
         if fsdp and self._batched:
@@ -267,8 +268,8 @@ class PCGrad(Optimizer):
 
 def _accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Adds to ``.grad``; gradients that are the first become ``.grad`` as they are."""
-    totals: dict[bool, list[Tensor]] = {}
-    addends: dict[bool, list[Tensor]] = {}
+    totals: dict[type, list[Tensor]] = {}
+    addends: dict[type, list[Tensor]] = {}
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is None:
             continue
@@ -279,7 +280,7 @@ def _accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) ->
         elif parameter.grad.is_sparse or grad.is_sparse:
             parameter.grad.add_(grad)
         else:
-            kind = is_dtensor(grad)  # one call takes tensors of one kind
+            kind = type(grad)  # one call takes DTensors alone or none
             totals.setdefault(kind, []).append(parameter.grad)
             addends.setdefault(kind, []).append(grad)
     for kind, total in totals.items():

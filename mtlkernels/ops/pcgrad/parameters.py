@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -104,15 +104,15 @@ class Parameters:
         return run(flat, self.num_tasks, *args)
 
 
-def is_dtensor(value: Any) -> bool:
-    """Whether a tensor is a DTensor; does not import them."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+def dtensor_class() -> Any:
+    """DTensor, or None if nothing has imported it: then there are none, and this does not import it either."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 def collect(grads: Any, group: ProcessGroup | None) -> Gradients:
     """This rank's gradients, checked. Those of a group go on to :func:`over`."""
-    if any(is_dtensor(grad) for grad in _tensors(grads)):
+    dtensor = dtensor_class()
+    if dtensor is not None and any(isinstance(grad, dtensor) for grad in _tensors(grads)):
         if group is not None:
             raise ValueError("group must be None where gradients are DTensors, which know their ranks, got a group")
         from mtlkernels.ops.pcgrad.distributed.sharded import Sharded
@@ -124,13 +124,13 @@ def collect(grads: Any, group: ProcessGroup | None) -> Gradients:
     return found
 
 
-def _tensors(grads: Any) -> Iterator[Tensor]:
+def _tensors(grads: Any) -> list[Tensor]:
     """The tensors in ``grads``, whatever it is: nothing is checked here."""
     if isinstance(grads, Tensor):
-        yield grads
-    elif isinstance(grads, (list, tuple, torch.nn.ParameterList)):
-        for entry in grads:
-            yield from _tensors(entry)
+        return [grads]
+    rows = grads if isinstance(grads, (list, tuple, torch.nn.ParameterList)) else ()
+    rows = [row for row in rows if isinstance(row, (list, tuple, torch.nn.ParameterList))]
+    return [grad for row in rows for grad in row if isinstance(grad, Tensor)]
 
 
 def over(group: ProcessGroup | None, gradients: Gradients, options: dict[str, Any]) -> Gradients:

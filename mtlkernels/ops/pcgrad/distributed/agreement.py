@@ -97,10 +97,10 @@ def _gathered(group: dist.ProcessGroup, item: Any) -> list[Any]:
 
 def _merged(ranks: list[Facts]) -> Facts:
     first = ranks[0]
-    for i, (name, value) in enumerate(first.options):
-        _same(f"{name} must be {value!r}", [facts.options[i][1] for facts in ranks])
-    _same(f"grads must hold {first.num_tasks} tasks", [facts.num_tasks for facts in ranks])
-    _same(f"grads must hold {len(first.columns)} parameters", [len(facts.columns) for facts in ranks])
+    for i, (name, _) in enumerate(first.options):
+        _same(f"{name} must be one value", [repr(facts.options[i][1]) for facts in ranks])
+    _same("grads must hold one number of tasks", [facts.num_tasks for facts in ranks])
+    _same("grads must hold one number of parameters", [len(facts.columns) for facts in ranks])
     device = _same("gradients must be on devices of one type", [facts.device for facts in ranks])
     columns = []
     for p, column in enumerate(zip(*(facts.columns for facts in ranks), strict=True)):
@@ -119,6 +119,6 @@ def _same(expected: str, values: list[Any]) -> Any:
     known = [(rank, value) for rank, value in enumerate(values) if value is not None]
     for rank, value in known:
         if value != known[0][1]:
-            of = f"{known[0][1]!r} on rank {known[0][0]} and {value!r} on rank {rank} of the group"
+            of = f"{known[0][1]} on rank {known[0][0]} and {value} on rank {rank} of the group"
             raise ValueError(f"{expected} on every rank, got {of}")
     return known[0][1] if known else None
