@@ -51,8 +51,9 @@ class PCGrad(Optimizer):
     On several machines there are two ways; see :func:`mtlkernels.pcgrad`.
 
     - Data parallelism: give the ``group``, as in ``group=torch.distributed.group.WORLD``. The ranks' gradients are
-      averaged, those of the parameters that are not shared included. Parameters must start equal on all ranks, which
-      DistributedDataParallel sees to and which it may wrap the model for; its reducer does not run.
+      averaged, those of the parameters that are not shared included. Parameters must start equal on all ranks.
+      DistributedDataParallel may be left around the model to see to that; its reducer does not run, and with
+      ``static_graph`` it does not work.
     - FSDP2: wrap an optimizer of the parameters that ``fully_shard`` leaves, and give no ``group``. FSDP reduces
       gradients in ``loss.backward()`` alone, so that this is what runs, once a loss: hooks of parameters run too, and
       leaves that are not the optimizer's accumulate gradients. Parameters that are plain tensors are nobody's to
@@ -138,7 +139,7 @@ class PCGrad(Optimizer):
         with torch.no_grad():
             results, gram = self._project(found, len(totals), unit)
             if self.group is not None and totals:
-                mean = over(self.group, collect([totals], self.group), {})
+                mean = over(self.group, together(self.group, collect, [totals], self.group), {})
                 totals = mean.combine(torch.ones(1, dtype=torch.float64, device=mean.device))
             _accumulate(parameters, [*results, *totals])
         return gram

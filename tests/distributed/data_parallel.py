@@ -178,6 +178,9 @@ def check_differences_are_refused_on_every_rank() -> None:
     refused([[one]], [[one.to_sparse()]], "grads[0][0] must have one number of sparse dimensions")
     for name, value in (("reduction", "mean"), ("eps", 0.5), ("max_norm", 2.0), ("include_self", True)):
         refused([[one]], [[one]], f"{name} must be one value", str(value), **({name: value} if last else {}))
+    for other in (0, 1):  # another function on rank 1, or on rank 0
+        function = mk.gram if min(rank, 1) == other else mk.pcgrad
+        assert_refused(lambda f=function: f([[one]], group=group), ValueError, "the call must have one set of options")
     mk.pcgrad([[one]], group=group)  # and they go on
 
 

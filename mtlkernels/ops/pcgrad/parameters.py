@@ -104,6 +104,11 @@ class Parameters:
         return run(flat, self.num_tasks, *args)
 
 
+def rows_of(columns: Sequence[Sequence[Tensor | None]], num_tasks: int) -> list[list[Tensor | None]]:
+    """Gradients by task, as :class:`Parameters` takes them, from gradients by parameter."""
+    return [[column[t] for column in columns] for t in range(num_tasks)]
+
+
 def dtensor_class() -> Any:
     """DTensor, or None if nothing has imported it: then there are none, and this does not import it either."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)

@@ -97,6 +97,7 @@ def _gathered(group: dist.ProcessGroup, item: Any) -> list[Any]:
 
 def _merged(ranks: list[Facts]) -> Facts:
     first = ranks[0]
+    _same("the call must have one set of options", [[name for name, _ in facts.options] for facts in ranks])
     for i, (name, _) in enumerate(first.options):
         _same(f"{name} must be one value", [repr(facts.options[i][1]) for facts in ranks])
     _same("grads must hold one number of tasks", [facts.num_tasks for facts in ranks])

@@ -13,7 +13,7 @@ from torch import Tensor
 from mtlkernels.ops.pcgrad.distributed.agreement import ColumnFacts, agree, facts_of
 from mtlkernels.ops.pcgrad.distributed.buckets import Buckets
 from mtlkernels.ops.pcgrad.distributed.sparse import mean_column
-from mtlkernels.ops.pcgrad.parameters import Parameters
+from mtlkernels.ops.pcgrad.parameters import Parameters, rows_of
 
 
 class DataParallel:
@@ -39,7 +39,7 @@ class DataParallel:
         with torch.no_grad():
             self._whole = [p for p, column in enumerate(facts.columns) if any(column.kinds)]
             columns = [mean_column(mine.columns[p], facts.columns[p], self.device, group) for p in self._whole]
-            self._gathered = Parameters(_rows(columns, self.num_tasks))
+            self._gathered = Parameters(rows_of(columns, self.num_tasks))
             self._buckets: list[tuple[list[int], Buckets]] = []
             shards: list[list[Tensor | None]] = []
             for (dtype, kinds), members in _alike(facts.columns).items():
@@ -53,7 +53,7 @@ class DataParallel:
                         column[t] = grad
                     shards.append(column)
                 self._buckets.append((members, buckets))
-            self._shards = Parameters(_rows(shards, self.num_tasks))
+            self._shards = Parameters(rows_of(shards, self.num_tasks))
 
     def gram(self) -> Tensor:
         """[T, T] in float64, the same on every rank."""
@@ -94,10 +94,6 @@ def _alike(
         if column.dtype is not None and not any(column.kinds):
             found.setdefault((column.dtype, column.kinds), []).append(p)
     return found
-
-
-def _rows(columns: Sequence[Sequence[Tensor | None]], num_tasks: int) -> list[list[Tensor | None]]:
-    return [[column[t] for column in columns] for t in range(num_tasks)]
 
 
 def _laid_out(result: Tensor, column: Sequence[Tensor | None]) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from mtlkernels.ops._checks import shape_of
 from mtlkernels.ops.pcgrad.checks import columns_of
-from mtlkernels.ops.pcgrad.parameters import Parameters
+from mtlkernels.ops.pcgrad.parameters import Parameters, rows_of
 
 
 class Sharded:
@@ -33,16 +33,18 @@ class Sharded:
         self.num_tasks, self._columns = columns_of(grads)
         self._like = [_like(p, column) for p, column in enumerate(self._columns)]
         columns = [[grad.to_local() if isinstance(grad, DTensor) else grad for grad in c] for c in self._columns]
-        self.device = Parameters(_rows(columns, self.num_tasks)).device  # and all checks of the local parts
+        self.device = Parameters(rows_of(columns, self.num_tasks)).device  # and all checks of the local parts
         members: dict[tuple[str, ...], list[int]] = {}
         self._groups: dict[tuple[str, ...], list[dist.ProcessGroup]] = {}
         for p, like in enumerate(self._like):
+            if all(grad is None for grad in columns[p]):
+                continue
             groups = [] if like is None else _sharding_groups(like)
             key = tuple(group.group_name for group in groups)
             members.setdefault(key, []).append(p)
             self._groups[key] = groups
         self._local = {
-            key: (found, Parameters(_rows([columns[p] for p in found], self.num_tasks)))
+            key: (found, Parameters(rows_of([columns[p] for p in found], self.num_tasks)))
             for key, found in members.items()
         }
 
@@ -116,7 +118,3 @@ def _sharding_groups(like: DTensor) -> list[dist.ProcessGroup]:
     """The process groups of the mesh dimensions over which a tensor is sharded."""
     placements = enumerate(like.placements)
     return [like.device_mesh.get_group(i) for i, placement in placements if not placement.is_replicate()]
-
-
-def _rows(columns: Sequence[Sequence[Tensor | None]], num_tasks: int) -> list[list[Tensor | None]]:
-    return [[column[t] for column in columns] for t in range(num_tasks)]
