@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import mtlkernels as mk
 
-TIMEOUT = 2.0  # seconds
+TIMEOUT = 4.0  # seconds
 DIED = 7  # the exit code
 
 

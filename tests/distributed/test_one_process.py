@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +42,12 @@ def test_a_group_of_one_trains(alone: dist.ProcessGroup) -> None:
     optimizer.pc_backward([(weight * head).sum(), (2 * weight).sum()])
     assert weight.grad is not None and weight.grad.tolist() == [1.5, 1.5]
     assert head.grad is not None and head.grad.tolist() == [0.5, 0.5]
+
+
+def test_a_copy_has_the_same_group(alone: dist.ProcessGroup) -> None:
+    weight = torch.ones(2, requires_grad=True)
+    copied = copy.deepcopy(mk.optim.PCGrad(torch.optim.SGD([weight]), group=alone))
+    assert copied.group is alone and copied.param_groups[0]["params"][0] is not weight
 
 
 @pytest.mark.parametrize("group", ["world", 0, torch.ones(1)])
