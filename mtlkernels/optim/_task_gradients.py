@@ -11,32 +11,54 @@ Row = list[Tensor | None]
 
 
 def task_gradients(
-    losses: Sequence[Tensor], shared: Sequence[Tensor], others: Sequence[Tensor], *, mean: bool, batched: bool
+    losses: Sequence[Tensor], shared: Sequence[Tensor], others: Sequence[Tensor], *, mean: bool, how: str
 ) -> tuple[list[Row], Row]:
-    """The gradients of ``losses``; frees their graphs, and writes no ``.grad``.
+    """The gradients of ``losses``; frees their graphs, and leaves ``.grad`` of these parameters as it was.
 
     Args:
         losses: T scalars.
         shared: parameters, all of which require gradients.
         others: likewise.
         mean: whether ``others`` get the mean over losses instead of the sum.
-        batched: one backward pass for all losses instead of one a loss.
+        how: "grad", a call of ``torch.autograd.grad`` a loss; "batched", one for all; or "backward", a
+            ``loss.backward()`` a loss, whose gradients FSDP reduces.
 
     Returns:
         T rows of gradients of ``shared``, and one row of ``others``, whose tensors nothing else refers to. None where
         a loss does not reach a parameter.
     """
     factor = 1 / len(losses) if mean else 1.0
-    if batched:
+    if how == "batched":
         return _in_one_pass(losses, shared, others, factor)
     rows: list[Row] = []
     totals: Row = [None] * len(others)
+    differentiate = _by_backward if how == "backward" else _by_grad
     for i, loss in enumerate(losses):
-        found = torch.autograd.grad(loss, [*shared, *others], retain_graph=i + 1 < len(losses), allow_unused=True)
+        found = differentiate(loss, [*shared, *others], i + 1 < len(losses))
         rows.append(list(found[: len(shared)]))
         totals = [_add(total, grad, factor) for total, grad in zip(totals, found[len(shared) :], strict=True)]
         del found  # before the next pass takes memory
+    if how == "backward" and all(grad is None for row in (*rows, totals) for grad in row):
+        raise RuntimeError(
+            "loss.backward() has left no gradient: FSDP must reduce them, without set_requires_gradient_sync(False)"
+        )
     return rows, totals
+
+
+def _by_grad(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(loss, parameters, retain_graph=retain, allow_unused=True)
+
+
+def _by_backward(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Sequence[Tensor | None]:
+    kept = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward(retain_graph=retain)
+        return [parameter.grad for parameter in parameters]
+    finally:
+        for parameter, grad in zip(parameters, kept, strict=True):
+            parameter.grad = grad
 
 
 def _add(total: Tensor | None, grad: Tensor | None, factor: float) -> Tensor | None:

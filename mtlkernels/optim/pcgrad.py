@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mtlkernels.ops.pcgrad import draw_order, solve
-from mtlkernels.ops.pcgrad.checks import check_options, check_reduction
-from mtlkernels.ops.pcgrad.parameters import Parameters
+from mtlkernels.ops.pcgrad import draw_order, options_of, solve
+from mtlkernels.ops.pcgrad.checks import check_group, check_options, check_reduction
+from mtlkernels.ops.pcgrad.parameters import Gradients, collect, dtensor_class, over, together
 from mtlkernels.optim._checks import check_losses, check_optimizers, check_shared, check_trained, parameters_of
 from mtlkernels.optim._task_gradients import Row, task_gradients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class PCGrad(Optimizer):
@@ -45,6 +49,17 @@ class PCGrad(Optimizer):
     Gradients come from ``torch.autograd.grad``: hooks of parameters that run after accumulation, those of
     DistributedDataParallel included, do not run.
 
+    On several machines there are two ways; see :func:`mtlkernels.pcgrad`.
+
+    - Data parallelism: give the ``group``, as in ``group=torch.distributed.group.WORLD``. The ranks' gradients are
+      averaged, those of the parameters that are not shared included. Parameters must start equal on all ranks.
+      DistributedDataParallel may be left around the model to see to that; its reducer does not run, and with
+      ``static_graph`` it does not work.
+    - FSDP2: wrap an optimizer of the parameters that ``fully_shard`` leaves, and give no ``group``. FSDP reduces
+      gradients in ``loss.backward()`` alone, so that this is what runs, once a loss: hooks of parameters run too, and
+      leaves that are not the optimizer's accumulate gradients. Parameters that are plain tensors are nobody's to
+      reduce. ``batched``, and ``set_requires_gradient_sync(False)``, are not possible.
+
     Args:
         optimizer: the optimizer to wrap; it stays reachable as ``.optimizer``.
         shared: the parameters whose task gradients are projected, such as ``model.trunk.parameters()``. The others, the
@@ -56,6 +71,7 @@ class PCGrad(Optimizer):
             takes T times the memory of a pass, and operators that can be batched: dense gradients, no compiled model.
         beside: other optimizers of the same model, such as SparseAdam for its embeddings beside Adam. Their parameters
             take part in :meth:`pc_backward`; their ``step``, ``zero_grad`` and checkpoints stay the caller's.
+        group: the process group of data-parallel ranks, all of which call :meth:`pc_backward`.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -76,12 +92,14 @@ class PCGrad(Optimizer):
         eps: float = 0.0,
         batched: bool = False,
         beside: Sequence[Optimizer] = (),
+        group: ProcessGroup | None = None,
     ) -> None:
         # Not Optimizer.__init__: groups, state and hooks are the wrapped optimizer's.
         self._optimizers = check_optimizers(optimizer, beside)
         if isinstance(optimizer, PCGrad):
             raise TypeError("optimizer must be one that is not wrapped yet, got PCGrad")
-        self._mean = check_reduction(reduction)
+        check_reduction(reduction)
+        check_group(group)
         check_options(include_self, max_norm, normalize, project, eps)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
@@ -89,6 +107,8 @@ class PCGrad(Optimizer):
             raise TypeError(f"batched must be True or False, got {type(batched).__name__}")
         self.optimizer = optimizer
         self.generator = generator
+        self.group = group
+        self._reduction = reduction
         self._shared = None if shared is None else check_shared(shared, self._optimizers)
         self._options = (include_self, max_norm, normalize, project, eps)
         self._batched = batched
@@ -113,7 +133,24 @@ class PCGrad(Optimizer):
         Raises:
             TypeError: an argument, or a shared parameter's dtype, is of the wrong kind.
             ValueError: a loss is not a scalar or does not require gradients, or shared parameters' devices differ.
-            RuntimeError: ``batched`` was asked for, and the backward pass cannot be batched.
+            RuntimeError: ``batched`` was asked for, and the backward pass cannot be batched; another rank of the group
+                has failed in this call; or FSDP has not reduced the gradients.
+        """
+        parameters, found, totals, unit = together(self.group, self._differentiate, losses, scaler)
+        with torch.no_grad():
+            results, gram = self._project(found, len(totals), unit)
+            if self.group is not None and totals:
+                mean = over(self.group, together(self.group, collect, [totals], self.group), {})
+                totals = mean.combine(torch.ones(1, dtype=torch.float64, device=mean.device))
+            _accumulate(parameters, [*results, *totals])
+        return gram
+
+    def _differentiate(self, losses: Any, scaler: Any) -> tuple[list[Tensor], Gradients, Row, Tensor | None]:
+        """What a rank does alone, with all of the checks.
+
+        Returns:
+            The parameters, shared ones first; the tasks' gradients of these; the gradients of the others; what
+            the losses were scaled by.
         """
         checked = check_losses(losses)
         if scaler is not None and not isinstance(scaler, torch.amp.grad_scaler.GradScaler):
@@ -125,11 +162,15 @@ class PCGrad(Optimizer):
             with torch.enable_grad():
                 checked = [scaler.scale(loss) for loss in checked]
             unit = scaler.scale(torch.ones((), device=checked[0].device))
-        rows, totals = task_gradients(checked, shared, others, mean=self._mean, batched=self._batched)
-        with torch.no_grad():
-            results, gram = self._project(rows, unit)
-            _accumulate([*shared, *others], [*results, *totals])
-        return gram
+        dtensor = dtensor_class()
+        fsdp = dtensor is not None and any(isinstance(parameter, dtensor) for parameter in (*shared, *others))
+        if fsdp and self.group is not None:
+            raise ValueError("group must be None where parameters are DTensors, which know their ranks, got a group")
+        if fsdp and self._batched:
+            raise ValueError("batched must be False where parameters are DTensors, got True")
+        how = "batched" if self._batched else "backward" if fsdp else "grad"
+        rows, totals = task_gradients(checked, shared, others, mean=self._reduction == "mean", how=how)
+        return [*shared, *others], collect(rows, self.group), totals, unit
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that require gradients: the shared ones, and the others."""
@@ -142,15 +183,17 @@ class PCGrad(Optimizer):
             [parameter for parameter in trained if id(parameter) not in shared],
         )
 
-    def _project(self, rows: Sequence[Row], unit: Tensor | None) -> tuple[Row, Tensor]:
+    def _project(self, found: Gradients, num_others: int, unit: Tensor | None) -> tuple[Row, Tensor]:
         """The projected gradients of the shared parameters, and the Gram matrix of their gradients over ``unit``."""
-        parameters = Parameters(rows)
-        gram = parameters.gram()
+        options = options_of(self._reduction, self._options)
+        options["the number of parameters that are not shared"] = num_others
+        found = over(self.group, found, options)
+        gram = found.gram()
         if unit is not None:
             gram = gram / unit.to(gram).square()
-        order = draw_order(None, self.generator, parameters.num_tasks, gram.device, project=self._options[3])
-        _, coefficients = solve(gram, order, *self._options, self._mean)
-        return parameters.combine(coefficients), gram
+        order = draw_order(None, self.generator, found.num_tasks, gram.device, project=self._options[3])
+        _, coefficients = solve(gram, order, *self._options, self._reduction == "mean")
+        return found.combine(found.agreed(coefficients)), gram
 
     # What follows is the wrapped optimizer's.
 
@@ -221,13 +264,20 @@ class PCGrad(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PCGrad:
+        memo[id(self.group)] = self.group  # which is not this object's own
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
 
 
 def _accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Adds to ``.grad``; gradients that are the first become ``.grad`` as they are."""
-    totals, addends = [], []
+    totals: dict[type, list[Tensor]] = {}
+    addends: dict[type, list[Tensor]] = {}
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is None:
             continue
@@ -238,7 +288,8 @@ def _accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) ->
         elif parameter.grad.is_sparse or grad.is_sparse:
             parameter.grad.add_(grad)
         else:
-            totals.append(parameter.grad)
-            addends.append(grad)
-    if totals:
-        torch._foreach_add_(totals, addends)
+            kind = type(grad)  # one call takes DTensors alone or none
+            totals.setdefault(kind, []).append(parameter.grad)
+            addends.setdefault(kind, []).append(grad)
+    for kind, total in totals.items():
+        torch._foreach_add_(total, addends[kind])

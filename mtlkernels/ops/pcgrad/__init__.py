@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,20 @@ from mtlkernels.ops._call import needs_function
 from mtlkernels.ops.pcgrad import autograd, reference  # noqa: F401  (autograd registers the operators' rules)
 from mtlkernels.ops.pcgrad.checks import (
     check_gram,
+    check_group,
     check_options,
     check_order,
     check_reduction,
 )
-from mtlkernels.ops.pcgrad.parameters import Parameters
+from mtlkernels.ops.pcgrad.parameters import Gradients, collect, over, together
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Grads = Tensor | Sequence[Sequence[Tensor | None]]
 
 
-def gram(grads: Grads) -> Tensor:
+def gram(grads: Grads, *, group: ProcessGroup | None = None) -> Tensor:
     """The Gram matrix of the tasks' gradients: ``G_ij = <g_i, g_j>`` over all parameters.
 
     One pass over lists of tensors, none of which is copied or concatenated. Sums are in float64, in an order that
@@ -30,16 +34,21 @@ def gram(grads: Grads) -> Tensor:
 
     Args:
         grads: a sequence over T tasks of sequences over parameters of tensors or None, which counts as zero; or one
-            tensor [T, P]. float32, bfloat16, float16 or float64, one dtype a parameter; dense or sparse_coo.
+            tensor [T, P]. float32, bfloat16, float16 or float64, one dtype a parameter; dense or sparse_coo; or
+            DTensors.
+        group: the matrix is that of the gradients' means over the ranks of this process group; see
+            :func:`mtlkernels.pcgrad`.
 
     Returns:
-        [T, T] in float64 on the device of the gradients.
+        [T, T] in float64 on the device of the gradients, over all of their shards where they are DTensors.
 
     Raises:
         TypeError: an argument is of the wrong kind, dtype or layout.
-        ValueError: numbers of parameters, shapes or devices do not agree.
+        ValueError: numbers of parameters, shapes or devices do not agree, on this rank or between ranks.
+        RuntimeError: another rank of the group has failed.
     """
-    return Parameters(grads).gram()
+    check_group(group)
+    return over(group, together(group, collect, grads, group), {}).gram()
 
 
 def pcgrad_weights(
@@ -85,6 +94,7 @@ def pcgrad(
     normalize: bool = False,
     project: bool = True,
     eps: float = 0.0,
+    group: ProcessGroup | None = None,
 ) -> Any:
     """Gradient surgery (PCGrad; Yu et al., NeurIPS 2020, algorithm 1): one update from T conflicting gradients.
 
@@ -97,9 +107,26 @@ def pcgrad(
     Sparse gradients, as those of ``nn.Embedding(sparse=True)``, need not be coalesced, and are never made dense: memory
     is proportional to what they hold. On a GPU they wait for it as ``Tensor.coalesce`` does. They have no derivatives.
 
+    On several machines, in one of two ways, neither of which has derivatives; all ranks must make the call.
+
+    - Data parallelism: every rank has gradients of its part of the batch, and gives the ``group``. The result, the same
+      bits on every rank, is that of the gradients' means over the ranks: what one process makes of the whole batch
+      where losses are means over it and parts are of one size, for each rank counts the same, as in
+      DistributedDataParallel. Gradients are reduced and scattered, their shards projected, and the results gathered:
+      (T + 1) / 2T of the traffic of T all-reduces, and T / ranks of a parameter's memory. Before, ranks compare what
+      they were given, which waits for a GPU: where it differs, or where one of them fails here, all raise. A gradient
+      may be None on some ranks. What a sparse gradient holds is gathered by every rank.
+    - Sharded gradients, as FSDP2 makes them: DTensors, whose local parts stay where they are. Inner products are summed
+      over the mesh dimensions that a parameter is sharded over; that T x T matrix and T coefficients are all that
+      travels. Results are placed as the gradients. Plain tensors may stand beside DTensors, the same on every rank.
+
+    Whichever order the ranks give or draw, that of the group's, or the mesh's, first rank is used. A rank that dies
+    raises an error on the others when the process group's timeout is over, or before.
+
     Args:
         grads: a sequence over T tasks of sequences over parameters of tensors or None, which counts as zero; or one
-            tensor [T, P]. float32, bfloat16, float16 or float64, one dtype a parameter; dense or sparse_coo.
+            tensor [T, P]. float32, bfloat16, float16 or float64, one dtype a parameter; dense or sparse_coo; or
+            DTensors, sharded or replicated.
         order: [T, T - 1] or [T, T] integers: row i the tasks that g_i is projected against, one after another; i itself
             is skipped unless ``include_self``. On a GPU its entries are not checked, as that would wait for it; one out
             of range makes the result NaN. None draws a random permutation a task.
@@ -110,6 +137,7 @@ def pcgrad(
         normalize: each task's gradient is then scaled to the mean norm of the tasks.
         project: False leaves the projection out, so that clipping and scaling can be measured on their own.
         eps: added to |g_j|^2.
+        group: the process group of data-parallel ranks, such as ``torch.distributed.group.WORLD``.
 
     Returns:
         A list over parameters of tensors, None where every task has None; for a tensor [T, P], one tensor [P]. Dtypes
@@ -118,16 +146,36 @@ def pcgrad(
 
     Raises:
         TypeError: an argument is of the wrong kind, dtype or layout.
-        ValueError: numbers of parameters, shapes, devices or values do not agree or are out of range.
+        ValueError: numbers of parameters, shapes, devices or values do not agree, on this rank or between ranks, or are
+            out of range.
+        RuntimeError: another rank of the group has failed.
     """
-    mean = check_reduction(reduction)
-    check_options(include_self, max_norm, normalize, project, eps)
-    parameters = Parameters(grads)
-    drawn = draw_order(order, generator, parameters.num_tasks, parameters.device, project)
-    found = parameters.gram()
-    _, coefficients = solve(found, drawn, include_self, max_norm, normalize, project, eps, mean)
-    results = parameters.combine(coefficients)
+    check_group(group)
+    options = (include_self, max_norm, normalize, project, eps)
+    mean, found, drawn = together(group, _prepare, grads, order, generator, reduction, options, group)
+    found = over(group, found, options_of(reduction, options))
+    inner = found.gram()
+    if drawn is not None:
+        drawn = drawn.to(inner.device)  # elsewhere only where this rank of a group has no gradient
+    _, coefficients = solve(inner, drawn, *options, mean)
+    results = found.combine(found.agreed(coefficients))
     return results[0] if isinstance(grads, Tensor) else results
+
+
+def _prepare(
+    grads: Any, order: Any, generator: Any, reduction: Any, options: tuple[Any, ...], group: ProcessGroup | None
+) -> tuple[bool, Gradients, Tensor | None]:
+    """What this rank can do and check alone."""
+    mean = check_reduction(reduction)
+    check_options(*options)
+    found = collect(grads, group)
+    return mean, found, draw_order(order, generator, found.num_tasks, found.device, project=options[3])
+
+
+def options_of(reduction: str, options: tuple[Any, ...]) -> dict[str, Any]:
+    """What ranks must agree on, by name."""
+    names = ("include_self", "max_norm", "normalize", "project", "eps")
+    return {"reduction": reduction, **dict(zip(names, options, strict=True))}
 
 
 def draw_order(

@@ -135,3 +135,13 @@ def check_order(order: Any, num_tasks: int) -> Tensor:
             if len(set(row)) != len(row):
                 raise ValueError(f"order[{i}] must hold each task at most once, got {row}")
     return order
+
+
+def check_group(group: Any) -> None:
+    """A process group of torch.distributed, or None."""
+    if group is None:
+        return
+    if not torch.distributed.is_available():
+        raise TypeError("group must be None, as this PyTorch is built without torch.distributed")
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,28 @@ from mtlkernels import _backends
 from mtlkernels.ops._call import needs_function
 from mtlkernels.ops.pcgrad.checks import check_columns, columns_of
 from mtlkernels.ops.pcgrad.sparse import SparseColumn, is_sparse
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Result = TypeVar("Result")
+
+
+class Gradients(Protocol):
+    """T gradients for each of P parameters: on one machine, or spread over several."""
+
+    num_tasks: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def gram(self) -> Tensor: ...
+
+    def agreed(self, coefficients: Tensor) -> Tensor:
+        """The coefficients that all ranks use, from this rank's."""
+        ...
+
+    def combine(self, coefficients: Tensor) -> list[Tensor | None]: ...
 
 
 class Parameters:
@@ -52,6 +75,9 @@ class Parameters:
                 found = found + sparse.cross()
         return found
 
+    def agreed(self, coefficients: Tensor) -> Tensor:
+        return coefficients
+
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:
         """The sum over tasks of coefficient times gradient, for each parameter."""
         results: list[Tensor | None] = [None] * len(self.columns)
@@ -76,3 +102,56 @@ class Parameters:
         like = next(grad for grad in flat if grad is not None)
         run = _backends.implementation("pcgrad", direction, _backends.forced(), like)
         return run(flat, self.num_tasks, *args)
+
+
+def rows_of(columns: Sequence[Sequence[Tensor | None]], num_tasks: int) -> list[list[Tensor | None]]:
+    """Gradients by task, as :class:`Parameters` takes them, from gradients by parameter."""
+    return [[column[t] for column in columns] for t in range(num_tasks)]
+
+
+def dtensor_class() -> Any:
+    """DTensor, or None if nothing has imported it: then there are none, and this does not import it either."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def collect(grads: Any, group: ProcessGroup | None) -> Gradients:
+    """This rank's gradients, checked. Those of a group go on to :func:`over`."""
+    dtensor = dtensor_class()
+    if dtensor is not None and any(isinstance(grad, dtensor) for grad in _tensors(grads)):
+        if group is not None:
+            raise ValueError("group must be None where gradients are DTensors, which know their ranks, got a group")
+        from mtlkernels.ops.pcgrad.distributed.sharded import Sharded
+
+        return Sharded(grads)
+    found = Parameters(grads)
+    if group is not None and torch.is_grad_enabled() and any(grad.requires_grad for grad in _tensors(grads)):
+        raise ValueError("grads must not require gradients where group is given: their mean has no derivative here")
+    return found
+
+
+def _tensors(grads: Any) -> list[Tensor]:
+    """The tensors in ``grads``, whatever it is: nothing is checked here."""
+    if isinstance(grads, Tensor):
+        return [grads]
+    rows = grads if isinstance(grads, (list, tuple, torch.nn.ParameterList)) else ()
+    rows = [row for row in rows if isinstance(row, (list, tuple, torch.nn.ParameterList))]
+    return [grad for row in rows for grad in row if isinstance(grad, Tensor)]
+
+
+def over(group: ProcessGroup | None, gradients: Gradients, options: dict[str, Any]) -> Gradients:
+    """The mean over the ranks of a group, all of which must have the same ``options``."""
+    if group is None or group.size() == 1:
+        return gradients
+    from mtlkernels.ops.pcgrad.distributed.data_parallel import DataParallel
+
+    assert isinstance(gradients, Parameters)
+    return DataParallel(gradients, group, options)
+
+
+def together(group: ProcessGroup | None, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """Calls what comes before :func:`over`; where a group is given, an exception becomes one on every rank of it."""
+    if group is None or group.size() == 1:
+        return function(*args, **kwargs)
+    from mtlkernels.ops.pcgrad.distributed import agreement
+
+    return agreement.together(group, function, *args, **kwargs)

@@ -1,0 +1,120 @@
+"""Sharded gradients: every rank holds a part of each, as FSDP2 makes them, in DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mtlkernels.ops._checks import shape_of
+from mtlkernels.ops.pcgrad.checks import columns_of
+from mtlkernels.ops.pcgrad.parameters import Parameters, rows_of
+
+
+class Sharded:
+    """T gradients for each of P parameters, some or all of them DTensors; in use like :class:`Parameters`.
+
+    Each rank takes the inner products of its local parts. Their sum over the mesh dimensions that a parameter is
+    sharded over is all that travels, beside the coefficients; a dimension that it is replicated over adds nothing, and
+    a plain tensor counts as replicated everywhere. Results have the placements of the gradients.
+
+    Raises:
+        TypeError: for one parameter some gradients are DTensors and others are not.
+        ValueError: shapes, meshes or placements of a parameter's gradients differ, or a placement is partial.
+    """
+
+    def __init__(self, grads: Any) -> None:
+        if isinstance(grads, DTensor) and any(placement.is_shard(0) for placement in grads.placements):
+            raise ValueError(f"grads must not be sharded over its dimension of tasks, got {grads.placements}")
+        self.num_tasks, self._columns = columns_of(grads)
+        self._like = [_like(p, column) for p, column in enumerate(self._columns)]
+        columns = [[grad.to_local() if isinstance(grad, DTensor) else grad for grad in c] for c in self._columns]
+        self.device = Parameters(rows_of(columns, self.num_tasks)).device  # and all checks of the local parts
+        members: dict[tuple[str, ...], list[int]] = {}
+        self._groups: dict[tuple[str, ...], list[dist.ProcessGroup]] = {}
+        for p, like in enumerate(self._like):
+            if all(grad is None for grad in columns[p]):
+                continue
+            groups = [] if like is None else _sharding_groups(like)
+            key = tuple(group.group_name for group in groups)
+            members.setdefault(key, []).append(p)
+            self._groups[key] = groups
+        self._local = {
+            key: (found, Parameters(rows_of([columns[p] for p in found], self.num_tasks)))
+            for key, found in members.items()
+        }
+
+    @torch.no_grad()
+    def gram(self) -> Tensor:
+        """[T, T] in float64, over all ranks' parts."""
+        total = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64, device=self.device)
+        for key, (_, parameters) in self._local.items():
+            found = parameters.gram()
+            for group in self._groups[key]:
+                dist.all_reduce(found, group=group)
+            total += found
+        return total
+
+    def agreed(self, coefficients: Tensor) -> Tensor:
+        """The coefficients of the first rank of the mesh, whose order of projections they stand for."""
+        groups: dict[str, dist.ProcessGroup] = {}
+        for like in self._like:
+            for group in [] if like is None else like.device_mesh.get_all_groups():
+                groups[group.group_name] = group
+        for group in groups.values():
+            dist.broadcast(coefficients, group=group, group_src=0)
+        return coefficients
+
+    @torch.no_grad()
+    def combine(self, coefficients: Tensor) -> list[Tensor | None]:
+        """The sum over tasks of coefficient times gradient, for each parameter, placed as its gradients are."""
+        results: list[Tensor | None] = [None] * len(self._columns)
+        for found, parameters in self._local.values():
+            for p, result in zip(found, parameters.combine(coefficients), strict=True):
+                like = self._like[p]
+                if like is not None and result is not None:
+                    result = DTensor.from_local(
+                        result,
+                        like.device_mesh,
+                        like.placements,
+                        run_check=False,
+                        shape=like.shape,
+                        stride=like.stride(),
+                    )
+                results[p] = result
+        return results
+
+
+def _like(parameter: int, column: Sequence[Any]) -> DTensor | None:
+    """The first of a parameter's gradients if they are DTensors, checked against the others."""
+    found = [(f"grads[{t}][{parameter}]", grad) for t, grad in enumerate(column) if grad is not None]
+    if not any(isinstance(grad, DTensor) for _, grad in found):
+        return None
+    first = found[0][1]
+    for name, grad in found:
+        if not isinstance(grad, DTensor) or not isinstance(first, DTensor):
+            kinds = f"{type(first).__name__} and {type(grad).__name__}"
+            raise TypeError(f"{name} must be a DTensor if those of other tasks are, got {kinds}")
+        if any(placement.is_partial() for placement in grad.placements):
+            raise ValueError(f"{name} must be sharded or replicated, got {grad.placements}: redistribute it before")
+        if grad.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require gradients: a sharded gradient has no derivative here")
+        if grad.shape != first.shape:
+            raise ValueError(f"{name} must have shape {shape_of(first)} as other tasks have, got {shape_of(grad)}")
+        if grad.device_mesh != first.device_mesh or grad.placements != first.placements:
+            raise ValueError(
+                f"{name} must be placed as {first.placements} on {first.device_mesh}, as other tasks are, got"
+                f" {grad.placements} on {grad.device_mesh}"
+            )
+    assert isinstance(first, DTensor)
+    return first
+
+
+def _sharding_groups(like: DTensor) -> list[dist.ProcessGroup]:
+    """The process groups of the mesh dimensions over which a tensor is sharded."""
+    placements = enumerate(like.placements)
+    return [like.device_mesh.get_group(i) for i, placement in placements if not placement.is_replicate()]
