@@ -6,7 +6,10 @@ from mtlkernels._config import show_config
 from mtlkernels._convert import ConversionReport, convert, revert
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import gated_mixture
+from mtlkernels.ops.hard_concrete import hard_concrete, l0_penalty
 from mtlkernels.ops.pcgrad import gram, pcgrad, pcgrad_weights
+from mtlkernels.ops.snr_aver import snr_aver
+from mtlkernels.ops.snr_trans import snr_trans
 from mtlkernels.routing import Routing
 
 __version__ = "0.1.0"
@@ -19,11 +22,15 @@ __all__ = [
     "expert_mixture",
     "gated_mixture",
     "gram",
+    "hard_concrete",
+    "l0_penalty",
     "nn",
     "optim",
     "pcgrad",
     "pcgrad_weights",
     "revert",
     "show_config",
+    "snr_aver",
+    "snr_trans",
     "use_backend",
 ]

@@ -223,3 +223,53 @@ _define(
     _pcgrad_weights,
 )
 _define("pcgrad_combine(Tensor?[] grads, int num_tasks, Tensor coefficients) -> Tensor[]", _pcgrad_combine)
+
+
+# snr_trans, snr_aver ------------------------------------------------------------------------------------------------
+# ``weights`` holds one stacked tensor [I, J, D_out, D_in], or I * J matrices: that of the route from sub-network j to
+# sub-network i stands at i * J + j. Without ``closed_grad`` the gradient of z is zero where z is.
+
+
+def _snr_trans_forward(u: list[Tensor], weights: list[Tensor], z: Tensor) -> list[Tensor]:
+    stacked = weights[0].dim() == 4
+    widths = [weights[0].shape[2] if stacked else weights[i * len(u)].shape[0] for i in range(z.shape[0])]
+    return [_empty(u[0], (u[0].shape[0], width)) for width in widths]
+
+
+def _snr_trans_backward(
+    grad_outputs: list[Tensor],
+    u: list[Tensor],
+    weights: list[Tensor],
+    z: Tensor,
+    need_u: bool,
+    need_weights: bool,
+    need_z: bool,
+    closed_grad: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    grad_u = [_empty(x, x.shape) for x in u] if need_u else []
+    grad_weights = [_empty(w, w.shape) for w in weights] if need_weights else []
+    return grad_u, grad_weights, [_empty(z, z.shape)] if need_z else []
+
+
+def _snr_aver_forward(u: list[Tensor], z: Tensor) -> list[Tensor]:
+    return [_empty(u[0], u[0].shape) for _ in range(z.shape[0])]
+
+
+def _snr_aver_backward(
+    grad_outputs: list[Tensor], u: list[Tensor], z: Tensor, need_u: bool, need_z: bool, closed_grad: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [_empty(x, x.shape) for x in u] if need_u else [], [_empty(z, z.shape)] if need_z else []
+
+
+_define("snr_trans_forward(Tensor[] u, Tensor[] weights, Tensor z) -> Tensor[]", _snr_trans_forward, autocast=(0, 1))
+_define(
+    "snr_trans_backward(Tensor[] grad_outputs, Tensor[] u, Tensor[] weights, Tensor z, bool need_u, bool need_weights,"
+    " bool need_z, bool closed_grad) -> (Tensor[], Tensor[], Tensor[])",
+    _snr_trans_backward,
+)
+_define("snr_aver_forward(Tensor[] u, Tensor z) -> Tensor[]", _snr_aver_forward, autocast=(0,))
+_define(
+    "snr_aver_backward(Tensor[] grad_outputs, Tensor[] u, Tensor z, bool need_u, bool need_z, bool closed_grad)"
+    " -> (Tensor[], Tensor[])",
+    _snr_aver_backward,
+)

@@ -90,6 +90,16 @@ def expert_mixture(
     return [y.to(outputs[0].dtype) for y in _mix(outputs, gate_logits, routing)]
 
 
+def snr_trans(u: Any, weight: Any, z: Tensor, *, closed_grad: bool = True) -> list[Tensor]:
+    """v_i = sum_j z_ij W_ij u_j."""
+    return [sum(z[i, j] * (x @ row[j].transpose(0, 1)) for j, x in enumerate(u)) for i, row in enumerate(weight)]
+
+
+def snr_aver(u: Any, z: Tensor, *, closed_grad: bool = True) -> list[Tensor]:
+    """v_i = sum_j z_ij u_j."""
+    return [sum(value * x for value, x in zip(row, u, strict=True)) for row in z.unbind(0)]
+
+
 def kink_slack(case: Case, exact: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     """How far gradients move when units within rounding distance of a kink fall on either side of it, at random.
 

@@ -1,0 +1,205 @@
+"""What SNR-Trans and SNR-Aver share: derivatives of every order, rules for vmap, checks.
+
+Both take tensors in groups: the sub-networks' outputs u, the weights (Trans alone), and z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlkernels._backends import implementation, register_reference
+from mtlkernels._library import register_autograd
+from mtlkernels.ops._autograd import (
+    batched_backward,
+    by_example,
+    call,
+    copies,
+    differentiate_twice,
+    front,
+    grads_are_batched,
+)
+from mtlkernels.ops._checks import as_sequence, check_like, check_tensor, shape_of
+
+# op -> the forward pass that second derivatives are taken of: a function of the groups of tensors.
+_formulas: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is static about a call: the op, how many tensors there are of each kind, and how to run it."""
+
+    op: str
+    num_inputs: int
+    num_weights: int
+    num_outputs: int
+    closed_grad: bool
+    backend: str | None
+
+    def groups(self, tensors: Any) -> list[Any]:
+        """``(*u, *weights, z)`` as the operators take them; the last group is z itself."""
+        a, b = self.num_inputs, self.num_inputs + self.num_weights
+        return [tensors[:a], *([tensors[a:b]] if self.num_weights else []), tensors[b]]
+
+
+class Routes(torch.autograd.Function):
+    """``apply(plan, *u, *weights, z)`` -> I outputs."""
+
+    @staticmethod
+    def forward(plan: Plan, *tensors: Tensor) -> Any:
+        run = implementation(plan.op, "forward", plan.backend, tensors[0])
+        return tuple(run(*plan.groups(tensors)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        *lists, z = ctx.plan.groups(ctx.needs_input_grad[1:])
+        needs = (*(any(flags) for flags in lists), z)
+        found = iter(call(RoutesBackward, ctx.plan, needs, *grads, *ctx.saved_tensors))
+        result: list[Tensor | None] = [None]
+        for flags, need in zip(lists, needs[:-1], strict=True):
+            result += [next(found) if need else None for _ in flags]
+        return (*result, next(found) if z else None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Tensor) -> Any:
+        return _vmap_forward(lambda *args: Routes.apply(plan, *args), info.batch_size, in_dims[1:], plan, tensors)
+
+
+class RoutesBackward(torch.autograd.Function):
+    """``apply(plan, needs, *grad_outputs, *u, *weights, z)`` -> the gradients wanted, in the order of the groups."""
+
+    @staticmethod
+    def forward(plan: Plan, needs: tuple[bool, ...], *tensors: Tensor) -> Any:
+        grad_outputs, primals = tensors[: plan.num_outputs], tensors[plan.num_outputs :]
+        if grads_are_batched(grad_outputs):
+            return batched_backward(RoutesBackward, (plan, needs), tensors)
+        run = implementation(plan.op, "backward", plan.backend, primals[0])
+        groups = run(grad_outputs, *plan.groups(primals), *needs, plan.closed_grad)
+        return tuple(grad for group in groups for grad in group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan, ctx.needs, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        plan: Plan = ctx.plan
+        tensors = ctx.saved_tensors
+        grad_outputs, primals = tensors[: plan.num_outputs], tensors[plan.num_outputs :]
+        *lists, z = plan.groups(primals)
+        found = iter(grads)
+        wanted: list[Tensor | None] = []
+        for group, need in zip(lists, ctx.needs[:-1], strict=True):
+            wanted += [next(found) if need else None for _ in group]
+        grad_z = next(found) if ctx.needs[-1] else None
+        if grad_z is not None and not plan.closed_grad:
+            grad_z = torch.where(z != 0, grad_z, 0)
+
+        def forward(*values: Tensor) -> tuple[Tensor, ...]:
+            return _formulas[plan.op](*plan.groups(values))
+
+        grad_grads, grad_primals = differentiate_twice(forward, primals, grad_outputs, [*wanted, grad_z])
+        return (None, None, *grad_grads, *grad_primals)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *tensors: Tensor) -> Any:
+        return _one_by_one(
+            lambda *args: RoutesBackward.apply(plan, needs, *args), info.batch_size, in_dims[2:], tensors
+        )
+
+
+def _vmap_forward(run: Callable[..., Any], size: int, in_dims: Any, plan: Plan, tensors: Any) -> Any:
+    """Examples become rows where they share weights and z, and calls otherwise."""
+    inputs = plan.num_inputs
+    if any(dim is not None for dim in in_dims[inputs:]):
+        return _one_by_one(run, size, in_dims, tensors)
+    rows = [front(t, dim, size).flatten(0, 1) for t, dim in zip(tensors[:inputs], in_dims[:inputs], strict=True)]
+    out = run(*rows, *tensors[inputs:])
+    return tuple(by_example(v, 0, size) for v in out), (0,) * len(out)
+
+
+def _one_by_one(run: Callable[..., Any], size: int, in_dims: Any, tensors: Any) -> Any:
+    """A call an example."""
+    slices = [copies(tensor, dim, size) for tensor, dim in zip(tensors, in_dims, strict=True)]
+    out = tuple(
+        torch.stack(results) for results in zip(*(run(*args) for args in zip(*slices, strict=True)), strict=True)
+    )
+    return out, (0,) * len(out)
+
+
+def register(op: str, reference: Any) -> None:
+    """Makes a module's ``forward``, ``backward`` and ``formula`` the op's, with its derivative and rule for vmap."""
+    register_reference(op, "forward", reference.forward)
+    register_reference(op, "backward", reference.backward)
+    _formulas[op] = reference.formula
+
+    def plan_of(*groups: Any) -> Plan:
+        *lists, z = groups
+        return Plan(op, len(lists[0]), len(lists[1]) if len(lists) > 1 else 0, z.shape[-2], True, None)
+
+    def differentiable(*groups: Any) -> list[Tensor]:
+        flat = [tensor for group in groups[:-1] for tensor in group]
+        return list(Routes.apply(plan_of(*groups), *flat, groups[-1]))
+
+    def rule(info: Any, in_dims: Any, *groups: Any) -> Any:
+        """The operator's own rule, which torch.compile needs where no gradient is wanted."""
+        plan = plan_of(*groups)
+        flat = [tensor for group in groups[:-1] for tensor in group]
+        dims = [d for group, dim in zip(groups[:-1], in_dims, strict=False) for d in (dim or [None] * len(group))]
+        operator = getattr(torch.ops.mtlkernels, f"{op}_forward")
+        out, out_dims = _vmap_forward(
+            lambda *args: operator(*plan.groups(args)), info.batch_size, (*dims, in_dims[-1]), plan, (*flat, groups[-1])
+        )
+        return list(out), list(out_dims)
+
+    register_autograd(f"{op}_forward", differentiable)
+    torch.library.register_vmap(f"mtlkernels::{op}_forward", rule)
+
+
+def check_inputs(u: Any) -> list[Tensor]:
+    """The J sub-networks' outputs, from a sequence of them or from one tensor [J, B, D_in]."""
+    if isinstance(u, Tensor):
+        check_tensor("u", u, 3, "[J, B, D_in]")
+        if u.shape[0] == 0:
+            raise ValueError(f"u must hold the output of at least one sub-network, got {shape_of(u)}")
+        return list(u.unbind(0))
+    inputs = list(as_sequence("u", u, "a tensor [J, B, D_in] or a sequence of J tensors [B, D_in]"))
+    if not inputs:
+        raise ValueError("u must hold the output of at least one sub-network, got none")
+    for j, x in enumerate(inputs):
+        check_tensor(f"u[{j}]", x, 2, "[B, D_in]")
+        check_like(f"u[{j}]", x, "u[0]", inputs[0])
+        if x.shape[0] != inputs[0].shape[0]:
+            raise ValueError(f"u[{j}] must have as many rows as u[0], {inputs[0].shape[0]}, got {shape_of(x)}")
+    return inputs
+
+
+def check_z(z: Any, num_outputs: int | None, inputs: Sequence[Tensor]) -> None:
+    """z is [I, J], on the device of ``u``; of any of the four dtypes, float64 only beside float64."""
+    columns = len(inputs)
+    check_tensor("z", z, 2, f"[I, {columns}]")
+    rows = z.shape[0] if num_outputs is None else num_outputs
+    if z.shape[1] != columns or z.shape[0] != rows or rows == 0:
+        raise ValueError(
+            f"z must have shape [{'I' if num_outputs is None else rows}, {columns}], a row for each output and a column"
+            f" for each tensor in u, got {shape_of(z)}"
+        )
+    if z.device != inputs[0].device:
+        raise ValueError(f"z must be on the device of u, {inputs[0].device}, got {z.device}")
+    if z.dtype == torch.float64 and inputs[0].dtype != torch.float64:
+        raise TypeError(f"z must be float32 or narrower beside u in {inputs[0].dtype}, got {z.dtype}")
+
+
+def check_closed_grad(closed_grad: Any) -> None:
+    if not isinstance(closed_grad, bool):
+        raise TypeError(f"closed_grad must be True or False, got {type(closed_grad).__name__}")

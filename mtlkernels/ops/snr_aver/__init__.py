@@ -1,0 +1,49 @@
+"""SNR-Aver: sub-networks joined by routes that only scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mtlkernels import _backends
+from mtlkernels.ops._call import distinct, needs_function, run_forward, under_autocast
+from mtlkernels.ops._checks import shape_of
+from mtlkernels.ops._snr import Plan, Routes, check_closed_grad, check_inputs, check_z, register
+from mtlkernels.ops.snr_aver import reference
+
+register("snr_aver", reference)
+
+
+def snr_aver(u: Tensor | Sequence[Tensor], z: Tensor, *, closed_grad: bool = True) -> tuple[Tensor, ...]:
+    """What I sub-networks read of the J below: ``v_i = sum_j z_ij u_j``.
+
+    SNR-Aver (Ma et al., AAAI 2019, equation 4). A route with ``z_ij = 0`` is closed: it takes no part, also where
+    ``u_j`` is not finite, and costs neither arithmetic nor memory traffic. Sums are in float32 (float64 for float64).
+    Differentiable in both.
+
+    Args:
+        u: J tensors [B, D], or one [J, B, D]; float32, bfloat16, float16 or float64; any strides.
+        z: [I, J]; any of the four dtypes, float64 only with float64 ``u``. Autocast leaves it alone.
+        closed_grad: False takes the gradient of a closed route's z as zero instead of computing ``<dv_i, u_j>``. That
+            changes nothing where z is what :func:`mtlkernels.hard_concrete` returns, whose own gradient is zero there.
+
+    Returns:
+        I tensors [B, D] of the dtype of ``u``.
+
+    Raises:
+        TypeError: an argument is of the wrong kind or dtype.
+        ValueError: shapes or devices do not agree.
+    """
+    inputs = check_inputs(u)
+    for j, x in enumerate(inputs):
+        if x.shape[1] != inputs[0].shape[1]:
+            raise ValueError(f"u[{j}] must have the width of u[0], {inputs[0].shape[1]}, got {shape_of(x)}")
+    check_z(z, None, inputs)
+    check_closed_grad(closed_grad)
+    (inputs,) = under_autocast(inputs[0], inputs)
+    backend = _backends.forced()
+    if needs_function(inputs, (z,)):
+        plan = Plan("snr_aver", len(inputs), 0, z.shape[0], closed_grad, backend)
+        return tuple(Routes.apply(plan, *distinct(*inputs, z)))
+    return tuple(run_forward("snr_aver", backend, inputs[0], inputs, z))

@@ -1,0 +1,141 @@
+"""hard_concrete and l0_penalty against their formulas, also where they saturate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import mtlkernels as mk
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+
+
+def exact(
+    x: float, u: float | None, beta: float = BETA, gamma: float = GAMMA, zeta: float = ZETA
+) -> tuple[float, float]:
+    """z and its derivative in ``log_alpha``, by Python's float arithmetic."""
+    slope = 1.0
+    if u is not None:
+        x, slope = (math.log(u) - math.log1p(-u) + x) / beta, 1 / beta
+    s = 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+    z = s * (zeta - gamma) + gamma
+    inside = 0 <= z <= 1
+    return min(max(z, 0.0), 1.0), slope * s / (1 + math.exp(x)) * (zeta - gamma) if inside and x < 700 else 0.0
+
+
+LOG_ALPHAS = [-40.0, -5.0, -2.0, -0.7, 0.0, 0.3, 1.0, 2.0, 5.0, 40.0]
+NOISE = [1e-37, 1e-6, 0.02, 0.1, 0.5, 0.75, 0.98, 1 - 2**-24]
+
+
+@pytest.mark.parametrize("noise", [None, *NOISE])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_values_and_gradients(noise: float | None, wide: torch.dtype) -> None:
+    log_alpha = torch.tensor(LOG_ALPHAS, dtype=wide, requires_grad=True)
+    u = None if noise is None else torch.full_like(log_alpha, noise).detach()
+    z = mk.hard_concrete(log_alpha, u)
+    (grad,) = torch.autograd.grad(z.sum(), log_alpha)
+    expected = [exact(x, None if u is None else float(u[0])) for x in log_alpha.tolist()]
+    tolerance = 2e-6 if wide == torch.float32 else 1e-14
+    torch.testing.assert_close(z.double(), torch.tensor([z for z, _ in expected]).double(), rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(grad.double(), torch.tensor([g for _, g in expected]).double(), rtol=1e-5, atol=1e-6)
+    assert z.min() >= 0 and z.max() <= 1
+
+
+@pytest.mark.parametrize("beta, gamma, zeta", [(0.5, -0.3, 1.2), (1.0, -0.01, 1.5)])
+def test_other_parameters(beta: float, gamma: float, zeta: float) -> None:
+    log_alpha = torch.tensor(LOG_ALPHAS, dtype=torch.float64)
+    u = torch.full_like(log_alpha, 0.3)
+    z = mk.hard_concrete(log_alpha, u, beta=beta, gamma=gamma, zeta=zeta)
+    expected = torch.tensor([exact(x, 0.3, beta, gamma, zeta)[0] for x in LOG_ALPHAS], dtype=torch.float64)
+    torch.testing.assert_close(z, expected)
+    penalty = mk.l0_penalty(log_alpha, beta=beta, gamma=gamma, zeta=zeta)
+    expected = torch.sigmoid(log_alpha - beta * math.log(-gamma / zeta)).sum()
+    torch.testing.assert_close(penalty, expected)
+
+
+def test_the_ends_of_the_noise_are_finite(dtype: torch.dtype) -> None:
+    """torch.rand can return 0, and a narrow dtype rounds to 1."""
+    log_alpha = torch.tensor([-40.0, 0.0, 40.0], dtype=dtype, requires_grad=True)
+    for end in (0.0, 1.0):
+        noise = torch.full_like(log_alpha, end).requires_grad_()
+        z = mk.hard_concrete(log_alpha, noise)
+        grads = torch.autograd.grad(z.sum(), (log_alpha, noise))
+        assert z.dtype == dtype and z[1] == end
+        assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_the_probability_of_an_open_route_is_the_penalty() -> None:
+    """P(z > 0) by sampling, against l0_penalty of each entry; both ends of z have mass."""
+    log_alpha = torch.tensor([-3.0, -1.0, 0.0, 2.0])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(200_000, 4, generator=generator)
+    z = mk.hard_concrete(log_alpha.expand_as(noise), noise)
+    expected = torch.stack([mk.l0_penalty(x) for x in log_alpha])
+    torch.testing.assert_close((z > 0).float().mean(0), expected, atol=4e-3, rtol=0)
+    assert ((z == 1).float().mean(0) > 0.001).all()
+
+
+def test_penalty_and_its_gradient_where_it_saturates() -> None:
+    log_alpha = torch.tensor([-40.0, -1.0, 0.0, 40.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(mk.l0_penalty(log_alpha), log_alpha)
+    shifted = log_alpha.detach().double() - BETA * math.log(-GAMMA / ZETA)
+    torch.testing.assert_close(grad.double(), torch.sigmoid(shifted) * torch.sigmoid(-shifted), rtol=2e-5, atol=0)
+    assert mk.l0_penalty(log_alpha[:1]) > 0
+
+
+def test_finite_differences() -> None:
+    """Away from the clamp's kinks."""
+    generator = torch.Generator().manual_seed(3)
+    log_alpha = torch.randn(3, 4, dtype=torch.float64, generator=generator).mul_(0.3).requires_grad_()
+    noise = torch.rand(3, 4, dtype=torch.float64, generator=generator).mul_(0.4).add_(0.3).requires_grad_()
+    for function, inputs in (
+        (mk.hard_concrete, (log_alpha, noise)),
+        (mk.hard_concrete, (log_alpha,)),
+        (mk.l0_penalty, (log_alpha,)),
+    ):
+        gradcheck(function, inputs, check_batched_grad=True)
+        gradgradcheck(function, inputs, check_batched_grad=True)
+    zero = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    gradcheck(mk.hard_concrete, (zero,))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+def test_compile_and_func_transforms() -> None:
+    log_alpha, noise = torch.randn(3, 4), torch.rand(3, 4)
+
+    def loss(log_alpha: Tensor, noise: Tensor) -> Tensor:
+        return mk.hard_concrete(log_alpha, noise).square().sum() + mk.l0_penalty(log_alpha)
+
+    plain = torch.func.grad(loss)(log_alpha, noise)
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(log_alpha, noise), plain)
+    batched = torch.func.vmap(torch.func.grad(loss), (None, 0))(log_alpha, torch.stack([noise, 1 - noise]))
+    torch.testing.assert_close(batched[0], plain)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        (([0.5],), {}, TypeError, "log_alpha must be a tensor, got list"),
+        ((torch.zeros(2, dtype=torch.int64),), {}, TypeError, "log_alpha must be float32.*got torch.int64"),
+        ((torch.zeros(2), 0.5), {}, TypeError, "noise must be a tensor, got float"),
+        ((torch.zeros(2), torch.zeros(3)), {}, ValueError, r"noise must have the shape of log_alpha, \[2\], got \[3\]"),
+        ((torch.zeros(2), torch.zeros(2, device="meta")), {}, ValueError, "noise must be on the device of log_alpha"),
+        ((torch.zeros(2),), {"beta": 0}, ValueError, "beta must be positive and finite, got 0"),
+        ((torch.zeros(2),), {"beta": "1"}, TypeError, "beta must be a number, got str"),
+        ((torch.zeros(2),), {"gamma": 0.0}, ValueError, "gamma must be negative and finite, got 0.0"),
+        ((torch.zeros(2),), {"zeta": 1.0}, ValueError, "zeta must be above 1 and finite, got 1.0"),
+    ],
+)
+def test_bad_input(arguments: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mk.hard_concrete(*arguments, **options)
+    if len(arguments) == 1:
+        with pytest.raises(error, match=message):
+            mk.l0_penalty(*arguments, **options)
