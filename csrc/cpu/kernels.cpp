@@ -6,6 +6,8 @@
 #include "expert_mixture_tiny.h"
 #include "gated_mixture_kernels.h"
 #include "pcgrad_kernels.h"
+#include "snr_aver_kernels.h"
+#include "snr_trans_kernels.h"
 #if defined(__AMX_BF16__)
 #include "amx_engine.h"
 #else
@@ -162,7 +164,12 @@ void fill_dtype(Kernels& table, Dtype dtype) {
   table.pcgrad[static_cast<int>(dtype)] = pcgrad_kernels<T>();
   const int i = static_cast<int>(dtype);
   table.expert_mixture[i] = expert_mixture_kernels<Engine>();
-  if (table.expert_mixture[i].least_rows == 0) table.expert_mixture_few[i] = table.expert_mixture[i];
+  table.snr_aver[i] = snr_aver_kernels<T>();
+  table.snr_trans[i] = snr_trans_kernels<Engine>();
+  if (table.expert_mixture[i].least_rows == 0) {
+    table.expert_mixture_few[i] = table.expert_mixture[i];
+    table.snr_trans_few[i] = table.snr_trans[i];
+  }
 }
 
 // Puts this instruction set's kernels into a table.

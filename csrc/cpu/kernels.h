@@ -7,6 +7,7 @@
 #include "expert_mixture_args.h"
 #include "gated_mixture_args.h"
 #include "pcgrad_args.h"
+#include "snr_args.h"
 
 namespace mtlk {
 
@@ -66,6 +67,9 @@ struct Kernels {
   ExpertMixtureKernels expert_mixture[4];
   ExpertMixtureKernels expert_mixture_few[4];  // for calls with fewer rows than those pay for
   PcgradKernels pcgrad[4];
+  SnrAverKernels snr_aver[4];
+  SnrTransKernels snr_trans[4];  // whose weights are in the form that expert_mixture's kernels want
+  SnrTransKernels snr_trans_few[4];
 };
 
 // What serves now: the best that this processor and this build have, unless select_isa chose another.

@@ -6,9 +6,7 @@
 #include <optional>
 
 #include "gates_args.h"
-#include "kernels.h"
-#include "memory.h"
-#include "parallel.h"
+#include "weight_forms.h"
 
 namespace mtlk {
 
@@ -119,42 +117,12 @@ class LevelTables {
   const int64_t* grad_output_ld() const { return grad_output_ld_.data(); }
   const void* const* saved() const { return saved_.data(); }
 
-  // Weights as they are, for kernels that read rows of the storage type.
   void set_natural_weights(at::TensorList weights) {
-    for (const at::Tensor& weight : weights) {
-      kept_.push_back(weight.stride(1) == 1 ? weight : weight.contiguous());
-      weights_.push_back(kept_.back().const_data_ptr());
-      weight_ld_.push_back(kept_.back().stride(0));
-    }
+    weights_.set_natural(weights);
     point_weights();
   }
-
-  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared.
   void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
-    if (table.form == WeightForm::kNatural) return set_natural_weights(weights);
-    if (table.form == WeightForm::kCompute) {
-      std::vector<at::Tensor> wide(weights.size());
-      parallel_tasks(at::get_num_threads(), weights.size(),
-                     [&](int64_t i) { wide[i] = weights[i].to(at::kFloat).contiguous(); });
-      return set_natural_weights(wide);
-    }
-    std::vector<at::Tensor> rows;
-    std::vector<int64_t> offsets{0};
-    for (const at::Tensor& weight : weights) {
-      const bool turned = weight.stride(1) != 1 && weight.stride(0) != 1;
-      rows.push_back(transposed ? (turned ? weight.contiguous() : weight).t()
-                                : (turned ? weight.contiguous() : weight));
-      offsets.push_back(offsets.back() + table.prepared_bytes(rows.back().size(0), rows.back().size(1)));
-    }
-    prepared_.emplace(1, offsets.back());
-    char* memory = static_cast<char*>((*prepared_)[0]);
-    parallel_tasks(at::get_num_threads(), weights.size(), [&](int64_t i) {
-      const at::Tensor& weight = rows[i];
-      table.prepare(weight.const_data_ptr(), weight.stride(0), weight.stride(1), weight.size(0), weight.size(1),
-                    memory + offsets[i]);
-    });
-    for (size_t i = 0; i < weights.size(); ++i) weights_.push_back(memory + offsets[i]);
-    weight_ld_.assign(weights.size(), 0);
+    weights_.set(weights, table, transposed);
     point_weights();
   }
 
@@ -228,21 +196,21 @@ class LevelTables {
   }
 
   void point_weights() {
-    level_.weights = weights_.data();
-    level_.weight_ld = weight_ld_.data();
+    level_.weights = weights_.pointers();
+    level_.weight_ld = weights_.ld();
   }
 
   GateTables gates_;
   size_t experts_;
   std::vector<int> activations_, expert_inputs_, order_;
-  std::vector<int64_t> widths_, input_ld_, weight_ld_;
+  std::vector<int64_t> widths_, input_ld_;
   std::vector<int64_t> grad_output_ld_;
-  std::vector<const void*> input_pointers_, weights_, biases_, grad_outputs_, saved_;
+  std::vector<const void*> input_pointers_, biases_, grad_outputs_, saved_;
   std::vector<const void*> gate_weights_, gate_biases_;
   std::vector<int64_t> gate_weight_ld_;
   std::vector<int> gate_streams_;
   std::vector<at::Tensor> kept_;
-  std::optional<Scratch> prepared_;
+  WeightForms weights_;
   at::ScalarType dtype_;
   Level level_;
 };

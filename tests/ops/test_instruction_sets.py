@@ -11,6 +11,7 @@ import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import random_expert_mixture, random_gated_mixture
 from tests.ops.definition import assert_agrees, reference_op
+from tests.ops.snr_cases import random_snr_aver, random_snr_trans
 
 LOWER = _extension.instruction_sets()[:-1]
 
@@ -31,6 +32,14 @@ def test_gated_mixture(seed: int, isa: str, dtype: torch.dtype) -> None:
     case = random_gated_mixture(seed, dtype)
     with _extension.instruction_set(isa), mk.use_backend("cpp"):
         assert_agrees(mk.gated_mixture, case, functools.partial(reference_op, mk.gated_mixture), 1)
+
+
+@pytest.mark.parametrize("isa", LOWER)
+@pytest.mark.parametrize("seed", range(1000, 1010))
+def test_snr(seed: int, isa: str, dtype: torch.dtype) -> None:
+    with _extension.instruction_set(isa), mk.use_backend("cpp"):
+        for op, random_case in ((mk.snr_trans, random_snr_trans), (mk.snr_aver, random_snr_aver)):
+            assert_agrees(op, random_case(seed, dtype), functools.partial(reference_op, op), 1)
 
 
 def test_the_choice_ends_with_the_block() -> None:
