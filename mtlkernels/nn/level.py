@@ -63,6 +63,16 @@ def watched(module: Any) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]]:
+    """For each layer the weights and biases of ``module.experts``, read now, so that they are never stale."""
+    rows = [
+        [linear_parameters(layer) for layer in expert._modules["linears"]._modules.values()]  # type: ignore
+        for expert in module._modules["experts"]._modules.values()  # type: ignore[union-attr]
+    ]
+    layers = list(zip(*rows, strict=True))
+    return [[w for w, _ in layer] for layer in layers], [[b for _, b in layer] for layer in layers]
+
+
 class Level(nn.Module):
     """Experts and gates of one level: ``y_k = sum_e softmax(gate_k(x))_e * expert_e(x)``.
 
@@ -112,7 +122,7 @@ class Level(nn.Module):
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
         streams = (inputs,) if isinstance(inputs, Tensor) else inputs
         if self.fused():
-            weights, biases = self._expert_parameters()
+            weights, biases = expert_parameters(self)
             gates = self._gate_parameters(len(streams))
             logits = self._gate_logits(streams) if gates is None else None
             activation = self.activation
@@ -146,15 +156,6 @@ class Level(nn.Module):
         if any(type(layer) is not nn.Linear or watched(layer) for layer in layers):
             return None
         return [linear_parameters(layer)[0] for layer in layers]
-
-    def _expert_parameters(self) -> tuple[list[list[Tensor]], list[Any]]:
-        """For each layer the experts' weights and biases, read now, so that they are never stale."""
-        rows = [
-            [linear_parameters(layer) for layer in expert._modules["linears"]._modules.values()]  # type: ignore
-            for expert in self._modules["experts"]._modules.values()  # type: ignore[union-attr]
-        ]
-        layers = list(zip(*rows, strict=True))
-        return [[w for w, _ in layer] for layer in layers], [[b for _, b in layer] for layer in layers]
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, batch_norm={self.batch_norm}, dropout={self.dropout}"
