@@ -10,6 +10,7 @@ import torch
 
 from mtlkernels import Routing, expert_mixture, use_backend
 from mtlkernels._backends import interpreting
+from tests.triton import snr
 from tests.triton.cases import Case, cases, check_expert_mixture, check_gated_mixture
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
@@ -80,3 +81,12 @@ def test_through_the_public_function() -> None:
         found = gradients()
     with use_backend("reference"):
         torch.testing.assert_close(found, gradients())
+
+
+@pytest.mark.parametrize("name", snr.cases())
+def test_snr(name: str) -> None:
+    snr.check(name, "cpu")
+
+
+def test_closed_routes_take_no_part() -> None:
+    snr.check_closed_routes_take_no_part("cpu")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from mtlkernels import Routing, expert_mixture  # noqa: E402
+from mtlkernels import Routing, expert_mixture, hard_concrete, snr_aver, snr_trans  # noqa: E402
+from tests.triton import snr  # noqa: E402
 from tests.triton.cases import Case, arguments, cases, check_expert_mixture, check_gated_mixture  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -48,6 +49,15 @@ def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool, bool]) -> N
     check_expert_mixture(SMALL, "cuda", needs)
 
 
+@pytest.mark.parametrize("name", snr.cases())
+def test_snr(name: str, tf32: bool) -> None:
+    snr.check(name, "cuda", scale=8)
+
+
+def test_closed_routes_take_no_part() -> None:
+    snr.check_closed_routes_take_no_part("cuda")
+
+
 def test_results_are_the_same_every_time() -> None:
     from mtlkernels.ops.expert_mixture import triton as kernels
 
@@ -82,6 +92,25 @@ def _training_step() -> tuple[torch.Tensor, Callable[[], list[torch.Tensor]]]:
 
 def test_nothing_waits_for_the_device() -> None:
     _, gradients = _training_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_snr_does_not_wait_for_the_device() -> None:
+    """Which routes are open is found out on the device."""
+    u = torch.randn(3, 300, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(2, 3, 32, 64, device="cuda", requires_grad=True)
+    log_alpha = torch.tensor([[4.0, -4.0, 4.0], [-4.0, 4.0, -4.0]], device="cuda", requires_grad=True)
+
+    def gradients() -> list[torch.Tensor]:
+        z = hard_concrete(log_alpha)
+        out = (*snr_trans(u, weight, z, closed_grad=False), *snr_aver(u, z))
+        return list(torch.autograd.grad(sum(v.square().sum() for v in out), [u, weight, log_alpha]))
+
+    gradients()
     torch.cuda.set_sync_debug_mode("error")
     try:
         gradients()

@@ -1,0 +1,87 @@
+"""SNR-Aver on NVIDIA GPUs: a launch that lists the open routes on the device, one for sums, one for gradients of z."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from mtlkernels.ops import _triton
+from mtlkernels.ops._triton import DTYPES, Table, contiguous, launch
+from mtlkernels.ops.gated_mixture.triton import TILES
+from mtlkernels.ops.snr_aver.triton_kernels import average_sum, route_dots
+from mtlkernels.ops.snr_trans.triton import Lists
+
+
+def _sum(found: Tensor, lists: Lists, transposed: bool, inputs: int, outputs: int, like: Tensor, aligned: bool) -> None:
+    tile = TILES[aligned]
+    members, num_inputs, num_outputs, input_stride, output_stride = lists.of(transposed)
+    launch(
+        average_sum,
+        triton.cdiv(like.shape[0], tile.rows) * triton.cdiv(like.shape[1], tile.columns),
+        tile,
+        found,
+        lists.z,
+        members,
+        inputs,
+        outputs,
+        num_inputs,
+        num_outputs,
+        *like.shape,
+        input_stride,
+        output_stride,
+        DTYPE=DTYPES[like.dtype],
+        ALIGNED=aligned,
+    )
+
+
+def forward(u: Sequence[Tensor], z: Tensor) -> list[Tensor]:
+    """As the reference: I tensors [B, D]."""
+    u = contiguous(u)
+    outputs = [torch.empty_like(u[0]) for _ in range(z.shape[0])]
+    aligned = _triton.aligned(u, u[0].shape[1:])
+    with _triton.on_device(z.device):
+        table, lists = Table(), Lists(z)
+        at_inputs, at_outputs = table.pointers(u), table.pointers(outputs)
+        _sum(table.to(z.device), lists, False, at_inputs, at_outputs, u[0], aligned)
+    return outputs
+
+
+def backward(
+    grad_outputs: Sequence[Tensor], u: Sequence[Tensor], z: Tensor, need_u: bool, need_z: bool, closed_grad: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As the reference: gradients of u and of z."""
+    u, grads = contiguous(u), contiguous(grad_outputs)
+    grad_u = [torch.empty_like(x) for x in u] if need_u else []
+    grad_z = []
+    aligned = _triton.aligned((*u, *grads), u[0].shape[1:])
+    with _triton.on_device(z.device):
+        table, lists = Table(), Lists(z)
+        at_inputs, at_grads, at_grad_u = table.pointers(u), table.pointers(grads), table.pointers(grad_u)
+        found = table.to(z.device)
+        if need_u:
+            _sum(found, lists, True, at_grads, at_grad_u, u[0], aligned)
+        if need_z:
+            tile = TILES[aligned]
+            programs = triton.cdiv(u[0].shape[0], tile.rows)
+            inner_products = lists.z.new_empty((z.numel(), programs))
+            launch(
+                route_dots,
+                programs,
+                tile,
+                found,
+                lists.z,
+                inner_products,
+                at_grads,
+                at_inputs,
+                *z.shape,
+                *u[0].shape,
+                programs,
+                DTYPE=DTYPES[u[0].dtype],
+                ALIGNED=aligned,
+                CLOSED_GRAD=closed_grad,
+            )
+            grad_z.append(inner_products.sum(1).view(z.shape).to(z.dtype))
+    return grad_u, grad_z

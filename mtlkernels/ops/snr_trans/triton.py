@@ -1,0 +1,181 @@
+"""SNR-Trans on NVIDIA GPUs.
+
+A small launch lists the open routes on the device, so that nothing waits for it; then one launch forward, and backward
+one for the gradients of u and one for those of the weights and of z. Programs of closed routes end at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mtlkernels.ops import _triton
+from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
+from mtlkernels.ops.expert_mixture.triton_tiles import WEIGHT_GRADIENT, operands
+from mtlkernels.ops.snr_trans import triton_kernels as kernels
+from mtlkernels.ops.snr_trans.reference import matrices
+
+
+class Sums(NamedTuple):
+    """Tiles of a sum over routes: for few rows, and otherwise."""
+
+    short: Tile
+    full: Tile
+
+
+# As the expert mixture's products, but with two accumulators: the sum, and the product that z has yet to scale.
+SUM = {
+    ("half", True): Sums(Tile(16, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+    ("tf32", True): Sums(Tile(16, 64, 64, 4, 3), Tile(128, 64, 32, 8, 3)),
+    ("ieee", True): Sums(Tile(16, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2)),
+    ("half", False): Sums(Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)),
+    ("tf32", False): Sums(Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)),
+    ("ieee", False): Sums(Tile(16, 32, 32, 4, 2), Tile(32, 32, 16, 4, 2)),
+}
+
+
+class Lists:
+    """z in float32, and the open routes, found on the device: by output, then by input."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.num_outputs, self.num_inputs = z.shape
+        self.z = z.float().contiguous()
+        size = self.num_outputs * (self.num_inputs + 1) + self.num_inputs * (self.num_outputs + 1)
+        self._lists = torch.empty(size, dtype=torch.int32, device=z.device)
+        tile = Tile(1, triton.next_power_of_2(max(z.shape)), 1, 1, 1)
+        programs = self.num_outputs + self.num_inputs
+        launch(kernels.open_routes, programs, tile, self.z, self._lists, self.num_outputs, self.num_inputs)
+
+    def of(self, transposed: bool) -> tuple[Tensor, int, int, int, int]:
+        """The lists of one direction: with numbers of inputs and outputs, and a route's stride by input and output."""
+        outputs, inputs = self.num_outputs, self.num_inputs
+        if transposed:
+            return self._lists[outputs * (inputs + 1) :], outputs, inputs, inputs, 1
+        return self._lists, inputs, outputs, 1, inputs
+
+
+def entries(table: Table, tensors: Sequence[Tensor]) -> int:
+    """Appends addresses and widths of matrices, and returns where they start."""
+    start = table.pointers(tensors)
+    table.integers(t.shape[1] for t in tensors)
+    return start
+
+
+def _constants(like: Tensor, aligned: bool) -> tuple[dict[str, Any], tuple[str, bool]]:
+    precision = _triton.precision(like.dtype)
+    constants = {
+        "DTYPE": DTYPES[like.dtype],
+        "ALIGNED": aligned,
+        "PRECISION": precision,
+        "UPCAST": _triton.upcast(),
+    }
+    return constants, (operands(like.dtype, precision), aligned)
+
+
+def _sum(
+    table: Table, lists: Lists, transposed: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor], weights: int
+) -> Any:
+    """What runs ``route_sum`` once the table is on the device."""
+    at_inputs, at_outputs = entries(table, inputs), entries(table, outputs)
+    like = outputs[0]
+
+    def run(found: Tensor, constants: dict[str, Any], choice: tuple[str, bool]) -> None:
+        sums = SUM[choice]
+        tile = sums.short if like.shape[0] <= 2 * sums.short.rows else sums.full
+        blocks = max(triton.cdiv(v.shape[1], tile.columns) for v in outputs)
+        members, num_inputs, num_outputs, input_stride, output_stride = lists.of(transposed)
+        launch(
+            kernels.route_sum,
+            triton.cdiv(like.shape[0], tile.rows) * num_outputs * blocks,
+            tile,
+            found,
+            lists.z,
+            members,
+            at_inputs,
+            at_outputs,
+            weights,
+            num_inputs,
+            num_outputs,
+            like.shape[0],
+            blocks,
+            input_stride,
+            output_stride,
+            **constants,
+            TRANSPOSED=transposed,
+        )
+
+    return run
+
+
+def forward(u: Sequence[Tensor], weights: Sequence[Tensor], z: Tensor) -> list[Tensor]:
+    """As the reference: I tensors [B, D_out_i]."""
+    u, matrix = contiguous(u), matrices(contiguous(weights))
+    outputs = [u[0].new_empty((u[0].shape[0], w.shape[0])) for w in matrix[:: len(u)]]
+    aligned = _triton.aligned((*u, *matrix), (t.shape[1] for t in (*u, *outputs)))
+    with _triton.on_device(z.device):
+        table, lists = Table(), Lists(z)
+        run = _sum(table, lists, False, u, outputs, table.pointers(matrix))
+        run(table.to(z.device), *_constants(u[0], aligned))
+    return outputs
+
+
+def backward(
+    grad_outputs: Sequence[Tensor],
+    u: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    z: Tensor,
+    need_u: bool,
+    need_weights: bool,
+    need_z: bool,
+    closed_grad: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """As the reference: gradients of u, of the weights in the form that they have, and of z."""
+    u, weights, grads = contiguous(u), contiguous(weights), contiguous(grad_outputs)
+    matrix = matrices(weights)
+    aligned = _triton.aligned((*u, *matrix, *grads), (t.shape[1] for t in (*u, *grads)))
+    constants, choice = _constants(u[0], aligned)
+    grad_u = [torch.empty_like(x) for x in u] if need_u else []
+    grad_weights = [torch.empty_like(w) for w in weights] if need_weights else []
+    grad_z = []
+    with _triton.on_device(z.device):
+        table, lists = Table(), Lists(z)
+        at_weights = table.pointers(matrix)
+        run = _sum(table, lists, True, grads, grad_u, at_weights) if need_u else None
+        at_grads, at_inputs = entries(table, grads), entries(table, u)
+        at_outputs = table.pointers(matrices(grad_weights)) if need_weights else 0
+        found = table.to(z.device)
+        if run is not None:
+            run(found, constants, choice)
+        tile = WEIGHT_GRADIENT[choice]
+        row_blocks = max(triton.cdiv(v.shape[1], tile.rows) for v in grads)
+        column_blocks = max(triton.cdiv(x.shape[1], tile.columns) for x in u)
+        blocks = row_blocks * column_blocks
+        inner_products = lists.z.new_empty((z.numel(), blocks)) if need_z else lists.z
+        launch(
+            kernels.route_products,
+            z.numel() * blocks if need_weights or need_z else 0,
+            tile,
+            found,
+            lists.z,
+            inner_products,
+            at_grads,
+            at_inputs,
+            at_weights,
+            at_outputs,
+            lists.num_outputs,
+            lists.num_inputs,
+            u[0].shape[0],
+            row_blocks,
+            column_blocks,
+            **constants,
+            NEED_WEIGHTS=need_weights,
+            NEED_Z=need_z,
+            CLOSED_GRAD=closed_grad,
+        )
+        if need_z:
+            grad_z.append(inner_products.sum(1).view(z.shape).to(z.dtype))
+    return grad_u, grad_weights, grad_z
