@@ -34,8 +34,11 @@ from mtlkernels.ops.gated_mixture import triton_kernels as mixtures
 from mtlkernels.ops.pcgrad import triton as pcgrad
 from mtlkernels.ops.pcgrad import triton_gram as grams
 from mtlkernels.ops.pcgrad import triton_kernels as projections
+from mtlkernels.ops.snr_aver import triton_kernels as averages
+from mtlkernels.ops.snr_trans import triton as routes
+from mtlkernels.ops.snr_trans import triton_kernels as transforms
 
-MODULES = (experts, mixtures, grams, projections)
+MODULES = (experts, mixtures, grams, projections, transforms, averages)
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # dtype and input_precision of every product.
@@ -61,6 +64,11 @@ ARGUMENTS = {
         "eps": "i64",
     },
     "combine_chunks": {"table": "*i64", "coefficients": "*fp64"},
+    "open_routes": {"z": "*fp32", "lists": "*i32"},
+    "route_sum": {"table": "*i64", "z": "*fp32", "lists": "*i32"},
+    "route_products": {"table": "*i64", "z": "*fp32", "inner_products": "*fp32"},
+    "average_sum": {"table": "*i64", "z": "*fp32", "lists": "*i32"},
+    "route_dots": {"table": "*i64", "z": "*fp32", "inner_products": "*fp32"},
 }
 
 
@@ -101,6 +109,7 @@ def every_variant(forward_codes: Sequence[int], backward_codes: Sequence[int]) -
     """Every shipped configuration, with these activations in the kernels of the two directions."""
     yield from mixture_variants(forward_codes, backward_codes)
     yield from pcgrad_variants()
+    yield from snr_variants()
 
 
 def mixture_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
@@ -147,6 +156,24 @@ def pcgrad_variants() -> Iterator[Variant]:
     flags = (("CLIP", True), ("NORMALIZE", True), ("INCLUDE_SELF", False), ("MEAN", True))
     for tile in dict.fromkeys(map(pcgrad.projection_tile, TASKS)):
         yield Variant("project_tasks", tile, flags)
+
+
+def snr_variants() -> Iterator[Variant]:
+    """Every configuration of SNR's kernels, for up to 16 sub-networks on either side."""
+    yield Variant("open_routes", Tile(1, 16, 1, 1, 1), ())
+    for aligned in (True, False):
+        for dtype in TORCH_DTYPES:
+            common: tuple[tuple[str, Any], ...] = (("DTYPE", dtype), ("ALIGNED", aligned))
+            yield Variant("average_sum", mixture.TILES[aligned], common)
+            yield Variant("route_dots", mixture.TILES[aligned], (*common, ("CLOSED_GRAD", False)))
+        for dtype, precision in OPERANDS:
+            key = tiles.operands(TORCH_DTYPES[dtype], precision), aligned
+            common = (("DTYPE", dtype), ("ALIGNED", aligned), ("PRECISION", precision), ("UPCAST", False))
+            for tile in routes.SUM[key]:
+                for transposed in (False, True):
+                    yield Variant("route_sum", tile, (*common, ("TRANSPOSED", transposed)))
+            wanted = (("NEED_WEIGHTS", True), ("NEED_Z", True), ("CLOSED_GRAD", True))
+            yield Variant("route_products", routes.PRODUCT[key], (*common, *wanted))
 
 
 def compile_variant(variant: Variant, architecture: int) -> Usage:

@@ -12,9 +12,9 @@ pytestmark = [
     pytest.mark.skipif(not (aot.TOOLS / "ptxas").exists(), reason="this Triton has no ptxas"),
     pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler"),
 ]
-PRODUCTS = ("layer_forward", "last_forward", "input_gradient", "weight_gradient")
+PRODUCTS = ("layer_forward", "last_forward", "input_gradient", "weight_gradient", "route_sum", "route_products")
 PCGRAD = ("gram_chunks", "gram_sum", "project_tasks", "combine_chunks")
-KERNELS = ("mix_forward", "mix_backward", *PRODUCTS, *PCGRAD)
+KERNELS = ("mix_forward", "mix_backward", "open_routes", "average_sum", "route_dots", *PRODUCTS, *PCGRAD)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -24,6 +24,7 @@ def _sum(found: Tensor, lists: Lists, transposed: bool, inputs: int, outputs: in
         tile,
         found,
         lists.z,
+        lists.entries,
         members,
         inputs,
         outputs,

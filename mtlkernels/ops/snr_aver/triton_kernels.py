@@ -11,6 +11,7 @@ from mtlkernels.ops._triton_functions import pointer, whole
 
 @triton.jit(
     do_not_specialize=[
+        "members",
         "inputs",
         "outputs",
         "num_inputs",
@@ -25,6 +26,7 @@ def average_sum(
     table,
     z,
     lists,
+    members,
     inputs,
     outputs,
     num_inputs,
@@ -41,8 +43,8 @@ def average_sum(
 ):
     """``sum z u`` over the open routes to each output, all outputs of a block of rows and columns a program.
 
-    Route number output * output_stride + input * input_stride has its z there; ``lists`` as ``open_routes`` of
-    SNR-Trans writes them.
+    Route number output * output_stride + input * input_stride has its z there. The lists of this direction are in
+    ``lists`` from ``members`` on, as ``open_routes`` of SNR-Trans writes them.
     """
     width = whole(width, ALIGNED)
     blocks = tl.cdiv(width, COLUMNS)
@@ -52,10 +54,10 @@ def average_sum(
     mask = (rows < num_rows - first)[:, None] & (columns < width)[None, :]
     offsets = rows[:, None] * width + columns[None, :]
     for output in range(num_outputs):
-        members = lists + output * (num_inputs + 1)
+        found = lists + members + output * (num_inputs + 1)
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for n in range(tl.load(members)):
-            member = tl.load(members + 1 + n)
+        for n in range(tl.load(found)):
+            member = tl.load(found + 1 + n)
             x = pointer(table, inputs + member, DTYPE, ALIGNED) + first * width
             value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
             acc += tl.load(z + output * output_stride + member * input_stride) * value

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mtlkernels.ops import _triton
 from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
-from mtlkernels.ops.expert_mixture.triton_tiles import WEIGHT_GRADIENT, operands
+from mtlkernels.ops.expert_mixture.triton_tiles import WEIGHT_GRADIENT as PRODUCT
+from mtlkernels.ops.expert_mixture.triton_tiles import operands
 from mtlkernels.ops.snr_trans import triton_kernels as kernels
 from mtlkernels.ops.snr_trans.reference import matrices
 
@@ -45,17 +46,17 @@ class Lists:
         self.num_outputs, self.num_inputs = z.shape
         self.z = z.float().contiguous()
         size = self.num_outputs * (self.num_inputs + 1) + self.num_inputs * (self.num_outputs + 1)
-        self._lists = torch.empty(size, dtype=torch.int32, device=z.device)
+        self.entries = torch.empty(size, dtype=torch.int32, device=z.device)
         tile = Tile(1, triton.next_power_of_2(max(z.shape)), 1, 1, 1)
         programs = self.num_outputs + self.num_inputs
-        launch(kernels.open_routes, programs, tile, self.z, self._lists, self.num_outputs, self.num_inputs)
+        launch(kernels.open_routes, programs, tile, self.z, self.entries, self.num_outputs, self.num_inputs)
 
-    def of(self, transposed: bool) -> tuple[Tensor, int, int, int, int]:
-        """The lists of one direction: with numbers of inputs and outputs, and a route's stride by input and output."""
+    def of(self, transposed: bool) -> tuple[int, int, int, int, int]:
+        """One direction: where its lists start, numbers of inputs and outputs, a route's stride by input and output."""
         outputs, inputs = self.num_outputs, self.num_inputs
         if transposed:
-            return self._lists[outputs * (inputs + 1) :], outputs, inputs, inputs, 1
-        return self._lists, inputs, outputs, 1, inputs
+            return outputs * (inputs + 1), outputs, inputs, inputs, 1
+        return 0, inputs, outputs, 1, inputs
 
 
 def entries(table: Table, tensors: Sequence[Tensor]) -> int:
@@ -94,6 +95,7 @@ def _sum(
             tile,
             found,
             lists.z,
+            lists.entries,
             members,
             at_inputs,
             at_outputs,
@@ -150,7 +152,7 @@ def backward(
         found = table.to(z.device)
         if run is not None:
             run(found, constants, choice)
-        tile = WEIGHT_GRADIENT[choice]
+        tile = PRODUCT[choice]
         row_blocks = max(triton.cdiv(v.shape[1], tile.rows) for v in grads)
         column_blocks = max(triton.cdiv(x.shape[1], tile.columns) for x in u)
         blocks = row_blocks * column_blocks

@@ -37,6 +37,7 @@ def open_routes(
 
 @triton.jit(
     do_not_specialize=[
+        "members",
         "inputs",
         "outputs",
         "weights",
@@ -52,6 +53,7 @@ def route_sum(
     table,
     z,
     lists,
+    members,
     inputs,
     outputs,
     weights,
@@ -72,7 +74,8 @@ def route_sum(
 ):
     """``sum z W u`` over the open routes to each output; with ``TRANSPOSED``, the gradient of u, from those of outputs.
 
-    Route number output * output_stride + input * input_stride has its z and its weight there. z scales a product in
+    The lists of this direction are in ``lists`` from ``members`` on, see ``open_routes``. Route number
+    output * output_stride + input * input_stride has its z and its weight there. z scales a product in
     registers: neither a scaled weight nor a product is stored. ``blocks`` is the number of the widest output's.
     """
     block = tl.program_id(0) // blocks
@@ -85,7 +88,7 @@ def route_sum(
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
-    members = lists + output * (num_inputs + 1)
+    members = lists + members + output * (num_inputs + 1)
     count = tl.where(left_columns > 0, tl.load(members), 0)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for n in range(count):
