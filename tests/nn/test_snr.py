@@ -257,6 +257,17 @@ def test_compile(mode: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
+def test_export_with_a_dynamic_batch() -> None:
+    model = small().eval()
+    dynamic = ({0: torch.export.Dim("rows", min=2, max=4096)},)
+    program = torch.export.export(model.compact(), (torch.randn(9, 10),), dynamic_shapes=dynamic)
+    x = torch.randn(33, 10)
+    for a, b in zip(program.module()(x), model(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # Mistakes -----------------------------------------------------------------------------------------------------------
 
 

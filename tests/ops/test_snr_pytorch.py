@@ -320,3 +320,39 @@ def test_mistakes_with_aver(arguments: Any, error: type[Exception], message: str
 def test_mistakes_with_closed_grad(call: Any) -> None:
     with pytest.raises(TypeError, match="closed_grad must be True or False, got int"):
         call(closed_grad=1)
+
+
+WEIGHTS = [W[i, j] for i in range(4) for j in range(2)]
+GRADS = [torch.zeros(5, 6)] * 4
+
+
+@pytest.mark.skipif("cpp" not in mk.backends()["snr_trans"]["cpu"], reason="there are no C++ kernels")
+@pytest.mark.parametrize(
+    "operator, arguments, message",
+    [
+        ("trans_forward", ([], WEIGHTS, Z), "u must hold at least one"),
+        ("trans_forward", ([U[0], U[1, :4]], WEIGHTS, Z), r"u\[1\] must have shape \[5, D\], got \[4, 3\]"),
+        ("trans_forward", ([U[0], U[1].double()], WEIGHTS, Z), r"u\[1\] must be a dense tensor of Float"),
+        ("trans_forward", ([U[0], U[1]], WEIGHTS[:7], Z), "weights must hold 8 matrices, got 7"),
+        (
+            "trans_forward",
+            ([U[0], U[1]], [W[:3]], Z),
+            r"weights must have shape \[4, 2, D_out, D_in\], got \[3, 2, 6, 3\]",
+        ),
+        ("trans_forward", ([U[0], U[1]], [W[..., :2]], Z), r"weights\[0\] must have shape \[6, 3\], got \[6, 2\]"),
+        ("trans_forward", ([U[0], U[1]], WEIGHTS, Z[:, :1]), r"z must be a dense tensor \[I, 2\].*, got \[4, 1\]"),
+        ("trans_forward", ([U[0], U[1]], WEIGHTS, Z.double()), "z must be float32 or narrower"),
+        ("trans_backward", (GRADS[:3], [*U], WEIGHTS, Z, *[True] * 4), "grad_outputs must hold a tensor for each of 4"),
+        (
+            "trans_backward",
+            ([*GRADS[:3], torch.zeros(5, 7)], [*U], WEIGHTS, Z, *[True] * 4),
+            r"grad_outputs\[3\] must have width 6, got 7",
+        ),
+        ("aver_forward", ([U[0], U[1, :, :2]], Z), r"u\[1\] must have shape \[5, 3\] as u\[0\], got width 2"),
+        ("aver_backward", ([U[0]] * 3, [*U], Z, True, True, True), "grad_outputs must hold a tensor for each of 4"),
+    ],
+)
+def test_operators_refuse_what_kernels_cannot_read(operator: str, arguments: Any, message: str) -> None:
+    """A direct call of an operator does not pass the checks in Python."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        getattr(torch.ops.mtlkernels, f"snr_{operator}")(*arguments)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from mtlkernels.ops import _triton
 from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
-from mtlkernels.ops.expert_mixture.triton_tiles import WEIGHT_GRADIENT as PRODUCT
-from mtlkernels.ops.expert_mixture.triton_tiles import operands
+from mtlkernels.ops.expert_mixture.triton_tiles import WEIGHT_GRADIENT, operands
 from mtlkernels.ops.snr_trans import triton_kernels as kernels
 from mtlkernels.ops.snr_trans.reference import matrices
 
@@ -31,12 +30,14 @@ class Sums(NamedTuple):
 # As the expert mixture's products, but with two accumulators: the sum, and the product that z has yet to scale.
 SUM = {
     ("half", True): Sums(Tile(16, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
-    ("tf32", True): Sums(Tile(16, 64, 64, 4, 3), Tile(128, 64, 32, 8, 3)),
+    ("tf32", True): Sums(Tile(16, 64, 64, 4, 2), Tile(128, 64, 32, 8, 3)),
     ("ieee", True): Sums(Tile(16, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2)),
     ("half", False): Sums(Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)),
     ("tf32", False): Sums(Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)),
     ("ieee", False): Sums(Tile(16, 32, 32, 4, 2), Tile(32, 32, 16, 4, 2)),
 }
+# A weight's tile beside the product's leaves float32 without tensor cores no room for three loads in flight.
+PRODUCT = {**WEIGHT_GRADIENT, ("ieee", True): Tile(64, 64, 32, 4, 2)}
 
 
 class Lists:
