@@ -36,8 +36,8 @@ SUM = {
     ("tf32", False): Sums(Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)),
     ("ieee", False): Sums(Tile(16, 32, 32, 4, 2), Tile(32, 32, 16, 4, 2)),
 }
-# A weight's tile beside the product's leaves float32 without tensor cores no room for three loads in flight.
-PRODUCT = {**WEIGHT_GRADIENT, ("ieee", True): Tile(64, 64, 32, 4, 2)}
+# Without tensor cores a product and a tile of the weight beside it take more registers than four warps have.
+PRODUCT = {**WEIGHT_GRADIENT, ("ieee", True): Tile(64, 64, 16, 8, 2)}
 
 
 class Lists:
