@@ -84,6 +84,8 @@ class Call {
 // The inputs of a block are read again for every output, from the second- or third-level cache; its rows share the cost
 // of reading all weights.
 constexpr int64_t kBlocksOfCache = 4;
+// Multiply-adds below which waking a second thread costs more than it saves.
+constexpr int64_t kLeastShared = int64_t{1} << 20;
 
 // The sums of one direction: outputs from u, or gradients of u from those of the outputs.
 std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMatrices& in) {
@@ -93,8 +95,10 @@ std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMat
   const SnrSum& sum = sums.sum();
   if (call.rows == 0) return sums.take();
   std::vector<at::Tensor> used;
+  int64_t work = 0;
   for (const SnrRoute& r : sums.routes()) {
     used.push_back(transposed ? call.matrix(r.input, r.output) : call.matrix(r.output, r.input));
+    work += call.rows * used.back().numel();
   }
   WeightForms weights;
   weights.set(used, engine, transposed && engine.backward_transposed);

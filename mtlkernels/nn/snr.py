@@ -37,6 +37,8 @@ class SubNetworks(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self._style = style
+        alone = tuple((e,) for e in range(len(experts)))
+        self._routings = Routing((0,) * len(experts), alone), Routing(tuple(range(len(experts))), alone)
 
     def fused(self) -> bool:
         """Whether a call now takes the fused path."""
@@ -49,8 +51,7 @@ class SubNetworks(nn.Module):
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
-        reads = (0,) * count if isinstance(inputs, Tensor) else tuple(range(count))
-        routing = Routing(reads, tuple((e,) for e in range(count)))
+        routing = self._routings[not isinstance(inputs, Tensor)]
         alone = x.new_zeros(1, count).expand(x.shape[0], count)  # the softmax of one logit is 1
         weights, biases = expert_parameters(self)
         return expert_mixture(inputs, weights, biases, alone, routing, activation=self._style.activation)
@@ -290,7 +291,8 @@ class OpenJoint(nn.Module):
         """J tensors [B, H] → I tensors [B, H]."""
         if self._shape is None:
             return snr_aver(u, self.z, closed_grad=False)
-        matrices = list(self.weights)
+        # An attribute look-up each would cost more than a row does.
+        matrices: list[Any] = list(self.weights._parameters.values())
         nothing = matrices[0].new_zeros(1, 1).expand(self._shape)  # of a closed route only the shape is looked at
         weight = [[nothing] * len(u) for _ in range(self.num_outputs)]
         for (i, j), matrix in zip(self._open, matrices, strict=True):

@@ -23,6 +23,7 @@ from mtlkernels.ops._autograd import (
     front,
     grads_are_batched,
 )
+from mtlkernels.ops._call import direct_to_cpp, run_cpp
 from mtlkernels.ops._checks import as_sequence, check_like, check_tensor, shape_of
 
 # op -> the forward pass that second derivatives are taken of: a function of the groups of tensors.
@@ -164,6 +165,21 @@ def register(op: str, reference: Any) -> None:
 
     register_autograd(f"{op}_forward", differentiable)
     torch.library.register_vmap(f"mtlkernels::{op}_forward", rule)
+
+
+def direct(op: str, u: Any, *args: Any) -> tuple[Tensor, ...] | None:
+    """Serving on a CPU, where checks in Python would take as long as a small batch.
+
+    Goes straight to the C++ operator, which checks what it is given before it computes. Returns None where this does
+    not apply, and where the operator refuses: the checks in Python then find out why, in the caller's terms.
+    """
+    several = isinstance(u, (list, tuple))
+    if torch.is_grad_enabled() or not direct_to_cpp(u[0] if several and u else u):
+        return None
+    try:
+        return tuple(run_cpp(op, list(u) if several else list(u.unbind(0)), *args))
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def check_inputs(u: Any) -> list[Tensor]:

@@ -298,8 +298,9 @@ U, W, Z = torch.zeros(2, 5, 3), torch.zeros(4, 2, 6, 3), torch.ones(4, 2)
     ],
 )
 def test_mistakes_with_trans(arguments: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        mk.snr_trans(*arguments)
+    for wanted in (True, False):  # a gradient, or the short way that serves
+        with torch.set_grad_enabled(wanted), pytest.raises(error, match=message):
+            mk.snr_trans(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -312,8 +313,9 @@ def test_mistakes_with_trans(arguments: Any, error: type[Exception], message: st
     ],
 )
 def test_mistakes_with_aver(arguments: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        mk.snr_aver(*arguments)
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted), pytest.raises(error, match=message):
+            mk.snr_aver(*arguments)
 
 
 @pytest.mark.parametrize("call", [lambda **k: mk.snr_trans(U, W, Z, **k), lambda **k: mk.snr_aver(U, Z, **k)])

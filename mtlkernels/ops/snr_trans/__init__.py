@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from mtlkernels import _backends
 from mtlkernels.ops._call import distinct, needs_function, run_forward, under_autocast
-from mtlkernels.ops._snr import Plan, Routes, check_closed_grad, check_inputs, check_z, register
+from mtlkernels.ops._snr import Plan, Routes, check_closed_grad, check_inputs, check_z, direct, register
 from mtlkernels.ops.snr_trans import reference
 from mtlkernels.ops.snr_trans.checks import check_weight
 
@@ -47,13 +48,27 @@ def snr_trans(
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: shapes, devices or the numbers of sub-networks do not agree.
     """
+    check_closed_grad(closed_grad)
+    served = _serve(u, weight, z)
+    if served is not None:
+        return served
     inputs = check_inputs(u)
     weights, num_outputs = check_weight(weight, inputs)
     check_z(z, num_outputs, inputs)
-    check_closed_grad(closed_grad)
     inputs, weights = under_autocast(inputs[0], inputs, weights)
     backend = _backends.forced()
     if needs_function(inputs, weights, (z,)):
         plan = Plan("snr_trans", len(inputs), len(weights), num_outputs, closed_grad, backend)
         return tuple(Routes.apply(plan, *distinct(*inputs, *weights, z)))
     return tuple(run_forward("snr_trans", backend, inputs[0], inputs, weights, z))
+
+
+def _serve(u: Any, weight: Any, z: Any) -> tuple[Tensor, ...] | None:
+    """The short way, for arguments whose nesting the operator's flat lists cannot hide."""
+    if isinstance(weight, Tensor):
+        return direct("snr_trans", u, [weight], z) if weight.dim() == 4 else None
+    if not isinstance(weight, (list, tuple)) or any(
+        not isinstance(row, (list, tuple)) or len(row) != len(u) for row in weight
+    ):
+        return None
+    return direct("snr_trans", u, [matrix for row in weight for matrix in row], z)
