@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+#include <cstring>
+
 #include "plan.h"
 #include "snr_call.h"
 #include "weight_forms.h"
@@ -142,7 +144,7 @@ class Products {
         at::Tensor grad;
         if (need_weights) {
           grad = call.stacked ? grad_weights_[0].select(0, i).select(0, j) : at::empty(matrix.sizes(), options);
-          if (!open) grad.zero_();
+          if (!open) std::memset(grad.mutable_data_ptr(), 0, grad.nbytes());
           if (!call.stacked) grad_weights_.push_back(grad);
         }
         if (!open && !(every && call.has_elements(i, j))) continue;
