@@ -34,6 +34,22 @@ def needs_function(*groups: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for group in groups for t in group)
 
 
+def traced_under_func(op: str) -> bool:
+    """Whether torch.compile is tracing the call inside a torch.func transform: then the reference serves.
+
+    There tensors do not tell whether a gradient is wanted, and an operator that is not told gives a wrong one; the
+    reference is plain PyTorch, which the transforms and the compiler see through.
+
+    Raises:
+        RuntimeError: :func:`mtlkernels.use_backend` asks for another implementation.
+    """
+    if not (torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+        return False
+    if _backends.forced() not in (None, "reference"):
+        raise RuntimeError(f"{op} has only the reference for torch.func transforms under torch.compile")
+    return True
+
+
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors, each object once: torch.compile does not trace a Function that gets one twice. Views stand in."""
     if not torch.compiler.is_compiling():

@@ -182,6 +182,14 @@ def direct(op: str, u: Any, *args: Any) -> tuple[Tensor, ...] | None:
         return None
 
 
+def traced(op: str, closed_grad: bool, *groups: Any) -> tuple[Tensor, ...]:
+    """The formula, where torch.compile traces a torch.func transform; see ``traced_under_func``."""
+    *lists, z = groups
+    if not closed_grad:
+        z = torch.where(z != 0, z, z.detach())
+    return _formulas[op](*lists, z)
+
+
 def check_inputs(u: Any) -> list[Tensor]:
     """The J sub-networks' outputs, from a sequence of them or from one tensor [J, B, D_in]."""
     if isinstance(u, Tensor):

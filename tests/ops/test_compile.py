@@ -102,6 +102,68 @@ def test_func_transforms_inside_compile() -> None:
         torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
+def _mixture(w: Tensor, x: Tensor, logits: Tensor) -> Any:
+    return mk.expert_mixture(x, [w], None, logits, mk.Routing.mmoe(2, 2), activation="tanh")
+
+
+def _gates(experts: Tensor, first: Tensor, second: Tensor) -> Any:
+    return mk.gated_mixture(experts, [first, second], mk.Routing.mmoe(3, 2))
+
+
+def _trans(u: Tensor, weight: Tensor, z: Tensor) -> Any:
+    return mk.snr_trans(u, weight, z)
+
+
+def _aver(u: Tensor, z: Tensor) -> Any:
+    return mk.snr_aver(u, z)
+
+
+def _surgery(grads: Tensor) -> Any:
+    return [mk.pcgrad(grads, order=torch.tensor([[1, 2], [2, 0], [0, 1]]))]
+
+
+@pytest.mark.parametrize(
+    "function, shapes",
+    [
+        (_mixture, ((2, 3, 4), (5, 4), (5, 4))),
+        (_gates, ((5, 3, 4), (5, 3), (5, 3))),
+        (_trans, ((2, 5, 4), (3, 2, 6, 4), (3, 2))),
+        (_aver, ((2, 5, 4), (3, 2))),
+        (_surgery, ((3, 10),)),
+    ],
+)
+@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of grad", "jacrev"])
+def test_torch_func_inside_compile(function: Any, shapes: Any, transform: str) -> None:
+    """Of every argument, of each alone, and of all; tensors do not say there whether a gradient is wanted."""
+
+    def loss(*args: Tensor) -> Tensor:
+        return sum(y.square().sum() for y in function(*args))
+
+    args = tuple(torch.randn(shape) for shape in shapes)
+    for argnums in (*range(len(args)), tuple(range(len(args)))):
+        if transform == "grad":
+            transformed: Any = torch.func.grad(loss, argnums)
+        elif transform == "jacrev":
+            transformed = torch.func.jacrev(lambda *a: function(*a)[0], argnums)
+        else:
+            inner = torch.func.grad(loss, argnums) if "grad" in transform else loss
+            batched = {argnums} if isinstance(argnums, int) else set(argnums)
+            transformed = torch.func.vmap(inner, tuple(0 if i in batched else None for i in range(len(args))))
+            args = tuple(torch.randn((2, *shape) if i in batched else shape) for i, shape in enumerate(shapes))
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*args), transformed(*args), rtol=1e-4, atol=1e-5)
+        torch.compiler.reset()
+
+
+def test_torch_func_inside_compile_substitutes_nothing_silently() -> None:
+    if "cpp" not in mk.backends()["gated_mixture"]["cpu"]:
+        pytest.skip("no other implementation to ask for")
+    with mk.use_backend("cpp"), pytest.raises(Exception, match="only the reference for torch.func transforms"):
+        torch.compile(torch.func.grad(lambda *a: _gates(*a)[0].sum()), fullgraph=True, backend="aot_eager")(
+            torch.randn(5, 3, 4), torch.randn(5, 3), torch.randn(5, 3)
+        )
+
+
 def test_autocast_inside_compile() -> None:
     module = Level()
     x = torch.randn(9, 6)

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from mtlkernels import _backends
 from mtlkernels.ops._autograd import apply
-from mtlkernels.ops._call import direct_to_cpp, distinct, needs_function, run_forward, serve, under_autocast
+from mtlkernels.ops._call import (
+    direct_to_cpp,
+    distinct,
+    needs_function,
+    run_forward,
+    serve,
+    traced_under_func,
+    under_autocast,
+)
 from mtlkernels.ops._checks import check_logits, check_routing
 from mtlkernels.ops.activations import CODES
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
@@ -94,7 +102,9 @@ def expert_mixture(
     expert_inputs = wiring.expert_inputs if len(streams) > 1 else (0,) * len(wiring.live)
     flat = (expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
     backend = _backends.forced()
-    if needs_function(streams, flat_weights, bias_list, logits, unused):
+    if traced_under_func("expert_mixture"):
+        backend = "reference"
+    elif needs_function(streams, flat_weights, bias_list, logits, unused):
         plan = Plan(*flat, len(streams), backend)
         out = apply(ExpertMixture, plan, *distinct(*streams, *flat_weights, *bias_list, *logits, *unused))
         return tuple(out[: len(logits)])

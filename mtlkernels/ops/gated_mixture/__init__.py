@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtlkernels import _backends
 from mtlkernels.ops._autograd import apply
-from mtlkernels.ops._call import distinct, needs_function, run_forward, under_autocast
+from mtlkernels.ops._call import distinct, needs_function, run_forward, traced_under_func, under_autocast
 from mtlkernels.ops._checks import check_logits, check_routing, check_tensor, shape_of
 from mtlkernels.ops.gated_mixture.autograd import GatedMixture, Plan
 from mtlkernels.routing import Routing
@@ -44,6 +44,8 @@ def gated_mixture(experts: Tensor, gate_logits: Tensor | Sequence[Tensor], routi
     flat = tuple(e for gate in routing.gate_experts for e in gate)
     sizes = routing.wiring.gate_sizes
     backend = _backends.forced()
+    if traced_under_func("gated_mixture"):
+        return tuple(run_forward("gated_mixture", "reference", experts, experts, logits, flat, sizes))
     if needs_function((experts,), logits):
         return tuple(apply(GatedMixture, Plan(flat, sizes, backend), *distinct(experts, *logits)))
     return tuple(run_forward("gated_mixture", backend, experts, experts, logits, flat, sizes))

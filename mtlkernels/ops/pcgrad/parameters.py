@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import needs_function
+from mtlkernels.ops._call import needs_function, traced_under_func
 from mtlkernels.ops.pcgrad.checks import check_columns, columns_of
 from mtlkernels.ops.pcgrad.sparse import SparseColumn, is_sparse
 
@@ -97,7 +97,7 @@ class Parameters:
 
     def _run(self, direction: str, flat: Sequence[Tensor | None], *args: Tensor) -> Any:
         """Runs one of the operators, by the reference where a derivative or torch.func wants to see inside."""
-        if needs_function(flat, args):
+        if traced_under_func("pcgrad") or needs_function(flat, args):
             return _backends.reference_implementation("pcgrad", direction)(flat, self.num_tasks, *args)
         like = next(grad for grad in flat if grad is not None)
         run = _backends.implementation("pcgrad", direction, _backends.forced(), like)

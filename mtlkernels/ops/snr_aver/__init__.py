@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import distinct, needs_function, run_forward, under_autocast
+from mtlkernels.ops._call import distinct, needs_function, run_forward, traced_under_func, under_autocast
 from mtlkernels.ops._checks import shape_of
-from mtlkernels.ops._snr import Plan, Routes, check_closed_grad, check_inputs, check_z, direct, register
+from mtlkernels.ops._snr import Plan, Routes, check_closed_grad, check_inputs, check_z, direct, register, traced
 from mtlkernels.ops.snr_aver import reference
 
 register("snr_aver", reference)
@@ -46,6 +46,8 @@ def snr_aver(u: Tensor | Sequence[Tensor], z: Tensor, *, closed_grad: bool = Tru
     check_z(z, None, inputs)
     (inputs,) = under_autocast(inputs[0], inputs)
     backend = _backends.forced()
+    if traced_under_func("snr_aver"):
+        return traced("snr_aver", closed_grad, inputs, z)
     if needs_function(inputs, (z,)):
         plan = Plan("snr_aver", len(inputs), 0, z.shape[0], closed_grad, backend)
         return tuple(Routes.apply(plan, *distinct(*inputs, z)))

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import distinct, needs_function, run_forward, under_autocast
-from mtlkernels.ops._snr import Plan, Routes, check_closed_grad, check_inputs, check_z, direct, register
+from mtlkernels.ops._call import distinct, needs_function, run_forward, traced_under_func, under_autocast
+from mtlkernels.ops._snr import Plan, Routes, check_closed_grad, check_inputs, check_z, direct, register, traced
 from mtlkernels.ops.snr_trans import reference
 from mtlkernels.ops.snr_trans.checks import check_weight
 
@@ -57,6 +57,8 @@ def snr_trans(
     check_z(z, num_outputs, inputs)
     inputs, weights = under_autocast(inputs[0], inputs, weights)
     backend = _backends.forced()
+    if traced_under_func("snr_trans"):
+        return traced("snr_trans", closed_grad, inputs, weights, z)
     if needs_function(inputs, weights, (z,)):
         plan = Plan("snr_trans", len(inputs), len(weights), num_outputs, closed_grad, backend)
         return tuple(Routes.apply(plan, *distinct(*inputs, *weights, z)))
