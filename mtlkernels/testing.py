@@ -340,10 +340,26 @@ class TaskGradients:
         return len(self.grads)
 
 
-def random_task_gradients(seed: int, *, device: torch.device | str = "cpu", max_tasks: int = 12) -> TaskGradients:
+def _some_rows(grad: Tensor, rng: random.Random) -> Tensor:
+    """A sparse gradient with about half of the rows of a dense one; one of three is not coalesced."""
+    rows = [i for i in range(grad.shape[0]) if rng.random() < 0.5]
+    kept = torch.zeros_like(grad, memory_format=torch.contiguous_format)
+    kept[rows] = grad[rows]
+    found = kept.to_sparse(1)
+    if rng.random() < 0.3:
+        half = found._values() / 2
+        indices = found._indices().repeat(1, 2)
+        return torch.sparse_coo_tensor(indices, torch.cat([half, half]), grad.shape, check_invariants=False)
+    return found
+
+
+def random_task_gradients(
+    seed: int, *, device: torch.device | str = "cpu", max_tasks: int = 12, sparse: float = 0.0
+) -> TaskGradients:
     """Tasks of scales from 1e-12 to 1e8, None and zero gradients, dtypes that differ by parameter, any layout.
 
-    float16 is among the dtypes only where scales are such that it holds the results.
+    float16 is among the dtypes only where scales are such that it holds the results. ``sparse`` is the share of
+    parameters of which most tasks have a sparse gradient.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -355,6 +371,7 @@ def random_task_gradients(seed: int, *, device: torch.device | str = "cpu", max_
     for _ in range(rng.randint(1, 8)):
         shape, dtype, layout = rng.choice(SHAPES), rng.choice(dtypes), rng.choice(LAYOUTS)
         common = torch.randn(shape, generator=generator)  # makes tasks agree or conflict
+        by_rows = sparse > 0 and len(shape) > 0 and rng.random() < sparse
         column: list[Tensor | None] = []
         for scale in scales:
             if rng.random() < 0.15:
@@ -362,7 +379,10 @@ def random_task_gradients(seed: int, *, device: torch.device | str = "cpu", max_
                 continue
             values = torch.randn(shape, generator=generator) + rng.uniform(-1.5, 1.5) * common
             grad = (values * (0.0 if rng.random() < 0.1 else scale)).to(dtype).to(device)
-            column.append(laid_out(grad, layout if rng.random() < 0.8 else "contiguous"))
+            if by_rows and rng.random() < 0.8:
+                column.append(_some_rows(grad, rng))
+            else:
+                column.append(laid_out(grad, layout if rng.random() < 0.8 else "contiguous"))
         columns.append(column)
     grads: list[list[Tensor | None]] = [list(row) for row in zip(*columns, strict=True)]
     width = num_tasks if rng.random() < 0.5 else num_tasks - 1
