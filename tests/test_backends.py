@@ -143,6 +143,8 @@ def test_what_a_cuda_call_of_pcgrad_runs(with_cuda: None, monkeypatch: pytest.Mo
     from mtlkernels.ops.pcgrad import cuda
 
     monkeypatch.setattr(_backends, "triton_implementation", lambda op, direction: f"triton {direction}")
+    monkeypatch.setattr(cuda, "has_triton", lambda: True)
+    monkeypatch.setattr(cuda, "has_fast_float64", lambda device: True)
     grads = [torch.ones(2)] * 65
     gram = torch.eye(3, dtype=torch.float64)
     assert _backends.cuda_implementation("pcgrad", "gram", (grads[:3], 3)) is cuda.gram
@@ -158,6 +160,21 @@ def test_what_a_cuda_call_of_pcgrad_runs(with_cuda: None, monkeypatch: pytest.Mo
         assert _backends.cuda_implementation("pcgrad", direction, args) is expected
         with mk.use_backend("cuda"):  # which refuses that many
             assert _backends.cuda_implementation("pcgrad", direction, args) is getattr(cuda, direction)
+
+
+def test_triton_multiplies_where_float64_is_slow(with_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtlkernels.ops.pcgrad import cuda
+
+    grads, gram = [torch.ones(2)] * 3, torch.eye(3, dtype=torch.float64)
+    monkeypatch.setattr(_backends, "triton_implementation", lambda op, direction: f"triton {direction}")
+    monkeypatch.setattr(cuda, "has_fast_float64", lambda device: False)
+    for triton, expected in ((True, "triton gram"), (False, cuda.gram)):
+        monkeypatch.setattr(cuda, "has_triton", lambda found=triton: found)
+        assert _backends.cuda_implementation("pcgrad", "gram", (grads, 3)) == expected
+    assert _backends.cuda_implementation("pcgrad", "combine", (grads, 3, gram[0])) is cuda.combine
+    with mk.use_backend("cuda"):
+        assert _backends.cuda_implementation("pcgrad", "gram", (grads, 3)) is cuda.gram
+    assert _backends.cuda_implementation("pcgrad", "weights", (gram, None)) is cuda.weights
 
 
 def test_cuda_is_an_error_on_a_cpu(with_cuda: None) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlkernels._backends import has_triton
 from mtlkernels.ops._layout import alike
-from mtlkernels.ops._table import Table, on_device
+from mtlkernels.ops._table import Table, has_fast_float64, on_device
 
 # As in csrc/common/chunks.h, elements.h and csrc/cuda/pcgrad.h.
 MAX_TASKS = 64
@@ -103,9 +104,16 @@ def slots(chunks: int, num_tasks: int) -> int:
 
 
 def takes(direction: str, args: tuple[Any, ...]) -> bool:
-    """Whether the kernels take a call with these arguments: they are for up to 64 tasks."""
+    """Whether the kernels serve a call with these arguments best.
+
+    They are for up to 64 tasks. Their Gram matrix multiplies in float64; where that is slow, Triton's has a way around.
+    """
     num_tasks: int = args[0].shape[0] if direction == "weights" else args[1]
-    return num_tasks <= MAX_TASKS
+    if num_tasks > MAX_TASKS:
+        return False
+    if direction != "gram" or not has_triton():
+        return True
+    return has_fast_float64(next(grad.device for grad in args[0] if grad is not None))
 
 
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:

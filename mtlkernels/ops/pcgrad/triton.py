@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mtlkernels.ops import _triton
 from mtlkernels.ops._layout import alike
+from mtlkernels.ops._table import has_fast_float64
 from mtlkernels.ops._triton import Table, Tile, launch
 from mtlkernels.ops.pcgrad.triton_gram import gram_chunks, gram_sum
 from mtlkernels.ops.pcgrad.triton_kernels import combine_chunks, project_tasks
@@ -28,10 +29,6 @@ DTYPES = _triton.DTYPES | {torch.float64: tl.float64}
 # there are 36 or 64 sums.
 MAX_GROUP = 8
 GROUPS = (6, 8)
-# GPUs whose float64 arithmetic runs at half the rate of float32: exact products in float64 take a quarter of the time
-# that the gradients take to arrive there (8 tasks, H100), and cost no more than float32 ones with their scaling. On all
-# other GPUs, at 1/64 of the rate, they would take several times as long as the gradients do.
-WIDE_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 GRAM_CHUNK = 128 * 24  # elements: the product of every gram_tile
 SUM = Tile(rows=128, columns=4, depth=1, warps=4, stages=1)
 COMBINE = Tile(rows=128, columns=8, depth=4, warps=4, stages=1)
@@ -63,10 +60,13 @@ def group_size(num_tasks: int) -> int:
 
 
 def is_wide(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products are computed in float64."""
-    if dtype == torch.float64:
-        return True
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in WIDE_CAPABILITIES
+    """Whether products are computed in float64.
+
+    Where float64 runs at half the rate of float32, exact products take a quarter of the time that the gradients take to
+    arrive (8 tasks, H100), and cost no more than float32 ones with their scaling. On other GPUs they would take several
+    times as long as the gradients do.
+    """
+    return dtype == torch.float64 or has_fast_float64(device)
 
 
 @dataclass
