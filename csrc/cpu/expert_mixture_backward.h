@@ -185,12 +185,18 @@ class BackwardBlock {
     const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
     const Element* in = panels(l, e);
     constexpr int64_t tile_group = Engine::kRows * kGroup;
-    for (int64_t t = 0; t < Engine::tiles(width); ++t) {
+    const int64_t tiles = Engine::tiles(width);
+    for (int64_t t = 0; t < tiles; ++t) {
       const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+      Ahead ahead;  // a weight that is not transposed lies in too many pieces
+      if (Engine::kBackwardTransposed && t + 1 < tiles) {
+        ahead =
+            Engine::weight_rows(weight, level_.weight_ld[at], depth, o + n, Engine::tile_begin(width, t + 2) - o - n);
+      }
       for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
         const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
         Engine::tile_back(weight, level_.weight_ld[at], o, n, in + g0 * Engine::panel_size(depth), depth, ng, s_.tile,
-                          tile_group, {});
+                          tile_group, ahead.share(g0, ng, groups_));
         for (int64_t g = g0; g < g0 + ng; ++g) f(g, o, n, s_.tile + (g - g0) * tile_group);
       }
     }
