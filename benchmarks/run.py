@@ -17,7 +17,7 @@ import torch
 # Behind what is installed, so that `benchmarks` is found from a clone and an installed mtlkernels still comes first.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import plots, report, table  # noqa: E402
+from benchmarks.harness import compare, plots, report, table  # noqa: E402
 from benchmarks.harness.case import Case, Suite  # noqa: E402
 from benchmarks.harness.limits import Limits  # noqa: E402
 from benchmarks.harness.runner import run  # noqa: E402
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads; PyTorch's choice by default")
     p.add_argument("--quick", action="store_true", help="few rows and little time each: a smoke test")
     p.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what got slower or faster than there")
     p.add_argument("--from-json", type=Path, metavar="FILE", help="print and plot earlier results; measure nothing")
     return p
 
@@ -94,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{STUDIES[name].title}\n")
         print(STUDIES[name].show(data, options.markdown))
     print(f"\n{table.machine(found)}")
+    if options.compare:
+        print(f"\n{compare.text(report.load(options.compare), found)}")
     if options.json:
         print(f"wrote {report.save(found, options.json)}")
     if options.plot:
