@@ -63,7 +63,12 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:
     """Runs an op's forward operator where no gradient is wanted."""
-    run = implementation(op, "forward", backend, like)
+    return run_operator(op, "forward", backend, like, *args)
+
+
+def run_operator(op: str, direction: str, backend: str | None, like: Tensor, *args: Any) -> Any:
+    """Runs one of an op's operators where no gradient is wanted."""
+    run = implementation(op, direction, backend, like)
     if torch.compiler.is_compiling():
         return run(*args)
     with torch._C._AutoDispatchBelowAutograd():  # past the operator's autograd kernel, which is Python
@@ -84,12 +89,12 @@ def direct_to_cpp(like: Any) -> bool:
     )
 
 
-def run_cpp(op: str, *args: Any) -> Any:
-    """Runs the forward operator of a call that :func:`direct_to_cpp` lets through.
+def run_cpp(op: str, direction: str, *args: Any) -> Any:
+    """Runs an operator of a call that :func:`direct_to_cpp` lets through.
 
     Sent to the CPU's kernel whatever the tensors are, so that it is the one to refuse a tensor of another device.
     """
-    return getattr(torch.ops.mtlkernels, f"{op}_forward").default.redispatch(_CPU, *args)
+    return getattr(torch.ops.mtlkernels, f"{op}_{direction}").default.redispatch(_CPU, *args)
 
 
 def serve(op: str, *args: Any) -> Any:

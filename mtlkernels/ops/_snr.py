@@ -177,7 +177,7 @@ def direct(op: str, u: Any, *args: Any) -> tuple[Tensor, ...] | None:
     if torch.is_grad_enabled() or not direct_to_cpp(u[0] if several and u else u):
         return None
     try:
-        return tuple(run_cpp(op, list(u) if several else list(u.unbind(0)), *args))
+        return tuple(run_cpp(op, "forward", list(u) if several else list(u.unbind(0)), *args))
     except (TypeError, ValueError, RuntimeError):
         return None
 

@@ -76,7 +76,9 @@ class ExpertMixture(torch.autograd.Function):
     def forward(plan: Plan, *tensors: Any) -> Any:
         inputs, weights, biases, logits, _ = plan.split(tensors)
         args = (inputs, weights, biases, logits, *plan.routing, True)
-        outputs, saved = run_cpp(_OP, *args) if plan.direct else run_forward(_OP, plan.backend, inputs[0], *args)
+        outputs, saved = (
+            run_cpp(_OP, "forward", *args) if plan.direct else run_forward(_OP, plan.backend, inputs[0], *args)
+        )
         return (*outputs, *saved)
 
     @staticmethod

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import needs_function, traced_under_func
+from mtlkernels.ops._call import direct_to_cpp, needs_function, run_cpp, run_operator, traced_under_func
 from mtlkernels.ops.pcgrad.checks import check_columns, columns_of
 from mtlkernels.ops.pcgrad.sparse import SparseColumn, is_sparse
 
@@ -41,20 +41,27 @@ class Parameters:
     """T gradients for each of P parameters, checked.
 
     Dense ones go to the operators, all in one call, and with them what :class:`SparseColumn` makes of the others; a
-    parameter without any gradient is left out.
+    parameter without any gradient is left out. Where all go to the C++ operators, these check them: thousands of
+    tensors take Python milliseconds. When they refuse, the checks in Python find out why, in the caller's terms.
     """
 
     def __init__(self, grads: Any) -> None:
         self.num_tasks, self.columns = columns_of(grads)
-        check_columns(self.columns)
+        first = next(_present(self.columns), None)
+        tensors = all(isinstance(grad, Tensor) for grad in _present(self.columns))
+        mixed = tensors and any(grad.layout != torch.strided for grad in _present(self.columns))
+        self._checked = not (tensors and not mixed and direct_to_cpp(first))
+        if self._checked:
+            check_columns(self.columns)
         self.dense: list[int] = []
         self.sparse: dict[int, SparseColumn] = {}
         for p, column in enumerate(self.columns):
-            if any(is_sparse(grad) for grad in column):
+            if mixed and any(is_sparse(grad) for grad in column):
                 self.sparse[p] = SparseColumn(column)
             elif any(grad is not None for grad in column):
                 self.dense.append(p)
         self._flat: list[Tensor | None] = [grad for p in self.dense for grad in self.columns[p]]
+        self._in_pytorch = traced_under_func("pcgrad") or needs_function(self._flat)
 
     @property
     def device(self) -> torch.device:
@@ -97,11 +104,20 @@ class Parameters:
 
     def _run(self, direction: str, flat: Sequence[Tensor | None], *args: Tensor) -> Any:
         """Runs one of the operators, by the reference where a derivative or torch.func wants to see inside."""
-        if traced_under_func("pcgrad") or needs_function(flat, args):
+        if self._in_pytorch or needs_function(args):
             return _backends.reference_implementation("pcgrad", direction)(flat, self.num_tasks, *args)
-        like = next(grad for grad in flat if grad is not None)
-        run = _backends.implementation("pcgrad", direction, _backends.forced(), like)
-        return run(flat, self.num_tasks, *args)
+        if self._checked:
+            like = next(grad for grad in flat if grad is not None)
+            return run_operator("pcgrad", direction, _backends.forced(), like, flat, self.num_tasks, *args)
+        try:
+            return run_cpp("pcgrad", direction, flat, self.num_tasks, *args)
+        except (TypeError, ValueError):
+            check_columns(self.columns)
+            raise
+
+
+def _present(columns: Sequence[Sequence[Tensor | None]]) -> Iterator[Tensor]:
+    return (grad for column in columns for grad in column if grad is not None)
 
 
 def rows_of(columns: Sequence[Sequence[Tensor | None]], num_tasks: int) -> list[list[Tensor | None]]:
