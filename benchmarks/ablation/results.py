@@ -9,32 +9,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ablation.training import PLAIN
-
-COLOURS = ("#777777", "#E69F00", "#CC79A7", "#0072B2", "#009E73", "#D55E00")  # of Okabe and Ito's palette
-UNIT = 1e-3  # of differences in AUC
-
-
-def by_seed(data: Mapping[str, Any], variant: str, key: str) -> np.ndarray:
-    """[seeds, ...]: what each training of a variant gave."""
-    return np.array([run[key] for run in data["runs"] if run["variant"] == variant], dtype=float)
-
-
-def spread(values: np.ndarray) -> np.ndarray:
-    """The standard deviation over seeds."""
-    result: np.ndarray = values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
-    return result
+from benchmarks.studies.results import COLOURS, auc_text, by_seed, data_note, gain_text, gains_over, lay_out
 
 
 def gains(data: Mapping[str, Any], variant: str) -> np.ndarray:
     """[seeds, T]: the AUC less that of the plain sum with the same weights and batches, in thousandths."""
-    difference: np.ndarray = (by_seed(data, variant, "auc") - by_seed(data, PLAIN.name, "auc")) / UNIT
-    return difference
-
-
-def _gain(values: np.ndarray) -> str:
-    """Mean and spread, and a mark where the mean is larger."""
-    mean, deviation = values.mean(), float(spread(values))
-    return f"{mean:+.2f} ± {deviation:.2f}{' *' if abs(mean) > deviation else ''}"
+    return gains_over(data, variant, PLAIN.name)
 
 
 def _cells(data: Mapping[str, Any], variant: str) -> list[str]:
@@ -42,8 +22,8 @@ def _cells(data: Mapping[str, Any], variant: str) -> list[str]:
     conflicts = by_seed(data, variant, "conflicts").mean(axis=(0, 2))
     cells = [variant]
     for task in range(auc.shape[1]):
-        cells.append(f"{auc[:, task].mean():.4f} ± {float(spread(auc[:, task])):.4f}")
-        cells.append("" if variant == PLAIN.name else _gain(gains(data, variant)[:, task]))
+        cells.append(auc_text(auc[:, task]))
+        cells.append("" if variant == PLAIN.name else gain_text(gains(data, variant)[:, task]))
     return [*cells, f"{100 * conflicts[0]:.0f}%", f"{100 * conflicts.mean():.0f}%", f"{100 * conflicts[-1]:.0f}%"]
 
 
@@ -53,14 +33,7 @@ def show(data: Mapping[str, Any], markdown: bool) -> str:
     for task in data["tasks"]:
         head += [f"AUC {task}", "gain ×1000"]
     head += ["conflicts at first", "on average", "at last"]
-    grid = [head] + [_cells(data, variant) for variant in data["variants"]]
-    if markdown:
-        rule = ["---", *(["---:"] * (len(head) - 1))]
-        lines = [f"| {' | '.join(line)} |" for line in [head, rule, *grid[1:]]]
-    else:
-        widths = [max(len(line[column]) for line in grid) for column in range(len(head))]
-        lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in grid]
-        lines.insert(1, "-" * max(map(len, lines)))
+    lines = lay_out(head, [_cells(data, variant) for variant in data["variants"]], markdown)
     return "\n".join([*lines, "", *_notes(data)])
 
 
@@ -74,8 +47,7 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
     return [
         f"Test AUC, mean ± standard deviation over {len(settings['seeds'])} seeds; gains are over the plain sum with"
         " the same first weights and batches, * where the mean is larger than its standard deviation.",
-        f"{data['train']:,} flights to train, {data['test']:,} to test, {settings['epochs']} epochs of batches of"
-        f" {settings['batch']}, Adam {settings['learning_rate']:g}; {data['shared']:,} shared parameters.",
+        f"{data_note(data)}; {data['shared']:,} shared parameters.",
         f"max_norm, the median norm in the first {settings['norm_steps']} steps of each seed's plain sum: {lengths}."
         f" Longer in the plain sum were: {shares}.",
         "Conflicts: pairs of tasks whose gradients have a negative inner product, as a share, in the first, all and the"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
-from benchmarks.ablation.model import Batch, FlightsModel
+from benchmarks.ablation.model import SharedModel
 from benchmarks.demo.flights import TASKS, Flights
-from benchmarks.demo.model import aucs
+from benchmarks.studies.model import Batch, measured_aucs, minibatches
+from benchmarks.studies.settings import Settings as Shared
 
 PAIRS = tuple(itertools.combinations(range(len(TASKS)), 2))
 
@@ -41,26 +42,15 @@ PLAIN = VARIANTS[0]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Shared):
     """How much is trained.
 
     Args:
-        seeds: each a training of every variant.
-        epochs, batch: passes over the training period, rows a step.
-        learning_rate: Adam's.
-        rows: flights, evenly over the year; all by default.
         norm_steps: ``max_norm`` is the median of the tasks' gradient norms in so many first steps of the seed's plain
             sum, so that clipping acts on about half of what is seen there, and more on the tasks with long gradients.
-        windows: stretches of the training over which the share of conflicting pairs is averaged.
     """
 
-    seeds: Sequence[int] = (1, 2, 3, 4, 5)
-    epochs: int = 2
-    batch: int = 512
-    learning_rate: float = 1e-3
-    rows: int | None = None
     norm_steps: int = 50
-    windows: int = 20
 
 
 QUICK = Settings(seeds=(1, 2), epochs=1, batch=256, rows=6000, norm_steps=5, windows=5)
@@ -99,29 +89,27 @@ def train(
 ) -> Run:
     """Trains one variant. Without ``max_norm``, that is for the plain sum, it is found here."""
     torch.manual_seed(seed)
-    model = FlightsModel(flights).to(data.dense.device)
+    model = SharedModel(flights).to(data.dense.device)
     shared, heads = model.shared(), model.heads()
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    shuffle, orders = (torch.Generator().manual_seed(seed) for _ in range(2))
     options: dict[str, Any] = {"project": variant.project, "normalize": variant.normalize}
     if variant.clip:
         options["max_norm"] = max_norm
     if variant.project:
-        options["generator"] = orders
+        options["generator"] = torch.Generator().manual_seed(seed)
     losses, grams = [], []
     start = time.perf_counter()
-    for _ in range(settings.epochs):
-        for rows in torch.randperm(flights.train, generator=shuffle).split(settings.batch):
-            of_tasks = model.losses(data[rows.to(data.dense.device)])
-            gradients = _gradients(of_tasks, [*shared, *heads])
-            mine = [task[: len(shared)] for task in gradients]
-            grams.append(mk.gram(mine))
-            losses.append(of_tasks.detach().sum())
-            for parameter, update in zip(shared, mk.pcgrad(mine, **options), strict=True):
-                parameter.grad = update
-            for parameter, *parts in zip(heads, *(task[len(shared) :] for task in gradients), strict=True):
-                parameter.grad = torch.stack([part for part in parts if part is not None]).sum(0)
-            optimizer.step()
+    for batch in minibatches(data, flights.train, settings.epochs, settings.batch, seed):
+        of_tasks = model.losses(batch)
+        gradients = _gradients(of_tasks, [*shared, *heads])
+        mine = [task[: len(shared)] for task in gradients]
+        grams.append(mk.gram(mine))
+        losses.append(of_tasks.detach().sum())
+        for parameter, update in zip(shared, mk.pcgrad(mine, **options), strict=True):
+            parameter.grad = update
+        for parameter, *parts in zip(heads, *(task[len(shared) :] for task in gradients), strict=True):
+            parameter.grad = torch.stack([part for part in parts if part is not None]).sum(0)
+        optimizer.step()
     seconds = time.perf_counter() - start
     windows = min(settings.windows, len(losses))
     gram = torch.stack(grams)
@@ -133,7 +121,7 @@ def train(
     return Run(
         variant=variant.name,
         seed=seed,
-        auc=_test(model, data[slice(flights.train, None)]),
+        auc=measured_aucs(model, data[slice(flights.train, None)]),
         conflicts=[part.mean(0).tolist() for part in conflicting.tensor_split(windows)],
         cosines=[part.mean(0).tolist() for part in cosines.tensor_split(windows)],
         norms=[part.median(0).values.tolist() for part in norms.tensor_split(windows)],
@@ -151,11 +139,3 @@ def _gradients(losses: Tensor, parameters: Sequence[Tensor]) -> list[list[Tensor
         list(torch.autograd.grad(loss, parameters, retain_graph=t < last, allow_unused=True))
         for t, loss in enumerate(losses)
     ]
-
-
-@torch.no_grad()
-def _test(model: FlightsModel, data: Batch) -> list[float]:
-    model.eval()
-    rows = torch.arange(len(data), device=data.dense.device)
-    logits = torch.cat([model(data[part]) for part in rows.split(8192)])
-    return aucs(logits.cpu(), data.labels.cpu())

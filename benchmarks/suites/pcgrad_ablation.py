@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from benchmarks.ablation import results, training
-from benchmarks.ablation.model import FlightsModel, tensors
+from benchmarks.ablation.model import SharedModel
 from benchmarks.ablation.training import PAIRS, PLAIN, VARIANTS, Settings
 from benchmarks.demo import flights as data
 from benchmarks.harness.case import Study
+from benchmarks.studies.model import tensors
 
 
 def ablate(device: torch.device, settings: Settings) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def ablate(device: torch.device, settings: Settings) -> dict[str, Any]:
         "train": flights.train,
         "test": len(rows) - flights.train,
         "steps": settings.epochs * -(-flights.train // settings.batch),
-        "shared": sum(parameter.numel() for parameter in FlightsModel(flights).shared()),
+        "shared": sum(parameter.numel() for parameter in SharedModel(flights).shared()),
         "runs": runs,
     }
 

@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks import run
 from benchmarks.ablation import results, training
-from benchmarks.ablation.model import Batch, FlightsModel, tensors
+from benchmarks.ablation.model import SharedModel
 from benchmarks.ablation.training import PLAIN, VARIANTS, Settings, Variant
 from benchmarks.demo import flights as data
 from benchmarks.demo.flights import Flights
 from benchmarks.harness import plots
 from benchmarks.harness import report as reports
+from benchmarks.studies.model import Batch, FlightsModel, measured_aucs, tensors
 from benchmarks.suites import STUDIES
 
+Usual = Callable[[FlightsModel, Batch, Settings], list[float]]
 CPU = torch.device("cpu")
 SETTINGS = Settings(seeds=(1,), epochs=1, batch=64, rows=400, norm_steps=2, windows=3)
 STUDY = STUDIES["pcgrad-ablation"]
 
 
-@pytest.fixture(scope="module")
-def flights() -> Flights:
-    """400 flights that are made up, 320 of them to train, whose labels follow from their features."""
-    random = np.random.default_rng(0)
-    sparse = {"carrier": random.integers(0, 5, 400), "route": random.integers(0, 9, 400)}
-    dense = {name: random.standard_normal(400).astype("float32") for name in ("wind", "seats")}
-    late = (dense["wind"] + 0.3 * random.standard_normal(400) > 0).astype("float32")
-    cancelled = (dense["wind"] + sparse["carrier"] > 2).astype("float32")
-    labels = np.stack([late, np.where(cancelled == 1, np.nan, late), cancelled], axis=1).astype("float32")
-    return Flights(sparse, {"carrier": 5, "route": 9}, dense, labels, 320)
-
-
-@pytest.fixture
-def rows(flights: Flights) -> Batch:
-    return tensors(flights, CPU)
-
-
 def test_shared_parameters_are_those_that_every_task_reaches(flights: Flights, rows: Batch) -> None:
-    model = FlightsModel(flights)
+    model = SharedModel(flights)
     shared = model.shared()
     assert len(shared) == 1 + 6 * 2 * 2  # the embeddings; weights and biases of six experts of two layers
     for loss in model.losses(rows):
@@ -59,27 +44,18 @@ def test_codes_of_features_do_not_overlap(flights: Flights, rows: Batch) -> None
 
 
 def test_unknown_labels_count_for_nothing(flights: Flights, rows: Batch) -> None:
-    model = FlightsModel(flights)
+    model = SharedModel(flights)
     known = ~rows.labels[:, 1].isnan()
     alone = model.losses(Batch(rows.codes[known], rows.dense[known], rows.labels[known]))
     torch.testing.assert_close(model.losses(rows)[1], alone[1])
 
 
-def test_the_plain_sum_is_ordinary_training(flights: Flights, rows: Batch) -> None:
+def test_the_plain_sum_is_ordinary_training(flights: Flights, rows: Batch, usual_training: Usual) -> None:
     found = training.train(flights, rows, SETTINGS, PLAIN, 1, None)
     torch.manual_seed(1)
-    model = FlightsModel(flights)
-    optimizer = torch.optim.Adam(model.parameters(), lr=SETTINGS.learning_rate)
-    losses = []
-    for part in torch.randperm(320, generator=torch.Generator().manual_seed(1)).split(64):
-        optimizer.zero_grad()
-        loss = model.losses(rows[part]).sum()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    expected = [np.mean(part) for part in np.array_split(losses, 3)]
-    assert found.loss == pytest.approx(expected, rel=1e-4)
-    assert found.auc == pytest.approx(training._test(model, rows[slice(320, None)]), abs=2e-3)
+    model = SharedModel(flights)
+    assert found.loss == pytest.approx(usual_training(model, rows, SETTINGS), rel=1e-4)
+    assert found.auc == pytest.approx(measured_aucs(model, rows[slice(320, None)]), abs=2e-3)
 
 
 def test_what_a_training_records(flights: Flights, rows: Batch) -> None:
@@ -145,5 +121,5 @@ def test_command_line(
 def test_real_flights_fit_the_model() -> None:
     flights = data.load(3000)
     rows = tensors(flights, CPU)
-    losses = FlightsModel(flights).losses(rows[slice(0, 500)])
+    losses = SharedModel(flights).losses(rows[slice(0, 500)])
     assert losses.shape == (3,) and bool((losses.detach() - torch.log(torch.tensor(2.0))).abs().max() < 0.1)
