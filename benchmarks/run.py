@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what got slower or faster than there")
     p.add_argument("--from-json", type=Path, metavar="FILE", help="print and plot earlier results; measure nothing")
+    p.add_argument("--retime", action="store_true", help="with --from-json: measure the times in a study again")
     return p
 
 
@@ -77,6 +78,14 @@ def measure(options: argparse.Namespace) -> report.Report:
     return found
 
 
+def retime(found: report.Report, device: torch.device) -> None:
+    """Measures the times in earlier studies again, and keeps what else they found."""
+    for name, data in found.studies.items():
+        again = STUDIES[name].retime
+        if again:
+            found.studies[name] = again(device, data)
+
+
 def main(arguments: list[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(arguments)
@@ -85,9 +94,13 @@ def main(arguments: list[str] | None = None) -> int:
         p.error(f"no suite {', '.join(unknown)}; there are {', '.join([*SUITES, *STUDIES])}")
     if options.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: PyTorch finds no GPU")
+    if options.retime and not options.from_json:
+        p.error("--retime: no earlier results; name them with --from-json")
     if options.threads:
         torch.set_num_threads(options.threads)
     found = report.load(options.from_json) if options.from_json else measure(options)
+    if options.retime:
+        retime(found, torch.device(options.device))
     for name, rows in found.rows.items():
         print(f"\n{SUITES[name].title}\n")
         print(table.markdown(rows) if options.markdown else table.text(rows))

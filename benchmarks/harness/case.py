@@ -145,6 +145,7 @@ class Study:
         run: does the work on a device; the flag asks for a smoke test.
         show: the data as text, or as Markdown where the flag is set.
         draw: writes the data's plot to a file; the string says where and when it was measured.
+        retime: the data with the times in it measured anew; for studies that have some beside what they are about.
     """
 
     name: str
@@ -152,3 +153,4 @@ class Study:
     run: Callable[[torch.device, bool], dict[str, Any]]
     show: Callable[[Mapping[str, Any], bool], str]
     draw: Callable[[Mapping[str, Any], str, Path], None]
+    retime: Callable[[torch.device, Mapping[str, Any]], dict[str, Any]] | None = None
