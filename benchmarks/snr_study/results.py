@@ -135,7 +135,7 @@ def draw(data: Mapping[str, Any], place: str, path: Path) -> None:
     for axes in (above[0], below[0]):
         handles, labels = axes.get_legend_handles_labels()
         marks.update(zip(labels, handles, strict=True))
-    figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(f"SNR on 2013 flights from New York, its L0 weight swept. {place}", fontsize=11)
     figure.savefig(path, dpi=130)
 
@@ -153,7 +153,7 @@ def _draw_auc(axes: Any, data: Mapping[str, Any], task: int) -> None:
         share = share + {True: 0, False: 4}[variant["sampled"]] - (2 if variant["kind"] == AVER else 0)
         colour = OF_KIND[variant["kind"]]
         style = {"color": colour} if variant["sampled"] else {"color": colour, "markerfacecolor": "none"}
-        label = variant["kind"] + (", more L0 to the left" if variant["sampled"] else ", z not sampled in training")
+        label = variant["kind"] + (", more L0 to the left" if variant["sampled"] else ", z not sampled (moved right)")
         axes.plot(share, values, "o", markersize=5, alpha=0.6, label=label, **style)
         axes.hlines(values.mean(), share.mean() - 2, share.mean() + 2, color=colour, linewidth=3)
 
