@@ -126,6 +126,7 @@ def draw(data: Mapping[str, Any], place: str, path: Path) -> None:
         _draw_serving(axes, data, rows)
         axes.set_title(f"Serving {rows:,} row{'' if rows == 1 else 's'}")
         axes.set_xlabel("routes open at test time (%)")
+    above[1].set_xlabel("routes open at test time (%); dots that would hide others are moved by up to 4")
     above[0].set_ylabel("AUC: a dot a seed, a bar their mean")
     below[0].set_ylabel("µs of the trunk; a dot a seed")
     for axes in (*above, *below):
@@ -149,7 +150,7 @@ def _draw_auc(axes: Any, data: Mapping[str, Any], task: int) -> None:
     for variant in routed(data):
         values = by_seed(data, variant["name"], "auc")[:, task]
         share = 100 * by_seed(data, variant["name"], "open")
-        # Variants that keep all routes would hide each other.
+        # Variants that keep all routes would hide each other, as the label says.
         share = share + {True: 0, False: 4}[variant["sampled"]] - (2 if variant["kind"] == AVER else 0)
         colour = OF_KIND[variant["kind"]]
         style = {"color": colour} if variant["sampled"] else {"color": colour, "markerfacecolor": "none"}
