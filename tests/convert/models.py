@@ -28,12 +28,16 @@ def features(rows: int, seed: int = 0) -> Tensor:
 
 
 def fill(model: nn.Module) -> nn.Module:
-    """Weights of ordinary size: the library's own are 1e-4, so that experts would hardly differ."""
+    """Weights and statistics of ordinary size: deepctr-torch's are 1e-4, so experts would hardly differ."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d) and module.running_mean is not None:
+                module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator))
+                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.25)
     return model
 
 
