@@ -158,7 +158,7 @@ def _level_line(model: nn.Module, path: str, part: str, experts: Sequence[Any], 
     }
     if len(shapes) > 1 or len(kinds) > 1:
         return left(f"experts of unequal {'shape' if len(shapes) > 1 else 'activations'}")
-    return Line("replaced", path, part, describe([_read(dnn) for dnn in experts], gates))
+    return Line("replaced", path, part, describe([_read(dnn) for dnn in experts], [()] * gates))
 
 
 def _plan_ple(module: nn.Module, path: str) -> tuple[Any, list[Line]]:

@@ -77,10 +77,11 @@ def parameters(layer: Layer, cache: bool) -> tuple[Tensor, Tensor | None]:
     return fold(layer.linear, layer.norm, cache)
 
 
-def describe(experts: Sequence[Any], gates: int) -> str:
-    """The report's words for a level that is replaced."""
-    layers = [layer for expert in experts for layer in expert]
-    detail = f"{len(experts)} experts of {len(experts[0])} layers and {gates} gates in one expert_mixture"
+def describe(experts: Sequence[Any], gates: Sequence[Sequence[Layer]]) -> str:
+    """The report's words for a level that is replaced; of a gate, the layers that decide when it is not fused."""
+    depth = "1 layer" if len(experts[0]) == 1 else f"{len(experts[0])} layers"
+    detail = f"{len(experts)} experts of {depth} and {len(gates)} gates in one expert_mixture"
+    layers = [layer for part in (*experts, *gates) for layer in part]
     rate = max((layer.dropout.p for layer in layers if layer.dropout is not None), default=0)
     reasons = ["batch norm"] if any(layer.norm is not None for layer in layers) else []
     reasons += [f"dropout {rate}"] if rate > 0 else []
@@ -113,12 +114,14 @@ def read_experts(experts: Iterable[Sequence[Layer] | str]) -> Experts | str:
 
 
 def mix(inputs: Sequence[Tensor], experts: Experts, gates: Sequence[Gate], routing: Routing) -> tuple[Tensor, ...]:
-    """The level's K outputs. Gate k reads ``inputs[k]``, or the only one."""
+    """The level's K outputs. Gate k reads ``inputs[k]``, or the only one; inputs that no expert reads come last."""
     weights, biases, names = experts
     activation = names[0] if len(set(names)) == 1 else names
-    streams = inputs[0] if all(x is inputs[0] for x in inputs) else list(inputs)
+    single = all(x is inputs[0] for x in inputs)
+    streams = inputs[0] if single else list(inputs[: routing.num_inputs])
     cache = may_cache()
-    if all(gate.hidden is not None and not gate.hidden and gate.final is not None for gate in gates):
+    every = single or len(inputs) == routing.num_inputs
+    if every and all(gate.hidden is not None and not gate.hidden and gate.final is not None for gate in gates):
         pairs = [parameters(gate.final, cache) for gate in gates]  # type: ignore[arg-type]
         gate_weights, gate_biases = zip(*pairs, strict=True)
         linear = {"gate_weights": gate_weights, "gate_biases": gate_biases}

@@ -7,7 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,6 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from tests.convert.models import MMOE, PLE, features, fill, make, mmoe, ple
-
-
-@pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The number of experts of each fused call."""
-    calls: list[int] = []
-
-    def counted(inputs: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(len(weights[0]))
-        return mk.expert_mixture(inputs, weights, *args, **kwargs)
-
-    import mtlkernels._convert.mlp
-
-    monkeypatch.setattr(mtlkernels._convert.mlp, "expert_mixture", counted)
-    yield calls
 
 
 def x32(rows: int = 9) -> Tensor:

@@ -1,0 +1,148 @@
+"""Modules built and named as those of libraries that are not on PyPI, which are known by their structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def mixed(weights: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    return torch.einsum("be,beh->bh", weights, torch.stack(list(experts), 1))
+
+
+class Perceptron(nn.Module):
+    """TorchEasyRec's layer: no bias in front of batch norm."""
+
+    def __init__(self, width: int, units: int, norm: str, rate: float, activation: type[nn.Module]) -> None:
+        super().__init__()
+        parts: list[nn.Module] = [nn.Linear(width, units, bias=norm != "batch")]
+        if norm:
+            parts.append(nn.BatchNorm1d(units) if norm == "batch" else nn.LayerNorm(units))
+        parts.append(activation())
+        if rate > 0:
+            parts.append(nn.Dropout(rate))
+        self.perceptron = nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.perceptron(x)
+
+
+class MLP(nn.Module):
+    """TorchEasyRec's MLP."""
+
+    def __init__(
+        self, width: int, units: Sequence[int], norm: str = "", rate: float = 0.0, activation: type[nn.Module] = nn.ReLU
+    ) -> None:
+        super().__init__()
+        widths = [width, *units]
+        self.return_hidden_layer_feature = False
+        self.mlp = nn.ModuleList(Perceptron(a, b, norm, rate, activation) for a, b in zip(widths, units, strict=False))
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = {}
+        for i, layer in enumerate(self.mlp):
+            x = hidden[f"hidden_layer{i}"] = layer(x)
+        return hidden if self.return_hidden_layer_feature else x
+
+
+class ExtractionNet(nn.Module):
+    """TorchEasyRec's level of PLE: the tasks' streams and the shared one, which is None behind the last level."""
+
+    def __init__(
+        self, width: int, units: Sequence[int], *, tasks: int = 3, specific: int = 2, shared: int = 2,
+        last: bool = False, shared_units: Sequence[int] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._shared_layers = nn.ModuleList(MLP(width, shared_units or units, **options) for _ in range(shared))
+        self._shared_gate = None if last else nn.Linear(width, tasks * specific + shared)
+        self._task_layers = nn.ModuleList(
+            nn.ModuleList(MLP(width, units, **options) for _ in range(specific)) for _ in range(tasks)
+        )
+        self._task_gates = nn.ModuleList(nn.Linear(width, specific + shared) for _ in range(tasks))
+
+    def forward(self, extraction_network_fea: list[Tensor], shared_expert_fea: Tensor) -> Any:
+        shared = [expert(shared_expert_fea) for expert in self._shared_layers]
+        specific = [
+            [expert(x) for expert in experts]
+            for x, experts in zip(extraction_network_fea, self._task_layers, strict=True)
+        ]
+        outputs = [
+            mixed(gate(x).softmax(1), experts + shared)
+            for x, gate, experts in zip(extraction_network_fea, self._task_gates, specific, strict=True)
+        ]
+        if self._shared_gate is None:
+            return outputs, None
+        weights = self._shared_gate(shared_expert_fea).softmax(1)
+        return outputs, mixed(weights, [expert for experts in specific for expert in experts] + shared)
+
+
+class MMoE(nn.Module):
+    """TorchEasyRec's MMoE, with or without hidden layers in its gates."""
+
+    def __init__(
+        self,
+        width: int,
+        units: Sequence[int],
+        experts: int = 4,
+        tasks: int = 3,
+        gate: Sequence[int] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.expert_mlps = nn.ModuleList(MLP(width, units, **options) for _ in range(experts))
+        self.has_gate_mlp = bool(gate)
+        if gate:
+            self.gate_mlps = nn.ModuleList(MLP(width, gate, **options) for _ in range(tasks))
+        self.gate_finals = nn.ModuleList(nn.Linear(gate[-1] if gate else width, experts) for _ in range(tasks))
+
+    def forward(self, input: Tensor) -> list[Tensor]:
+        experts = [expert(input) for expert in self.expert_mlps]
+        hidden = [mlp(input) for mlp in self.gate_mlps] if self.has_gate_mlp else [input] * len(self.gate_finals)
+        return [mixed(final(x).softmax(1), experts) for final, x in zip(self.gate_finals, hidden, strict=True)]
+
+
+class MLP_Block(nn.Module):  # noqa: N801 (the library's name)
+    """FuxiCTR's MLP: with an ``output`` the last layer is linear."""
+
+    def __init__(
+        self, width: int, units: Sequence[int], output: int | None = None, norm: bool = False, rate: float = 0
+    ):
+        super().__init__()
+        parts: list[nn.Module] = []
+        for a, b in zip([width, *units], units, strict=False):
+            parts += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU()]
+            parts += [nn.Dropout(rate)] if rate > 0 else []
+        if output is not None:
+            parts.append(nn.Linear(units[-1] if units else width, output))
+        self.mlp = nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.mlp(x)
+
+
+class CGC_Layer(nn.Module):  # noqa: N801 (the library's name)
+    """FuxiCTR's level of PLE: its shared gate mixes the shared experts only."""
+
+    def __init__(
+        self, width: int, units: Sequence[int], *, tasks: int = 3, specific: int = 2, shared: int = 2,
+        gate: Sequence[int] = (6,), **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.num_shared_experts, self.num_specific_experts, self.num_tasks = shared, specific, tasks
+        self.shared_experts = nn.ModuleList(MLP_Block(width, units, **options) for _ in range(shared))
+        self.specific_experts = nn.ModuleList(
+            nn.ModuleList(MLP_Block(width, units, **options) for _ in range(specific)) for _ in range(tasks)
+        )
+        sizes = [specific + shared] * tasks + [shared]
+        self.gate = nn.ModuleList(MLP_Block(width, gate, size, **options) for size in sizes)
+        self.gate_activation = nn.Softmax(dim=-1)
+
+    def forward(self, x: list[Tensor], require_gate: bool = False) -> Any:
+        shared = [expert(x[-1]) for expert in self.shared_experts]
+        weights = [self.gate_activation(gate(stream)) for gate, stream in zip(self.gate, x, strict=True)]
+        seen = [[expert(s) for expert in task] + shared for s, task in zip(x, self.specific_experts, strict=False)]
+        outputs = [mixed(w, experts) for w, experts in zip(weights, [*seen, shared], strict=True)]
+        return (outputs, [w.mean(0) for w in weights]) if require_gate else outputs
