@@ -29,8 +29,9 @@ class Convert:
     they are. So optimizers, made before or after, checkpoints, ``load_state_dict``, ``.to()``, ``copy.deepcopy``,
     ``pickle``, ``torch.save`` and ``torch.compile`` go on working, and results agree within rounding.
 
-    Batch norm and dropout are fused in evaluation; in training a level with either runs the library's own code. Batch
-    norm is folded into copies of the weights in front of it, made anew when a weight or statistic has changed; a write
+    Batch norm and dropout are fused in evaluation; in training a level with either runs the library's own code, and so
+    does one with batch norm where gradients are wanted and rows are few (serve under ``torch.no_grad()``). Batch norm
+    is folded into copies of the weights in front of it, made anew when a weight or statistic has changed; a write
     that PyTorch does not count (to ``.data``, by NumPy, by a replayed CUDA graph) is seen after the next ``train()`` or
     ``eval()``. A level of experts is left alone where it has batch norm without running statistics, another norm or
     activation, a hook, a parametrized or exchanged layer, or experts of unequal shape. The experts' modules are no

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -14,53 +13,63 @@ from mtlkernels._convert.mlp import Gate, Layer, activation_name
 Chain = Any
 
 
-def flatten(chain: Chain) -> Iterator[Any]:
+_CONTAINERS = (nn.Sequential, nn.ModuleList, list, tuple)
+
+
+def flatten(chain: Chain) -> list[Any]:
     """The modules of a chain one by one."""
-    if type(chain) in (nn.Sequential, nn.ModuleList):
-        for part in chain._modules.values():
-            yield from flatten(part)
-    elif isinstance(chain, (list, tuple)):
-        for part in chain:
-            yield from flatten(part)
-    else:
-        yield chain
+    if type(chain) not in _CONTAINERS:
+        return [chain]
+    modules: list[Any] = []
+    for part in chain._modules.values() if isinstance(chain, nn.Module) else chain:
+        if type(part) in _CONTAINERS:
+            modules += flatten(part)
+        else:
+            modules.append(part)
+    return modules
 
 
 def read_chain(chain: Chain) -> list[Layer] | str:
     """The layers [Linear → (BatchNorm1d) → (activation) → (Dropout)] of a chain, or what it has instead."""
     layers: list[Layer] = []
+    linear = norm = activation = dropout = None
     for module in flatten(chain):
-        if type(module) is nn.Linear:
-            layers.append(Layer(module, None, "none", None))
+        kind = type(module)
+        if kind is nn.Linear:
+            if linear is not None:
+                layers.append(Layer(linear, norm, activation or "none", dropout))
+            linear, norm, activation, dropout = module, None, None, None
+        elif kind is nn.Identity:
             continue
-        name = activation_name(module)
-        if name == "none":
-            continue
-        found = _extended(layers[-1], module, name) if layers else f"{type(module).__name__} before the first Linear"
-        if isinstance(found, str):
-            return found
-        layers[-1] = found
-    return layers or "no Linear"
-
-
-def _extended(layer: Layer, module: Any, activation: str | None) -> Layer | str:
-    """A layer with one module more behind it, or why that is none of what may follow."""
-    kind = type(module).__name__
-    if activation is not None:
-        free = layer.activation == "none" and layer.dropout is None
-        return layer._replace(activation=activation) if free else f"{kind} after another activation or a dropout"
-    if type(module) is nn.Dropout:
-        return layer._replace(dropout=module) if layer.dropout is None else "two dropouts in one layer"
-    if type(module) is nn.BatchNorm1d:
-        if layer.norm is not None or layer.activation != "none" or layer.dropout is not None:
-            return "batch norm that does not follow a Linear"
-        return norm_refusal(layer.linear, module) or layer._replace(norm=module)
-    return kind
+        elif linear is None:
+            return f"{kind.__name__} before the first Linear"
+        elif kind is nn.BatchNorm1d:
+            if norm is not None or activation is not None or dropout is not None:
+                return "batch norm that does not follow a Linear"
+            reason = norm_refusal(linear, module)
+            if reason is not None:
+                return reason
+            norm = module
+        elif kind is nn.Dropout:
+            if dropout is not None:
+                return "two dropouts in one layer"
+            dropout = module
+        else:
+            name = activation_name(module)
+            if name is None:
+                return kind.__name__
+            if activation is not None or dropout is not None:
+                return f"{kind.__name__} after another activation or a dropout"
+            activation = name
+    if linear is None:
+        return "no Linear"
+    layers.append(Layer(linear, norm, activation or "none", dropout))
+    return layers
 
 
 def read_gate(chain: Chain) -> Gate | str:
     """A gate from a chain that ends with its logits, or with their softmax and perhaps a dropout; or what it has."""
-    modules = list(flatten(chain))
+    modules = flatten(chain)
     dropout = modules.pop() if modules and type(modules[-1]) is nn.Dropout else None
     if modules and type(modules[-1]) is nn.Softmax and modules[-1].dim in (1, -1):
         modules.pop()
@@ -74,5 +83,5 @@ def read_gate(chain: Chain) -> Gate | str:
 
 def path_of(model: nn.Module, chain: Chain) -> str:
     """The name in ``model`` of a chain's first module, in parentheses; nothing where it has none."""
-    first = next(flatten(chain), None)
+    first = next(iter(flatten(chain)), None)
     return next((f" ({name})" for name, module in model.named_modules() if module is first), "")

@@ -7,7 +7,7 @@ one by one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.classes import Converted, Converter
 from mtlkernels._convert.folding import norm_refusal
-from mtlkernels._convert.mlp import Gate, Layer, activation_name, describe, mix, obstacle, read_experts
+from mtlkernels._convert.mlp import (
+    Experts,
+    Gate,
+    Layer,
+    activation_name,
+    describe,
+    few_rows,
+    mix,
+    obstacle,
+    read_experts,
+)
 from mtlkernels._convert.report import Line
 from mtlkernels.nn.level import watched
 from mtlkernels.routing import Routing
@@ -54,10 +64,15 @@ def _read(dnn: Any) -> list[Layer] | str:
     return layers
 
 
+def _fusible(experts: Iterable[Any], x: Tensor) -> Experts | str:
+    """A level's experts, or why they cannot be fused now, for an input of so many rows."""
+    return read_experts(map(_read, experts), few_rows(x))
+
+
 def _gate(dnn: Any, final: Any) -> Gate:
     """A gate from its DNN, or None, and its final layer; what cannot be fused now is called."""
     hidden: Any = [] if dnn is None else _read(dnn)
-    if isinstance(hidden, str) or obstacle(hidden) is not None:
+    if isinstance(hidden, str) or obstacle(hidden, False) is not None:
         hidden = None
     if type(final) is nn.Linear and not watched(final):
         return Gate(hidden, Layer(final, None, "none", None), dnn)
@@ -99,7 +114,7 @@ class FusedPLE(Converted):
     def cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor]:
         """T + 1 streams [B, D] → T [B, H], and the shared one [B, H] below the last level."""
         routing: Routing | None = self._mtlkernels_plan[level_num]
-        found = "left alone" if routing is None else read_experts(map(_read, _ple_experts(self, level_num)))
+        found = "left alone" if routing is None else _fusible(_ple_experts(self, level_num), inputs[0])
         if routing is None or isinstance(found, str):
             original: list[Tensor] = super().cgc_net(inputs, level_num)  # type: ignore[misc]
             return original
@@ -113,7 +128,7 @@ class FusedMMOE(Converted):
 
     def forward(self: Any, X: Tensor) -> Tensor:  # noqa: N803 (the library's name, which callers may use)
         """Features [B, F], as deepctr-torch lays them out → predictions [B, T]."""
-        found = read_experts(map(_read, self._modules["expert_dnn"]._modules.values()))
+        found = _fusible(self._modules["expert_dnn"]._modules.values(), X)
         if isinstance(found, str):
             original: Tensor = super().forward(X)  # type: ignore[misc]
             return original

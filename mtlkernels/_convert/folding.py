@@ -37,10 +37,12 @@ def norm_refusal(linear: Any, norm: Any) -> str | None:
     """Why a batch norm after a linear layer cannot be folded in any mode."""
     if type(norm) is not nn.BatchNorm1d:
         return f"{type(norm).__name__} in the place of BatchNorm1d"
-    if norm.running_mean is None or norm.running_var is None:
+    mean = norm._buffers.get("running_mean")
+    if mean is None or norm._buffers.get("running_var") is None:
         return "batch norm by the batch's statistics in evaluation too (track_running_stats=False)"
-    if len(norm.running_mean) != len(linear.weight):
-        return f"batch norm of {len(norm.running_mean)} features after a layer of {len(linear.weight)}"
+    weight, _ = linear_parameters(linear)
+    if mean.shape[0] != weight.shape[0]:
+        return f"batch norm of {mean.shape[0]} features after a layer of {weight.shape[0]}"
     return None
 
 
@@ -53,6 +55,11 @@ def may_cache() -> bool:
     )
 
 
+def wants_gradient(linear: nn.Module, norm: Any) -> bool:
+    """Whether a tensor that would be folded requires a gradient."""
+    return any(t is not None and t.requires_grad for t in (*linear_parameters(linear), *_norm_tensors(norm)))
+
+
 def fold(linear: nn.Module, norm: Any, cache: bool) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one linear layer that ``norm(linear(x))`` is in evaluation.
 
@@ -63,8 +70,7 @@ def fold(linear: nn.Module, norm: Any, cache: bool) -> tuple[Tensor, Tensor]:
     replaying a CUDA graph, shows after :func:`forget`, which the converted module's ``train()`` and ``eval()`` call.
     """
     sources = (*linear_parameters(linear), *_norm_tensors(norm))
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)
-    if wanted or not cache:
+    if not cache or (torch.is_grad_enabled() and wants_gradient(linear, norm)):
         return _fold(sources, norm.eps)
     found = _folded.get(norm)
     if found is not None and _unchanged(found, sources):

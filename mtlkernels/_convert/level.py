@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from mtlkernels._convert.chains import Chain, path_of, read_chain, read_gate
 from mtlkernels._convert.classes import Converted
-from mtlkernels._convert.mlp import Layer, describe, mix, obstacle, read_experts
+from mtlkernels._convert.mlp import Layer, describe, few_rows, mix, obstacle, read_experts
 from mtlkernels._convert.report import Line
 from mtlkernels.nn.level import watched
 from mtlkernels.routing import Routing
@@ -63,9 +63,12 @@ class FusedLevel(Converted):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the original class's."""
         level, routing = self._mtlkernels_level, self._mtlkernels_plan
-        parts: Any = None if level is None or any_watched(self) else fusible(level, self, routing)
-        streams = None if parts is None else level.inputs(self, *args, **kwargs)
-        if parts is None or streams is None or any(x.dim() != 2 for x in streams):
+        streams: Any = None if level is None else level.inputs(self, *args, **kwargs)
+        parts: Any = None
+        if level is not None and streams is not None and all(x.dim() == 2 for x in streams):
+            parts = fusible(level, self, routing, few_rows(streams[0]))
+        # Hooks are looked for last: that takes longest, and in training the first layer tells enough.
+        if parts is None or any_watched(self):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return level.outputs(self, mix(streams, parts[0], parts[1], routing))
 
@@ -78,16 +81,18 @@ def any_watched(module: nn.Module) -> bool:
     return False
 
 
-def fusible(level: Level, module: Any, routing: Routing) -> Any:
+def fusible(level: Level, module: Any, routing: Routing, few: bool) -> Any:
     """Experts and gates as ``mix`` takes them, None where they cannot be fused now."""
-    gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
-    for gate in gates:
-        if isinstance(gate, str) or obstacle((*gate.hidden, gate.final)) is not None:
+    gates: list[Any] = []
+    gate: Any
+    for gate in map(read_gate, level.gates(module)):
+        if isinstance(gate, str) or obstacle((*gate.hidden, gate.final), few) is not None:
             return None
+        gates.append(gate)
     chains = level.experts(module)
     if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
         return None
-    experts = read_experts(map(read_chain, chains))
+    experts = read_experts(map(read_chain, chains), few)
     return None if isinstance(experts, str) else (experts, gates)
 
 
@@ -171,7 +176,7 @@ def _both_ways(level: Level, module: nn.Module, routing: Routing) -> tuple[Any, 
             tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1)
             if tensor.dim() > 1:
                 tensor.sub_(0.6).mul_(3 * tensor.shape[-1] ** -0.5)
-    experts, gates = fusible(level, other, routing)
+    experts, gates = fusible(level, other, routing, False)
     width = experts.weights[0][0].shape[1]
     # Without shared experts, a shared gate alone reads the last stream.
     count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)

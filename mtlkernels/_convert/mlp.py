@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtlkernels._convert.folding import fold, may_cache
+from mtlkernels._convert.folding import fold, may_cache, wants_gradient
 from mtlkernels.nn.level import linear_parameters
 from mtlkernels.ops import activations as act
 from mtlkernels.ops.expert_mixture import expert_mixture
@@ -25,6 +26,10 @@ ACTIVATIONS: dict[type, str] = {
     nn.SiLU: "silu",
     nn.Identity: "none",
 }
+
+
+# Measured with experts of (256, 128): on fewer rows than this, folding takes as long as the library's own evaluation.
+FOLD_ROWS = 128
 
 
 class Layer(NamedTuple):
@@ -60,11 +65,22 @@ def activation_name(module: Any) -> str | None:
     return None
 
 
-def obstacle(layers: Iterable[Layer]) -> str | None:
-    """Why layers that can be fused cannot in the mode that they are in now."""
+def few_rows(x: Tensor) -> bool:
+    """Whether folding batch norm in a way that gradients flow through takes longer than what fusing saves.
+
+    Then nothing that is folded is kept, and autograd follows it: work in proportion to the weights, at each call.
+    """
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.shape[0] < FOLD_ROWS
+
+
+def obstacle(layers: Iterable[Layer], few: bool) -> str | None:
+    """Why layers that can be fused are not now: their mode, or ``few`` rows, as :func:`few_rows` says."""
     for layer in layers:
-        if layer.norm is not None and layer.norm.training:
-            return "batch norm in training"
+        if layer.norm is not None:
+            if layer.norm.training:
+                return "batch norm in training"
+            if few and wants_gradient(layer.linear, layer.norm):
+                return "batch norm with gradients for few rows"
         if layer.dropout is not None and layer.dropout.training and layer.dropout.p > 0:
             return "dropout"
     return None
@@ -96,12 +112,12 @@ class Experts(NamedTuple):
     activations: Sequence[str]
 
 
-def read_experts(experts: Iterable[Sequence[Layer] | str]) -> Experts | str:
+def read_experts(experts: Iterable[Sequence[Layer] | str], few: bool) -> Experts | str:
     """The experts of a level, or why they cannot be fused now; an expert that is a string is such a reason."""
     cache = may_cache()
     weights, biases, names = [], [], []
     for layers in experts:
-        reason = layers if isinstance(layers, str) else obstacle(layers)
+        reason = layers if isinstance(layers, str) else obstacle(layers, few)
         if reason is not None:
             return reason
         pairs = [parameters(layer, cache) for layer in layers]  # type: ignore[arg-type]

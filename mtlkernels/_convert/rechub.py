@@ -18,7 +18,7 @@ from torch_rechub.models.multi_task.ple import CGC
 from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.classes import Converted, Converter
 from mtlkernels._convert.level import FusedLevel, Level, any_watched, examine, fusible, plan_level, replaced_line
-from mtlkernels._convert.mlp import mix
+from mtlkernels._convert.mlp import few_rows, mix
 from mtlkernels._convert.report import Line
 from mtlkernels.routing import Routing
 
@@ -70,8 +70,8 @@ class FusedMMOE(Converted):
 
     def forward(self: Any, x: Any) -> Tensor:
         """Features by name → predictions [B, T]."""
-        parts: Any = None if _mmoe_watched(self) else fusible(MMOE_LEVEL, self, self._mtlkernels_plan)
-        if parts is None:
+        parts = fusible(MMOE_LEVEL, self, self._mtlkernels_plan, few_rows(x[self.features[0].name]))
+        if parts is None or _mmoe_watched(self):
             original: Tensor = super().forward(x)  # type: ignore[misc]
             return original
         embedded = self.embedding(x, self.features, squeeze_dim=True)

@@ -60,4 +60,5 @@ def find_converter(module: nn.Module) -> Converter | None:
 
 def known_names() -> list[str]:
     """The classes that can be converted."""
-    return sorted([*_MODULES, *_STRUCTURES, *(f"{kind.__module__}.{kind.__qualname__}" for kind in _registered)])
+    registered = (f"{kind.__module__}.{kind.__qualname__}" for kind in _registered)
+    return [*sorted([*_MODULES, *registered]), *sorted(_STRUCTURES)]

@@ -72,7 +72,8 @@ def test_serves_as_the_library(name: str, grad: bool, fused_calls: list[int]) ->
             fused_calls.clear()
             expected = exact(*arguments(model, rows, dtype=torch.float64))
             original, found = model(*arguments(model, rows)), converted(*arguments(model, rows))
-            assert len(fused_calls) == 1
+            few = grad and rows < 128 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
+            assert len(fused_calls) == (0 if few else 1)  # see mlp.few_rows
             assert error(found, expected) <= 3 * error(original, expected) + FLOOR
             shapes = [
                 torch.utils._pytree.tree_map(lambda leaf: None if leaf is None else leaf.shape, result)
@@ -234,6 +235,7 @@ DESCRIPTION: dict[str, Any] = {
 }
 
 
+@torch.no_grad()
 def test_a_registered_class(registered: Any, fused_calls: list[int]) -> None:
     mk.convert.register(Positional, **DESCRIPTION)
     model = nn.ModuleList([fill(Positional()), nn.Linear(2, 2)]).eval()
