@@ -22,12 +22,13 @@ __all__ = ["ConversionReport", "convert", "revert"]
 class Convert:
     """Replaces, in place, the parts of ``model`` that are known by fused evaluation; :func:`revert` undoes it.
 
-    Known, wherever they are in ``model``, are ``PLE`` and ``MMOE`` of deepctr-torch 0.3.0 and of torch-rechub 0.9.0, by
-    their structure ``ExtractionNet`` and ``MMoE`` of TorchEasyRec and ``CGC_Layer`` of FuxiCTR, and what
-    :meth:`register` adds. A converted module keeps its parameters, the same objects under the same ``state_dict`` keys,
-    and all of its sub-modules: only its class changes, to a subclass whose one replaced method reads the weights where
-    they are. So optimizers, made before or after, checkpoints, ``load_state_dict``, ``.to()``, ``copy.deepcopy``,
-    ``pickle``, ``torch.save`` and ``torch.compile`` go on working, and results agree within rounding.
+    Known, wherever they are in ``model``, are ``PLE`` and ``MMOE`` of deepctr-torch 0.3.0 and of torch-rechub 0.9.0; by
+    their structure ``ExtractionNet`` and ``MMoE`` of TorchEasyRec, ``CGC_Layer`` and ``MMoE_Layer`` of FuxiCTR, ``CGC``
+    and ``MMoE`` of LibMTL with encoders that are an ``nn.Sequential``; and what :meth:`register` adds. A converted
+    module keeps its parameters, the same objects under the same ``state_dict`` keys, and all of its sub-modules: only
+    its class changes, to a subclass whose one replaced method reads the weights where they are. So optimizers, made
+    before or after, checkpoints, ``load_state_dict``, ``.to()``, ``copy.deepcopy``, ``pickle``, ``torch.save`` and
+    ``torch.compile`` go on working, and results agree within rounding.
 
     Batch norm and dropout are fused in evaluation; in training a level with either runs the library's own code, and so
     does one with batch norm where gradients are wanted and rows are few (serve under ``torch.no_grad()``). Batch norm

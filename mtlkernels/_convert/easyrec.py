@@ -74,7 +74,6 @@ class FusedMMoE(FusedLevel):
         experts=lambda module: _chains(module.expert_mlps),
         gates=_mmoe_gates,
         routing=lambda module: Routing.mmoe(len(module.expert_mlps), len(module.gate_finals)),
-        inputs=lambda module, input: (input,),
     )
 
 

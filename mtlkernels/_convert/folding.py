@@ -78,10 +78,11 @@ def fold(linear: nn.Module, norm: Any, cache: bool) -> tuple[Tensor, Tensor]:
     tensors = [t for t in sources if t is not None]
     if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
         return _fold(sources, norm.eps)
+    # Read first, so that what another thread changes meanwhile counts as changed.
+    versions, addresses = tuple(t._version for t in tensors), tuple(t.data_ptr() for t in tensors)
     with torch.inference_mode(False), torch.no_grad():
         weight, bias = _fold(sources, norm.eps)
         keep = tuple(t.detach() for t in tensors)
-    versions, addresses = tuple(t._version for t in tensors), tuple(t.data_ptr() for t in tensors)
     _folded[norm] = _Folded(sources, versions, addresses, keep, weight, bias)
     return weight, bias
 

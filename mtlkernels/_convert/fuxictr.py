@@ -1,7 +1,7 @@
-"""FuxiCTR: ``CGC_Layer``, a level of its PLE; known by its structure.
+"""FuxiCTR: ``CGC_Layer``, a level of its PLE, and ``MMoE_Layer``; known by their structure.
 
 Experts and gates are ``MLP_Block`` modules, an ``nn.Sequential`` of [Linear → (BatchNorm1d) → activation → (Dropout)] a
-layer. The shared gate, the last one, mixes the shared experts only.
+layer. PLE's shared gate, the last one, mixes the shared experts only.
 """
 
 from __future__ import annotations
@@ -46,4 +46,14 @@ class FusedCGCLayer(FusedLevel):
     )
 
 
-MIXINS: dict[str, type[FusedLevel]] = {"CGC_Layer": FusedCGCLayer}
+class FusedMMoELayer(FusedLevel):
+    """``MMoE_Layer`` as one ``expert_mixture``."""
+
+    _mtlkernels_level = Level(
+        experts=lambda module: _chains(module.experts),
+        gates=lambda module: _chains(module.gate),
+        routing=lambda module: Routing.mmoe(module.num_experts, module.num_tasks),
+    )
+
+
+MIXINS: dict[str, type[FusedLevel]] = {"CGC_Layer": FusedCGCLayer, "MMoE_Layer": FusedMMoELayer}

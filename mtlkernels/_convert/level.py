@@ -19,9 +19,12 @@ from mtlkernels.nn.level import watched
 from mtlkernels.routing import Routing
 
 
-def first_argument(module: Any, x: Any) -> Sequence[Tensor]:
-    """The streams of a ``forward`` that takes one tensor, or a sequence of one a stream."""
-    return (x,) if isinstance(x, Tensor) else x
+def only_argument(module: Any, *args: Any, **kwargs: Any) -> Sequence[Tensor] | None:
+    """The streams of a ``forward`` that takes one tensor, or a sequence of one a stream, and nothing else."""
+    given = (*args, *kwargs.values())
+    if len(given) != 1:
+        return None
+    return given if isinstance(given[0], Tensor) else given[0]
 
 
 def one_argument(module: Any, streams: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -50,7 +53,7 @@ class Level:
     experts: Callable[[Any], Sequence[Chain]]
     gates: Callable[[Any], Sequence[Chain]]
     routing: Callable[[Any], Routing]
-    inputs: Callable[..., Sequence[Tensor] | None] = first_argument
+    inputs: Callable[..., Sequence[Tensor] | None] = only_argument
     arguments: Callable[[Any, Sequence[Tensor]], tuple[Any, ...]] = one_argument
     outputs: Callable[[Any, Sequence[Tensor]], Any] = as_list
 

@@ -18,13 +18,16 @@ _MODULES = {
     "torch_rechub.models.multi_task.ple.CGC": "mtlkernels._convert.rechub",
     "torch_rechub.models.multi_task.mmoe.MMOE": "mtlkernels._convert.rechub",
 }
-# Of libraries that are copied rather than installed, whose modules may be anywhere: class -> what an instance has, and
-# the module with its mix-in in ``MIXINS``.
-_STRUCTURES = {
-    "ExtractionNet": (("_task_layers", "_shared_layers", "_task_gates", "_shared_gate"), "mtlkernels._convert.easyrec"),
-    "MMoE": (("expert_mlps", "gate_finals", "has_gate_mlp"), "mtlkernels._convert.easyrec"),
-    "CGC_Layer": (("specific_experts", "shared_experts", "gate", "num_tasks"), "mtlkernels._convert.fuxictr"),
-}
+# Of libraries that are copied rather than installed, whose modules may be anywhere: class, what an instance has,
+# and the module with its mix-in in ``MIXINS``.
+_STRUCTURES = (
+    ("ExtractionNet", ("_task_layers", "_shared_layers", "_task_gates", "_shared_gate"), "mtlkernels._convert.easyrec"),
+    ("MMoE", ("expert_mlps", "gate_finals", "has_gate_mlp"), "mtlkernels._convert.easyrec"),
+    ("CGC_Layer", ("specific_experts", "shared_experts", "gate", "num_tasks"), "mtlkernels._convert.fuxictr"),
+    ("MMoE_Layer", ("experts", "gate", "num_experts", "gate_activation"), "mtlkernels._convert.fuxictr"),
+    ("MMoE", ("experts_shared", "gate_specific", "task_name", "_prepare_rep"), "mtlkernels._convert.libmtl"),
+    ("CGC", ("experts_shared", "experts_specific", "gate_specific", "_prepare_rep"), "mtlkernels._convert.libmtl"),
+)
 _registered: dict[type, Level] = {}
 
 
@@ -51,14 +54,14 @@ def find_converter(module: nn.Module) -> Converter | None:
         if name in _MODULES:
             converter: Converter = importlib.import_module(_MODULES[name]).CONVERTERS[name]
             return converter
-        attributes, source = _STRUCTURES.get(base.__name__, ((), ""))
-        if attributes and all(hasattr(module, attribute) for attribute in attributes):
-            mixin = importlib.import_module(source).MIXINS[base.__name__]
-            return Converter(functools.partial(plan_level, mixin._mtlkernels_level, base), mixin)
+        for known, attributes, source in _STRUCTURES:
+            if base.__name__ == known and all(hasattr(module, attribute) for attribute in attributes):
+                mixin = importlib.import_module(source).MIXINS[known]
+                return Converter(functools.partial(plan_level, mixin._mtlkernels_level, base), mixin)
     return None
 
 
 def known_names() -> list[str]:
     """The classes that can be converted."""
     registered = (f"{kind.__module__}.{kind.__qualname__}" for kind in _registered)
-    return [*sorted([*_MODULES, *registered]), *sorted(_STRUCTURES)]
+    return [*sorted([*_MODULES, *registered]), *sorted({name for name, _, _ in _STRUCTURES})]

@@ -146,3 +146,96 @@ class CGC_Layer(nn.Module):  # noqa: N801 (the library's name)
         seen = [[expert(s) for expert in task] + shared for s, task in zip(x, self.specific_experts, strict=False)]
         outputs = [mixed(w, experts) for w, experts in zip(weights, [*seen, shared], strict=True)]
         return (outputs, [w.mean(0) for w in weights]) if require_gate else outputs
+
+
+class MMoE_Layer(nn.Module):  # noqa: N801 (the library's name)
+    """FuxiCTR's MMoE."""
+
+    def __init__(
+        self,
+        width: int,
+        units: Sequence[int],
+        *,
+        experts: int = 4,
+        tasks: int = 3,
+        gate: Sequence[int] = (6,),
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.num_tasks = experts, tasks
+        self.experts = nn.ModuleList(MLP_Block(width, units, **options) for _ in range(experts))
+        self.gate = nn.ModuleList(MLP_Block(width, gate, experts, **options) for _ in range(tasks))
+        self.gate_activation = nn.Softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        experts = [expert(x) for expert in self.experts]
+        return [mixed(self.gate_activation(gate(x)), experts) for gate in self.gate]
+
+
+class LibMTL(nn.Module):
+    """What LibMTL's architectures have in common: tasks by name, heads, and a tap on representations."""
+
+    def __init__(self, width: int, units: Sequence[int], tasks: int, counts: Sequence[int], share: int) -> None:
+        super().__init__()
+        self.task_name = [f"task{t}" for t in range(tasks)]
+        self.decoders = nn.ModuleDict({task: nn.Linear(units[-1], 2) for task in self.task_name})
+        self.experts_shared = nn.ModuleList(encoder(width, units) for _ in range(share))
+        self.gate_specific = nn.ModuleDict(
+            {
+                task: nn.Sequential(nn.Linear(width, share + count), nn.Softmax(dim=-1))
+                for task, count in zip(self.task_name, counts, strict=True)
+            }
+        )
+        self.prepared: list[str] = []
+
+    def _prepare_rep(self, rep: Tensor, task: str, same_rep: bool) -> Tensor:
+        assert not same_rep
+        self.prepared.append(task)
+        return rep
+
+    def forward(self, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
+        shared = [expert(inputs) for expert in self.experts_shared]
+        outputs = {}
+        for task in self.task_name if task_name is None else [task_name]:
+            rep = mixed(self.gate_specific[task](inputs.flatten(1)), shared + self.specific(task, inputs))
+            outputs[task] = self.decoders[task](self._prepare_rep(rep, task, same_rep=False))
+        return outputs
+
+    def specific(self, task: str, inputs: Tensor) -> list[Tensor]:
+        return []
+
+
+def encoder(width: int, units: Sequence[int]) -> nn.Sequential:
+    """A user's encoder, a plain MLP with batch norm."""
+    parts: list[nn.Module] = []
+    for a, b in zip([width, *units], units, strict=False):
+        parts += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()]
+    return nn.Sequential(*parts)
+
+
+class CGC(LibMTL):
+    """LibMTL's CGC: as many specific experts as each task wants, and shared experts first."""
+
+    def __init__(self, width: int, units: Sequence[int], counts: Sequence[int] = (1, 2, 3), share: int = 2) -> None:
+        super().__init__(width, units, len(counts), counts, share)
+        self.experts_specific = nn.ModuleDict(
+            {
+                task: nn.ModuleList(encoder(width, units) for _ in range(count))
+                for task, count in zip(self.task_name, counts, strict=True)
+            }
+        )
+
+    def specific(self, task: str, inputs: Tensor) -> list[Tensor]:
+        return [expert(inputs) for expert in self.experts_specific[task]]
+
+    forward = LibMTL.forward
+
+
+class LibMTLMMoE(LibMTL):
+    """LibMTL's MMoE."""
+
+    def __init__(self, width: int, units: Sequence[int], experts: int = 4, tasks: int = 3) -> None:
+        super().__init__(width, units, tasks, [0] * tasks, experts)
+
+
+LibMTLMMoE.__name__ = "MMoE"

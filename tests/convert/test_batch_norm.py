@@ -107,7 +107,7 @@ def test_trains_as_the_library(name: str, fused_calls: list[int]) -> None:
         torch.manual_seed(1)
         outputs = []
         for step in range(3):
-            y = model(inputs(case, 50, step))
+            y = model(inputs(case, 150, step))
             optimizer.zero_grad()
             (y - 0.3).square().sum().backward()
             optimizer.step()

@@ -110,6 +110,16 @@ def swap_parameter(layers: Any) -> None:
     layers[1].weight = nn.Parameter(layers[1].weight * 1.5)
 
 
+def alias(layers: Any) -> None:
+    """Another parameter over the same memory, as often changed as the one before it."""
+    before = layers[1].weight
+    after = nn.Parameter(before.data)
+    while after._version < before._version:
+        after.mul_(1.5)
+    assert (after._version, after.data_ptr()) == (before._version, before.data_ptr())
+    layers[1].weight = after
+
+
 def hidden_write(layers: Any) -> None:
     """Nothing counts a write to ``.data``: ``train()`` of a converted module forgets what is folded."""
     layers[0].weight.data.mul_(1.5)
@@ -128,6 +138,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "new data": new_data,
     "new data at the old address": reused_memory,
     "another parameter": swap_parameter,
+    "another parameter over the same memory": alias,
     "data in place": hidden_write,
 }
 
@@ -184,6 +195,34 @@ def test_under_torch_func() -> None:
         folded(layers)
     found, expected = (torch.func.grad(loss)(state, by_fold) for by_fold in (True, False))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_an_ensemble_by_vmap() -> None:
+    layers = pair(dtype=torch.float64)
+    folded(layers)
+    x = torch.randn(5, 9, dtype=torch.float64)
+    factors = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    state = {name: torch.stack([p * f for f in factors]) for name, p in layers.named_parameters()}
+
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, *folded(self.layers))
+
+    model = Folded()
+
+    def run(state: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, {f"layers.{name}": value for name, value in state.items()}, (x,))
+
+    found = torch.func.vmap(run)(state)
+    for i in range(3):
+        one = {name: value[i] for name, value in state.items()}
+        torch.testing.assert_close(found[i], torch.func.functional_call(layers, one, (x,)), rtol=1e-12, atol=1e-12)
+    assert_right(layers)
 
 
 def test_inference_mode() -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert import registry
+from mtlkernels._convert.chains import read_chain, read_gate
+from mtlkernels._convert.mlp import Gate, Layer
 from tests.convert import doubles
 from tests.convert.models import fill
 
@@ -41,6 +43,10 @@ MODULES: dict[str, Any] = {
         doubles.CGC_Layer, norm=True, rate=0.2, specific=1, shared=3
     ),
     "CGC_Layer with gates of one layer": lambda: level(doubles.CGC_Layer, (8,), gate=(), norm=True),
+    "MMoE_Layer": lambda: level(doubles.MMoE_Layer),
+    "MMoE_Layer with batch norm and dropout": lambda: level(doubles.MMoE_Layer, norm=True, rate=0.2),
+    "MMoE of LibMTL with batch norm": lambda: level(doubles.LibMTLMMoE),
+    "CGC of LibMTL with batch norm": lambda: level(doubles.CGC),
 }
 
 
@@ -94,7 +100,7 @@ def test_trains_as_the_library(name: str, fused_calls: list[int]) -> None:
         torch.manual_seed(1)
         for step in range(3):
             optimizer.zero_grad()
-            sum(y.square().sum() for y in tensors(model(*arguments(model, 50, step)))).backward()
+            sum(y.square().sum() for y in tensors(model(*arguments(model, 150, step)))).backward()
             optimizer.step()
         results.append(list(model.state_dict().values()))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
@@ -128,6 +134,23 @@ def test_gate_weights_on_request_are_the_librarys(fused_calls: list[int]) -> Non
     fused_calls.clear()
     torch.testing.assert_close(model(*arguments(model), require_gate=True), expected, rtol=0, atol=0)
     assert not fused_calls
+
+
+@torch.no_grad()
+def test_one_task_of_libmtl_is_the_librarys(fused_calls: list[int]) -> None:
+    model = level(doubles.CGC).eval()
+    (x,) = arguments(model)
+    expected = model(x)
+    mk.convert(model)
+    fused_calls.clear()
+    model.prepared.clear()
+    found = model(x, task_name="task1")
+    assert list(found) == ["task1"]
+    assert torch.equal(found["task1"], expected["task1"])
+    assert not fused_calls
+    torch.testing.assert_close(model(x, None), expected)
+    assert fused_calls == [8]
+    assert model.prepared == ["task1", "task0", "task1", "task2"]
 
 
 def returns_hidden(model: Any) -> Any:
@@ -179,6 +202,61 @@ def test_left_alone(make_model: Any, reason: str) -> None:
     assert not report.replaced
     assert report.left_alone[0].detail.startswith(reason)
     assert type(model) is kind
+
+
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        (nn.ReLU(), "ReLU before the first Linear"),
+        ([], "no Linear"),
+        ([nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3)], "batch norm that does not follow a Linear"),
+        ([nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)], "batch norm that does not follow a Linear"),
+        ([nn.Linear(3, 3), nn.Dropout(), nn.ReLU()], "ReLU after another activation or a dropout"),
+        ([nn.Linear(3, 3), nn.ReLU(), nn.Sequential(nn.Tanh())], "Tanh after another activation or a dropout"),
+        ([nn.Linear(3, 3), (nn.Dropout(), nn.Dropout())], "two dropouts in one layer"),
+        ([nn.Linear(3, 3), nn.AlphaDropout()], "AlphaDropout"),
+        ([nn.Linear(3, 3), nn.Softmax(dim=1)], "Softmax"),
+    ],
+)
+def test_chains_that_are_not_read(chain: Any, reason: str) -> None:
+    assert read_chain(chain) == reason
+
+
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        ([nn.Linear(3, 3), nn.Softmax(dim=0)], "Softmax"),
+        ([nn.Linear(3, 3), nn.Sigmoid()], "activation sigmoid on logits"),
+        ([nn.Linear(3, 3), nn.Dropout(), nn.Softmax(dim=1), nn.Dropout()], "two dropouts in one layer"),
+    ],
+)
+def test_gates_that_are_not_read(chain: Any, reason: str) -> None:
+    assert read_gate(chain) == reason
+
+
+def test_chains_that_are_read() -> None:
+    linear, norm, dropout = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout()
+    layers = [Layer(linear, norm, "gelu", dropout), Layer(linear, None, "none", None)]
+    chain = [nn.Sequential(linear, norm, nn.Identity()), (nn.GELU(), dropout), linear]
+    assert read_chain(chain) == layers
+    assert read_gate([*chain, nn.Softmax(-1)]) == Gate(layers[:1], layers[1])
+    assert read_gate(linear) == Gate([], layers[1])
+
+
+@torch.no_grad()
+def test_arguments_by_name_and_of_other_kinds(fused_calls: list[int]) -> None:
+    """Anything but what a level is called with is left to its own code."""
+    model = level(doubles.MMoE).eval()
+    (x,) = arguments(model)
+    expected = model(x)
+    mk.convert(model)
+    fused_calls.clear()
+    torch.testing.assert_close(model(input=x), expected)
+    assert fused_calls == [4]
+    with pytest.raises(TypeError, match="positional argument"):
+        model(x, x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'input'"):
+        model()
 
 
 def test_a_subclass_without_a_forward_is_converted() -> None:
