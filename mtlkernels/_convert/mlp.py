@@ -75,22 +75,21 @@ def few_rows(x: Tensor) -> bool:
 
 def obstacle(layers: Iterable[Layer], few: bool) -> str | None:
     """Why layers that can be fused are not now: their mode, or ``few`` rows, as :func:`few_rows` says."""
-    for layer in layers:
-        if layer.norm is not None:
-            if layer.norm.training:
+    for linear, norm, _, dropout in layers:
+        if norm is not None:
+            if norm.training:
                 return "batch norm in training"
-            if few and wants_gradient(layer.linear, layer.norm):
+            if few and wants_gradient(linear, norm):
                 return "batch norm with gradients for few rows"
-        if layer.dropout is not None and layer.dropout.training and layer.dropout.p > 0:
+        if dropout is not None and dropout.p > 0 and dropout.training:
             return "dropout"
     return None
 
 
 def parameters(layer: Layer, cache: bool) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer, its batch norm folded into them."""
-    if layer.norm is None:
-        return linear_parameters(layer.linear)
-    return fold(layer.linear, layer.norm, cache)
+    linear, norm, _, _ = layer
+    return linear_parameters(linear) if norm is None else fold(linear, norm, cache)
 
 
 def describe(experts: Sequence[Any], gates: Sequence[Sequence[Layer]]) -> str:
@@ -115,7 +114,7 @@ class Experts(NamedTuple):
 def read_experts(experts: Iterable[Sequence[Layer] | str], few: bool) -> Experts | str:
     """The experts of a level, or why they cannot be fused now; an expert that is a string is such a reason."""
     cache = may_cache()
-    weights, biases, names = [], [], []
+    weights, biases, kinds, names = [], [], [], []
     for layers in experts:
         reason = layers if isinstance(layers, str) else obstacle(layers, few)
         if reason is not None:
@@ -123,8 +122,11 @@ def read_experts(experts: Iterable[Sequence[Layer] | str], few: bool) -> Experts
         pairs = [parameters(layer, cache) for layer in layers]  # type: ignore[arg-type]
         weights.append([weight for weight, _ in pairs])
         biases.append([bias for _, bias in pairs])
-        names.append([layer.activation for layer in layers])  # type: ignore[union-attr]
-    if any(name != names[0] for name in names):
+        kinds.append([(weight.shape, bias is None) for weight, bias in pairs])
+        names.append([layer[2] for layer in layers])
+    if kinds.count(kinds[0]) != len(kinds):
+        return "experts of unequal shape"
+    if names.count(names[0]) != len(names):
         return "experts of unequal activations"
     return Experts(list(zip(*weights, strict=True)), list(zip(*biases, strict=True)), names[0])
 

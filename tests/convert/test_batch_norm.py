@@ -305,6 +305,19 @@ def test_one_level_of_rechub_is_left_alone(change: Any, reason: str, fused_calls
     assert fused_calls == [8]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", [without_statistics, exchanged, hooked, layer_norm, synchronized])
+def test_what_changes_after_the_conversion_is_seen(change: Any, fused_calls: list[int]) -> None:
+    model, case = rechub_ple().eval(), CASES["rechub PLE"]
+    mk.convert(model)
+    change(model).eval()
+    other = copy.deepcopy(model)
+    mk.revert(other)
+    fused_calls.clear()
+    torch.testing.assert_close(model(inputs(case)), other(inputs(case)))
+    assert fused_calls == [8]
+
+
 def test_a_shared_gate_that_nothing_trains() -> None:
     report = mk.convert(rechub_ple(shared=0))
     assert [line.path for line in report.replaced] == ["cgc_layers.1"]
