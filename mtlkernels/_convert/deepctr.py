@@ -1,8 +1,7 @@
 """deepctr-torch: ``PLE`` and ``MMOE``.
 
 Both hold experts and gates as ``DNN`` modules, [Linear → (BatchNorm1d) → activation → Dropout] a layer, and call them
-one by one. Their weights are read at each call, so that they are never stale, and so that whatever is done to the
-modules later (dropout in training, a hook, an exchanged layer) is seen; then the library's own code runs.
+one by one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from deepctr_torch.inputs import combined_dnn_input
 from deepctr_torch.layers import DNN
 from deepctr_torch.layers.activation import Identity
@@ -20,113 +18,65 @@ from deepctr_torch.models.multitask import MMOE, PLE
 from torch import Tensor, nn
 
 from mtlkernels._convert.classes import Converted, Converter
+from mtlkernels._convert.folding import norm_refusal
+from mtlkernels._convert.mlp import (
+    Experts,
+    Gate,
+    Layer,
+    activation_name,
+    describe,
+    few_rows,
+    mix,
+    obstacle,
+    read_experts,
+)
 from mtlkernels._convert.report import Line
-from mtlkernels.nn.level import linear_parameters, watched
-from mtlkernels.ops import activations as act
-from mtlkernels.ops.expert_mixture import expert_mixture
+from mtlkernels.nn.level import watched
 from mtlkernels.routing import Routing
 
 _VERSIONS = ("0.3.0",)
-_ACTIVATIONS: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.SiLU: "silu",
-    nn.Identity: "none",
-    Identity: "none",
-}
-
-# Of one DNN: weights, biases and activation names, one a layer.
-Layers = tuple[list[Tensor], list[Any], list[str]]
 
 
-def _activation_name(module: Any) -> str | None:
-    if type(module) is nn.GELU and module.approximate == "none":
-        return "gelu"
-    if type(module) is nn.LeakyReLU and module.negative_slope == act.LEAKY_SLOPE:
-        return "leaky_relu"
-    return _ACTIVATIONS.get(type(module))
-
-
-def _read(dnn: Any) -> Layers | str:
+def _read(dnn: Any) -> list[Layer] | str:
     """The layers of a DNN, or why it cannot be fused in any mode."""
     if type(dnn) is not DNN:
         return f"{type(dnn).__name__} in the place of a DNN"
-    if dnn.use_bn:
-        return "batch norm"
     modules = dnn._modules  # attribute look-ups by nn.Module.__getattr__ show when one row is served
     dropout = modules["dropout"]
     linears, activations = modules["linears"]._modules.values(), modules["activation_layers"]._modules.values()
+    norms = list(modules["bn"]._modules.values()) if dnn.use_bn else [None] * len(linears)
     if type(dropout) is not nn.Dropout:
         return f"{type(dropout).__name__} in the place of Dropout"
     if any(watched(module) for module in (dnn, dropout, *linears, *activations)):
         return "a hook"
-    weights, biases, names = [], [], []
-    for layer, activation in zip(linears, activations, strict=True):
-        if type(layer) is not nn.Linear:
-            return f"{type(layer).__name__} in the place of Linear"
-        name = _ACTIVATIONS.get(type(activation)) or _activation_name(activation)
+    layers = []
+    for linear, norm, activation in zip(linears, norms, activations, strict=True):
+        if type(linear) is not nn.Linear:
+            return f"{type(linear).__name__} in the place of Linear"
+        name = "none" if type(activation) is Identity else activation_name(activation)
         if name is None:
             return f"activation {type(activation).__name__}"
-        weight, bias = linear_parameters(layer)
-        weights.append(weight)
-        biases.append(bias)
-        names.append(name)
-    return weights, biases, names
+        if norm is not None:
+            reason = "a hook" if watched(norm) else norm_refusal(linear, norm)
+            if reason is not None:
+                return reason
+        layers.append(Layer(linear, norm, name, dropout))
+    return layers
 
 
-def _drops(dnn: Any) -> bool:
-    """Whether dropout is at work in a DNN."""
-    dropout = dnn._modules["dropout"]
-    return bool(dropout.p > 0 and dropout.training)
+def _fusible(experts: Iterable[Any], x: Tensor) -> Experts | str:
+    """A level's experts, or why they cannot be fused now, for an input of so many rows."""
+    return read_experts(map(_read, experts), few_rows(x))
 
 
-def _read_experts(experts: Iterable[Any]) -> Any:
-    """Weights and biases of a level as ``expert_mixture`` takes them and the activations; or why it cannot be fused."""
-    rows = []
-    for dnn in experts:
-        found = _read(dnn)
-        if isinstance(found, str):
-            return found
-        if _drops(dnn):
-            return "dropout"
-        rows.append(found)
-    weights, biases, names = zip(*rows, strict=True)
-    if any(name != names[0] for name in names):
-        return "experts of unequal activations"
-    return list(zip(*weights, strict=True)), list(zip(*biases, strict=True)), names[0]
-
-
-def _mix(inputs: Sequence[Tensor], experts: Any, gates: Sequence[tuple[Any, Any]], routing: Routing) -> Any:
-    """The level's K outputs, from what :func:`_read_experts` found and each gate's DNN, or None, and final layer.
-
-    Gate k reads ``inputs[k]``, or the only one.
-    """
-    weights, biases, names = experts
-    activation = names[0] if len(set(names)) == 1 else names
-    streams = inputs[0] if all(x is inputs[0] for x in inputs) else list(inputs)
-    if all(dnn is None and type(final) is nn.Linear and not watched(final) for dnn, final in gates):
-        gate_weights, gate_biases = zip(*(linear_parameters(final) for _, final in gates), strict=True)
-        linear = {"gate_weights": gate_weights, "gate_biases": gate_biases}
-        return expert_mixture(streams, weights, biases, None, routing, activation=activation, **linear)
-    read = inputs if len(inputs) > 1 else list(inputs) * len(gates)
-    logits = [_logits(dnn, final, x) for (dnn, final), x in zip(gates, read, strict=False)]
-    return expert_mixture(streams, weights, biases, logits, routing, activation=activation)
-
-
-def _logits(dnn: Any, final: Any, x: Tensor) -> Tensor:
-    """The logits of one gate, without the cost of calling modules where nothing listens to the calls."""
-    if dnn is not None:
-        found = _read(dnn)
-        if isinstance(found, str) or _drops(dnn):
-            x = dnn(x)
-        else:
-            for weight, bias, name in zip(*found, strict=True):
-                x = act.activate(act.CODES[name], F.linear(x, weight, bias))
-    if type(final) is not nn.Linear or watched(final):
-        logits: Tensor = final(x)
-        return logits
-    return F.linear(x, final.weight, final.bias)
+def _gate(dnn: Any, final: Any) -> Gate:
+    """A gate from its DNN, or None, and its final layer; what cannot be fused now is called."""
+    hidden: Any = [] if dnn is None else _read(dnn)
+    if isinstance(hidden, str) or obstacle(hidden, False) is not None:
+        hidden = None
+    if type(final) is nn.Linear and not watched(final):
+        return Gate(hidden, Layer(final, None, "none", None), dnn)
+    return Gate(None, None, lambda x: final(x if dnn is None else dnn(x)))
 
 
 def _children(model: Any, name: str, level: int) -> Any:
@@ -145,8 +95,8 @@ def _ple_experts(model: Any, level: int) -> list[Any]:
     return experts + list(shared._modules.values())[: model.shared_expert_num]
 
 
-def _ple_gates(model: Any, level: int, shared_gate: bool) -> list[tuple[Any, Any]]:
-    """The DNN, or None, and the final layer of each gate of a level: the tasks' and perhaps the shared one."""
+def _ple_gates(model: Any, level: int, shared_gate: bool) -> list[Gate]:
+    """The gates of a level: the tasks' and perhaps the shared one."""
     finals = list(_children(model, "specific_gate_dnn_final_layer", level))
     dnns: list[Any] = [None] * (len(finals) + shared_gate)
     if len(model.gate_dnn_hidden_units) > 0:
@@ -155,7 +105,7 @@ def _ple_gates(model: Any, level: int, shared_gate: bool) -> list[tuple[Any, Any
             dnns.append(model.shared_gate_dnn[level])
     if shared_gate:
         finals.append(model.shared_gate_dnn_final_layer[level])
-    return list(zip(dnns, finals, strict=True))
+    return [_gate(dnn, final) for dnn, final in zip(dnns, finals, strict=True)]
 
 
 class FusedPLE(Converted):
@@ -164,13 +114,13 @@ class FusedPLE(Converted):
     def cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor]:
         """T + 1 streams [B, D] → T [B, H], and the shared one [B, H] below the last level."""
         routing: Routing | None = self._mtlkernels_plan[level_num]
-        found = "left alone" if routing is None else _read_experts(_ple_experts(self, level_num))
+        found = "left alone" if routing is None else _fusible(_ple_experts(self, level_num), inputs[0])
         if routing is None or isinstance(found, str):
             original: list[Tensor] = super().cgc_net(inputs, level_num)  # type: ignore[misc]
             return original
         gates = _ple_gates(self, level_num, routing.num_gates > self.num_tasks)
         # The shared gate, where there is one, is the last and reads the last stream.
-        return list(_mix(inputs, found, gates, routing))
+        return list(mix(inputs, found, gates, routing))
 
 
 class FusedMMOE(Converted):
@@ -178,14 +128,14 @@ class FusedMMOE(Converted):
 
     def forward(self: Any, X: Tensor) -> Tensor:  # noqa: N803 (the library's name, which callers may use)
         """Features [B, F], as deepctr-torch lays them out → predictions [B, T]."""
-        found = _read_experts(self._modules["expert_dnn"]._modules.values())
+        found = _fusible(self._modules["expert_dnn"]._modules.values(), X)
         if isinstance(found, str):
             original: Tensor = super().forward(X)  # type: ignore[misc]
             return original
         x = combined_dnn_input(*self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict))
         dnns = self.gate_dnn if len(self.gate_dnn_hidden_units) > 0 else [None] * self.num_tasks
-        gates = list(zip(dnns, self.gate_dnn_final_layer, strict=True))
-        mixed = _mix([x], found, gates, self._mtlkernels_plan)
+        gates = [_gate(dnn, final) for dnn, final in zip(dnns, self.gate_dnn_final_layer, strict=True)]
+        mixed = mix([x], found, gates, self._mtlkernels_plan)
         towers = self.tower_dnn if len(self.tower_dnn_hidden_units) > 0 else [None] * self.num_tasks
         predictions = [
             out(final(hidden if tower is None else tower(hidden)))
@@ -217,15 +167,13 @@ def _level_line(model: nn.Module, path: str, part: str, experts: Sequence[Any], 
         found = _read(dnn)
         if isinstance(found, str):
             return left(f"{found} ({next(name for name, module in model.named_modules() if module is dnn)})")
-        kinds.add(tuple(found[2]))
-    shapes = {tuple((linear.weight.shape, linear.bias is None) for linear in dnn.linears) for dnn in experts}
+        kinds.add(tuple(layer.activation for layer in found))
+    shapes = {
+        tuple((linear.weight.shape, linear.bias is None, dnn.use_bn) for linear in dnn.linears) for dnn in experts
+    }
     if len(shapes) > 1 or len(kinds) > 1:
         return left(f"experts of unequal {'shape' if len(shapes) > 1 else 'activations'}")
-    detail = f"{len(experts)} experts of {len(experts[0].linears)} layers and {gates} gates in one expert_mixture"
-    rate = max(dnn.dropout.p for dnn in experts)
-    if rate > 0:
-        detail += f"; in training as before, because of dropout {rate}"
-    return Line("replaced", path, part, detail)
+    return Line("replaced", path, part, describe([_read(dnn) for dnn in experts], [()] * gates))
 
 
 def _plan_ple(module: nn.Module, path: str) -> tuple[Any, list[Line]]:

@@ -1,0 +1,87 @@
+"""Layers and gates from modules in the order in which they are applied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mtlkernels._convert.folding import norm_refusal
+from mtlkernels._convert.mlp import Gate, Layer, activation_name
+
+# One module, an nn.Sequential, or a sequence of these.
+Chain = Any
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, list, tuple)
+
+
+def flatten(chain: Chain) -> list[Any]:
+    """The modules of a chain one by one."""
+    if type(chain) not in _CONTAINERS:
+        return [chain]
+    modules: list[Any] = []
+    for part in chain._modules.values() if isinstance(chain, nn.Module) else chain:
+        if type(part) in _CONTAINERS:
+            modules += flatten(part)
+        else:
+            modules.append(part)
+    return modules
+
+
+def read_chain(chain: Chain) -> list[Layer] | str:
+    """The layers [Linear → (BatchNorm1d) → (activation) → (Dropout)] of a chain, or what it has instead."""
+    layers: list[Layer] = []
+    linear = norm = activation = dropout = None
+    for module in flatten(chain):
+        kind = type(module)
+        if kind is nn.Linear:
+            if linear is not None:
+                layers.append(Layer(linear, norm, activation or "none", dropout))
+            linear, norm, activation, dropout = module, None, None, None
+        elif kind is nn.Identity:
+            continue
+        elif linear is None:
+            return f"{kind.__name__} before the first Linear"
+        elif kind is nn.BatchNorm1d:
+            if norm is not None or activation is not None or dropout is not None:
+                return "batch norm that does not follow a Linear"
+            reason = norm_refusal(linear, module)
+            if reason is not None:
+                return reason
+            norm = module
+        elif kind is nn.Dropout:
+            if dropout is not None:
+                return "two dropouts in one layer"
+            dropout = module
+        else:
+            name = activation_name(module)
+            if name is None:
+                return kind.__name__
+            if activation is not None or dropout is not None:
+                return f"{kind.__name__} after another activation or a dropout"
+            activation = name
+    if linear is None:
+        return "no Linear"
+    layers.append(Layer(linear, norm, activation or "none", dropout))
+    return layers
+
+
+def read_gate(chain: Chain) -> Gate | str:
+    """A gate from a chain that ends with its logits, or with their softmax and perhaps a dropout; or what it has."""
+    modules = flatten(chain)
+    dropout = modules.pop() if modules and type(modules[-1]) is nn.Dropout else None
+    if modules and type(modules[-1]) is nn.Softmax and modules[-1].dim in (1, -1):
+        modules.pop()
+    layers = read_chain(modules if dropout is None else [*modules, dropout])
+    if isinstance(layers, str):
+        return layers
+    if layers[-1].activation != "none":
+        return f"activation {layers[-1].activation} on logits"
+    return Gate(layers[:-1], layers[-1])
+
+
+def path_of(model: nn.Module, chain: Chain) -> str:
+    """The name in ``model`` of a chain's first module, in parentheses; nothing where it has none."""
+    first = next(iter(flatten(chain)), None)
+    return next((f" ({name})" for name, module in model.named_modules() if module is first), "")

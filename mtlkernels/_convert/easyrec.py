@@ -1,0 +1,80 @@
+"""TorchEasyRec: ``ExtractionNet``, a level of its PLE, and ``MMoE``; known by their structure.
+
+An expert is an ``MLP`` of ``Perceptron`` modules, each an ``nn.Sequential`` of [Linear → (BatchNorm1d) → activation →
+(Dropout)].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mtlkernels._convert.chains import Chain
+from mtlkernels._convert.level import FusedLevel, Level
+from mtlkernels.routing import Routing
+
+
+def _chain(mlp: Any) -> Chain:
+    """The modules of an MLP; anything else stands for itself, and is refused by its name."""
+    if type(mlp).__name__ != "MLP" or mlp.return_hidden_layer_feature:
+        return mlp
+    return [layer._modules.get("perceptron", layer) for layer in mlp._modules["mlp"]._modules.values()]
+
+
+def _chains(*modules: Any) -> list[Chain]:
+    return [_chain(mlp) for module in modules for mlp in module._modules.values()]
+
+
+def _ple_gates(module: Any) -> list[Chain]:
+    gates = list(module._task_gates._modules.values())
+    return gates if module._shared_gate is None else [*gates, module._shared_gate]
+
+
+def _ple_routing(module: Any) -> Routing:
+    specific = [len(experts) for experts in module._task_layers]
+    shared_gate = module._shared_gate is not None
+    return Routing.cgc(len(specific), specific, len(module._shared_layers), shared_gate=shared_gate)
+
+
+def _ple_inputs(module: Any, extraction_network_fea: Sequence[Tensor], shared_expert_fea: Tensor) -> list[Tensor]:
+    return [*extraction_network_fea, shared_expert_fea]
+
+
+def _ple_outputs(module: Any, mixed: Sequence[Tensor]) -> Any:
+    tasks = len(module._task_gates)
+    return list(mixed[:tasks]), mixed[tasks] if len(mixed) > tasks else None
+
+
+def _mmoe_gates(module: Any) -> list[Chain]:
+    finals = list(module.gate_finals._modules.values())
+    if not module.has_gate_mlp:
+        return finals
+    return [[hidden, final] for hidden, final in zip(_chains(module.gate_mlps), finals, strict=True)]
+
+
+class FusedExtractionNet(FusedLevel):
+    """``ExtractionNet`` as one ``expert_mixture``."""
+
+    _mtlkernels_level = Level(
+        experts=lambda module: _chains(*module._task_layers._modules.values(), module._shared_layers),
+        gates=_ple_gates,
+        routing=_ple_routing,
+        inputs=_ple_inputs,
+        arguments=lambda module, streams: (list(streams[:-1]), streams[-1]),
+        outputs=_ple_outputs,
+    )
+
+
+class FusedMMoE(FusedLevel):
+    """``MMoE`` as one ``expert_mixture``."""
+
+    _mtlkernels_level = Level(
+        experts=lambda module: _chains(module.expert_mlps),
+        gates=_mmoe_gates,
+        routing=lambda module: Routing.mmoe(len(module.expert_mlps), len(module.gate_finals)),
+    )
+
+
+MIXINS: dict[str, type[FusedLevel]] = {"ExtractionNet": FusedExtractionNet, "MMoE": FusedMMoE}

@@ -1,0 +1,204 @@
+"""Modules whose ``forward`` is one level of experts, gates and mixing, of whatever library a description is given."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mtlkernels._convert.chains import Chain, path_of, read_chain, read_gate
+from mtlkernels._convert.classes import Converted
+from mtlkernels._convert.mlp import Layer, describe, few_rows, mix, obstacle, read_experts
+from mtlkernels._convert.report import Line
+from mtlkernels.nn.level import watched
+from mtlkernels.routing import Routing
+
+
+def only_argument(module: Any, *args: Any, **kwargs: Any) -> Sequence[Tensor] | None:
+    """The streams of a ``forward`` that takes one tensor, or a sequence of one a stream, and nothing else."""
+    given = (*args, *kwargs.values())
+    if len(given) != 1:
+        return None
+    return given if isinstance(given[0], Tensor) else given[0]
+
+
+def one_argument(module: Any, streams: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The arguments of such a ``forward``: a tensor where there is one stream, else a list."""
+    return (streams[0] if len(streams) == 1 else list(streams),)
+
+
+def as_list(module: Any, mixed: Sequence[Tensor]) -> Any:
+    """What most libraries return."""
+    return list(mixed)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Where a class keeps what a level is made of.
+
+    Args:
+        experts: from an instance, its experts' chains, in the order of the routing.
+        gates: from an instance, the chains that give each gate's logits, perhaps with a softmax and a dropout behind.
+        routing: from an instance, who reads what; asked for once.
+        inputs: from an instance and the arguments of ``forward``, the input streams; None for a call to leave alone.
+        arguments: the inverse: from an instance and streams, the arguments of ``forward``.
+        outputs: from an instance and the K mixtures, what ``forward`` returns.
+    """
+
+    experts: Callable[[Any], Sequence[Chain]]
+    gates: Callable[[Any], Sequence[Chain]]
+    routing: Callable[[Any], Routing]
+    inputs: Callable[..., Sequence[Tensor] | None] = only_argument
+    arguments: Callable[[Any, Sequence[Tensor]], tuple[Any, ...]] = one_argument
+    outputs: Callable[[Any, Sequence[Tensor]], Any] = as_list
+
+
+class FusedLevel(Converted):
+    """A level as one ``expert_mixture``; its plan is the Routing."""
+
+    _mtlkernels_level: Level | None
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the original class's."""
+        level, routing = self._mtlkernels_level, self._mtlkernels_plan
+        streams: Any = None if level is None else level.inputs(self, *args, **kwargs)
+        parts: Any = None
+        if level is not None and streams is not None and all(x.dim() == 2 for x in streams):
+            parts = fusible(level, self, routing, few_rows(streams[0]))
+        # Hooks are looked for last: that takes longest, and in training the first layer tells enough.
+        if parts is None or any_watched(self):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return level.outputs(self, mix(streams, parts[0], parts[1], routing))
+
+
+def any_watched(module: nn.Module) -> bool:
+    """Whether a module below ``module`` has a hook."""
+    for child in module._modules.values():
+        if child is not None and (watched(child) or (child._modules and any_watched(child))):
+            return True
+    return False
+
+
+def fusible(level: Level, module: Any, routing: Routing, few: bool) -> Any:
+    """Experts and gates as ``mix`` takes them, None where they cannot be fused now."""
+    gates: list[Any] = []
+    gate: Any
+    for gate in map(read_gate, level.gates(module)):
+        if isinstance(gate, str) or obstacle((*gate.hidden, gate.final), few) is not None:
+            return None
+        gates.append(gate)
+    chains = level.experts(module)
+    if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
+        return None
+    experts = read_experts(map(read_chain, chains), few)
+    return None if isinstance(experts, str) else (experts, gates)
+
+
+def plan_level(level: Level, base: type, module: nn.Module, path: str) -> tuple[Any, list[Line]]:
+    """The plan of a module of class ``base``, as :class:`Converter` wants it, once it has proved right in a trial."""
+    name = type(module).__name__
+    try:
+        routing = examine(level, base, module)
+    except Exception as error:  # of a description that does not fit; it goes into the report
+        routing = f"its description does not fit: {type(error).__name__}: {error}"
+    if not isinstance(routing, str):
+        routing = trial(level, module, routing)
+    if isinstance(routing, str):
+        return None, [Line("left alone", path, name, routing)]
+    return routing, [replaced_line(level, module, path)]
+
+
+def replaced_line(level: Level, module: nn.Module, path: str) -> Line:
+    """The report's line for a level that is replaced."""
+    gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
+    layers = [[*gate.hidden, gate.final] for gate in gates]
+    detail = describe([read_chain(chain) for chain in level.experts(module)], layers)
+    return Line("replaced", path, type(module).__name__, detail)
+
+
+def examine(level: Level, base: Any, module: Any, watch: Callable[[Any], bool] = any_watched) -> Routing | str:
+    """The routing of a level that can be fused in evaluation, or why it cannot, as far as its parts tell."""
+    if type(module).forward is not base.forward or "forward" in vars(module):
+        return f"its forward is not that of {base.__name__}"
+    if watch(module):
+        return "a hook"
+    chains = level.experts(module)
+    if not chains:
+        return "it has no experts"
+    experts: list[Any] = [read_chain(chain) for chain in chains]
+    gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
+    for found, chain in zip(experts + gates, [*chains, *level.gates(module)], strict=True):
+        if isinstance(found, str):
+            return found + path_of(module, chain)
+    if len({tuple(_shape(layer) for layer in layers) for layers in experts}) > 1:
+        return "experts of unequal shape"
+    if len({tuple(layer.activation for layer in layers) for layers in experts}) > 1:
+        return "experts of unequal activations"
+    routing = level.routing(module)
+    if (len(experts), len(gates)) != (routing.num_experts, routing.num_gates):
+        return f"it has {len(experts)} experts and {len(gates)} gates, but its routing {routing}"
+    for k, (gate, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
+        if len(gate.final.linear.weight) != len(mixed):
+            return f"gate {k} has {len(gate.final.linear.weight)} logits for {len(mixed)} experts"
+    return routing
+
+
+def _shape(layer: Layer) -> tuple[Any, ...]:
+    """What has to be equal among experts; a folded layer always has a bias."""
+    return layer.linear.weight.shape, layer.linear.bias is None and layer.norm is None
+
+
+def trial(level: Level, module: nn.Module, routing: Routing) -> Routing | str:
+    """Runs a copy in evaluation, with random weights in float64 on the CPU, by its own code and fused.
+
+    Returns:
+        The routing where both agree, otherwise what is wrong.
+    """
+    try:
+        found, expected = _both_ways(level, module, routing)
+    except Exception as error:  # of code that is not ours; it goes into the report
+        return f"it fails in a trial: {type(error).__name__}: {error}"
+    if not _agree(found, expected):
+        return "in a trial its forward gave other results than its experts, gates and routing"
+    return routing
+
+
+@torch.no_grad()
+def _both_ways(level: Level, module: nn.Module, routing: Routing) -> tuple[Any, Any]:
+    """The results of a copy of the module, fused and by its own code."""
+    generator = torch.Generator().manual_seed(0)
+    other: Any = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+    for tensor in (*other.parameters(), *other.buffers()):
+        if tensor.is_floating_point():
+            # Positive, for variances, and of a size that keeps softmax away from 0 and 1.
+            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1)
+            if tensor.dim() > 1:
+                tensor.sub_(0.6).mul_(3 * tensor.shape[-1] ** -0.5)
+    experts, gates = fusible(level, other, routing, False)
+    width = experts.weights[0][0].shape[1]
+    # Without shared experts, a shared gate alone reads the last stream.
+    count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
+    streams = [torch.randn(5, width, generator=generator, dtype=torch.float64) for _ in range(count)]
+    arguments = level.arguments(other, streams)
+    inputs = level.inputs(other, *arguments)
+    return level.outputs(other, mix(inputs or (), experts, gates, routing)), other(*arguments)
+
+
+def _agree(found: Any, expected: Any) -> bool:
+    """Whether two results, tensors within lists, tuples and dicts, are the same within rounding."""
+    leaves, structure = pytree.tree_flatten(found)
+    others, other_structure = pytree.tree_flatten(expected)
+    return structure == other_structure and all(map(_equal, leaves, others))
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    if not isinstance(expected, Tensor):
+        return bool(found == expected)
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return torch.allclose(found, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))

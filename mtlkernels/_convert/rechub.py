@@ -1,0 +1,119 @@
+"""torch-rechub: the levels of ``PLE``, of class ``CGC``, and ``MMOE``.
+
+Experts and gates are ``MLP`` modules, an ``nn.Sequential`` of [Linear → BatchNorm1d → activation → Dropout] a layer; a
+gate has one such layer, with a softmax.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_rechub.basic.layers import MLP
+from torch_rechub.models.multi_task.mmoe import MMOE
+from torch_rechub.models.multi_task.ple import CGC
+
+from mtlkernels._convert.chains import Chain
+from mtlkernels._convert.classes import Converted, Converter
+from mtlkernels._convert.level import FusedLevel, Level, any_watched, examine, fusible, plan_level, replaced_line
+from mtlkernels._convert.mlp import few_rows, mix
+from mtlkernels._convert.report import Line
+from mtlkernels.routing import Routing
+
+_VERSIONS = ("0.9.0",)
+
+
+def _chain(mlp: Any) -> Chain:
+    """The modules of an MLP; anything else stands for itself, and is refused by its name."""
+    return mlp._modules["mlp"] if type(mlp) is MLP else mlp
+
+
+def _chains(*modules: Any) -> list[Chain]:
+    return [_chain(mlp) for module in modules for mlp in module._modules.values()]
+
+
+def _cgc_gates(module: Any) -> list[Chain]:
+    gates = _chains(module._modules["gates_specific"])
+    return gates + [_chain(module._modules["gate_shared"])] if module.cur_level < module.n_level else gates
+
+
+def _cgc_routing(module: Any) -> Routing:
+    shared_gate = module.cur_level < module.n_level
+    return Routing.cgc(module.n_task, module.n_expert_specific, module.n_expert_shared, shared_gate=shared_gate)
+
+
+CGC_LEVEL = Level(
+    experts=lambda module: _chains(module._modules["experts_specific"], module._modules["experts_shared"]),
+    gates=_cgc_gates,
+    routing=_cgc_routing,
+    # The shared experts and the shared gate read the last stream.
+    inputs=lambda module, x_list: [*x_list[: module.n_task], x_list[-1]],
+    arguments=lambda module, streams: (list(streams),),
+)
+MMOE_LEVEL = Level(
+    experts=lambda module: _chains(module._modules["experts"]),
+    gates=lambda module: _chains(module._modules["gates"]),
+    routing=lambda module: Routing.mmoe(module.n_expert, module.n_task),
+)
+
+
+class FusedCGC(FusedLevel):
+    """``CGC`` as one ``expert_mixture``."""
+
+    _mtlkernels_level = CGC_LEVEL
+
+
+class FusedMMOE(Converted):
+    """``MMOE`` with experts and gates one ``expert_mixture``; its plan is the Routing."""
+
+    def forward(self: Any, x: Any) -> Tensor:
+        """Features by name → predictions [B, T]."""
+        parts = fusible(MMOE_LEVEL, self, self._mtlkernels_plan, few_rows(x[self.features[0].name]))
+        if parts is None or _mmoe_watched(self):
+            original: Tensor = super().forward(x)  # type: ignore[misc]
+            return original
+        embedded = self.embedding(x, self.features, squeeze_dim=True)
+        mixed = mix([embedded], parts[0], parts[1], self._mtlkernels_plan)
+        heads = zip(mixed, self.towers, self.predict_layers, strict=True)
+        return torch.cat([predict(tower(hidden)) for hidden, tower, predict in heads], dim=1)
+
+
+def _mmoe_watched(model: Any) -> bool:
+    """Whether an expert or a gate has a hook."""
+    return any_watched(model._modules["experts"]) or any_watched(model._modules["gates"])
+
+
+def _version_line(module: nn.Module, path: str) -> Line | None:
+    version = sys.modules["torch_rechub"].__version__
+    if version in _VERSIONS:
+        return None
+    reason = f"torch-rechub {version} is not known, {', '.join(_VERSIONS)} is"
+    return Line("left alone", path, type(module).__name__, reason)
+
+
+def _plan_cgc(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
+    model: Any = module
+    line = _version_line(module, path)
+    if line is None and model.n_expert_shared < 1 and model.cur_level < model.n_level:
+        # Fused, such a gate would get gradients of zero instead of None, which an optimizer may tell apart.
+        reason = "without shared experts nothing trains its shared gate"
+        line = Line("left alone", path, type(module).__name__, reason)
+    return (None, [line]) if line is not None else plan_level(CGC_LEVEL, CGC, module, path)
+
+
+def _plan_mmoe(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
+    line = _version_line(module, path)
+    if line is not None:
+        return None, [line]
+    routing = examine(MMOE_LEVEL, MMOE, module, _mmoe_watched)
+    if isinstance(routing, str):
+        return None, [Line("left alone", path, type(module).__name__, routing)]
+    return routing, [replaced_line(MMOE_LEVEL, module, path)]
+
+
+CONVERTERS = {
+    "torch_rechub.models.multi_task.ple.CGC": Converter(_plan_cgc, FusedCGC),
+    "torch_rechub.models.multi_task.mmoe.MMOE": Converter(_plan_mmoe, FusedMMOE),
+}
