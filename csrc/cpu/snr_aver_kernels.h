@@ -46,11 +46,27 @@ class SnrRows {
   bool* used_;
 };
 
+// out[f] = the sum of a row's routes, for V vectors of features from f on.
+template <typename T, int V>
+MTLK_INLINE void snr_aver_vectors(const SnrRoute* begin, const SnrRoute* end, const SnrRows<T>& rows, int64_t f,
+                                  T* out) {
+  using C = Compute<T>;
+  constexpr int L = Simd<C>::lanes;
+  Vector<C> sum[V] = {};
+  for (const SnrRoute* r = begin; r < end; ++r) {
+    const Vector<C> z = broadcast(static_cast<C>(r->z));
+    const C* x = rows[r->input] + f;
+    for (int k = 0; k < V; ++k) sum[k] += z * load(x + k * L);
+  }
+  alignas(64) C values[V * L];
+  for (int k = 0; k < V; ++k) store(values + k * L, sum[k]);
+  narrow(values, out + f, V * L);
+}
+
 template <typename T>
 void snr_aver_sum(const SnrSum& call, int64_t first, int64_t last, void* memory) {
   using C = Compute<T>;
   constexpr int L = Simd<C>::lanes;
-  constexpr int kRun = 4 * L;
   const int64_t features = call.input_widths[0];
   Arena arena(memory);
   SnrRows<T> rows(call.inputs, features, arena);
@@ -61,17 +77,8 @@ void snr_aver_sum(const SnrSum& call, int64_t first, int64_t last, void* memory)
       const SnrRoute *begin = call.routes + call.route_begin[i], *end = call.routes + call.route_begin[i + 1];
       T* out = static_cast<T*>(call.out[i]) + row * features;
       int64_t f = 0;
-      for (; f + kRun <= features; f += kRun) {
-        Vector<C> sum[4] = {};
-        for (const SnrRoute* r = begin; r < end; ++r) {
-          const Vector<C> z = broadcast(static_cast<C>(r->z));
-          const C* x = rows[r->input] + f;
-          for (int k = 0; k < 4; ++k) sum[k] += z * load(x + k * L);
-        }
-        alignas(64) C values[kRun];
-        for (int k = 0; k < 4; ++k) store(values + k * L, sum[k]);
-        narrow(values, out + f, kRun);
-      }
+      for (; f + 4 * L <= features; f += 4 * L) snr_aver_vectors<T, 4>(begin, end, rows, f, out);
+      for (; f + L <= features; f += L) snr_aver_vectors<T, 1>(begin, end, rows, f, out);
       for (; f < features; ++f) {
         C sum = 0;
         for (const SnrRoute* r = begin; r < end; ++r) sum += static_cast<C>(r->z) * rows[r->input][f];
@@ -106,6 +113,7 @@ void snr_aver_dots(const SnrDots& call, int64_t first, int64_t last, double* res
         even += load(a + f) * load(b + f);
         odd += load(a + f + L) * load(b + f + L);
       }
+      for (; f + L <= call.features; f += L) even += load(a + f) * load(b + f);
       C rest = 0;
       for (; f < call.features; ++f) rest += a[f] * b[f];
       even += odd;
