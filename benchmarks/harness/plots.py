@@ -138,7 +138,7 @@ def speedups(figure: Figure, rows: Sequence[Row], title: str, place: str) -> Non
         axes.axvline(1.0, color=BASELINE_COLOUR, linewidth=1.2, zorder=0)
         axes.set_xlim(0.8 * min(1.0, *values) if wide else 0, (2.5 if wide else 1.12) * reach)
         axes.set_title(heading)
-        axes.set_xlabel(f"times as fast as {labels[baseline]}")
+        axes.set_xlabel(f"times as fast as {rows[0].outcomes[baseline].label}")
         axes.spines[["top", "right"]].set_visible(False)
     first = panels[0][2]
     first.set_yticks(range(len(groups)), groups)

@@ -81,7 +81,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
   std::vector<at::Tensor> outputs, saved;
   std::vector<void*> output_pointers, saved_pointers;
   for (int k = 0; k < level.gates.count; ++k) {
-    outputs.push_back(at::empty({level.rows, level.widths[level.layers]}, options));
+    outputs.push_back(pooled({level.rows, level.widths[level.layers]}, options));
     output_pointers.push_back(outputs.back().mutable_data_ptr());
   }
   for (int l = 0; save && l < level.layers; ++l) {

@@ -52,7 +52,7 @@ std::vector<at::Tensor> forward(const at::Tensor& experts, at::TensorList gate_l
   std::vector<at::Tensor> outputs;
   std::vector<void*> pointers;
   for (size_t k = 0; k < gate_sizes.size(); ++k) {
-    outputs.push_back(at::empty({args.rows, args.features}, experts.options()));
+    outputs.push_back(pooled({args.rows, args.features}, experts.options()));
     pointers.push_back(outputs.back().mutable_data_ptr());
   }
   args.outputs = pointers.data();
@@ -89,7 +89,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
     grad_logits.push_back(at::empty(gate_logits[k].sizes(), gate_logits[k].options()));
     logit_pointers.push_back(grad_logits.back().mutable_data_ptr());
   }
-  if (need_experts) grad_experts.push_back(at::empty(experts.sizes(), experts.options()));
+  if (need_experts) grad_experts.push_back(pooled(experts.sizes(), experts.options()));
   args.grad_outputs = grads.data();
   args.grad_output_ld = grad_ld.data();
   args.grad_values = need_experts ? grad_experts[0].mutable_data_ptr() : nullptr;

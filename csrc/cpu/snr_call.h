@@ -7,6 +7,7 @@
 
 #include "gates_args.h"
 #include "kernels.h"
+#include "memory.h"
 
 namespace mtlk {
 
@@ -94,7 +95,7 @@ class SnrSums {
   void set_outputs(int64_t rows, const std::vector<int64_t>& widths, const at::TensorOptions& options) {
     widths_ = widths;
     for (const int64_t width : widths_) {
-      outputs_.push_back(at::empty({rows, width}, options));
+      outputs_.push_back(pooled({rows, width}, options));
       pointers_.push_back(outputs_.back().mutable_data_ptr());
     }
     sum_.rows = rows;

@@ -135,7 +135,7 @@ class Products {
     grad_z_ = at::zeros({call.z.outputs(), call.z.inputs()}, at::kDouble);
     if (need_weights && call.stacked) {
       const auto& first = call.matrices[0];
-      grad_weights_.push_back(at::empty({call.z.outputs(), call.z.inputs(), first.size(0), first.size(1)}, options));
+      grad_weights_.push_back(pooled({call.z.outputs(), call.z.inputs(), first.size(0), first.size(1)}, options));
     }
     for (int i = 0; i < call.z.outputs(); ++i) {
       for (int j = 0; j < call.z.inputs(); ++j) {
@@ -143,7 +143,7 @@ class Products {
         const bool open = call.z.open(i, j) && call.has_elements(i, j);
         at::Tensor grad;
         if (need_weights) {
-          grad = call.stacked ? grad_weights_[0].select(0, i).select(0, j) : at::empty(matrix.sizes(), options);
+          grad = call.stacked ? grad_weights_[0].select(0, i).select(0, j) : pooled(matrix.sizes(), options);
           if (!open) std::memset(grad.mutable_data_ptr(), 0, grad.nbytes());
           if (!call.stacked) grad_weights_.push_back(grad);
         }
@@ -151,7 +151,7 @@ class Products {
         const int64_t multiple = tables_.engine.weight_sum_multiple;
         const int64_t ld = divide_up(matrix.size(1), multiple) * multiple;
         const bool in_place = need_weights && open && tables_.engine.stores_compute && ld == matrix.size(1);
-        routes_.push_back({i, j, in_place ? grad : at::empty({matrix.size(0), ld}, compute), ld,
+        routes_.push_back({i, j, in_place ? grad : pooled({matrix.size(0), ld}, compute), ld,
                            open ? grad : at::Tensor(), with_unit_stride(matrix)});
       }
     }
