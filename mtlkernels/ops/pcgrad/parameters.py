@@ -42,15 +42,16 @@ class Parameters:
 
     Dense ones go to the operators, all in one call, and with them what :class:`SparseColumn` makes of the others; a
     parameter without any gradient is left out. Where all go to the C++ operators, these check them: thousands of
-    tensors take Python milliseconds. When they refuse, the checks in Python find out why, in the caller's terms.
+    tensors take Python milliseconds. When they refuse, the checks in Python find out why, in the caller's terms. With
+    ``at_once``, which ranks need that must agree before they compute, they come first in any case.
     """
 
-    def __init__(self, grads: Any) -> None:
+    def __init__(self, grads: Any, *, at_once: bool = False) -> None:
         self.num_tasks, self.columns = columns_of(grads)
         first = next(_present(self.columns), None)
         tensors = all(isinstance(grad, Tensor) for grad in _present(self.columns))
         mixed = tensors and any(grad.layout != torch.strided for grad in _present(self.columns))
-        self._checked = not (tensors and not mixed and direct_to_cpp(first))
+        self._checked = at_once or not tensors or mixed or not direct_to_cpp(first)
         if self._checked:
             check_columns(self.columns)
         self.dense: list[int] = []
@@ -139,7 +140,7 @@ def collect(grads: Any, group: ProcessGroup | None) -> Gradients:
         from mtlkernels.ops.pcgrad.distributed.sharded import Sharded
 
         return Sharded(grads)
-    found = Parameters(grads)
+    found = Parameters(grads, at_once=group is not None)
     if group is not None and torch.is_grad_enabled() and any(grad.requires_grad for grad in _tensors(grads)):
         raise ValueError("grads must not require gradients where group is given: their mean has no derivative here")
     return found

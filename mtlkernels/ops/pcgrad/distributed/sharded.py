@@ -33,7 +33,8 @@ class Sharded:
         self.num_tasks, self._columns = columns_of(grads)
         self._like = [_like(p, column) for p, column in enumerate(self._columns)]
         columns = [[grad.to_local() if isinstance(grad, DTensor) else grad for grad in c] for c in self._columns]
-        self.device = Parameters(rows_of(columns, self.num_tasks)).device  # and all checks of the local parts
+        # With all checks of the local parts.
+        self.device = Parameters(rows_of(columns, self.num_tasks), at_once=True).device
         members: dict[tuple[str, ...], list[int]] = {}
         self._groups: dict[tuple[str, ...], list[dist.ProcessGroup]] = {}
         for p, like in enumerate(self._like):
