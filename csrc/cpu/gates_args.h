@@ -25,6 +25,12 @@ inline Dtype dtype_of(const at::Tensor& tensor) {
   }
 }
 
+// Refuses tensors that are not what their memory holds, such as DTensors: calls that go past the dispatcher, which
+// would have asked them, bring them here.
+inline void check_plain(const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(!tensor.unsafeGetTensorImpl()->is_python_dispatch(), "mtlkernels: a plain tensor was expected");
+}
+
 // Owns what a Gates points to.
 class GateTables {
  public:
@@ -71,6 +77,7 @@ class GateTables {
     TORCH_CHECK_VALUE(logits.size() == sizes_.size(), "mtlkernels: gate_logits must hold a tensor for each of ",
                       sizes_.size(), " gates, got ", logits.size());
     for (const at::Tensor& tensor : logits) {
+      check_plain(tensor);
       TORCH_CHECK_TYPE(tensor.scalar_type() == logits[0].scalar_type(), "mtlkernels: gate_logits must share one dtype");
       TORCH_CHECK_VALUE(tensor.dim() == 2, "mtlkernels: gate_logits must hold matrices, got ", tensor.sizes());
       pointers_.push_back(tensor.const_data_ptr());

@@ -161,6 +161,7 @@ class LevelTables {
   void rows_of(const at::Tensor& x) { kept_.push_back(x.stride(1) == 1 ? x : x.contiguous()); }
 
   static void check_like(const at::Tensor& tensor, at::ScalarType dtype, const char* name, size_t i) {
+    check_plain(tensor);
     TORCH_CHECK_TYPE(tensor.scalar_type() == dtype && tensor.layout() == at::kStrided, "mtlkernels: ", name, "[", i,
                      "] must be a dense tensor of ", dtype, ", got ", tensor.layout(), " of ", tensor.scalar_type());
     TORCH_CHECK_VALUE(tensor.is_cpu(), "mtlkernels: ", name, "[", i, "] must be on the CPU, got ", tensor.device());

@@ -49,6 +49,7 @@ std::vector<Parameter> parameters_of(GradList grads, int64_t tasks) {
     for (int64_t t = 0; t < tasks; ++t) {
       std::optional<at::Tensor> grad = grads.get(p * tasks + t);
       if (!grad) continue;
+      check_plain(*grad);
       TORCH_CHECK_VALUE(grad->is_cpu() && grad->layout() == at::kStrided, "mtlkernels: grads[", t, "][", p,
                         "] must be a dense tensor on the CPU");
       if (!parameter.grads.empty()) {

@@ -20,6 +20,7 @@ class SnrMatrices {
     TORCH_CHECK_VALUE(!tensors.empty(), "mtlkernels: ", name, " must hold at least one tensor");
     for (size_t i = 0; i < tensors.size(); ++i) {
       const at::Tensor& x = tensors[i];
+      check_plain(x);
       TORCH_CHECK_TYPE(x.scalar_type() == dtype && x.layout() == at::kStrided, "mtlkernels: ", name, "[", i,
                        "] must be a dense tensor of ", dtype, ", got ", x.layout(), " of ", x.scalar_type());
       TORCH_CHECK_VALUE(x.is_cpu(), "mtlkernels: ", name, "[", i, "] must be on the CPU, got ", x.device());
@@ -46,6 +47,7 @@ class SnrMatrices {
 class SnrCoding {
  public:
   SnrCoding(const at::Tensor& z, int64_t inputs, at::ScalarType dtype) {
+    check_plain(z);
     TORCH_CHECK_VALUE(z.is_cpu() && z.layout() == at::kStrided && z.dim() == 2 && z.size(0) > 0 && z.size(1) == inputs,
                       "mtlkernels: z must be a dense tensor [I, ", inputs, "] on the CPU, got ", z.sizes());
     dtype_of(z);

@@ -35,6 +35,7 @@ class Call {
         stacked(weights.size() == 1 && weights[0].dim() == 4) {
     const auto count = static_cast<size_t>(this->z.outputs()) * in.count();
     for (const at::Tensor& weight : weights) {
+      check_plain(weight);
       TORCH_CHECK_TYPE(weight.scalar_type() == like.scalar_type() && weight.layout() == at::kStrided,
                        "mtlkernels: weights must be dense tensors of ", like.scalar_type(), ", got ", weight.layout(),
                        " of ", weight.scalar_type());

@@ -107,14 +107,14 @@ class Parameters:
         """Runs one of the operators, by the reference where a derivative or torch.func wants to see inside."""
         if self._in_pytorch or needs_function(args):
             return _backends.reference_implementation("pcgrad", direction)(flat, self.num_tasks, *args)
-        if self._checked:
-            like = next(grad for grad in flat if grad is not None)
-            return run_operator("pcgrad", direction, _backends.forced(), like, flat, self.num_tasks, *args)
-        try:
-            return run_cpp("pcgrad", direction, flat, self.num_tasks, *args)
-        except (TypeError, ValueError):
-            check_columns(self.columns)
-            raise
+        if not self._checked:
+            try:
+                return run_cpp("pcgrad", direction, flat, self.num_tasks, *args)
+            except (TypeError, ValueError):
+                check_columns(self.columns)
+                self._checked = True  # nothing is wrong with them but that some are of a subclass
+        like = next(grad for grad in flat if grad is not None)
+        return run_operator("pcgrad", direction, _backends.forced(), like, flat, self.num_tasks, *args)
 
 
 def _present(columns: Sequence[Sequence[Tensor | None]]) -> Iterator[Tensor]:
