@@ -27,11 +27,6 @@ def times(data: Mapping[str, Any], variant: str, form: str, rows: int) -> np.nda
     return np.array([t["milliseconds"] for t in found])
 
 
-def unsampled(data: Mapping[str, Any], kind: str) -> str:
-    """The name of a trunk's variant without a penalty whose z is not sampled."""
-    return str(next(v["name"] for v in data["variants"] if v["kind"] == kind and not v["sampled"]))
-
-
 def unpenalised(data: Mapping[str, Any], kind: str) -> str:
     """The name of a trunk's variant without a penalty, sampled."""
     return str(next(v["name"] for v in data["variants"] if v["kind"] == kind and v["sampled"] and not v["weight"]))
