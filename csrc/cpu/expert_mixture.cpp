@@ -75,7 +75,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
                                                                          F set_gates) {
   const Level& level = tables.level();
   const ExpertMixtureKernels& table = kernels_for(inputs[0]);
-  const bool tiny = level.rows <= table.tiny_rows && !save;
+  const bool tiny = level.rows <= table.tiny_rows;
   set_gates(tiny ? WeightForm::kNatural : table.form);
   const auto options = inputs[0].options();
   std::vector<at::Tensor> outputs, saved;
@@ -106,11 +106,13 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
   return run_forward(tables, inputs, weights, save, [&](WeightForm) { tables.set_logits(gate_logits); });
 }
 
-// What a backward call returns, and the sums that its kernels add to where these cannot be the results themselves.
+// What a backward call returns, and the sums that its kernels add to where these cannot be the results themselves:
+// those for a few rows write the results.
 class Results {
  public:
   Results(const Level& level, at::TensorList inputs, at::TensorList weights, at::TensorList logits,
           const ExpertMixtureKernels& table, bool need_inputs, bool need_weights, bool need_biases, bool need_logits) {
+    const bool tiny = level.rows <= table.tiny_rows;
     for (size_t i = 0; need_inputs && i < inputs.size(); ++i) {
       const bool read = std::count(level.expert_inputs, level.expert_inputs + level.experts, static_cast<int>(i)) > 0;
       inputs_.push_back(read ? pooled(inputs[i].sizes(), inputs[i].options())
@@ -128,12 +130,12 @@ class Results {
       const int64_t out = weights[i].size(0), ld = sum_ld_[i / level.experts];
       if (need_weights) {
         weights_.push_back(pooled(weights[i].sizes(), weights[i].options()));
-        const bool fits = table.stores_compute && ld == weights[i].size(1);
+        const bool fits = tiny || (table.stores_compute && ld == weights[i].size(1));
         weight_sums_.push_back(fits ? weights_.back() : pooled({out, ld}, compute));
       }
       if (need_biases) {
         biases_.push_back(at::empty({out}, weights[i].options()));
-        bias_sums_.push_back(table.stores_compute ? biases_.back() : at::empty({out}, compute));
+        bias_sums_.push_back(tiny || table.stores_compute ? biases_.back() : at::empty({out}, compute));
       }
     }
     for (auto [tensors, pointers] : {std::pair{&inputs_, &input_pointers_},
@@ -185,6 +187,49 @@ class Results {
   std::vector<void*> input_pointers_, logit_pointers_, weight_pointers_, bias_pointers_;
 };
 
+void run_tiny_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
+  const Level& level = args.level;
+  const int parts = std::min(level.experts, at::get_num_threads());
+  const Scratch scratch(parts, table.tiny_backward_bytes(level));
+  const int64_t below_bytes = table.tiny_below_bytes(level);
+  const Scratch below(1, parts * below_bytes), inner(1, table.tiny_inner_bytes(level));
+  char* const sums = static_cast<char*>(below[0]);
+  parallel_threads(parts, [&](int64_t p) {
+    const int part = static_cast<int>(p);
+    table.tiny_backward(args, part_begin(level, part, parts), part_begin(level, part + 1, parts), scratch[p],
+                        sums + p * below_bytes, inner[0]);
+  });
+  table.tiny_backward_finish(args, sums, parts, inner[0], scratch[0]);
+}
+
+// The chain for a chunk's blocks of rows, with the experts in parts where there are fewer blocks than threads.
+void run_chain(const BackwardArgs& args, const ExpertMixtureKernels& table, const BackwardChunk& chunk,
+               int64_t block_rows, const Scratch& scratch) {
+  const Level& level = args.level;
+  const int64_t threads = at::get_num_threads(), blocks = divide_up(chunk.rows, block_rows);
+  const int parts = parts_of(level, blocks);
+  const auto rows_of = [&](int64_t block) { return std::min(block_rows, chunk.rows - block * block_rows); };
+  if (parts == 1) {
+    return parallel_tasks_on(threads, blocks, [&](int64_t block, int64_t thread) {
+      table.backward(args, chunk, chunk.row + block * block_rows, rows_of(block), 0, level.experts, scratch[thread],
+                     nullptr, nullptr);
+    });
+  }
+  const Scratch below(blocks, parts * table.backward_below_bytes(level, block_rows));
+  const Scratch inner(blocks, table.backward_inner_bytes(level, block_rows));
+  parallel_tasks_on(threads, blocks * parts, [&](int64_t task, int64_t thread) {
+    const int64_t block = task / parts, nrows = rows_of(block);
+    const int part = static_cast<int>(task % parts);
+    table.backward(args, chunk, chunk.row + block * block_rows, nrows, part_begin(level, part, parts),
+                   part_begin(level, part + 1, parts), scratch[thread],
+                   static_cast<char*>(below[block]) + part * table.backward_below_bytes(level, nrows), inner[block]);
+  });
+  parallel_tasks_on(threads, blocks, [&](int64_t block, int64_t thread) {
+    table.backward_finish(args, chunk, chunk.row + block * block_rows, rows_of(block), below[block], parts,
+                          inner[block], scratch[thread]);
+  });
+}
+
 void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
   const Level& level = args.level;
   const int64_t threads = at::get_num_threads();
@@ -196,10 +241,7 @@ void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
   const Scratch operands(1, args.need_weights ? table.operand_bytes(level, capacity) : 0);
   for (int64_t row = 0; row < level.rows; row += capacity) {
     const BackwardChunk chunk{row, std::min(capacity, level.rows - row), capacity, gradients[0], operands[0]};
-    parallel_tasks_on(threads, (chunk.rows + block_rows - 1) / block_rows, [&](int64_t block, int64_t thread) {
-      const int64_t first = block * block_rows;
-      table.backward(args, chunk, row + first, std::min(block_rows, chunk.rows - first), scratch[thread]);
-    });
+    run_chain(args, table, chunk, block_rows, scratch);
     if (args.need_weights) {
       parallel_tasks(threads, table.operand_tasks(args), [&](int64_t task) { table.make_operand(args, chunk, task); });
     }
@@ -229,11 +271,12 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
   if (level.rows == 0 || level.widths[level.layers] == 0) {
     results.zero_sums();
   } else {
+    const bool tiny = level.rows <= table.tiny_rows;
     if (args.need_chain()) {
-      tables.set_weights(weights, table, table.backward_transposed);
+      tiny ? tables.set_natural_weights(weights) : tables.set_weights(weights, table, table.backward_transposed);
       args.level = level;
     }
-    run_backward(args, table);
+    tiny ? run_tiny_backward(args, table) : run_backward(args, table);
   }
   results.write_sums(table);
   return results.take();

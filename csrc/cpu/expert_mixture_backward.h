@@ -91,8 +91,16 @@ class BackwardBlock {
         groups_((nrows + kGroup - 1) / kGroup),
         s_(args.level, groups_, memory) {}
 
-  void run() {
+  // What the parts of a block leave for finish: each its sums of the inputs' gradients, below[stream][group][feature]
+  // [16], all of them inner[column], in the block's own scratch where there is one part.
+  int64_t below_size() const { return stream_count(level_) * groups_ * level_.widths[0] * kGroup; }
+
+  // Experts order[first] up to order[last]; with one part, null for what parts leave.
+  void run(int first, int last, C* below, C* inner) {
     const Gates& gates = level_.gates;
+    below_ = below;
+    if (inner) s_.inner = inner;
+    if (below) std::memset(below, 0, below_size() * sizeof(C));
     for (int64_t g = 0; g < groups_; ++g) {
       gate_probabilities(gates, row_ + g * kGroup, group_rows(g), s_.probabilities + g * gates.columns * kGroup);
       for (int k = 0; k < gates.count; ++k) {
@@ -102,17 +110,40 @@ class BackwardBlock {
       }
     }
     int stream = -1;
-    for (int i = 0; i < level_.experts; ++i) {
+    for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
       if (level_.expert_inputs[e] != stream) {
-        if (stream >= 0) write_inputs(stream);
+        if (stream >= 0) leave_inputs(stream);
         stream = level_.expert_inputs[e];
-        std::memset(s_.below, 0, level_.widths[0] * groups_ * kGroup * sizeof(C));
+        std::memset(s_.below, 0, stream_size() * sizeof(C));
       }
       expert(e);
     }
-    write_inputs(stream);
-    if (args_.grad_logits) write_logits();
+    leave_inputs(stream);
+    if (!below && args_.grad_logits) write_logits();
+  }
+
+  // Sums the inputs' gradients of `parts` parts in their order.
+  void finish(const C* below, int parts, C* inner) {
+    if (args_.grad_logits) {
+      for (int64_t g = 0; g < groups_; ++g) {
+        C* panel = s_.probabilities + g * level_.gates.columns * kGroup;
+        gate_probabilities(level_.gates, row_ + g * kGroup, group_rows(g), panel);
+      }
+      s_.inner = inner;
+      write_logits();
+    }
+    int stream = -1;
+    for (int i = 0; args_.grad_inputs && i < level_.experts; ++i) {
+      if (level_.expert_inputs[level_.order[i]] == stream) continue;
+      stream = level_.expert_inputs[level_.order[i]];
+      for (int64_t at = 0; at < stream_size(); at += Simd<C>::lanes) {
+        Vector<C> sum{};
+        for (int p = 0; p < parts; ++p) sum += load(below + p * below_size() + stream * stream_size() + at);
+        mtlk::MTLK_ISA::store(s_.below + at, sum);
+      }
+      write_inputs(stream);
+    }
   }
 
  private:
@@ -253,8 +284,15 @@ class BackwardBlock {
     }
   }
 
-  void write_inputs(int stream) {
+  int64_t stream_size() const { return level_.widths[0] * groups_ * kGroup; }
+
+  void leave_inputs(int stream) {
     if (!args_.grad_inputs) return;
+    if (!below_) return write_inputs(stream);
+    std::memcpy(below_ + stream * stream_size(), s_.below, stream_size() * sizeof(C));
+  }
+
+  void write_inputs(int stream) {
     const int64_t width = level_.widths[0];
     T* rows = static_cast<T*>(args_.grad_inputs[stream]) + row_ * width;
     for (int64_t g = 0; g < groups_; ++g) {
@@ -279,6 +317,7 @@ class BackwardBlock {
   const BackwardLayout<Engine>& layout_;
   const int64_t row_, nrows_, groups_;
   BackwardScratch<Engine> s_;
+  C* below_ = nullptr;
 };
 
 // The weights' gradients of a chunk, as tasks that write apart from each other.

@@ -198,11 +198,15 @@ class TinyForward {
     const T* bias = static_cast<const T*>(level_.biases[at]);
     product(static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, in, level_.widths[l], out);
     constexpr int L = Simd<C>::lanes;
+    const bool before = from_input(level_.activations[l]);
     with_activation(level_.activations[l], [&](auto constant) {
       for (int64_t r = 0; r < rows_; ++r) {
         C* row = out + r * widest_;
+        T* saved = args_.saved ? static_cast<T*>(args_.saved[l]) + (e * rows_ + r) * width : nullptr;
         for (int64_t o = 0; bias && o < width; ++o) row[o] += static_cast<C>(to_compute(bias[o]));
+        if (saved && before) narrow(row, saved, width);
         for (int64_t o = 0; o < width; o += L) store(row + o, activate<decltype(constant)::value, C>(load(row + o)));
+        if (saved && !before) narrow(row, saved, width);
       }
     });
   }

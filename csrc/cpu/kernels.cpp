@@ -2,8 +2,7 @@
 
 #include "kernels.h"
 
-#include "expert_mixture_backward.h"
-#include "expert_mixture_tiny.h"
+#include "expert_mixture_tiny_backward.h"
 #include "gated_mixture_kernels.h"
 #include "pcgrad_kernels.h"
 #include "snr_aver_kernels.h"
@@ -55,11 +54,23 @@ void tiny_finish(const ForwardArgs& args, const void* mixed, int parts, void* sc
 }
 
 template <typename Engine>
-void backward(const BackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, void* scratch) {
+void backward(const BackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, int first, int last,
+              void* scratch, void* below, void* inner) {
+  using C = typename Engine::C;
   Engine::begin();
   const BackwardLayout<Engine> layout{args.level, chunk.capacity};
-  BackwardBlock<Engine>(args, chunk, layout, row, nrows, scratch).run();
+  BackwardBlock<Engine> block(args, chunk, layout, row, nrows, scratch);
+  block.run(first, last, static_cast<C*>(below), static_cast<C*>(inner));
   Engine::end();
+}
+
+template <typename Engine>
+void backward_finish(const BackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows,
+                     const void* below, int parts, void* inner, void* scratch) {
+  using C = typename Engine::C;
+  const BackwardLayout<Engine> layout{args.level, chunk.capacity};
+  BackwardBlock<Engine>(args, chunk, layout, row, nrows, scratch)
+      .finish(static_cast<const C*>(below), parts, static_cast<C*>(inner));
 }
 
 // f(the weights' gradients of a chunk, their layout in scope).
@@ -128,7 +139,28 @@ ExpertMixtureKernels expert_mixture_kernels() {
     return BackwardLayout<Engine>{level, chunk_rows}.operand_offset(level.layers, 0, stream_count(level)) *
            static_cast<int64_t>(sizeof(typename Engine::Operand));
   };
+  table.backward_below_bytes = [](const Level& level, int64_t nrows) {
+    return static_cast<int64_t>(stream_count(level) * group_count(nrows) * level.widths[0] * kGroup * sizeof(C));
+  };
+  table.backward_inner_bytes = [](const Level& level, int64_t nrows) {
+    return static_cast<int64_t>(level.gates.columns * group_count(nrows) * kGroup * sizeof(C));
+  };
   table.backward = backward<Engine>;
+  table.backward_finish = backward_finish<Engine>;
+  table.tiny_backward_bytes = TinyBackward<T>::bytes;
+  table.tiny_below_bytes = [](const Level& level) {
+    return static_cast<int64_t>(TinyBackward<T>::below_size(level) * sizeof(C));
+  };
+  table.tiny_inner_bytes = [](const Level& level) {
+    return static_cast<int64_t>(TinyBackward<T>::inner_size(level) * sizeof(C));
+  };
+  table.tiny_backward = [](const BackwardArgs& args, int first, int last, void* scratch, void* below, void* inner) {
+    TinyBackward<T>(args, scratch).run(first, last, static_cast<C*>(below), static_cast<C*>(inner));
+  };
+  table.tiny_backward_finish = [](const BackwardArgs& args, const void* below, int parts, const void* inner,
+                                  void* scratch) {
+    TinyBackward<T>(args, scratch).finish(static_cast<const C*>(below), parts, static_cast<const C*>(inner));
+  };
   table.operand_tasks = [](const BackwardArgs& args) {
     return with_weight_gradients<Engine>(args, {}, [](const auto& grads) { return grads.operands(); });
   };

@@ -39,17 +39,31 @@ struct ExpertMixtureKernels {
   void (*tiny_finish)(const ForwardArgs&, const void* mixed, int parts, void* scratch);
 
   // A chunk of rows of the backward pass: the chain for its blocks, then the operands, then the weights' gradients;
-  // each may run its tasks in any order. Blocks start at multiples of 32 rows within the chunk.
+  // each may run its tasks in any order. Blocks start at multiples of 32 rows within the chunk. The chain runs for
+  // experts order[first, last); with more parts than one, each leaves its sums of the inputs' gradients in `below`,
+  // all of a block share `inner`, and finish writes the gradients of inputs and logits.
   bool backward_transposed;  // the backward pass wants its weights transposed
   int64_t weight_sum_multiple, gradient_bytes_each;
   int64_t (*backward_bytes)(const Level&, int64_t nrows);
   int64_t (*gradient_bytes)(const Level&, int64_t chunk_rows);
   int64_t (*operand_bytes)(const Level&, int64_t chunk_rows);
-  void (*backward)(const BackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, void* scratch);
+  int64_t (*backward_below_bytes)(const Level&, int64_t nrows);
+  int64_t (*backward_inner_bytes)(const Level&, int64_t nrows);
+  void (*backward)(const BackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, int first, int last,
+                   void* scratch, void* below, void* inner);
+  void (*backward_finish)(const BackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, const void* below,
+                          int parts, void* inner, void* scratch);
   int64_t (*operand_tasks)(const BackwardArgs&);
   void (*make_operand)(const BackwardArgs&, const BackwardChunk&, int64_t task);
   int64_t (*weight_tasks)(const BackwardArgs&);
   void (*weight_gradient)(const BackwardArgs&, const BackwardChunk&, int64_t task);
+
+  // The whole backward pass for a call with at most tiny_rows rows, weights in natural form; parts as above.
+  int64_t (*tiny_backward_bytes)(const Level&);
+  int64_t (*tiny_below_bytes)(const Level&);
+  int64_t (*tiny_inner_bytes)(const Level&);
+  void (*tiny_backward)(const BackwardArgs&, int first, int last, void* scratch, void* below, void* inner);
+  void (*tiny_backward_finish)(const BackwardArgs&, const void* below, int parts, const void* inner, void* scratch);
 
   // Rows of sums of the compute type, ld apart, to contiguous rows of the storage type.
   void (*write_sums)(const void* sums, int64_t ld, int64_t rows, int64_t columns, void* out);

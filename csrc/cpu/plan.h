@@ -24,16 +24,20 @@ inline int64_t block_rows(int64_t rows, int64_t block_bytes, int64_t bytes_of_a_
   return divide_up(std::max(kLeastRows, divide_up(rows, threads * blocks_each)), 32) * 32;
 }
 
+// Into how many parts the experts are divided: more than one where there are fewer blocks of rows than threads.
+inline int parts_of(const Level& level, int64_t blocks) {
+  const int64_t threads = at::get_num_threads();
+  return static_cast<int>(std::min<int64_t>(level.experts, blocks < threads ? divide_up(threads, blocks) : 1));
+}
+
 struct Cut {
   int64_t block_rows, blocks;
-  int parts;  // into which the experts are divided where there are fewer blocks than threads
+  int parts;
 
   static Cut of(const Level& level, int64_t block_bytes, int64_t bytes_of_a_row) {
-    const int64_t threads = at::get_num_threads();
     const int64_t rows = mtlk::block_rows(level.rows, block_bytes, bytes_of_a_row);
     const int64_t blocks = divide_up(level.rows, rows);
-    const int64_t parts = std::min<int64_t>(level.experts, blocks < threads ? divide_up(threads, blocks) : 1);
-    return {rows, blocks, static_cast<int>(parts)};
+    return {rows, blocks, parts_of(level, blocks)};
   }
 };
 

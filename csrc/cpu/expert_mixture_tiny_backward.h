@@ -1,0 +1,278 @@
+// The backward pass of expert_mixture for a few rows: sums of the weights' rows, which are read once, and gradients of
+// the weights that are written once.
+#pragma once
+
+#include "expert_mixture_backward.h"
+#include "expert_mixture_tiny.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+// acc row r += the sum over O rows of w of factor[r][o] * w row o, over whole vectors of `width`.
+template <typename T, typename C, int R, int O>
+MTLK_INLINE void add_rows_tile(const T* w, int64_t ldw, const C* factor, int64_t ld_factor, int64_t width, C* acc,
+                               int64_t ld_acc) {
+  constexpr int L = Simd<C>::lanes;
+  Vector<C> f[O][R];
+  for (int o = 0; o < O; ++o) {
+    for (int r = 0; r < R; ++r) f[o][r] = broadcast(factor[r * ld_factor + o]);
+  }
+  for (int64_t i = 0; i + L <= width; i += L) {
+    Vector<C> sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = load(acc + r * ld_acc + i);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const Vector<C> weight = load_as<T, C>(w + o * ldw + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r] += f[o][r] * weight;
+    }
+    for (int r = 0; r < R; ++r) store(acc + r * ld_acc + i, sum[r]);
+  }
+  for (int64_t i = width / L * L; i < width; ++i) {
+    for (int r = 0; r < R; ++r) {
+      for (int o = 0; o < O; ++o) {
+        acc[r * ld_acc + i] += factor[r * ld_factor + o] * static_cast<C>(to_compute(w[o * ldw + i]));
+      }
+    }
+  }
+}
+
+// acc row r += the sum over all rows of w.
+template <typename T, typename C, int R>
+void add_rows(const T* w, int64_t ldw, int64_t outputs, const C* factor, int64_t ld_factor, int64_t width, C* acc,
+              int64_t ld_acc) {
+  constexpr int O = R == 1 ? 8 : kRegisters >= 32 ? 4 : 2;
+  int64_t o = 0;
+  for (; o + O <= outputs; o += O) {
+    add_rows_tile<T, C, R, O>(w + o * ldw, ldw, factor + o, ld_factor, width, acc, ld_acc);
+  }
+  for (; o < outputs; ++o) {
+    add_rows_tile<T, C, R, 1>(w + o * ldw, ldw, factor + o, ld_factor, width, acc, ld_acc);
+  }
+}
+
+// out row o = the sum over the rows r of factor[r][o] * x row r; `row` has room for one, in whole vectors.
+template <typename T, typename C, int R>
+void outer_products(const C* factor, int64_t ld_factor, int64_t outputs, const C* x, int64_t ldx, int64_t width, C* row,
+                    T* out) {
+  constexpr int L = Simd<C>::lanes;
+  for (int64_t o = 0; o < outputs; ++o) {
+    C* place = row;
+    if constexpr (__is_same(T, C)) {
+      if (width % L == 0) place = out + o * width;
+    }
+    Vector<C> f[R];
+    for (int r = 0; r < R; ++r) f[r] = broadcast(factor[r * ld_factor + o]);
+    for (int64_t i = 0; i < width; i += L) {
+      Vector<C> sum = f[0] * load(x + i);
+#pragma GCC unroll 4
+      for (int r = 1; r < R; ++r) sum += f[r] * load(x + r * ldx + i);
+      store(place + i, sum);
+    }
+    if (place == row) narrow(row, out + o * width, width);
+  }
+}
+
+template <int N>
+struct RowsConstant {
+  static constexpr int value = N;
+};
+
+// All rows of a call, some of its experts. The sums for the weights go straight to the results, of the storage type.
+// Rows of intermediates are `widest_` apart; those that are not there are
+// zero.
+template <typename T>
+class TinyBackward {
+ public:
+  using C = Compute<T>;
+
+  // What the parts leave for finish: each its sums of the inputs' gradients, all of them the inner products of the
+  // outputs' gradients with the experts' outputs.
+  static int64_t below_size(const Level& level) { return stream_count(level) * kTinyRows * padded(level.widths[0]); }
+  static int64_t inner_size(const Level& level) { return level.gates.columns * kGroup; }
+
+  static int64_t bytes(const Level& level) {
+    const int64_t row = kTinyRows * padded(widest_of(level));
+    return Arena::bytes<C>(level.gates.count * kTinyRows * padded(level.widths[level.layers])) +
+           Arena::bytes<C>(level.gates.columns * kGroup) + 4 * Arena::bytes<C>(row) +
+           Arena::bytes<C>(padded(widest_of(level)));
+  }
+
+  TinyBackward(const BackwardArgs& args, void* memory)
+      : args_(args),
+        level_(args.level),
+        rows_(args.level.rows),
+        features_(args.level.widths[args.level.layers]),
+        widest_(padded(widest_of(args.level))) {
+    Arena arena(memory);
+    grad_outputs_ = arena.take<C>(level_.gates.count * kTinyRows * padded(features_));
+    probabilities_ = arena.take<C>(level_.gates.columns * kGroup);
+    gradient_[0] = arena.take<C>(kTinyRows * widest_);
+    gradient_[1] = arena.take<C>(kTinyRows * widest_);
+    kept_ = arena.take<C>(kTinyRows * widest_);
+    input_ = arena.take<C>(kTinyRows * widest_);
+    row_ = arena.take<C>(widest_);
+  }
+
+  // Experts order[first] up to order[last].
+  void run(int first, int last, C* below, C* inner) {
+    gate_probabilities(level_.gates, 0, rows_, probabilities_);
+    const int64_t row = padded(features_);
+    for (int k = 0; k < level_.gates.count; ++k) {
+      const T* grads = static_cast<const T*>(args_.grad_outputs[k]);
+      read(grads, args_.grad_output_ld[k], features_, grad_outputs_ + k * kTinyRows * row, row);
+    }
+    std::memset(below, 0, below_size(level_) * sizeof(C));
+    for (int i = first; i < last; ++i) expert(level_.order[i], below, inner);
+  }
+
+  // Sums the inputs' gradients of `parts` parts in their order.
+  void finish(const C* below, int parts, const C* inner) {
+    const Gates& gates = level_.gates;
+    if (args_.grad_logits) {
+      gate_probabilities(gates, 0, rows_, probabilities_);
+      for (int k = 0; k < gates.count; ++k) {
+        write_logit_gradient(gates, k, probabilities_, inner, 0, rows_, args_.grad_logits[k]);
+      }
+    }
+    if (!args_.grad_inputs) return;
+    const int64_t width = level_.widths[0];
+    for (int i = 0; i < level_.experts; ++i) {
+      const int stream = level_.expert_inputs[level_.order[i]];
+      if (i > 0 && level_.expert_inputs[level_.order[i - 1]] == stream) continue;
+      const C* sums = below + stream * kTinyRows * padded(width);
+      for (int64_t r = 0; r < rows_; ++r) {
+        for (int64_t j = 0; j < width; ++j) {
+          C sum = 0;
+          for (int p = 0; p < parts; ++p) sum += sums[p * below_size(level_) + r * padded(width) + j];
+          input_[j] = sum;
+        }
+        narrow(input_, static_cast<T*>(args_.grad_inputs[stream]) + r * width, width);
+      }
+    }
+  }
+
+ private:
+  static int64_t padded(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
+  static int64_t widest_of(const Level& level) { return TinyForward<T>::widest_of(level); }
+
+  void read(const T* rows, int64_t ld, int64_t width, C* out, int64_t ld_out) const {
+    std::memset(out, 0, kTinyRows * ld_out * sizeof(C));
+    for (int64_t r = 0; r < rows_; ++r) widen(rows + r * ld, out + r * ld_out, width);
+  }
+
+  // f(constant rows) for as many rows as are computed.
+  template <typename F>
+  void with_rows(F f) const {
+    if (rows_ == 1) return f(RowsConstant<1>{});
+    if (rows_ == 2) return f(RowsConstant<2>{});
+    f(RowsConstant<kTinyRows>{});
+  }
+
+  // Into kept_: what the forward pass has saved of a layer.
+  void load_kept(int l, int e) {
+    const int64_t width = level_.widths[l + 1];
+    read(static_cast<const T*>(args_.saved[l]) + e * rows_ * width, width, width, kept_, widest_);
+  }
+
+  // Into input_: what a layer has read. Values that are not there may become what the activation makes of zero.
+  void load_input(int l, int e) {
+    if (l == 0) {
+      const int stream = level_.expert_inputs[e];
+      return read(static_cast<const T*>(level_.inputs[stream]), level_.input_ld[stream], level_.widths[0], input_,
+                  widest_);
+    }
+    const int code = level_.activations[l - 1];
+    with_activation(from_input(code) ? code : static_cast<int>(kNone), [&](auto constant) {
+      for (int64_t i = 0; i < kTinyRows * widest_; i += Simd<C>::lanes) {
+        store(input_ + i, activate<decltype(constant)::value, C>(load(kept_ + i)));
+      }
+    });
+  }
+
+  void expert(int e, C* below, C* inner) {
+    const int last = level_.layers - 1;
+    load_kept(last, e);
+    mix_back(e, inner);
+    if (!args_.need_chain()) return;
+    times_derivative(last);
+    for (int l = last; l >= 0; --l) {
+      const int64_t width = level_.widths[l], outputs = level_.widths[l + 1];
+      const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
+      const C* gradient = gradient_[l % 2];
+      if (l > 0) load_kept(l - 1, e);
+      if (args_.need_weights) {
+        load_input(l, e);
+        with_rows([&](auto rows) {
+          outer_products<T, C, decltype(rows)::value>(gradient, widest_, outputs, input_, widest_, width, row_,
+                                                      static_cast<T*>(args_.weight_sums[at]));
+        });
+      }
+      if (args_.need_biases) {
+        for (int64_t o = 0; o < outputs; ++o) {
+          row_[o] = 0;
+          for (int64_t r = 0; r < rows_; ++r) row_[o] += gradient[r * widest_ + o];
+        }
+        narrow(row_, static_cast<T*>(args_.bias_sums[at]), outputs);
+      }
+      if (l == 0 && !args_.grad_inputs) return;
+      C* into = l > 0 ? gradient_[(l - 1) % 2] : below + level_.expert_inputs[e] * kTinyRows * padded(width);
+      const int64_t ld = l > 0 ? widest_ : padded(width);
+      if (l > 0) std::memset(into, 0, kTinyRows * widest_ * sizeof(C));
+      with_rows([&](auto rows) {
+        add_rows<T, C, decltype(rows)::value>(static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], outputs,
+                                              gradient, widest_, width, into, ld);
+      });
+      if (l > 0) times_derivative(l - 1);
+    }
+  }
+
+  // From the outputs' gradients to those of an expert's outputs, and their inner products with these.
+  void mix_back(int e, C* inner) {
+    const Gates& gates = level_.gates;
+    const int last = level_.layers - 1, code = level_.activations[last];
+    const int64_t row = padded(features_);
+    const C* after = kept_;
+    if (from_input(code)) {
+      load_input(last + 1, e);
+      after = input_;
+    }
+    C* whole = gradient_[last % 2];
+    std::memset(whole, 0, kTinyRows * widest_ * sizeof(C));
+    for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
+      const GateUse use = gates.uses[u];
+      for (int64_t r = 0; r < rows_; ++r) {
+        const C* grads = grad_outputs_ + (use.gate * kTinyRows + r) * row;
+        const C p = probabilities_[use.column * kGroup + r];
+        Vector<C> sum{};
+        for (int64_t i = 0; i < row; i += Simd<C>::lanes) {
+          C* place = whole + r * widest_ + i;
+          const Vector<C> grad = load(grads + i);
+          store(place, load(place) + broadcast(p) * grad);
+          sum += grad * load(after + r * widest_ + i);
+        }
+        C total = 0;
+        for (int j = 0; j < Simd<C>::lanes; ++j) total += sum[j];
+        inner[use.column * kGroup + r] = total;
+      }
+    }
+  }
+
+  // Of layer l, from kept_.
+  void times_derivative(int l) {
+    C* gradient = gradient_[l % 2];
+    with_activation(level_.activations[l], [&](auto constant) {
+      for (int64_t i = 0; i < kTinyRows * widest_; i += Simd<C>::lanes) {
+        store(gradient + i, load(gradient + i) * derivative<decltype(constant)::value, C>(load(kept_ + i)));
+      }
+    });
+  }
+
+  const BackwardArgs& args_;
+  const Level& level_;
+  const int64_t rows_, features_, widest_;
+  C *grad_outputs_, *probabilities_, *gradient_[2], *kept_, *input_, *row_;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk
