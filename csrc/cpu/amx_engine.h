@@ -33,8 +33,9 @@ struct AmxEngine {
   static constexpr int64_t kRows = 32;                      // two tiles of features by two groups of rows
   static constexpr int64_t kGroups = 2;
   static constexpr WeightForm kForm = WeightForm::kPrepared;
-  static constexpr int64_t kLeastRows = kPlanes == 1 ? 0 : 192;  // below, splitting the weights costs what it saves
-  static constexpr int64_t kBlockBytes = 1024 * 1024;            // every processor with AMX has 2 MiB of L2
+  static constexpr int64_t kLeastRows = kPlanes == 1 ? 0 : 192;     // below, splitting the weights costs what it saves
+  static constexpr int64_t kLeastRowsKept = kPlanes == 1 ? 5 : 64;  // more planes are more to read than the weights
+  static constexpr int64_t kBlockBytes = 1024 * 1024;               // every processor with AMX has 2 MiB of L2
   static constexpr int64_t kChunkBytes = 1024 * 1024;
 
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }

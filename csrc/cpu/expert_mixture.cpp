@@ -19,6 +19,26 @@ const ExpertMixtureKernels& kernels_for(const at::Tensor& inputs) {
   return few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype];
 }
 
+// The kernels for a call that saves nothing, and what was prepared of its weights before. Where they may stay the same
+// from call to call, kernels that want them prepared pay for fewer rows; which ones serve does not depend on what came
+// before, so that equal calls give equal bits.
+struct Serving {
+  Serving(const at::Tensor& inputs, at::TensorList weights) : table(kernels_for(inputs)) {
+    const ExpertMixtureKernels& prepared = kernels().expert_mixture[static_cast<int>(dtype_of(inputs))];
+    if (prepared.form != WeightForm::kPrepared || inputs.size(0) < prepared.least_rows_kept) return;
+    found = PreparedWeights::instance().find(weights, prepared.prepare);
+    if (found.told) table = prepared;
+  }
+
+  void keep(at::TensorList weights, const WeightForms& forms) const {
+    if (!found.again || found.memory) return;
+    PreparedWeights::instance().keep(weights, table.get().prepare, forms.prepared(), forms.bytes());
+  }
+
+  std::reference_wrapper<const ExpertMixtureKernels> table;
+  PreparedWeights::Found found;
+};
+
 void run_tiny(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   const Level& level = args.level;
   const int parts = std::min(level.experts, at::get_num_threads());
@@ -74,7 +94,9 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
                                                                          at::TensorList weights, bool save,
                                                                          F set_gates) {
   const Level& level = tables.level();
-  const ExpertMixtureKernels& table = kernels_for(inputs[0]);
+  const std::optional<Serving> serving =
+      save ? std::nullopt : std::optional<Serving>(std::in_place, inputs[0], weights);
+  const ExpertMixtureKernels& table = serving ? serving->table.get() : kernels_for(inputs[0]);
   const bool tiny = level.rows <= table.tiny_rows;
   set_gates(tiny ? WeightForm::kNatural : table.form);
   const auto options = inputs[0].options();
@@ -89,7 +111,12 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
   if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};
-  tiny ? tables.set_natural_weights(weights) : tables.set_weights(weights, table, false);
+  if (tiny) {
+    tables.set_natural_weights(weights);
+  } else {
+    tables.set_weights(weights, table, false, serving ? serving->found.memory : nullptr);
+    if (serving) serving->keep(weights, tables.weight_forms());
+  }
   const ForwardArgs args{level, output_pointers.data(), save ? saved_pointers.data() : nullptr};
   tiny ? run_tiny(args, table) : run_blocks(args, table);
   return {outputs, saved};

@@ -94,6 +94,7 @@ ExpertMixtureKernels expert_mixture_kernels() {
   using C = typename Engine::C;
   ExpertMixtureKernels table{};
   table.least_rows = Engine::kLeastRows;
+  table.least_rows_kept = Engine::kLeastRowsKept;
   table.form = Engine::kForm;
   table.block_bytes = Engine::kBlockBytes;
   table.chunk_bytes = Engine::kChunkBytes;

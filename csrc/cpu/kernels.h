@@ -13,7 +13,8 @@ namespace mtlk {
 
 // Kernels for one storage type. Scratch is bytes that the caller provides, aligned to a cache line.
 struct ExpertMixtureKernels {
-  int64_t least_rows;  // of a call for which these kernels pay
+  int64_t least_rows;       // of a call for which these kernels pay
+  int64_t least_rows_kept;  // and where prepared weights are kept from call to call
 
   // Weights: the form that the blocks want, and how to prepare one that has `outputs` x `inputs` elements of the
   // storage type, o * row_stride + i * column_stride apart, one of the strides 1.

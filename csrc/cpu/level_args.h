@@ -121,10 +121,12 @@ class LevelTables {
     weights_.set_natural(weights);
     point_weights();
   }
-  void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
-    weights_.set(weights, table, transposed);
+  void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
+                   PreparedWeights::Memory ready = nullptr) {
+    weights_.set(weights, table, transposed, std::move(ready));
     point_weights();
   }
+  const WeightForms& weight_forms() const { return weights_; }
 
  private:
   // The address of a bias of `size` elements, null for none.

@@ -58,11 +58,52 @@ MTLK_INLINE void transpose_block(const C* in, int64_t ld_in, C* out, int64_t ld_
   }
 }
 
+// Pairs of bfloat16 are elements of 32 bits, so that one transpose turns 32 features of 16 whole rows.
+constexpr int kPairs = 2 * kGroup;
+
+#if defined(__AVX512F__)
+MTLK_INLINE void pack_pairs(const BFloat16* rows, int64_t ld, float* panel) {
+  alignas(64) uint32_t pairs[kGroup * kGroup];
+  alignas(64) BFloat16 block[kGroup * kPairs];
+  if (ld % 2 != 0) {
+    for (int r = 0; r < kGroup; ++r) std::memcpy(block + r * kPairs, rows + r * ld, sizeof(BFloat16) * kPairs);
+  }
+  transpose16(ld % 2 != 0 ? block : rows, ld % 2 != 0 ? kGroup : ld / 2, pairs, kGroup);
+  for (int i = 0; i < kGroup; ++i) {
+    const __m512i pair = _mm512_load_si512(pairs + i * kGroup);
+    _mm512_storeu_si512(panel + 2 * i * kGroup, _mm512_slli_epi32(pair, 16));
+    _mm512_storeu_si512(panel + (2 * i + 1) * kGroup, _mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000u)));
+  }
+}
+#endif
+
+#if defined(__AVX512BF16__)
+MTLK_INLINE void unpack_pairs(const float* panel, BFloat16* rows, int64_t ld) {
+  alignas(64) uint32_t pairs[kGroup * kGroup];
+  for (int i = 0; i < kGroup; ++i) {
+    const __m256i even = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(panel + 2 * i * kGroup));
+    const __m256i odd = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(panel + (2 * i + 1) * kGroup));
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+    _mm512_store_si512(pairs + i * kGroup, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
+  }
+  if (ld % 2 == 0) return transpose16(pairs, kGroup, rows, ld / 2);
+  alignas(64) BFloat16 block[kGroup * kPairs];
+  transpose16(pairs, kGroup, block, kGroup);
+  for (int r = 0; r < kGroup; ++r) std::memcpy(rows + r * ld, block + r * kPairs, sizeof(BFloat16) * kPairs);
+}
+#endif
+
 // One group of rows [nrows][features] into a plain panel; absent rows become zero.
 template <typename T, typename C>
 void pack_panel(const T* rows, int64_t ld, int64_t nrows, int64_t features, C* panel) {
   alignas(64) C block[kGroup * kGroup];
-  for (int64_t f = 0; f < features; f += kGroup) {
+  int64_t f = 0;
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, BFloat16) && sizeof(C) == 4) {
+    for (; nrows == kGroup && f + kPairs <= features; f += kPairs) pack_pairs(rows + f, ld, panel + f * kGroup);
+  }
+#endif
+  for (; f < features; f += kGroup) {
     const int64_t width = features - f < kGroup ? features - f : kGroup;
     if constexpr (__is_same(T, C)) {
       if (width == kGroup && nrows == kGroup) {
@@ -86,7 +127,13 @@ void pack_panel(const T* rows, int64_t ld, int64_t nrows, int64_t features, C* p
 template <typename T, typename C>
 void unpack_panel(const C* panel, int64_t features, T* rows, int64_t ld, int64_t nrows) {
   alignas(64) C block[kGroup * kGroup];
-  for (int64_t f = 0; f < features; f += kGroup) {
+  int64_t f = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(T, BFloat16) && sizeof(C) == 4) {
+    for (; nrows == kGroup && f + kPairs <= features; f += kPairs) unpack_pairs(panel + f * kGroup, rows + f, ld);
+  }
+#endif
+  for (; f < features; f += kGroup) {
     const int64_t width = features - f < kGroup ? features - f : kGroup;
     if (width == kGroup) {
       if constexpr (__is_same(T, C)) {

@@ -3,12 +3,13 @@
 
 #include <ATen/ATen.h>
 
-#include <optional>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
+#include "prepared_weights.h"
 
 namespace mtlk {
 
@@ -27,8 +28,10 @@ class WeightForms {
     }
   }
 
-  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared.
-  void set(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
+  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared, and
+  // `ready` is what was prepared of them before.
+  void set(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
+           PreparedWeights::Memory ready = nullptr) {
     if (table.form == WeightForm::kNatural) return set_natural(weights);
     if (table.form == WeightForm::kCompute) {
       std::vector<at::Tensor> wide(weights.size());
@@ -36,28 +39,44 @@ class WeightForms {
                      [&](int64_t i) { wide[i] = weights[i].to(at::kFloat).contiguous(); });
       return set_natural(wide);
     }
-    std::vector<at::Tensor> rows;
     std::vector<int64_t> offsets{0};
     for (const at::Tensor& weight : weights) {
-      const bool turned = weight.stride(1) != 1 && weight.stride(0) != 1;
-      rows.push_back(transposed ? (turned ? weight.contiguous() : weight).t()
-                                : (turned ? weight.contiguous() : weight));
-      offsets.push_back(offsets.back() + table.prepared_bytes(rows.back().size(0), rows.back().size(1)));
+      const int64_t outputs = weight.size(transposed ? 1 : 0), inputs = weight.size(transposed ? 0 : 1);
+      offsets.push_back(offsets.back() + table.prepared_bytes(outputs, inputs));
     }
-    prepared_.emplace(1, offsets.back());
-    char* memory = static_cast<char*>((*prepared_)[0]);
+    bytes_ = offsets.back();
+    prepared_ = ready ? std::move(ready) : prepare(weights, table, transposed, offsets);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      pointers_.push_back(static_cast<char*>((*prepared_)[0]) + offsets[i]);
+    }
+    ld_.assign(weights.size(), 0);
+  }
+
+  // What `set` has prepared, and its size.
+  const PreparedWeights::Memory& prepared() const { return prepared_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  static PreparedWeights::Memory prepare(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
+                                         const std::vector<int64_t>& offsets) {
+    auto prepared = std::make_shared<const Scratch>(1, offsets.back());
+    char* memory = static_cast<char*>((*prepared)[0]);
+    std::vector<at::Tensor> rows;
+    for (const at::Tensor& weight : weights) {
+      const at::Tensor plain = weight.stride(1) != 1 && weight.stride(0) != 1 ? weight.contiguous() : weight;
+      rows.push_back(transposed ? plain.t() : plain);
+    }
     parallel_tasks(at::get_num_threads(), weights.size(), [&](int64_t i) {
       const at::Tensor& weight = rows[i];
       table.prepare(weight.const_data_ptr(), weight.stride(0), weight.stride(1), weight.size(0), weight.size(1),
                     memory + offsets[i]);
     });
-    for (size_t i = 0; i < weights.size(); ++i) pointers_.push_back(memory + offsets[i]);
-    ld_.assign(weights.size(), 0);
+    return prepared;
   }
 
- private:
   std::vector<at::Tensor> kept_;
-  std::optional<Scratch> prepared_;
+  PreparedWeights::Memory prepared_;
+  int64_t bytes_ = 0;
   std::vector<const void*> pointers_;
   std::vector<int64_t> ld_;
 };
