@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,7 @@ class CMakeBuild(build_ext):
             f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
             f"-DCMAKE_INSTALL_PREFIX={path.parent}",
             *([f"-DMTLK_OUTPUT_NAME={path.name}"] if cuda else options_for_cpp()),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
             try:

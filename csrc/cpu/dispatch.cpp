@@ -19,6 +19,12 @@ MTLK_DECLARE(baseline)
 #if defined(MTLK_X86)
 MTLK_DECLARE(avx2)
 MTLK_DECLARE(avx512)
+#if defined(MTLK_AVX512BF16)
+MTLK_DECLARE(avx512bf16)
+#endif
+#if defined(MTLK_SPLIT)
+MTLK_DECLARE(split)
+#endif
 #if defined(MTLK_AMX)
 MTLK_DECLARE(amx)
 #endif
@@ -28,14 +34,22 @@ static bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+#if defined(MTLK_AVX512BF16)
+// Dot products of bfloat16 and conversions to it.
+static bool has_avx512bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16) != 0;
+}
+#endif
+
 #if defined(MTLK_AMX)
-// AMX tiles with bfloat16, AVX-512 conversions to bfloat16, and the kernel's leave to use the tile registers.
+// AMX tiles with bfloat16, and the kernel's leave to use the tile registers.
 static bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & kAvx512Bf16) == 0) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -57,8 +71,15 @@ static std::vector<Kernels> make_tables() {
   add(avx2::fill);
   if (!has_avx512()) return tables;
   add(avx512::fill);
+#if defined(MTLK_AVX512BF16)
+  if (!has_avx512bf16()) return tables;
+  add(avx512bf16::fill);
+#endif
 #if defined(MTLK_AMX)
   if (has_amx()) add(amx::fill);
+#endif
+#if defined(MTLK_SPLIT)
+  add(split::fill);
 #endif
 #endif
   return tables;

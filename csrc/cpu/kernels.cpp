@@ -7,8 +7,8 @@
 #include "pcgrad_kernels.h"
 #include "snr_aver_kernels.h"
 #include "snr_trans_kernels.h"
-#if defined(__AMX_BF16__)
-#include "amx_engine.h"
+#if defined(__AVX512BF16__)
+#include "pair_engine.h"
 #else
 #include "plain_engine.h"
 #endif
@@ -208,10 +208,12 @@ void fill_dtype(Kernels& table, Dtype dtype) {
 // Puts this instruction set's kernels into a table.
 void fill(Kernels& table) {
   table.isa = MTLK_ISA_NAME;
-#if defined(__AMX_BF16__)
-  fill_dtype<float, AmxEngine<float>>(table, Dtype::kFloat32);
-  fill_dtype<BFloat16, AmxEngine<BFloat16>>(table, Dtype::kBFloat16);
-  fill_dtype<Half, AmxEngine<Half>>(table, Dtype::kFloat16);
+#if defined(__AVX512BF16__)
+  fill_dtype<BFloat16, PairEngine<BFloat16>>(table, Dtype::kBFloat16);
+#if defined(__AMX_BF16__) || defined(MTLK_SPLIT)
+  fill_dtype<float, PairEngine<float>>(table, Dtype::kFloat32);
+  fill_dtype<Half, PairEngine<Half>>(table, Dtype::kFloat16);
+#endif
 #else
   fill_dtype<float, PlainEngine<float>>(table, Dtype::kFloat32);
   fill_dtype<double, PlainEngine<double>>(table, Dtype::kFloat64);

@@ -54,10 +54,11 @@ def expert_mixture(
     ``inputs``, ``weights``, ``biases`` and ``gate_logits``. An expert that no gate mixes is not evaluated, and its
     gradients are zero. The softmax and the sums are in float32 (float64 for float64 inputs).
 
-    On a CPU with AMX, weights that come to calls without gradients again and again are prepared once and kept (up to
-    256 MiB), until one of them is another tensor, has another version, or has other values in a sample of 64: a
-    write to single values of its ``.data``, which no version counts, may go unseen. Weights in memory that others
-    can write to (shared, mapped from a file, NumPy's) and inference tensors are prepared at each call.
+    On a CPU with AMX, or in bfloat16 with AVX-512 dot products, weights that come to calls without gradients again and
+    again are prepared once and kept (up to 256 MiB), until one of them is another tensor, has another version, or has
+    other values in a sample of 64: a write to single values of its ``.data``, which no version counts, may go unseen.
+    Weights in memory that others can write to (shared, mapped from a file, NumPy's) and inference tensors are prepared
+    at each call.
 
     Args:
         inputs: [B, D], which every expert reads, or a sequence of G tensors [B, D], of which expert e reads number

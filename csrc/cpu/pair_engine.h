@@ -1,4 +1,5 @@
-// Evaluates layers on AMX tiles, which multiply bfloat16 and add in float32.
+// Evaluates layers with instructions that multiply pairs of bfloat16 and add in float32: AMX tiles, AVX-512 dot
+// products.
 //
 // A bfloat16 is one tile operand. Wider types are split into a sum of bfloat16 planes, each the rounded rest of those
 // before: three planes hold all 24 bits of a float32, two those of a float16. A product of split numbers keeps the
@@ -8,9 +9,13 @@
 // the last plane leaves bfloat16's normal range, precision falls off.
 #pragma once
 
-#include "ahead.h"
 #include "expert_mixture_args.h"
 #include "panels.h"
+#if defined(__AMX_BF16__)
+#include "amx_products.h"
+#else
+#include "dot_products.h"
+#endif
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -21,38 +26,31 @@ constexpr int planes_of() {
 }
 
 template <typename T_>
-struct AmxEngine {
+struct PairEngine {
   using T = T_;
   using C = float;
   using Element = BFloat16;
   using Weight = BFloat16;
   static constexpr int kPlanes = planes_of<T>();
-  static constexpr int64_t kStep = 32;                      // features of one tile product
-  static constexpr int64_t kBlock = kGroup * kStep;         // elements of a tile
+  using Products = PairProducts<kPlanes>;
+  static constexpr int64_t kStep = kPairStep;               // features of one tile product
+  static constexpr int64_t kBlock = kPairTile;              // elements of a tile
   static constexpr int64_t kPlaneBlock = kPlanes * kBlock;  // and of its planes, which lie one after another
   static constexpr int64_t kRows = 32;                      // two tiles of features by two groups of rows
   static constexpr int64_t kGroups = 2;
   static constexpr WeightForm kForm = WeightForm::kPrepared;
   static constexpr int64_t kLeastRows = kPlanes == 1 ? 0 : 192;     // below, splitting the weights costs what it saves
   static constexpr int64_t kLeastRowsKept = kPlanes == 1 ? 5 : 64;  // more planes are more to read than the weights
-  static constexpr int64_t kBlockBytes = 1024 * 1024;               // every processor with AMX has 2 MiB of L2
-  static constexpr int64_t kChunkBytes = 1024 * 1024;
+  static constexpr int64_t kBlockBytes = Products::kCacheBytes / 2;
+  static constexpr int64_t kChunkBytes = Products::kCacheBytes / 2;
 
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
   static int64_t tile_begin(int64_t features, int64_t t) { return t * kRows < features ? t * kRows : features; }
   static int64_t steps(int64_t n) { return (n + kStep - 1) / kStep; }
   static int64_t rounded(int64_t n) { return steps(n) * kStep; }
 
-  // Eight full tiles: 16 rows of 64 bytes.
-  static void begin() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  static void end() { _tile_release(); }
+  static void begin() { Products::begin(); }
+  static void end() { Products::end(); }
 
   // Panels: [feature / 32][plane][16 pairs of features][16 rows][2].
   static int64_t panel_size(int64_t features) { return steps(features) * kPlaneBlock; }
@@ -125,8 +123,8 @@ struct AmxEngine {
                    int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
     const int64_t size = panel_size(depth);
     const Weight* a = w + feature / kGroup * size;
-    product({a, a + size, kPlaneBlock, n > kGroup}, {panels, panels + size, kPlaneBlock, groups > 1}, steps(depth), out,
-            out + out_group, kGroup, ahead);
+    Products::run({a, a + size, kPlaneBlock, n > kGroup}, {panels, panels + size, kPlaneBlock, groups > 1},
+                  steps(depth), out, out + out_group, kGroup, ahead);
   }
 
   // The backward pass gets its weights transposed, so that it is the same product.
@@ -197,8 +195,8 @@ struct AmxEngine {
     for (int64_t o = 0; o < outputs; o += kRows) {
       const int64_t n = outputs - o < kRows ? outputs - o : kRows;
       const Gradient* a = gradient + o / kGroup * kPlaneBlock;
-      product({a, a + kPlaneBlock, gradient_size(outputs), n > kGroup},
-              {b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true}, steps(nrows), sums[0], sums[1], kGroup, {});
+      Products::run({a, a + kPlaneBlock, gradient_size(outputs), n > kGroup},
+                    {b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true}, steps(nrows), sums[0], sums[1], kGroup, {});
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < kGroups; ++j) {
           C* place = grad + (o + i) * ld + column + j * kGroup;
@@ -277,122 +275,6 @@ struct AmxEngine {
     __m256i planes[kPlanes];
     split(value, planes);
     for (int p = 0; p < kPlanes; ++p) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock), planes[p]);
-  }
-
-  static constexpr int64_t kLongDepth = 20;  // steps
-
-  // Two neighbouring tiles of a factor, or one; from one step of the depth to the next it moves on by `step` elements.
-  struct Factor {
-    const BFloat16 *first, *second;
-    int64_t step;
-    bool both;
-  };
-
-  // out0[i * ld] and out1 = rows of both tiles of a against the first and the second tile of b.
-  static void product(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld,
-                      const Ahead& ahead) {
-    if constexpr (kPlanes == 1) {
-      product_2x2(a, b, steps, out0, out1, ld, ahead);
-    } else {
-      // Short depths find their factors near, and run fastest with a register for each plane; long ones wait for the
-      // second-level cache, and read b once for both tiles of a.
-      const bool together = steps >= kLongDepth;
-      const int64_t parts = (a.both && !together ? 2 : 1) * (b.both ? 2 : 1);
-      int64_t part = 0;
-      const auto next = [&] { return ahead.share(part++, 1, parts); };
-      const Factor first{a.first, nullptr, a.step, false};
-      product_split(together ? a : first, b.first, b.step, steps, out0, ld, next());
-      if (b.both) product_split(together ? a : first, b.second, b.step, steps, out1, ld, next());
-      if (together || !a.both) return;
-      const Factor second{a.second, nullptr, a.step, false};
-      product_split(second, b.first, b.step, steps, out0 + kGroup * ld, ld, next());
-      if (b.both) product_split(second, b.second, b.step, steps, out1 + kGroup * ld, ld, next());
-    }
-  }
-
-  static void product_2x2(const Factor& a, const Factor& b, int64_t steps, C* out0, C* out1, int64_t ld,
-                          const Ahead& ahead) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    Fetcher fetcher(ahead, steps);
-    for (int64_t k = 0; k < steps; ++k) {
-      fetcher.step();
-      _tile_loadd(4, a.first + k * a.step, 64);
-      _tile_loadd(6, b.first + k * b.step, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if (b.both) {
-        _tile_loadd(7, b.second + k * b.step, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if (a.both) {
-        _tile_loadd(5, a.second + k * a.step, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        if (b.both) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, out0, ld * sizeof(C));
-    if (b.both) _tile_stored(1, out1, ld * sizeof(C));
-    if (a.both) _tile_stored(2, out0 + kGroup * ld, ld * sizeof(C));
-    if (a.both && b.both) _tile_stored(3, out1 + kGroup * ld, ld * sizeof(C));
-  }
-
-  // Tiles 0 and 2 sum the leading planes' products with the first and the second tile of a, tiles 1 and 3 the rest,
-  // which is too small to lose anything to rounding. Tile numbers are part of an instruction's text, so both halves are
-  // written out.
-  static void product_split(const Factor& a, const BFloat16* b, int64_t b_step, int64_t steps, C* out, int64_t ld,
-                            const Ahead& ahead) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    Fetcher fetcher(ahead, steps);
-    for (int64_t k = 0; k < steps; ++k, b += b_step) {
-      fetcher.step();
-      _tile_loadd(5, b, 64);
-      _tile_loadd(6, b + kBlock, 64);
-      if constexpr (kPlanes == 3) _tile_loadd(7, b + 2 * kBlock, 64);
-      const BFloat16* first = a.first + k * a.step;
-      _tile_loadd(4, first, 64);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_dpbf16ps(1, 4, 6);
-      if constexpr (kPlanes == 3) _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(4, first + kBlock, 64);
-      _tile_dpbf16ps(1, 4, 5);
-      if constexpr (kPlanes == 3) {
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(4, first + 2 * kBlock, 64);
-        _tile_dpbf16ps(1, 4, 5);
-      }
-      if (!a.both) continue;
-      const BFloat16* second = a.second + k * a.step;
-      _tile_loadd(4, second, 64);
-      _tile_dpbf16ps(2, 4, 5);
-      _tile_dpbf16ps(3, 4, 6);
-      if constexpr (kPlanes == 3) _tile_dpbf16ps(3, 4, 7);
-      _tile_loadd(4, second + kBlock, 64);
-      _tile_dpbf16ps(3, 4, 5);
-      if constexpr (kPlanes == 3) {
-        _tile_dpbf16ps(3, 4, 6);
-        _tile_loadd(4, second + 2 * kBlock, 64);
-        _tile_dpbf16ps(3, 4, 5);
-      }
-    }
-    alignas(64) C rest[kGroup * kGroup];
-    const auto store_sum = [&](C* place) {
-      for (int64_t i = 0; i < kGroup; ++i) {
-        const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(place + i * ld), _mm512_load_ps(rest + i * kGroup));
-        _mm512_storeu_ps(place + i * ld, sum);
-      }
-    };
-    _tile_stored(0, out, ld * sizeof(C));
-    _tile_stored(1, rest, kGroup * sizeof(C));
-    store_sum(out);
-    if (!a.both) return;
-    _tile_stored(2, out + kGroup * ld, ld * sizeof(C));
-    _tile_stored(3, rest, kGroup * sizeof(C));
-    store_sum(out + kGroup * ld);
   }
 };
 

@@ -1,0 +1,79 @@
+// Products of pairs of bfloat16 by AVX-512 dot products, on the operands of AMX tiles.
+#pragma once
+
+#include "pair_factor.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+template <int Planes>
+class PairProducts {
+ public:
+  static constexpr int64_t kCacheBytes =
+      1024 * 1024;  // of the second level: the least of the processors that have them
+
+  static void begin() {}
+  static void end() {}
+
+  // out0[i * ld] and out1 = rows of both tiles of a against the first and the second tile of b.
+  static void run(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1, int64_t ld,
+                  const Ahead& ahead) {
+    const int64_t parts = (a.both ? 2 : 1) * kGroup / kRows;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t row = part * kRows;
+      const BFloat16* rows = (row < kGroup ? a.first : a.second) + row % kGroup * kPairStep;
+      const Ahead share = ahead.share(part, 1, parts);
+      if (b.both) {
+        rows_against<2>(rows, a.step, b, steps, out0 + row * ld, out1 + row * ld, ld, share);
+      } else {
+        rows_against<1>(rows, a.step, b, steps, out0 + row * ld, nullptr, ld, share);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kRows = 8;  // of a, beside two tiles of b and, of split factors, two sums each
+
+  template <int Tiles>
+  static void rows_against(const BFloat16* a, int64_t a_step, const PairFactor& b, int64_t steps, float* out0,
+                           float* out1, int64_t ld, const Ahead& ahead) {
+    __m512 sums[kRows][Tiles] = {}, rest[kRows][Tiles] = {};
+    const BFloat16 *first = b.first, *second = b.second;
+    Fetcher fetcher(ahead, steps);
+    for (int64_t k = 0; k < steps; ++k, a += a_step, first += b.step, second += b.step) {
+      fetcher.step();
+      for (int p = 0; p < Planes; ++p) {
+        for (int q = 0; p + q < Planes; ++q) {
+          auto& to = p + q == 0 ? sums : rest;
+          multiply<Tiles>(a + p * kPairTile, first + q * kPairTile, second + q * kPairTile, to);
+        }
+      }
+    }
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int t = 0; t < Tiles; ++t) {
+        const __m512 sum = Planes == 1 ? sums[i][t] : _mm512_add_ps(sums[i][t], rest[i][t]);
+        _mm512_storeu_ps((t == 0 ? out0 : out1) + i * ld, sum);
+      }
+    }
+  }
+
+  template <int Tiles>
+  MTLK_INLINE static void multiply(const BFloat16* a, const BFloat16* first, const BFloat16* second,
+                                   __m512 (&sums)[kRows][Tiles]) {
+    for (int64_t pair = 0; pair < kPairStep / 2; ++pair) {
+      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(first + pair * 2 * kGroup);
+      const __m512bh b1 = Tiles == 1 ? b0 : (__m512bh)_mm512_loadu_si512(second + pair * 2 * kGroup);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kRows; ++i) {
+        int32_t both;
+        std::memcpy(&both, a + i * kPairStep + pair * 2, sizeof(both));
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(both);
+        sums[i][0] = _mm512_dpbf16_ps(sums[i][0], value, b0);
+        if constexpr (Tiles == 2) sums[i][1] = _mm512_dpbf16_ps(sums[i][1], value, b1);
+      }
+    }
+  }
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

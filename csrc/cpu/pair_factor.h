@@ -1,0 +1,22 @@
+// What products of pairs of bfloat16 multiply.
+#pragma once
+
+#include "ahead.h"
+#include "panels.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+constexpr int64_t kPairStep = 32;                  // of the depth, one tile
+constexpr int64_t kPairTile = kGroup * kPairStep;  // elements of a tile
+
+// Two neighbouring tiles of a factor, or one, each with its planes behind it; from one step of the depth to the next it
+// moves on by `step` elements.
+struct PairFactor {
+  const BFloat16 *first, *second;
+  int64_t step;
+  bool both;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk
