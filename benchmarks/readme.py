@@ -1,0 +1,199 @@
+"""Rewrites README's tables from the results that are kept: ``python -m benchmarks.readme``.
+
+A table stands between ``<!-- table: NAME from FILE.json -->`` and ``<!-- /table -->``, and everything between them is
+made of that file. NAME is one of :data:`TABLES`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness import plots, report
+from benchmarks.harness.case import OURS, amount
+from benchmarks.harness.report import Report, Row
+from benchmarks.harness.table import milliseconds
+from benchmarks.suites import pcgrad, snr
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+_TABLE = re.compile(r"<!-- table: (\S+) from (\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
+_MARK = re.compile(r"<!-- /?table\b")
+
+LEVELS = {"A1": "A1: one level, serving", "A": "A: one level", "A2": "A2: PLE, two levels", "B": "B: PLE, two levels"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, and the text below it in each row."""
+
+    heading: str
+    cell: Callable[[Row], str]
+    right: bool = True
+
+
+def _words(heading: str, cell: Callable[[Row], str]) -> Column:
+    return Column(heading, cell, right=False)
+
+
+def _time(heading: str, name: str) -> Column:
+    """Median milliseconds; a dash where the contender was left out or refused."""
+
+    def cell(row: Row) -> str:
+        timing = row.timing(name)
+        text = milliseconds(timing.median) if timing else "–"
+        return f"**{text}**" if timing and name == OURS else text
+
+    return Column(f"{heading}, ms", cell)
+
+
+def _speedup(heading: str, over: str, bold: bool = False) -> Column:
+    """How many times as fast mtlkernels is."""
+
+    def cell(row: Row) -> str:
+        value = row.speedup(over)
+        if value is None:
+            return "–"
+        text = f"{value:.0f}×" if value >= 100 else f"{value:#.3g}×"
+        return f"**{text}**" if bold else text
+
+    return Column(heading, cell)
+
+
+def _share(row: Row) -> str:
+    value = row.share_of_limit(OURS)
+    return "–" if value is None else f"{100 * value:.0f}%"
+
+
+def _gradients(row: Row) -> str:
+    tasks = f"{row.size['T']} tasks, "
+    if row.workload == "C-sparse":
+        count, width = pcgrad.TABLE
+        return f"{tasks}sparse: an embedding of {amount(count)} × {width}, {pcgrad.TOUCHED:,} draws each"
+    return f"{tasks}{amount(row.size['P'])} {row.dtype} in {row.size['tensors']} tensors"
+
+
+def _peaks(row: Row) -> str:
+    peaks = [row.outcomes[name].peak for name in (pcgrad.USUAL, OURS)]
+    return " → ".join("–" if peak is None else f"{peak:,.0f}" for peak in peaks) + " MiB"
+
+
+def _pcgrad_shown(row: Row) -> bool:
+    """Of the sweep over tasks only its smallest row."""
+    return row.workload != "C-tasks" or row.size["T"] == min(pcgrad.TASK_SWEEP)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some rows of a suite, under columns."""
+
+    suite: str
+    columns: Sequence[Column]
+    shown: Callable[[Row], bool] = lambda row: True
+
+    def __call__(self, found: Report) -> list[str]:
+        rows = [row for row in found.rows.get(self.suite, []) if self.shown(row)]
+        if not rows:
+            raise ValueError(f"the suite {self.suite} has no rows to show")
+        lines = [
+            [column.heading for column in self.columns],
+            ["---:" if column.right else "---" for column in self.columns],
+            *([column.cell(row) for column in self.columns] for row in rows),
+        ]
+        return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _machine(found: Report) -> list[str]:
+    """Where and when, and what that machine does at best."""
+    limits = found.limits
+    rates = ", ".join(f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in sorted(limits["gemm_tflops"].items()))
+    reads = f"{limits['read_gb_s']:.3g} GB/s, from cache {limits['resident_read_gb_s']:.3g} GB/s"
+    return [f"{plots.where(found)}.", f"Measured in the same run: GEMM {rates}; reading {reads}."]
+
+
+TABLES: dict[str, Callable[[Report], list[str]]] = {
+    "machine": _machine,
+    "mixture": Table(
+        "mixture",
+        (
+            _words("workload", lambda row: LEVELS[row.workload]),
+            Column("rows", lambda row: str(row.size["B"])),
+            _words("work", lambda row: row.work),
+            _words("dtype", lambda row: row.dtype),
+            _time("eager modules", "eager"),
+            _time("torch.compile", "compile"),
+            _time("hand-batched", "batched"),
+            _time("mtlkernels", OURS),
+            _speedup("vs eager", "eager", bold=True),
+            _speedup("vs compile", "compile"),
+            Column("of the limit", _share),
+        ),
+    ),
+    "pcgrad": Table(
+        "pcgrad",
+        (
+            _words("gradients", _gradients),
+            _time("the usual PCGrad", pcgrad.USUAL),
+            _time("pytorch-optimizer 4.1.0", pcgrad.OPTIMIZER),
+            _time("TorchJD 0.18", pcgrad.TORCHJD),
+            _time("mtlkernels", OURS),
+            _speedup("vs usual", pcgrad.USUAL, bold=True),
+            _speedup("vs TorchJD", pcgrad.TORCHJD),
+            Column("of the limit", _share),
+            Column("peak memory, usual → ours", _peaks),
+        ),
+        _pcgrad_shown,
+    ),
+    "snr": Table(
+        "snr",
+        (
+            Column(f"open routes of {snr.RouteShape().below} an output", lambda row: str(row.size["open"])),
+            _words("work", lambda row: row.work),
+            _words("dtype", lambda row: row.dtype),
+            _time("a product a route", "eager"),
+            _time("torch.compile", "compile"),
+            _time("folded GEMM", "folded"),
+            _time("mtlkernels", OURS),
+            _speedup("vs folded", "folded", bold=True),
+            Column("of the limit", _share),
+        ),
+        lambda row: row.workload == "D",
+    ),
+}
+
+
+def rewritten(text: str, root: Path = ROOT) -> str:
+    """``text`` with each of its tables made anew; files are looked for below ``root``.
+
+    Raises:
+        ValueError: a mark is not one of a pair, or there is no such table, file, or row.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name, file, _ = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"no table {name!r}; there are {', '.join(TABLES)}")
+        if not (root / file).is_file():
+            raise ValueError(f"table {name}: there is no file {file}")
+        lines = TABLES[name](report.load(root / file))
+        return "\n".join([f"<!-- table: {name} from {file} -->", "", *lines, "", "<!-- /table -->"])
+
+    pairs = _TABLE.findall(text)
+    if any(_MARK.search(inside) for *_, inside in pairs) or len(_MARK.findall(text)) != 2 * len(pairs):
+        raise ValueError("each '<!-- table: NAME from FILE -->' must be followed by its own '<!-- /table -->'")
+    return _TABLE.sub(table, text)
+
+
+def main() -> int:
+    before = README.read_text()
+    after = rewritten(before)
+    README.write_text(after)
+    print(f"{README.name}: {len(_TABLE.findall(after))} tables {'as they were' if after == before else 'made anew'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""README's tables are what the kept results say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme
+from benchmarks.harness import report as reports
+from benchmarks.harness.case import OURS
+from benchmarks.harness.report import FAILED
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> tuple[reports.Report, Path]:
+    """The kept results of the suite mixture, and where a test puts its own."""
+    (path,) = (readme.ROOT / "benchmarks" / "results").glob("mixture-*-amx.json")
+    return reports.load(path), tmp_path / "results.json"
+
+
+def marked(inside: str, name: str = "mixture", file: str = "results.json") -> str:
+    return f"Before.\n<!-- table: {name} from {file} -->\n{inside}<!-- /table -->\nAfter.\n"
+
+
+def test_readme_shows_the_kept_results() -> None:
+    text = readme.README.read_text()
+    assert readme.rewritten(text) == text, "README's tables differ from benchmarks/results: run `make readme`"
+    assert {name for name, *_ in readme._TABLE.findall(text)} == readme.TABLES.keys()
+
+
+def test_every_table_with_times_is_made() -> None:
+    outside = readme._TABLE.sub("", readme.README.read_text())
+    assert not [line for line in outside.splitlines() if line.startswith("|") and (" ms |" in line or "× |" in line)]
+
+
+def test_a_table_follows_its_file(mixture: tuple[reports.Report, Path]) -> None:
+    found, path = mixture
+    first = found.rows["mixture"][0]
+    ours, eager = first.timing(OURS), first.timing("eager")
+    assert ours and eager
+    first.outcomes[OURS].timing = reports.Timing(**{**vars(ours), "median": eager.median / 8})
+    first.outcomes["compile"].timing, first.outcomes["compile"].status = None, FAILED
+    reports.save(found, path)
+    text = readme.rewritten(marked("| old |\n"), path.parent)
+    head, rule, line, *rest = [x for x in text.splitlines() if x.startswith("|")]
+    assert len(rest) == len(found.rows["mixture"]) - 1 and head.count("|") == rule.count("|") == line.count("|")
+    assert "**8.00×**" in line and "| – |" in line and "old" not in text
+    assert text.startswith("Before.\n") and text.endswith("\nAfter.\n")
+    assert readme.rewritten(text, path.parent) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (marked("", name="unheard-of"), "no table 'unheard-of'; there are machine, mixture"),
+        (marked("", file="absent.json"), "there is no file absent.json"),
+        (marked("", name="snr"), "the suite snr has no rows to show"),
+        ("<!-- table: mixture from results.json -->\n| 1 |\n", "must be followed by its own"),
+        ("| 1 |\n<!-- /table -->\n", "must be followed by its own"),
+        (marked("<!-- table: snr from results.json -->\n"), "must be followed by its own"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(mixture: tuple[reports.Report, Path], text: str, message: str) -> None:
+    found, path = mixture
+    reports.save(found, path)
+    with pytest.raises(ValueError, match=message):
+        readme.rewritten(text, path.parent)
