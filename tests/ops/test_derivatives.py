@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import mtlkernels as mk
 from mtlkernels.ops.activations import ACTIVATIONS, CODES
+from mtlkernels.ops.expert_mixture.autograd import ExpertMixture
 from mtlkernels.testing import Case, CaseFactory
 
 # Ragged gates, three streams of which nobody reads the second, and an expert that no gate mixes.
@@ -138,6 +139,71 @@ def test_gradgradcheck_without_biases_and_with_frozen_inputs(backend: str) -> No
     with mk.use_backend(backend):
         function, leaves = function_of_leaves(mk.expert_mixture, case)
         gradgradcheck(function, leaves)
+
+
+# Outputs that take no part in the loss -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", [(1,), (0, 2)])
+def test_gradients_of_some_outputs(pair: Any, chosen: tuple[int, ...], backend: str) -> None:
+    fused, plain, values = pair
+    leaves = [v.clone().requires_grad_() for v in values]
+    every = tuple(range(len(values)))
+
+    def loss(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        return lambda *v: sum((function(*v)[k] ** 2).sum() * (k + 1) for k in chosen)
+
+    def grads(function: Callable[..., Any], **options: Any) -> Any:
+        found = torch.autograd.grad(loss(function)(*leaves), leaves, allow_unused=True, **options)
+        return [torch.zeros_like(v) if g is None else g for g, v in zip(found, leaves, strict=True)]
+
+    def second(function: Callable[..., Any]) -> Any:
+        total = sum(g.square().sum() for g in grads(function, create_graph=True))
+        return torch.autograd.grad(total, leaves, materialize_grads=True)
+
+    def by_func(function: Callable[..., Any]) -> Any:
+        return torch.func.grad(loss(function), every)(*values)
+
+    def batched(function: Callable[..., Any]) -> Any:
+        dims = (0,) * 3 + (None,) * (len(values) - 3)
+        rows = [torch.stack([v, 2 * v]) if i < 3 else v for i, v in enumerate(values)]
+        return torch.func.vmap(torch.func.grad(loss(function), every), dims)(*rows)
+
+    with mk.use_backend(backend):
+        for derivative in (grads, second, by_func, batched):
+            assert_same(derivative(fused), derivative(plain))
+
+
+def test_no_zeros_are_made_for_what_is_saved(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    seen: list[Any] = []
+    usual = ExpertMixture.backward
+    monkeypatch.setattr(ExpertMixture, "backward", lambda ctx, *grads: seen.append(grads) or usual(ctx, *grads))
+    with mk.use_backend(backend):
+        outputs = mk.expert_mixture(**expert(torch.float32).arguments)
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    (grads,) = seen
+    assert [grad is None for grad in grads] == [False] * 3 + [True] * 2
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, which sends no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_at_all(backend: str) -> None:
+    case = expert(torch.float32)
+    leaves = [leaf for group in case.leaves().values() for leaf in group]
+    with mk.use_backend(backend):
+        outputs = mk.expert_mixture(**case.arguments)
+        grads = torch.autograd.grad(sum(NoGradient.apply(y).sum() for y in outputs), leaves, allow_unused=True)
+    assert all(grad is None for grad in grads)
 
 
 # torch.func ---------------------------------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ class ExpertMixture(torch.autograd.Function):
         plan, *tensors = inputs
         saved = output[len(plan.gate_sizes) :]
         ctx.mark_non_differentiable(*saved)
+        if not torch.compiler.is_compiling():  # which does not trace it, and drops zeros that nobody reads
+            ctx.set_materialize_grads(False)  # zeros for what is saved, as large as that, took a tenth of a step
         ctx.plan = plan
         ctx.save_for_backward(*tensors, *saved)
 
@@ -93,12 +95,16 @@ class ExpertMixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: Plan = ctx.plan
         layers = len(plan.activations)
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         kept = ctx.saved_tensors  # once: checkpointing recomputes them at each access
         tensors, saved = kept[:-layers], kept[-layers:]
         *groups, idle = plan.split(tensors)
         *flags, idle_flags = plan.split(ctx.needs_input_grad[1:])
         needs = tuple(any(group) for group in flags)
-        grad_outputs = grads[: len(plan.gate_sizes)]
+        inputs, weights = groups[:2]
+        shape = (inputs[0].shape[0], weights[-1].shape[0])
+        grad_outputs = [inputs[0].new_zeros(shape) if grad is None else grad for grad in grads[: len(plan.gate_sizes)]]
         used = [tensor for group in groups for tensor in group]
         found = iter(call(ExpertMixtureBackward, plan, needs, *grad_outputs, *used, *saved) if any(needs) else ())
         result: list[Tensor | None] = [None]
