@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._layout import alike
+from mtlkernels.ops._layout import alike, saved_layers
 
 _library = torch.library.Library("mtlkernels", "DEF")
 
@@ -128,7 +128,8 @@ _define(
 # expert_mixture -----------------------------------------------------------------------------------------------------
 # Weights and biases are lists over layers, then experts: layer l of expert e stands at l * E + e. ``activations`` holds
 # a code a layer, see mtlkernels.ops.activations. ``saved`` holds one [E, B, H] tensor a layer: the activation's output
-# where its derivative follows from that, otherwise its input; it is empty unless ``save`` asks for it.
+# where its derivative follows from that, otherwise its input; it is empty unless ``save`` asks for it. Of several
+# layers the last is not saved on CPUs: the backward pass computes it again, see ``saved_layers``.
 
 
 def _expert_mixture_forward(
@@ -145,7 +146,8 @@ def _expert_mixture_forward(
     rows, num_experts = inputs[0].shape[0], len(expert_inputs)
     widths = [weights[layer * num_experts].shape[0] for layer in range(len(activations))]
     outputs = [_empty(inputs[0], (rows, widths[-1])) for _ in gate_sizes]
-    saved = [_empty(inputs[0], (num_experts, rows, width)) for width in widths] if save else []
+    kept = widths[: saved_layers(len(widths), inputs[0].device)] if save else []
+    saved = [_empty(inputs[0], (num_experts, rows, width)) for width in kept]
     return outputs, saved
 
 
@@ -153,6 +155,7 @@ def _expert_mixture_backward(
     grad_outputs: list[Tensor],
     inputs: list[Tensor],
     weights: list[Tensor],
+    biases: list[Tensor | None],
     gate_logits: list[Tensor],
     saved: list[Tensor],
     expert_inputs: list[int],
@@ -179,9 +182,9 @@ _define(
     autocast=(0, 1, 2),
 )
 _define(
-    "expert_mixture_backward(Tensor[] grad_outputs, Tensor[] inputs, Tensor[] weights, Tensor[] gate_logits,"
-    " Tensor[] saved, int[] expert_inputs, int[] gate_experts, int[] gate_sizes, int[] activations,"
-    " bool need_inputs, bool need_weights, bool need_biases, bool need_logits)"
+    "expert_mixture_backward(Tensor[] grad_outputs, Tensor[] inputs, Tensor[] weights, Tensor?[] biases,"
+    " Tensor[] gate_logits, Tensor[] saved, int[] expert_inputs, int[] gate_experts, int[] gate_sizes,"
+    " int[] activations, bool need_inputs, bool need_weights, bool need_biases, bool need_logits)"
     " -> (Tensor[], Tensor[], Tensor[], Tensor[])",
     _expert_mixture_backward,
 )

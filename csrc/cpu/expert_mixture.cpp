@@ -88,6 +88,13 @@ void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   }
 }
 
+// Undefined tensors in the place of those that are not there.
+std::vector<at::Tensor> present(const c10::List<std::optional<at::Tensor>>& tensors) {
+  std::vector<at::Tensor> result;
+  for (size_t i = 0; i < tensors.size(); ++i) result.push_back(tensors.get(i).value_or(at::Tensor()));
+  return result;
+}
+
 // Evaluates a level whose gates `set_gates(form of the weights)` describes.
 template <typename F>
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTables& tables, at::TensorList inputs,
@@ -106,7 +113,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
     outputs.push_back(pooled({level.rows, level.widths[level.layers]}, options));
     output_pointers.push_back(outputs.back().mutable_data_ptr());
   }
-  for (int l = 0; save && l < level.layers; ++l) {
+  for (int l = 0; save && l < saved_layers(level); ++l) {
     saved.push_back(pooled({level.experts, level.rows, level.widths[l + 1]}, options));
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
@@ -127,9 +134,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
     at::TensorList gate_logits, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
     at::IntArrayRef activations, bool save) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
-  std::vector<at::Tensor> offsets;
-  for (size_t i = 0; i < biases.size(); ++i) offsets.push_back(biases.get(i).value_or(at::Tensor()));
-  tables.set_biases(offsets);
+  tables.set_biases(present(biases));
   return run_forward(tables, inputs, weights, save, [&](WeightForm) { tables.set_logits(gate_logits); });
 }
 
@@ -280,10 +285,12 @@ void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
-    at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights, at::TensorList gate_logits,
-    at::TensorList saved, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
+    at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights,
+    const c10::List<std::optional<at::Tensor>>& biases, at::TensorList gate_logits, at::TensorList saved,
+    at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
     at::IntArrayRef activations, bool need_inputs, bool need_weights, bool need_biases, bool need_logits) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
+  tables.set_biases(present(biases));
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
   const ExpertMixtureKernels& table = kernels_for(inputs[0]);
@@ -299,9 +306,15 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
     results.zero_sums();
   } else {
     const bool tiny = level.rows <= table.tiny_rows;
-    if (args.need_chain()) {
+    const bool again = saved_layers(level) < level.layers;
+    if (args.need_chain() || again) {
       tiny ? tables.set_natural_weights(weights) : tables.set_weights(weights, table, table.backward_transposed);
       args.level = level;
+    }
+    if (again) {
+      tables.set_last_weights(weights, table, tiny);
+      args.last_weights = tables.last_weights();
+      args.last_weight_ld = tables.last_weight_ld();
     }
     tiny ? run_tiny_backward(args, table) : run_backward(args, table);
   }

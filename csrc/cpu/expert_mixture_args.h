@@ -52,10 +52,16 @@ struct Level {
   Gates gates;
 };
 
+// The layers whose activations the forward pass saves. With another below, the last one's are computed again: one small
+// product in place of the memory that they would take.
+inline int saved_layers(const Level& level) { return level.layers > 1 ? level.layers - 1 : level.layers; }
+
 struct ForwardArgs {
   Level level;
   void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
-  void* const* saved;    // a contiguous [experts, rows, width] for each layer, or null
+  void* const* saved;    // a contiguous [experts, rows, width] for each of the saved layers, or null
+
+  bool saves(int layer) const { return saved != nullptr && layer < saved_layers(level); }
 };
 
 struct BackwardArgs {
@@ -63,6 +69,10 @@ struct BackwardArgs {
   const void* const* grad_outputs;  // [rows, widths[layers]] for each gate, unit column stride
   const int64_t* grad_output_ld;
   const void* const* saved;  // as the forward pass wrote them
+
+  // Of the last layer, in the forward pass's form, for each expert: where it was not saved.
+  const void* const* last_weights;
+  const int64_t* last_weight_ld;
   void* const* grad_inputs;  // contiguous [rows, widths[0]] for each stream, or null
   void* const* grad_logits;  // contiguous, of the logits' dtype, or null
   bool need_weights, need_biases;

@@ -50,7 +50,7 @@ struct BackwardScratch {
   using C = typename Engine::C;
   using Element = typename Engine::Element;
   C *grad_outputs, *probabilities, *inner, *kept, *after, *whole, *below, *tile;
-  Element* panel[2];
+  Element *panel[2], *input;
   int64_t total;
 
   BackwardScratch(const Level& level, int64_t groups, void* memory) {
@@ -67,6 +67,8 @@ struct BackwardScratch {
     const int64_t panels = Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups;
     panel[0] = arena.take<Element>(panels);
     panel[1] = arena.take<Element>(panels);
+    input = arena.take<Element>(
+        saved_layers(level) < level.layers ? Engine::panel_size(level.widths[level.layers - 1]) * groups : 0);
     total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
   }
 };
@@ -171,19 +173,79 @@ class BackwardBlock {
     }
   }
 
+  // What a saved layer's activation gave.
+  void load_input(int l, int e) {
+    const int64_t width = level_.widths[l + 1], size = Engine::panel_size(width);
+    if (!from_input(level_.activations[l])) {
+      const T* rows = static_cast<const T*>(args_.saved[l]) + (e * level_.rows + row_) * width;
+      for (int64_t g = 0; g < groups_; ++g) {
+        Engine::pack(rows + g * kGroup * width, width, group_rows(g), width, s_.input + g * size);
+      }
+      return;
+    }
+    load_kept(l, e);
+    with_activation(level_.activations[l], [&](auto constant) {
+      for (int64_t g = 0; g < groups_; ++g) {
+        const C* kept = s_.kept + g * width * kGroup;
+        Engine::clear_margin(s_.input + g * size, width);
+        Engine::store_each(s_.input + g * size, 0, width, [&](int64_t i, int j) {
+          return activate<decltype(constant)::value, C>(load(kept + i * kGroup + j));
+        });
+      }
+    });
+  }
+
+  // The same where it still lies there as load_kept would have it, otherwise null.
+  const C* loaded(int code) const {
+    if constexpr (__is_same(Element, C)) {
+      if (saved_layers(level_) < level_.layers && !from_input(code)) return s_.input;
+    }
+    return nullptr;
+  }
+
+  // What would have been saved of the last layer, from the one below.
+  void compute_kept(int e) {
+    const int l = level_.layers - 1, code = level_.activations[l];
+    const int64_t depth = level_.widths[l], width = level_.widths[l + 1], size = Engine::panel_size(depth);
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e, ld = args_.last_weight_ld[e];
+    const auto* weight = static_cast<const typename Engine::Weight*>(args_.last_weights[e]);
+    const T* bias = static_cast<const T*>(level_.biases[at]);
+    constexpr int64_t tile_group = Engine::kRows * kGroup;
+    const int64_t tiles = Engine::tiles(width);
+    load_input(l - 1, e);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+      Ahead ahead;
+      if (t + 1 < tiles) {
+        ahead = Engine::weight_rows(weight, ld, depth, o + n, Engine::tile_begin(width, t + 2) - o - n);
+      }
+      for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
+        const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
+        Engine::tile(weight, ld, o, n, s_.input + g0 * size, depth, ng, s_.tile, tile_group,
+                     ahead.share(g0, ng, groups_));
+        for (int64_t g = g0; g < g0 + ng; ++g) {
+          bias_activation<T, C>(from_input(code) ? static_cast<int>(kNone) : code, s_.tile + (g - g0) * tile_group,
+                                bias ? bias + o : nullptr, n, s_.kept + (g * width + o) * kGroup, nullptr);
+        }
+      }
+    }
+  }
+
   void expert(int e) {
     const int last = level_.layers - 1;
-    load_kept(last, e);
+    last < saved_layers(level_) ? load_kept(last, e) : compute_kept(e);
     for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
     if (!args_.need_chain()) return;
     for (int l = last; l > 0; --l) {
-      load_kept(l - 1, e);
       const int code = level_.activations[l - 1];
       const int64_t width = level_.widths[l], size = Engine::panel_size(width);
+      const C* kept = l == last ? loaded(code) : nullptr;
+      if (!kept) load_kept(l - 1, e);
+      if (!kept) kept = s_.kept;
       start_panels(l - 1, e);
       down(e, l, [&](int64_t g, int64_t o, int64_t n, C* tile) {
         C* place = Engine::destination(panels(l - 1, e) + g * size, o, tile);
-        times_derivative(code, tile, s_.kept + (g * width + o) * kGroup, n, place);
+        times_derivative(code, tile, kept + (g * width + o) * kGroup, n, place);
         finish_gradient(l - 1, e, g, o, n, place);
       });
     }

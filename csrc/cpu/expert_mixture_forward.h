@@ -202,7 +202,7 @@ class ForwardBlock {
     const int64_t at = number(l, e);
     const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
     const bool last = l + 1 == level_.layers;
-    const bool save = args_.saved != nullptr;
+    const bool save = args_.saves(l);
     const bool save_before = save && from_input(level_.activations[l]);
     const int64_t in_size = Engine::panel_size(depth), out_size = Engine::panel_size(width);
     constexpr int64_t tile_group = Engine::kRows * kGroup;

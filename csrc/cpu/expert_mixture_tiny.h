@@ -115,6 +115,19 @@ class TinyForward {
     mixed_ = arena.take<C>(mixed_size(level_));
   }
 
+  // out[row][o] = <in[row], w row o>, rows ld apart.
+  static void product(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out,
+                      int64_t ld) {
+    switch (rows) {
+      case 1:
+        return dot_rows<T, C, 1>(w, ldw, width, in, ld, depth, out, ld);
+      case 2:
+        return dot_rows<T, C, 2>(w, ldw, width, in, ld, depth, out, ld);
+      default:  // rows that are not there are computed too, from what the scratch holds, and never read
+        return dot_rows<T, C, 4>(w, ldw, width, in, ld, depth, out, ld);
+    }
+  }
+
   const C* mixed() const { return mixed_; }
 
   void run(int first, int last) {
@@ -180,16 +193,8 @@ class TinyForward {
     return stream;
   }
 
-  // out[row][o] = <in[row], w row o>
   void product(const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out) {
-    switch (rows_) {
-      case 1:
-        return dot_rows<T, C, 1>(w, ldw, width, in, widest_, depth, out, widest_);
-      case 2:
-        return dot_rows<T, C, 2>(w, ldw, width, in, widest_, depth, out, widest_);
-      default:  // rows that are not there are computed too, from what the scratch holds, and never read
-        return dot_rows<T, C, 4>(w, ldw, width, in, widest_, depth, out, widest_);
-    }
+    product(rows_, w, ldw, width, in, depth, out, widest_);
   }
 
   void layer(int e, int l, const C* in, C* out) {
@@ -202,7 +207,7 @@ class TinyForward {
     with_activation(level_.activations[l], [&](auto constant) {
       for (int64_t r = 0; r < rows_; ++r) {
         C* row = out + r * widest_;
-        T* saved = args_.saved ? static_cast<T*>(args_.saved[l]) + (e * rows_ + r) * width : nullptr;
+        T* saved = args_.saves(l) ? static_cast<T*>(args_.saved[l]) + (e * rows_ + r) * width : nullptr;
         for (int64_t o = 0; bias && o < width; ++o) row[o] += static_cast<C>(to_compute(bias[o]));
         if (saved && before) narrow(row, saved, width);
         for (int64_t o = 0; o < width; o += L) store(row + o, activate<decltype(constant)::value, C>(load(row + o)));

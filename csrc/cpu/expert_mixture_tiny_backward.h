@@ -169,10 +169,33 @@ class TinyBackward {
     f(RowsConstant<kTinyRows>{});
   }
 
-  // Into kept_: what the forward pass has saved of a layer.
+  // Into kept_: what the forward pass has saved of a layer, or would have.
   void load_kept(int l, int e) {
     const int64_t width = level_.widths[l + 1];
+    if (l >= saved_layers(level_)) return compute_kept(e);
     read(static_cast<const T*>(args_.saved[l]) + e * rows_ * width, width, width, kept_, widest_);
+  }
+
+  // The last layer, from what the one below has saved.
+  void compute_kept(int e) {
+    const int l = level_.layers - 1;
+    load_kept(l - 1, e);
+    load_input(l, e);
+    TinyForward<T>::product(rows_, static_cast<const T*>(args_.last_weights[e]), args_.last_weight_ld[e],
+                            level_.widths[l + 1], input_, level_.widths[l], kept_, widest_);
+    const T* bias = static_cast<const T*>(level_.biases[static_cast<int64_t>(l) * level_.experts + e]);
+    const int code = level_.activations[l];
+    with_activation(from_input(code) ? static_cast<int>(kNone) : code, [&](auto constant) {
+      for (int64_t r = 0; r < kTinyRows; ++r) {
+        C* row = kept_ + r * widest_;
+        const int64_t width = r < rows_ ? level_.widths[l + 1] : 0;
+        for (int64_t o = 0; bias && o < width; ++o) row[o] += static_cast<C>(to_compute(bias[o]));
+        for (int64_t o = 0; o < width; o += Simd<C>::lanes) {
+          store(row + o, activate<decltype(constant)::value, C>(load(row + o)));
+        }
+        for (int64_t o = width; o < widest_; ++o) row[o] = 0;
+      }
+    });
   }
 
   // Into input_: what a layer has read. Values that are not there may become what the activation makes of zero.

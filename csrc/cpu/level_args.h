@@ -102,8 +102,9 @@ class LevelTables {
       grad_outputs_.push_back(kept_.back().const_data_ptr());
       grad_output_ld_.push_back(kept_.back().stride(0));
     }
-    TORCH_CHECK_VALUE(saved.size() == activations_.size(), "mtlkernels: saved must hold a tensor for each of ",
-                      activations_.size(), " layers, got ", saved.size());
+    TORCH_CHECK_VALUE(static_cast<int>(saved.size()) == saved_layers(level_),
+                      "mtlkernels: saved must hold a tensor for each of ", saved_layers(level_), " layers, got ",
+                      saved.size());
     for (size_t l = 0; l < saved.size(); ++l) {
       check_like(saved[l], dtype_, "saved", l);
       TORCH_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({static_cast<int64_t>(experts_), rows, widths_[l + 1]}),
@@ -127,6 +128,18 @@ class LevelTables {
     point_weights();
   }
   const WeightForms& weight_forms() const { return weights_; }
+
+  // The last layer's weights as the forward pass wants them, after the backward pass's.
+  void set_last_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool natural) {
+    if (natural || !table.backward_transposed) return;
+    last_weights_.emplace().set(weights.slice(weights.size() - experts_), table, false);
+  }
+  const void* const* last_weights() const {
+    return last_weights_ ? last_weights_->pointers() : weights_.pointers() + (activations_.size() - 1) * experts_;
+  }
+  const int64_t* last_weight_ld() const {
+    return last_weights_ ? last_weights_->ld() : weights_.ld() + (activations_.size() - 1) * experts_;
+  }
 
  private:
   // The address of a bias of `size` elements, null for none.
@@ -214,6 +227,7 @@ class LevelTables {
   std::vector<int> gate_streams_;
   std::vector<at::Tensor> kept_;
   WeightForms weights_;
+  std::optional<WeightForms> last_weights_;
   at::ScalarType dtype_;
   Level level_;
 };

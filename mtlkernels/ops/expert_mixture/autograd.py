@@ -67,7 +67,7 @@ class Plan:
 
 
 class ExpertMixture(torch.autograd.Function):
-    """``apply(plan, *inputs, *weights, *biases, *gate_logits, *idle)`` -> K outputs, then one saved tensor a layer.
+    """``apply(plan, *inputs, *weights, *biases, *gate_logits, *idle)`` -> K outputs, then one tensor a saved layer.
 
     ``idle`` are the parameters of experts that no gate mixes: they take no part, and their gradient is zero.
     """
@@ -88,17 +88,16 @@ class ExpertMixture(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved)
         if not torch.compiler.is_compiling():  # which does not trace it, and drops zeros that nobody reads
             ctx.set_materialize_grads(False)  # zeros for what is saved, as large as that, took a tenth of a step
-        ctx.plan = plan
+        ctx.plan, ctx.num_saved = plan, len(saved)
         ctx.save_for_backward(*tensors, *saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: Plan = ctx.plan
-        layers = len(plan.activations)
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         kept = ctx.saved_tensors  # once: checkpointing recomputes them at each access
-        tensors, saved = kept[:-layers], kept[-layers:]
+        tensors, saved = kept[: -ctx.num_saved], kept[-ctx.num_saved :]
         *groups, idle = plan.split(tensors)
         *flags, idle_flags = plan.split(ctx.needs_input_grad[1:])
         needs = tuple(any(group) for group in flags)
@@ -159,7 +158,7 @@ class ExpertMixtureBackward(torch.autograd.Function):
             return batched_backward(ExpertMixtureBackward, (plan, needs), tensors)
         inputs, weights, biases, logits, saved = plan.split(tensors[gates:])
         run = implementation(_OP, "backward", plan.backend, inputs[0])
-        dx, dw, db, dl = run(tensors[:gates], inputs, weights, logits, saved, *plan.routing, *needs)
+        dx, dw, db, dl = run(tensors[:gates], inputs, weights, biases, logits, saved, *plan.routing, *needs)
         return (*dx, *dw, *(g for g, bias in zip(db, biases, strict=False) if bias is not None), *dl)
 
     @staticmethod
@@ -170,10 +169,10 @@ class ExpertMixtureBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: Plan = ctx.plan
-        gates, layers = len(plan.gate_sizes), len(plan.activations)
+        gates = len(plan.gate_sizes)
         tensors = ctx.saved_tensors
-        grad_outputs, used = tensors[:gates], tensors[gates:-layers]
-        *groups, _ = plan.split(used)
+        *groups, saved = plan.split(tensors[gates:])
+        grad_outputs, used = tensors[:gates], [tensor for group in groups for tensor in group]
         found = iter(grads)
         cotangents = [
             next(found) if need and tensor is not None else None
@@ -195,7 +194,7 @@ class ExpertMixtureBackward(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(used)
         for i, grad in zip(present, grad_primals, strict=True):
             result[i] = grad
-        return (None, None, *grad_grads, *result, *[None] * layers)
+        return (None, None, *grad_grads, *result, *[None] * len(saved))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *tensors: Any) -> Any:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels.ops import activations as act
+from mtlkernels.ops._layout import saved_layers
 from mtlkernels.ops.gated_mixture import reference as mixture
 
 
@@ -25,16 +26,18 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every expert is an MLP, ``x <- activation(x W^T + b)`` a layer; every gate mixes the experts that it sees.
 
-    Returns the K outputs [B, H_L] and, with ``save``, one [E, B, H] tensor a layer for :func:`backward`.
+    Returns the K outputs [B, H_L] and, with ``save``, one [E, B, H] tensor for each of the ``saved_layers``, for
+    :func:`backward`.
     """
     num_experts = len(expert_inputs)
+    kept = saved_layers(len(activations), inputs[0].device) if save else 0
     hidden = [inputs[stream] for stream in expert_inputs]
     saved = []
     for layer, code in enumerate(activations):
         at = layer * num_experts
         before = [F.linear(hidden[e], weights[at + e], biases[at + e]) for e in range(num_experts)]
         hidden = [act.activate(code, x) for x in before]
-        if save:
+        if layer < kept:
             saved.append(torch.stack(before if act.from_input(code) else hidden))
     outputs = mixture.forward(torch.stack(hidden, dim=1), gate_logits, gate_experts, gate_sizes)
     return outputs, saved
@@ -44,6 +47,7 @@ def backward(
     grad_outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     gate_logits: Sequence[Tensor],
     saved: Sequence[Tensor],
     expert_inputs: Sequence[int],
@@ -57,10 +61,14 @@ def backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of the inputs, weights, biases (one a weight, whether there is a bias or not) and logits."""
     num_experts, num_layers = len(expert_inputs), len(activations)
-    after = [
-        act.activate(code, kept) if act.from_input(code) else kept
-        for code, kept in zip(activations, saved, strict=True)
-    ]
+    saved = list(saved)
+    after: list[Tensor] = []
+    for layer, code in enumerate(activations):
+        if layer == len(saved):  # not saved
+            at = layer * num_experts
+            before = torch.stack([F.linear(after[-1][e], weights[at + e], biases[at + e]) for e in range(num_experts)])
+            saved.append(before if act.from_input(code) else act.activate(code, before))
+        after.append(act.activate(code, saved[layer]) if act.from_input(code) else saved[layer])
     grad_experts, grad_logits = mixture.backward(
         grad_outputs, after[-1].transpose(0, 1), gate_logits, gate_experts, gate_sizes, True, need_logits
     )

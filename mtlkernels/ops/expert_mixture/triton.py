@@ -159,6 +159,7 @@ def backward(
     grad_outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     gate_logits: Sequence[Tensor],
     saved: Sequence[Tensor],
     expert_inputs: Sequence[int],
