@@ -13,9 +13,11 @@ import torch
 
 from mtlkernels import _extension
 
-OPS = ("gated_mixture", "expert_mixture", "pcgrad", "snr_trans", "snr_aver")
+OPS = ("gated_mixture", "expert_mixture", "normalized_mixture", "pcgrad", "snr_trans", "snr_aver")
 # Ops whose Triton kernels leave float64 to the reference.
 _TRITON_WITHOUT_FLOAT64 = ("gated_mixture", "expert_mixture", "snr_trans", "snr_aver")
+# Ops without Triton kernels.
+_WITHOUT_TRITON = ("normalized_mixture",)
 # Ops that have CUDA C++ kernels.
 _CUDA = ("pcgrad",)
 BACKENDS = ("cpp", "cuda", "triton", "reference")
@@ -29,6 +31,13 @@ _references: dict[tuple[str, str], Callable[..., Any]] = {}
 def has_triton() -> bool:
     """Whether Triton can be imported; does not import it."""
     return importlib.util.find_spec("triton") is not None
+
+
+def has_cpp(op: str) -> bool:
+    """Whether this install has C++ kernels for CPUs for an op."""
+    directions = (direction for name, direction in _references if name == op)
+    names = (f"mtlkernels::{op}_{direction}" for direction in directions)
+    return _extension.loaded() and all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") for name in names)
 
 
 def has_cuda(op: str) -> bool:
@@ -48,12 +57,21 @@ def backends() -> dict[str, dict[str, tuple[str, ...]]]:
     kernels for them (float64 mixtures go to the reference), ``"reference"`` is readable PyTorch and serves every device
     and dtype.
     """
-    cpu: tuple[str, ...] = ("cpp", "reference") if _extension.loaded() else ("reference",)
-    if has_triton() and interpreting():
-        cpu += ("triton",)
-    cuda = ("triton", "reference") if has_triton() else ("reference",)
-    first = {op: ("cuda",) if has_cuda(op) else () for op in OPS}
-    return {op: {"cpu": cpu, "cuda": first[op] + cuda, "other": ("reference",)} for op in OPS}
+    return {op: {"cpu": _on_cpu(op), "cuda": _on_cuda(op), "other": ("reference",)} for op in OPS}
+
+
+def _on_cpu(op: str) -> tuple[str, ...]:
+    found = {"cpp": has_cpp(op), "reference": True, "triton": _takes_triton(op) and interpreting()}
+    return tuple(name for name, there in found.items() if there)
+
+
+def _on_cuda(op: str) -> tuple[str, ...]:
+    found = {"cuda": has_cuda(op), "triton": _takes_triton(op), "reference": True}
+    return tuple(name for name, there in found.items() if there)
+
+
+def _takes_triton(op: str) -> bool:
+    return has_triton() and op not in _WITHOUT_TRITON
 
 
 @contextmanager
@@ -116,7 +134,7 @@ def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Calla
         if _forced == "cuda" or module.takes(direction, args):
             function: Callable[..., Any] = getattr(module, direction)
             return function
-    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and _first_tensor(args).dtype == torch.float64):
+    if not _takes_triton(op) or (op in _TRITON_WITHOUT_FLOAT64 and _first_tensor(args).dtype == torch.float64):
         return reference_implementation(op, direction)
     return triton_implementation(op, direction)
 

@@ -190,6 +190,93 @@ _define(
 )
 
 
+# normalized_mixture -------------------------------------------------------------------------------------------------
+# A level of experts in training, whose layers have batch norm or layer norm, or dropout. Lists as of expert_mixture,
+# those of scales and shifts too. A layer's ``norms``: 0 none, 1 batch norm by the batch's statistics, 2 layer norm.
+# ``saved`` holds one [E, B, H] tensor a layer: the pre-activation before the norm. ``means`` and ``variances`` (biased)
+# have an entry for each layer with a norm: [E, H] of a batch norm, [E, B] of a layer norm, float32 or float64.
+# ``seed``, one int64, decides what is dropped, see mtlkernels.ops._random.
+
+
+def _normalized_mixture_forward(
+    inputs: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    scales: list[Tensor | None],
+    shifts: list[Tensor | None],
+    gate_logits: list[Tensor],
+    expert_inputs: list[int],
+    gate_experts: list[int],
+    gate_sizes: list[int],
+    activations: list[int],
+    norms: list[int],
+    eps: list[float],
+    dropout: list[float],
+    seed: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    routing = (expert_inputs, gate_experts, gate_sizes, activations)
+    outputs, saved = _expert_mixture_forward(inputs, weights, biases, gate_logits, *routing, True)
+    sizes = [
+        z.shape[:2] if norm == 2 else (z.shape[0], z.shape[2]) for z, norm in zip(saved, norms, strict=True) if norm
+    ]
+    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    means, variances = ([torch.empty(size, dtype=dtype, device=inputs[0].device) for size in sizes] for _ in range(2))
+    return outputs, saved, means, variances
+
+
+def _normalized_mixture_backward(
+    grad_outputs: list[Tensor],
+    inputs: list[Tensor],
+    weights: list[Tensor],
+    scales: list[Tensor | None],
+    shifts: list[Tensor | None],
+    gate_logits: list[Tensor],
+    saved: list[Tensor],
+    means: list[Tensor],
+    variances: list[Tensor],
+    expert_inputs: list[int],
+    gate_experts: list[int],
+    gate_sizes: list[int],
+    activations: list[int],
+    norms: list[int],
+    eps: list[float],
+    dropout: list[float],
+    seed: Tensor | None,
+    need_inputs: bool,
+    need_weights: bool,
+    need_biases: bool,
+    need_norms: bool,
+    need_logits: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    routing = (expert_inputs, gate_experts, gate_sizes, activations)
+    needs = (need_inputs, need_weights, need_biases, need_logits)
+    found = _expert_mixture_backward(grad_outputs, inputs, weights, gate_logits, saved, *routing, *needs)
+    grad_scales, grad_shifts = (
+        [_empty(part, part.shape) for part in parts if part is not None] if need_norms else []
+        for parts in (scales, shifts)
+    )
+    return *found[:3], grad_scales, grad_shifts, found[3]
+
+
+_define(
+    "normalized_mixture_forward(Tensor[] inputs, Tensor[] weights, Tensor?[] biases, Tensor?[] scales,"
+    " Tensor?[] shifts, Tensor[] gate_logits, int[] expert_inputs, int[] gate_experts, int[] gate_sizes,"
+    " int[] activations, int[] norms, float[] eps, float[] dropout, Tensor? seed)"
+    " -> (Tensor[] outputs, Tensor[] saved, Tensor[] means, Tensor[] variances)",
+    _normalized_mixture_forward,
+    autocast=(0, 1, 2),
+)
+_define(
+    "normalized_mixture_backward(Tensor[] grad_outputs, Tensor[] inputs, Tensor[] weights, Tensor?[] scales,"
+    " Tensor?[] shifts, Tensor[] gate_logits, Tensor[] saved, Tensor[] means, Tensor[] variances,"
+    " int[] expert_inputs, int[] gate_experts, int[] gate_sizes, int[] activations, int[] norms, float[] eps,"
+    " float[] dropout, Tensor? seed, bool need_inputs, bool need_weights, bool need_biases, bool need_norms,"
+    " bool need_logits) -> (Tensor[] grad_inputs, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_scales,"
+    " Tensor[] grad_shifts, Tensor[] grad_logits)",
+    _normalized_mixture_backward,
+)
+
+
 # pcgrad -------------------------------------------------------------------------------------------------------------
 # ``grads`` holds T gradients a parameter: that of task t for parameter p stands at p * T + t, or is None. Each operator
 # is one pass: the Gram matrix of the tasks' gradients, the projections on T x T coefficients, the weighted sum for each

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtlkernels import _backends
 from mtlkernels.ops._autograd import apply
@@ -30,6 +30,8 @@ from mtlkernels.ops.expert_mixture.checks import (
     check_inputs,
     check_weights,
 )
+from mtlkernels.ops.normalized_mixture import normalized_mixture
+from mtlkernels.ops.normalized_mixture.norms import check_dropout, check_norms, fold_running
 from mtlkernels.routing import Routing, Wiring
 
 PerExpert = Tensor | Sequence[Tensor]
@@ -45,6 +47,8 @@ def expert_mixture(
     activation: str | Sequence[str] = "relu",
     gate_weights: Tensor | Sequence[Tensor] | None = None,
     gate_biases: Tensor | Sequence[Tensor | None] | None = None,
+    norms: Sequence[Sequence[nn.Module] | None] | None = None,
+    dropout: float | Sequence[float] = 0.0,
 ) -> tuple[Tensor, ...]:
     """Evaluates every expert of a level and mixes them by every gate, without storing the experts' outputs.
 
@@ -53,6 +57,10 @@ def expert_mixture(
     of MMoE (Ma et al., KDD 2018), with ``Routing.cgc`` one of PLE (Tang et al., RecSys 2020). Differentiable in
     ``inputs``, ``weights``, ``biases`` and ``gate_logits``. An expert that no gate mixes is not evaluated, and its
     gradients are zero. The softmax and the sums are in float32 (float64 for float64 inputs).
+
+    With ``norms`` or ``dropout`` a layer is ``x <- dropout(activation(norm(x W^T + b)))``. Where a batch norm uses its
+    running statistics, it is folded into weight and bias. Otherwise the pre-activations are stored once, and whoever
+    reads them normalizes, activates and drops; what is dropped is not stored but drawn again for the gradients.
 
     On a CPU with AMX, or in bfloat16 with AVX-512 dot products, weights that come to calls without gradients again and
     again are prepared once and kept (up to 256 MiB), until one of them is another tensor, has another version, or has
@@ -74,24 +82,40 @@ def expert_mixture(
         gate_weights: K tensors [N_k, D] (``nn.Linear``'s), or one [sum N_k, D], in the place of logits that are a
             linear layer of the input: gate k reads ``inputs[k]``, or the only input. A level is then one call.
         gate_biases: beside ``gate_weights``, K tensors [N_k] or None, or one [sum N_k]; None for no bias.
+        norms: an entry a layer: E modules ``nn.BatchNorm1d`` or E ``nn.LayerNorm``, or None; of one kind and eps
+            within a layer. Modes and parameters are read from the modules, and running statistics are brought up to
+            date as the modules themselves do, except those of an expert that no gate mixes.
+        dropout: a rate in [0, 1], or one a layer; a caller passes 0 in evaluation. The seed comes from torch's default
+            generator of the device.
 
     Returns:
         K tensors [B, H_L] of the dtype of ``inputs``.
 
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
-        ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, or an activation is
-            unknown.
+        ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, an activation is
+            unknown, a rate is not in [0, 1], or a batch norm is to take the statistics of fewer than two rows.
     """
-    outputs = _direct(inputs, weights, biases, gate_logits, routing, activation, gate_weights, gate_biases)
-    if outputs is not None:
-        return outputs
+    if norms is None and isinstance(dropout, float) and not dropout:
+        outputs = _direct(inputs, weights, biases, gate_logits, routing, activation, gate_weights, gate_biases)
+        if outputs is not None:
+            return outputs
     check_routing(routing)
     streams = check_inputs(inputs, routing)
     x = streams[0]
     layers = check_weights(weights, routing, x)
     bias_list = check_biases(biases, layers, routing, x)
     codes = activation_codes(activation, len(layers))
+    layer_norms = check_norms(norms, layers, routing, x)
+    rates = check_dropout(dropout, len(layers))
+    layer_norms = fold_running(layer_norms, layers, bias_list)
+    active = any(rates) or any(norm is not None for norm in layer_norms)
+    if norms is not None and not active:
+        starts = range(0, len(bias_list), routing.num_experts)
+        folded = [bias_list[at : at + routing.num_experts] for at in starts]
+        offsets = [None if entry[0] is None else entry for entry in folded]
+        own = {"activation": activation, "gate_weights": gate_weights, "gate_biases": gate_biases}
+        return expert_mixture(inputs, layers, offsets, gate_logits, routing, **own)  # type: ignore[arg-type]
     gates = check_gate_layers(gate_logits, gate_weights, gate_biases, streams, routing)
     if gates is not None:
         gate_logits = _gate_logits(streams, *gates)
@@ -107,6 +131,8 @@ def expert_mixture(
         unused = [t for t in idle_weights + idle_biases if t is not None]
     expert_inputs = wiring.expert_inputs if len(streams) > 1 else (0,) * len(wiring.live)
     flat = (expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
+    if active:
+        return normalized_mixture(streams, flat_weights, bias_list, logits, layer_norms, rates, wiring, flat, unused)
     backend = _backends.forced()
     if traced_under_func("expert_mixture"):
         backend = "reference"

@@ -1,0 +1,176 @@
+"""The norm modules and dropout rates of expert layers: checks, and the running statistics of batch norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlkernels.ops import _folding
+from mtlkernels.ops._checks import as_sequence, check_like, shape_of
+from mtlkernels.ops.normalized_mixture.reference import BATCH_NORM, LAYER_NORM
+from mtlkernels.routing import Routing
+
+_CODES: dict[type, int] = {nn.BatchNorm1d: BATCH_NORM, nn.LayerNorm: LAYER_NORM}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The norms of a layer, one module an expert, all of one kind and ``eps``.
+
+    ``running``: batch norms that use their running statistics, so that they are part of the linear layer.
+    """
+
+    code: int
+    eps: float
+    running: bool
+    modules: tuple[Any, ...]
+
+
+def check_norms(norms: Any, layers: Sequence[Sequence[Tensor]], routing: Routing, x: Tensor) -> list[Norm | None]:
+    """For each layer its norms or None."""
+    if norms is None:
+        return [None] * len(layers)
+    entries = _entries("norms", norms, "None or a sequence with an entry a layer")
+    if len(entries) != len(layers):
+        raise ValueError(f"norms must hold an entry for each of {len(layers)} layers, got {len(entries)}")
+    checked = [
+        None if entry is None else _check_layer(f"norms[{i}]", entry, layer[0].shape[0], routing, x)
+        for i, (entry, layer) in enumerate(zip(entries, layers, strict=True))
+    ]
+    batch = [m for norm in checked if norm is not None and norm.code == BATCH_NORM for m in norm.modules]
+    if len({id(module) for module in batch}) != len(batch):
+        raise ValueError("norms must hold each BatchNorm1d once, as it has one set of statistics, got one twice")
+    return checked
+
+
+def _entries(name: str, value: Any, what: str) -> list[Any]:
+    return list(value) if isinstance(value, nn.ModuleList) else list(as_sequence(name, value, what))
+
+
+def _check_layer(name: str, entry: Any, width: int, routing: Routing, x: Tensor) -> Norm:
+    experts = routing.num_experts
+    modules = _entries(name, entry, f"None or a sequence of {experts} modules")
+    if len(modules) != experts:
+        raise ValueError(f"{name} must hold a module for each of {experts} experts, got {len(modules)}")
+    for e, module in enumerate(modules):
+        if type(module) not in _CODES:
+            raise TypeError(f"{name}[{e}] must be a BatchNorm1d or a LayerNorm, got {type(module).__name__}")
+        if type(module) is not type(modules[0]):
+            first = type(modules[0]).__name__
+            raise TypeError(f"{name}[{e}] must be of the kind of {name}[0], {first}, got {type(module).__name__}")
+        _check_module(f"{name}[{e}]", module, width, x)
+        if module.eps != modules[0].eps:
+            raise ValueError(f"{name}[{e}] must have the eps of {name}[0], {modules[0].eps}, got {module.eps}")
+        if _running(module) != _running(modules[0]):
+            raise ValueError(f"{name} must all use the batch's statistics or all running ones, got both")
+    return Norm(_CODES[type(modules[0])], float(modules[0].eps), _running(modules[0]), tuple(modules))
+
+
+def _check_module(name: str, module: Any, width: int, x: Tensor) -> None:
+    shape = (module.num_features,) if type(module) is nn.BatchNorm1d else module.normalized_shape
+    if tuple(shape) != (width,):
+        raise ValueError(f"{name} must normalize the {width} features of its layer, got {list(shape)}")
+    for part in ("weight", "bias"):
+        tensor = getattr(module, part)
+        if tensor is None:
+            continue
+        if tensor.shape != (width,):
+            raise ValueError(f"{name}.{part} must have shape [{width}], got {shape_of(tensor)}")
+        # PyTorch takes float32 parameters beside inputs of lower precision.
+        mixed = tensor.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+        if mixed and tensor.device == x.device:
+            continue
+        check_like(f"{name}.{part}", tensor, "inputs", x)
+
+
+def _running(module: Any) -> bool:
+    """Whether a norm uses running statistics, as PyTorch decides it."""
+    return type(module) is nn.BatchNorm1d and not (module.training or module.running_mean is None)
+
+
+def check_dropout(dropout: Any, num_layers: int) -> tuple[float, ...]:
+    """A rate a layer."""
+    one = isinstance(dropout, (int, float))
+    rates = [dropout] * num_layers if one else as_sequence("dropout", dropout, "a rate or a sequence of rates")
+    if len(rates) != num_layers:
+        raise ValueError(f"dropout must be one rate or one for each of {num_layers} layers, got {len(rates)}")
+    for rate in rates:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise TypeError(f"dropout must hold numbers, got {type(rate).__name__}")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"dropout must be in [0, 1], got {rate}")
+    return tuple(float(rate) for rate in rates)
+
+
+def parameters(norms: Sequence[Norm | None], part: str, experts: Sequence[int]) -> list[Tensor | None]:
+    """The norms' "weight" or "bias" of some experts, in one list over layers, then experts."""
+    return [None if norm is None else getattr(norm.modules[e], part) for norm in norms for e in experts]
+
+
+def fold_running(
+    norms: Sequence[Norm | None], layers: list[list[Tensor]], biases: list[Tensor | None]
+) -> list[Norm | None]:
+    """Makes norms with running statistics a part of weights and biases, in place; returns the other norms."""
+    cache = _folding.may_cache()
+    for i, norm in enumerate(norms):
+        if norm is None or not norm.running:
+            continue
+        at = i * len(norm.modules)
+        for e, module in enumerate(norm.modules):
+            layers[i][e], biases[at + e] = _folding.fold(layers[i][e], biases[at + e], module, cache)
+    return [None if norm is None or norm.running else norm for norm in norms]
+
+
+def check_rows(norms: Sequence[Norm | None], x: Tensor) -> None:
+    """As PyTorch's batch norm: the statistics of one row say nothing."""
+    for norm in norms:
+        if norm is not None and norm.code == BATCH_NORM and x.shape[0] < 2:
+            size = torch.Size([x.shape[0], norm.modules[0].num_features])
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+
+
+@torch.no_grad()
+def update_running_statistics(
+    norms: Sequence[Norm], experts: Sequence[int], means: Any, variances: Any, rows: int
+) -> None:
+    """What ``nn.BatchNorm1d`` does with the statistics of a batch in training.
+
+    Args:
+        norms: of the layers that have one, in order.
+        experts: those of which there are statistics.
+        means: an entry a norm: [E, H] of a batch norm.
+        variances: the same of the biased variances; running ones are unbiased.
+        rows: B.
+    """
+    counts: list[Tensor] = []
+    averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    cumulative: list[tuple[Tensor, Tensor, Tensor]] = []
+    for norm, mean, variance in zip(norms, means, variances, strict=True):
+        if norm.code != BATCH_NORM:
+            continue
+        unbiased = variance * (rows / (rows - 1))
+        modules = [norm.modules[e] for e in experts]
+        for module, *batch in zip(modules, mean.unbind(0), unbiased.unbind(0), strict=True):
+            if not (module.training and module.track_running_stats) or module.running_mean is None:
+                continue
+            batches = module.num_batches_tracked
+            if batches is not None:
+                counts.append(batches)
+            for running, value in zip((module.running_mean, module.running_var), batch, strict=True):
+                value = value.to(running.dtype)
+                if module.momentum is not None:
+                    pair = averages.setdefault(float(module.momentum), ([], []))
+                    pair[0].append(running)
+                    pair[1].append(value)
+                elif batches is not None:
+                    cumulative.append((running, value, batches))
+    if counts:
+        torch._foreach_add_(counts, 1)
+    for momentum, (running, values) in averages.items():
+        torch._foreach_lerp_(running, values, momentum)
+    for average, value, batches in cumulative:
+        average.lerp_(value, 1 / batches.to(average.dtype))
