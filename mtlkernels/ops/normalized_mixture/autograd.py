@@ -72,6 +72,8 @@ class NormalizedMixture(torch.autograd.Function):
         plan, *tensors = inputs
         kept = output[len(plan.gate_sizes) :]
         ctx.mark_non_differentiable(*kept)
+        if not torch.compiler.is_compiling():  # which does not trace it, and drops zeros that nobody reads
+            ctx.set_materialize_grads(False)  # zeros for what is saved, as large as that
         ctx.plan = plan
         ctx.num_kept = len(kept)
         ctx.save_for_backward(*tensors, *kept)
@@ -79,13 +81,16 @@ class NormalizedMixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: Plan = ctx.plan
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors  # once: checkpointing recomputes them at each access
         tensors, kept = saved[: -ctx.num_kept], saved[-ctx.num_kept :]
         *groups, (seed, *idle) = plan.split(tensors)
         *flags, (_, *idle_flags) = plan.split(ctx.needs_input_grad[1:])
         inputs, weights, biases, scales, shifts, logits = (any(group) for group in flags)
         needs = (inputs, weights, biases, scales or shifts, logits)
-        grad_outputs = grads[: len(plan.gate_sizes)]
+        shape = (groups[0][0].shape[0], groups[1][-1].shape[0])
+        grad_outputs = [groups[0][0].new_zeros(shape) if g is None else g for g in grads[: len(plan.gate_sizes)]]
         used = [tensor for group in groups for tensor in group]
         run = (NormalizedMixtureBackward, plan, needs, *grad_outputs, *used, seed, *kept)
         found = iter(call(*run) if any(needs) else ())
