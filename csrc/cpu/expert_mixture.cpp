@@ -8,6 +8,7 @@
 #include "level_args.h"
 #include "memory.h"
 #include "plan.h"
+#include "results.h"
 
 namespace mtlk {
 namespace {
@@ -138,87 +139,6 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
   return run_forward(tables, inputs, weights, save, [&](WeightForm) { tables.set_logits(gate_logits); });
 }
 
-// What a backward call returns, and the sums that its kernels add to where these cannot be the results themselves:
-// those for a few rows write the results.
-class Results {
- public:
-  Results(const Level& level, at::TensorList inputs, at::TensorList weights, at::TensorList logits,
-          const ExpertMixtureKernels& table, bool need_inputs, bool need_weights, bool need_biases, bool need_logits) {
-    const bool tiny = level.rows <= table.tiny_rows;
-    for (size_t i = 0; need_inputs && i < inputs.size(); ++i) {
-      const bool read = std::count(level.expert_inputs, level.expert_inputs + level.experts, static_cast<int>(i)) > 0;
-      inputs_.push_back(read ? pooled(inputs[i].sizes(), inputs[i].options())
-                             : at::zeros(inputs[i].sizes(), inputs[i].options()));
-    }
-    for (size_t k = 0; need_logits && k < logits.size(); ++k) {
-      logits_.push_back(at::empty(logits[k].sizes(), logits[k].options()));
-    }
-    const auto compute = weights[0].options().dtype(weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-    for (int l = 0; l < level.layers; ++l) {
-      const int64_t multiple = table.weight_sum_multiple;
-      sum_ld_.push_back((level.widths[l] + multiple - 1) / multiple * multiple);
-    }
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const int64_t out = weights[i].size(0), ld = sum_ld_[i / level.experts];
-      if (need_weights) {
-        weights_.push_back(pooled(weights[i].sizes(), weights[i].options()));
-        const bool fits = tiny || (table.stores_compute && ld == weights[i].size(1));
-        weight_sums_.push_back(fits ? weights_.back() : pooled({out, ld}, compute));
-      }
-      if (need_biases) {
-        biases_.push_back(at::empty({out}, weights[i].options()));
-        bias_sums_.push_back(tiny || table.stores_compute ? biases_.back() : at::empty({out}, compute));
-      }
-    }
-    for (auto [tensors, pointers] : {std::pair{&inputs_, &input_pointers_},
-                                     {&logits_, &logit_pointers_},
-                                     {&weight_sums_, &weight_pointers_},
-                                     {&bias_sums_, &bias_pointers_}}) {
-      for (const at::Tensor& tensor : *tensors) pointers->push_back(tensor.mutable_data_ptr());
-    }
-  }
-  Results(const Results&) = delete;
-
-  void point(BackwardArgs& args) {
-    args.grad_inputs = inputs_.empty() ? nullptr : input_pointers_.data();
-    args.grad_logits = logits_.empty() ? nullptr : logit_pointers_.data();
-    args.need_weights = !weights_.empty();
-    args.need_biases = !biases_.empty();
-    args.weight_sums = weight_pointers_.data();
-    args.weight_sum_ld = sum_ld_.data();
-    args.bias_sums = bias_pointers_.data();
-  }
-
-  void zero_sums() {
-    for (const at::Tensor& sum : weight_sums_) sum.zero_();
-    for (const at::Tensor& sum : bias_sums_) sum.zero_();
-  }
-
-  void write_sums(const ExpertMixtureKernels& table) {
-    const auto write = [&](const std::vector<at::Tensor>& sums, const std::vector<at::Tensor>& results) {
-      parallel_tasks(at::get_num_threads(), results.size(), [&](int64_t i) {
-        const at::Tensor &sum = sums[i], &result = results[i];
-        if (sum.is_same(result)) return;
-        const bool matrix = result.dim() == 2;
-        table.write_sums(sum.const_data_ptr(), matrix ? sum.size(1) : sum.size(0), matrix ? result.size(0) : 1,
-                         matrix ? result.size(1) : result.size(0), result.mutable_data_ptr());
-      });
-    };
-    write(weight_sums_, weights_);
-    write(bias_sums_, biases_);
-  }
-
-  std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>>
-  take() {
-    return {std::move(inputs_), std::move(weights_), std::move(biases_), std::move(logits_)};
-  }
-
- private:
-  std::vector<at::Tensor> inputs_, weights_, biases_, logits_, weight_sums_, bias_sums_;
-  std::vector<int64_t> sum_ld_;
-  std::vector<void*> input_pointers_, logit_pointers_, weight_pointers_, bias_pointers_;
-};
-
 void run_tiny_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
   const Level& level = args.level;
   const int parts = std::min(level.experts, at::get_num_threads());
@@ -294,8 +214,11 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
   const ExpertMixtureKernels& table = kernels_for(inputs[0]);
-  tables.set_backward(grad_outputs, saved);
-  Results results(level, inputs, weights, gate_logits, table, need_inputs, need_weights, need_biases, need_logits);
+  tables.set_grad_outputs(grad_outputs);
+  tables.set_saved(saved, saved_layers(level));
+  const bool tiny = level.rows <= table.tiny_rows;
+  Results results(level, inputs, weights, gate_logits, table, tiny, need_inputs, need_weights, need_biases,
+                  need_logits);
   BackwardArgs args{};
   args.level = level;
   args.grad_outputs = tables.grad_outputs();
@@ -305,7 +228,6 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
   if (level.rows == 0 || level.widths[level.layers] == 0) {
     results.zero_sums();
   } else {
-    const bool tiny = level.rows <= table.tiny_rows;
     const bool again = saved_layers(level) < level.layers;
     if (args.need_chain() || again) {
       tiny ? tables.set_natural_weights(weights) : tables.set_weights(weights, table, table.backward_transposed);

@@ -456,7 +456,7 @@ class WeightGradients {
     const int64_t width = level_.widths[l];
     if (code == kNone && Engine::direct_operand(rows, width)) return;
     with_activation(code, [&](auto constant) {
-      Engine::make_operand(rows, ld, chunk_.rows, width, place(l, index), [&](C* values, int64_t n) {
+      Engine::make_operand(rows, ld, chunk_.rows, width, place(l, index), [&](C* values, int64_t n, int64_t, int64_t) {
         if constexpr (decltype(constant)::value != kNone) {
           for (int64_t i = 0; i < n; i += Simd<C>::lanes) {
             mtlk::MTLK_ISA::store(values + i, activate<decltype(constant)::value, C>(load(values + i)));

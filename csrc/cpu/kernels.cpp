@@ -205,6 +205,8 @@ void fill_dtype(Kernels& table, Dtype dtype) {
   }
 }
 
+void fill_normalized_mixture(Kernels& table);  // in normalized_kernels.cpp
+
 // Puts this instruction set's kernels into a table.
 void fill(Kernels& table) {
   table.isa = MTLK_ISA_NAME;
@@ -220,6 +222,7 @@ void fill(Kernels& table) {
   fill_dtype<BFloat16, PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
   fill_dtype<Half, PlainEngine<Half>>(table, Dtype::kFloat16);
 #endif
+  fill_normalized_mixture(table);
 }
 
 }  // namespace MTLK_ISA

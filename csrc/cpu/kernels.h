@@ -6,6 +6,7 @@
 
 #include "expert_mixture_args.h"
 #include "gated_mixture_args.h"
+#include "normalized_args.h"
 #include "pcgrad_args.h"
 #include "snr_args.h"
 
@@ -76,11 +77,42 @@ struct GatedMixtureKernels {
   void (*backward)(const GatedMixtureArgs&, int64_t first, int64_t last, void* scratch);
 };
 
+// Kernels for a block of rows, a layer and experts order[first, last), beside those of expert_mixture's table, whose
+// forms and sizes they share.
+struct NormalizedMixtureKernels {
+  int64_t (*forward_bytes)(const Level&, int64_t nrows);
+  void (*layer)(const NormalizedForwardArgs&, int64_t block, int l, int first, int last, void* scratch);
+  void (*mix)(const NormalizedForwardArgs&, int64_t block, void* scratch);
+
+  // What readers of expert e's layer apply: from the blocks' partial statistics, or from statistics that are there.
+  void (*combine_moments)(const NormalizedArgs&, int l, int e);
+  void (*prepare)(const NormalizedArgs&, int l, int e);
+
+  // Backward, a layer at a time: dn of the last by top, sums by combine_sums, dz and dn of the one below by down. Of a
+  // block `inner` has inner_bytes, and each of several parts leaves below_bytes, for logits and inputs.
+  int64_t (*backward_bytes)(const Level&, int64_t nrows);
+  int64_t (*inner_bytes)(const Level&, int64_t nrows);
+  int64_t (*below_bytes)(const Level&, int64_t nrows);
+  int64_t (*gradient_bytes)(const Level&, int64_t chunk_rows);
+  int64_t (*operand_bytes)(int64_t chunk_rows);
+  void (*top)(const NormalizedBackwardArgs&, int64_t block, int first, int last, void* scratch, void* inner);
+  void (*logits)(const NormalizedBackwardArgs&, int64_t block, void* scratch, const void* inner);
+  void (*combine_sums)(const NormalizedArgs&, int l, int e);
+  void (*down)(const NormalizedBackwardArgs&, const BackwardChunk&, int64_t block, int l, int first, int last,
+               void* scratch, void* below);
+  void (*inputs)(const NormalizedBackwardArgs&, int64_t block, void* scratch, const void* below, int parts,
+                 int64_t stride);
+  int64_t (*weight_tasks)(const NormalizedBackwardArgs&, int l);
+  void (*weight_gradient)(const NormalizedBackwardArgs&, const BackwardChunk&, int l, int64_t task, void* operand);
+};
+
 struct Kernels {
   const char* isa;
   GatedMixtureKernels gated_mixture[4];  // by Dtype
   ExpertMixtureKernels expert_mixture[4];
   ExpertMixtureKernels expert_mixture_few[4];  // for calls with fewer rows than those pay for
+  NormalizedMixtureKernels normalized_mixture[4];
+  NormalizedMixtureKernels normalized_mixture_few[4];
   PcgradKernels pcgrad[4];
   SnrAverKernels snr_aver[4];
   SnrTransKernels snr_trans[4];  // whose weights are in the form that expert_mixture's kernels want

@@ -89,7 +89,7 @@ class LevelTables {
     level_.gates = gates_.gates();
   }
 
-  void set_backward(at::TensorList grad_outputs, at::TensorList saved) {
+  void set_grad_outputs(at::TensorList grad_outputs) {
     const int64_t rows = level_.rows, features = widths_.back();
     TORCH_CHECK_VALUE(static_cast<int>(grad_outputs.size()) == level_.gates.count,
                       "mtlkernels: grad_outputs must hold a tensor for each of ", level_.gates.count, " gates, got ",
@@ -102,9 +102,13 @@ class LevelTables {
       grad_outputs_.push_back(kept_.back().const_data_ptr());
       grad_output_ld_.push_back(kept_.back().stride(0));
     }
-    TORCH_CHECK_VALUE(static_cast<int>(saved.size()) == saved_layers(level_),
-                      "mtlkernels: saved must hold a tensor for each of ", saved_layers(level_), " layers, got ",
-                      saved.size());
+  }
+
+  // What the forward pass saved of the first `layers` layers.
+  void set_saved(at::TensorList saved, int layers) {
+    const int64_t rows = level_.rows;
+    TORCH_CHECK_VALUE(static_cast<int>(saved.size()) == layers, "mtlkernels: saved must hold a tensor for each of ",
+                      layers, " layers, got ", saved.size());
     for (size_t l = 0; l < saved.size(); ++l) {
       check_like(saved[l], dtype_, "saved", l);
       TORCH_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({static_cast<int64_t>(experts_), rows, widths_[l + 1]}),

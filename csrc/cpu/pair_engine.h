@@ -173,7 +173,7 @@ struct PairEngine {
           if (width < kStep || m + r >= nrows) std::memset(wide[r], 0, sizeof(wide[r]));
           if (m + r >= nrows) continue;
           widen(rows + (m + r) * ld + column, wide[r], width);
-          f(wide[r], (width + kGroup - 1) / kGroup * kGroup);
+          f(wide[r], (width + kGroup - 1) / kGroup * kGroup, m + r, column);
         }
         for (int64_t j = 0; j < kStep; j += kGroup) {
           __m256i even[kPlanes], odd[kPlanes];

@@ -87,13 +87,14 @@ struct PlainEngine {
     }
     return nullptr;
   }
+  // f(values, n, row, column) completes n values of a row, from a multiple of 16 on, in place; n is rounded up.
   template <typename Activate>
   static void make_operand(const T* rows, int64_t ld, int64_t nrows, int64_t features, Operand* out, Activate f) {
     const int64_t width = rounded(features);
     for (int64_t r = 0; r < nrows; ++r) {
       widen(rows + r * ld, out + r * width, features);
       for (int64_t i = features; i < width; ++i) out[r * width + i] = 0;
-      f(out + r * width, width);
+      f(out + r * width, width, r, 0);
     }
   }
 

@@ -207,7 +207,7 @@ SnrTransKernels snr_trans_kernels() {
   table.make_operand = [](const void* rows, int64_t ld, int64_t nrows, int64_t features, void* out) {
     const T* from = static_cast<const T*>(rows);
     if (Engine::direct_operand(from, features)) return;
-    Engine::make_operand(from, ld, nrows, features, static_cast<Operand*>(out), [](C*, int64_t) {});
+    Engine::make_operand(from, ld, nrows, features, static_cast<Operand*>(out), [](C*, int64_t, int64_t, int64_t) {});
   };
   table.columns = Engine::kColumns;
   table.product = [](const SnrProduct& call, int64_t column) {

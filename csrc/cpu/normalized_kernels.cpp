@@ -1,0 +1,106 @@
+// Instantiates the kernels of normalized_mixture for one instruction set, beside kernels.cpp.
+
+#include "kernels.h"
+#include "normalized_weight_gradients.h"
+#if defined(__AVX512BF16__)
+#include "pair_engine.h"
+#else
+#include "plain_engine.h"
+#endif
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+template <typename Engine>
+NormalizedMixtureKernels normalized_mixture_kernels() {
+  using C = typename Engine::C;
+  NormalizedMixtureKernels table{};
+  table.forward_bytes = [](const Level& level, int64_t nrows) {
+    return NormalizedForwardScratch<Engine>(level, (nrows + kGroup - 1) / kGroup, nullptr).total;
+  };
+  table.layer = [](const NormalizedForwardArgs& args, int64_t block, int l, int first, int last, void* scratch) {
+    Engine::begin();
+    NormalizedForward<Engine>(args, block, scratch).layer(l, first, last);
+    Engine::end();
+  };
+  table.mix = [](const NormalizedForwardArgs& args, int64_t block, void* scratch) {
+    NormalizedForward<Engine>(args, block, scratch).mix();
+  };
+  table.combine_moments = combine_moments<C>;
+  table.prepare = prepare_norm<C>;
+
+  table.backward_bytes = [](const Level& level, int64_t nrows) {
+    return NormalizedBackwardScratch<Engine>(level, (nrows + kGroup - 1) / kGroup, nullptr).total;
+  };
+  table.inner_bytes = [](const Level& level, int64_t nrows) {
+    return static_cast<int64_t>(level.gates.columns * ((nrows + kGroup - 1) / kGroup) * kGroup * sizeof(C));
+  };
+  table.below_bytes = [](const Level& level, int64_t nrows) {
+    const int64_t rows = (nrows + kGroup - 1) / kGroup * kGroup;
+    return static_cast<int64_t>(stream_count(level) * rows * level.widths[0] * sizeof(C));
+  };
+  table.gradient_bytes = [](const Level& level, int64_t chunk_rows) {
+    int64_t most = 0;
+    for (int l = 0; l < level.layers; ++l) {
+      const int64_t size = level.experts * chunk_gradient_size<Engine>(level, l, chunk_rows);
+      most = size > most ? size : most;
+    }
+    return most * static_cast<int64_t>(sizeof(typename Engine::Gradient));
+  };
+  table.operand_bytes = [](int64_t chunk_rows) {
+    return Engine::operand_size(Engine::kColumns, chunk_rows) * static_cast<int64_t>(sizeof(typename Engine::Operand));
+  };
+  table.top = [](const NormalizedBackwardArgs& args, int64_t block, int first, int last, void* scratch, void* inner) {
+    NormalizedBackward<Engine>(args, block, scratch).top(first, last, static_cast<C*>(inner));
+  };
+  table.logits = [](const NormalizedBackwardArgs& args, int64_t block, void* scratch, const void* inner) {
+    NormalizedBackward<Engine>(args, block, scratch).logits(static_cast<const C*>(inner));
+  };
+  table.combine_sums = combine_sums<C>;
+  table.down = [](const NormalizedBackwardArgs& args, const BackwardChunk& chunk, int64_t block, int l, int first,
+                  int last, void* scratch, void* below) {
+    Engine::begin();
+    NormalizedBackward<Engine>(args, block, scratch).down(chunk, l, first, last, static_cast<C*>(below));
+    Engine::end();
+  };
+  table.inputs = [](const NormalizedBackwardArgs& args, int64_t block, void* scratch, const void* below, int parts,
+                    int64_t stride) {
+    NormalizedBackward<Engine>(args, block, scratch)
+        .inputs(static_cast<const C*>(below), parts, stride / static_cast<int64_t>(sizeof(C)));
+  };
+  table.weight_tasks = [](const NormalizedBackwardArgs& args, int l) {
+    return NormalizedWeightGradients<Engine>(args, l).tasks();
+  };
+  table.weight_gradient = [](const NormalizedBackwardArgs& args, const BackwardChunk& chunk, int l, int64_t task,
+                             void* operand) {
+    Engine::begin();
+    NormalizedWeightGradients<Engine>(args, l).run(chunk, task, static_cast<typename Engine::Operand*>(operand));
+    Engine::end();
+  };
+  return table;
+}
+
+template <typename Engine>
+void fill_normalized(Kernels& table, Dtype dtype) {
+  const int i = static_cast<int>(dtype);
+  table.normalized_mixture[i] = normalized_mixture_kernels<Engine>();
+  if (Engine::kLeastRows == 0) table.normalized_mixture_few[i] = table.normalized_mixture[i];
+}
+
+void fill_normalized_mixture(Kernels& table) {
+#if defined(__AVX512BF16__)
+  fill_normalized<PairEngine<BFloat16>>(table, Dtype::kBFloat16);
+#if defined(__AMX_BF16__) || defined(MTLK_SPLIT)
+  fill_normalized<PairEngine<float>>(table, Dtype::kFloat32);
+  fill_normalized<PairEngine<Half>>(table, Dtype::kFloat16);
+#endif
+#else
+  fill_normalized<PlainEngine<float>>(table, Dtype::kFloat32);
+  fill_normalized<PlainEngine<double>>(table, Dtype::kFloat64);
+  fill_normalized<PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
+  fill_normalized<PlainEngine<Half>>(table, Dtype::kFloat16);
+#endif
+}
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

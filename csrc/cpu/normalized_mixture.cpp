@@ -1,0 +1,237 @@
+// The operator normalized_mixture on CPUs: how a call is cut into layers, blocks of rows and parts of experts.
+
+#include <torch/library.h>
+
+#include <limits>
+
+#include "level_args.h"
+#include "memory.h"
+#include "norm_tables.h"
+#include "plan.h"
+#include "results.h"
+
+namespace mtlk {
+namespace {
+
+struct Tables {
+  const NormalizedMixtureKernels& norm;
+  const ExpertMixtureKernels& engine;  // the form of the weights and the sizes of blocks are the same
+};
+
+Tables tables_for(const at::Tensor& inputs) {
+  const int dtype = static_cast<int>(dtype_of(inputs));
+  const bool few = inputs.size(0) < kernels().expert_mixture[dtype].least_rows;
+  return {few ? kernels().normalized_mixture_few[dtype] : kernels().normalized_mixture[dtype],
+          few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype]};
+}
+
+// f(expert) for all of them, for work that is small.
+template <typename F>
+void each_expert(const Level& level, F f) {
+  parallel_tasks(at::get_num_threads(), level.experts, [&](int64_t e) { f(static_cast<int>(e)); });
+}
+
+int64_t partial_ld(const Level& level) {
+  const int64_t widest = *std::max_element(level.widths + 1, level.widths + level.layers + 1);
+  return divide_up(widest, 32) * 32;
+}
+
+// Two values of the compute type for each block, expert and channel.
+Scratch partials_for(const NormalizedArgs& args) {
+  return {1, args.blocks * args.level.experts * 2 * args.partial_ld * static_cast<int64_t>(sizeof(double))};
+}
+
+void run_forward(NormalizedForwardArgs& args, const Tables& table) {
+  const Level& level = args.level;
+  const int64_t threads = at::get_num_threads();
+  const Cut cut = Cut::of(level, table.engine.block_bytes, table.norm.forward_bytes(level, kLeastRows) / kLeastRows);
+  args.block_rows = cut.block_rows;
+  args.blocks = cut.blocks;
+  args.partial_ld = partial_ld(level);
+  const Scratch partials = partials_for(args);
+  args.partials = partials[0];
+  const Scratch scratch(threads, table.norm.forward_bytes(level, cut.block_rows));
+  for (int l = 0; l < level.layers; ++l) {
+    parallel_tasks_on(threads, cut.blocks * cut.parts, [&](int64_t task, int64_t thread) {
+      const int part = static_cast<int>(task % cut.parts);
+      table.norm.layer(args, task / cut.parts, l, part_begin(level, part, cut.parts),
+                       part_begin(level, part + 1, cut.parts), scratch[thread]);
+    });
+    if (args.layers[l].norm == kNoNorm) continue;
+    each_expert(level, [&](int e) {
+      if (args.layers[l].norm == kBatchNorm) table.norm.combine_moments(args, l, e);
+      table.norm.prepare(args, l, e);
+    });
+  }
+  parallel_tasks_on(threads, cut.blocks,
+                    [&](int64_t block, int64_t thread) { table.norm.mix(args, block, scratch[thread]); });
+}
+
+using Tensors = std::vector<at::Tensor>;
+
+std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
+    at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& scales,
+    const OptionalTensors& shifts, at::TensorList gate_logits, at::IntArrayRef expert_inputs,
+    at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, at::IntArrayRef activations, at::IntArrayRef norms,
+    at::ArrayRef<double> eps, at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed) {
+  LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
+  std::vector<at::Tensor> offsets;
+  for (size_t i = 0; i < biases.size(); ++i) offsets.push_back(biases.get(i).value_or(at::Tensor()));
+  tables.set_biases(offsets);
+  tables.set_logits(gate_logits);
+  const Level& level = tables.level();
+  const auto options = inputs[0].options();
+  NormTables norm_tables(level, inputs[0].scalar_type(), norms, eps, dropout, seed, scales, shifts);
+  Tensors outputs, saved, means, variances;
+  std::vector<void*> output_pointers;
+  for (int k = 0; k < level.gates.count; ++k) {
+    outputs.push_back(pooled({level.rows, level.widths[level.layers]}, options));
+    output_pointers.push_back(outputs.back().mutable_data_ptr());
+  }
+  for (int l = 0; l < level.layers; ++l) {
+    NormLayer& layer = norm_tables.layers()[l];
+    saved.push_back(pooled({level.experts, level.rows, level.widths[l + 1]}, options));
+    layer.z = saved.back().mutable_data_ptr();
+    if (!norm_tables.has_norm(l)) continue;
+    for (auto [tensors, pointer] : {std::pair{&means, &layer.mean}, {&variances, &layer.variance}}) {
+      tensors->push_back(at::empty(norm_tables.statistic_sizes(l), options.dtype(norm_tables.compute())));
+      *pointer = tensors->back().mutable_data_ptr();
+    }
+  }
+  if (level.rows == 0) {
+    for (Tensors* tensors : {&means, &variances}) {  // of nothing
+      for (const at::Tensor& tensor : *tensors) tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+    }
+    return {outputs, saved, means, variances};
+  }
+  const Tables table = tables_for(inputs[0]);
+  tables.set_weights(weights, table.engine, false);
+  norm_tables.allocate(false);
+  NormalizedForwardArgs args{};
+  args.level = level;
+  args.layers = norm_tables.layers();
+  args.seed = norm_tables.seed();
+  args.outputs = output_pointers.data();
+  run_forward(args, table);
+  return {outputs, saved, means, variances};
+}
+
+// The gradients dz of layer l, a chunk of rows at a time, and what follows from them.
+void run_layer(const NormalizedBackwardArgs& args, const Tables& table, int l, int64_t capacity, int parts,
+               const Scratch& scratch, const Scratch& gradients, const Scratch& operands) {
+  const Level& level = args.level;
+  const int64_t threads = at::get_num_threads();
+  const bool sums_inputs = l == 0 && args.grad_inputs && parts > 1;
+  const int64_t below_bytes = sums_inputs ? table.norm.below_bytes(level, args.block_rows) : 0;
+  const int64_t chunk_blocks = capacity / args.block_rows;
+  const Scratch below(std::min(chunk_blocks, args.blocks), parts * below_bytes);
+  for (int64_t first = 0; first < args.blocks; first += chunk_blocks) {
+    const int64_t blocks = std::min(chunk_blocks, args.blocks - first), row = first * args.block_rows;
+    const BackwardChunk chunk{row, std::min(capacity, level.rows - row), capacity, gradients[0], nullptr};
+    parallel_tasks_on(threads, blocks * parts, [&](int64_t task, int64_t thread) {
+      const int64_t block = task / parts;
+      const int part = static_cast<int>(task % parts);
+      char* const sums = sums_inputs ? static_cast<char*>(below[block]) + part * below_bytes : nullptr;
+      table.norm.down(args, chunk, first + block, l, part_begin(level, part, parts), part_begin(level, part + 1, parts),
+                      scratch[thread], sums);
+    });
+    if (sums_inputs) {
+      parallel_tasks_on(threads, blocks, [&](int64_t block, int64_t thread) {
+        table.norm.inputs(args, first + block, scratch[thread], below[block], parts, below_bytes);
+      });
+    }
+    if (args.need_weights || args.need_biases) {
+      parallel_tasks_on(threads, table.norm.weight_tasks(args, l), [&](int64_t task, int64_t thread) {
+        table.norm.weight_gradient(args, chunk, l, task, operands[thread]);
+      });
+    }
+  }
+}
+
+void run_backward(NormalizedBackwardArgs& args, const Tables& table) {
+  const Level& level = args.level;
+  const int64_t threads = at::get_num_threads();
+  const int64_t fitting = chunk_rows(level, table.engine);
+  args.block_rows =
+      block_rows(fitting, table.engine.block_bytes, table.norm.backward_bytes(level, kLeastRows) / kLeastRows);
+  args.blocks = divide_up(level.rows, args.block_rows);
+  const int64_t capacity = divide_up(fitting, args.block_rows) * args.block_rows;
+  const int parts = parts_of(level, std::min(args.blocks, capacity / args.block_rows));
+  args.partial_ld = partial_ld(level);
+  const Scratch partials = partials_for(args);
+  args.partials = partials[0];
+  const Scratch scratch(threads, table.norm.backward_bytes(level, args.block_rows));
+  const Scratch inner(args.blocks, table.norm.inner_bytes(level, args.block_rows));
+  each_expert(level, [&](int e) {
+    for (int l = 0; l < level.layers; ++l) table.norm.prepare(args, l, e);
+  });
+  parallel_tasks_on(threads, args.blocks * parts, [&](int64_t task, int64_t thread) {
+    const int part = static_cast<int>(task % parts);
+    table.norm.top(args, task / parts, part_begin(level, part, parts), part_begin(level, part + 1, parts),
+                   scratch[thread], inner[task / parts]);
+  });
+  if (args.grad_logits) {
+    parallel_tasks_on(threads, args.blocks, [&](int64_t block, int64_t thread) {
+      table.norm.logits(args, block, scratch[thread], inner[block]);
+    });
+  }
+  if (!args.need_chain) return;
+  const Scratch gradients(1, table.norm.gradient_bytes(level, capacity));
+  const Scratch operands(threads, table.norm.operand_bytes(capacity));
+  for (int l = level.layers - 1; l >= 0; --l) {
+    if (args.layers[l].norm != kNoNorm) each_expert(level, [&](int e) { table.norm.combine_sums(args, l, e); });
+    run_layer(args, table, l, capacity, parts, scratch, gradients, operands);
+  }
+}
+
+std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backward(
+    at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights, const OptionalTensors& scales,
+    const OptionalTensors& shifts, at::TensorList gate_logits, at::TensorList saved, at::TensorList means,
+    at::TensorList variances, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
+    at::IntArrayRef activations, at::IntArrayRef norms, at::ArrayRef<double> eps, at::ArrayRef<double> dropout,
+    const std::optional<at::Tensor>& seed, bool need_inputs, bool need_weights, bool need_biases, bool need_norms,
+    bool need_logits) {
+  LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
+  tables.set_logits(gate_logits);
+  const Level& level = tables.level();
+  tables.set_grad_outputs(grad_outputs);
+  tables.set_saved(saved, level.layers);
+  NormTables norm_tables(level, inputs[0].scalar_type(), norms, eps, dropout, seed, scales, shifts);
+  norm_tables.set_statistics(means, variances);
+  norm_tables.set_gradients(need_norms);
+  const Tables table = tables_for(inputs[0]);
+  Results results(level, inputs, weights, gate_logits, table.engine, false, need_inputs, need_weights, need_biases,
+                  need_logits);
+  NormalizedBackwardArgs args{};
+  results.point(args);
+  args.need_chain = need_inputs || need_weights || need_biases || need_norms;
+  for (int l = 0; l < level.layers; ++l) {
+    norm_tables.layers()[l].z = const_cast<void*>(tables.saved()[l]);  // the backward pass only reads it
+    if (norms[l] == kBatchNorm) results.zero_biases(static_cast<size_t>(l) * level.experts, level.experts);
+  }
+  if (level.rows == 0) {
+    results.zero_sums();
+  } else {
+    if (args.need_chain) tables.set_weights(weights, table.engine, table.engine.backward_transposed);
+    norm_tables.allocate(true);
+    args.level = level;
+    args.layers = norm_tables.layers();
+    args.seed = norm_tables.seed();
+    args.grad_outputs = tables.grad_outputs();
+    args.grad_output_ld = tables.grad_output_ld();
+    run_backward(args, table);
+  }
+  results.write_sums(table.engine);
+  auto [grad_inputs, grad_weights, grad_biases, grad_logits] = results.take();
+  return {grad_inputs, grad_weights, grad_biases, norm_tables.take_grad_scales(), norm_tables.take_grad_shifts(),
+          grad_logits};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("normalized_mixture_forward", TORCH_FN(forward));
+  m.impl("normalized_mixture_backward", TORCH_FN(backward));
+}
+
+}  // namespace mtlk

@@ -1,0 +1,413 @@
+// The backward pass of normalized_mixture, from the last layer down.
+//
+// Of each layer the gradients dn of its normalised values come first, with a block's part of the sums that the norm's
+// gradient needs. Once all rows are there, whoever reads dn makes the gradients dz of the pre-activations of it, a
+// chunk of rows at a time: for the layer below, whose dn it leaves, and for the weights' gradients.
+#pragma once
+
+#include "expert_mixture_backward.h"
+#include "normalized_mixture_forward.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+template <typename Engine>
+struct NormalizedBackwardScratch {
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+  C *grad_outputs, *probabilities, *z, *tile, *normalized, *centred, *whole, *after, *below, *sums[2], *row_sums[2];
+  Element* panel;
+  uint16_t* kept;
+  int64_t total;
+
+  NormalizedBackwardScratch(const Level& level, int64_t groups, void* memory) {
+    Arena arena(memory);
+    const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
+    grad_outputs = arena.take<C>(level.gates.count * features * kGroup);
+    probabilities = arena.take<C>(level.gates.columns * kGroup);
+    z = arena.take<C>(widest * groups * kGroup);
+    tile = arena.take<C>(Engine::kRows * Engine::kGroups * kGroup);
+    normalized = arena.take<C>(padded(widest) * kGroup);
+    centred = arena.take<C>(padded(widest) * kGroup);
+    whole = arena.take<C>(padded(widest) * kGroup);
+    after = arena.take<C>(features * kGroup);
+    below = arena.take<C>(level.widths[0] * groups * kGroup);
+    for (C*& sum : sums) sum = arena.take<C>(widest * kGroup);
+    for (C*& sum : row_sums) sum = arena.take<C>(groups * kGroup);
+    panel = arena.take<Element>(Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups);
+    kept = arena.take<uint16_t>(widest * groups);
+    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+  }
+};
+
+// The gradients dz of one layer and a chunk of rows: [expert][group of kGradientRows rows].
+template <typename Engine>
+int64_t chunk_gradient_size(const Level& level, int l, int64_t chunk_rows) {
+  return (chunk_rows + Engine::kGradientRows - 1) / Engine::kGradientRows * Engine::gradient_size(level.widths[l + 1]);
+}
+
+template <typename Engine>
+class NormalizedBackward {
+ public:
+  using T = typename Engine::T;
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+  using Gradient = typename Engine::Gradient;
+
+  NormalizedBackward(const NormalizedBackwardArgs& args, int64_t block, void* memory)
+      : args_(args),
+        level_(args.level),
+        block_(block),
+        row_(block * args.block_rows),
+        nrows_(rows_of_block(args, block)),
+        groups_((nrows_ + kGroup - 1) / kGroup),
+        s_(args.level, (args.block_rows + kGroup - 1) / kGroup, memory) {}
+
+  // The last layer of experts order[first] up to order[last]: dn, and <dy, output> in inner[group][column][16].
+  void top(int first, int last, C* inner) {
+    const Gates& gates = level_.gates;
+    const int l = level_.layers - 1;
+    const int64_t features = level_.widths[level_.layers];
+    for (int i = first; i < last; ++i) clear_partials(level_.order[i]);
+    for (int64_t g = 0; g < groups_; ++g) {
+      gate_probabilities(gates, row(g), group_rows(g), s_.probabilities);
+      for (int k = 0; k < gates.count; ++k) {
+        const int64_t ld = args_.grad_output_ld[k];
+        pack_panel(static_cast<const T*>(args_.grad_outputs[k]) + row(g) * ld, ld, group_rows(g), features,
+                   s_.grad_outputs + k * features * kGroup);
+      }
+      for (int i = first; i < last; ++i) {
+        const int e = level_.order[i];
+        const LayerReader<T> reader(args_, l, e);
+        top_group(reader, e, g, inner + g * gates.columns * kGroup);
+      }
+    }
+  }
+
+  // The logits' gradients.
+  void logits(const C* inner) {
+    const Gates& gates = level_.gates;
+    for (int64_t g = 0; g < groups_; ++g) {
+      gate_probabilities(gates, row(g), group_rows(g), s_.probabilities);
+      for (int k = 0; k < gates.count; ++k) {
+        write_logit_gradient(gates, k, s_.probabilities, inner + g * gates.columns * kGroup, row(g), group_rows(g),
+                             args_.grad_logits[k]);
+      }
+    }
+  }
+
+  // Layer l of experts order[first] up to order[last]: dz, kept in the chunk, and the dn of the layer below; for the
+  // first layer the inputs' gradients, which several parts leave in `below` for `inputs`.
+  void down(const BackwardChunk& chunk, int l, int first, int last, C* below) {
+    int stream = -1;
+    for (int i = first; i < last; ++i) {
+      const int e = level_.order[i];
+      Gradient* const gradients = gradients_of(chunk, l, e);
+      make_gradients(l, e, gradients);
+      if (l > 0) {
+        lower_layer(l, e, gradients);
+      } else if (args_.grad_inputs) {
+        if (level_.expert_inputs[e] != stream) {
+          if (stream >= 0) leave_inputs(stream, below);
+          stream = level_.expert_inputs[e];
+          std::memset(s_.below, 0, stream_size() * sizeof(C));
+        }
+        multiply(l, e, gradients, [&](int64_t g, int64_t o, int64_t n, const C* tile) {
+          C* place = s_.below + (g * level_.widths[0] + o) * kGroup;
+          for (int64_t v = 0; v < n * kGroup; v += L) store(place + v, load(place + v) + load(tile + v));
+        });
+      }
+    }
+    if (stream >= 0) leave_inputs(stream, below);
+  }
+
+  // Sums the inputs' gradients of `parts` parts, which lie `stride` apart, in their order.
+  void inputs(const C* below, int parts, int64_t stride) {
+    int stream = -1;
+    for (int i = 0; i < level_.experts; ++i) {
+      if (level_.expert_inputs[level_.order[i]] == stream) continue;
+      stream = level_.expert_inputs[level_.order[i]];
+      std::memset(s_.below, 0, stream_size() * sizeof(C));
+      for (int p = 0; p < parts; ++p) {
+        if (!reads(p, parts, stream)) continue;
+        const C* from = below + p * stride + stream * stream_size();
+        for (int64_t v = 0; v < stream_size(); v += L) store(s_.below + v, load(s_.below + v) + load(from + v));
+      }
+      write_inputs(stream);
+    }
+  }
+
+ private:
+  static constexpr int L = Simd<C>::lanes;
+
+  static void store(C* place, Vector<C> value) { mtlk::MTLK_ISA::store(place, value); }
+  int64_t row(int64_t g) const { return row_ + g * kGroup; }
+  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
+  int64_t stream_size() const { return level_.widths[0] * groups_ * kGroup; }
+
+  // Whether one of part p's experts reads the stream.
+  bool reads(int p, int parts, int stream) const {
+    for (int i = level_.experts * p / parts; i < level_.experts * (p + 1) / parts; ++i) {
+      if (level_.expert_inputs[level_.order[i]] == stream) return true;
+    }
+    return false;
+  }
+
+  Gradient* gradients_of(const BackwardChunk& chunk, int l, int e) const {
+    return static_cast<Gradient*>(chunk.gradients) + e * chunk_gradient_size<Engine>(level_, l, chunk.capacity) +
+           (row_ - chunk.row) / Engine::kGradientRows * Engine::gradient_size(level_.widths[l + 1]);
+  }
+
+  // The dn of a group of rows.
+  T* normalized_gradient(int l, int e, int64_t g) const {
+    const int64_t all = (level_.rows + kGroup - 1) / kGroup;
+    return static_cast<T*>(args_.layers[l].grad) + (e * all + row(g) / kGroup) * level_.widths[l + 1] * kGroup;
+  }
+
+  void clear_partials(int e) const {
+    for (int which = 0; which < 2; ++which) {
+      std::memset(partials_of<C>(args_, block_, e, which), 0, args_.partial_ld * sizeof(C));
+    }
+  }
+
+  void top_group(const LayerReader<T>& reader, int e, int64_t g, C* inner) {
+    const Gates& gates = level_.gates;
+    const int64_t features = reader.width();
+    reader.load_group(row(g), group_rows(g), s_.z);
+    const uint16_t* kept = draw(reader, g, s_.kept);
+    const C* n = reader.normalize(row(g), group_rows(g), 0, features, s_.z, s_.normalized, s_.centred);
+    reader.activated(n, kept, [&](auto value) {
+      for (int64_t i = 0; i < features; ++i) {
+        for (int j = 0; j < kGroup; j += L) store(s_.after + i * kGroup + j, value(i, j));
+      }
+    });
+    std::memset(s_.whole, 0, features * kGroup * sizeof(C));
+    for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
+      const GateUse use = gates.uses[u];
+      const C* grad = s_.grad_outputs + use.gate * features * kGroup;
+      add_weighted(s_.probabilities + use.column * kGroup, grad, features, s_.whole);
+      dot_lanes(grad, s_.after, features, inner + use.column * kGroup);
+    }
+    if (!args_.need_chain) return;
+    start_sums(reader, g);
+    normalized_values(reader, e, g, 0, features, s_.whole, n, kept);
+    finish_rows(reader, g);
+    add_partials(reader, e);
+  }
+
+  const uint16_t* draw(const LayerReader<T>& reader, int64_t g, uint16_t* kept) const {
+    if (!reader.drops()) return nullptr;
+    reader.dropout().panel(row(g), reader.width(), kept);
+    return kept;
+  }
+
+  void dot_lanes(const C* a, const C* b, int64_t features, C* out) const {
+    for (int j = 0; j < kGroup; j += L) {
+      Vector<C> even{}, odd{};
+      int64_t i = 0;
+      for (; i + 1 < features; i += 2) {
+        even += load(a + i * kGroup + j) * load(b + i * kGroup + j);
+        odd += load(a + (i + 1) * kGroup + j) * load(b + (i + 1) * kGroup + j);
+      }
+      if (i < features) even += load(a + i * kGroup + j) * load(b + i * kGroup + j);
+      store(out + j, even + odd);
+    }
+  }
+
+  // The sums over rows and over features that a layer's normalised values leave.
+  void start_sums(const LayerReader<T>& reader, int64_t g) {
+    if (reader.norm() == kNoNorm) return;
+    for (C* sum : s_.sums) std::memset(sum, 0, reader.width() * kGroup * sizeof(C));
+    for (C* sum : s_.row_sums) std::memset(sum + g * kGroup, 0, kGroup * sizeof(C));
+  }
+
+  // dn of features [o, o + n) of group g from the gradient of the layer's outputs, in place: kept, and summed.
+  void normalized_values(const LayerReader<T>& reader, int e, int64_t g, int64_t o, int64_t n, C* grad, const C* values,
+                         const uint16_t* kept) {
+    const C by = reader.scale();
+    for (int64_t i = 0; kept && i < n; ++i) {
+      for (int j = 0; j < kGroup; j += L) {
+        store(grad + i * kGroup + j, kept_lanes<C>(load(grad + i * kGroup + j), kept[i] >> j, by));
+      }
+    }
+    with_activation(reader.code(), [&](auto constant) {
+      for (int64_t v = 0; v < n * kGroup; v += L) {
+        store(grad + v, load(grad + v) * derivative_of_input<decltype(constant)::value, C>(load(values + v)));
+      }
+    });
+    narrow(grad, normalized_gradient(reader_layer(reader), e, g) + o * kGroup, n * kGroup);
+    if (reader.norm() == kNoNorm) return;
+    C *sum = s_.sums[0] + o * kGroup, *product = s_.sums[1] + o * kGroup;
+    for (int64_t v = 0; v < n * kGroup; v += L) {
+      const Vector<C> x = load(grad + v);
+      store(sum + v, load(sum + v) + x);
+      store(product + v, load(product + v) + x * load(s_.centred + v));
+    }
+    if (reader.norm() == kLayerNorm) sum_rows(reader, g, o, n, grad);
+  }
+
+  int reader_layer(const LayerReader<T>& reader) const { return static_cast<int>(&reader.layer() - args_.layers); }
+
+  template <int Code, typename V>
+  static MTLK_INLINE Vector<V> derivative_of_input(Vector<V> x) {
+    if constexpr (Code == kTanh || Code == kSigmoid) return derivative<Code, V>(activate<Code, V>(x));
+    return derivative<Code, V>(x);
+  }
+
+  void sum_rows(const LayerReader<T>& reader, int64_t g, int64_t o, int64_t n, const C* grad) {
+    const C* factor = reader.channels(reader.layer().factor) + o;
+    for (int j = 0; j < kGroup; j += L) {
+      C *mean = s_.row_sums[0] + g * kGroup + j, *slope = s_.row_sums[1] + g * kGroup + j;
+      Vector<C> m = load(mean), s = load(slope);
+      for (int64_t i = 0; i < n; ++i) {
+        const Vector<C> x = load(grad + i * kGroup + j) * factor[i];
+        m += x;
+        s += x * load(s_.centred + i * kGroup + j);
+      }
+      store(mean, m);
+      store(slope, s);
+    }
+  }
+
+  void finish_rows(const LayerReader<T>& reader, int64_t g) {
+    if (reader.norm() != kLayerNorm) return;
+    const C width = static_cast<C>(reader.width());
+    C* const out[2] = {const_cast<C*>(reader.per_row(reader.layer().row_mean)) + row(g),
+                       const_cast<C*>(reader.per_row(reader.layer().row_slope)) + row(g)};
+    for (int which = 0; which < 2; ++which) {
+      for (int64_t r = 0; r < group_rows(g); ++r) out[which][r] = s_.row_sums[which][g * kGroup + r] / width;
+    }
+  }
+
+  void add_partials(const LayerReader<T>& reader, int e) {
+    if (reader.norm() == kNoNorm) return;
+    for (int which = 0; which < 2; ++which) {
+      C* partials = partials_of<C>(args_, block_, e, which);
+      for (int64_t i = 0; i < reader.width(); ++i) {
+        Vector<C> sum{};
+        for (int j = 0; j < kGroup; j += L) sum += load(s_.sums[which] + i * kGroup + j);
+        partials[i] += sum_lanes<C>(sum);
+      }
+    }
+  }
+
+  // dz of an expert's layer, as panels for the product and for the weights' gradients.
+  void make_gradients(int l, int e, Gradient* gradients) {
+    const LayerReader<T> reader(args_, l, e);
+    const int64_t width = reader.width();
+    for (int64_t g = 0; g < groups_; ++g) {
+      C* values = s_.whole;
+      Element* panel = panels(gradients) + g * Engine::panel_size(width);
+      Engine::clear_margin(panel, width);
+      values = Engine::destination(panel, 0, values);
+      pre_activations(reader, g, normalized_gradient(l, e, g), values);
+      Engine::store(panel, 0, width, values);
+      Engine::store_gradient(gradients, width, g, 0, width, values);
+    }
+  }
+
+  Element* panels(Gradient* gradients) const {
+    if constexpr (Engine::kGradientIsPanel) {
+      return gradients;
+    } else {
+      return s_.panel;
+    }
+  }
+
+  void pre_activations(const LayerReader<T>& reader, int64_t g, const T* dn, C* out) {
+    const int64_t width = reader.width();
+    const NormLayer& layer = reader.layer();
+    if (layer.norm == kNoNorm) return widen(dn, out, width * kGroup);
+    reader.load_group(row(g), group_rows(g), s_.z);
+    const C* factor = reader.channels(layer.factor);
+    if (layer.norm == kBatchNorm) {
+      const C *center = reader.channels(layer.center), *slope = reader.channels(layer.slope);
+      const C* level = reader.channels(layer.level);
+      for (int64_t i = 0; i < width; ++i) {
+        const Vector<C> f = broadcast(factor[i]), c = broadcast(center[i]), s = broadcast(slope[i]);
+        for (int64_t v = i * kGroup; v < (i + 1) * kGroup; v += L) {
+          store(out + v, load_as<T, C>(dn + v) * f + ((load(s_.z + v) - c) * s + level[i]));
+        }
+      }
+    } else {
+      C mean[kGroup], rstd[kGroup], row_mean[kGroup], row_slope[kGroup];
+      reader.copy_rows(layer.mean, row(g), group_rows(g), mean);
+      reader.copy_rows(layer.rstd, row(g), group_rows(g), rstd);
+      reader.copy_rows(layer.row_mean, row(g), group_rows(g), row_mean);
+      reader.copy_rows(layer.row_slope, row(g), group_rows(g), row_slope);
+      for (int j = 0; j < kGroup; j += L) {
+        const Vector<C> m = load(mean + j), r = load(rstd + j), a = load(row_mean + j), b = load(row_slope + j);
+        for (int64_t i = 0; i < width; ++i) {
+          const Vector<C> zhat = (load(s_.z + i * kGroup + j) - m) * r;
+          store(out + i * kGroup + j, (load_as<T, C>(dn + i * kGroup + j) * factor[i] - a - zhat * b) * r);
+        }
+      }
+    }
+    for (int64_t i = 0; group_rows(g) < kGroup && i < width; ++i) {  // absent rows add nothing to any sum
+      std::memset(out + i * kGroup + group_rows(g), 0, (kGroup - group_rows(g)) * sizeof(C));
+    }
+  }
+
+  // From layer l's gradients to those of what it read: f(group, feature, n, tile) for each tile.
+  template <typename F>
+  void multiply(int l, int e, Gradient* gradients, F f) {
+    const int64_t depth = level_.widths[l + 1], width = level_.widths[l], size = Engine::panel_size(depth);
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e, tiles = Engine::tiles(width);
+    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
+    constexpr int64_t tile_group = Engine::kRows * kGroup;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+      Ahead ahead;  // a weight that is not transposed lies in too many pieces
+      if (Engine::kBackwardTransposed && t + 1 < tiles) {
+        ahead =
+            Engine::weight_rows(weight, level_.weight_ld[at], depth, o + n, Engine::tile_begin(width, t + 2) - o - n);
+      }
+      for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
+        const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
+        Engine::tile_back(weight, level_.weight_ld[at], o, n, panels(gradients) + g0 * size, depth, ng, s_.tile,
+                          tile_group, ahead.share(g0, ng, groups_));
+        for (int64_t g = g0; g < g0 + ng; ++g) f(g, o, n, s_.tile + (g - g0) * tile_group);
+      }
+    }
+  }
+
+  // The dn of the layer below l.
+  void lower_layer(int l, int e, Gradient* gradients) {
+    const LayerReader<T> reader(args_, l - 1, e);
+    const int64_t width = reader.width();
+    clear_partials(e);
+    for (int64_t g = 0; g < groups_; ++g) {
+      reader.load_group(row(g), group_rows(g), s_.z + g * width * kGroup);
+      draw(reader, g, s_.kept + g * width);
+      start_sums(reader, g);
+    }
+    multiply(l, e, gradients, [&](int64_t g, int64_t o, int64_t n, C* tile) {
+      const C* z = s_.z + (g * width + o) * kGroup;
+      const C* values = reader.normalize(row(g), group_rows(g), o, n, z, s_.normalized, s_.centred);
+      normalized_values(reader, e, g, o, n, tile, values, reader.drops() ? s_.kept + g * width + o : nullptr);
+    });
+    for (int64_t g = 0; g < groups_; ++g) finish_rows(reader, g);
+    add_partials(reader, e);
+  }
+
+  void leave_inputs(int stream, C* below) {
+    if (!below) return write_inputs(stream);
+    std::memcpy(below + stream * stream_size(), s_.below, stream_size() * sizeof(C));
+  }
+
+  void write_inputs(int stream) {
+    const int64_t width = level_.widths[0];
+    T* rows = static_cast<T*>(args_.grad_inputs[stream]) + row_ * width;
+    for (int64_t g = 0; g < groups_; ++g) {
+      unpack_panel(s_.below + g * width * kGroup, width, rows + g * kGroup * width, width, group_rows(g));
+    }
+  }
+
+  const NormalizedBackwardArgs& args_;
+  const Level& level_;
+  const int64_t block_, row_, nrows_, groups_;
+  NormalizedBackwardScratch<Engine> s_;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

@@ -1,0 +1,205 @@
+// The forward pass of normalized_mixture for a block of rows: one layer of a run of experts, or all gates' sums.
+//
+// A batch norm needs a layer's statistics over all rows before anybody can read the layer. So each layer writes its
+// pre-activations and what the block adds to the statistics; who reads them next normalises, activates and drops.
+#pragma once
+
+#include "expert_mixture_forward.h"
+#include "normalization.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+// The widest layer that some layer reads.
+inline int64_t widest_read(const Level& level) {
+  int64_t widest = 0;
+  for (int l = 0; l < level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
+  return widest;
+}
+
+template <typename Engine>
+struct NormalizedForwardScratch {
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+  Element* input;
+  C *values, *group, *probabilities, *mixed;
+  uint16_t* kept;
+  int64_t total;
+
+  NormalizedForwardScratch(const Level& level, int64_t groups, void* memory) {
+    Arena arena(memory);
+    const int64_t widest = widest_hidden(level);
+    input = arena.take<Element>(Engine::panel_size(widest_read(level)) * groups);
+    values = arena.take<C>(padded(widest) * groups * kGroup);
+    group = arena.take<C>(padded(widest) * kGroup);
+    probabilities = arena.take<C>(level.gates.columns * kGroup);
+    mixed = arena.take<C>(level.gates.count * level.widths[level.layers] * kGroup);
+    kept = arena.take<uint16_t>(widest);
+    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+  }
+};
+
+template <typename Engine>
+class NormalizedForward {
+ public:
+  using T = typename Engine::T;
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+
+  NormalizedForward(const NormalizedForwardArgs& args, int64_t block, void* memory)
+      : args_(args),
+        level_(args.level),
+        block_(block),
+        row_(block * args.block_rows),
+        nrows_(rows_of_block(args, block)),
+        groups_((nrows_ + kGroup - 1) / kGroup),
+        s_(args.level, (args.block_rows + kGroup - 1) / kGroup, memory) {}
+
+  // Layer l of experts order[first] up to order[last]: pre-activations and the block's part of their statistics.
+  void layer(int l, int first, int last) {
+    int stream = -1;
+    for (int i = first; i < last; ++i) {
+      const int e = level_.order[i];
+      if (l > 0) {
+        load_hidden(l - 1, e);
+      } else if (level_.expert_inputs[e] != stream) {
+        stream = level_.expert_inputs[e];
+        load_input(stream);
+      }
+      product(l, e, level_.order[i + 1 < last ? i + 1 : i]);
+      finish(l, e);
+    }
+  }
+
+  // Every gate's sum of the experts' outputs.
+  void mix() {
+    const Gates& gates = level_.gates;
+    const int l = level_.layers - 1;
+    const int64_t features = level_.widths[level_.layers];
+    for (int64_t g = 0; g < groups_; ++g) {
+      gate_probabilities(gates, row(g), group_rows(g), s_.probabilities);
+      std::memset(s_.mixed, 0, gates.count * features * kGroup * sizeof(C));
+      for (int e = 0; e < level_.experts; ++e) {
+        if (gates.use_begin[e] == gates.use_begin[e + 1]) continue;
+        const LayerReader<T> reader(args_, l, e);
+        read(reader, g, [&](auto value) {
+          for (int64_t i = 0; i < features; ++i) {
+            for (int j = 0; j < kGroup; j += L) store(s_.group + i * kGroup + j, value(i, j));
+          }
+        });
+        for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
+          const GateUse use = gates.uses[u];
+          add_weighted(s_.probabilities + use.column * kGroup, s_.group, features,
+                       s_.mixed + use.gate * features * kGroup);
+        }
+      }
+      for (int k = 0; k < gates.count; ++k) {
+        T* rows = static_cast<T*>(args_.outputs[k]) + row(g) * features;
+        unpack_panel(s_.mixed + k * features * kGroup, features, rows, features, group_rows(g));
+      }
+    }
+  }
+
+ private:
+  static constexpr int L = Simd<C>::lanes;
+
+  static void store(C* place, Vector<C> value) { mtlk::MTLK_ISA::store(place, value); }
+  int64_t row(int64_t g) const { return row_ + g * kGroup; }
+  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
+
+  void load_input(int stream) {
+    const int64_t width = level_.widths[0], ld = level_.input_ld[stream];
+    const T* rows = static_cast<const T*>(level_.inputs[stream]) + row_ * ld;
+    for (int64_t g = 0; g < groups_; ++g) {
+      Engine::pack(rows + g * kGroup * ld, ld, group_rows(g), width, s_.input + g * Engine::panel_size(width));
+    }
+  }
+
+  // A group of an expert's layer: f(value), where value(i, j) is lanes from j on of feature i.
+  template <typename F>
+  MTLK_INLINE void read(const LayerReader<T>& reader, int64_t g, F f) {
+    const uint16_t* kept = nullptr;
+    if (reader.drops()) {
+      reader.dropout().panel(row(g), reader.width(), s_.kept);
+      kept = s_.kept;
+    }
+    reader.load_group(row(g), group_rows(g), s_.group);
+    reader.activated(reader.normalize(row(g), group_rows(g), 0, reader.width(), s_.group, s_.group, nullptr), kept, f);
+  }
+
+  void load_hidden(int l, int e) {
+    const LayerReader<T> reader(args_, l, e);
+    for (int64_t g = 0; g < groups_; ++g) {
+      Element* panel = s_.input + g * Engine::panel_size(reader.width());
+      Engine::clear_margin(panel, reader.width());
+      read(reader, g, [&](auto value) { Engine::store_each(panel, 0, reader.width(), value); });
+    }
+  }
+
+  int64_t group_size(int l) const { return padded(level_.widths[l + 1]) * kGroup; }
+
+  // Weights of tile t of expert e's layer.
+  Ahead weights_of(int l, int e, int64_t t) const {
+    const int64_t width = level_.widths[l + 1], o = Engine::tile_begin(width, t);
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
+    return Engine::weight_rows(static_cast<const typename Engine::Weight*>(level_.weights[at]), level_.weight_ld[at],
+                               level_.widths[l], o, Engine::tile_begin(width, t + 1) - o);
+  }
+
+  void product(int l, int e, int next) {
+    const int64_t depth = level_.widths[l], width = level_.widths[l + 1], in_size = Engine::panel_size(depth);
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e, tiles = Engine::tiles(width);
+    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+      const Ahead ahead = t + 1 < tiles ? weights_of(l, e, t + 1) : weights_of(l, next, 0);
+      C* const values = s_.values + o * kGroup;
+      for (int64_t g = 0; g < groups_; g += Engine::kGroups) {
+        const int64_t ng = groups_ - g < Engine::kGroups ? groups_ - g : Engine::kGroups;
+        Engine::tile(weight, level_.weight_ld[at], o, n, s_.input + g * in_size, depth, ng, values + g * group_size(l),
+                     group_size(l), ahead.share(g, ng, groups_));
+      }
+      add_bias(l, at, o, n);
+      if (args_.layers[l].norm == kBatchNorm) {
+        channel_moments(values, group_size(l), nrows_, n, partials_of<C>(args_, block_, e, 0) + o,
+                        partials_of<C>(args_, block_, e, 1) + o);
+      }
+    }
+  }
+
+  void add_bias(int l, int64_t at, int64_t o, int64_t n) {
+    if (!level_.biases[at]) return;
+    const T* bias = static_cast<const T*>(level_.biases[at]) + o;
+    for (int64_t g = 0; g < groups_; ++g) {
+      C* values = s_.values + g * group_size(l) + o * kGroup;
+      for (int64_t i = 0; i < n; ++i) {
+        const C b = static_cast<C>(to_compute(bias[i]));
+        for (int j = 0; j < kGroup; j += L) store(values + i * kGroup + j, load(values + i * kGroup + j) + b);
+      }
+    }
+  }
+
+  // Writes the pre-activations, and a layer norm's statistics.
+  void finish(int l, int e) {
+    const LayerReader<T> reader(args_, l, e);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const C* values = s_.values + g * group_size(l);
+      if (reader.norm() == kLayerNorm) {
+        C mean[kGroup], variance[kGroup];
+        row_moments(values, reader.width(), mean, variance);
+        const NormLayer& layer = args_.layers[l];
+        std::memcpy(static_cast<C*>(layer.mean) + e * level_.rows + row(g), mean, group_rows(g) * sizeof(C));
+        std::memcpy(static_cast<C*>(layer.variance) + e * level_.rows + row(g), variance, group_rows(g) * sizeof(C));
+      }
+      unpack_panel(values, reader.width(), reader.rows(row(g)), reader.width(), group_rows(g));
+    }
+  }
+
+  const NormalizedForwardArgs& args_;
+  const Level& level_;
+  const int64_t block_, row_, nrows_, groups_;
+  NormalizedForwardScratch<Engine> s_;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

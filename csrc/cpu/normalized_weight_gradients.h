@@ -1,0 +1,101 @@
+// The weights' gradients of normalized_mixture, with the batch as the depth of their product.
+#pragma once
+
+#include "normalized_mixture_backward.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+// The weights' gradients of one layer and a chunk of rows: tasks are an expert's runs of columns.
+template <typename Engine>
+class NormalizedWeightGradients {
+ public:
+  using T = typename Engine::T;
+  using C = typename Engine::C;
+  using Gradient = typename Engine::Gradient;
+  using Operand = typename Engine::Operand;
+
+  NormalizedWeightGradients(const NormalizedBackwardArgs& args, int l) : args_(args), level_(args.level), l_(l) {}
+
+  int64_t columns() const {
+    const int64_t count = (level_.widths[l_] + Engine::kColumns - 1) / Engine::kColumns;
+    return count > 0 ? count : 1;
+  }
+  int64_t tasks() const { return level_.experts * columns(); }
+
+  // What the layer read lies in `memory`, for operand_size(kColumns, chunk.rows) elements.
+  void run(const BackwardChunk& chunk, int64_t task, Operand* memory) const {
+    const int e = static_cast<int>(task / columns());
+    const int64_t column = task % columns() * Engine::kColumns, width = level_.widths[l_];
+    const int64_t at = static_cast<int64_t>(l_) * level_.experts + e, outputs = level_.widths[l_ + 1];
+    const Gradient* gradient =
+        static_cast<const Gradient*>(chunk.gradients) + e * chunk_gradient_size<Engine>(level_, l_, chunk.capacity);
+    const bool add = chunk.row > 0;
+    if (args_.need_weights && column < width) {
+      const int64_t n = width - column < Engine::kColumns ? width - column : Engine::kColumns;
+      make_operand(chunk, e, column, n, memory);
+      C* const grad = static_cast<C*>(args_.weight_sums[at]) + column;
+      Engine::weight_gradient(gradient, outputs, memory, Engine::rounded(n), chunk.rows, 0, n, grad,
+                              args_.weight_sum_ld[l_], add);
+    }
+    if (args_.need_biases && column == 0 && args_.layers[l_].norm != kBatchNorm) {
+      Engine::bias_gradient(gradient, outputs, chunk.rows, static_cast<C*>(args_.bias_sums[at]), add);
+    }
+  }
+
+ private:
+  static constexpr int L = Simd<C>::lanes;
+
+  void make_operand(const BackwardChunk& chunk, int e, int64_t column, int64_t n, Operand* out) const {
+    if (l_ == 0) {
+      const int stream = level_.expert_inputs[e];
+      const int64_t ld = level_.input_ld[stream];
+      const T* rows = static_cast<const T*>(level_.inputs[stream]) + chunk.row * ld + column;
+      return Engine::make_operand(rows, ld, chunk.rows, n, out, [](C*, int64_t, int64_t, int64_t) {});
+    }
+    const LayerReader<T> reader(args_, l_ - 1, e);
+    const T* rows = reader.rows(chunk.row) + column;
+    with_activation(reader.code(), [&](auto constant) {
+      uint32_t kept[2];
+      Engine::make_operand(
+          rows, reader.width(), chunk.rows, n, out, [&](C* values, int64_t count, int64_t r, int64_t first) {
+            if (reader.drops() && r % 2 == 0) {
+              reader.dropout().two_rows(chunk.row + r, column + first, kept);
+            }
+            const uint32_t* bits = reader.drops() ? kept + r % 2 : nullptr;
+            read<decltype(constant)::value>(reader, chunk.row + r, column + first, count, bits, values);
+          });
+    });
+  }
+
+  // A row's features [column, column + n) as the layer above read them, in place.
+  template <int Code>
+  static void read(const LayerReader<T>& reader, int64_t row, int64_t column, int64_t n, const uint32_t* kept,
+                   C* values) {
+    const NormLayer& layer = reader.layer();
+    const C *factor = nullptr, *shift = nullptr;
+    if (layer.norm != kNoNorm) {
+      factor = reader.channels(layer.factor) + column;
+      shift = reader.channels(layer.shift) + column;
+    }
+    const C by = reader.scale();
+    for (int64_t i = 0; i < n; i += L) {
+      Vector<C> x = load(values + i);
+      if (layer.norm == kBatchNorm) {
+        x = (x - load(reader.channels(layer.center) + column + i)) * load(factor + i) + load(shift + i);
+      } else if (layer.norm == kLayerNorm) {
+        x = (x - reader.per_row(layer.mean)[row]) * reader.per_row(layer.rstd)[row] * load(factor + i) +
+            load(shift + i);
+      }
+      x = activate<Code, C>(x);
+      mtlk::MTLK_ISA::store(values + i, kept ? kept_lanes<C>(x, *kept >> i, by) : x);
+    }
+  }
+
+  const NormalizedBackwardArgs& args_;
+  const Level& level_;
+  const int l_;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk
