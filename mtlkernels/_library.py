@@ -214,9 +214,10 @@ def _normalized_mixture_forward(
     dropout: list[float],
     seed: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    routing = (expert_inputs, gate_experts, gate_sizes, activations)
+    outputs, _ = _expert_mixture_forward(inputs, weights, biases, gate_logits, *routing, False)
     rows, num_experts = inputs[0].shape[0], len(expert_inputs)
     widths = [weights[layer * num_experts].shape[0] for layer in range(len(activations))]
-    outputs = [_empty(inputs[0], (rows, widths[-1])) for _ in gate_sizes]
     saved = [_empty(inputs[0], (num_experts, rows, width)) for width in widths]
     sizes = [
         z.shape[:2] if norm == 2 else (z.shape[0], z.shape[2]) for z, norm in zip(saved, norms, strict=True) if norm
@@ -252,7 +253,8 @@ def _normalized_mixture_backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     routing = (expert_inputs, gate_experts, gate_sizes, activations)
     needs = (need_inputs, need_weights, need_biases, need_logits)
-    found = _expert_mixture_backward(grad_outputs, inputs, weights, [], gate_logits, saved, *routing, *needs)
+    biases: list[Tensor | None] = [None] * len(weights)
+    found = _expert_mixture_backward(grad_outputs, inputs, weights, biases, gate_logits, saved, *routing, *needs)
     grad_scales, grad_shifts = (
         [_empty(part, part.shape) for part in parts if part is not None] if need_norms else []
         for parts in (scales, shifts)

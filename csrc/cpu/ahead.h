@@ -19,6 +19,13 @@ struct Ahead {
   }
 };
 
+// Rows that are strips of wider ones are fetched this far ahead: no hardware prefetcher crosses the gaps.
+constexpr int64_t kRowsAhead = 16;
+template <typename T>
+MTLK_INLINE void fetch_rows(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 3);
+}
+
 // Fetches a share of what will be needed with every step.
 class Fetcher {
  public:

@@ -10,8 +10,6 @@
 
 namespace mtlk {
 
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
-
 // Owns what a Level points to, and whatever had to be copied to fit the kernels.
 class LevelTables {
  public:
@@ -49,11 +47,6 @@ class LevelTables {
 
   const Level& level() const { return level_; }
 
-  void set_biases(const OptionalTensors& biases) {
-    std::vector<at::Tensor> tensors;
-    for (size_t i = 0; i < biases.size(); ++i) tensors.push_back(biases.get(i).value_or(at::Tensor()));
-    set_biases(tensors);
-  }
   // Undefined tensors stand for no bias.
   void set_biases(const std::vector<at::Tensor>& biases) {
     TORCH_CHECK_VALUE(biases.size() == biases_.size(), "mtlkernels: biases must hold ", biases_.size(),
@@ -96,8 +89,7 @@ class LevelTables {
     level_.gates = gates_.gates();
   }
 
-  // `saved` of the first layers.
-  void set_backward(at::TensorList grad_outputs, at::TensorList saved, int layers) {
+  void set_grad_outputs(at::TensorList grad_outputs) {
     const int64_t rows = level_.rows, features = widths_.back();
     TORCH_CHECK_VALUE(static_cast<int>(grad_outputs.size()) == level_.gates.count,
                       "mtlkernels: grad_outputs must hold a tensor for each of ", level_.gates.count, " gates, got ",
@@ -110,6 +102,11 @@ class LevelTables {
       grad_outputs_.push_back(kept_.back().const_data_ptr());
       grad_output_ld_.push_back(kept_.back().stride(0));
     }
+  }
+
+  // What the forward pass saved of the first `layers` layers.
+  void set_saved(at::TensorList saved, int layers) {
+    const int64_t rows = level_.rows;
     TORCH_CHECK_VALUE(static_cast<int>(saved.size()) == layers, "mtlkernels: saved must hold a tensor for each of ",
                       layers, " layers, got ", saved.size());
     for (size_t l = 0; l < saved.size(); ++l) {

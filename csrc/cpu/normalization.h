@@ -15,6 +15,10 @@ inline int64_t padded(int64_t channels) { return (channels + kChannels - 1) / kC
 
 template <typename C>
 MTLK_INLINE C sum_lanes(Vector<C> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) return _mm512_reduce_add_ps((__m512)x);
+  if constexpr (sizeof(C) == 8) return _mm512_reduce_add_pd((__m512d)x);
+#endif
   C lane[Simd<C>::lanes];
   store(lane, x);
   for (int half = Simd<C>::lanes / 2; half > 0; half /= 2) {
@@ -62,8 +66,16 @@ class LayerReader {
   const C* per_row(const void* array) const { return static_cast<const C*>(array) + expert_ * rows_; }
   const NormLayer& layer() const { return layer_; }
 
-  // A group's pre-activations, [width][16].
-  void load_group(int64_t row, int64_t nrows, C* z) const { pack_panel(rows(row), width_, nrows, width_, z); }
+  // A group's pre-activations, [width][16]; fetches those of the next group meanwhile.
+  void load_group(int64_t row, int64_t nrows, C* z) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t f = 0; f < width_; f += kPairs) {
+      const int64_t n = width_ - f < kPairs ? width_ - f : kPairs;
+      const T* next = rows(row + kGroup) + f * kGroup;
+      for (int64_t i = 0; i < n * kGroup; i += kLine) __builtin_prefetch(next + i, 0, 3);
+      pack_panel(rows(row) + f, width_, nrows, n, z + f * kGroup);
+    }
+  }
 
   // Normalises features [o, o + n) of the group of rows [row, row + nrows): returns the values, in `out` unless there
   // is no norm. `centred` (or null) receives what the norm's gradient multiplies: z - mean a channel, zhat a row.

@@ -75,7 +75,9 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
     at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, at::IntArrayRef activations, at::IntArrayRef norms,
     at::ArrayRef<double> eps, at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
-  tables.set_biases(biases);
+  std::vector<at::Tensor> offsets;
+  for (size_t i = 0; i < biases.size(); ++i) offsets.push_back(biases.get(i).value_or(at::Tensor()));
+  tables.set_biases(offsets);
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
   const auto options = inputs[0].options();
@@ -192,7 +194,8 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backward(
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
-  tables.set_backward(grad_outputs, saved, level.layers);
+  tables.set_grad_outputs(grad_outputs);
+  tables.set_saved(saved, level.layers);
   NormTables norm_tables(level, inputs[0].scalar_type(), norms, eps, dropout, seed, scales, shifts);
   norm_tables.set_statistics(means, variances);
   norm_tables.set_gradients(need_norms);

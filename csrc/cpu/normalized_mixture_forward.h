@@ -159,7 +159,7 @@ class NormalizedForward {
         Engine::tile(weight, level_.weight_ld[at], o, n, s_.input + g * in_size, depth, ng, values + g * group_size(l),
                      group_size(l), ahead.share(g, ng, groups_));
       }
-      add_bias(l, at, o, n);
+      complete(at, l, o, n);
       if (args_.layers[l].norm == kBatchNorm) {
         channel_moments(values, group_size(l), nrows_, n, partials_of<C>(args_, block_, e, 0) + o,
                         partials_of<C>(args_, block_, e, 1) + o);
@@ -167,14 +167,21 @@ class NormalizedForward {
     }
   }
 
-  void add_bias(int l, int64_t at, int64_t o, int64_t n) {
-    if (!level_.biases[at]) return;
-    const T* bias = static_cast<const T*>(level_.biases[at]) + o;
+  // Adds the bias and rounds to the storage type, so that the statistics are those of what readers find: of equal rows
+  // the deviations must be zero.
+  void complete(int64_t at, int64_t l, int64_t o, int64_t n) {
+    const T* bias = level_.biases[at] ? static_cast<const T*>(level_.biases[at]) + o : nullptr;
+    if (!bias && __is_same(T, C)) return;
     for (int64_t g = 0; g < groups_; ++g) {
-      C* values = s_.values + g * group_size(l) + o * kGroup;
+      C* values = s_.values + g * group_size(static_cast<int>(l)) + o * kGroup;
       for (int64_t i = 0; i < n; ++i) {
-        const C b = static_cast<C>(to_compute(bias[i]));
+        const C b = bias ? static_cast<C>(to_compute(bias[i])) : static_cast<C>(0);
         for (int j = 0; j < kGroup; j += L) store(values + i * kGroup + j, load(values + i * kGroup + j) + b);
+        if constexpr (!__is_same(T, C)) {
+          T narrow_values[kGroup];
+          narrow(values + i * kGroup, narrow_values, kGroup);
+          widen(narrow_values, values + i * kGroup, kGroup);
+        }
       }
     }
   }

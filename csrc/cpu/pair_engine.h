@@ -172,6 +172,7 @@ struct PairEngine {
         for (int64_t r = 0; r < 2; ++r) {
           if (width < kStep || m + r >= nrows) std::memset(wide[r], 0, sizeof(wide[r]));
           if (m + r >= nrows) continue;
+          fetch_rows(rows + (m + r + kRowsAhead) * ld + column, width);
           widen(rows + (m + r) * ld + column, wide[r], width);
           f(wide[r], (width + kGroup - 1) / kGroup * kGroup, m + r, column);
         }

@@ -92,6 +92,7 @@ struct PlainEngine {
   static void make_operand(const T* rows, int64_t ld, int64_t nrows, int64_t features, Operand* out, Activate f) {
     const int64_t width = rounded(features);
     for (int64_t r = 0; r < nrows; ++r) {
+      fetch_rows(rows + (r + kRowsAhead) * ld, features);
       widen(rows + r * ld, out + r * width, features);
       for (int64_t i = features; i < width; ++i) out[r * width + i] = 0;
       f(out + r * width, width, r, 0);
