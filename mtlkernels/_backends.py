@@ -25,6 +25,8 @@ BACKENDS = ("cpp", "cuda", "triton", "reference")
 # A plain module variable, not a ContextVar: autograd runs a CUDA backward in a thread of its own, and torch.compile
 # guards on it.
 _forced: str | None = None
+# Ops of which an operator has no C++ kernel.
+_without_cpp: set[str] = set()
 _references: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -35,9 +37,7 @@ def has_triton() -> bool:
 
 def has_cpp(op: str) -> bool:
     """Whether this install has C++ kernels for CPUs for an op."""
-    directions = (direction for name, direction in _references if name == op)
-    names = (f"mtlkernels::{op}_{direction}" for direction in directions)
-    return _extension.loaded() and all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") for name in names)
+    return _extension.loaded() and op not in _without_cpp
 
 
 def has_cuda(op: str) -> bool:
@@ -109,6 +109,8 @@ def forced() -> str | None:
 def register_reference(op: str, direction: str, function: Callable[..., Any]) -> None:
     """Names the PyTorch implementation of one direction of an op."""
     _references[op, direction] = function
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mtlkernels::{op}_{direction}", "CPU"):
+        _without_cpp.add(op)
 
 
 def reference_implementation(op: str, direction: str) -> Callable[..., Any]:

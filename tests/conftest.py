@@ -40,9 +40,10 @@ def cpu_backends(op: str) -> tuple[str, ...]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``backend``: each implementation by name. ``dtype``: each of the four."""
+    """``backend``: each implementation by name, of the module's ``OP`` if it names one. ``dtype``: each of the four."""
     if "backend" in metafunc.fixturenames:
-        names = dict.fromkeys(name for op in mk.backends() for name in cpu_backends(op))
+        ops = [metafunc.module.OP] if hasattr(metafunc.module, "OP") else list(mk.backends())
+        names = dict.fromkeys(name for op in ops for name in cpu_backends(op))
         metafunc.parametrize("backend", list(names))
     if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Any] = {
 KINKED = {"relu": 0.0, "leaky_relu": 0.01}
 
 
-def _with_noise_at_kink(name: str, noise: float) -> Callable[[Tensor], Tensor]:
+def with_noise_at_kink(name: str, noise: float) -> Callable[[Tensor], Tensor]:
     """The activation; its derivative's sign is taken from an input with noise of so many root mean squares."""
 
     def activate(x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _logits_by_gate(gate_logits: Any, routing: Any) -> list[Tensor]:
     return logits
 
 
-def _mix(experts: Sequence[Tensor], gate_logits: Any, routing: Any) -> list[Tensor]:
+def mix(experts: Sequence[Tensor], gate_logits: Any, routing: Any) -> list[Tensor]:
     outputs = []
     for gate, logits in zip(routing.gate_experts, _logits_by_gate(gate_logits, routing), strict=True):
         exponentials = [column.exp() for column in logits.unbind(1)]
@@ -61,7 +61,7 @@ def _mix(experts: Sequence[Tensor], gate_logits: Any, routing: Any) -> list[Tens
 
 def gated_mixture(experts: Tensor, gate_logits: Any, routing: Any) -> list[Tensor]:
     """y_k = sum over e in gate k of exp(l_ke) / sum_j exp(l_kj) * experts_e."""
-    return [y.to(experts.dtype) for y in _mix(experts.unbind(1), gate_logits, routing)]
+    return [y.to(experts.dtype) for y in mix(experts.unbind(1), gate_logits, routing)]
 
 
 def expert_mixture(
@@ -77,7 +77,7 @@ def expert_mixture(
     """Every expert by itself, x <- activation(x W^T + b) a layer, then the mixture."""
     names = [activation] * len(weights) if isinstance(activation, str) else activation
     noisy = KINKED if kink_noise else {}
-    activations = [_with_noise_at_kink(name, kink_noise) if name in noisy else ACTIVATIONS[name] for name in names]
+    activations = [with_noise_at_kink(name, kink_noise) if name in noisy else ACTIVATIONS[name] for name in names]
     outputs = []
     for e, stream in enumerate(routing.expert_inputs):
         x = inputs if isinstance(inputs, Tensor) else inputs[stream]
@@ -87,7 +87,7 @@ def expert_mixture(
                 x = x + biases[layer][e]
             x = activate(x)
         outputs.append(x)
-    return [y.to(outputs[0].dtype) for y in _mix(outputs, gate_logits, routing)]
+    return [y.to(outputs[0].dtype) for y in mix(outputs, gate_logits, routing)]
 
 
 def snr_trans(u: Any, weight: Any, z: Tensor, *, closed_grad: bool = True) -> list[Tensor]:
@@ -100,13 +100,15 @@ def snr_aver(u: Any, z: Tensor, *, closed_grad: bool = True) -> list[Tensor]:
     return [sum(value * x for value, x in zip(row, u, strict=True)) for row in z.unbind(0)]
 
 
-def kink_slack(case: Case, exact: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+def kink_slack(
+    case: Case, exact: dict[str, list[Tensor]], formulas: Callable[..., Any] = expert_mixture
+) -> dict[str, list[Tensor]]:
     """How far gradients move when units within rounding distance of a kink fall on either side of it, at random.
 
     Two correct implementations may round such a unit's input to different sides of zero.
     """
     wide = case.to(torch.float64)
-    noisy = functools.partial(expert_mixture, kink_noise=4 * torch.finfo(case.dtype).eps)
+    noisy = functools.partial(formulas, kink_noise=4 * torch.finfo(case.dtype).eps)
     slack = {name: [torch.zeros_like(t) for t in group] for name, group in exact.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -119,7 +121,12 @@ def kink_slack(case: Case, exact: dict[str, list[Tensor]]) -> dict[str, list[Ten
 
 
 def assert_agrees(
-    op: Callable[..., Any], case: Case, baseline: Callable[..., Any] | None = None, threads: int = 1
+    op: Callable[..., Any],
+    case: Case,
+    baseline: Callable[..., Any] | None = None,
+    threads: int = 1,
+    formulas: Callable[..., Any] | None = None,
+    factor: float = 3.0,
 ) -> None:
     """An op's outputs and gradients against the definition in float64.
 
@@ -128,8 +135,10 @@ def assert_agrees(
         case: its arguments.
         baseline: PyTorch in the dtype of the case; by default the definition itself.
         threads: how many the op gets.
+        formulas: the definition; by default the one in this module that has the op's name.
+        factor: how many times the baseline's error is allowed.
     """
-    formulas = globals()[op.__name__]
+    formulas = formulas or globals()[op.__name__]
     exact = evaluate(formulas, case.to(torch.float64), allow_unused=True)
     usual = evaluate(baseline or formulas, case, allow_unused=True)
     usual_threads = torch.get_num_threads()
@@ -140,12 +149,12 @@ def assert_agrees(
     finally:
         torch.set_num_threads(usual_threads)
     try:
-        assert_within_budget(actual, exact, usual)
+        assert_within_budget(actual, exact, usual, factor=factor)
     except AssertionError:
         names = case.arguments.get("activation", ())
         if not KINKED.keys() & ({names} if isinstance(names, str) else set(names)):
             raise
-        assert_within_budget(actual, exact, usual, slack=kink_slack(case, exact))
+        assert_within_budget(actual, exact, usual, factor=factor, slack=kink_slack(case, exact, formulas))
 
 
 def reference_op(op: Callable[..., Any], **arguments: Any) -> Any:

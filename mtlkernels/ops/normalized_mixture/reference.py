@@ -171,8 +171,7 @@ def backward(
         if need_weights:
             grad_weights[at] = [dz[e].t() @ below[e] for e in range(experts)]
         if need_biases:  # a constant does not move what a batch norm gives
-            sums = dz.new_zeros(dz.shape[0], dz.shape[2]) if norm == BATCH_NORM else dz.sum(1)
-            grad_biases[at] = sums.unbind(0)
+            grad_biases[at] = [dz.new_zeros(dz.shape[2:]) if norm == BATCH_NORM else part.sum(0) for part in dz]
         if i or need_inputs:
             grad = torch.stack([dz[e] @ weight for e, weight in enumerate(weights[at])])
     grad_inputs = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs] if need_inputs else []
