@@ -34,6 +34,9 @@ class Step(Protocol):
 
     outputs: Sequence[Tensor]
 
+    def forget(self) -> None:
+        """Lets go of the last results."""
+
     def __call__(self) -> None:
         """Lets go of the last results and does the work once; everything in here is timed."""
 

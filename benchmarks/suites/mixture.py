@@ -10,7 +10,8 @@ Workloads (``B`` rows):
 
 What is timed includes the gates' linear layers. Forward is in ``eval()`` under ``torch.inference_mode()``. Training is
 forward and backward of the sum of outputs times fixed random cotangents, with the gradients of all parameters and of
-the input, as a level inside a model has them, freed before each step.
+the input, as a level inside a model has them, freed before each step. Its peak memory is what a step holds beyond
+parameters and input: what is saved between forward and backward, and the gradients.
 """
 
 from __future__ import annotations
@@ -59,14 +60,18 @@ class TrunkStep:
         self.trained = [self.x, *module.parameters()]
         self.outputs: Sequence[Tensor] = ()
 
-    def __call__(self) -> None:
+    def forget(self) -> None:
         self.outputs = ()
+        if self.cotangents is not None:
+            for tensor in self.trained:
+                tensor.grad = None
+
+    def __call__(self) -> None:
+        self.forget()
         if self.cotangents is None:
             with torch.inference_mode():
                 self.outputs = self.forward(self.x)
             return
-        for tensor in self.trained:
-            tensor.grad = None
         outputs = self.forward(self.x)
         # The gradient of the sum of outputs times cotangents, without the time to compute that sum.
         torch.autograd.backward(outputs, self.cotangents)
@@ -135,6 +140,7 @@ def case(
         build=lambda device: build(shape, rows, dtype, training, device),
         resident=serving,
         quick=quick,
+        memory=training,
     )
 
 

@@ -74,15 +74,18 @@ class RouteStep:
         self.cotangents = cotangents
         self.outputs: tuple[Tensor, ...] = ()
 
-    def __call__(self) -> None:
+    def forget(self) -> None:
         self.outputs = ()
+        for tensor in (*self.u, self.weight, self.raw):
+            if self.cotangents is not None and tensor is not None:
+                tensor.grad = None
+
+    def __call__(self) -> None:
+        self.forget()
         if self.cotangents is None:
             with torch.inference_mode():
                 self.outputs = self.routes(self.u, self.weight, self.raw.clamp(0, 1))
             return
-        for tensor in (*self.u, self.weight, self.raw):
-            if tensor is not None:
-                tensor.grad = None
         outputs = self.routes(self.u, self.weight, self.raw.clamp(0, 1))
         torch.autograd.backward(outputs, list(self.cotangents))
         self.outputs = tuple(v.detach() for v in outputs)

@@ -17,6 +17,7 @@ from benchmarks.harness import check, plots, table, timing
 from benchmarks.harness import report as reports
 from benchmarks.harness.case import FORWARD, Bench, Case, Curve, Step
 from benchmarks.harness.limits import Limits
+from benchmarks.harness.memory import MIB, peak_mib
 from benchmarks.harness.runner import check as check_bench
 from benchmarks.harness.runner import run_case
 from benchmarks.peers.exact import rows_at_a_corner
@@ -60,6 +61,10 @@ class Altered:
     def __init__(self, step: Step, name: str, change: float) -> None:
         self.step, self.name, self.change = step, name, change
         self.outputs = step.outputs
+
+    def forget(self) -> None:
+        self.outputs = ()
+        self.step.forget()
 
     def __call__(self) -> None:
         self.step()
@@ -133,6 +138,23 @@ def test_a_contender_that_cannot_run_is_reported(name: str, status: str) -> None
     assert row.outcomes[name].status == status
     assert row.outcomes[name].reason == "RuntimeError: no compiler here"
     assert row.timing(name) is None and row.timing("eager") is not None
+
+
+def test_peak_memory_of_training() -> None:
+    """The same at each call, whatever memory mtlkernels keeps, and no less than what is left in the end."""
+    made = tiny(True, rows=512).build(CPU)
+    for contender in made.contenders:
+        if contender.name != "compile":
+            step = contender.build()
+            peaks = [peak_mib(step, CPU) for _ in range(3)]
+            left = sum(result.nbytes for result in step.results().values()) / MIB
+            assert peaks == pytest.approx([peaks[0]] * 3, rel=1e-3) and peaks[0] > left
+
+
+def test_training_rows_have_a_peak(report: reports.Report) -> None:
+    training, *forward = report.rows["mixture"]
+    assert all(outcome.peak is not None and outcome.peak > 0 for outcome in training.outcomes.values())
+    assert all(outcome.peak is None for row in forward for outcome in row.outcomes.values())
 
 
 def test_rows_at_a_corner_are_found() -> None:
