@@ -23,7 +23,13 @@ README = ROOT / "README.md"
 _TABLE = re.compile(r"<!-- table: (\S+) from (\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 _MARK = re.compile(r"<!-- /?table\b")
 
-LEVELS = {"A1": "A1: one level, serving", "A": "A: one level", "A2": "A2: PLE, two levels", "B": "B: PLE, two levels"}
+LEVELS = {
+    "A1": "A1: one level, serving",
+    "A": "A: one level",
+    "A2": "A2: PLE, two levels",
+    "B": "B: PLE, two levels",
+    "A-batch": "A: one level, few rows",
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
             Column("of the limit", _share),
             _peaks("eager", "eager"),
         ),
+        lambda row: row.workload in LEVELS,
     ),
     "pcgrad": Table(
         "pcgrad",

@@ -27,9 +27,9 @@ WARM_UP, COUNTED = 24, 4
 def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for rows in (1, 16, 96):
-            yield mixture.case("level", LEVEL, rows, dtype, False, serving=True, quick=False)
+            yield mixture.case("level", LEVEL, rows, dtype, False, serving=True)
         for rows in (4, 96):
-            yield mixture.case("level", LEVEL, rows, dtype, True, serving=False, quick=False)
+            yield mixture.case("level", LEVEL, rows, dtype, True)
         yield pcgrad.case("pcgrad", 4, 20_000, 10, dtype)
         for shape, workload in ((ROUTES, "snr_trans"), (MEANS, "snr_aver")):
             for training in (False, True):

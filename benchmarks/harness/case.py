@@ -131,12 +131,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Suite:
-    """A family of cases. ``cases`` lists those of a device type."""
+    """A family of cases.
+
+    Args:
+        cases: lists those of a device type.
+        sweeps: workloads that are there for the curves, and left out of the bars.
+    """
 
     name: str
     title: str
     cases: Callable[[str], Iterable[Case]]
     curves: tuple[Curve, ...] = field(default=())
+    sweeps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

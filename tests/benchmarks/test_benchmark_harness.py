@@ -200,7 +200,7 @@ def test_plots_are_written(report: reports.Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     suite = replace(mixture.SUITE, curves=(Curve("rows", "Time", "B", ("tiny",), FORWARD),))
     paths = plots.draw(suite, report.rows["mixture"], report, tmp_path)
-    assert [path.name.rsplit("-", 1)[1] for path in paths] == ["speedup.png", "rows.png"]
+    assert [path.name.rsplit("-", 1)[1] for path in paths] == ["speedup.png", "roofline.png", "rows.png"]
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
@@ -222,9 +222,10 @@ def test_workloads_are_those_of_the_documentation() -> None:
         return {(case.workload, case.size["B"]) for case in mixture.cases(device)}
 
     cpu = {("A", 4096), ("A2", 4096), ("A1", 1), ("A1", 16), ("A1", 64), ("A1", 256)}
+    cpu |= {("A-batch", rows) for rows in (1, 16, 256, 1024)} | {("A-experts", 1024)}
     assert keys("cpu") == cpu and keys("cuda") == cpu | {("B", 65536)}
-    assert mixture.LEVEL.flop(4096, training=False) == pytest.approx(13.78e9, rel=1e-3)
-    assert mixture.LARGE.flop(65536, training=False) == pytest.approx(2.9e12, rel=0.05)
+    assert mixture.LEVEL.work(4096, 4, training=False).flop == pytest.approx(13.78e9, rel=1e-3)
+    assert mixture.LARGE.work(65536, 4, training=False).flop == pytest.approx(2.9e12, rel=0.05)
 
 
 def test_interleaved_times_each_step() -> None:
