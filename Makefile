@@ -22,13 +22,14 @@ DEVICE ?= cpu
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench readme aot clean
+.PHONY: help demo test check bench bench-guard readme aot clean
 
 help:
 	@echo "make demo    train a real library's PLE on real data, before and after mk.convert"
 	@echo "make test    check, then the whole test suite"
 	@echo "make check   formatting, lint and types; with nvcc, what the CUDA kernels use"
 	@echo "make bench   benchmarks; SUITE=name DEVICE=cpu|cuda ARGS='--json FILE --plot DIR'"
+	@echo "make bench-guard    instructions of small calls against the baseline, under valgrind; ARGS=--update keeps them"
 	@echo "make readme  rewrite README's tables from benchmarks/results"
 	@echo "make aot     compile every Triton kernel for every architecture, without a GPU; ARGS='--arch 90'"
 	@echo "make clean   remove everything that make has made, .venv included"
@@ -71,6 +72,9 @@ check: $(VENV)/.installed $(if $(NVCC),$(VENV)/.cuda-report)
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/run.py $(SUITE) --device $(DEVICE) $(ARGS)
+
+bench-guard: $(VENV)/.installed
+	$(PY) -m benchmarks.guard $(ARGS)
 
 readme: $(VENV)/.installed
 	$(PY) -m benchmarks.readme

@@ -23,7 +23,13 @@ README = ROOT / "README.md"
 _TABLE = re.compile(r"<!-- table: (\S+) from (\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 _MARK = re.compile(r"<!-- /?table\b")
 
-LEVELS = {"A1": "A1: one level, serving", "A": "A: one level", "A2": "A2: PLE, two levels", "B": "B: PLE, two levels"}
+LEVELS = {
+    "A1": "A1: one level, serving",
+    "A": "A: one level",
+    "A2": "A2: PLE, two levels",
+    "B": "B: PLE, two levels",
+    "A-batch": "A: one level, few rows",
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,14 @@ def _gradients(row: Row) -> str:
     return f"{tasks}{amount(row.size['P'])} {row.dtype} in {row.size['tensors']} tensors"
 
 
-def _peaks(row: Row) -> str:
-    peaks = [row.outcomes[name].peak for name in (pcgrad.USUAL, OURS)]
-    return " → ".join("–" if peak is None else f"{peak:,.0f}" for peak in peaks) + " MiB"
+def _peaks(baseline: str, heading: str) -> Column:
+    """The most memory that a call holds, the baseline's and ours."""
+
+    def cell(row: Row) -> str:
+        before, after = (row.outcomes[name].peak for name in (baseline, OURS))
+        return "–" if before is None or after is None else f"{before:,.0f} → {after:,.0f} MiB"
+
+    return Column(f"peak memory, {heading} → ours", cell)
 
 
 def _pcgrad_shown(row: Row) -> bool:
@@ -88,7 +99,7 @@ def _pcgrad_shown(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Table:
-    """Some rows of a suite, under columns."""
+    """Some rows of a suite, under those columns that have something to say."""
 
     suite: str
     columns: Sequence[Column]
@@ -98,10 +109,11 @@ class Table:
         rows = [row for row in found.rows.get(self.suite, []) if self.shown(row)]
         if not rows:
             raise ValueError(f"the suite {self.suite} has no rows to show")
+        columns = [column for column in self.columns if any(column.cell(row) != "–" for row in rows)]
         lines = [
-            [column.heading for column in self.columns],
-            ["---:" if column.right else "---" for column in self.columns],
-            *([column.cell(row) for column in self.columns] for row in rows),
+            [column.heading for column in columns],
+            ["---:" if column.right else "---" for column in columns],
+            *([column.cell(row) for column in columns] for row in rows),
         ]
         return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -130,7 +142,9 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
             _speedup("vs eager", "eager", bold=True),
             _speedup("vs compile", "compile"),
             Column("of the limit", _share),
+            _peaks("eager", "eager"),
         ),
+        lambda row: row.workload in LEVELS,
     ),
     "pcgrad": Table(
         "pcgrad",
@@ -143,7 +157,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
             _speedup("vs usual", pcgrad.USUAL, bold=True),
             _speedup("vs TorchJD", pcgrad.TORCHJD),
             Column("of the limit", _share),
-            Column("peak memory, usual → ours", _peaks),
+            _peaks(pcgrad.USUAL, "usual"),
         ),
         _pcgrad_shown,
     ),

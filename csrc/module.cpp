@@ -9,6 +9,8 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
+#include "cpu/prepared_weights.h"
 #include "serve.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -24,5 +26,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("instruction_sets", &mtlk::instruction_sets, "The instruction sets that can serve here, the best last.");
   module.def("serve_expert_mixture", &mtlk::serve_expert_mixture_from_python,
              "mtlkernels.expert_mixture without gradients; ValueError or RuntimeError for what it does not take.");
+  module.def(
+      "release_memory",
+      [] {
+        mtlk::PreparedWeights::instance().release();  // into the pool
+        return mtlk::MemoryPool::instance().release();
+      },
+      "Lets go of the memory that the kernels keep for later calls; the number of bytes.");
   module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
 }

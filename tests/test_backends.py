@@ -189,3 +189,16 @@ def test_loading_the_cuda_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert _extension._load_cuda(tmp_path) == "not built"
     (tmp_path / "_cuda.so").write_bytes(b"not a shared object")
     assert "_cuda.so" in (_extension._load_cuda(tmp_path) or "")
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels here")
+def test_kept_memory_is_released() -> None:
+    release = _extension.function("release_memory")
+    release()
+    x, logits = torch.randn(4096, 8, 8), torch.randn(4096, 16)
+    mk.gated_mixture(x, logits, mk.Routing.mmoe(8, 2))
+    trunk, rows = mk.nn.MMoE(64, 2, (64, 64), num_experts=4), torch.randn(512, 64)
+    with torch.no_grad():
+        before = [trunk(rows)[0].clone() for _ in range(3)]  # weights are kept when they come again
+        assert release() > 0 and release() == 0
+        assert all(torch.equal(y, trunk(rows)[0]) for y in before)

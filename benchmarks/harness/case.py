@@ -34,6 +34,9 @@ class Step(Protocol):
 
     outputs: Sequence[Tensor]
 
+    def forget(self) -> None:
+        """Lets go of the last results."""
+
     def __call__(self) -> None:
         """Lets go of the last results and does the work once; everything in here is timed."""
 
@@ -128,12 +131,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Suite:
-    """A family of cases. ``cases`` lists those of a device type."""
+    """A family of cases.
+
+    Args:
+        cases: lists those of a device type.
+        sweeps: workloads that are there for the curves, and left out of the bars.
+    """
 
     name: str
     title: str
     cases: Callable[[str], Iterable[Case]]
     curves: tuple[Curve, ...] = field(default=())
+    sweeps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

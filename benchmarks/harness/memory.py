@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.case import Step
+from mtlkernels import _extension
 
 MIB = 2.0**20
 # The profiler writes lines of its own to stderr whenever it starts and stops.
@@ -17,11 +18,15 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def peak_mib(step: Step, device: torch.device) -> float:
-    """MiB that a step's first call holds at its peak beyond what was there before, its outputs included.
+    """MiB that a call of a step holds at its peak beyond what was there before, its outputs included.
 
+    Earlier results are let go of first, and so is memory that mtlkernels keeps from one call to the next.
     What does not come from PyTorch's allocators is not seen; none of the contenders has large buffers of another kind.
     Outputs in memory that the call did not allocate come from a pool of the contender's own, and count as well.
     """
+    step.forget()
+    if _extension.loaded():
+        _extension.function("release_memory")()
     peak, left = (_call_cuda if device.type == "cuda" else _call_cpu)(step)
     return (peak + max(0, _bytes(step.outputs) - left)) / MIB
 

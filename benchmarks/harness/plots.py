@@ -1,4 +1,4 @@
-"""Plots of a report: speed-up bars, and time against a size on log axes."""
+"""Plots of a report: speed-up bars, a roofline, and time against a size on log axes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.harness import table
 from benchmarks.harness.case import OURS, Curve, Study, Suite, amount, size_text
 from benchmarks.harness.report import Report, Row
+from benchmarks.harness.roofline import roofline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,13 @@ OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442")
 OTHER_MARKERS = ("v", "P", "X", "<")
 # Inches: a title with the machine's name, and an entry of a legend.
 TITLE_WIDTH, LEGEND_WIDTH = 8.5, 3.2
+AXES = {
+    "B": "B (rows)",
+    "E": "E (experts)",
+    "T": "T (tasks)",
+    "P": "P (parameters)",
+    "open": "open routes to each output",
+}
 # Bars that differ by more than this are on a log axis.
 WIDE = 30.0
 
@@ -39,10 +47,16 @@ def draw(suite: Suite, rows: Sequence[Row], report: Report, folder: Path) -> lis
         figure.savefig(path, dpi=130)
         written.append(path)
 
-    if any(row.timing(row.baseline) for row in rows):
+    bars = [row for row in rows if row.workload not in suite.sweeps]
+    if any(row.timing(row.baseline) for row in bars):
         figure = Figure(layout="constrained")
-        speedups(figure, rows, suite.title, where(report))
+        speedups(figure, bars, suite.title, where(report))
         save(figure, "speedup")
+    timed = [row for row in rows if row.timing(OURS)]
+    if timed:
+        figure = Figure(layout="constrained")
+        roofline(figure, timed, report, f"{suite.title}: roofline\n{where(report)}")
+        save(figure, "roofline")
     for curve in suite.curves:
         chosen = [
             row
@@ -236,7 +250,7 @@ def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(x, [amount(at) for at in x])
-        axes.set_xlabel(f"{curve.axis} (rows)" if curve.axis == "B" else curve.axis)
+        axes.set_xlabel(AXES.get(curve.axis, curve.axis))
         axes.set_title(heading)
         axes.grid(True, which="major", alpha=0.3)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

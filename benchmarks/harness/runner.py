@@ -64,7 +64,7 @@ def check(
 ) -> tuple[dict[str, Outcome], dict[str, Step]]:
     """Compares every contender with float64; the outcomes, and the steps of those that may be timed.
 
-    With ``memory`` the peak memory of their first calls on that device is measured as well.
+    With ``memory`` the peak memory of a call on that device is measured as well.
     """
     expected = bench.expected()
     outcomes: dict[str, Outcome] = {}
@@ -98,9 +98,9 @@ def _first_call(
     """Builds the step, calls it twice, since the second call may take another path than the first, and compares."""
     step = contender.build()
     peak = None
+    step()
     if memory is None:
         step()
-    else:  # the first call, when no earlier results are there to be let go of
+    else:  # the second call: the first may compile
         peak = peak_mib(step, memory)
-    step()
     return step, peak, measure_all(step.results(), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mtlkernels as mk
+from benchmarks.harness.work import Work, by_row
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,8 @@ class TrunkShape:
             biases += self.num_experts * sum(self.units) + logits
         return weights, biases
 
-    def flop(self, rows: int, training: bool) -> float:
-        """Arithmetic of experts' and gates' linear layers, twice as much again backwards. Mixing is not counted."""
-        return 2.0 * rows * self.parameters()[0] * (3 if training else 1)
-
-    def traffic(self, rows: int, itemsize: int, training: bool) -> float:
-        """Bytes that have to move: parameters, input and outputs once, and in training their gradients as well."""
+    def work(self, rows: int, itemsize: int, training: bool) -> Work:
+        """Experts' and gates' linear layers; mixing is not counted. Parameters, input and outputs have to move."""
+        weights, biases = self.parameters()
         outputs = self.routing(self.num_levels - 1).num_gates * self.units[-1]
-        elements = sum(self.parameters()) + rows * (self.in_features + outputs)
-        return float(elements * itemsize * (2 if training else 1))
+        return by_row(rows, weights, weights + biases, self.in_features + outputs, itemsize, training)

@@ -39,8 +39,11 @@ class Surgery:
         self.order = order
         self.outputs: Sequence[Tensor] = ()
 
-    def __call__(self) -> None:
+    def forget(self) -> None:
         self.outputs = ()
+
+    def __call__(self) -> None:
+        self.forget()
         self.outputs = self.update()
 
     def update(self) -> Sequence[Tensor]:

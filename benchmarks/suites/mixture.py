@@ -6,11 +6,14 @@ Workloads (``B`` rows):
   shared), B=4096.
 - **A2** a PLE of two levels of A; as in the paper, the last has no shared gate.
 - **A1** A at B = 1, 16, 64 and 256, forward only: serving. Weights stay in cache between calls, as they do in a server.
+- **A-batch** A in training with fewer rows, and **A-experts** with B=1024 and E experts, a third of them for each task
+  and a third shared: how the cost of a step grows.
 - **B** a PLE of two levels, D=1024, 4 tasks x 4 + 8 shared experts with units (512, 256), B=65536: a GPU's share.
 
 What is timed includes the gates' linear layers. Forward is in ``eval()`` under ``torch.inference_mode()``. Training is
 forward and backward of the sum of outputs times fixed random cotangents, with the gradients of all parameters and of
-the input, as a level inside a model has them, freed before each step.
+the input, as a level inside a model has them, freed before each step. Its peak memory is what a step holds beyond
+parameters and input: what is saved between forward and backward, and the gradients.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ LARGE = TrunkShape(1024, num_tasks=4, num_specific=4, num_shared=8, units=(512, 
 ROWS = 4096
 LARGE_ROWS = 65536
 SERVING_ROWS = (1, 16, 64, 256)
+TRAINING_ROWS = (1, 16, 256, 1024)
+EXPERTS, EXPERTS_ROWS = (3, 6, 12, 24), 1024
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -59,14 +64,18 @@ class TrunkStep:
         self.trained = [self.x, *module.parameters()]
         self.outputs: Sequence[Tensor] = ()
 
-    def __call__(self) -> None:
+    def forget(self) -> None:
         self.outputs = ()
+        if self.cotangents is not None:
+            for tensor in self.trained:
+                tensor.grad = None
+
+    def __call__(self) -> None:
+        self.forget()
         if self.cotangents is None:
             with torch.inference_mode():
                 self.outputs = self.forward(self.x)
             return
-        for tensor in self.trained:
-            tensor.grad = None
         outputs = self.forward(self.x)
         # The gradient of the sum of outputs times cotangents, without the time to compute that sum.
         torch.autograd.backward(outputs, self.cotangents)
@@ -122,19 +131,29 @@ def build(shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, devi
 
 
 def case(
-    workload: str, shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, *, serving: bool, quick: bool
+    workload: str,
+    shape: TrunkShape,
+    rows: int,
+    dtype: torch.dtype,
+    training: bool,
+    *,
+    serving: bool = False,
+    quick: bool = False,
+    size: Mapping[str, int] | None = None,
 ) -> Case:
     """A row of the table from the sizes of a trunk."""
+    needed = shape.work(rows, dtype.itemsize, training)
     return Case(
         workload=workload,
         work=TRAINING if training else FORWARD,
         dtype=dtype,
-        size={"B": rows},
-        flop=shape.flop(rows, training),
-        traffic=shape.traffic(rows, dtype.itemsize, training),
+        size={"B": rows, **(size or {})},
+        flop=needed.flop,
+        traffic=needed.traffic,
         build=lambda device: build(shape, rows, dtype, training, device),
         resident=serving,
         quick=quick,
+        memory=training,
     )
 
 
@@ -150,12 +169,23 @@ def cases(device_type: str) -> Iterator[Case]:
     for workload, shape, rows in trunks:
         for training in (False, True):
             for dtype in DTYPES:
-                yield case(workload, shape, rows, dtype, training, serving=False, quick=workload == "A")
+                yield case(workload, shape, rows, dtype, training, quick=workload == "A")
+    for dtype in DTYPES:
+        for rows in TRAINING_ROWS:
+            yield case("A-batch", LEVEL, rows, dtype, True)
+        for experts in EXPERTS:
+            shape = replace(LEVEL, num_specific=experts // 3, num_shared=experts // 3)
+            yield case("A-experts", shape, EXPERTS_ROWS, dtype, True, size={"E": shape.num_experts})
 
 
 SUITE = Suite(
     name="mixture",
     title="Gated expert mixture",
     cases=cases,
-    curves=(Curve("batch", "One level (workloads A1 and A), forward", "B", ("A1", "A"), FORWARD),),
+    curves=(
+        Curve("batch", "One level (workloads A1 and A), forward", "B", ("A1", "A"), FORWARD),
+        Curve("batch-training", "One level (workloads A-batch and A), training", "B", ("A-batch", "A"), TRAINING),
+        Curve("experts", "One level with B=1024 (workload A-experts), training", "E", ("A-experts",), TRAINING),
+    ),
+    sweeps=("A-batch", "A-experts"),
 )

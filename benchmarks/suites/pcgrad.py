@@ -8,10 +8,8 @@ Workloads:
 - **C-sparse** 8 tasks, an embedding of 1M x 32 of which each task touches 20,000 rows.
 
 Gradients are there; what is timed goes from lists of them to the update, a tensor a parameter, or TorchJD's vector
-where its matrix is said to be ready. All contenders project in the same order. The least traffic reads every gradient
-twice, since the second pass needs coefficients that depend on all of the first, and writes the update once. The least
-arithmetic is half of the Gram matrix and one weighted sum. The peak memory of a call is what it holds beyond the
-gradients, the update included.
+where its matrix is said to be ready. All contenders project in the same order. The peak memory of a call is what it
+holds beyond the gradients, the update included.
 
 The usual PCGrad under ``torch.compile`` is no contender: with its branches on inner products none of it is compiled;
 without them it takes half a minute to compile and is a tenth faster.
@@ -26,6 +24,7 @@ from torch import Tensor
 
 import mtlkernels as mk
 from benchmarks.harness.case import OURS, Bench, Case, Contender, Curve, Suite
+from benchmarks.harness.work import projection, sparse_projection
 from benchmarks.peers import task_gradients
 from benchmarks.peers.pcgrad_libraries import PytorchOptimizer, TorchJD, TorchJDReady
 from benchmarks.peers.task_gradients import Grads
@@ -113,13 +112,14 @@ def case(
 ) -> Case:
     """A row of the table."""
     lengths = task_gradients.sizes(parameters, tensors)
+    needed = projection(num_tasks, parameters, dtype.itemsize)
     return Case(
         workload=workload,
         work=UPDATE,
         dtype=dtype,
         size={"T": num_tasks, "P": parameters, "tensors": tensors},
-        flop=float(num_tasks * (num_tasks + 1) + 2 * num_tasks) * parameters,
-        traffic=float((2 * num_tasks + 1) * parameters * dtype.itemsize),
+        flop=needed.flop,
+        traffic=needed.traffic,
         build=lambda device: build(num_tasks, lengths, dtype, device, leave_out),
         quick=quick,
         memory=True,
@@ -128,18 +128,15 @@ def case(
 
 
 def sparse_case(num_tasks: int, shape: tuple[int, int], touched: int) -> Case:
-    """The row of sparse gradients. Its traffic is that of the rows that are touched, indices included.
-
-    Between them the tasks touch nearly all of the twice as many rows that they choose from.
-    """
-    row = shape[1] * torch.float32.itemsize + torch.int64.itemsize
+    """The row of sparse gradients."""
+    needed = sparse_projection(num_tasks, touched, shape[1], torch.float32.itemsize, torch.int64.itemsize)
     return Case(
         workload="C-sparse",
         work=UPDATE,
         dtype=torch.float32,
         size={"T": num_tasks, "P": shape[0] * shape[1], "tensors": 1},
-        flop=float(num_tasks * (num_tasks + 1) + 2 * num_tasks) * touched * shape[1],
-        traffic=float((2 * num_tasks + 2) * touched * row),
+        flop=needed.flop,
+        traffic=needed.traffic,
         build=lambda device: build_sparse(num_tasks, shape, touched, device),
         memory=True,
         rounds=3,

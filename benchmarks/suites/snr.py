@@ -20,6 +20,7 @@ from torch import Tensor
 
 import mtlkernels as mk
 from benchmarks.harness.case import BASELINE, FORWARD, OURS, TRAINING, Bench, Case, Contender, Curve, Step, Suite
+from benchmarks.harness.work import Work, by_row
 from benchmarks.peers.routes import folded, fused, loops
 
 Routes = Callable[[Sequence[Tensor], Tensor | None, Tensor], tuple[Tensor, ...]]
@@ -37,16 +38,11 @@ class RouteShape:
     width: int = 256
     trans: bool = True
 
-    def flop(self, open_routes: int, training: bool) -> float:
-        """A multiply-add for each row and weight (or feature) of an open route, twice as much again backwards."""
-        each = self.width * (self.width if self.trans else 1)
-        return 2.0 * self.rows * self.above * open_routes * each * (3 if training else 1)
-
-    def traffic(self, open_routes: int, itemsize: int, training: bool) -> float:
-        """Bytes that have to move: u, outputs and the open weights once, and in training their gradients as well."""
-        weights = self.above * open_routes * self.width**2 if self.trans else 0
-        elements = (self.below + self.above) * self.rows * self.width + weights
-        return float(elements * itemsize * (2 if training else 1))
+    def work(self, open_routes: int, itemsize: int, training: bool) -> Work:
+        """A multiply-add for each weight (or feature) of an open route; u, outputs and open weights have to move."""
+        products = self.above * open_routes * self.width * (self.width if self.trans else 1)
+        features = (self.below + self.above) * self.width
+        return by_row(self.rows, products, products if self.trans else 0, features, itemsize, training)
 
 
 # The gradient of SNR-Aver's z is a sum of a million products, which a GEMM adds nearly one after another.
@@ -74,15 +70,18 @@ class RouteStep:
         self.cotangents = cotangents
         self.outputs: tuple[Tensor, ...] = ()
 
-    def __call__(self) -> None:
+    def forget(self) -> None:
         self.outputs = ()
+        for tensor in (*self.u, self.weight, self.raw):
+            if self.cotangents is not None and tensor is not None:
+                tensor.grad = None
+
+    def __call__(self) -> None:
+        self.forget()
         if self.cotangents is None:
             with torch.inference_mode():
                 self.outputs = self.routes(self.u, self.weight, self.raw.clamp(0, 1))
             return
-        for tensor in (*self.u, self.weight, self.raw):
-            if tensor is not None:
-                tensor.grad = None
         outputs = self.routes(self.u, self.weight, self.raw.clamp(0, 1))
         torch.autograd.backward(outputs, list(self.cotangents))
         self.outputs = tuple(v.detach() for v in outputs)
@@ -151,13 +150,14 @@ def case(
     workload: str, shape: RouteShape, open_routes: int, dtype: torch.dtype, training: bool, *, quick: bool
 ) -> Case:
     """A row of the table."""
+    needed = shape.work(open_routes, dtype.itemsize, training)
     return Case(
         workload=workload,
         work=TRAINING if training else FORWARD,
         dtype=dtype,
         size={"B": shape.rows, "open": open_routes},
-        flop=shape.flop(open_routes, training),
-        traffic=shape.traffic(open_routes, dtype.itemsize, training),
+        flop=needed.flop,
+        traffic=needed.traffic,
         build=lambda device: build(shape, open_routes, dtype, training, device),
         quick=quick,
     )

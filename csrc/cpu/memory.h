@@ -61,6 +61,13 @@ class MemoryPool {
     }
   }
 
+  // Lets go of everything that waits for a later call; the number of bytes.
+  int64_t release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle_.clear();
+    return std::exchange(held_, 0);
+  }
+
  private:
   static constexpr int64_t kMost = int64_t{256} << 20;
   std::mutex mutex_;

@@ -117,6 +117,12 @@ class PreparedWeights {
     }
   }
 
+  // Lets go of all of them.
+  void release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    entries_.clear();
+  }
+
  private:
   struct Entry {
     Prepare prepare;

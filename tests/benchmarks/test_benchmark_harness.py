@@ -17,6 +17,7 @@ from benchmarks.harness import check, plots, table, timing
 from benchmarks.harness import report as reports
 from benchmarks.harness.case import FORWARD, Bench, Case, Curve, Step
 from benchmarks.harness.limits import Limits
+from benchmarks.harness.memory import MIB, peak_mib
 from benchmarks.harness.runner import check as check_bench
 from benchmarks.harness.runner import run_case
 from benchmarks.peers.exact import rows_at_a_corner
@@ -60,6 +61,10 @@ class Altered:
     def __init__(self, step: Step, name: str, change: float) -> None:
         self.step, self.name, self.change = step, name, change
         self.outputs = step.outputs
+
+    def forget(self) -> None:
+        self.outputs = ()
+        self.step.forget()
 
     def __call__(self) -> None:
         self.step()
@@ -135,6 +140,23 @@ def test_a_contender_that_cannot_run_is_reported(name: str, status: str) -> None
     assert row.timing(name) is None and row.timing("eager") is not None
 
 
+def test_peak_memory_of_training() -> None:
+    """The same at each call, whatever memory mtlkernels keeps, and no less than what is left in the end."""
+    made = tiny(True, rows=512).build(CPU)
+    for contender in made.contenders:
+        if contender.name != "compile":
+            step = contender.build()
+            peaks = [peak_mib(step, CPU) for _ in range(3)]
+            left = sum(result.nbytes for result in step.results().values()) / MIB
+            assert peaks == pytest.approx([peaks[0]] * 3, rel=1e-3) and peaks[0] > left
+
+
+def test_training_rows_have_a_peak(report: reports.Report) -> None:
+    training, *forward = report.rows["mixture"]
+    assert all(outcome.peak is not None and outcome.peak > 0 for outcome in training.outcomes.values())
+    assert all(outcome.peak is None for row in forward for outcome in row.outcomes.values())
+
+
 def test_rows_at_a_corner_are_found() -> None:
     trunk = PerExpertTrunk(SHAPE)
     x = torch.randn(5, 6)
@@ -178,7 +200,7 @@ def test_plots_are_written(report: reports.Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     suite = replace(mixture.SUITE, curves=(Curve("rows", "Time", "B", ("tiny",), FORWARD),))
     paths = plots.draw(suite, report.rows["mixture"], report, tmp_path)
-    assert [path.name.rsplit("-", 1)[1] for path in paths] == ["speedup.png", "rows.png"]
+    assert [path.name.rsplit("-", 1)[1] for path in paths] == ["speedup.png", "roofline.png", "rows.png"]
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
@@ -200,9 +222,10 @@ def test_workloads_are_those_of_the_documentation() -> None:
         return {(case.workload, case.size["B"]) for case in mixture.cases(device)}
 
     cpu = {("A", 4096), ("A2", 4096), ("A1", 1), ("A1", 16), ("A1", 64), ("A1", 256)}
+    cpu |= {("A-batch", rows) for rows in (1, 16, 256, 1024)} | {("A-experts", 1024)}
     assert keys("cpu") == cpu and keys("cuda") == cpu | {("B", 65536)}
-    assert mixture.LEVEL.flop(4096, training=False) == pytest.approx(13.78e9, rel=1e-3)
-    assert mixture.LARGE.flop(65536, training=False) == pytest.approx(2.9e12, rel=0.05)
+    assert mixture.LEVEL.work(4096, 4, training=False).flop == pytest.approx(13.78e9, rel=1e-3)
+    assert mixture.LARGE.work(65536, 4, training=False).flop == pytest.approx(2.9e12, rel=0.05)
 
 
 def test_interleaved_times_each_step() -> None:

@@ -141,7 +141,12 @@ def test_table_and_plots(tmp_path: Path) -> None:
     assert reports.load(reports.save(found, tmp_path / "rows.json")) == found
     assert "usual MiB" in table.text(rows) and "vs usual" in table.markdown(rows)
     paths = plots.draw(pcgrad.SUITE, rows, found, tmp_path)
-    assert [path.name.rsplit("-", 1)[1] for path in paths] == ["speedup.png", "tasks.png", "size.png"]
+    assert [path.name.rsplit("-", 1)[1] for path in paths] == [
+        "speedup.png",
+        "roofline.png",
+        "tasks.png",
+        "size.png",
+    ]
     assert all("mixture" not in path.name and path.stat().st_size > 10_000 for path in paths)
 
 

@@ -40,12 +40,19 @@ def test_a_table_follows_its_file(mixture: tuple[reports.Report, Path]) -> None:
     ours, eager = first.timing(OURS), first.timing("eager")
     assert ours and eager
     first.outcomes[OURS].timing = reports.Timing(**{**vars(ours), "median": eager.median / 8})
+    first.outcomes[OURS].peak, first.outcomes["eager"].peak = 31.2, 1234.5
     first.outcomes["compile"].timing, first.outcomes["compile"].status = None, FAILED
     reports.save(found, path)
     text = readme.rewritten(marked("| old |\n"), path.parent)
     head, rule, line, *rest = [x for x in text.splitlines() if x.startswith("|")]
     assert len(rest) == len(found.rows["mixture"]) - 1 and head.count("|") == rule.count("|") == line.count("|")
-    assert "**8.00×**" in line and "| – |" in line and "old" not in text
+    assert (
+        "**8.00×**" in line
+        and "| 1,234 → 31 MiB |" in line
+        and "peak memory, eager → ours" in head
+        and "| – |" in line
+        and "old" not in text
+    )
     assert text.startswith("Before.\n") and text.endswith("\nAfter.\n")
     assert readme.rewritten(text, path.parent) == text
 
