@@ -104,6 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, rows in found.rows.items():
         print(f"\n{SUITES[name].title}\n")
         print(table.markdown(rows) if options.markdown else table.text(rows))
+        kernels = table.kernels(rows)
+        if kernels:
+            print(f"\nOur kernels, one launch a line:\n\n{kernels}")
     for name, data in found.studies.items():
         print(f"\n{STUDIES[name].title}\n")
         print(STUDIES[name].show(data, options.markdown))

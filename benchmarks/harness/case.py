@@ -44,6 +44,19 @@ class Step(Protocol):
         """What the last call computed, under names that all contenders of the case share. Not timed."""
 
 
+class Launch(Protocol):
+    """What one launch of a kernel has to do: its name, its arithmetic, and the bytes that it moves at least."""
+
+    @property
+    def kernel(self) -> str: ...
+
+    @property
+    def flop(self) -> int: ...
+
+    @property
+    def traffic(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Contender:
     """One way to do the work of a case.
@@ -93,6 +106,7 @@ class Case:
             the traffic is then held against the bandwidth of the cache instead of that of the memory.
         quick: whether ``--quick`` keeps the row.
         memory: whether the peak memory of a call is measured.
+        launches: what each launch of our kernels has to do, in their order, where the device is a GPU.
         rounds: of timing that are enough where a call takes seconds; by default what the budget asks for.
     """
 
@@ -106,6 +120,7 @@ class Case:
     resident: bool = False
     quick: bool = False
     memory: bool = False
+    launches: Callable[[torch.device], Sequence[Launch]] | None = None
     rounds: int | None = None
 
     @property

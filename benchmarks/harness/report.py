@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.harness import machine
 from benchmarks.harness.case import BASELINE, OURS
+from benchmarks.harness.kernels import KernelTime
 from benchmarks.harness.limits import Limits
 from benchmarks.harness.timing import Budget, Timing
 
@@ -38,7 +39,10 @@ class Outcome:
 
 @dataclass
 class Row:
-    """One case with the outcome of every contender. Times are milliseconds."""
+    """One case with the outcome of every contender. Times are milliseconds.
+
+    ``kernels``: on a GPU, each launch of our kernels in one call, or ``no_kernels`` says why they are not known.
+    """
 
     workload: str
     work: str
@@ -51,8 +55,12 @@ class Row:
     limit_ms: float = math.nan
     limited_by: str = ""
     baseline: str = BASELINE
+    kernels: list[KernelTime] = field(default_factory=list)
+    no_kernels: str = ""
 
     def set_limit(self, limits: Limits) -> None:
+        for kernel in self.kernels:
+            kernel.set_limit(limits, self.dtype)
         seconds, self.limited_by = limits.seconds(self.flop, self.traffic, self.dtype, self.resident)
         self.limit_ms = 1e3 * seconds
 
@@ -159,4 +167,5 @@ def _row(data: Mapping[str, Any]) -> Row:
     for name, plain in fields["outcomes"].items():
         timing = plain["timing"]
         outcomes[name] = Outcome(**{**plain, "timing": Timing(**timing) if timing else None})
-    return Row(**{**fields, "outcomes": outcomes})
+    kernels = [KernelTime(**plain) for plain in fields.pop("kernels", [])]
+    return Row(**{**fields, "outcomes": outcomes, "kernels": kernels})

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.harness.case import OURS, Bench, Case, Contender, Step
 from benchmarks.harness.check import Error, judge, judge_baseline, measure_all
+from benchmarks.harness.kernels import KernelTime, measure
 from benchmarks.harness.limits import Limits
 from benchmarks.harness.memory import peak_mib
 from benchmarks.harness.report import FAILED, OK, UNAVAILABLE, Outcome, Row
@@ -45,6 +46,7 @@ def run_case(case: Case, device: torch.device, budget: Budget) -> Row:
     timings = interleaved(steps, device, budget) if steps else {}
     for name, timing in timings.items():
         outcomes[name].timing = timing
+    kernels, no_kernels = kernel_times(case, steps, device)
     torch._dynamo.reset()  # compiled code and CUDA graphs of this row are not needed again
     return Row(
         workload=case.workload,
@@ -56,7 +58,19 @@ def run_case(case: Case, device: torch.device, budget: Budget) -> Row:
         resident=case.resident,
         outcomes=outcomes,
         baseline=bench.baseline,
+        kernels=kernels,
+        no_kernels=no_kernels,
     )
+
+
+def kernel_times(case: Case, steps: Mapping[str, Step], device: torch.device) -> tuple[list[KernelTime], str]:
+    """The time of each of our kernels on a GPU, or why it is not known."""
+    if device.type != "cuda" or case.launches is None or OURS not in steps:
+        return [], ""
+    try:
+        return measure(steps[OURS], case.launches(device)), ""
+    except ValueError as error:
+        return [], str(error)
 
 
 def check(

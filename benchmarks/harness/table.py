@@ -102,6 +102,21 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines + [""] + [f"{note}.\n" for note in _notes(rows)]).rstrip() + "\n"
 
 
+def kernels(rows: Sequence[Row]) -> str:
+    """What each launch of our kernels takes of its limit, for the rows where that is known; empty if it is for none."""
+    lines = []
+    for row in rows:
+        if row.kernels or row.no_kernels:
+            lines.append(f"{row.workload} {size_text(row.size)} {row.work} {row.dtype}: {row.no_kernels}".rstrip(": "))
+        for kernel in row.kernels:
+            lines.append(
+                f"  {kernel.kernel:<16}{milliseconds(1e-9 * kernel.flop):>8} GFLOP{1e-6 * kernel.traffic:>10.1f} MB"
+                f"{1e3 * kernel.ms:>10.1f} µs  limit{1e3 * kernel.limit_ms:>9.1f} µs"
+                f"{100 * kernel.share_of_limit:>5.0f}%  {kernel.limited_by}"
+            )
+    return "\n".join(lines)
+
+
 def machine(report: Report) -> str:
     """One paragraph: where and with what this was measured, and the limits of that machine."""
     m, v, limits = report.machine, report.versions, report.limits

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from benchmarks.harness.case import Launch
 from benchmarks.peers.per_expert import PerExpertLevel, PerExpertTrunk
 from benchmarks.peers.shape import TrunkShape
+from mtlkernels.ops.activations import CODES
 
 
 class FusedLevel(PerExpertLevel):
@@ -47,3 +50,37 @@ def fused_trunk(shape: TrunkShape, source: PerExpertTrunk) -> PerExpertTrunk:
     trunk = PerExpertTrunk(shape, FusedLevel).to(like.device, like.dtype)
     trunk.load_state_dict(source.state_dict())
     return trunk
+
+
+def fused_launches(
+    shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, device: torch.device
+) -> list[Launch]:
+    """What each of the operator's launches has to do in one step on a GPU; the gates' linear layers are PyTorch's."""
+    from mtlkernels.ops import _triton, _triton_splits
+    from mtlkernels.ops.expert_mixture import triton_work
+
+    levels = []
+    for level in range(shape.num_levels):
+        routing, widths = shape.routing(level), shape.widths(level)
+        wiring = routing.wiring
+        levels.append(
+            triton_work.Shape(
+                rows=rows,
+                widths=widths,
+                expert_inputs=wiring.expert_inputs,
+                gate_experts=wiring.gate_experts,
+                gate_sizes=wiring.gate_sizes,
+                activations=(CODES["relu"],) * len(shape.units),
+                biases=(len(wiring.expert_inputs),) * len(shape.units),
+                dtype=dtype,
+                logits_dtype=dtype,
+                precision=_triton.precision(dtype),
+                aligned=all(width % 16 == 0 for width in widths),
+                num_inputs=routing.num_inputs,
+                multiprocessors=_triton_splits.multiprocessors(device),
+            )
+        )
+    launches: list[Launch] = [work for level in levels for work in triton_work.forward(level, save=training)]
+    if training:
+        launches += [work for level in reversed(levels) for work in triton_work.backward(level)]
+    return launches

@@ -29,7 +29,7 @@ import mtlkernels as mk
 from benchmarks.harness.case import BASELINE, FORWARD, OURS, TRAINING, Bench, Case, Contender, Curve, Step, Suite
 from benchmarks.peers.compiled import compiled
 from benchmarks.peers.exact import evaluate, rows_at_a_corner
-from benchmarks.peers.fused import fused_trunk
+from benchmarks.peers.fused import fused_launches, fused_trunk
 from benchmarks.peers.hand_batched import HandBatchedTrunk
 from benchmarks.peers.per_expert import PerExpertTrunk
 from benchmarks.peers.shape import TrunkShape
@@ -152,6 +152,7 @@ def case(
         traffic=needed.traffic,
         build=lambda device: build(shape, rows, dtype, training, device),
         resident=serving,
+        launches=lambda device: fused_launches(shape, rows, dtype, training, device),
         quick=quick,
         memory=training,
     )

@@ -23,13 +23,17 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @dataclass(frozen=True)
 class Tile:
-    """A launch configuration: the block that a program works on, its warps and the depth of its pipeline."""
+    """A launch configuration: the block that a program works on, its warps and the depth of its pipeline.
+
+    ``registers``: how many a thread may have. Left to itself, the compiler may spill to have more programs at a time.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def aligned(tensors: Iterable[Tensor], lengths: Iterable[int]) -> bool:
@@ -60,6 +64,7 @@ def launch(kernel: Any, programs: int, tile: Tile, *args: Any, **constants: Any)
             DEPTH=tile.depth,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **({} if tile.registers is None else {"maxnreg": tile.registers}),
             enable_fp_fusion=True,
         )
 

@@ -113,3 +113,29 @@ def probability(logits, column_stride, member, maximum, total, inside):
     """The weight of a gate's member in each row."""
     value = tl.load(logits + member * column_stride, mask=inside, other=float("-inf")).to(tl.float32)
     return tl.exp(value - maximum) / total
+
+
+@triton.jit
+def share_of(length, share, splits):
+    """The range of ``length`` that falls to one of ``splits`` programs."""
+    return length * share // splits, length * (share + 1) // splits
+
+
+@triton.jit
+def parts_to_add(counter, splits):
+    """``splits`` for the last of the programs that share a counter in the table, which finds all their parts, else 0.
+
+    A table starts with its counters at zero, and a replayed graph copies it again.
+    """
+    tl.debug_barrier()  # all threads of this program have stored their part
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    return tl.where(before == splits - 1, splits, 0)
+
+
+@triton.jit
+def sum_of_parts(parts, count, stride, offsets):
+    """The sum of ``count`` parts, always in the same order; read past the L1 cache, which may hold old values."""
+    total = tl.zeros(offsets.shape, tl.float32)
+    for i in range(count):
+        total += tl.load(parts + i * stride + offsets, cache_modifier=".cg")
+    return total

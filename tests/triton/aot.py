@@ -1,6 +1,6 @@
 """Compiles every kernel in every configuration that is shipped, without a GPU, and shows what each one uses.
 
-    python -m tests.triton.aot [--arch 80 90 100] [--kernel NAME ...] [--activations]
+    python -m tests.triton.aot [--arch 80 90 100] [--kernel NAME ...] [--activations] [--gates]
 
 A row a kernel, configuration and architecture: registers a thread, bytes of stack (spilled registers), bytes of shared
 memory, and the number of tensor-core instructions. Fails if anything spills, or does not compile.
@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from mtlkernels.ops._triton import Tile
 from mtlkernels.ops.activations import ACTIVATIONS, CODES, from_input
+from mtlkernels.ops.expert_mixture import triton_gradients as gradients
 from mtlkernels.ops.expert_mixture import triton_kernels as experts
 from mtlkernels.ops.expert_mixture import triton_tiles as tiles
 from mtlkernels.ops.gated_mixture import triton as mixture
@@ -38,7 +39,7 @@ from mtlkernels.ops.snr_aver import triton_kernels as averages
 from mtlkernels.ops.snr_trans import triton as routes
 from mtlkernels.ops.snr_trans import triton_kernels as transforms
 
-MODULES = (experts, mixtures, grams, projections, transforms, averages)
+MODULES = (experts, gradients, mixtures, grams, projections, transforms, averages)
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # dtype and input_precision of every product.
@@ -105,14 +106,29 @@ class Usage:
         return bool(self.error) or self.stack > 0
 
 
-def every_variant(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
-    """Every shipped configuration, with these activations in the kernels of the two directions."""
-    yield from mixture_variants(forward_codes, backward_codes)
+def every_variant(
+    forward_codes: Sequence[int], backward_codes: Sequence[int], every_gate: bool = False
+) -> Iterator[Variant]:
+    """Every shipped configuration, with these activations in the kernels of the two directions.
+
+    Of the numbers of gates that a tile serves, the fewest and the most unless ``every_gate``.
+    """
+    yield from mixture_variants(forward_codes, backward_codes, every_gate)
     yield from pcgrad_variants()
     yield from snr_variants()
 
 
-def mixture_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
+def mixers(choice: tiles.Mixers, every_gate: bool) -> Iterator[tuple[Tile, int]]:
+    """The tiles of the last layer's kernel, each with numbers of gates that it serves."""
+    most = tiles.MAX_FUSED_GATES
+    for tile, low, high in ((choice.short, 1, most), (choice.full, 1, choice.few), (choice.many, choice.few + 1, most)):
+        for gates in range(low, high + 1, 1 if every_gate else max(high - low, 1)):
+            yield tile, gates
+
+
+def mixture_variants(
+    forward_codes: Sequence[int], backward_codes: Sequence[int], every_gate: bool
+) -> Iterator[Variant]:
     """Every configuration of the mixtures' kernels."""
 
     def made(kernel: str, tile: Tile, dtype: str, **constants: Any) -> Variant:
@@ -133,15 +149,19 @@ def mixture_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]
             for code in forward_codes:
                 for tile in products:
                     yield made("layer_forward", tile, dtype, **common, CODE=code, KEEP=from_input(code))
-                for gates in range(1, tiles.MAX_FUSED_GATES + 1):
-                    what = {"LOGITS": "fp32", "CODE": code, "FROM_INPUT": from_input(code), "KEEP": True}
-                    yield made("last_forward", tiles.MIXING[key], dtype, **common, **what, GATES=gates)
-            for code in backward_codes:
+                what = {"LOGITS": "fp32", "CODE": code, "FROM_INPUT": from_input(code), "KEEP": True}
+                for tile, gates in mixers(tiles.MIXING[key], every_gate):
+                    for split in (False, True):
+                        yield made("last_forward", tile, dtype, **common, **what, GATES=gates, SPLIT=split)
+            # Only sums over the readers of an input are split, and no activation is in front of that.
+            for code, split in (*((code, False) for code in backward_codes), (0, True)):
                 for rows, columns in SIZES:
                     tile = tiles.product(*key, rows, columns, from_input(code))
-                    yield made("input_gradient", tile, dtype, **common, CODE=code, ACTIVATED=from_input(code))
-            tile = tiles.WEIGHT_GRADIENT[key]
-            yield made("weight_gradient", tile, dtype, **common, NEED_WEIGHTS=True, NEED_BIASES=True)
+                    what = {"CODE": code, "ACTIVATED": from_input(code), "SPLIT": split}
+                    yield made("input_gradient", tile, dtype, **common, **what)
+            for split in (False, True):
+                what = {"NEED_WEIGHTS": True, "NEED_BIASES": True, "SPLIT": split}
+                yield made("weight_gradient", tiles.WEIGHT_GRADIENT[key], dtype, **common, **what)
 
 
 def pcgrad_variants() -> Iterator[Variant]:
@@ -190,7 +210,7 @@ def compile_variant(variant: Variant, architecture: int) -> Usage:
     pointers = [i for i, parameter in enumerate(kernel.params) if signature[parameter.name].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     except Exception as error:  # whatever the compiler raises is this row's result
@@ -220,10 +240,11 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--kernel", nargs="+", help="only these kernels")
     parser.add_argument("--activations", action="store_true", help="every activation, not only tanh and gelu")
+    parser.add_argument("--gates", action="store_true", help="every number of gates, not only the fewest and the most")
     args = parser.parse_args()
     every = range(len(ACTIVATIONS))
     codes = (every, every) if args.activations else (FORWARD_CODES, BACKWARD_CODES)
-    found = dict.fromkeys(v for v in every_variant(*codes) if not args.kernel or v.kernel in args.kernel)
+    found = dict.fromkeys(v for v in every_variant(*codes, args.gates) if not args.kernel or v.kernel in args.kernel)
     tasks = [(variant, architecture) for variant in found for architecture in args.arch]
     failures = 0
     print("arch  registers  stack  shared  tensor-core  kernel")

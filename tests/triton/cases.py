@@ -56,7 +56,9 @@ def cases(scale: int = 1) -> list[Case]:
         Case("strided", 35, (32, 16, 16), activations=(1, 4), num_inputs=2, strided=True),
         Case("no_biases", 18, (20, 12, 8), activations=(1, 1), biases=(False, False)),
         Case("some_biases", 18, (20, 12, 8), activations=(2, 5), biases=(False, True)),
-        Case("more_gates_than_fit", 35, (20, 12), 5, 7),
+        Case("five_gates", 35, (20, 12), 3, 5),
+        Case("seven_gates", 35, (20, 12), 5, 7),
+        Case("more_gates_than_fit", 35, (20, 12), 3, 9),
         Case("unfused", 35, (20, 12, 24), 3, 2, (3, 4), fused=False),
         Case("unfused_one_layer", 5, (16, 16), activations=(0,), fused=False, strided=True),
         Case("many_experts_and_gates", 3, (4, 3), 70, 66, largest_gate=3),
@@ -157,6 +159,15 @@ def poisoned() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def split_into(count: int) -> Iterator[None]:
+    """Divides each sum into that many parts, as far as it has terms."""
+    from mtlkernels.ops import _triton_splits
+
+    with mock.patch.object(_triton_splits, "splits", lambda sums, _: max(1, min(count, sums.terms))):
+        yield
+
+
 def exact(value: Any) -> Any:
     """The tensors of ``value`` in float64."""
     if isinstance(value, Tensor):
@@ -190,9 +201,11 @@ def check_expert_mixture(case: Case, device: str, needs: tuple[bool, bool, bool,
     operands = (a.inputs, a.weights, a.biases, a.gate_logits)
     expected, saved = experts_reference.forward(*operands, *a.routing, True)
     true, true_saved = experts_reference.forward(*map(exact, operands), *a.routing, True)
-    with mock.patch.object(tiles, "MIN_FUSED_PROGRAMS", 0 if case.fused else 1 << 30), poisoned():
-        found, found_saved = kernels.forward(*operands, *a.routing, True)
-        alone, nothing = kernels.forward(*operands, *a.routing, False)
+    with mock.patch.object(tiles, "MAX_FUSED_GATES", tiles.MAX_FUSED_GATES if case.fused else 0), poisoned():
+        with split_into(3):
+            found, found_saved = kernels.forward(*operands, *a.routing, True)
+        with split_into(1):
+            alone, nothing = kernels.forward(*operands, *a.routing, False)
     assert nothing == []
     assert_within_budget("outputs", found, expected, true)
     assert_within_budget("outputs without saving", alone, expected, true)
@@ -202,10 +215,11 @@ def check_expert_mixture(case: Case, device: str, needs: tuple[bool, bool, bool,
     operands = (a.grad_outputs, a.inputs, a.weights, a.biases, a.gate_logits, found_saved)
     wanted = experts_reference.backward(*operands, *a.routing, *needs)
     ideal = experts_reference.backward(*map(exact, operands), *a.routing, *needs)
-    with poisoned():
-        got = kernels.backward(*operands, *a.routing, *needs)
-    for what, *tensors in zip(("inputs", "weights", "biases", "logits"), got, wanted, ideal, strict=True):
-        assert_within_budget(f"gradients of {what}", *tensors)
+    for count in (1, 3):
+        with poisoned(), split_into(count):
+            got = kernels.backward(*operands, *a.routing, *needs)
+        for what, *tensors in zip(("inputs", "weights", "biases", "logits"), got, wanted, ideal, strict=True):
+            assert_within_budget(f"gradients of {what}", *tensors)
 
 
 def check_gated_mixture(case: Case, device: str, needs: tuple[bool, bool] = (True, True)) -> None:

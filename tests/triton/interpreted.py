@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from unittest import mock
 
 import pytest
 import torch
@@ -41,14 +40,12 @@ def test_only_the_mixture_gradients_asked_for(needs: tuple[bool, bool]) -> None:
 def test_an_expert_outside_a_gate_cannot_reach_it() -> None:
     """Infinite outputs of an expert leave the gates that do not mix it alone: no 0 times infinity."""
     from mtlkernels.ops.expert_mixture import triton as kernels
-    from mtlkernels.ops.expert_mixture import triton_tiles as tiles
 
     x, weight = torch.ones(32, 4), torch.ones(32, 4)  # whole tiles: beyond them 0 times infinity is harmless
     logits = [torch.zeros(32, 1), torch.zeros(32, 1)]
-    with mock.patch.object(tiles, "MIN_FUSED_PROGRAMS", 0):
-        (finite, infinite), _ = kernels.forward(
-            [x], [weight, weight], [None, torch.full((32,), float("inf"))], logits, [0, 0], [0, 1], [1, 1], [0], False
-        )
+    (finite, infinite), _ = kernels.forward(
+        [x], [weight, weight], [None, torch.full((32,), float("inf"))], logits, [0, 0], [0, 1], [1, 1], [0], False
+    )
     assert finite.eq(4).all() and infinite.isinf().all()
 
 

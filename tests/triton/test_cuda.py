@@ -67,7 +67,7 @@ def test_results_are_the_same_every_time() -> None:
     def results() -> list[torch.Tensor]:
         outputs, saved = kernels.forward(*operands, *a.routing, True)
         gradients = kernels.backward(
-            a.grad_outputs, a.inputs, a.weights, a.gate_logits, saved, *a.routing, True, True, True, True
+            a.grad_outputs, a.inputs, a.weights, a.biases, a.gate_logits, saved, *a.routing, True, True, True, True
         )
         return [*outputs, *itertools.chain(*gradients)]
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("tests", ["interpreted.py", "interpreted_pcgrad.py"])
+@pytest.mark.parametrize("tests", ["interpreted.py", "interpreted_launches.py", "interpreted_pcgrad.py"])
 def test_kernels_agree_with_the_reference(tests: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/{tests}"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

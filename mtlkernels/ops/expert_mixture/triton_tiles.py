@@ -8,12 +8,14 @@ memory 16 bytes at a time; each element then needs an address in registers, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 
 from mtlkernels.ops._triton import Tile
+from mtlkernels.ops._triton_splits import Sums
 
 
 class Products(NamedTuple):
@@ -36,19 +38,26 @@ PRODUCT = {
     ("ieee", False): Products(Tile(16, 32, 32, 4, 2), Tile(32, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
 }
 
-# One accumulator a gate and one for the product: at most 5 x 64 x 64 / 256 threads = 80 registers of the 255.
-MAX_FUSED_GATES = 4
+
+class Mixers(NamedTuple):
+    """Tiles of the last layer's kernel: for few rows, and otherwise for up to ``few`` gates and for up to eight."""
+
+    short: Tile
+    full: Tile
+    many: Tile
+    few: int
+
+
+# One accumulator a gate and one for the product, of 16 or 8 registers a thread each.
+MAX_FUSED_GATES = 8
 MIXING = {
-    ("half", True): Tile(64, 64, 64, 8, 3),
-    ("tf32", True): Tile(64, 64, 32, 8, 3),
-    ("ieee", True): Tile(32, 32, 16, 8, 2),
-    ("half", False): Tile(64, 32, 32, 8, 2),
-    ("tf32", False): Tile(64, 32, 32, 8, 2),
-    ("ieee", False): Tile(32, 32, 16, 4, 2),
+    ("half", True): Mixers(Tile(16, 32, 128, 4, 3), Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3), 6),
+    ("tf32", True): Mixers(Tile(16, 32, 64, 4, 3), Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3), 6),
+    ("ieee", True): Mixers(Tile(16, 32, 16, 4, 2, 255), Tile(32, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 255), 8),
+    ("half", False): Mixers(Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 8, 2), 4),
+    ("tf32", False): Mixers(Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 8, 2), 4),
+    ("ieee", False): Mixers(Tile(16, 32, 16, 4, 2, 255), Tile(32, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 255), 8),
 }
-# A program of the fused kernel evaluates all experts one after another. With fewer programs than about half the
-# multiprocessors of a data-centre GPU, spreading the experts over programs and mixing in a launch of its own is faster.
-MIN_FUSED_PROGRAMS = 64
 
 WEIGHT_GRADIENT = {
     ("half", True): Tile(128, 128, 64, 8, 3),
@@ -73,8 +82,39 @@ def product(kind: str, aligned: bool, rows: int, columns: int, heavy: bool = Fal
     return choice.narrow if heavy or columns <= choice.narrow.columns else choice.full
 
 
-def fuses(kind: str, aligned: bool, gates: int, rows: int, columns: int) -> bool:
-    """Whether the last layer's kernel mixes too."""
-    tile = MIXING[kind, aligned]
-    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    return gates <= MAX_FUSED_GATES and programs >= MIN_FUSED_PROGRAMS
+def mixing(kind: str, aligned: bool, gates: int, rows: int) -> Tile | None:
+    """For ``last_forward``; None for more gates than fit."""
+    choice = MIXING[kind, aligned]
+    if gates > MAX_FUSED_GATES:
+        return None
+    if rows <= 2 * choice.short.rows:
+        return choice.short
+    return choice.full if gates <= choice.few else choice.many
+
+
+def mixing_sums(tile: Tile, experts: int, rows: int, columns: int, depth: int, gates: int, itemsize: int) -> Sums:
+    """What ``last_forward`` adds up: the experts, for every gate."""
+    blocks = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    return Sums(blocks, experts, _operands(tile) * depth * itemsize, gates * tile.rows * tile.columns)
+
+
+def input_sums(tile: Tile, members: Sequence[int], rows: int, columns: int, depth: int, itemsize: int) -> Sums:
+    """What ``input_gradient`` adds up: the experts of each group, of which there are ``members``."""
+    blocks = len(members) * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    return Sums(blocks, max(members), _operands(tile) * depth * itemsize, tile.rows * tile.columns)
+
+
+def weight_blocks(tile: Tile, experts: int, height: int, width: int) -> int:
+    """Into how many blocks ``weight_gradient`` divides a layer's weights [E, height, width]."""
+    return experts * int(triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns))
+
+
+def weight_sums(tile: Tile, blocks: int, rows: int, itemsize: int) -> Sums:
+    """What ``weight_gradient`` adds up: the batch."""
+    part = (tile.columns + 1) * tile.rows
+    return Sums(blocks, triton.cdiv(rows, tile.depth), _operands(tile) * tile.depth * itemsize, part)
+
+
+def _operands(tile: Tile) -> int:
+    """Rows and columns of operands that a program reads for a step along the depth."""
+    return tile.rows + tile.columns

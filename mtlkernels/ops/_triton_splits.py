@@ -1,0 +1,92 @@
+"""Into how many parts a sum is split where a launch would have too few blocks for a GPU's multiprocessors.
+
+Blocks of an output are one program each, which adds many terms: the experts that a gate mixes or that read a stream, or
+the rows of a batch. Where blocks are fewer than multiprocessors, several programs share one. Each stores its part in
+float32, and the last one to arrive adds all of them, in the same order every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mtlkernels.ops._table import Table
+
+# The last program adds the parts alone.
+MAX_SPLITS = 32
+# Where there is no GPU: those of an H100.
+_MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums that a launch computes.
+
+    Args:
+        blocks: how many blocks of outputs there are.
+        terms: how many pieces the sum of a block has.
+        term: the bytes that a program reads for one piece.
+        part: the float32 elements that it adds up.
+    """
+
+    blocks: int
+    terms: int
+    term: int
+    part: int
+
+
+@lru_cache(maxsize=4096)
+def splits(sums: Sums, multiprocessors: int) -> int:
+    """The number of programs a block with which the busiest multiprocessor moves the fewest bytes."""
+
+    def moved(count: int) -> int:
+        waves = _quotient(sums.blocks * count, multiprocessors)
+        terms = waves * _quotient(sums.terms, count) * sums.term
+        if count == 1:
+            return terms
+        return terms + (waves + count * _quotient(sums.blocks, multiprocessors)) * 4 * sums.part
+
+    most = min(sums.terms, MAX_SPLITS, 2 * multiprocessors // max(sums.blocks, 1))
+    return min(range(1, max(most, 1) + 1), key=moved)
+
+
+def _quotient(a: int, b: int) -> int:
+    """Rounded up."""
+    return -(-a // b)
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a launch is split: its programs, and where its parts and counters are in the call's table."""
+
+    programs: int
+    count: int = 1
+    parts: Tensor | None = None
+    at_parts: int = 0
+    at_counters: int = 0
+
+    @property
+    def arguments(self) -> tuple[int, int, int]:
+        """As the kernels take them."""
+        return self.at_parts, self.at_counters, self.count
+
+
+def split(table: Table, sums: Sums, like: Tensor) -> Split:
+    """Chooses the number of programs a block; appends the address of the parts, and counters at zero."""
+    count = splits(sums, multiprocessors(like.device))
+    if count == 1:
+        return Split(sums.blocks)
+    parts = like.new_empty(sums.blocks * count * sums.part, dtype=torch.float32)
+    at_parts = table.pointers([parts])
+    return Split(sums.blocks * count, count, parts, at_parts, table.integers([0] * sums.blocks))

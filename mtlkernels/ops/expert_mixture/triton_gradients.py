@@ -1,0 +1,239 @@
+# mypy: ignore-errors
+"""Kernels of the expert mixture's backward pass, behind that of the mixture itself. See triton_kernels.py.
+
+A sum that few programs would take long over is split among several; it is added in the same order every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mtlkernels.ops._triton_functions import (
+    activate,
+    derivative,
+    parts_to_add,
+    pointer,
+    product,
+    share_of,
+    sum_of_parts,
+    whole,
+)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "grads",
+        "weights",
+        "members",
+        "outputs",
+        "kept",
+        "activated",
+        "parts",
+        "counters",
+        "splits",
+        "num_groups",
+        "num_rows",
+        "width",
+        "depth",
+    ]
+)
+def input_gradient(
+    table,
+    grads,
+    weights,
+    members,
+    outputs,
+    kept,
+    activated,
+    parts,
+    counters,
+    splits,
+    num_groups,
+    num_rows,
+    width,
+    depth,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CODE: tl.constexpr,
+    ACTIVATED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``sum_e d_e W_e`` over the experts of each group, times the derivative of the activation below.
+
+    ``members`` lists num_groups + 1 offsets, then the experts of all groups: for a network's inputs a group is the
+    experts that read a stream, which lie side by side along the depth of one product; below other layers a group is one
+    expert. ``kept`` is what the forward pass saved of the layer below (unused if ``CODE`` is 0); ``ACTIVATED`` writes
+    its activation, for the gradient of the weights. ``SPLIT``: ``splits`` programs share a block, each with some of the
+    group's experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split].
+    """
+    width = whole(width, ALIGNED)
+    depth = whole(depth, ALIGNED)
+    blocks = tl.cdiv(width, COLUMNS)
+    tile = tl.program_id(0)
+    if SPLIT:
+        share = tile % splits
+        tile = tile // splits
+    block = tile // blocks
+    group = block % num_groups
+    first = (block // num_groups).to(tl.int64) * ROWS
+    first_column = (tile % blocks).to(tl.int64) * COLUMNS
+    left_rows = (num_rows - first).to(tl.int32)
+    left_columns = (width - first_column).to(tl.int32)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inner = tl.arange(0, DEPTH)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    start = tl.load(table + members + group).to(tl.int32)
+    end = tl.load(table + members + group + 1).to(tl.int32)
+    if SPLIT:
+        low, high = share_of(end - start, share, splits)
+        end = start + high
+        start += low
+    for i in range(start, end):
+        e = tl.load(table + members + num_groups + 1 + i)
+        grad = pointer(table, grads + e, DTYPE, ALIGNED) + first * depth
+        grad = grad + rows[:, None] * depth + inner[None, :]
+        weight = pointer(table, weights + e, DTYPE, ALIGNED) + first_column
+        weight = weight + inner[:, None] * width + columns[None, :]
+        step = (tl.zeros((), tl.int64) + DEPTH) * width
+        for k in range(0, depth, DEPTH):
+            a = tl.load(grad, mask=(rows < left_rows)[:, None] & (inner < depth - k)[None, :], other=0.0)
+            b = tl.load(weight, mask=(inner < depth - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
+            acc = product(a, b, acc, PRECISION, UPCAST)
+            grad += DEPTH
+            weight += step
+    mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
+    offsets = rows[:, None] * width + columns[None, :]
+    corner = first * width + first_column
+    if SPLIT:
+        area: tl.constexpr = ROWS * COLUMNS
+        within = rows[:, None] * COLUMNS + columns[None, :]
+        shared = pointer(table, parts, tl.float32, True) + tile.to(tl.int64) * splits * area
+        tl.store(shared + share * area + within, acc)
+        count = parts_to_add(table + counters + tile, splits)
+        acc = sum_of_parts(shared, count, area, within)
+        mask = mask & (rows < count * ROWS)[:, None]  # nothing but by the last to arrive
+    if CODE or ACTIVATED:
+        saved = tl.load(pointer(table, kept + group, DTYPE, ALIGNED) + corner + offsets, mask=mask, other=0.0)
+        saved = saved.to(tl.float32)
+        acc = acc * derivative(saved, CODE)
+        if ACTIVATED:
+            out = pointer(table, activated + group, DTYPE, ALIGNED) + corner
+            tl.store(out + offsets, activate(saved, CODE).to(DTYPE), mask=mask)
+    tl.store(pointer(table, outputs + group, DTYPE, ALIGNED) + corner + offsets, acc.to(DTYPE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["layers", "parts", "counters", "splits", "num_layers", "num_experts", "num_rows"])
+def weight_gradient(
+    table,
+    layers,
+    parts,
+    counters,
+    splits,
+    num_layers,
+    num_experts,
+    num_rows,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
+    NEED_BIASES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``d^T x`` and the column sums of d, of every layer of every expert, with the batch along the depth.
+
+    ``layers`` holds seven entries a layer: its first block, its outputs, its inputs, and where the addresses of the
+    experts' d [B, outputs], x [B, inputs], weight and bias gradients start. ``SPLIT``: ``splits`` programs share a
+    block, each with some of the batch, and the last one to arrive adds what the others have stored in ``parts``
+    [block, split]: a block of the weight's gradient, then a row of the bias's.
+    """
+    tile = tl.program_id(0)
+    begin = 0
+    stop = num_rows
+    if SPLIT:
+        share = tile % splits
+        tile = tile // splits
+        counter = table + counters + tile
+        size: tl.constexpr = ROWS * COLUMNS + ROWS
+        parts = pointer(table, parts, tl.float32, True) + tile.to(tl.int64) * splits * size
+        part = parts + share * size
+        begin, stop = share_of(tl.cdiv(num_rows, DEPTH), share, splits)
+        begin = begin * DEPTH
+        stop = tl.minimum(stop * DEPTH, num_rows)
+    layer = 0
+    for i in range(1, num_layers):
+        layer = tl.where(tile >= tl.load(table + layers + 7 * i), i, layer)
+    entry = table + layers + 7 * layer
+    tile = tile - tl.load(entry).to(tl.int32)
+    height = whole(tl.load(entry + 1).to(tl.int32), ALIGNED)
+    width = whole(tl.load(entry + 2).to(tl.int32), ALIGNED)
+    blocks = tl.cdiv(width, COLUMNS) if NEED_WEIGHTS else 1
+    first_column = (tile % blocks).to(tl.int64) * COLUMNS
+    tile = tile // blocks
+    e = tile % num_experts
+    first = (tile // num_experts).to(tl.int64) * ROWS
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inner = tl.arange(0, DEPTH)
+    there = rows < (height - first).to(tl.int32)
+    left_columns = (width - first_column).to(tl.int32)
+    start = tl.zeros((), tl.int64) + begin
+    grad = pointer(table, tl.load(entry + 3) + e, DTYPE, ALIGNED) + start * height + first
+    if NEED_WEIGHTS:
+        left = grad + inner[None, :] * height + rows[:, None]
+        right = pointer(table, tl.load(entry + 4) + e, DTYPE, ALIGNED) + start * width + first_column
+        right = right + inner[:, None] * width + columns[None, :]
+        left_step = (tl.zeros((), tl.int64) + DEPTH) * height
+        right_step = (tl.zeros((), tl.int64) + DEPTH) * width
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(begin, stop, DEPTH):
+            a = tl.load(left, mask=there[:, None] & (inner < num_rows - k)[None, :], other=0.0)
+            b = tl.load(right, mask=(inner < num_rows - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
+            acc = product(a, b, acc, PRECISION, UPCAST)
+            left += left_step
+            right += right_step
+        out = pointer(table, tl.load(entry + 5) + e, DTYPE, ALIGNED) + first * width + first_column
+        out = out + rows[:, None] * width + columns[None, :]
+        mask = there[:, None] & (columns < left_columns)[None, :]
+        within = rows[:, None] * COLUMNS + columns[None, :]
+        if SPLIT:
+            tl.store(part + within, acc)
+        else:
+            tl.store(out, acc.to(DTYPE), mask=mask)
+    if NEED_BIASES:
+        sums = pointer(table, tl.load(entry + 6) + e, DTYPE, ALIGNED) + first + rows
+        # A pass of its own, by the first of the programs that share these rows: summed beside the product, d would have
+        # to be in registers as well as in shared memory.
+        if first_column == 0:
+            summed = grad + inner[:, None] * height + rows[None, :]
+            step = (tl.zeros((), tl.int64) + DEPTH) * height
+            total = tl.zeros((DEPTH, ROWS), tl.float32)
+            for k in range(begin, stop, DEPTH):
+                total += tl.load(summed, mask=(inner < num_rows - k)[:, None] & there[None, :], other=0.0).to(
+                    tl.float32
+                )
+                summed += step
+            total = tl.sum(total, 0)
+            if SPLIT:
+                tl.store(part + ROWS * COLUMNS + rows, total)
+            else:
+                tl.store(sums, total.to(DTYPE), mask=there)
+    if SPLIT:
+        count = parts_to_add(counter, splits)
+        if NEED_WEIGHTS:
+            value = sum_of_parts(parts, count, size, within)
+            tl.store(out, value.to(DTYPE), mask=mask & (rows < count * ROWS)[:, None])
+        if NEED_BIASES:
+            count = tl.where(first_column == 0, count, 0)
+            value = sum_of_parts(parts + ROWS * COLUMNS, count, size, rows)
+            tl.store(sums, value.to(DTYPE), mask=there & (rows < count * ROWS))

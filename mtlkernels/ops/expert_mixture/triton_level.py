@@ -1,0 +1,63 @@
+"""What the launches of a call share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mtlkernels.ops import _triton
+from mtlkernels.ops._triton import DTYPES, Table
+from mtlkernels.ops.expert_mixture import triton_tiles as tiles
+
+# A launch, once the table is complete and on the device.
+Run = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Level:
+    """Sizes of a level, and what is the same for all of its products.
+
+    ``widths`` are the features in front of each layer and behind the last; ``like`` has the dtype and the device.
+    """
+
+    like: Tensor
+    num_experts: int
+    num_rows: int
+    widths: tuple[int, ...]
+    aligned: bool
+
+    @staticmethod
+    def of(x: Tensor, num_experts: int, widths: Iterable[int], tensors: Iterable[Tensor]) -> Level:
+        """For inputs like ``x``; ``tensors`` are all that kernels read in whole vectors."""
+        lengths = (x.shape[1], *widths)
+        return Level(x, num_experts, x.shape[0], lengths, _triton.aligned(tensors, lengths))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.widths) - 1
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """The kind of operands, and whether they are aligned: where the tables of tiles are looked up."""
+        return tiles.operands(self.like.dtype, _triton.precision(self.like.dtype)), self.aligned
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments of every product."""
+        return {
+            "DTYPE": DTYPES[self.like.dtype],
+            "ALIGNED": self.aligned,
+            "PRECISION": _triton.precision(self.like.dtype),
+            "UPCAST": _triton.upcast(),
+        }
+
+
+def execute(table: Table, like: Tensor, runs: Sequence[Run]) -> None:
+    """Copies the table to the device and launches."""
+    with _triton.on_device(like.device):
+        entries = table.to(like.device)
+        for run in runs:
+            run(entries)

@@ -1,0 +1,152 @@
+"""How many launches a level takes, what each has to do, and that the order of programs does not matter.
+
+``test_interpreter.py`` runs this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.peers.fused import fused_launches, fused_trunk
+from benchmarks.peers.per_expert import PerExpertTrunk
+from benchmarks.peers.shape import TrunkShape
+from mtlkernels import use_backend
+from mtlkernels._backends import interpreting
+from mtlkernels.ops.expert_mixture import triton_work
+from mtlkernels.ops.expert_mixture.triton_work import Shape, Work
+from tests.triton.cases import Case, arguments, poisoned, split_into
+from tests.triton.launches import Launch, last_program_first, launched
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
+WIDTHS = (24, 20, 16, 12)
+SPLIT = Case("split", 70, (24, 20, 16), 5, 3, (1, 3), num_inputs=2)
+
+
+def step(case: Case, *needs: bool) -> list[Tensor]:
+    """Outputs and gradients of a case."""
+    from mtlkernels.ops.expert_mixture import triton as kernels
+
+    a = arguments(case, "cpu")
+    outputs, saved = kernels.forward(a.inputs, a.weights, a.biases, a.gate_logits, *a.routing, True)
+    operands = (a.grad_outputs, a.inputs, a.weights, a.biases, a.gate_logits, saved)
+    gradients = kernels.backward(*operands, *a.routing, *(needs or (True,) * 4))
+    return [*outputs, *chain(*gradients)]
+
+
+@pytest.mark.parametrize("gates", [1, 3, 5, 8])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_launches_of_a_step(layers: int, gates: int) -> None:
+    """One a layer forward; backward one for the mixture, one a layer, and one for all weights and biases."""
+    case = Case("launches", 20, WIDTHS[: layers + 1], 3, gates, (1,) * layers)
+    with launched() as found:
+        step(case)
+    forward = ["layer_forward"] * (layers - 1) + ["last_forward"]
+    assert [launch.kernel for launch in found] == forward + ["mix_backward"] + ["input_gradient"] * layers + [
+        "weight_gradient"
+    ]
+
+
+def test_more_gates_take_one_launch_more() -> None:
+    with launched() as found:
+        step(Case("many_gates", 20, WIDTHS[:3], 3, 9, (1, 1)))
+    assert [launch.kernel for launch in found[:3]] == ["layer_forward", "layer_forward", "mix_forward"]
+
+
+def test_inputs_that_want_no_gradient_save_a_launch() -> None:
+    with launched() as found:
+        step(Case("frozen", 20, WIDTHS[:3], 3, 2, (1, 1)), False, True, True, True)
+    assert [launch.kernel for launch in found[2:]] == ["mix_backward", "input_gradient", "weight_gradient"]
+
+
+def test_order_of_arrival_does_not_matter() -> None:
+    """Whichever of the programs that share a block comes last, the result has the same bits."""
+    with poisoned():
+        with split_into(4):
+            usual = step(SPLIT)
+            with last_program_first():
+                reverse = step(SPLIT)
+        with split_into(1):
+            whole = step(SPLIT)
+    assert all(torch.equal(a, b) for a, b in zip(usual, reverse, strict=True))
+    # The sums were split indeed: added in another order they differ in the last bits.
+    assert not all(torch.equal(a, b) for a, b in zip(usual, whole, strict=True))
+
+
+# Sizes are whole tiles in the last case, so that its products count no padding.
+WORKS = [
+    Case("one_layer", 19, (7, 5), 3, 2, (3,)),
+    SPLIT,
+    Case("three_layers", 21, (16, 32, 48, 16), 4, 5, (4, 0, 1), biases=(True, False, True)),
+    Case("many_gates", 33, (20, 12, 24), 3, 9, (3, 1)),
+    Case("half", 40, (48, 32, 16), 3, 2, (1, 4), dtype=torch.float16, logits_dtype=torch.float32),
+    Case("whole_tiles", 32, (64, 64, 64), 2, 3, (1, 1)),
+]
+
+
+def works(case: Case, inputs: bool = True, weights: bool = True, biases: bool = True) -> list[Work]:
+    """What a step of a case should take."""
+    a = arguments(case, "cpu")
+    shape = Shape(
+        rows=case.rows,
+        widths=case.widths,
+        expert_inputs=tuple(a.expert_inputs),
+        gate_experts=tuple(a.gate_experts),
+        gate_sizes=tuple(a.gate_sizes),
+        activations=case.activations,
+        biases=tuple(case.num_experts * has for has in case.biases[: len(case.activations)]),
+        dtype=case.dtype,
+        logits_dtype=case.logits_dtype or case.dtype,
+        precision="ieee",
+        aligned=all(width % 16 == 0 for width in case.widths),
+        num_inputs=case.num_inputs,
+        multiprocessors=132,
+    )
+    return [*triton_work.forward(shape, save=True), *triton_work.backward(shape, inputs, weights, biases)]
+
+
+def check_work(expected: Sequence[Any], found: list[Launch], whole_tiles: bool) -> None:
+    """Bytes and arithmetic as counted while the kernels ran; products of tiles that are not whole count more."""
+    for work, launch in zip(expected, found, strict=True):
+        assert work.kernel == launch.kernel
+        assert (launch.read, launch.written) == (work.read + work.scratch, work.written + work.scratch), work
+        assert launch.flop == work.flop if whole_tiles else launch.flop >= work.flop, work
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", WORKS, ids=str)
+def test_work(case: Case, splits: int) -> None:
+    with split_into(splits):
+        expected = works(case)
+        with launched() as found:
+            step(case)
+    check_work(expected, found, case.name == "whole_tiles")
+    assert any(work.scratch for work in expected if work.kernel != "mix_backward") == (splits > 1)
+
+
+@pytest.mark.parametrize("needs", list(product((False, True), repeat=3)), ids=str)
+def test_work_for_some_gradients(needs: tuple[bool, bool, bool]) -> None:
+    with split_into(2):
+        expected = works(SPLIT, *needs)
+        with launched() as found:
+            step(SPLIT, *needs, True)
+    check_work(expected, found, whole_tiles=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_work_of_a_trunk(training: bool) -> None:
+    """What the benchmark says of two levels, of which the second reads what the first has computed."""
+    trunk_shape = TrunkShape(32, num_tasks=2, num_specific=1, num_shared=1, units=(16, 16), num_levels=2)
+    trunk = fused_trunk(trunk_shape, PerExpertTrunk(trunk_shape))
+    x = torch.randn(20, 32, requires_grad=training)
+    expected = fused_launches(trunk_shape, 20, torch.float32, training, x.device)
+    with launched() as found, torch.set_grad_enabled(training), use_backend("triton"):
+        outputs = trunk(x)
+        if training:
+            sum(y.sum() for y in outputs).backward()
+    check_work(expected, found, whole_tiles=False)

@@ -1,0 +1,55 @@
+"""Into how many parts sums are split, which needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+from mtlkernels.ops._triton_splits import MAX_SPLITS, Sums, splits  # noqa: E402
+from mtlkernels.ops.expert_mixture import triton_tiles as tiles  # noqa: E402
+
+H100 = 132
+
+
+def mixing(rows: int, multiprocessors: int = H100) -> int:
+    """The splits of the last layer of workload A: 12 experts, 3 gates, 256 to 128 features in bfloat16."""
+    tile = tiles.mixing("half", True, 3, rows)
+    assert tile is not None
+    return splits(tiles.mixing_sums(tile, 12, rows, 128, 256, 3, 2), multiprocessors)
+
+
+def weights(rows: int, features: int, multiprocessors: int = H100) -> int:
+    """The splits of the weights' gradients of workload A's experts behind that number of features."""
+    tile = tiles.WEIGHT_GRADIENT["half", True]
+    blocks = tiles.weight_blocks(tile, 12, 256, features) + tiles.weight_blocks(tile, 12, 128, 256)
+    return splits(tiles.weight_sums(tile, blocks, rows, 2), multiprocessors)
+
+
+def test_enough_blocks_are_not_split() -> None:
+    assert mixing(4096) == 1  # 128 blocks
+    assert mixing(65536) == 1
+    assert weights(4096, 416) == 1  # 120 blocks
+
+
+def test_few_blocks_are_split_over_the_multiprocessors() -> None:
+    assert mixing(1024) == 4  # 32 blocks
+    assert mixing(1) > 1
+    assert weights(4096, 128) == 2  # 48 blocks; in five parts 240 programs would come in two waves
+
+
+def test_one_multiprocessor_splits_nothing() -> None:
+    assert mixing(16, 1) == mixing(1024, 1) == weights(4096, 128, 1) == 1
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 7, 32, 100, 131, 132, 133, 1000, 10**6])
+@pytest.mark.parametrize("terms", [0, 1, 2, 12, 1000])
+@pytest.mark.parametrize("part", [1, 100, 10**5])
+def test_a_split_pays(blocks: int, terms: int, part: int) -> None:
+    """Never more parts than terms, and what the busiest multiprocessor reads of operands falls by more than it adds."""
+    count = splits(Sums(blocks, terms, 1000, part), H100)
+    assert 1 <= count <= max(1, min(terms, MAX_SPLITS))
+    if count > 1:
+        waves, rounds = -(-blocks * count // H100), -(-blocks // H100)
+        assert waves <= 2
+        saved = (rounds * terms - waves * -(-terms // count)) * 1000
+        assert saved > 4 * part * (waves + count * rounds)
