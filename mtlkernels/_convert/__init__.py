@@ -30,13 +30,19 @@ class Convert:
     before or after, checkpoints, ``load_state_dict``, ``.to()``, ``copy.deepcopy``, ``pickle``, ``torch.save`` and
     ``torch.compile`` go on working, and results agree within rounding.
 
-    Batch norm and dropout are fused in evaluation; in training a level with either runs the library's own code, and so
-    does one with batch norm where gradients are wanted and rows are few (serve under ``torch.no_grad()``). Batch norm
-    is folded into copies of the weights in front of it, made anew when a weight or statistic has changed; a write
-    that PyTorch does not count (to ``.data``, by NumPy, by a replayed CUDA graph) is seen after the next ``train()`` or
-    ``eval()``. A level of experts is left alone where it has batch norm without running statistics, another norm or
-    activation, a hook, a parametrized or exchanged layer, or experts of unequal shape. The experts' modules are no
-    longer called, so a hook that is put on one later makes its level run the original code; hooks for all modules
+    A level is one :func:`mtlkernels.expert_mixture` where its experts are alike and each is [Linear → (BatchNorm1d) →
+    activation → (Dropout)] a layer, in evaluation or without batch norm and dropout. Other levels are evaluated in
+    parts: experts that are alike in one ``expert_mixture``, what is not known (an activation such as PReLU, another
+    norm, a layer's subclass, batch norm and dropout in training) by the experts' own modules, and all mixing in one
+    :func:`mtlkernels.gated_mixture`. On few rows, or in ``torch.compile``, a level whose experts are modules runs its
+    own code, which is as fast then. So does a level with batch norm on few rows where gradients are wanted (serve under
+    ``torch.no_grad()``). Gates that read one stream are one product. deepctr-torch's last shared gate, whose output
+    nobody reads, is not evaluated any more; statistics of its batch norm stay as they were.
+
+    Batch norm is folded into copies of the weights in front of it, made anew when a weight or statistic has changed; a
+    write that PyTorch does not count (to ``.data``, by NumPy, by a replayed CUDA graph) is seen after the next
+    ``train()`` or ``eval()``. A level with a hook is left alone. The experts' modules are not called where they are
+    fused, so a hook that is put on one later makes its level run the original code; hooks for all modules
     (``torch.nn.modules.module.register_module_forward_hook``) do not see experts. Where a user's own ``forward`` leaves
     a task's output unused, gradients of that task's experts are zero instead of None.
 
