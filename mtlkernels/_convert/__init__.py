@@ -24,7 +24,8 @@ class Convert:
 
     Known, wherever they are in ``model``, are ``PLE`` and ``MMOE`` of deepctr-torch 0.3.0 and of torch-rechub 0.9.0; by
     their structure ``ExtractionNet`` and ``MMoE`` of TorchEasyRec, ``CGC_Layer`` and ``MMoE_Layer`` of FuxiCTR, ``CGC``
-    and ``MMoE`` of LibMTL with encoders that are an ``nn.Sequential``; and what :meth:`register` adds. A converted
+    and ``MMoE`` of LibMTL with encoders that are an ``nn.Sequential``, ``PLEModel`` and ``MMoEModel`` of MTReclib; and
+    what :meth:`register` adds. A converted
     module keeps its parameters, the same objects under the same ``state_dict`` keys, and all of its sub-modules: only
     its class changes, to a subclass whose one replaced method reads the weights where they are. So optimizers, made
     before or after, checkpoints, ``load_state_dict``, ``.to()``, ``copy.deepcopy``, ``pickle``, ``torch.save`` and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,12 @@ class FusedLevel(Converted):
     """A level as one ``expert_mixture``, or as near to it as its modules allow; its plan is the Routing."""
 
     _mtlkernels_level: Level | None
+
+    @classmethod
+    def planner(cls, base: type) -> Callable[[nn.Module, str], tuple[Any, list[Line]]]:
+        """How :class:`Converter` plans for an instance of ``base``."""
+        assert cls._mtlkernels_level is not None
+        return functools.partial(plan_level, cls._mtlkernels_level, base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the original class's."""
@@ -166,22 +173,29 @@ def trial(level: Level, module: nn.Module, routing: Routing) -> Routing | str:
         found, expected = _both_ways(level, module, routing)
     except Exception as error:  # of code that is not ours; it goes into the report
         return f"it fails in a trial: {type(error).__name__}: {error}"
-    if not _agree(found, expected):
+    if not agree(found, expected):
         return "in a trial its forward gave other results than its experts, gates and routing"
     return routing
 
 
-@torch.no_grad()
-def _both_ways(level: Level, module: nn.Module, routing: Routing) -> tuple[Any, Any]:
-    """The results of a copy of the module, fused and by its own code."""
-    generator = torch.Generator().manual_seed(0)
-    other: Any = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+def random_copy(module: nn.Module, generator: torch.Generator, without: Sequence[str] = ()) -> Any:
+    """A copy in evaluation with random weights in float64 on the CPU; the parts ``without`` are identities in it."""
+    memo: dict[int, Any] = {id(getattr(module, name)): nn.Identity() for name in without}
+    other = copy.deepcopy(module, memo).to_empty(device="cpu").double().eval()
     for tensor in (*other.parameters(), *other.buffers()):
         if tensor.is_floating_point():
             # Positive, for variances, and of a size that keeps softmax away from 0 and 1.
             tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1)
             if tensor.dim() > 1:
                 tensor.sub_(0.6).mul_(3 * tensor.shape[-1] ** -0.5)
+    return other
+
+
+@torch.no_grad()
+def _both_ways(level: Level, module: nn.Module, routing: Routing) -> tuple[Any, Any]:
+    """The results of a copy of the module, fused and by its own code."""
+    generator = torch.Generator().manual_seed(0)
+    other = random_copy(module, generator)
     gates: list[Any] = [read_gate(chain) for chain in level.gates(other)]
     parts = read_parts(list(level.experts(other)), gates, routing, False)
     # Without shared experts, a shared gate alone reads the last stream.
@@ -201,7 +215,7 @@ def _width(parts: Parts) -> int:
     return int(next(matrices).shape[1])
 
 
-def _agree(found: Any, expected: Any) -> bool:
+def agree(found: Any, expected: Any) -> bool:
     """Whether two results, tensors within lists, tuples and dicts, are the same within rounding."""
     leaves, structure = pytree.tree_flatten(found)
     others, other_structure = pytree.tree_flatten(expected)

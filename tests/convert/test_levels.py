@@ -35,7 +35,9 @@ def level(kind: Any, units: tuple[int, ...] = (12, 7), **options: Any) -> Any:
 MODULES: dict[str, Any] = {
     "ExtractionNet": lambda: level(doubles.ExtractionNet),
     "ExtractionNet with batch norm and dropout": lambda: level(doubles.ExtractionNet, norm="batch", rate=0.2),
-    "ExtractionNet at the last level": lambda: level(doubles.ExtractionNet, norm="batch", last=True, specific=1),
+    "ExtractionNet at the last level": lambda: level(
+        doubles.ExtractionNet, norm="batch", last=True, specific=(1, 1, 1)
+    ),
     "ExtractionNet with SiLU": lambda: level(doubles.ExtractionNet, (8,), activation=nn.SiLU, shared=3),
     "MMoE of TorchEasyRec": lambda: level(doubles.MMoE, norm="batch", rate=0.2),
     "MMoE of TorchEasyRec with gates of two layers": lambda: level(doubles.MMoE, gate=(6,), norm="batch"),

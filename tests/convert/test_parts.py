@@ -173,6 +173,12 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
         "4 gates in one gated_mixture",
         [6, 2],
     ),
+    "ExtractionNet with more experts for some tasks": (
+        lambda: level(doubles.ExtractionNet, specific=(1, 3, 2)),
+        easyrec_inputs,
+        "8 experts of 2 layers and 4 gates in one expert_mixture",
+        [8],
+    ),
     "ExtractionNet with wider shared experts": (
         lambda: level(doubles.ExtractionNet, shared_units=(20, 7), norm="batch", last=True),
         easyrec_inputs,
