@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from mtlkernels._convert import gates
 from tests.convert import doubles
 from tests.convert.agreement import Inputs, assert_converts, tensors
 from tests.convert.models import by_name, features, fill, mmoe, ple, rechub_mmoe, rechub_ple
@@ -249,6 +250,22 @@ def batch_norm_models() -> dict[str, tuple[Callable[[], Any], Inputs]]:
 def test_batch_norm_in_training(name: str) -> None:
     make, inputs = batch_norm_models()[name]
     assert_converts(make(), inputs)
+
+
+@pytest.mark.parametrize("name", ["rechub MMOE", "deepctr PLE", "MMoE of TorchEasyRec", "CGC of LibMTL"])
+def test_gates_of_many_rows_are_one_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "JOINT_ROWS", 256)
+    groups: list[list[int]] = []
+    sharing = gates._sharing
+
+    def recorded(*args: Any) -> list[list[int]]:
+        groups.extend(sharing(*args))
+        return sharing(*args)
+
+    monkeypatch.setattr(gates, "_sharing", recorded)
+    make, inputs = batch_norm_models()[name]
+    assert_converts(make(), inputs)
+    assert max(map(len, groups)) > 1
 
 
 def mixings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
