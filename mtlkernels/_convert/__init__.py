@@ -31,14 +31,16 @@ class Convert:
     before or after, checkpoints, ``load_state_dict``, ``.to()``, ``copy.deepcopy``, ``pickle``, ``torch.save`` and
     ``torch.compile`` go on working, and results agree within rounding.
 
-    A level is one :func:`mtlkernels.expert_mixture` where its experts are alike and each is [Linear → (BatchNorm1d) →
-    activation → (Dropout)] a layer, in evaluation or without batch norm and dropout. Other levels are evaluated in
-    parts: experts that are alike in one ``expert_mixture``, what is not known (an activation such as PReLU, another
-    norm, a layer's subclass, batch norm and dropout in training) by the experts' own modules, and all mixing in one
-    :func:`mtlkernels.gated_mixture`. On few rows, or in ``torch.compile``, a level whose experts are modules runs its
-    own code, which is as fast then. So does a level with batch norm on few rows where gradients are wanted (serve under
-    ``torch.no_grad()``). Gates that read one stream are one product. deepctr-torch's last shared gate, whose output
-    nobody reads, is not evaluated any more; statistics of its batch norm stay as they were.
+    A level is one :func:`mtlkernels.expert_mixture` where its experts are alike and each is [Linear → (BatchNorm1d or
+    LayerNorm) → activation → (Dropout)] a layer, in training and in evaluation. Running statistics are kept as
+    PyTorch keeps them; fused dropout draws from torch's generator, so it is reproducible, by other random numbers than
+    the library's. Other levels are evaluated in parts: experts that are alike in one ``expert_mixture``, what is not
+    known (an activation such as PReLU, another norm, a layer's subclass) by the experts' own modules, and all mixing in
+    one :func:`mtlkernels.gated_mixture`. Where a level's own code is as fast it runs: on few rows with norms or dropout
+    in training, or with batch norm whose gradients are wanted (serve under ``torch.no_grad()``), or where experts stay
+    modules; these also in ``torch.compile``. Gates that read one stream are one product where rows are many.
+    deepctr-torch's last shared gate, whose output nobody reads, is not evaluated any more; statistics of its batch norm
+    stay as they were.
 
     Batch norm is folded into copies of the weights in front of it, made anew when a weight or statistic has changed; a
     write that PyTorch does not count (to ``.data``, by NumPy, by a replayed CUDA graph) is seen after the next

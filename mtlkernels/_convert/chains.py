@@ -30,7 +30,7 @@ def flatten(chain: Chain) -> list[Any]:
 
 
 def read_chain(chain: Chain) -> list[Layer] | str:
-    """The layers [Linear → (BatchNorm1d) → (activation) → (Dropout)] of a chain, or what it has instead."""
+    """The layers [Linear → (norm) → (activation) → (Dropout)] of a chain, or what it has instead."""
     layers: list[Layer] = []
     linear = norm = activation = dropout = None
     for module in flatten(chain):
@@ -43,9 +43,9 @@ def read_chain(chain: Chain) -> list[Layer] | str:
             continue
         elif linear is None:
             return f"{kind.__name__} before the first Linear"
-        elif kind is nn.BatchNorm1d:
+        elif kind is nn.BatchNorm1d or kind is nn.LayerNorm:
             if norm is not None or activation is not None or dropout is not None:
-                return "batch norm that does not follow a Linear"
+                return f"{kind.__name__} that does not follow a Linear"
             reason = norm_refusal(linear, module)
             if reason is not None:
                 return reason

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
-from mtlkernels._convert.mlp import Layer, drops, few_rows, fusible, join, kind_of
+from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, join, kind_of, rows_of
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import gated_mixture
 from mtlkernels.routing import Routing
@@ -28,8 +28,8 @@ MIXING_ROWS = 256
 class Parts(NamedTuple):
     """What a level is made of now.
 
-    ``kinds`` has for each expert what :func:`kind_of` says, or None where its modules have to be called; ``few`` is
-    what :func:`few_rows` says.
+    ``kinds`` has for each expert what :func:`kind_of` says, or None where its modules have to be called; ``rows`` is
+    what :func:`rows_of` says.
     """
 
     chains: Sequence[Chain]
@@ -37,7 +37,7 @@ class Parts(NamedTuple):
     kinds: Sequence[Any]
     gates: Sequence[Gate]
     routing: Routing
-    few: bool
+    rows: Rows
 
     @property
     def whole(self) -> bool:
@@ -51,11 +51,11 @@ def any_drops(gates: Sequence[Gate]) -> bool:
     return any(drops(gate.dropout) for gate in gates)
 
 
-def read_parts(chains: Sequence[Chain], gates: Sequence[Gate], routing: Routing, few: bool) -> Parts:
+def read_parts(chains: Sequence[Chain], gates: Sequence[Gate], routing: Routing, rows: Rows) -> Parts:
     """The parts of a level from its experts' chains and its gates."""
     layers = [read_chain(chain) for chain in chains]
-    kinds = [kind_of(x) if not isinstance(x, str) and fusible(x, few) else None for x in layers]
-    return Parts(chains, layers, kinds, gates, routing, few)
+    kinds = [kind_of(x) if not isinstance(x, str) and fusible(x, rows) else None for x in layers]
+    return Parts(chains, layers, kinds, gates, routing, rows)
 
 
 def left_to_modules(chains: Iterable[Chain], rows: Tensor) -> bool:
@@ -66,7 +66,7 @@ def left_to_modules(chains: Iterable[Chain], rows: Tensor) -> bool:
     if not torch.compiler.is_compiling() and rows.shape[0] >= MIXING_ROWS:
         return False
     layers = read_chain(next(iter(chains)))
-    return isinstance(layers, str) or not fusible(layers, few_rows(rows))
+    return isinstance(layers, str) or not fusible(layers, rows_of(rows))
 
 
 def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -74,16 +74,16 @@ def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     gates, routing = parts.gates, parts.routing
     read = inputs if len(inputs) > 1 else list(inputs) * len(gates)
     if not parts.whole:
-        return _mix(_expert_outputs(parts, inputs), logits_of(gates, read[: len(gates)], parts.few), gates, routing)
-    weights, biases, activation = join(parts.layers)  # type: ignore[arg-type]
+        return _mix(_expert_outputs(parts, inputs), logits_of(gates, read[: len(gates)], parts.rows), gates, routing)
+    weights, biases, options = join(parts.layers)  # type: ignore[arg-type]
     single = all(x is inputs[0] for x in inputs)
     streams = inputs[0] if single else list(inputs[: routing.num_inputs])
-    linear = linear_gates(gates, parts.few) if single or len(inputs) == routing.num_inputs else None
+    linear = linear_gates(gates, parts.rows) if single or len(inputs) == routing.num_inputs else None
     if linear is not None:
         layers = dict(zip(("gate_weights", "gate_biases"), linear, strict=True))
-        return expert_mixture(streams, weights, biases, None, routing, activation=activation, **layers)
-    logits = logits_of(gates, read[: len(gates)], parts.few)
-    return expert_mixture(streams, weights, biases, logits, routing, activation=activation)
+        return expert_mixture(streams, weights, biases, None, routing, **options, **layers)
+    logits = logits_of(gates, read[: len(gates)], parts.rows)
+    return expert_mixture(streams, weights, biases, logits, routing, **options)
 
 
 def _expert_outputs(parts: Parts, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -117,11 +117,11 @@ def _together(experts: Sequence[Any], streams: Sequence[Tensor]) -> tuple[Tensor
         at = next((i for i, other in enumerate(different) if other is x), len(different))
         different += [x] if at == len(different) else []
         numbers.append(at)
-    weights, biases, activation = join(experts)
+    weights, biases, options = join(experts)
     routing = Routing(tuple(numbers), tuple((e,) for e in range(len(experts))))
     logits = streams[0].new_zeros(streams[0].shape[0], len(experts))
     inputs = different if len(different) > 1 else different[0]
-    return expert_mixture(inputs, weights, biases, logits, routing, activation=activation)
+    return expert_mixture(inputs, weights, biases, logits, routing, **options)
 
 
 def _mix(
@@ -141,35 +141,41 @@ def _mix(
 
 def describe(model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], gates: Sequence[Gate]) -> str:
     """The report's words for a level that is replaced."""
-    layers = [read_chain(chain) for chain in chains]
-    known = [found for found in layers if not isinstance(found, str)]
-    kinds = [kind_of(found) for found in known]
+    groups: dict[Any, list[list[Layer]]] = {}
+    odd = []
+    for chain in chains:
+        found = read_chain(chain)
+        if isinstance(found, str):
+            odd.append(found + path_of(model, chain))
+        else:
+            groups.setdefault(kind_of(found), []).append(found)
+    fused = [_experts(len(group)) + _layers(group) for group in groups.values()]
     count = f"{len(gates)} gates"
-    fused = [f"{_experts(kinds.count(kind), len(kind))}" for kind in dict.fromkeys(kinds)]
-    if len(fused) == 1 and len(known) == len(layers):
+    if len(fused) == 1 and not odd:
         words = f"{fused[0]} and {count} in one expert_mixture"
     else:
         parts = [f"{group} in one expert_mixture" for group in fused]
-        odd = [(found, chain) for found, chain in zip(layers, chains, strict=True) if isinstance(found, str)]
-        if odd:
-            reason = odd[0][0] + path_of(model, odd[0][1])
-            parts.append(f"{_experts(len(odd))} as modules, because of {reason}")
+        parts += [f"{_experts(len(odd))} as modules, because of {odd[0]}"] if odd else []
         words = ", ".join([*parts, f"{count} in one gated_mixture"])
     for k, (gate, chain) in enumerate(zip(gates, gate_chains, strict=True)):
         if gate.layers is None:
             words += f"; gate {k} as modules{path_of(model, chain)}"
-    reasons = _in_training([layer for found in known for layer in found], gates)
-    return words + (f"; in training experts as modules and one gated_mixture, because of {reasons}" if reasons else "")
+        if gate.dropout is not None and gate.dropout.p > 0:
+            words += f"; gate {k} with dropout {gate.dropout.p} of its shares, mixed by itself in training"
+    return words
 
 
-def _experts(count: int, depth: int = 0) -> str:
-    words = "1 expert" if count == 1 else f"{count} experts"
-    return words + (f" of {'1 layer' if depth == 1 else f'{depth} layers'}" if depth else "")
+def _experts(count: int) -> str:
+    return "1 expert" if count == 1 else f"{count} experts"
 
 
-def _in_training(layers: Sequence[Layer], gates: Sequence[Gate]) -> str:
-    """What keeps a level from being fused in training."""
-    dropouts = [layer.dropout for layer in layers] + [gate.dropout for gate in gates]
-    rate = max((dropout.p for dropout in dropouts if dropout is not None), default=0)
-    reasons = ["batch norm"] if any(layer.norm is not None for layer in layers) else []
-    return " and ".join(reasons + ([f"dropout {rate}"] if rate > 0 else []))
+def _layers(experts: Sequence[Sequence[Layer]]) -> str:
+    """What the experts of a group are made of."""
+    layers = [layer for expert in experts for layer in expert]
+    depth = len(experts[0])
+    kinds = {type(layer.norm) for layer in layers}
+    parts = [name for kind, name in ((nn.BatchNorm1d, "batch norm"), (nn.LayerNorm, "layer norm")) if kind in kinds]
+    rate = max((layer.dropout.p for layer in layers if layer.dropout is not None), default=0)
+    parts += [f"dropout {rate}"] if rate > 0 else []
+    words = f" of {depth} layers" if depth > 1 else " of 1 layer"
+    return words + (f" with {' and '.join(parts)}" if parts else "")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, read_chain
 from mtlkernels._convert.folding import may_cache
-from mtlkernels._convert.mlp import Layer, drops, folds, parameters
+from mtlkernels._convert.mlp import Layer, Rows, drops, folds, parameters
 from mtlkernels.nn.level import linear_parameters
 from mtlkernels.ops import activations as act
 
@@ -53,7 +53,7 @@ def read_gate(chain: Chain) -> Gate | str:
     return Gate(None if isinstance(layers, str) else layers, modules, dropout)
 
 
-def linear_gates(gates: Sequence[Gate], few: bool) -> Any:
+def linear_gates(gates: Sequence[Gate], rows: Rows) -> Any:
     """Weights and biases of gates that are one linear layer each now; None where one is more."""
     cache = may_cache()
     pairs = []
@@ -61,18 +61,18 @@ def linear_gates(gates: Sequence[Gate], few: bool) -> Any:
         if gate.layers is None or len(gate.layers) != 1:
             return None
         (layer,) = gate.layers
-        if layer.activation != "none" or drops(layer.dropout) or not folds(layer, few):
+        if layer.activation != "none" or drops(layer.dropout) or not folds(layer, rows):
             return None
         pairs.append(parameters(layer, cache))
     return zip(*pairs, strict=True)
 
 
-def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], few: bool) -> list[Tensor]:
+def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], rows: Rows) -> list[Tensor]:
     """Each gate's logits, from its own input."""
     cache = may_cache()
     first: list[Any] = [None] * len(gates)
     for members in _sharing(gates, inputs):
-        pairs = [_product(gates[k].layers[0], few, cache) for k in members]  # type: ignore[index]
+        pairs = [_product(gates[k].layers[0], rows, cache) for k in members]  # type: ignore[index]
         weights, biases = [w for w, _ in pairs], [b for _, b in pairs if b is not None]
         x = inputs[members[0]]
         if len(members) == 1 or len(biases) not in (0, len(pairs)):
@@ -82,7 +82,7 @@ def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], few: bool) -> lis
             products = list(joined.split([len(w) for w in weights], dim=1))
         for k, z in zip(members, products, strict=True):
             first[k] = z
-    return [_rest(gate, x, z, few, cache) for gate, x, z in zip(gates, inputs, first, strict=True)]
+    return [_rest(gate, x, z, rows, cache) for gate, x, z in zip(gates, inputs, first, strict=True)]
 
 
 def _sharing(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[list[int]]:
@@ -96,20 +96,20 @@ def _sharing(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[list[int]]
     return list(found.values())
 
 
-def _product(layer: Layer, few: bool, cache: bool) -> tuple[Tensor, Tensor | None]:
+def _product(layer: Layer, rows: Rows, cache: bool) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer's product, with its batch norm in them where that can be folded."""
-    return parameters(layer, cache) if folds(layer, few) else linear_parameters(layer.linear)
+    return parameters(layer, cache) if folds(layer, rows) else linear_parameters(layer.linear)
 
 
-def _rest(gate: Gate, x: Tensor, z: Tensor | None, few: bool, cache: bool) -> Tensor:
+def _rest(gate: Gate, x: Tensor, z: Tensor | None, rows: Rows, cache: bool) -> Tensor:
     """The logits from the first layer's product, or by modules where layers are not known."""
     if gate.layers is None or z is None:
         for module in gate.modules:
             x = module(x)
         return x
     for i, layer in enumerate(gate.layers):
-        x = F.linear(x, *_product(layer, few, cache)) if i else z
-        if not folds(layer, few):
+        x = F.linear(x, *_product(layer, rows, cache)) if i else z
+        if not folds(layer, rows):
             x = layer.norm(x)
         x = act.activate(act.CODES[layer.activation], x)
         if drops(layer.dropout):

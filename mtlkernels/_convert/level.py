@@ -16,7 +16,7 @@ from mtlkernels._convert.chains import Chain, flatten, path_of
 from mtlkernels._convert.classes import Converted
 from mtlkernels._convert.evaluation import Parts, describe, evaluate, left_to_modules, read_parts
 from mtlkernels._convert.gates import Gate, read_gate
-from mtlkernels._convert.mlp import few_rows
+from mtlkernels._convert.mlp import Rows, rows_of
 from mtlkernels._convert.report import Line
 from mtlkernels.nn.level import watched
 from mtlkernels.routing import Routing
@@ -113,7 +113,7 @@ def prepare(level: Level, module: Any, routing: Routing, rows: Tensor) -> Parts 
         return None
     if any(isinstance(gate, str) for gate in gates) or any_watched(level.parts(module)):
         return None
-    return read_parts(chains, gates, routing, few_rows(rows))
+    return read_parts(chains, gates, routing, rows_of(rows))
 
 
 def plan_level(level: Level, base: type, module: nn.Module, path: str) -> tuple[Any, list[Line]]:
@@ -197,7 +197,7 @@ def _both_ways(level: Level, module: nn.Module, routing: Routing) -> tuple[Any, 
     generator = torch.Generator().manual_seed(0)
     other = random_copy(module, generator)
     gates: list[Any] = [read_gate(chain) for chain in level.gates(other)]
-    parts = read_parts(list(level.experts(other)), gates, routing, False)
+    parts = read_parts(list(level.experts(other)), gates, routing, Rows(True, True))
     # Without shared experts, a shared gate alone reads the last stream.
     count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
     streams = [torch.randn(5, _width(parts), generator=generator, dtype=torch.float64) for _ in range(count)]

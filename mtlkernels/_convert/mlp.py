@@ -23,6 +23,8 @@ ACTIVATIONS: dict[type, str] = {
 
 # Measured with experts of (256, 128): on fewer rows than this, folding takes as long as the library's own evaluation.
 FOLD_ROWS = 128
+# Of torch-rechub's and deepctr-torch's PLE: on fewer rows than this, training with batch norm is as fast by modules.
+NORM_ROWS = 16
 
 
 class Layer(NamedTuple):
@@ -46,18 +48,35 @@ def activation_name(module: Any) -> str | None:
     return None
 
 
-def few_rows(x: Tensor) -> bool:
-    """Whether folding batch norm in a way that gradients flow through takes longer than what fusing saves.
+class Rows(NamedTuple):
+    """What the number of rows of a call allows.
 
-    Then nothing that is folded is kept, and autograd follows it: work in proportion to the weights, at each call.
+    ``fold``: folding batch norm also where gradients flow through what is folded. Then nothing that is folded is kept,
+    and autograd follows it: work in proportion to the weights, at each call. ``normalize``: norms and dropout in the
+    fused operator; the statistics of one row are an error, which the modules raise.
     """
-    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.shape[0] < FOLD_ROWS
+
+    fold: bool
+    normalize: bool
 
 
-def folds(layer: Layer, few: bool) -> bool:
+def rows_of(x: Tensor) -> Rows:
+    """Of a call with such a tensor."""
+    if torch.compiler.is_compiling():
+        return Rows(True, True)
+    rows = x.shape[0]
+    return Rows(rows >= FOLD_ROWS or not torch.is_grad_enabled(), rows >= NORM_ROWS)
+
+
+def running(norm: Any) -> bool:
+    """Whether a norm is a batch norm by running statistics now, as PyTorch decides it."""
+    return type(norm) is nn.BatchNorm1d and not norm.training and norm._buffers.get("running_mean") is not None
+
+
+def folds(layer: Layer, rows: Rows) -> bool:
     """Whether a layer is one linear layer now, its batch norm folded into it if it has any."""
     norm = layer.norm
-    return norm is None or not (norm.training or (few and wants_gradient(layer.linear, norm)))
+    return norm is None or (running(norm) and (rows.fold or not wants_gradient(layer.linear, norm)))
 
 
 def drops(dropout: Any) -> bool:
@@ -73,24 +92,33 @@ def parameters(layer: Layer, cache: bool) -> tuple[Tensor, Tensor | None]:
 
 def kind_of(layers: Sequence[Layer]) -> tuple[Any, ...]:
     """What experts must have in common to be evaluated together; a folded layer always has a bias."""
-    found = []
-    for linear, norm, activation, _ in layers:
+    found: list[Any] = []
+    for linear, norm, activation, dropout in layers:
         weight, bias = linear_parameters(linear)
-        found.append((weight.shape, bias is None and norm is None, activation))
+        folded = running(norm)
+        own = None if norm is None or folded else (type(norm), norm.eps)
+        rate = dropout.p if drops(dropout) else 0.0
+        found.append((weight.shape, bias is None and not folded, activation, own, rate))
     return tuple(found)
 
 
-def fusible(layers: Sequence[Layer], few: bool) -> bool:
-    """Whether an expert is nothing but linear layers and activations now."""
-    return all(folds(layer, few) and not drops(layer.dropout) for layer in layers)
+def fusible(layers: Sequence[Layer], rows: Rows) -> bool:
+    """Whether the fused operators evaluate an expert now."""
+    for layer in layers:
+        plain = folds(layer, rows)
+        if not plain and (running(layer.norm) or not rows.normalize):
+            return False
+        if drops(layer.dropout) and not rows.normalize:
+            return False
+    return True
 
 
 class Experts(NamedTuple):
-    """What ``expert_mixture`` takes: weights and biases by layer, then expert, and the layers' activations."""
+    """What ``expert_mixture`` takes: weights and biases by layer, then expert, and its keyword arguments."""
 
     weights: Sequence[Sequence[Tensor]]
     biases: Sequence[Sequence[Tensor] | None]
-    activation: str | Sequence[str]
+    options: dict[str, Any]
 
 
 def join(experts: Sequence[Sequence[Layer]]) -> Experts:
@@ -98,9 +126,16 @@ def join(experts: Sequence[Sequence[Layer]]) -> Experts:
     cache = may_cache()
     weights: list[Sequence[Tensor]] = []
     biases: list[Any] = []
+    norms: list[Any] = []
     for layers in zip(*experts, strict=True):
-        pairs = [parameters(layer, cache) for layer in layers]
+        own = layers[0].norm is not None and not running(layers[0].norm)
+        pairs = [linear_parameters(layer.linear) if own else parameters(layer, cache) for layer in layers]
         weights.append([weight for weight, _ in pairs])
         biases.append(None if pairs[0][1] is None else [bias for _, bias in pairs])
+        norms.append([layer.norm for layer in layers] if own else None)
     names = [layer.activation for layer in experts[0]]
-    return Experts(weights, biases, names[0] if len(set(names)) == 1 else names)
+    options: dict[str, Any] = {"activation": names[0] if len(set(names)) == 1 else names}
+    rates = [layer.dropout.p if drops(layer.dropout) else 0.0 for layer in experts[0]]
+    if any(rates) or any(norm is not None for norm in norms):
+        options |= {"norms": norms, "dropout": rates}
+    return Experts(weights, biases, options)

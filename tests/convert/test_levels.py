@@ -22,6 +22,7 @@ from mtlkernels._convert.chains import read_chain
 from mtlkernels._convert.gates import Gate, read_gate
 from mtlkernels._convert.mlp import Layer
 from tests.convert import doubles
+from tests.convert.agreement import assert_converts
 from tests.convert.models import fill
 
 WIDTH, TASKS = 10, 3
@@ -92,27 +93,12 @@ def test_serves_as_the_library(name: str, grad: bool, fused_calls: list[int]) ->
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "batch norm" in name])
-def test_trains_as_the_library(name: str, fused_calls: list[int]) -> None:
-    original = MODULES[name]()
-    converted = copy.deepcopy(original)
-    mk.convert(converted)
-    fused_calls.clear()
-    results = []
-    for model in (original, converted):
-        optimizer = torch.optim.Adam(model.train().parameters(), lr=0.01)
-        torch.manual_seed(1)
-        for step in range(3):
-            optimizer.zero_grad()
-            sum(y.square().sum() for y in tensors(model(*arguments(model, 150, step)))).backward()
-            optimizer.step()
-        results.append(list(model.state_dict().values()))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-    assert not fused_calls
-    with torch.no_grad():
-        torch.testing.assert_close(
-            converted.eval()(*arguments(converted)), original.eval()(*arguments(original)), rtol=1e-5, atol=1e-5
-        )
-    assert fused_calls
+def test_trains_as_the_library(name: str) -> None:
+    model = MODULES[name]()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # other random numbers drop in fused experts
+    assert_converts(model, lambda rows, seed, dtype: arguments(model, rows, seed, dtype), 150)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -209,8 +195,8 @@ def test_left_alone(make_model: Any, reason: str) -> None:
     [
         (nn.ReLU(), "ReLU before the first Linear"),
         ([], "no Linear"),
-        ([nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3)], "batch norm that does not follow a Linear"),
-        ([nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)], "batch norm that does not follow a Linear"),
+        ([nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3)], "BatchNorm1d that does not follow a Linear"),
+        ([nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)], "BatchNorm1d that does not follow a Linear"),
         ([nn.Linear(3, 3), nn.Dropout(), nn.ReLU()], "ReLU after another activation or a dropout"),
         ([nn.Linear(3, 3), nn.ReLU(), nn.Sequential(nn.Tanh())], "Tanh after another activation or a dropout"),
         ([nn.Linear(3, 3), (nn.Dropout(), nn.Dropout())], "two dropouts in one layer"),
@@ -368,7 +354,7 @@ def test_the_example_of_the_docstring_works() -> None:
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "4 experts of 1 layer and 3 gates in one expert_mixture" in result.stdout
+    assert "4 experts of 1 layer with batch norm and dropout 0.1 and 3 gates in one expert_mixture" in result.stdout
 
 
 @pytest.mark.parametrize(
