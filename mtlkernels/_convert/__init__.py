@@ -24,19 +24,28 @@ class Convert:
 
     Known, wherever they are in ``model``, are ``PLE`` and ``MMOE`` of deepctr-torch 0.3.0 and of torch-rechub 0.9.0; by
     their structure ``ExtractionNet`` and ``MMoE`` of TorchEasyRec, ``CGC_Layer`` and ``MMoE_Layer`` of FuxiCTR, ``CGC``
-    and ``MMoE`` of LibMTL with encoders that are an ``nn.Sequential``; and what :meth:`register` adds. A converted
+    and ``MMoE`` of LibMTL with encoders that are an ``nn.Sequential``, ``PLEModel`` and ``MMoEModel`` of MTReclib; and
+    what :meth:`register` adds. A converted
     module keeps its parameters, the same objects under the same ``state_dict`` keys, and all of its sub-modules: only
     its class changes, to a subclass whose one replaced method reads the weights where they are. So optimizers, made
     before or after, checkpoints, ``load_state_dict``, ``.to()``, ``copy.deepcopy``, ``pickle``, ``torch.save`` and
     ``torch.compile`` go on working, and results agree within rounding.
 
-    Batch norm and dropout are fused in evaluation; in training a level with either runs the library's own code, and so
-    does one with batch norm where gradients are wanted and rows are few (serve under ``torch.no_grad()``). Batch norm
-    is folded into copies of the weights in front of it, made anew when a weight or statistic has changed; a write
-    that PyTorch does not count (to ``.data``, by NumPy, by a replayed CUDA graph) is seen after the next ``train()`` or
-    ``eval()``. A level of experts is left alone where it has batch norm without running statistics, another norm or
-    activation, a hook, a parametrized or exchanged layer, or experts of unequal shape. The experts' modules are no
-    longer called, so a hook that is put on one later makes its level run the original code; hooks for all modules
+    A level is one :func:`mtlkernels.expert_mixture` where its experts are alike and each is [Linear → (BatchNorm1d or
+    LayerNorm) → activation → (Dropout)] a layer, in training and in evaluation. Running statistics are kept as
+    PyTorch keeps them; fused dropout draws from torch's generator, so it is reproducible, by other random numbers than
+    the library's. Other levels are evaluated in parts: experts that are alike in one ``expert_mixture``, what is not
+    known (an activation such as PReLU, another norm, a layer's subclass) by the experts' own modules, and all mixing in
+    one :func:`mtlkernels.gated_mixture`. Where a level's own code is as fast it runs: on few rows with norms or dropout
+    in training, or with batch norm whose gradients are wanted (serve under ``torch.no_grad()``), or where experts stay
+    modules; these also in ``torch.compile``. Gates that read one stream are one product where rows are many.
+    deepctr-torch's last shared gate, whose output nobody reads, is not evaluated any more; statistics of its batch norm
+    stay as they were.
+
+    Batch norm is folded into copies of the weights in front of it, made anew when a weight or statistic has changed; a
+    write that PyTorch does not count (to ``.data``, by NumPy, by a replayed CUDA graph) is seen after the next
+    ``train()`` or ``eval()``. A level with a hook is left alone. The experts' modules are not called where they are
+    fused, so a hook that is put on one later makes its level run the original code; hooks for all modules
     (``torch.nn.modules.module.register_module_forward_hook``) do not see experts. Where a user's own ``forward`` leaves
     a task's output unused, gradients of that task's experts are zero instead of None.
 

@@ -1,4 +1,4 @@
-"""Layers and gates from modules in the order in which they are applied."""
+"""Layers from modules in the order in which they are applied."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from mtlkernels._convert.folding import norm_refusal
-from mtlkernels._convert.mlp import Gate, Layer, activation_name
+from mtlkernels._convert.mlp import Layer, activation_name
 
 # One module, an nn.Sequential, or a sequence of these.
 Chain = Any
@@ -30,7 +30,7 @@ def flatten(chain: Chain) -> list[Any]:
 
 
 def read_chain(chain: Chain) -> list[Layer] | str:
-    """The layers [Linear → (BatchNorm1d) → (activation) → (Dropout)] of a chain, or what it has instead."""
+    """The layers [Linear → (norm) → (activation) → (Dropout)] of a chain, or what it has instead."""
     layers: list[Layer] = []
     linear = norm = activation = dropout = None
     for module in flatten(chain):
@@ -43,9 +43,9 @@ def read_chain(chain: Chain) -> list[Layer] | str:
             continue
         elif linear is None:
             return f"{kind.__name__} before the first Linear"
-        elif kind is nn.BatchNorm1d:
+        elif kind is nn.BatchNorm1d or kind is nn.LayerNorm:
             if norm is not None or activation is not None or dropout is not None:
-                return "batch norm that does not follow a Linear"
+                return f"{kind.__name__} that does not follow a Linear"
             reason = norm_refusal(linear, module)
             if reason is not None:
                 return reason
@@ -65,20 +65,6 @@ def read_chain(chain: Chain) -> list[Layer] | str:
         return "no Linear"
     layers.append(Layer(linear, norm, activation or "none", dropout))
     return layers
-
-
-def read_gate(chain: Chain) -> Gate | str:
-    """A gate from a chain that ends with its logits, or with their softmax and perhaps a dropout; or what it has."""
-    modules = flatten(chain)
-    dropout = modules.pop() if modules and type(modules[-1]) is nn.Dropout else None
-    if modules and type(modules[-1]) is nn.Softmax and modules[-1].dim in (1, -1):
-        modules.pop()
-    layers = read_chain(modules if dropout is None else [*modules, dropout])
-    if isinstance(layers, str):
-        return layers
-    if layers[-1].activation != "none":
-        return f"activation {layers[-1].activation} on logits"
-    return Gate(layers[:-1], layers[-1])
 
 
 def path_of(model: nn.Module, chain: Chain) -> str:

@@ -7,7 +7,7 @@ one by one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,66 +17,28 @@ from deepctr_torch.layers.activation import Identity
 from deepctr_torch.models.multitask import MMOE, PLE
 from torch import Tensor, nn
 
+from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.classes import Converted, Converter
-from mtlkernels._convert.folding import norm_refusal
-from mtlkernels._convert.mlp import (
-    Experts,
-    Gate,
-    Layer,
-    activation_name,
-    describe,
-    few_rows,
-    mix,
-    obstacle,
-    read_experts,
-)
+from mtlkernels._convert.evaluation import evaluate
+from mtlkernels._convert.level import Level, examine_parts, prepare, replaced_line
 from mtlkernels._convert.report import Line
-from mtlkernels.nn.level import watched
 from mtlkernels.routing import Routing
 
 _VERSIONS = ("0.3.0",)
 
 
-def _read(dnn: Any) -> list[Layer] | str:
-    """The layers of a DNN, or why it cannot be fused in any mode."""
+def _chain(dnn: Any) -> Chain:
+    """The modules of a DNN; anything else stands for itself."""
     if type(dnn) is not DNN:
-        return f"{type(dnn).__name__} in the place of a DNN"
+        return dnn
     modules = dnn._modules  # attribute look-ups by nn.Module.__getattr__ show when one row is served
     dropout = modules["dropout"]
-    linears, activations = modules["linears"]._modules.values(), modules["activation_layers"]._modules.values()
-    norms = list(modules["bn"]._modules.values()) if dnn.use_bn else [None] * len(linears)
-    if type(dropout) is not nn.Dropout:
-        return f"{type(dropout).__name__} in the place of Dropout"
-    if any(watched(module) for module in (dnn, dropout, *linears, *activations)):
-        return "a hook"
-    layers = []
-    for linear, norm, activation in zip(linears, norms, activations, strict=True):
-        if type(linear) is not nn.Linear:
-            return f"{type(linear).__name__} in the place of Linear"
-        name = "none" if type(activation) is Identity else activation_name(activation)
-        if name is None:
-            return f"activation {type(activation).__name__}"
-        if norm is not None:
-            reason = "a hook" if watched(norm) else norm_refusal(linear, norm)
-            if reason is not None:
-                return reason
-        layers.append(Layer(linear, norm, name, dropout))
-    return layers
-
-
-def _fusible(experts: Iterable[Any], x: Tensor) -> Experts | str:
-    """A level's experts, or why they cannot be fused now, for an input of so many rows."""
-    return read_experts(map(_read, experts), few_rows(x))
-
-
-def _gate(dnn: Any, final: Any) -> Gate:
-    """A gate from its DNN, or None, and its final layer; what cannot be fused now is called."""
-    hidden: Any = [] if dnn is None else _read(dnn)
-    if isinstance(hidden, str) or obstacle(hidden, False) is not None:
-        hidden = None
-    if type(final) is nn.Linear and not watched(final):
-        return Gate(hidden, Layer(final, None, "none", None), dnn)
-    return Gate(None, None, lambda x: final(x if dnn is None else dnn(x)))
+    columns = [modules[name]._modules.values() for name in ("linears", *(["bn"] if dnn.use_bn else []))]
+    chain: list[Any] = []
+    for *parts, activation in zip(*columns, modules["activation_layers"]._modules.values(), strict=True):
+        chain += parts if type(activation) is Identity else [*parts, activation]
+        chain.append(dropout)
+    return chain
 
 
 def _children(model: Any, name: str, level: int) -> Any:
@@ -95,47 +57,88 @@ def _ple_experts(model: Any, level: int) -> list[Any]:
     return experts + list(shared._modules.values())[: model.shared_expert_num]
 
 
-def _ple_gates(model: Any, level: int, shared_gate: bool) -> list[Gate]:
+def _ple_gates(model: Any, level: int, shared_gate: bool) -> list[Chain]:
     """The gates of a level: the tasks' and perhaps the shared one."""
     finals = list(_children(model, "specific_gate_dnn_final_layer", level))
-    dnns: list[Any] = [None] * (len(finals) + shared_gate)
+    hidden: list[Chain] = [[]] * (len(finals) + shared_gate)
     if len(model.gate_dnn_hidden_units) > 0:
-        dnns = [dnn for task in _children(model, "specific_gate_dnn", level) for dnn in task._modules.values()]
+        hidden = [
+            _chain(dnn) for task in _children(model, "specific_gate_dnn", level) for dnn in task._modules.values()
+        ]
         if shared_gate:
-            dnns.append(model.shared_gate_dnn[level])
+            hidden.append(_chain(model._modules["shared_gate_dnn"]._modules[str(level)]))
     if shared_gate:
-        finals.append(model.shared_gate_dnn_final_layer[level])
-    return [_gate(dnn, final) for dnn, final in zip(dnns, finals, strict=True)]
+        finals.append(model._modules["shared_gate_dnn_final_layer"]._modules[str(level)])
+    return [[dnn, final] for dnn, final in zip(hidden, finals, strict=True)]
+
+
+def _ple_parts(model: Any, level: int) -> Iterator[Any]:
+    """The modules of a level."""
+    for name in ("specific_experts", "shared_experts", "specific_gate_dnn", "specific_gate_dnn_final_layer"):
+        if name in model._modules:
+            yield model._modules[name]._modules[str(level)]
+    for name in ("shared_gate_dnn", "shared_gate_dnn_final_layer"):
+        if name in model._modules:
+            yield model._modules[name]._modules[str(level)]
+
+
+def _ple_level(level: int, shared_gate: bool) -> Level:
+    def routing(model: Any) -> Routing:
+        specific, shared = model.specific_expert_num, model.shared_expert_num
+        return Routing.cgc(model.num_tasks, specific, shared, shared_gate=shared_gate)
+
+    return Level(
+        experts=lambda model: map(_chain, _ple_experts(model, level)),
+        gates=lambda model: _ple_gates(model, level, shared_gate),
+        routing=routing,
+        parts=lambda model: _ple_parts(model, level),
+    )
+
+
+def _mmoe_gates(model: Any) -> list[Chain]:
+    finals = list(model._modules["gate_dnn_final_layer"]._modules.values())
+    if len(model.gate_dnn_hidden_units) == 0:
+        return finals
+    return [[_chain(dnn), final] for dnn, final in zip(model.gate_dnn, finals, strict=True)]
+
+
+_MMOE_PARTS = ("expert_dnn", "gate_dnn", "gate_dnn_final_layer")
+_MMOE_LEVEL = Level(
+    experts=lambda model: map(_chain, model._modules["expert_dnn"]._modules.values()),
+    gates=_mmoe_gates,
+    routing=lambda model: Routing.mmoe(model.num_experts, model.num_tasks),
+    parts=lambda model: (model._modules.get(name) for name in _MMOE_PARTS),
+)
 
 
 class FusedPLE(Converted):
-    """``PLE`` with each level one ``expert_mixture``; its plan holds a Routing a level, None for one left alone."""
+    """``PLE`` with its levels as :class:`FusedLevel` has them; its plan: a Routing a level, None for one left alone."""
 
     def cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor]:
         """T + 1 streams [B, D] → T [B, H], and the shared one [B, H] below the last level."""
         routing: Routing | None = self._mtlkernels_plan[level_num]
-        found = "left alone" if routing is None else _fusible(_ple_experts(self, level_num), inputs[0])
-        if routing is None or isinstance(found, str):
+        parts = None
+        if routing is not None:
+            level = _ple_level(level_num, routing.num_gates > self.num_tasks)
+            parts = prepare(level, self, routing, inputs[0])
+        if parts is None:
             original: list[Tensor] = super().cgc_net(inputs, level_num)  # type: ignore[misc]
             return original
-        gates = _ple_gates(self, level_num, routing.num_gates > self.num_tasks)
         # The shared gate, where there is one, is the last and reads the last stream.
-        return list(mix(inputs, found, gates, routing))
+        return list(evaluate(parts, inputs))
 
 
 class FusedMMOE(Converted):
-    """``MMOE`` with experts and gates one ``expert_mixture``; its plan is the Routing."""
+    """``MMOE`` with its experts and gates as :class:`FusedLevel` has them; its plan is the Routing."""
 
     def forward(self: Any, X: Tensor) -> Tensor:  # noqa: N803 (the library's name, which callers may use)
         """Features [B, F], as deepctr-torch lays them out → predictions [B, T]."""
-        found = _fusible(self._modules["expert_dnn"]._modules.values(), X)
-        if isinstance(found, str):
+        parts = prepare(_MMOE_LEVEL, self, self._mtlkernels_plan, X)
+        if parts is None:
             original: Tensor = super().forward(X)  # type: ignore[misc]
             return original
         x = combined_dnn_input(*self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict))
-        dnns = self.gate_dnn if len(self.gate_dnn_hidden_units) > 0 else [None] * self.num_tasks
-        gates = [_gate(dnn, final) for dnn, final in zip(dnns, self.gate_dnn_final_layer, strict=True)]
-        mixed = mix([x], found, gates, self._mtlkernels_plan)
+        mixed = evaluate(parts, [x])
         towers = self.tower_dnn if len(self.tower_dnn_hidden_units) > 0 else [None] * self.num_tasks
         predictions = [
             out(final(hidden if tower is None else tower(hidden)))
@@ -154,31 +157,17 @@ def _refusal(model: nn.Module, library_class: type, method: str) -> str | None:
     return None
 
 
-def _level_line(model: nn.Module, path: str, part: str, experts: Sequence[Any], gates: int) -> Line:
+def _plan_level(level: Level, model: nn.Module, path: str, part: str) -> tuple[Routing | None, Line]:
     """What becomes of one level."""
-
-    def left(reason: str) -> Line:
-        return Line("left alone", path, part, reason)
-
-    if not experts:
-        return left("it has no experts")
-    kinds = set()
-    for dnn in experts:
-        found = _read(dnn)
-        if isinstance(found, str):
-            return left(f"{found} ({next(name for name, module in model.named_modules() if module is dnn)})")
-        kinds.add(tuple(layer.activation for layer in found))
-    shapes = {
-        tuple((linear.weight.shape, linear.bias is None, dnn.use_bn) for linear in dnn.linears) for dnn in experts
-    }
-    if len(shapes) > 1 or len(kinds) > 1:
-        return left(f"experts of unequal {'shape' if len(shapes) > 1 else 'activations'}")
-    return Line("replaced", path, part, describe([_read(dnn) for dnn in experts], [()] * gates))
+    routing = examine_parts(level, model, level.routing(model))
+    if isinstance(routing, str):
+        return None, Line("left alone", path, part, routing)
+    return routing, replaced_line(level, model, path, part)
 
 
 def _plan_ple(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
     model: Any = module
-    tasks, specific, shared = model.num_tasks, model.specific_expert_num, model.shared_expert_num
+    specific, shared = model.specific_expert_num, model.shared_expert_num
     refusal = _refusal(model, PLE, "cgc_net")
     if refusal is None and shared < 1:
         refusal = "without shared experts nothing trains its shared gates"
@@ -191,11 +180,10 @@ def _plan_ple(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
     routings: list[Routing | None] = []
     lines = []
     for level in range(model.num_levels):
-        shared_gate = needs_last or level < model.num_levels - 1
-        routing = Routing.cgc(tasks, specific, shared, shared_gate=shared_gate)
-        part = f"{type(model).__name__} level {level}"
-        lines.append(_level_line(model, path, part, _ple_experts(model, level), routing.num_gates))
-        routings.append(routing if lines[-1].action == "replaced" else None)
+        described = _ple_level(level, needs_last or level < model.num_levels - 1)
+        routing, line = _plan_level(described, model, path, f"{type(model).__name__} level {level}")
+        lines.append(line)
+        routings.append(routing)
     return (tuple(routings) if any(routings) else None), lines
 
 
@@ -204,8 +192,8 @@ def _plan_mmoe(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
     refusal = _refusal(model, MMOE, "forward")
     if refusal is not None:
         return None, [Line("left alone", path, type(model).__name__, refusal)]
-    line = _level_line(model, path, type(model).__name__, list(model.expert_dnn), model.num_tasks)
-    return (Routing.mmoe(model.num_experts, model.num_tasks) if line.action == "replaced" else None), [line]
+    routing, line = _plan_level(_MMOE_LEVEL, model, path, type(model).__name__)
+    return routing, [line]
 
 
 CONVERTERS = {

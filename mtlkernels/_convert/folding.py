@@ -1,4 +1,4 @@
-"""Which batch norms of an existing model can be folded into the linear layer before them, and their folding."""
+"""Norms of an existing model that follow linear layers, and folding of batch norms."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ __all__ = ["fold", "forget", "may_cache", "norm_refusal", "wants_gradient"]
 
 
 def norm_refusal(linear: Any, norm: Any) -> str | None:
-    """Why a batch norm after a linear layer cannot be folded in any mode."""
-    if type(norm) is not nn.BatchNorm1d:
-        return f"{type(norm).__name__} in the place of BatchNorm1d"
-    mean = norm._buffers.get("running_mean")
-    if mean is None or norm._buffers.get("running_var") is None:
-        return "batch norm by the batch's statistics in evaluation too (track_running_stats=False)"
+    """Why a norm after a linear layer cannot be fused in any mode."""
     weight, _ = linear_parameters(linear)
-    if mean.shape[0] != weight.shape[0]:
-        return f"batch norm of {mean.shape[0]} features after a layer of {weight.shape[0]}"
+    shape = (norm.num_features,) if type(norm) is nn.BatchNorm1d else norm.normalized_shape
+    if tuple(shape) != weight.shape[:1]:
+        return f"{type(norm).__name__} of {list(shape)} features after a layer of {weight.shape[0]}"
     return None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mtlkernels._convert.chains import Chain, path_of, read_chain, read_gate
+from mtlkernels._convert.chains import Chain, flatten, path_of
 from mtlkernels._convert.classes import Converted
-from mtlkernels._convert.mlp import Layer, describe, few_rows, mix, obstacle, read_experts
+from mtlkernels._convert.evaluation import Parts, describe, evaluate, left_to_modules, read_parts
+from mtlkernels._convert.gates import Gate, read_gate
+from mtlkernels._convert.mlp import Rows, rows_of
 from mtlkernels._convert.report import Line
 from mtlkernels.nn.level import watched
 from mtlkernels.routing import Routing
@@ -37,6 +40,12 @@ def as_list(module: Any, mixed: Sequence[Tensor]) -> Any:
     return list(mixed)
 
 
+def children(module: Any) -> Iterable[Any]:
+    """All sub-modules."""
+    found: Iterable[Any] = module._modules.values()
+    return found
+
+
 @dataclass(frozen=True)
 class Level:
     """Where a class keeps what a level is made of.
@@ -48,55 +57,63 @@ class Level:
         inputs: from an instance and the arguments of ``forward``, the input streams; None for a call to leave alone.
         arguments: the inverse: from an instance and streams, the arguments of ``forward``.
         outputs: from an instance and the K mixtures, what ``forward`` returns.
+        parts: from an instance, the modules that are not called any more, on which a hook may be.
     """
 
-    experts: Callable[[Any], Sequence[Chain]]
+    experts: Callable[[Any], Iterable[Chain]]
     gates: Callable[[Any], Sequence[Chain]]
     routing: Callable[[Any], Routing]
     inputs: Callable[..., Sequence[Tensor] | None] = only_argument
     arguments: Callable[[Any, Sequence[Tensor]], tuple[Any, ...]] = one_argument
     outputs: Callable[[Any, Sequence[Tensor]], Any] = as_list
+    parts: Callable[[Any], Iterable[Any]] = children
 
 
 class FusedLevel(Converted):
-    """A level as one ``expert_mixture``; its plan is the Routing."""
+    """A level as one ``expert_mixture``, or as near to it as its modules allow; its plan is the Routing."""
 
     _mtlkernels_level: Level | None
+
+    @classmethod
+    def planner(cls, base: type) -> Callable[[nn.Module, str], tuple[Any, list[Line]]]:
+        """How :class:`Converter` plans for an instance of ``base``."""
+        assert cls._mtlkernels_level is not None
+        return functools.partial(plan_level, cls._mtlkernels_level, base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the original class's."""
         level, routing = self._mtlkernels_level, self._mtlkernels_plan
         streams: Any = None if level is None else level.inputs(self, *args, **kwargs)
-        parts: Any = None
+        parts = None
         if level is not None and streams is not None and all(x.dim() == 2 for x in streams):
-            parts = fusible(level, self, routing, few_rows(streams[0]))
-        # Hooks are looked for last: that takes longest, and in training the first layer tells enough.
-        if parts is None or any_watched(self):
+            parts = prepare(level, self, routing, streams[0])
+        if parts is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return level.outputs(self, mix(streams, parts[0], parts[1], routing))
+        return level.outputs(self, evaluate(parts, streams))
 
 
-def any_watched(module: nn.Module) -> bool:
-    """Whether a module below ``module`` has a hook."""
-    for child in module._modules.values():
-        if child is not None and (watched(child) or (child._modules and any_watched(child))):
+def any_watched(modules: Iterable[Any]) -> bool:
+    """Whether one of the modules, or one below, has a hook."""
+    for module in modules:
+        if module is not None and (watched(module) or (module._modules and any_watched(module._modules.values()))):
             return True
     return False
 
 
-def fusible(level: Level, module: Any, routing: Routing, few: bool) -> Any:
-    """Experts and gates as ``mix`` takes them, None where they cannot be fused now."""
-    gates: list[Any] = []
-    gate: Any
-    for gate in map(read_gate, level.gates(module)):
-        if isinstance(gate, str) or obstacle((*gate.hidden, gate.final), few) is not None:
-            return None
-        gates.append(gate)
-    chains = level.experts(module)
+def prepare(level: Level, module: Any, routing: Routing, rows: Tensor) -> Parts | None:
+    """The parts of a level as :func:`evaluate` takes them, None where the module's own code has to run.
+
+    ``rows`` is any tensor with as many rows as the input, which may not be there yet.
+    """
+    if left_to_modules(level.experts(module), rows):
+        return None
+    chains = list(level.experts(module))
+    gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
     if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
         return None
-    experts = read_experts(map(read_chain, chains), few)
-    return None if isinstance(experts, str) else (experts, gates)
+    if any(isinstance(gate, str) for gate in gates) or any_watched(level.parts(module)):
+        return None
+    return read_parts(chains, gates, routing, rows_of(rows))
 
 
 def plan_level(level: Level, base: type, module: nn.Module, path: str) -> tuple[Any, list[Line]]:
@@ -113,44 +130,37 @@ def plan_level(level: Level, base: type, module: nn.Module, path: str) -> tuple[
     return routing, [replaced_line(level, module, path)]
 
 
-def replaced_line(level: Level, module: nn.Module, path: str) -> Line:
+def replaced_line(level: Level, module: nn.Module, path: str, part: str = "") -> Line:
     """The report's line for a level that is replaced."""
     gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
-    layers = [[*gate.hidden, gate.final] for gate in gates]
-    detail = describe([read_chain(chain) for chain in level.experts(module)], layers)
-    return Line("replaced", path, type(module).__name__, detail)
+    detail = describe(module, list(level.experts(module)), level.gates(module), gates)
+    return Line("replaced", path, part or type(module).__name__, detail)
 
 
-def examine(level: Level, base: Any, module: Any, watch: Callable[[Any], bool] = any_watched) -> Routing | str:
-    """The routing of a level that can be fused in evaluation, or why it cannot, as far as its parts tell."""
+def examine(level: Level, base: Any, module: Any) -> Routing | str:
+    """The routing of a level that can be evaluated otherwise, or why it cannot, as far as its parts tell."""
     if type(module).forward is not base.forward or "forward" in vars(module):
         return f"its forward is not that of {base.__name__}"
-    if watch(module):
-        return "a hook"
-    chains = level.experts(module)
+    return examine_parts(level, module, level.routing(module))
+
+
+def examine_parts(level: Level, module: Any, routing: Routing) -> Routing | str:
+    """The same for the parts alone."""
+    chains = list(level.experts(module))
     if not chains:
         return "it has no experts"
-    experts: list[Any] = [read_chain(chain) for chain in chains]
-    gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
-    for found, chain in zip(experts + gates, [*chains, *level.gates(module)], strict=True):
-        if isinstance(found, str):
-            return found + path_of(module, chain)
-    if len({tuple(_shape(layer) for layer in layers) for layers in experts}) > 1:
-        return "experts of unequal shape"
-    if len({tuple(layer.activation for layer in layers) for layers in experts}) > 1:
-        return "experts of unequal activations"
-    routing = level.routing(module)
-    if (len(experts), len(gates)) != (routing.num_experts, routing.num_gates):
-        return f"it has {len(experts)} experts and {len(gates)} gates, but its routing {routing}"
-    for k, (gate, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
-        if len(gate.final.linear.weight) != len(mixed):
-            return f"gate {k} has {len(gate.final.linear.weight)} logits for {len(mixed)} experts"
+    if any_watched(level.parts(module)):
+        return "a hook"
+    gates = [read_gate(chain) for chain in level.gates(module)]
+    for gate, chain in zip(gates, level.gates(module), strict=True):
+        if isinstance(gate, str):
+            return gate + path_of(module, chain)
+    if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
+        return f"it has {len(chains)} experts and {len(gates)} gates, but its routing {routing}"
+    for k, (found, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
+        if isinstance(found, Gate) and found.layers is not None and found.size != len(mixed):
+            return f"gate {k} has {found.size} logits for {len(mixed)} experts"
     return routing
-
-
-def _shape(layer: Layer) -> tuple[Any, ...]:
-    """What has to be equal among experts; a folded layer always has a bias."""
-    return layer.linear.weight.shape, layer.linear.bias is None and layer.norm is None
 
 
 def trial(level: Level, module: nn.Module, routing: Routing) -> Routing | str:
@@ -163,33 +173,49 @@ def trial(level: Level, module: nn.Module, routing: Routing) -> Routing | str:
         found, expected = _both_ways(level, module, routing)
     except Exception as error:  # of code that is not ours; it goes into the report
         return f"it fails in a trial: {type(error).__name__}: {error}"
-    if not _agree(found, expected):
+    if not agree(found, expected):
         return "in a trial its forward gave other results than its experts, gates and routing"
     return routing
 
 
-@torch.no_grad()
-def _both_ways(level: Level, module: nn.Module, routing: Routing) -> tuple[Any, Any]:
-    """The results of a copy of the module, fused and by its own code."""
-    generator = torch.Generator().manual_seed(0)
-    other: Any = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+def random_copy(module: nn.Module, generator: torch.Generator, without: Sequence[str] = ()) -> Any:
+    """A copy in evaluation with random weights in float64 on the CPU; the parts ``without`` are identities in it."""
+    memo: dict[int, Any] = {id(getattr(module, name)): nn.Identity() for name in without}
+    other = copy.deepcopy(module, memo).to_empty(device="cpu").double().eval()
     for tensor in (*other.parameters(), *other.buffers()):
         if tensor.is_floating_point():
             # Positive, for variances, and of a size that keeps softmax away from 0 and 1.
             tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1)
             if tensor.dim() > 1:
                 tensor.sub_(0.6).mul_(3 * tensor.shape[-1] ** -0.5)
-    experts, gates = fusible(level, other, routing, False)
-    width = experts.weights[0][0].shape[1]
+    return other
+
+
+@torch.no_grad()
+def _both_ways(level: Level, module: nn.Module, routing: Routing) -> tuple[Any, Any]:
+    """The results of a copy of the module, fused and by its own code."""
+    generator = torch.Generator().manual_seed(0)
+    other = random_copy(module, generator)
+    gates: list[Any] = [read_gate(chain) for chain in level.gates(other)]
+    parts = read_parts(list(level.experts(other)), gates, routing, Rows(True, True))
     # Without shared experts, a shared gate alone reads the last stream.
     count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
-    streams = [torch.randn(5, width, generator=generator, dtype=torch.float64) for _ in range(count)]
+    streams = [torch.randn(5, _width(parts), generator=generator, dtype=torch.float64) for _ in range(count)]
     arguments = level.arguments(other, streams)
     inputs = level.inputs(other, *arguments)
-    return level.outputs(other, mix(inputs or (), experts, gates, routing)), other(*arguments)
+    return level.outputs(other, evaluate(parts, inputs or ())), other(*arguments)
 
 
-def _agree(found: Any, expected: Any) -> bool:
+def _width(parts: Parts) -> int:
+    """The features of a level's input: its first matrix has as many columns."""
+    modules = [
+        module for chain in (*parts.chains, *(gate.modules for gate in parts.gates)) for module in flatten(chain)
+    ]
+    matrices = (p for module in modules for p in module.parameters() if p.dim() == 2)
+    return int(next(matrices).shape[1])
+
+
+def agree(found: Any, expected: Any) -> bool:
     """Whether two results, tensors within lists, tuples and dicts, are the same within rounding."""
     leaves, structure = pytree.tree_flatten(found)
     others, other_structure = pytree.tree_flatten(expected)

@@ -17,8 +17,8 @@ from torch_rechub.models.multi_task.ple import CGC
 
 from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.classes import Converted, Converter
-from mtlkernels._convert.level import FusedLevel, Level, any_watched, examine, fusible, plan_level, replaced_line
-from mtlkernels._convert.mlp import few_rows, mix
+from mtlkernels._convert.evaluation import evaluate
+from mtlkernels._convert.level import FusedLevel, Level, examine, plan_level, prepare, replaced_line
 from mtlkernels._convert.report import Line
 from mtlkernels.routing import Routing
 
@@ -56,6 +56,7 @@ MMOE_LEVEL = Level(
     experts=lambda module: _chains(module._modules["experts"]),
     gates=lambda module: _chains(module._modules["gates"]),
     routing=lambda module: Routing.mmoe(module.n_expert, module.n_task),
+    parts=lambda module: (module._modules["experts"], module._modules["gates"]),
 )
 
 
@@ -66,23 +67,17 @@ class FusedCGC(FusedLevel):
 
 
 class FusedMMOE(Converted):
-    """``MMOE`` with experts and gates one ``expert_mixture``; its plan is the Routing."""
+    """``MMOE`` with its experts and gates as :class:`FusedLevel` has them; its plan is the Routing."""
 
     def forward(self: Any, x: Any) -> Tensor:
         """Features by name → predictions [B, T]."""
-        parts = fusible(MMOE_LEVEL, self, self._mtlkernels_plan, few_rows(x[self.features[0].name]))
-        if parts is None or _mmoe_watched(self):
+        parts = prepare(MMOE_LEVEL, self, self._mtlkernels_plan, x[self.features[0].name])
+        if parts is None:
             original: Tensor = super().forward(x)  # type: ignore[misc]
             return original
-        embedded = self.embedding(x, self.features, squeeze_dim=True)
-        mixed = mix([embedded], parts[0], parts[1], self._mtlkernels_plan)
+        mixed = evaluate(parts, [self.embedding(x, self.features, squeeze_dim=True)])
         heads = zip(mixed, self.towers, self.predict_layers, strict=True)
         return torch.cat([predict(tower(hidden)) for hidden, tower, predict in heads], dim=1)
-
-
-def _mmoe_watched(model: Any) -> bool:
-    """Whether an expert or a gate has a hook."""
-    return any_watched(model._modules["experts"]) or any_watched(model._modules["gates"])
 
 
 def _version_line(module: nn.Module, path: str) -> Line | None:
@@ -107,7 +102,7 @@ def _plan_mmoe(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
     line = _version_line(module, path)
     if line is not None:
         return None, [line]
-    routing = examine(MMOE_LEVEL, MMOE, module, _mmoe_watched)
+    routing = examine(MMOE_LEVEL, MMOE, module)
     if isinstance(routing, str):
         return None, [Line("left alone", path, type(module).__name__, routing)]
     return routing, [replaced_line(MMOE_LEVEL, module, path)]

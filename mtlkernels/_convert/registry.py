@@ -27,6 +27,12 @@ _STRUCTURES = (
     ("MMoE_Layer", ("experts", "gate", "num_experts", "gate_activation"), "mtlkernels._convert.fuxictr"),
     ("MMoE", ("experts_shared", "gate_specific", "task_name", "_prepare_rep"), "mtlkernels._convert.libmtl"),
     ("CGC", ("experts_shared", "experts_specific", "gate_specific", "_prepare_rep"), "mtlkernels._convert.libmtl"),
+    (
+        "PLEModel",
+        ("task_experts", "share_experts", "task_gates", "share_gates"),
+        "mtlkernels._convert.mtreclib",
+    ),
+    ("MMoEModel", ("expert", "gate", "tower", "numerical_layer"), "mtlkernels._convert.mtreclib"),
 )
 _registered: dict[type, Level] = {}
 
@@ -57,7 +63,7 @@ def find_converter(module: nn.Module) -> Converter | None:
         for known, attributes, source in _STRUCTURES:
             if base.__name__ == known and all(hasattr(module, attribute) for attribute in attributes):
                 mixin = importlib.import_module(source).MIXINS[known]
-                return Converter(functools.partial(plan_level, mixin._mtlkernels_level, base), mixin)
+                return Converter(mixin.planner(base), mixin)
     return None
 
 

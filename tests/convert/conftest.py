@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import mtlkernels as mk
-import mtlkernels._convert.mlp
+import mtlkernels._convert.evaluation
 
 
 @pytest.fixture
@@ -20,5 +20,5 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         calls.append(len(weights[0]))
         return mk.expert_mixture(inputs, weights, *args, **kwargs)
 
-    monkeypatch.setattr(mtlkernels._convert.mlp, "expert_mixture", counted)
+    monkeypatch.setattr(mtlkernels._convert.evaluation, "expert_mixture", counted)
     yield calls

@@ -52,16 +52,17 @@ class ExtractionNet(nn.Module):
     """TorchEasyRec's level of PLE: the tasks' streams and the shared one, which is None behind the last level."""
 
     def __init__(
-        self, width: int, units: Sequence[int], *, tasks: int = 3, specific: int = 2, shared: int = 2,
+        self, width: int, units: Sequence[int], *, tasks: int = 3, specific: Sequence[int] = (2, 2, 2), shared: int = 2,
         last: bool = False, shared_units: Sequence[int] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         self._shared_layers = nn.ModuleList(MLP(width, shared_units or units, **options) for _ in range(shared))
-        self._shared_gate = None if last else nn.Linear(width, tasks * specific + shared)
+        specific = specific[:tasks]
+        self._shared_gate = None if last else nn.Linear(width, sum(specific) + shared)
         self._task_layers = nn.ModuleList(
-            nn.ModuleList(MLP(width, units, **options) for _ in range(specific)) for _ in range(tasks)
+            nn.ModuleList(MLP(width, units, **options) for _ in range(count)) for count in specific
         )
-        self._task_gates = nn.ModuleList(nn.Linear(width, specific + shared) for _ in range(tasks))
+        self._task_gates = nn.ModuleList(nn.Linear(width, count + shared) for count in specific)
 
     def forward(self, extraction_network_fea: list[Tensor], shared_expert_fea: Tensor) -> Any:
         shared = [expert(shared_expert_fea) for expert in self._shared_layers]
@@ -239,3 +240,98 @@ class LibMTLMMoE(LibMTL):
 
 
 LibMTLMMoE.__name__ = "MMoE"
+
+
+class MultiLayerPerceptron(nn.Module):
+    """MTReclib's MLP: batch norm always, and a last linear layer unless it is an expert."""
+
+    def __init__(self, width: int, units: Sequence[int], rate: float, output: bool = True) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        for a, b in zip([width, *units], units, strict=False):
+            parts += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), nn.Dropout(rate)]
+        self.mlp = nn.Sequential(*parts, *([nn.Linear(units[-1], 1)] if output else []))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.mlp(x)
+
+
+class RecModel(nn.Module):
+    """What MTReclib's models have in common: a table for codes, a layer for numbers, and towers."""
+
+    FIELDS, EMBEDDING, NUMBERS = 4, 2, 3
+
+    def __init__(self, units: Sequence[int], tasks: int, rate: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, self.EMBEDDING)
+        self.numerical_layer = nn.Linear(self.NUMBERS, self.EMBEDDING)
+        self.embed_output_dim = (self.FIELDS + 1) * self.EMBEDDING
+        self.task_num = tasks
+        self.tower = nn.ModuleList(MultiLayerPerceptron(units[-1], (5,), rate) for _ in range(tasks))
+
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> list[Tensor]:
+        numbers = self.numerical_layer(numerical_x).unsqueeze(1)
+        x = torch.cat([self.embedding(categorical_x), numbers], 1).view(-1, self.embed_output_dim)
+        return [torch.sigmoid(tower(y).squeeze(1)) for tower, y in zip(self.tower, self.trunk(x), strict=True)]
+
+    def trunk(self, x: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+
+def softmax_gate(width: int, size: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, size), nn.Softmax(dim=1))
+
+
+class PLEModel(RecModel):
+    """MTReclib's PLE: one layer an expert, widths by level, and a last shared gate that is never called."""
+
+    def __init__(
+        self, units: Sequence[int] = (12, 7), tasks: int = 3, specific: int = 2, shared: int = 2, rate: float = 0.0
+    ) -> None:
+        super().__init__(units, tasks, rate)
+        levels = list(zip([self.embed_output_dim, *units], units, strict=False))
+
+        def experts(a: int, b: int, count: int) -> nn.ModuleList:
+            return nn.ModuleList(MultiLayerPerceptron(a, (b,), rate, output=False) for _ in range(count))
+
+        self.share_experts = nn.ModuleList(experts(a, b, shared) for a, b in levels)
+        self.share_gates = nn.ModuleList(softmax_gate(a, tasks * specific + shared) for a, _ in levels)
+        self.task_experts = nn.ModuleList(
+            nn.ModuleList(experts(a, b, specific) for _ in range(tasks)) for a, b in levels
+        )
+        self.task_gates = nn.ModuleList(
+            nn.ModuleList(softmax_gate(a, specific + shared) for _ in range(tasks)) for a, _ in levels
+        )
+
+    forward = RecModel.forward
+
+    def trunk(self, x: Tensor) -> list[Tensor]:
+        streams = [x] * (self.task_num + 1)
+        for i, (experts, gates) in enumerate(zip(self.task_experts, self.task_gates, strict=True)):
+            shared = [expert(streams[-1]) for expert in self.share_experts[i]]  # type: ignore[union-attr]
+            every = []
+            below = list(streams)
+            for t, (mine, gate) in enumerate(zip(experts, gates, strict=True)):  # type: ignore[arg-type]
+                own = [expert(below[t]) for expert in mine]
+                every += own
+                streams[t] = mixed(gate(below[t]), own + shared)
+            if i < len(self.task_experts) - 1:
+                streams[-1] = mixed(self.share_gates[i](below[-1]), every + shared)
+        return streams[:-1]
+
+
+class MMoEModel(RecModel):
+    """MTReclib's MMoE."""
+
+    def __init__(self, units: Sequence[int] = (12, 7), tasks: int = 3, experts: int = 4, rate: float = 0.0) -> None:
+        super().__init__(units, tasks, rate)
+        self.expert = nn.ModuleList(
+            MultiLayerPerceptron(self.embed_output_dim, units, rate, output=False) for _ in range(experts)
+        )
+        self.gate = nn.ModuleList(softmax_gate(self.embed_output_dim, experts) for _ in range(tasks))
+
+    forward = RecModel.forward
+
+    def trunk(self, x: Tensor) -> list[Tensor]:
+        experts = [expert(x) for expert in self.expert]
+        return [mixed(gate(x), experts) for gate in self.gate]

@@ -67,8 +67,8 @@ def test_each_level_is_one_call(make_model: Any, fused_calls: list[int]) -> None
 def test_reports_read_well() -> None:
     model = nn.ModuleDict({"ranker": ple(dnn_dropout=0.1), "other": nn.Linear(2, 2)})
     assert str(mk.convert(model)).splitlines() == [
-        f"replaced    ranker  PLE level {level}: 8 experts of 2 layers and {gates} gates in one expert_mixture; "
-        "in training as before, because of dropout 0.1"
+        f"replaced    ranker  PLE level {level}: 8 experts of 2 layers with dropout 0.1 and {gates} gates in one "
+        "expert_mixture"
         for level, gates in ((0, 4), (1, 3))
     ]
     assert str(mk.convert(model)) == "left alone  ranker  FusedPLE: already converted"
@@ -153,17 +153,18 @@ def test_compiles_and_exports(make_model: Any, fresh_compiler: None) -> None:
 
 
 @pytest.mark.parametrize("make_model", [ple, mmoe])
-def test_dropout_is_the_librarys_in_training_and_fused_in_evaluation(make_model: Any, fused_calls: list[int]) -> None:
+def test_dropout_is_fused(make_model: Any, fused_calls: list[int]) -> None:
     model = make_model(dnn_dropout=0.4)
-    other = copy.deepcopy(model)
-    mk.convert(other)
-    torch.manual_seed(3)
-    expected = model(x32())
-    torch.manual_seed(3)
-    assert torch.equal(other(x32()), expected)
-    assert not fused_calls
-    torch.testing.assert_close(other.eval()(x32()), model.eval()(x32()))
+    mk.convert(model)
+    found = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        found.append(model(x32(20)))
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
     assert fused_calls
+    other = reverted_copy(model)
+    torch.testing.assert_close(model.eval()(x32()), other.eval()(x32()))
 
 
 @pytest.mark.parametrize("make_model", [ple, mmoe])
@@ -206,64 +207,15 @@ def hooked(model: Any) -> Any:
     return model
 
 
-def parametrized(model: Any) -> Any:
-    nn.utils.parametrizations.weight_norm(model.shared_experts[1][0][0].linears[0])
-    return model
-
-
-def exchanged(model: Any) -> Any:
-    expert = model.specific_experts[1][0][0]
-    expert.linears[0] = nn.Linear(7, 30)
-    expert.linears[1] = nn.Linear(30, 7)
-    return model
-
-
-def other_activation(model: Any) -> Any:
-    model.specific_experts[1][2][1].activation_layers[0] = nn.Tanh()
-    return model
-
-
-def own_expert(model: Any) -> Any:
-    model.specific_experts[1][0][0] = nn.Sequential(nn.Linear(7, 7))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (hooked, r"a hook \(specific_experts.1.0.0\)"),
-        (parametrized, r"ParametrizedLinear in the place of Linear \(shared_experts.1.0.0\)"),
-        (exchanged, r"experts of unequal shape"),
-        (other_activation, r"experts of unequal activations"),
-        (own_expert, r"Sequential in the place of a DNN \(specific_experts.1.0.0\)"),
-    ],
-)
-def test_one_level_is_left_alone(change: Any, reason: str, fused_calls: list[int]) -> None:
-    model = change(ple())
+def test_a_level_with_a_hook_is_left_alone(fused_calls: list[int]) -> None:
+    model = hooked(ple())
     expected = model(x32())
     report = mk.convert(model)
     assert [line.part for line in report.replaced] == ["PLE level 0"]
     (line,) = report.left_alone
-    assert line.part == "PLE level 1"
-    assert line.detail == reason.replace("\\", "")
+    assert (line.part, line.detail) == ("PLE level 1", "a hook")
     torch.testing.assert_close(model(x32()), expected)
     assert fused_calls == [8]
-
-
-class Wobble(nn.Module):
-    """An activation that nobody knows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sin(x)
-
-
-BATCH_STATISTICS = "batch norm by the batch's statistics in evaluation too (track_running_stats=False)"
-
-
-def batch_statistics(model: Any) -> Any:
-    for dnn in model.expert_dnn:
-        dnn.bn = nn.ModuleList(nn.BatchNorm1d(norm.num_features, track_running_stats=False) for norm in dnn.bn)
-    return model.eval()
 
 
 def with_version(model: Any) -> Any:
@@ -279,9 +231,6 @@ def instance_method(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("make_model", "reasons"),
     [
-        (lambda: ple(dnn_activation="prelu", num_levels=1), ["activation PReLU (specific_experts.0.0.0)"]),
-        (lambda: mmoe(dnn_activation=Wobble), ["activation Wobble (expert_dnn.0)"]),
-        (lambda: batch_statistics(mmoe(dnn_use_bn=True)), [f"{BATCH_STATISTICS} (expert_dnn.0)"]),
         (lambda: ple(shared_expert_num=0), ["without shared experts nothing trains its shared gates"]),
         (lambda: make(OwnLevel), ["cgc_net is not that of deepctr-torch"]),
         (lambda: make(OwnForward, num_experts=2), ["forward is not that of deepctr-torch"]),

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert import registry
-from mtlkernels._convert.chains import read_chain, read_gate
-from mtlkernels._convert.mlp import Gate, Layer
+from mtlkernels._convert.chains import read_chain
+from mtlkernels._convert.gates import Gate, read_gate
+from mtlkernels._convert.mlp import Layer
 from tests.convert import doubles
+from tests.convert.agreement import assert_converts
 from tests.convert.models import fill
 
 WIDTH, TASKS = 10, 3
@@ -34,7 +36,9 @@ def level(kind: Any, units: tuple[int, ...] = (12, 7), **options: Any) -> Any:
 MODULES: dict[str, Any] = {
     "ExtractionNet": lambda: level(doubles.ExtractionNet),
     "ExtractionNet with batch norm and dropout": lambda: level(doubles.ExtractionNet, norm="batch", rate=0.2),
-    "ExtractionNet at the last level": lambda: level(doubles.ExtractionNet, norm="batch", last=True, specific=1),
+    "ExtractionNet at the last level": lambda: level(
+        doubles.ExtractionNet, norm="batch", last=True, specific=(1, 1, 1)
+    ),
     "ExtractionNet with SiLU": lambda: level(doubles.ExtractionNet, (8,), activation=nn.SiLU, shared=3),
     "MMoE of TorchEasyRec": lambda: level(doubles.MMoE, norm="batch", rate=0.2),
     "MMoE of TorchEasyRec with gates of two layers": lambda: level(doubles.MMoE, gate=(6,), norm="batch"),
@@ -89,27 +93,12 @@ def test_serves_as_the_library(name: str, grad: bool, fused_calls: list[int]) ->
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "batch norm" in name])
-def test_trains_as_the_library(name: str, fused_calls: list[int]) -> None:
-    original = MODULES[name]()
-    converted = copy.deepcopy(original)
-    mk.convert(converted)
-    fused_calls.clear()
-    results = []
-    for model in (original, converted):
-        optimizer = torch.optim.Adam(model.train().parameters(), lr=0.01)
-        torch.manual_seed(1)
-        for step in range(3):
-            optimizer.zero_grad()
-            sum(y.square().sum() for y in tensors(model(*arguments(model, 150, step)))).backward()
-            optimizer.step()
-        results.append(list(model.state_dict().values()))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-    assert not fused_calls
-    with torch.no_grad():
-        torch.testing.assert_close(
-            converted.eval()(*arguments(converted)), original.eval()(*arguments(original)), rtol=1e-5, atol=1e-5
-        )
-    assert fused_calls
+def test_trains_as_the_library(name: str) -> None:
+    model = MODULES[name]()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # other random numbers drop in fused experts
+    assert_converts(model, lambda rows, seed, dtype: arguments(model, rows, seed, dtype), 150)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -185,10 +174,7 @@ def odd_structure(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("make_model", "reason"),
     [
-        (lambda: level(doubles.ExtractionNet, norm="layer"), r"LayerNorm (_task_layers.0.0.mlp.0.perceptron.0)"),
-        (lambda: level(doubles.ExtractionNet, shared_units=(9, 7)), "experts of unequal shape"),
-        (lambda: level(doubles.ExtractionNet, activation=nn.PReLU), "PReLU (_task_layers.0.0.mlp.0.perceptron.0)"),
-        (lambda: returns_hidden(level(doubles.MMoE)), "MLP before the first Linear (expert_mlps.1)"),
+        (lambda: returns_hidden(level(doubles.MMoE)), "it fails in a trial: TypeError: "),
         (lambda: own_forward(level(doubles.MMoE)), "its forward is not that of MMoE"),
         (lambda: level(Halved), "its forward is not that of MMoE"),
         (lambda: level(Renamed), "in a trial its forward gave other results than its experts, gates and routing"),
@@ -209,8 +195,8 @@ def test_left_alone(make_model: Any, reason: str) -> None:
     [
         (nn.ReLU(), "ReLU before the first Linear"),
         ([], "no Linear"),
-        ([nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3)], "batch norm that does not follow a Linear"),
-        ([nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)], "batch norm that does not follow a Linear"),
+        ([nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3)], "BatchNorm1d that does not follow a Linear"),
+        ([nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)], "BatchNorm1d that does not follow a Linear"),
         ([nn.Linear(3, 3), nn.Dropout(), nn.ReLU()], "ReLU after another activation or a dropout"),
         ([nn.Linear(3, 3), nn.ReLU(), nn.Sequential(nn.Tanh())], "Tanh after another activation or a dropout"),
         ([nn.Linear(3, 3), (nn.Dropout(), nn.Dropout())], "two dropouts in one layer"),
@@ -226,8 +212,6 @@ def test_chains_that_are_not_read(chain: Any, reason: str) -> None:
     ("chain", "reason"),
     [
         ([nn.Linear(3, 3), nn.Softmax(dim=0)], "Softmax"),
-        ([nn.Linear(3, 3), nn.Sigmoid()], "activation sigmoid on logits"),
-        ([nn.Linear(3, 3), nn.Dropout(), nn.Softmax(dim=1), nn.Dropout()], "two dropouts in one layer"),
     ],
 )
 def test_gates_that_are_not_read(chain: Any, reason: str) -> None:
@@ -239,8 +223,9 @@ def test_chains_that_are_read() -> None:
     layers = [Layer(linear, norm, "gelu", dropout), Layer(linear, None, "none", None)]
     chain = [nn.Sequential(linear, norm, nn.Identity()), (nn.GELU(), dropout), linear]
     assert read_chain(chain) == layers
-    assert read_gate([*chain, nn.Softmax(-1)]) == Gate(layers[:1], layers[1])
-    assert read_gate(linear) == Gate([], layers[1])
+    gate: Any = read_gate([*chain, nn.Softmax(-1), dropout])
+    assert (gate.layers, gate.dropout) == (layers, dropout)
+    assert read_gate(linear) == Gate(layers[1:], [linear], None)
 
 
 @torch.no_grad()
@@ -369,7 +354,7 @@ def test_the_example_of_the_docstring_works() -> None:
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "4 experts of 1 layer and 3 gates in one expert_mixture" in result.stdout
+    assert "4 experts of 1 layer with batch norm and dropout 0.1 and 3 gates in one expert_mixture" in result.stdout
 
 
 @pytest.mark.parametrize(

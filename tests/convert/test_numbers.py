@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import mtlkernels as mk
+from tests.convert.agreement import assert_converts
 from tests.convert.models import features, mmoe, ple
 
 MODELS: dict[str, Any] = {
@@ -28,61 +27,15 @@ MODELS: dict[str, Any] = {
     "MMOE with gates of one layer": lambda: mmoe(gate_dnn_hidden_units=(), tower_dnn_hidden_units=()),
     "MMOE with experts of one layer": lambda: mmoe(expert_dnn_hidden_units=(8,), dnn_activation=torch.nn.GELU),
 }
-# float32 results that differ by less than a few roundings are the same.
-FLOOR = 8 * torch.finfo(torch.float32).eps
 
 
-def train_and_serve(model: Any) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """Three steps of Adam; every step's outputs, the last gradients and parameters, and what is served afterwards.
-
-    Also which parameters have a gradient at all: weight decay moves those with zeros and leaves those with None.
-    """
-    dtype = next(model.parameters()).dtype
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
-    results: dict[str, Tensor] = {}
-    model.train()
-    for step in range(3):
-        y = model(features(50, seed=step).to(dtype))
-        target = (features(50, seed=100 + step)[:, 4:5] > 0).to(dtype).expand_as(y)
-        loss = F.mse_loss(y, target, reduction="sum") + model.get_regularization_loss().to(dtype).squeeze()
-        optimizer.zero_grad()
-        loss.backward()
-        results[f"outputs of step {step}"] = y.detach()
-        if step == 0:
-            results |= {f"gradient of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        optimizer.step()
-    results |= {name: p.detach() for name, p in model.named_parameters()}
-    model.eval()
-    with torch.no_grad():
-        for rows in (1, 33):
-            results[f"serving {rows}"] = model(features(rows, seed=9).to(dtype))
-    return results, {name: p.grad is None for name, p in model.named_parameters()}
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    scale = exact.norm().item()
-    return (found.double() - exact).norm().item() / scale if scale else found.norm().item()
+def inputs(rows: int, seed: int, dtype: torch.dtype) -> tuple[Tensor]:
+    return (features(rows, seed).to(dtype),)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_agrees_with_the_library(name: str) -> None:
-    model = MODELS[name]()
-    exact = copy.deepcopy(model).double()
-    converted = copy.deepcopy(model)
-    keys, parameters = list(converted.state_dict()), list(map(id, converted.parameters()))
-    report = mk.convert(converted)
-    assert not report.left_alone, report
-    assert list(converted.state_dict()) == keys
-    assert list(map(id, converted.parameters())) == parameters
-
-    expected, expected_none = train_and_serve(exact)
-    original, original_none = train_and_serve(model)
-    found, found_none = train_and_serve(converted)
-    assert found_none == original_none == expected_none
-    assert found.keys() == original.keys() == expected.keys()
-    for key, tensor in found.items():
-        budget = 3 * error(original[key], expected[key]) + FLOOR
-        assert error(tensor, expected[key]) <= budget, key
+    assert not assert_converts(MODELS[name](), inputs, rows=50, serve=(1, 33)).left_alone
 
 
 def test_float64_agrees_to_float64() -> None:

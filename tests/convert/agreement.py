@@ -1,0 +1,96 @@
+"""Three steps of Adam and serving, of a model and of its conversion, held against float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mtlkernels as mk
+
+# float32 results that differ by less than a few roundings are the same.
+FLOOR = 8 * torch.finfo(torch.float32).eps
+STEPS = 3
+
+# From rows, a seed and a dtype, the arguments of the model.
+Inputs = Callable[[int, int, torch.dtype], tuple[Any, ...]]
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors in whatever a model returns."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if leaf is not None]
+
+
+def flat(result: Any) -> Tensor:
+    """All of them in one."""
+    return torch.cat([y.detach().flatten() for y in tensors(result)])
+
+
+def train_and_serve(model: Any, inputs: Inputs, rows: int, serve: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """What a model computes and becomes: outputs, first gradients (None where there are none), states, answers."""
+    dtype = next(model.parameters()).dtype
+    # Weight decay, since biases in front of batch norm have gradients of nothing but rounding, which Adam magnifies.
+    optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-3, weight_decay=1.0)
+    found: dict[str, dict[str, Any]] = {"outputs": {}, "gradients": {}, "optimizer": {}, "serving": {}}
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        results = model(*inputs(rows, step, dtype))
+        found["outputs"][f"step {step}"] = flat(results)
+        loss = sum((y - 0.3).square().sum() for y in tensors(results))
+        if hasattr(model, "get_regularization_loss"):
+            loss = loss + model.get_regularization_loss().to(dtype).squeeze()
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            found["gradients"] = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+    found["state"] = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            found["optimizer"][f"{key} of {name}"] = value
+    with torch.no_grad():
+        model.eval()
+        for count in serve:
+            found["serving"][f"{count} rows"] = flat(model(*inputs(count, 9, dtype)))
+    return found
+
+
+def assert_within(found: Any, original: Any, exact: Any) -> None:
+    """Errors are at most three times the library's own, and roundings.
+
+    Statistics of deepctr-torch's last shared gate, which nobody reads and which is no longer evaluated, are left out.
+    """
+    for part, expected in exact.items():
+        assert found[part].keys() == original[part].keys() == expected.keys()
+        sizes = [value.double().norm().item() for value in expected.values() if value is not None]
+        # A gradient that is a sum of nearly nothing is as wrong as the others are, not as it is small.
+        slack = FLOOR * max(sizes) if part in ("gradients", "optimizer") else 0.0
+        for key, value in expected.items():
+            ours, theirs = found[part][key], original[part][key]
+            if key.startswith("shared_gate_dnn.1.bn."):
+                continue
+            if value is None:
+                assert ours is None and theirs is None, key
+                continue
+            assert ours.shape == theirs.shape, key
+            assert ours.dtype == theirs.dtype, key
+            off, allowed = ((x.double() - value).norm().item() for x in (ours, theirs))
+            assert off <= 3 * allowed + FLOOR * value.double().norm().item() + slack, f"{part}: {key}"
+
+
+def assert_converts(
+    model: Any, inputs: Inputs, rows: int = 300, serve: tuple[int, ...] = (1, 2, 33, 300)
+) -> mk._convert.ConversionReport:
+    """A converted copy keeps keys and parameters, trains and serves as the model; what its conversion reported."""
+    exact, converted = copy.deepcopy(model).double(), copy.deepcopy(model)
+    keys, parameters = list(converted.state_dict()), list(map(id, converted.parameters()))
+    report = mk.convert(converted)
+    assert report.replaced, report
+    assert list(converted.state_dict()) == keys
+    assert list(map(id, converted.parameters())) == parameters
+    expected, theirs, ours = (train_and_serve(m, inputs, rows, serve) for m in (exact, model, converted))
+    assert_within(ours, theirs, expected)
+    return report
