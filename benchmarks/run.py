@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,14 +35,14 @@ def parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(SUITES)}, which are all run by default, and the studies {', '.join(STUDIES)}",
     )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write results; a folder gets SUITE-MACHINE.json")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write results; a folder gets a SUITE-MACHINE.json each")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write plots (needs matplotlib)")
     p.add_argument("--workload", nargs="+", metavar="NAME", help="only these workloads, such as A A1")
     p.add_argument("--dtype", nargs="+", metavar="NAME", help="only these dtypes, such as float32 bfloat16")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads; PyTorch's choice by default")
     p.add_argument("--quick", action="store_true", help="few rows and little time each: a smoke test")
     p.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what got slower or faster than there")
+    p.add_argument("--compare", type=Path, metavar="OLD", help="say what got slower or faster than in a file or folder")
     p.add_argument("--from-json", type=Path, metavar="FILE", help="print and plot earlier results; measure nothing")
     p.add_argument("--retime", action="store_true", help="with --from-json: measure the times in a study again")
     return p
@@ -58,8 +59,8 @@ def choose(suite: Suite, options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def measure(options: argparse.Namespace) -> report.Report:
-    """Runs the suites and writes the JSON."""
+def measure(options: argparse.Namespace) -> Iterator[report.Report]:
+    """Runs the suites one after another, and gives a report of each as soon as it is there."""
     device = torch.device(options.device)
     budget = QUICK if options.quick else Budget()
     limits = Limits(device)
@@ -67,15 +68,16 @@ def measure(options: argparse.Namespace) -> report.Report:
     chosen = {name: choose(SUITES[name], options) for name in names if name in SUITES}
     if chosen and not any(chosen.values()):
         raise SystemExit("no rows left: --workload, --dtype and --quick together exclude all of them")
-    found = report.new_report(names, device, budget)
-    for name, cases in chosen.items():
-        found.rows[name] = run(cases, device, budget, limits)
-    if chosen:
-        found.limits = report.limits_as_json(limits)
     for name in names:
+        found = report.new_report([name], device, budget)
         if name in STUDIES:
             found.studies[name] = STUDIES[name].run(device, options.quick)
-    return found
+        elif chosen[name]:
+            found.rows[name] = run(chosen[name], device, budget, limits)
+            found.limits = report.limits_as_json(limits)
+        else:  # --workload, --dtype or --quick leave nothing of this suite
+            continue
+        yield found
 
 
 def retime(found: report.Report, device: torch.device) -> None:
@@ -98,9 +100,21 @@ def main(arguments: list[str] | None = None) -> int:
         p.error("--retime: no earlier results; name them with --from-json")
     if options.threads:
         torch.set_num_threads(options.threads)
-    found = report.load(options.from_json) if options.from_json else measure(options)
-    if options.retime:
-        retime(found, torch.device(options.device))
+    failed = False
+    reports = []
+    for found in [report.load(options.from_json)] if options.from_json else measure(options):
+        if options.retime:
+            retime(found, torch.device(options.device))
+        show(found, options)
+        failed |= found.failed
+        reports.append(found)
+    if options.json and options.json.suffix == ".json":
+        print(f"wrote {report.save(report.merged(reports), options.json)}")
+    return int(failed)
+
+
+def show(found: report.Report, options: argparse.Namespace) -> None:
+    """Prints a report, compares, plots, and writes it where results go to a folder."""
     for name, rows in found.rows.items():
         print(f"\n{SUITES[name].title}\n")
         print(table.markdown(rows) if options.markdown else table.text(rows))
@@ -112,8 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(STUDIES[name].show(data, options.markdown))
     print(f"\n{table.machine(found)}")
     if options.compare:
-        print(f"\n{compare.text(report.load(options.compare), found)}")
-    if options.json:
+        earlier = options.compare / found.file_name if options.compare.is_dir() else options.compare
+        if earlier.is_file():
+            print(f"\n{compare.text(report.load(earlier), found)}")
+        else:
+            print(f"\nnothing to compare with: there is no {earlier}")
+    if options.json and options.json.suffix != ".json":
         print(f"wrote {report.save(found, options.json)}")
     if options.plot:
         for name, rows in found.rows.items():
@@ -121,7 +139,6 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"wrote {path}")
         for name in found.studies:
             print(f"wrote {plots.draw_study(STUDIES[name], found, options.plot)}")
-    return 1 if found.failed else 0
 
 
 if __name__ == "__main__":

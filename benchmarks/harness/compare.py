@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.harness import machine
 from benchmarks.harness.case import OURS
 from benchmarks.harness.report import Report, Row
 
@@ -69,4 +70,11 @@ def text(old: Report, new: Report) -> str:
     beyond = sorted((c for c in found if c.verdict != "the same"), key=lambda c: c.after / c.before)
     slower = sum(c.verdict == "slower" for c in beyond)
     summary = f"{len(found)} rows compared with {old.date}: {slower} slower, {len(beyond) - slower} faster beyond noise"
-    return "\n".join([*map(str, beyond), summary])
+    return "\n".join([*map(str, beyond), *_circumstances(old, new), summary])
+
+
+def _circumstances(old: Report, new: Report) -> list[str]:
+    """What else differs between the runs, which ratios may depend on."""
+    pairs = {"machine": (machine.slug(old.machine), machine.slug(new.machine)), "threads": (old.threads, new.threads)}
+    pairs |= {name: (old.versions.get(name), new.versions.get(name)) for name in {**old.versions, **new.versions}}
+    return [f"    note  {name}: {before} -> {after}" for name, (before, after) in pairs.items() if before != after]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 import time
 from pathlib import Path
 
 import torch
+
+from mtlkernels import _extension
 
 
 def cpu_model() -> str:
@@ -47,14 +51,26 @@ def describe(device: torch.device) -> dict[str, object]:
     return machine
 
 
+@functools.cache  # the results that a run writes are no change of what it measures
+def _commit() -> str:
+    """Of the clone that this is, with a mark where files differ from it; "unknown" where it is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def versions() -> dict[str, str]:
     """Of everything that the figures depend on; "absent" where it is not installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "mtlkernels"):
+    for package in ("triton", "mtlkernels", "pytorch-optimizer", "torchjd"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent" if package == "triton" else "source tree"
+            found[package] = "source tree" if package == "mtlkernels" else "absent"
+    found["commit"] = _commit()
+    found["compiler"] = _extension.build_facts().get("compiler", "absent")
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found

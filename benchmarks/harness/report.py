@@ -141,6 +141,18 @@ def limits_as_json(limits: Limits) -> dict[str, Any]:
     }
 
 
+def merged(reports: Sequence[Report]) -> Report:
+    """One report of all suites; the limits are the last ones measured, which can only have risen."""
+    first = reports[0]
+    return dataclasses.replace(
+        first,
+        suites=[name for part in reports for name in part.suites],
+        limits=next((part.limits for part in reversed(reports) if part.limits), {}),
+        rows={name: rows for part in reports for name, rows in part.rows.items()},
+        studies={name: data for part in reports for name, data in part.studies.items()},
+    )
+
+
 def save(report: Report, path: Path) -> Path:
     """Writes JSON; returns its path. Unless ``path`` ends in .json, it is a folder for ``<suite>-<machine>.json``."""
     if path.suffix != ".json":

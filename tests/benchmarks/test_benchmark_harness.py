@@ -173,7 +173,7 @@ def test_json_holds_everything_and_reads_back(report: reports.Report, tmp_path: 
     assert path.name.startswith("mixture-") and path.suffix == ".json"
     data = json.loads(path.read_text())
     assert {"cpu", "cores", "cpu_capability", "isa"} <= data["machine"].keys()
-    assert {"python", "torch", "triton", "mtlkernels"} <= data["versions"].keys()
+    assert {"python", "torch", "triton", "mtlkernels", "torchjd", "compiler", "commit"} <= data["versions"].keys()
     assert data["threads"] == torch.get_num_threads() and data["date"] and data["device"] == "cpu"
     assert {"gemm_tflops", "read_gb_s", "resident_read_gb_s", "copy_gb_s"} <= data["limits"].keys()
     for row in data["rows"]["mixture"]:
@@ -215,6 +215,32 @@ def test_command_line(report: reports.Report, tmp_path: Path, capsys: pytest.Cap
         run.main(["no-such-suite"])
     with pytest.raises(SystemExit, match="no rows left"):
         run.main(["mixture", "--workload", "Z"])
+
+
+def test_all_suites_by_one_command(
+    report: reports.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder gets a file a suite, each as soon as it is measured; a file gets all of them."""
+    first, folder = "mixture", tmp_path / "results"
+
+    def measured(cases: list[Case], *_: object) -> list[reports.Row]:
+        seen.append([path.name.split("-")[0] for path in sorted(folder.glob("*.json"))])
+        return [replace(row, workload=cases[0].workload) for row in report.rows[first]]
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(run, "run", measured)
+    assert run.main(["--json", str(folder)]) == 0
+    assert seen == [sorted(list(run.SUITES)[:count]) for count in range(len(run.SUITES))]
+    stored = {path: reports.load(path) for path in folder.glob("*.json")}
+    assert sorted(name for found in stored.values() for name in found.rows) == sorted(run.SUITES)
+    assert all(path.name == found.file_name and found.suites == list(found.rows) for path, found in stored.items())
+    capsys.readouterr()
+    together = tmp_path / "together.json"
+    assert run.main(["--json", str(together), "--compare", str(folder)]) == 0
+    assert capsys.readouterr().out.count("rows compared with") == len(run.SUITES)
+    assert reports.load(together).rows.keys() == run.SUITES.keys() == set(reports.load(together).suites)
+    assert run.main([first, "--workload", "A", "--compare", str(tmp_path)]) == 0
+    assert "nothing to compare with: there is no" in capsys.readouterr().out
 
 
 def test_workloads_are_those_of_the_documentation() -> None:

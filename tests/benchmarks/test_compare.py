@@ -70,6 +70,19 @@ def test_rows_that_one_run_lacks_are_left_out() -> None:
     assert not list(compare.changes(made({1: (4.0, 2.0)}), made({2: (4.0, 2.0)})))
 
 
+def test_what_else_differs_is_told() -> None:
+    old, new = made({1: (4.0, 2.0)}), made({1: (4.0, 2.0)})
+    new.versions = {**old.versions, "torch": "9.9", "compiler": "another"}
+    new.machine = {**old.machine, "cpu": "Some Processor"}
+    new.threads = old.threads + 1
+    *notes, summary = compare.text(old, new).splitlines()
+    assert [note.split(": ")[0] for note in notes] == [
+        f"    note  {x}" for x in ("machine", "threads", "torch", "compiler")
+    ]
+    assert notes[2].endswith("-> 9.9") and summary.startswith("1 rows compared")
+    assert len(compare.text(old, old).splitlines()) == 1
+
+
 def test_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = reports.save(made({1: (4.0, 2.0)}), tmp_path / "old.json")
     new = reports.save(made({1: (4.0, 4.0)}), tmp_path / "new.json")
