@@ -48,14 +48,15 @@ class Mixers(NamedTuple):
     few: int
 
 
-# One accumulator a gate and one for the product, of 16 or 8 registers a thread each.
+# One accumulator a gate and one for the product, of 16 or 8 registers a thread each. Registers are given outright: the
+# compiler would rather spill a few, for an occupancy that a loop fed by asynchronous copies does not need.
 MAX_FUSED_GATES = 8
 MIXING = {
-    ("half", True): Mixers(Tile(16, 32, 128, 4, 3), Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3), 6),
-    ("tf32", True): Mixers(Tile(16, 32, 64, 4, 3), Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3), 6),
+    ("half", True): Mixers(Tile(16, 32, 128, 4, 3, 255), Tile(64, 64, 64, 8, 3, 255), Tile(64, 32, 64, 8, 3, 255), 6),
+    ("tf32", True): Mixers(Tile(16, 32, 64, 4, 3, 255), Tile(64, 64, 32, 8, 3, 255), Tile(64, 32, 32, 8, 3, 255), 6),
     ("ieee", True): Mixers(Tile(16, 32, 16, 4, 2, 255), Tile(32, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 255), 8),
-    ("half", False): Mixers(Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 8, 2), 4),
-    ("tf32", False): Mixers(Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 8, 2), 4),
+    ("half", False): Mixers(Tile(16, 32, 32, 4, 2, 255), Tile(64, 32, 32, 8, 2, 255), Tile(32, 32, 32, 8, 2, 255), 4),
+    ("tf32", False): Mixers(Tile(16, 32, 32, 4, 2, 255), Tile(64, 32, 32, 8, 2, 255), Tile(32, 32, 32, 8, 2, 255), 4),
     ("ieee", False): Mixers(Tile(16, 32, 16, 4, 2, 255), Tile(32, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 255), 8),
 }
 
