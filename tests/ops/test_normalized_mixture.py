@@ -44,7 +44,9 @@ def test_every_activation(activation: str, kind: str, dtype: torch.dtype, backen
 @NORMS
 def test_rows(rows: int, kind: str, backend: str) -> None:
     make = CaseFactory(1, torch.float32)
-    check(normalized.case(make, rows, [20, 24, 16], PLE, [kind, kind], activation="silu", dropout=[0.2, 0.1]), backend)
+    # Two rows that are nearly equal make a standardization that no precision survives; a large eps bounds its slope.
+    options = {"activation": "silu", "dropout": [0.2, 0.1], "eps": [0.1, 0.1]}
+    check(normalized.case(make, rows, [20, 24, 16], PLE, [kind, kind], **options), backend)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -174,7 +176,8 @@ def test_threads_do_not_change_what_is_dropped(threads: int, backend: str) -> No
 @pytest.mark.parametrize("rate", [0.001, 0.3, 0.9, 1.0])
 def test_rates(rate: float, dtype: torch.dtype, backend: str) -> None:
     make = CaseFactory(15, dtype)
-    check(normalized.case(make, 70, [12, 33, 18], PLE, ["none", "none"], dropout=[0.1, rate]), backend)
+    options = {"activation": "silu", "dropout": [0.1, rate]}
+    check(normalized.case(make, 70, [12, 33, 18], PLE, ["none", "none"], **options), backend)
 
 
 def test_share_that_is_dropped(backend: str) -> None:
