@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from mtlkernels.nn._arguments import Style
 from mtlkernels.ops import activations as act
+from mtlkernels.ops._folding import few_rows
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import gated_mixture
+from mtlkernels.ops.normalized_mixture.norms import alike, uses_running
 from mtlkernels.routing import Routing
 
 
@@ -64,21 +66,24 @@ def watched(module: Any) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]]:
-    """For each layer the weights and biases of ``module.experts``, read now, so that they are never stale."""
+    """For each layer the weights and biases (or None) of ``module.experts``, read now, so that they are never stale."""
     rows = [
         [linear_parameters(layer) for layer in expert._modules["linears"]._modules.values()]  # type: ignore
         for expert in module._modules["experts"]._modules.values()  # type: ignore[union-attr]
     ]
     layers = list(zip(*rows, strict=True))
-    return [[w for w, _ in layer] for layer in layers], [[b for _, b in layer] for layer in layers]
+    return [[w for w, _ in layer] for layer in layers], [
+        None if layer[0][1] is None else [b for _, b in layer] for layer in layers
+    ]
 
 
 class Level(nn.Module):
     """Experts and gates of one level: ``y_k = sum_e softmax(gate_k(x))_e * expert_e(x)``.
 
-    Without batch norm and without active dropout the experts and all mixing are one :func:`mtlkernels.expert_mixture`;
-    the experts' modules are then not called, so hooks on them do not run. Otherwise the experts run as modules, and
-    :func:`mtlkernels.gated_mixture` mixes them.
+    The experts, batch norm and dropout included, and all mixing are one :func:`mtlkernels.expert_mixture`; the experts'
+    modules are then not called, so hooks on them do not run. They are called, and their outputs mixed by
+    :func:`mtlkernels.gated_mixture`, where they differ (some in training, a norm exchanged for another kind), and where
+    folding batch norm into weights that want gradients would take longer.
 
     Args:
         in_features: D, the width of every input stream.
@@ -114,21 +119,35 @@ class Level(nn.Module):
         else:
             self.gates = nn.ModuleList(_gate(in_features, gate_units, size, style) for size in self._sizes)
 
-    def fused(self) -> bool:
-        """Whether a call now takes the fused path."""
-        return not self.batch_norm and not (self.dropout > 0 and self.training)
-
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
         streams = (inputs,) if isinstance(inputs, Tensor) else inputs
-        if self.fused():
-            weights, biases = expert_parameters(self)
-            gates = self._gate_parameters(len(streams))
-            logits = self._gate_logits(streams) if gates is None else None
-            activation = self.activation
-            return expert_mixture(
-                inputs, weights, biases, logits, self.routing, activation=activation, gate_weights=gates
-            )
+        extras: dict[str, Any] = {}
+        if self.batch_norm or self.dropout > 0:
+            found = self._norms_and_dropout(streams[0])
+            if found is None:
+                return self._by_modules(streams)
+            extras = found
+        weights, biases = expert_parameters(self)
+        gates = self._gate_parameters(len(streams))
+        logits = self._gate_logits(streams) if gates is None else None
+        return expert_mixture(
+            inputs, weights, biases, logits, self.routing, activation=self.activation, gate_weights=gates, **extras
+        )
+
+    def _norms_and_dropout(self, x: Tensor) -> dict[str, Any] | None:
+        """What the op takes of the experts' norms and dropout; None where they have to run as modules."""
+        experts: Any = self.experts
+        rates = {expert.dropout.p if expert.dropout.training else 0.0 for expert in experts}
+        layers = list(zip(*(list(expert.norms) for expert in experts), strict=True))
+        if len(rates) > 1 or not all(alike(layer) for layer in layers):
+            return None
+        running = [layer for layer in layers if uses_running(layer[0])]
+        if running and few_rows(x) and any(p.requires_grad for layer in running for m in layer for p in m.parameters()):
+            return None
+        return {"norms": layers or None, "dropout": rates.pop()}
+
+    def _by_modules(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
         logits = self._gate_logits(streams)
         single = len(streams) == 1
         hidden = [

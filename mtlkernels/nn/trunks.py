@@ -50,8 +50,8 @@ class MMoE(_Trunk):
     ``level.experts.{e}.linears.{i}`` are the experts' layers. Without ``gate_units`` the rows of ``level.gates.weight``
     are the gates' one after another; otherwise gate t is ``level.gates.{t}``.
 
-    The level is one fused :func:`mtlkernels.expert_mixture`, except where ``batch_norm`` is set, or ``dropout`` in
-    training: there the experts still run as plain modules, and only the mixing is fused.
+    The level is one fused :func:`mtlkernels.expert_mixture`, with ``batch_norm`` and ``dropout`` too; hooks on experts
+    do not run then.
 
     Args:
         in_features: D, the number of input features.
@@ -146,7 +146,7 @@ class PLE(_Trunk):
     Every expert and gate of the first level reads x. Above it task t's experts and gate read that task's output of the
     level below, shared experts read the output of its shared gate, a gate over all experts that the last level does
     not have. ``levels.{l}.experts`` and ``levels.{l}.gates`` are laid out as in :class:`CGC`, the shared gate last.
-    Each level is one fused operator where that of :class:`MMoE` is.
+    Each level is one fused operator, as that of :class:`MMoE`.
 
     Args:
         in_features: D, the number of input features.

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+# Measured with experts of (256, 128): on fewer rows than this, folding with gradients takes as long as not fusing.
+FOLD_ROWS = 128
+
 
 class _Folded(NamedTuple):
     """A folded layer and what it was made of.
@@ -38,6 +41,14 @@ def may_cache() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether folding batch norm in a way that gradients flow through takes longer than what fusing saves.
+
+    Then nothing that is folded is kept, and autograd follows it: work in proportion to the weights, at each call.
+    """
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.shape[0] < FOLD_ROWS
 
 
 def wants_gradient(weight: Tensor, bias: Tensor | None, norm: Any) -> bool:

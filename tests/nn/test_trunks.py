@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from tests.ops.normalized import kept
 
 B, D, UNITS, GATE_UNITS = 13, 10, (9, 6), (5,)
 ACTIVATIONS = {
@@ -36,7 +37,8 @@ class Plain:
             for name, tensor in trunk.state_dict().items()
         }
 
-    def mlp(self, prefix: str, x: Tensor, **style: Any) -> Tensor:
+    def mlp(self, prefix: str, x: Tensor, key: int | None = None, expert: int = 0, **style: Any) -> Tensor:
+        """With ``key``, dropout's masks are those of an expert of the fused operator."""
         layer = 0
         while f"{prefix}.linears.{layer}.weight" in self.state:
             x = F.linear(
@@ -47,7 +49,12 @@ class Plain:
                 mean, var = self.state[f"{norm}.running_mean"], self.state[f"{norm}.running_var"]
                 scale, shift = self.state[f"{norm}.weight"], self.state[f"{norm}.bias"]
                 x = F.batch_norm(x, mean, var, scale, shift, training=self.trunk.training)
-            x = F.dropout(ACTIVATIONS[style["activation"]](x), style["dropout"], self.trunk.training)
+            x = ACTIVATIONS[style["activation"]](x)
+            if key is None:
+                x = F.dropout(x, style["dropout"], self.trunk.training)
+            else:
+                rate = style["dropout"]
+                x = x * kept(key, layer, expert, *x.shape, rate=rate) / (1 - rate)
             layer += 1
         return x
 
@@ -66,7 +73,9 @@ class Plain:
     ) -> list[Tensor]:
         sizes = [len(gate) for gate in gates]
         logits = [self.gate(name, k, sizes, streams[k], **style) for k in range(len(gates))]
-        experts = [self.mlp(f"{name}.experts.{e}", streams[stream], **style) for e, stream in enumerate(reads)]
+        drops = style["dropout"] > 0 and self.trunk.training
+        key = int(torch.randint(0, 2**63 - 1, (1,))) if drops else None
+        experts = [self.mlp(f"{name}.experts.{e}", streams[stream], key, e, **style) for e, stream in enumerate(reads)]
         stacked = [torch.stack([experts[e] for e in gate], 1) for gate in gates]
         return [
             (torch.softmax(weight, 1).unsqueeze(2) * seen).sum(1) for weight, seen in zip(logits, stacked, strict=True)
@@ -165,13 +174,54 @@ def test_a_level_is_one_expert_mixture(kind: str, monkeypatch: pytest.MonkeyPatc
     x = torch.randn(B, D)
     for options, training, expected in (
         ({}, True, levels),
-        ({"dropout": 0.5}, True, 0),
+        ({"dropout": 0.5}, True, levels),
         ({"dropout": 0.5}, False, levels),
-        ({"batch_norm": True}, False, 0),
+        ({"batch_norm": True}, True, levels),
     ):
         calls.clear()
         build(kind, **options).train(training)(x)
         assert len(calls) == expected, (options, training)
+
+
+@pytest.mark.parametrize("rows, fuses", [(200, True), (20, False)])
+def test_batch_norm_in_evaluation(rows: int, fuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded, unless gradients are wanted for few rows."""
+    trunk = build("mmoe", batch_norm=True, dtype=torch.float64)
+    x = torch.randn(rows, D, dtype=torch.float64)
+    trunk(x)
+    trunk.eval()
+    expected = [y.detach() for y in trunk(x)]
+    monkeypatch.setattr(nn.BatchNorm1d, "forward", None)
+    with torch.no_grad():
+        for a, b in zip(trunk(x), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    if fuses:
+        trunk(x)[0].sum().backward()
+        assert all(expert.norms[0].weight.grad is not None for expert in trunk.level.experts)
+    else:
+        with pytest.raises(TypeError, match="NoneType"):
+            trunk(x)
+
+
+@pytest.mark.parametrize("change", ["norm", "mode", "dropout"])
+def test_experts_that_differ_run_as_modules(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = build("mmoe", batch_norm=True, dropout=0.5, dtype=torch.float64)
+    experts = trunk.level.experts
+    if change == "norm":
+        experts[1].norms[0] = nn.GroupNorm(3, UNITS[0], dtype=torch.float64)
+    elif change == "mode":
+        experts[1].norms[0].eval()
+    else:
+        experts[1].dropout.p = 0.0
+    x = torch.randn(B, D, dtype=torch.float64)
+    torch.manual_seed(0)
+    found = trunk(x)
+    torch.manual_seed(0)
+    logits = trunk.level.gates(x).split(4, 1)
+    hidden = torch.stack([expert(x) for expert in experts], 1)
+    expected = [(logit.softmax(1)[:, :, None] * hidden).sum(1) for logit in logits]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_gates_of_one_stream_are_one_matrix() -> None:

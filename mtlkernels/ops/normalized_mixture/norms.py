@@ -65,9 +65,16 @@ def _check_layer(name: str, entry: Any, width: int, routing: Routing, x: Tensor)
         _check_module(f"{name}[{e}]", module, width, x)
         if module.eps != modules[0].eps:
             raise ValueError(f"{name}[{e}] must have the eps of {name}[0], {modules[0].eps}, got {module.eps}")
-        if _running(module) != _running(modules[0]):
+        if uses_running(module) != uses_running(modules[0]):
             raise ValueError(f"{name} must all use the batch's statistics or all running ones, got both")
-    return Norm(_CODES[type(modules[0])], float(modules[0].eps), _running(modules[0]), tuple(modules))
+    return Norm(_CODES[type(modules[0])], float(modules[0].eps), uses_running(modules[0]), tuple(modules))
+
+
+def alike(modules: Sequence[Any]) -> bool:
+    """Whether the norms of a layer can be taken together: of one kind, one eps, and one source of statistics."""
+    if any(type(module) not in _CODES for module in modules):
+        return False
+    return len({(type(module), module.eps, uses_running(module)) for module in modules}) == 1
 
 
 def _check_module(name: str, module: Any, width: int, x: Tensor) -> None:
@@ -87,7 +94,7 @@ def _check_module(name: str, module: Any, width: int, x: Tensor) -> None:
         check_like(f"{name}.{part}", tensor, "inputs", x)
 
 
-def _running(module: Any) -> bool:
+def uses_running(module: Any) -> bool:
     """Whether a norm uses running statistics, as PyTorch decides it."""
     return type(module) is nn.BatchNorm1d and not (module.training or module.running_mean is None)
 
