@@ -10,6 +10,7 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import random_expert_mixture, random_gated_mixture
+from tests.ops import normalized
 from tests.ops.definition import assert_agrees, reference_op
 from tests.ops.snr_cases import random_snr_aver, random_snr_trans
 
@@ -24,6 +25,14 @@ def test_expert_mixture(seed: int, isa: str, dtype: torch.dtype) -> None:
     case = random_expert_mixture(seed, dtype)
     with _extension.instruction_set(isa), mk.use_backend("cpp"):
         assert_agrees(mk.expert_mixture, case, functools.partial(reference_op, mk.expert_mixture), 1)
+
+
+@pytest.mark.parametrize("isa", LOWER)
+@pytest.mark.parametrize("seed", range(1000, 1008))
+def test_normalized_mixture(seed: int, isa: str, dtype: torch.dtype) -> None:
+    case = normalized.random_case(seed, dtype)
+    with _extension.instruction_set(isa), mk.use_backend("cpp"):
+        assert_agrees(normalized.fused, case, normalized.by_reference, 1, normalized.definition, 5.0)
 
 
 @pytest.mark.parametrize("isa", LOWER)
