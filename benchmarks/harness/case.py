@@ -108,6 +108,7 @@ class Case:
         memory: whether the peak memory of a call is measured.
         launches: what each launch of our kernels has to do, in their order, where the device is a GPU.
         rounds: of timing that are enough where a call takes seconds; by default what the budget asks for.
+        seconds: of timing that are enough, where a suite has many rows; by default what the budget has.
     """
 
     workload: str
@@ -122,6 +123,7 @@ class Case:
     memory: bool = False
     launches: Callable[[torch.device], Sequence[Launch]] | None = None
     rounds: int | None = None
+    seconds: float | None = None
 
     @property
     def dtype_name(self) -> str:

@@ -43,6 +43,8 @@ def run_case(case: Case, device: torch.device, budget: Budget) -> Row:
     outcomes, steps = check(bench, case.dtype, memory=device if case.memory else None)
     if case.rounds is not None:
         budget = dataclasses.replace(budget, min_rounds=min(budget.min_rounds, case.rounds))
+    if case.seconds is not None:
+        budget = dataclasses.replace(budget, seconds=min(budget.seconds, case.seconds))
     timings = interleaved(steps, device, budget) if steps else {}
     for name, timing in timings.items():
         outcomes[name].timing = timing
