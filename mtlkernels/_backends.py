@@ -15,9 +15,7 @@ from mtlkernels import _extension
 
 OPS = ("gated_mixture", "expert_mixture", "normalized_mixture", "pcgrad", "snr_trans", "snr_aver")
 # Ops whose Triton kernels leave float64 to the reference.
-_TRITON_WITHOUT_FLOAT64 = ("gated_mixture", "expert_mixture", "snr_trans", "snr_aver")
-# Ops without Triton kernels.
-_WITHOUT_TRITON = ("normalized_mixture",)
+_TRITON_WITHOUT_FLOAT64 = ("gated_mixture", "expert_mixture", "normalized_mixture", "snr_trans", "snr_aver")
 # Ops that have CUDA C++ kernels.
 _CUDA = ("pcgrad",)
 BACKENDS = ("cpp", "cuda", "triton", "reference")
@@ -61,17 +59,13 @@ def backends() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def _on_cpu(op: str) -> tuple[str, ...]:
-    found = {"cpp": has_cpp(op), "reference": True, "triton": _takes_triton(op) and interpreting()}
+    found = {"cpp": has_cpp(op), "reference": True, "triton": has_triton() and interpreting()}
     return tuple(name for name, there in found.items() if there)
 
 
 def _on_cuda(op: str) -> tuple[str, ...]:
-    found = {"cuda": has_cuda(op), "triton": _takes_triton(op), "reference": True}
+    found = {"cuda": has_cuda(op), "triton": has_triton(), "reference": True}
     return tuple(name for name, there in found.items() if there)
-
-
-def _takes_triton(op: str) -> bool:
-    return has_triton() and op not in _WITHOUT_TRITON
 
 
 @contextmanager
@@ -136,7 +130,7 @@ def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Calla
         if _forced == "cuda" or module.takes(direction, args):
             function: Callable[..., Any] = getattr(module, direction)
             return function
-    if not _takes_triton(op) or (op in _TRITON_WITHOUT_FLOAT64 and _first_tensor(args).dtype == torch.float64):
+    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and _first_tensor(args).dtype == torch.float64):
         return reference_implementation(op, direction)
     return triton_implementation(op, direction)
 

@@ -48,11 +48,11 @@ def kept(key: int, layer: int, expert: int, rows: int, width: int, rate: float) 
     return torch.from_numpy(word >= np.uint64(round(rate * 2**32)))
 
 
-def drawn_seed() -> int:
+def drawn_seed(device: torch.device) -> int:
     """The seed that a call with dropout draws; leaves the generator, of which noise at kinks comes, alone."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
-        return int(torch.randint(0, 2**63 - 1, (1,)))
+        return int(torch.randint(0, 2**63 - 1, (1,), device=device))
 
 
 def _standardized(x: Tensor, dim: int, eps: float) -> Tensor:
@@ -76,7 +76,7 @@ def definition(
     kink_noise: float = 0.0,
 ) -> list[Tensor]:
     """Every expert by itself, x <- dropout(activation(norm(x W^T + b))) a layer, then the mixture."""
-    key = drawn_seed()
+    key = drawn_seed(weights[0][0].device)
     live = sorted({e for gate in routing.gate_experts for e in gate})
     outputs = []
     for e, stream in enumerate(routing.expert_inputs):
@@ -91,7 +91,7 @@ def definition(
                 x = x * scales[layer][e] + shifts[layer][e]
             x = (with_noise_at_kink(name, kink_noise) if kink_noise and name in KINKED else FORMULAS[name])(x)
             if rate > 0 and e in live:
-                mask = kept(key, layer, live.index(e), *x.shape, rate=rate)
+                mask = kept(key, layer, live.index(e), *x.shape, rate=rate).to(x.device)
                 x = x * mask * (1 / (1 - rate) if rate < 1 else 0.0)
         outputs.append(x)
     return [y.to(outputs[0].dtype) for y in mix(outputs, gate_logits, routing)]
@@ -112,7 +112,7 @@ def by_pytorch(
     dropout: Sequence[float],
 ) -> list[Tensor]:
     """What a user would write: PyTorch's own layers one after another, with the same masks."""
-    key = drawn_seed()
+    key = drawn_seed(weights[0][0].device)
     live = sorted({e for gate in routing.gate_experts for e in gate})
     outputs = []
     for e in live:
@@ -126,7 +126,7 @@ def by_pytorch(
                 x = F.layer_norm(x, x.shape[1:], *affine, eps=eps[layer])
             x = act.activate(act.CODES[name], x)
             if rate > 0:
-                mask = kept(key, layer, live.index(e), *x.shape, rate=rate)
+                mask = kept(key, layer, live.index(e), *x.shape, rate=rate).to(x.device)
                 x = x * mask * (1 / (1 - rate) if rate < 1 else 0.0)
         outputs.append(x)
     gates = tuple(tuple(live.index(e) for e in gate) for gate in routing.gate_experts)

@@ -9,6 +9,7 @@ memory, and the number of tensor-core instructions. Fails if anything spills, or
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -32,6 +33,9 @@ from mtlkernels.ops.expert_mixture import triton_kernels as experts
 from mtlkernels.ops.expert_mixture import triton_tiles as tiles
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture import triton_kernels as mixtures
+from mtlkernels.ops.normalized_mixture import triton_gradients as norm_gradients
+from mtlkernels.ops.normalized_mixture import triton_kernels as norms
+from mtlkernels.ops.normalized_mixture import triton_tiles as norm_tiles
 from mtlkernels.ops.pcgrad import triton as pcgrad
 from mtlkernels.ops.pcgrad import triton_gram as grams
 from mtlkernels.ops.pcgrad import triton_kernels as projections
@@ -39,7 +43,7 @@ from mtlkernels.ops.snr_aver import triton_kernels as averages
 from mtlkernels.ops.snr_trans import triton as routes
 from mtlkernels.ops.snr_trans import triton_kernels as transforms
 
-MODULES = (experts, gradients, mixtures, grams, projections, transforms, averages)
+MODULES = (experts, gradients, mixtures, norms, norm_gradients, grams, projections, transforms, averages)
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # dtype and input_precision of every product.
@@ -52,7 +56,13 @@ FORWARD_CODES = (CODES["gelu"],)
 BACKWARD_CODES = (CODES["tanh"], CODES["gelu"])
 TASKS = (*range(1, 9), 12, 16, 32, 64)  # every size of a group, and of a projection
 # The types of a kernel's arguments but for those that are i32.
+DROPOUT = {"table": "*i64", "threshold": "i64", "factor": "fp32", "eps": "fp32"}
 ARGUMENTS = {
+    "normalized_layer": DROPOUT,
+    "normalize": DROPOUT,
+    "norm_sums": DROPOUT,
+    "preactivation_gradient": DROPOUT,
+    "layer_norm_gradient": DROPOUT,
     "mix_backward": {"table": "*i64", "weights": "*fp32", "inner": "*fp32"},
     "gram_chunks": {"table": "*i64", "parts": "*fp64"},
     "gram_sum": {"parts": "*fp64", "gram": "*fp64"},
@@ -114,6 +124,7 @@ def every_variant(
     Of the numbers of gates that a tile serves, the fewest and the most unless ``every_gate``.
     """
     yield from mixture_variants(forward_codes, backward_codes, every_gate)
+    yield from norm_variants(forward_codes, backward_codes)
     yield from pcgrad_variants()
     yield from snr_variants()
 
@@ -164,6 +175,35 @@ def mixture_variants(
                 yield made("weight_gradient", tiles.WEIGHT_GRADIENT[key], dtype, **common, **what)
 
 
+def norm_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
+    """Every configuration of the normalized mixture's kernels, with dropout, which takes registers."""
+    yield Variant("batch_statistics", norm_tiles.TOTALS, ())
+    for dtype in TORCH_DTYPES:
+        yield Variant("norm_totals", norm_tiles.TOTALS, (("SCALES", dtype),))
+    for aligned in (True, False):
+        values, sums = norm_tiles.VALUES[aligned], norm_tiles.SUMS[aligned]
+        for dtype, norm in itertools.product(TORCH_DTYPES, (0, 1, 2)):
+            common: tuple[tuple[str, Any], ...] = (("DTYPE", dtype), ("ALIGNED", aligned))
+            styles = (*common, ("SCALES", "fp32"), ("DROPS", True))
+            if norm == 2:
+                yield Variant("layer_statistics", values, common)
+            for code in forward_codes:
+                yield Variant("normalize", values, (*styles, ("NORM", norm), ("CODE", code)))
+            for code in backward_codes:
+                what = (*styles, ("CODE", code), ("FROM_INPUT", from_input(code)))
+                yield Variant("norm_sums", sums, (*what, ("NORM", norm)))
+                if norm == 2:
+                    yield Variant("layer_norm_gradient", values, what)
+                else:
+                    yield Variant("preactivation_gradient", values, (*what, ("NORM", norm)))
+        for (dtype, precision), norm, statistics in itertools.product(OPERANDS, (0, 1, 2), (True, False)):
+            tile = norm_tiles.LAYER[tiles.operands(TORCH_DTYPES[dtype], precision), aligned]
+            common = (("DTYPE", dtype), ("ALIGNED", aligned), ("PRECISION", precision), ("UPCAST", False))
+            for code, drops in (*((code, True) for code in forward_codes), (0, False)):
+                what = (("SCALES", "fp32"), ("NORM", norm), ("CODE", code), ("DROPS", drops))
+                yield Variant("normalized_layer", tile, (*common, *what, ("STATISTICS", statistics)))
+
+
 def pcgrad_variants() -> Iterator[Variant]:
     """Every configuration of PCGrad's kernels, for products in float64 and in float32."""
     for dtype, torch_dtype in (TORCH_DTYPES | {"fp64": torch.float64}).items():
@@ -201,7 +241,7 @@ def compile_variant(variant: Variant, architecture: int) -> Usage:
     kernel = next(found for m in MODULES if (found := getattr(m, variant.kernel, None)) is not None)
     tile = variant.tile
     values = dict(variant.constants) | {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    constants = {name: DTYPES.get(v, v) if name in ("DTYPE", "LOGITS") else v for name, v in values.items()}
+    constants = {name: DTYPES.get(v, v) if name in ("DTYPE", "LOGITS", "SCALES") else v for name, v in values.items()}
     types = ARGUMENTS.get(variant.kernel, {"table": "*i64"})
     signature = {
         parameter.name: "constexpr" if parameter.is_constexpr else types.get(parameter.name, "i32")

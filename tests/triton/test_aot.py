@@ -12,9 +12,26 @@ pytestmark = [
     pytest.mark.skipif(not (aot.TOOLS / "ptxas").exists(), reason="this Triton has no ptxas"),
     pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler"),
 ]
-PRODUCTS = ("layer_forward", "last_forward", "input_gradient", "weight_gradient", "route_sum", "route_products")
+PRODUCTS = (
+    "layer_forward",
+    "last_forward",
+    "normalized_layer",
+    "input_gradient",
+    "weight_gradient",
+    "route_sum",
+    "route_products",
+)
+NORMS = (
+    "batch_statistics",
+    "layer_statistics",
+    "normalize",
+    "norm_sums",
+    "norm_totals",
+    "preactivation_gradient",
+    "layer_norm_gradient",
+)
 PCGRAD = ("gram_chunks", "gram_sum", "project_tasks", "combine_chunks")
-KERNELS = ("mix_forward", "mix_backward", "open_routes", "average_sum", "route_dots", *PRODUCTS, *PCGRAD)
+KERNELS = ("mix_forward", "mix_backward", "open_routes", "average_sum", "route_dots", *PRODUCTS, *NORMS, *PCGRAD)
 
 
 def size(GROUP: int = 0, GATES: int = 0, SPLIT: bool = False, **others: object) -> tuple[int, ...]:  # noqa: N803

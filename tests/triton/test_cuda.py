@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 from mtlkernels import Routing, expert_mixture, hard_concrete, snr_aver, snr_trans  # noqa: E402
-from tests.triton import snr  # noqa: E402
+from tests.triton import norms, snr  # noqa: E402
 from tests.triton.cases import Case, arguments, cases, check_expert_mixture, check_gated_mixture  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -47,6 +47,21 @@ def test_gated_mixture(case: Case) -> None:
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4))[:-1], ids=str)
 def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool, bool]) -> None:
     check_expert_mixture(SMALL, "cuda", needs)
+
+
+@pytest.mark.parametrize("name", norms.cases())
+def test_normalized_mixture(name: str, tf32: bool) -> None:
+    norms.check(name, "cuda", scale=8)
+
+
+@pytest.mark.parametrize("needs", [tuple(i == j for i in range(5)) for j in range(5)], ids=str)
+def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...]) -> None:
+    norms.check_gradients_asked_for(needs, "cuda")
+
+
+def test_running_statistics() -> None:
+    for found, expected in zip(*norms.statistics("cuda"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", snr.cases())

@@ -68,27 +68,27 @@ def backward(
     )
     runs = [run_mixture] if need_experts or need_logits else []
     grad_inputs = [x.new_empty(stream.shape) for stream in inputs] if need_inputs else []
-    alone = _groups(table, range(num_experts), num_experts)
+    alone = groups_of(table, range(num_experts), num_experts)
     for layer in range(last, 0, -1) if need_experts else ():
         operands = (at_grads[layer], at_weights + layer * num_experts)
         again = at_below[layer - 1] if below[layer - 1] is not None else None
         outputs = (at_grads[layer - 1], at_saved[layer - 1], again)
-        runs.append(_inputs(level, table, layer, activations[layer - 1], operands, alone, outputs))
+        runs.append(inputs_gradient(level, table, layer, activations[layer - 1], operands, alone, outputs))
     if need_inputs:
-        groups = _groups(table, expert_inputs, len(inputs))
+        groups = groups_of(table, expert_inputs, len(inputs))
         outputs = (table.pointers(grad_inputs), 0, None)
-        runs.append(_inputs(level, table, 0, 0, (at_grads[0], at_weights), groups, outputs))
+        runs.append(inputs_gradient(level, table, 0, 0, (at_grads[0], at_weights), groups, outputs))
     read = [table.pointers(inputs[stream] for stream in expert_inputs)]
     read += [at_saved[i] if below[i] is None else at_below[i] for i in range(last)]
     grad_weights = [x.new_empty(weight.shape) for weight in weights] if need_weights else []
     grad_biases = [x.new_empty(weight.shape[0]) for weight in weights] if need_biases else []
     if need_weights or need_biases:
-        runs.append(_parameters(level, table, at_grads, read, grad_weights, grad_biases))
+        runs.append(parameters_gradient(level, table, at_grads, read, grad_weights, grad_biases))
     execute(table, x, runs)
     return grad_inputs, grad_weights, grad_biases, grad_logits
 
 
-def _groups(table: Table, owners: Sequence[int], count: int) -> Groups:
+def groups_of(table: Table, owners: Sequence[int], count: int) -> Groups:
     """Appends, for each group, an offset, and one more, then the experts of all groups; ``owners`` has theirs."""
     sizes = [0] * count
     for owner in owners:
@@ -98,7 +98,7 @@ def _groups(table: Table, owners: Sequence[int], count: int) -> Groups:
     return start, sizes
 
 
-def _inputs(
+def inputs_gradient(
     level: Level,
     table: Table,
     layer: int,
@@ -144,7 +144,7 @@ def _inputs(
     return run
 
 
-def _parameters(
+def parameters_gradient(
     level: Level,
     table: Table,
     grads: Sequence[int],

@@ -1,0 +1,253 @@
+# mypy: ignore-errors
+"""Kernels of the normalized mixture's backward pass: from the gradient of a layer's output to its pre-activations'.
+
+With s the standardized pre-activation, g the gradient of ``s * scale + shift``, and means over what the statistics were
+taken of: dz = rstd * (g * scale - mean(g * scale) - s * mean(g * scale * s)). Without a norm, dz is g.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mtlkernels.ops._triton_functions import pointer, whole
+from mtlkernels.ops.normalized_mixture.triton_functions import affine, norm_gradient, row_statistics
+from mtlkernels.ops.normalized_mixture.triton_kernels import corner_of
+
+
+@triton.jit(
+    do_not_specialize=[
+        "values",
+        "grads",
+        "norm",
+        "seed",
+        "parts",
+        "num_experts",
+        "num_rows",
+        "width",
+        "layer",
+        "threshold",
+    ]
+)
+def norm_sums(
+    table,
+    values,
+    grads,
+    norm,
+    seed,
+    parts,
+    num_experts,
+    num_rows,
+    width,
+    layer,
+    threshold,
+    factor,
+    eps,
+    DTYPE: tl.constexpr,
+    SCALES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NORM: tl.constexpr,
+    CODE: tl.constexpr,
+    FROM_INPUT: tl.constexpr,
+    DROPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``parts`` [row block, expert, 2, width]: sums of g and of g s over the rows of a block, DEPTH tiles of them."""
+    width = whole(width, ALIGNED)
+    e, block, first, first_column, left_rows, left_columns = corner_of(
+        num_experts, num_rows, width, ROWS * DEPTH, COLUMNS
+    )
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    there = columns < left_columns
+    values = pointer(table, values + e, DTYPE, ALIGNED) + first_column
+    grads = pointer(table, grads + e, DTYPE, ALIGNED) + first_column
+    shifts = tl.zeros((ROWS, COLUMNS), tl.float32)
+    scales = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for i in range(DEPTH):
+        start = first + i * ROWS
+        inside = start + rows < num_rows
+        mask = inside[:, None] & there[None, :]
+        offsets = start * width + rows[:, None] * width + columns[None, :]
+        z = tl.load(values + offsets, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grads + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean, rstd = row_statistics(table, norm, e, num_experts, start, rows, inside, eps, NORM, ROWS)
+        g, s = norm_gradient(
+            grad, z, table, norm, seed, layer, e, num_experts, start, first_column, first_column + columns, there,
+            mean, rstd, eps, threshold, factor, SCALES, NORM, CODE, FROM_INPUT, DROPS, ROWS, COLUMNS,
+        )  # fmt: skip
+        g = tl.where(mask, g, 0.0)
+        shifts += g
+        scales += g * tl.where(mask, s, 0.0)
+    at = (block.to(tl.int64) * num_experts + e) * 2 * width + first_column
+    part = pointer(table, parts, tl.float32, ALIGNED) + at + columns
+    tl.store(part, tl.sum(shifts, 0), mask=there)
+    tl.store(part + width, tl.sum(scales, 0), mask=there)
+
+
+@triton.jit(do_not_specialize=["parts", "totals", "outputs", "num_experts", "num_blocks", "width"])
+def norm_totals(
+    table,
+    parts,
+    totals,
+    outputs,
+    num_experts,
+    num_blocks,
+    width,
+    SCALES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The sums over all row blocks: ``totals`` [expert, 2, width], and the gradients of scales and shifts.
+
+    ``outputs`` holds their addresses, scales first; a null is not wanted.
+    """
+    e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, 1, width, 1, COLUMNS)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    there = columns < left_columns
+    stride = (tl.zeros((), tl.int64) + num_experts) * 2 * width
+    part = pointer(table, parts, tl.float32, False) + e * 2 * width + first_column
+    part = part + rows[:, None] * stride + columns[None, :]
+    total = pointer(table, totals, tl.float32, False) + e * 2 * width + first_column + columns
+    for which in tl.static_range(2):
+        at = part + which * width
+        value = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for b in range(0, num_blocks, ROWS):
+            value += tl.load(at, mask=(b + rows < num_blocks)[:, None] & there[None, :], other=0.0)
+            at += stride * ROWS
+        result = tl.sum(value, 0)
+        tl.store(total + which * width, result, mask=there)
+        address = tl.load(table + outputs + (1 - which) * num_experts + e)
+        if address != 0:
+            out = address.to(tl.pointer_type(SCALES)) + first_column + columns
+            tl.store(out, result.to(SCALES), mask=there)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "values",
+        "grads",
+        "norm",
+        "seed",
+        "totals",
+        "num_experts",
+        "num_rows",
+        "width",
+        "layer",
+        "threshold",
+    ]
+)
+def preactivation_gradient(
+    table,
+    values,
+    grads,
+    norm,
+    seed,
+    totals,
+    num_experts,
+    num_rows,
+    width,
+    layer,
+    threshold,
+    factor,
+    eps,
+    DTYPE: tl.constexpr,
+    SCALES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NORM: tl.constexpr,
+    CODE: tl.constexpr,
+    FROM_INPUT: tl.constexpr,
+    DROPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The gradient of the pre-activations in the place of that of the outputs; no norm, or a batch norm."""
+    width = whole(width, ALIGNED)
+    e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, num_rows, width, ROWS, COLUMNS)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = rows < left_rows
+    there = columns < left_columns
+    mask = inside[:, None] & there[None, :]
+    offsets = first * width + first_column + rows[:, None] * width + columns[None, :]
+    z = tl.load(pointer(table, values + e, DTYPE, ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32)
+    at = pointer(table, grads + e, DTYPE, ALIGNED) + offsets
+    grad = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    mean, rstd = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, 0, ROWS)
+    g, s = norm_gradient(
+        grad, z, table, norm, seed, layer, e, num_experts, first, first_column, first_column + columns, there,
+        mean, rstd, eps, threshold, factor, SCALES, NORM, CODE, FROM_INPUT, DROPS, ROWS, COLUMNS,
+    )  # fmt: skip
+    if NORM:
+        scale, shift = affine(table, norm, e, num_experts, first_column + columns, there, SCALES, COLUMNS)
+        address = pointer(table, norm + num_experts + e, tl.float32, False) + first_column + columns
+        scale = scale / tl.sqrt_rn(tl.load(address, mask=there, other=1.0) + eps)
+        total = pointer(table, totals, tl.float32, ALIGNED) + e * 2 * width + first_column + columns
+        shifts = tl.load(total, mask=there, other=0.0) / num_rows
+        scales = tl.load(total + width, mask=there, other=0.0) / num_rows
+        g = scale[None, :] * (g - shifts[None, :] - s * scales[None, :])
+    tl.store(at, g.to(DTYPE), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["values", "grads", "norm", "seed", "num_experts", "num_rows", "width", "layer", "threshold"]
+)
+def layer_norm_gradient(
+    table,
+    values,
+    grads,
+    norm,
+    seed,
+    num_experts,
+    num_rows,
+    width,
+    layer,
+    threshold,
+    factor,
+    eps,
+    DTYPE: tl.constexpr,
+    SCALES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CODE: tl.constexpr,
+    FROM_INPUT: tl.constexpr,
+    DROPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Likewise behind a layer norm: first a pass for means."""
+    width = whole(width, ALIGNED)
+    e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, num_rows, 1, ROWS, 1)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = rows < left_rows
+    offsets = first * width + rows[:, None] * width + columns[None, :]
+    values = pointer(table, values + e, DTYPE, ALIGNED) + offsets
+    grads = pointer(table, grads + e, DTYPE, ALIGNED) + offsets
+    mean, rstd = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, 2, ROWS)
+    means = tl.zeros((ROWS,), tl.float32)
+    products = tl.zeros((ROWS,), tl.float32)
+    for last_pass in tl.static_range(2):
+        for k in range(0, width, COLUMNS):
+            there = columns < width - k
+            mask = inside[:, None] & there[None, :]
+            z = tl.load(values + k, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(grads + k, mask=mask, other=0.0).to(tl.float32)
+            start = tl.zeros((), tl.int64) + k
+            g, s = norm_gradient(
+                grad, z, table, norm, seed, layer, e, num_experts, first, start, k + columns, there,
+                mean, rstd, eps, threshold, factor, SCALES, 2, CODE, FROM_INPUT, DROPS, ROWS, COLUMNS,
+            )  # fmt: skip
+            scale, shift = affine(table, norm, e, num_experts, k + columns, there, SCALES, COLUMNS)
+            g = tl.where(mask, g * scale[None, :], 0.0)
+            if last_pass:
+                g = rstd[:, None] * (g - (means / width)[:, None] - s * (products / width)[:, None])
+                tl.store(grads + k, g.to(DTYPE), mask=mask)
+            else:
+                means += tl.sum(g, 1)
+                products += tl.sum(g * s, 1)

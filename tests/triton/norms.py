@@ -1,0 +1,109 @@
+"""Cases for the normalized mixture's Triton kernels; for the interpreter and for GPUs alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mtlkernels as mk
+from mtlkernels.testing import Case, CaseFactory, evaluate
+from tests.ops import normalized
+from tests.ops.definition import assert_agrees
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+PLE = mk.Routing.cgc(2, 2, 1, shared_gate=True)
+Make = Callable[[str], Case]
+# As in tests/ops/test_normalized_mixture.py: a norm divides by a spread that rounding moves.
+FACTOR = 5.0
+
+
+def _case(
+    dtype: torch.dtype, rows: int, widths: list[int], kinds: list[str], layout: str = "contiguous", **options: Any
+) -> Make:
+    options = {"activation": "silu", "eps": [0.1] * len(kinds), "routing": PLE, **options}
+
+    def make(device: str) -> Case:
+        factory = CaseFactory(0, dtype, device=device, layouts=[layout])
+        return normalized.case(factory, rows, widths, options["routing"], kinds, **_without_routing(options))
+
+    return make
+
+
+def _without_routing(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "routing"}
+
+
+def cases(scale: int = 1) -> dict[str, Make]:
+    """Small sizes for the interpreter; on a GPU, ``scale`` makes the batches of the larger ones larger."""
+    both, mixed = ["batch", "batch"], ["layer", "batch"]
+    found = {
+        "aligned": _case(F32, 150 * scale, [32, 48, 16], both),
+        "aligned_dropout": _case(F32, 70 * scale, [32, 48, 16], mixed, dropout=[0.3, 0.1]),
+        "odd": _case(F32, 67 * scale, [33, 21, 19], both, dropout=[0.0, 0.5]),
+        "odd_layer_norm": _case(F32, 37 * scale, [33, 75, 19], ["layer", "layer"], dropout=[0.2, 0.0]),
+        "dropout_alone": _case(F32, 37, [20, 70, 10], ["none", "none"], dropout=[0.3, 0.9]),
+        "everything_dropped": _case(F32, 9, [5, 6], ["none"], dropout=[1.0]),
+        "two_rows": _case(F32, 2, [7, 5], ["batch"]),
+        "one_row": _case(F32, 1, [7, 5, 4], ["layer", "none"], dropout=[0.1, 0.1]),
+        "no_rows": _case(F32, 0, [7, 6, 5], ["layer", "none"], dropout=[0.1, 0.0]),
+        "three_layers": _case(
+            F32, 40, [16, 32, 48, 16], ["batch", "none", "layer"], activation=["relu", "gelu", "tanh"]
+        ),
+        "no_scales": _case(F32, 35, [12, 16, 9], mixed, affine=[False, False]),
+        "some_scales": _case(F32, 35, [12, 16, 9], mixed, affine=[False, True], biases=[True, False]),
+        "many_blocks_of_rows": _case(F32, 140 * scale, [8, 70], ["batch"], eps=[1e-5]),
+        "strided": _case(F32, 35, [16, 32, 16], mixed, "strided", dropout=[0.5, 0.0]),
+        "unaligned": _case(F32, 35, [16, 32, 16], mixed, "offset"),
+        "many_gates": _case(F32, 20, [8, 12], ["batch"], routing=mk.Routing.mmoe(3, 10)),
+        "bf16": _case(BF16, 70 * scale, [32, 48, 16], both, dropout=[0.1, 0.0]),
+        "bf16_odd": _case(BF16, 37, [19, 21, 9], mixed, dropout=[0.0, 0.2]),
+        "f16": _case(F16, 70 * scale, [32, 48, 16], mixed),
+        "f16_odd": _case(F16, 37, [19, 21, 9], both, dropout=[0.2, 0.2]),
+    }
+    for kind in ("batch", "layer"):
+        for name in ("none", "relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid"):
+            found[f"{kind}_{name}"] = _case(F32, 18, [10, 12, 9], [kind, kind], activation=name)
+    return found
+
+
+def check(name: str, device: str, scale: int = 1) -> None:
+    """Outputs and gradients against the definition in float64, judged by the reference's error."""
+    case = cases(scale)[name](device)
+    with mk.use_backend("triton"):
+        assert_agrees(normalized.fused, case, normalized.by_reference, 1, normalized.definition, FACTOR)
+
+
+def check_gradients_asked_for(needs: tuple[bool, ...], device: str) -> None:
+    """Each set of gradients alone, in the reference's form."""
+    case = cases()["some_scales"](device)
+    names = ("inputs", "weights", "biases", "scales", "gate_logits")
+    wanted = {name for name, need in zip(names, needs, strict=True) if need}
+    if "scales" in wanted:
+        wanted.add("shifts")
+    for name, leaves in case.leaves().items():
+        for leaf in leaves:
+            leaf.requires_grad_(name.partition("[")[0] in wanted)
+    with mk.use_backend("triton"):
+        got = evaluate(normalized.fused, case)
+    with mk.use_backend("reference"):
+        expected = evaluate(normalized.fused, case)
+    assert got.keys() == expected.keys()
+    for name, group in got.items():
+        for a, b in zip(group, expected[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def statistics(device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Running statistics of norms after a step by the kernels, and by PyTorch's module."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(300, 16, generator=generator) + 100).to(device)
+    weight = torch.randn(2, 20, 16, generator=generator).to(device)
+    norms, others = ([torch.nn.BatchNorm1d(20).to(device) for _ in range(2)] for _ in range(2))
+    with mk.use_backend("triton"):
+        mk.expert_mixture(x, [weight], None, torch.zeros(300, 2, device=device), mk.Routing.mmoe(2, 1), norms=[norms])
+    for e, other in enumerate(others):
+        other(x @ weight[e].t())
+    return tuple([b for norm in each for b in norm.buffers()] for each in (norms, others))  # type: ignore[return-value]
