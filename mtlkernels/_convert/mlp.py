@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mtlkernels._convert.folding import fold, may_cache, wants_gradient
 from mtlkernels.nn.level import linear_parameters
 from mtlkernels.ops import activations as act
+from mtlkernels.ops._folding import FOLD_ROWS
 
 ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
@@ -21,8 +22,6 @@ ACTIVATIONS: dict[type, str] = {
 }
 
 
-# Measured with experts of (256, 128): on fewer rows than this, folding takes as long as the library's own evaluation.
-FOLD_ROWS = 128
 # Of torch-rechub's and deepctr-torch's PLE: on fewer rows than this, training with batch norm is as fast by modules.
 NORM_ROWS = 16
 

@@ -20,6 +20,9 @@ from mtlkernels import use_backend
 from mtlkernels._backends import interpreting
 from mtlkernels.ops.expert_mixture import triton_work
 from mtlkernels.ops.expert_mixture.triton_work import Shape, Work
+from mtlkernels.testing import evaluate
+from tests.ops import normalized
+from tests.triton import norms
 from tests.triton.cases import Case, arguments, poisoned, split_into
 from tests.triton.launches import Launch, last_program_first, launched
 
@@ -50,6 +53,25 @@ def test_launches_of_a_step(layers: int, gates: int) -> None:
     assert [launch.kernel for launch in found] == forward + ["mix_backward"] + ["input_gradient"] * layers + [
         "weight_gradient"
     ]
+
+
+def test_launches_of_norms() -> None:
+    """Two launches a layer forward, and what the last layer gives; backward two or three a layer for its norm."""
+    case = norms.cases()["aligned_dropout"]("cpu")
+    with use_backend("triton"), launched() as found:
+        evaluate(normalized.fused, case)
+    forward = [
+        "normalized_layer",
+        "layer_statistics",
+        "normalized_layer",
+        "batch_statistics",
+        "normalize",
+        "mix_forward",
+    ]
+    backward = ["normalize", "normalize", "mix_backward"]
+    backward += ["norm_sums", "norm_totals", "preactivation_gradient", "input_gradient"]
+    backward += ["norm_sums", "norm_totals", "layer_norm_gradient", "input_gradient", "weight_gradient"]
+    assert [launch.kernel for launch in found] == forward + backward
 
 
 def test_more_gates_take_one_launch_more() -> None:

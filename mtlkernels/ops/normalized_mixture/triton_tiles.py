@@ -1,7 +1,7 @@
 """The launch configurations of the normalized mixture's kernels: fixed, and reasoned rather than tuned.
 
 As those of the expert mixture they keep every kernel within 255 registers a thread without spilling. A product whose
-first operand passes through registers, to be normalized there, has less room: blocks of 64 rows.
+first operand passes through registers, to be normalized there, has less room: its steps along the depth are shorter.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from mtlkernels.ops._triton import Tile
 
 LAYER = {
-    ("half", True): Tile(128, 128, 32, 8, 3),
+    ("half", True): Tile(128, 128, 32, 8, 3, 255),
     ("tf32", True): Tile(64, 128, 32, 8, 3, 255),
     ("ieee", True): Tile(64, 64, 16, 8, 3, 255),
     ("half", False): Tile(64, 32, 32, 8, 2),
