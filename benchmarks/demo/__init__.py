@@ -1,1 +1,1 @@
-"""The demo: a deepctr-torch model on real data, trained and served as it is and after ``mtlkernels.convert``."""
+"""The demo: models of two libraries on real data, as they are and after ``mtlkernels.convert``."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.demo``: trains and serves a deepctr-torch PLE as it is and after ``mtlkernels.convert``."""
+"""``python -m benchmarks.demo``: trains and serves PLE of two libraries as it is and after ``mtlkernels.convert``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1024, metavar="N", help="rows of a training batch (1024)")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="B", help="batch sizes to time")
     parser.add_argument("--seconds", type=float, default=1.5, metavar="S", help="for each row of timings (1.5)")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the plot (demo-out)")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the plots (demo-out)")
     found = parser.parse_args(argv)
     for name in ("epochs", "batch", *(["rows"] if found.rows is not None else [])):
         if getattr(found, name) < 1:
@@ -60,14 +60,16 @@ def call_of(function: Callable[..., object], *args: Tensor) -> Callable[[], None
 
 
 def time_steps(
-    before: Any, after: Any, features: Tensor, labels: Tensor, sizes: Sequence[int], seconds: float
+    before: Any, after: Any, features: Tensor, labels: Tensor, sizes: Sequence[int], seconds: float, fewest: int = 1
 ) -> dict[str, dict[int, dict[str, Timing]]]:
-    """Training and serving -> batch size -> the time of both models' steps, taken in turns."""
+    """Training, of at least ``fewest`` rows, and serving -> batch size -> the time of both models' steps, in turns."""
     budget = Budget(seconds=seconds, warmup=seconds / 15, min_rounds=3)
     times: dict[str, dict[int, dict[str, Timing]]] = {"training": {}, "serving": {}}
     models = {BEFORE: copy.deepcopy(before), AFTER: copy.deepcopy(after)}
     steps = {name: ple.training_step(model) for name, model in models.items()}
     for size in sizes:
+        if size < fewest:
+            continue
         rows = torch.arange(size) % len(features)
         x, y = features[rows], labels[rows]
         calls = {name: call_of(step, x, y) for name, step in steps.items()}
@@ -110,20 +112,13 @@ def print_times(times: dict[str, dict[int, dict[str, Timing]]]) -> None:
             print(f"  {size:>6,}  {a:>10.2f}  {b:>10.2f}  {a / b:>6.2f}×")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the demo."""
-    options = arguments(argv)
-    start = time.perf_counter()
-    print(f"Machine: {place()}")
-    flights = data.load(options.rows)
-    before, after = ple.build(flights), ple.build(flights)
+def run(client: ple.Client, flights: data.Flights, options: argparse.Namespace) -> str:
+    """Trains, serves and times one library's model as it is and converted; what came out, in short."""
+    before, after = client.build(flights), client.build(flights)
     features, labels = ple.tensors(before, flights)
     train, test = slice(0, flights.train), slice(flights.train, None)
-    print(f"Data: {flights.train:,} flights from January to October 2013 to train, {len(labels[test]):,} after to test")
-    print(
-        f"Model: deepctr-torch PLE, {sum(p.numel() for p in before.parameters()):,} parameters, {len(data.TASKS)} tasks"
-    )
-    print("\nmtlkernels.convert(model) says")
+    size = sum(p.numel() for p in before.parameters())
+    print(f"\n=== {client.label}: {size:,} parameters, {len(data.TASKS)} tasks\n\nmtlkernels.convert(model) says")
     for line in str(mk.convert(after)).splitlines():
         print(f"  {line}")
 
@@ -149,25 +144,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A training that starts one rounding away from another ends as far from it.
     print(f"  the two models, each trained by itself       {trained:.1e}  (rounding, amplified by {total} steps)")
 
-    times = time_steps(before, after, features[train], labels[train], options.sizes, options.seconds)
+    sizes = (options.sizes, options.seconds, client.fewest)
+    times = time_steps(before, after, features[train], labels[train], *sizes)
     print_times(times)
     speedups = {
         name: {size: row[BEFORE].median / row[AFTER].median for size, row in rows.items()}
         for name, rows in times.items()
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "demo.png"
-    draw(path, (losses[BEFORE], losses[AFTER]), speedups, place())
+    path = options.out / f"demo-{client.name}.png"
+    draw(path, client.label, (losses[BEFORE], losses[AFTER]), speedups, place())
 
     worst = max(abs(a - b) for a, b in zip(quality[BEFORE], quality[AFTER], strict=True))
     # From the timings that took turns: one training after the other also shows what else the machine was doing.
     trains, serves = (f"{min(found.values()):.2f} to {max(found.values()):.2f}" for found in speedups.values())
-    print(
-        f"\nIn short: after one line, mtlkernels.convert(model), the same PLE serves {serves} times as fast and trains"
-        f"\n{trains} times as fast, depending on the batch size (below 1 is slower). The trainings took"
-        f" {seconds[BEFORE]:.0f} s and {seconds[AFTER]:.0f} s.\nTheir test AUCs differ by {worst:.1g} at most."
-        f"\nThe plot is {path}. All of this took {time.perf_counter() - start:.0f} s."
+    return (
+        f"{client.label} serves {serves} times as fast and trains {trains} times as fast. The trainings took"
+        f" {seconds[BEFORE]:.0f} s\nand {seconds[AFTER]:.0f} s; their test AUCs differ by {worst:.1g} at most."
+        f" The plot is {path}."
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the demo."""
+    options = arguments(argv)
+    start = time.perf_counter()
+    print(f"Machine: {place()}")
+    flights = data.load(options.rows)
+    tested = len(flights.labels) - flights.train
+    print(f"Data: {flights.train:,} flights from January to October 2013 to train, {tested:,} after to test")
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = [run(client, flights, options) for client in ple.CLIENTS]
+    print("\nIn short: after one line, mtlkernels.convert(model), and depending on the batch size (below 1 is slower),")
+    print("\n".join(found))
+    print(f"All of this took {time.perf_counter() - start:.0f} s.")
 
 
 if __name__ == "__main__":

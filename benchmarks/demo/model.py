@@ -1,14 +1,15 @@
-"""The model: PLE of deepctr-torch as its users write it, its loss, and its training."""
+"""The models: PLE of deepctr-torch and of torch-rechub as their users write them, their loss, and their training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.demo.flights import TASKS, Flights
 from benchmarks.demo.library import import_deepctr
@@ -39,6 +40,50 @@ def build(flights: Flights) -> Any:
     )
 
 
+class ByName(nn.Module):
+    """A model of torch-rechub, which takes its features by name, for features in one tensor [B, F]."""
+
+    def __init__(self, model: nn.Module, sparse: Sequence[str], dense: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.num_sparse = len(sparse)
+        self.feature_index = {name: (i, i + 1) for i, name in enumerate([*sparse, *dense])}
+
+    def forward(self, x: Tensor) -> Any:
+        codes, values = x[:, : self.num_sparse].long(), x[:, self.num_sparse :]
+        columns = (*codes.unbind(1), *values.unbind(1))
+        return self.model(dict(zip(self.feature_index, columns, strict=True)))
+
+
+def build_rechub(flights: Flights) -> ByName:
+    """The same sizes; in torch-rechub every expert, gate and tower has batch norm."""
+    from torch_rechub.basic.features import DenseFeature, SparseFeature
+    from torch_rechub.models.multi_task import PLE
+
+    columns: list[Any] = [SparseFeature(name, size, embed_dim=EMBEDDING) for name, size in flights.vocabulary.items()]
+    columns += [DenseFeature(name) for name in flights.dense]
+    torch.manual_seed(SEED)
+    experts, towers = {"dims": [256, 128]}, [{"dims": [64]}] * len(TASKS)
+    model = PLE(columns, ["classification"] * len(TASKS), 2, 4, 4, experts, towers)
+    return ByName(model, list(flights.vocabulary), list(flights.dense))
+
+
+@dataclass(frozen=True)
+class Client:
+    """A library's model, and the fewest rows of a training batch."""
+
+    label: str
+    name: str
+    build: Callable[[Flights], Any]
+    fewest: int = 1
+
+
+CLIENTS = (
+    Client("deepctr-torch's PLE", "deepctr-torch", build),
+    Client("torch-rechub's PLE", "torch-rechub", build_rechub, fewest=2),  # batch norm needs two
+)
+
+
 def tensors(model: Any, flights: Flights) -> tuple[Tensor, Tensor]:
     """Features [N, F] in the order in which the model wants them, and labels [N, T]."""
     values = {**flights.sparse, **flights.dense}
@@ -50,8 +95,8 @@ def loss_of(model: Any, features: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy a flight, over the labels that it has, and the model's own regularisation."""
     known = ~labels.isnan()
     entropy = F.binary_cross_entropy(model(features), labels.nan_to_num(), weight=known.float(), reduction="sum")
-    loss: Tensor = entropy / len(features) + model.get_regularization_loss().squeeze()
-    return loss
+    loss: Tensor = entropy / len(features)
+    return loss + model.get_regularization_loss().squeeze() if hasattr(model, "get_regularization_loss") else loss
 
 
 def training_step(model: Any) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""PCGrad on several ranks: 2 and 4 processes over gloo, each of which runs all checks of a module or two."""
+"""PCGrad and converted models: 2 and 4 processes over gloo, each of which runs all checks of a module or two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed.worker import checks_of
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="gloo is not built in"
 )
-MODULES = ["data_parallel", "sharded", "optimizer", "failure"]  # the last one ends a rank
+MODULES = ["data_parallel", "sharded", "optimizer", "converted", "failure"]  # the last one ends a rank
 NAMES = [f"{module}.{name}" for module in MODULES for name in checks_of(module)]
 
 
