@@ -89,13 +89,6 @@ void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   }
 }
 
-// Undefined tensors in the place of those that are not there.
-std::vector<at::Tensor> present(const c10::List<std::optional<at::Tensor>>& tensors) {
-  std::vector<at::Tensor> result;
-  for (size_t i = 0; i < tensors.size(); ++i) result.push_back(tensors.get(i).value_or(at::Tensor()));
-  return result;
-}
-
 // Evaluates a level whose gates `set_gates(form of the weights)` describes.
 template <typename F>
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTables& tables, at::TensorList inputs,
@@ -131,11 +124,11 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
-    at::TensorList inputs, at::TensorList weights, const c10::List<std::optional<at::Tensor>>& biases,
-    at::TensorList gate_logits, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
+    at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases, at::TensorList gate_logits,
+    at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
     at::IntArrayRef activations, bool save) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
-  tables.set_biases(present(biases));
+  tables.set_biases(biases);
   return run_forward(tables, inputs, weights, save, [&](WeightForm) { tables.set_logits(gate_logits); });
 }
 
@@ -205,12 +198,12 @@ void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
-    at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights,
-    const c10::List<std::optional<at::Tensor>>& biases, at::TensorList gate_logits, at::TensorList saved,
-    at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
-    at::IntArrayRef activations, bool need_inputs, bool need_weights, bool need_biases, bool need_logits) {
+    at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases,
+    at::TensorList gate_logits, at::TensorList saved, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts,
+    at::IntArrayRef gate_sizes, at::IntArrayRef activations, bool need_inputs, bool need_weights, bool need_biases,
+    bool need_logits) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
-  tables.set_biases(present(biases));
+  tables.set_biases(biases);
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
   const ExpertMixtureKernels& table = kernels_for(inputs[0]);

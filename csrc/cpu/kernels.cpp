@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "expert_mixture_tiny_backward.h"
+#include "expert_mixture_weight_gradients.h"
 #include "gated_mixture_kernels.h"
 #include "pcgrad_kernels.h"
 #include "snr_aver_kernels.h"

@@ -10,6 +10,8 @@
 
 namespace mtlk {
 
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
 // Owns what a Level points to, and whatever had to be copied to fit the kernels.
 class LevelTables {
  public:
@@ -47,6 +49,11 @@ class LevelTables {
 
   const Level& level() const { return level_; }
 
+  void set_biases(const OptionalTensors& biases) {
+    std::vector<at::Tensor> tensors;
+    for (size_t i = 0; i < biases.size(); ++i) tensors.push_back(biases.get(i).value_or(at::Tensor()));
+    set_biases(tensors);
+  }
   // Undefined tensors stand for no bias.
   void set_biases(const std::vector<at::Tensor>& biases) {
     TORCH_CHECK_VALUE(biases.size() == biases_.size(), "mtlkernels: biases must hold ", biases_.size(),

@@ -14,8 +14,6 @@
 
 namespace mtlk {
 
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
-
 // Owns what NormLayers point to.
 class NormTables {
  public:

@@ -75,9 +75,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
     at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, at::IntArrayRef activations, at::IntArrayRef norms,
     at::ArrayRef<double> eps, at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
-  std::vector<at::Tensor> offsets;
-  for (size_t i = 0; i < biases.size(); ++i) offsets.push_back(biases.get(i).value_or(at::Tensor()));
-  tables.set_biases(offsets);
+  tables.set_biases(biases);
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
   const auto options = inputs[0].options();

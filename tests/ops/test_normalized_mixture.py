@@ -176,8 +176,7 @@ def test_threads_do_not_change_what_is_dropped(threads: int, backend: str) -> No
 @pytest.mark.parametrize("rate", [0.001, 0.3, 0.9, 1.0])
 def test_rates(rate: float, dtype: torch.dtype, backend: str) -> None:
     make = CaseFactory(15, dtype)
-    options = {"activation": "silu", "dropout": [0.1, rate]}
-    check(normalized.case(make, 70, [12, 33, 18], PLE, ["none", "none"], **options), backend)
+    check(normalized.case(make, 70, [12, 33, 18], PLE, ["none", "none"], dropout=[0.1, rate]), backend)
 
 
 def test_share_that_is_dropped(backend: str) -> None:

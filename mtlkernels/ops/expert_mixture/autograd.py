@@ -16,7 +16,7 @@ from mtlkernels.ops._autograd import (
     by_example,
     call,
     copies,
-    differentiate_twice,
+    differentiate_lists_twice,
     front,
     grads_are_batched,
 )
@@ -172,28 +172,11 @@ class ExpertMixtureBackward(torch.autograd.Function):
         gates = len(plan.gate_sizes)
         tensors = ctx.saved_tensors
         *groups, saved = plan.split(tensors[gates:])
-        grad_outputs, used = tensors[:gates], [tensor for group in groups for tensor in group]
-        found = iter(grads)
-        cotangents = [
-            next(found) if need and tensor is not None else None
-            for group, need in zip(groups, ctx.needs, strict=True)
-            for tensor in group
-        ]
-        present = [i for i, tensor in enumerate(used) if tensor is not None]
 
-        def forward(*primals: Tensor) -> tuple[Tensor, ...]:
-            filled: list[Any] = [None] * len(used)
-            for i, primal in zip(present, primals, strict=True):
-                filled[i] = primal
-            x, w, b, each, _ = plan.split(tuple(filled))
-            return tuple(reference.forward(x, w, b, each, *plan.routing, False)[0])
+        def forward(inputs: Any, weights: Any, biases: Any, logits: Any) -> tuple[Tensor, ...]:
+            return tuple(reference.forward(inputs, weights, biases, logits, *plan.routing, False)[0])
 
-        primals = [used[i] for i in present]
-        wanted = [cotangents[i] for i in present]
-        grad_grads, grad_primals = differentiate_twice(forward, primals, grad_outputs, wanted)
-        result: list[Tensor | None] = [None] * len(used)
-        for i, grad in zip(present, grad_primals, strict=True):
-            result[i] = grad
+        grad_grads, result = differentiate_lists_twice(forward, groups, ctx.needs, tensors[:gates], grads)
         return (None, None, *grad_grads, *result, *[None] * len(saved))
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
-from mtlkernels.ops._autograd import batched_backward, call, copies, differentiate_twice, grads_are_batched
+from mtlkernels.ops._autograd import batched_backward, call, copies, differentiate_lists_twice, grads_are_batched
 from mtlkernels.ops._call import run_forward
 from mtlkernels.ops.normalized_mixture import reference
 
@@ -143,32 +143,15 @@ class NormalizedMixtureBackward(torch.autograd.Function):
         plan: Plan = ctx.plan
         gates = len(plan.gate_sizes)
         tensors = ctx.saved_tensors
-        grad_outputs = tensors[:gates]
         *groups, (seed, *kept) = plan.split(tensors[gates:])
-        found = iter(grads)
-        used = [tensor for group in groups for tensor in group]
-        cotangents = [
-            next(found) if need and tensor is not None else None
-            for group, need in zip(groups, _by_group(ctx.needs), strict=True)
-            for tensor in group
-        ]
+
         forward_of_lists: Any = reference.forward
-        present = [i for i, tensor in enumerate(used) if tensor is not None]
 
-        def forward(*primals: Tensor) -> tuple[Tensor, ...]:
-            filled: list[Any] = [None] * len(used)
-            for i, primal in zip(present, primals, strict=True):
-                filled[i] = primal
-            *parts, _ = plan.split(tuple(filled))
-            outputs, *_ = forward_of_lists(*parts, *plan.settings, seed)
-            return tuple(outputs)
+        def forward(*lists: Any) -> tuple[Tensor, ...]:
+            return tuple(forward_of_lists(*lists, *plan.settings, seed)[0])
 
-        primals = [used[i] for i in present]
-        wanted = [cotangents[i] for i in present]
-        grad_grads, grad_primals = differentiate_twice(forward, primals, grad_outputs, wanted)
-        result: list[Tensor | None] = [None] * len(used)
-        for i, grad in zip(present, grad_primals, strict=True):
-            result[i] = grad
+        needs = _by_group(ctx.needs)
+        grad_grads, result = differentiate_lists_twice(forward, groups, needs, tensors[:gates], grads)
         return (None, None, *grad_grads, *result, None, *[None] * len(kept))
 
     @staticmethod

@@ -1,0 +1,40 @@
+// Where a block of the backward pass of normalized_mixture keeps its intermediates.
+#pragma once
+
+#include "expert_mixture_backward.h"
+#include "normalized_mixture_forward.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+template <typename Engine>
+struct NormalizedBackwardScratch {
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+  C *grad_outputs, *probabilities, *z, *tile, *normalized, *centred, *whole, *after, *below, *sums[2], *row_sums[2];
+  Element* panel;
+  uint16_t* kept;
+  int64_t total;
+
+  NormalizedBackwardScratch(const Level& level, int64_t groups, void* memory) {
+    Arena arena(memory);
+    const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
+    grad_outputs = arena.take<C>(level.gates.count * features * kGroup);
+    probabilities = arena.take<C>(level.gates.columns * kGroup);
+    z = arena.take<C>(widest * groups * kGroup);
+    tile = arena.take<C>(Engine::kRows * Engine::kGroups * kGroup);
+    normalized = arena.take<C>(padded(widest) * kGroup);
+    centred = arena.take<C>(padded(widest) * kGroup);
+    whole = arena.take<C>(padded(widest) * kGroup);
+    after = arena.take<C>(features * kGroup);
+    below = arena.take<C>(level.widths[0] * groups * kGroup);
+    for (C*& sum : sums) sum = arena.take<C>(widest * kGroup);
+    for (C*& sum : row_sums) sum = arena.take<C>(groups * kGroup);
+    panel = arena.take<Element>(Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups);
+    kept = arena.take<uint16_t>(widest * groups);
+    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+  }
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk
