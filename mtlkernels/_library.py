@@ -191,8 +191,9 @@ _define(
 
 
 # normalized_mixture -------------------------------------------------------------------------------------------------
-# A level of experts in training, whose layers have batch norm or layer norm, or dropout. Lists as of expert_mixture,
-# those of scales and shifts too. A layer's ``norms``: 0 none, 1 batch norm by the batch's statistics, 2 layer norm.
+# A level of experts whose layers have batch norm or layer norm, dropout, or activations with slopes. Lists as of
+# expert_mixture, those of scales, shifts and slopes ([H] or [1]) too. A layer's ``norms``: 0 none, 1 batch norm by the
+# batch's statistics, 2 layer norm; ``dice_eps`` is that of the activation "dice".
 # ``saved`` holds one [E, B, H] tensor a layer: the pre-activation before the norm. ``means`` and ``variances`` (biased)
 # have an entry for each layer with a norm: [E, H] of a batch norm, [E, B] of a layer norm, float32 or float64.
 # ``seed``, one int64, decides what is dropped, see mtlkernels.ops._random.
@@ -204,6 +205,7 @@ def _normalized_mixture_forward(
     biases: list[Tensor | None],
     scales: list[Tensor | None],
     shifts: list[Tensor | None],
+    slopes: list[Tensor | None],
     gate_logits: list[Tensor],
     expert_inputs: list[int],
     gate_experts: list[int],
@@ -211,6 +213,7 @@ def _normalized_mixture_forward(
     activations: list[int],
     norms: list[int],
     eps: list[float],
+    dice_eps: list[float],
     dropout: list[float],
     seed: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
@@ -233,6 +236,7 @@ def _normalized_mixture_backward(
     weights: list[Tensor],
     scales: list[Tensor | None],
     shifts: list[Tensor | None],
+    slopes: list[Tensor | None],
     gate_logits: list[Tensor],
     saved: list[Tensor],
     means: list[Tensor],
@@ -243,40 +247,42 @@ def _normalized_mixture_backward(
     activations: list[int],
     norms: list[int],
     eps: list[float],
+    dice_eps: list[float],
     dropout: list[float],
     seed: Tensor | None,
     need_inputs: bool,
     need_weights: bool,
     need_biases: bool,
     need_norms: bool,
+    need_slopes: bool,
     need_logits: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     routing = (expert_inputs, gate_experts, gate_sizes, activations)
     needs = (need_inputs, need_weights, need_biases, need_logits)
     biases: list[Tensor | None] = [None] * len(weights)
     found = _expert_mixture_backward(grad_outputs, inputs, weights, biases, gate_logits, saved, *routing, *needs)
-    grad_scales, grad_shifts = (
-        [_empty(part, part.shape) for part in parts if part is not None] if need_norms else []
-        for parts in (scales, shifts)
+    grad_scales, grad_shifts, grad_slopes = (
+        [_empty(part, part.shape) for part in parts if part is not None] if need else []
+        for parts, need in ((scales, need_norms), (shifts, need_norms), (slopes, need_slopes))
     )
-    return *found[:3], grad_scales, grad_shifts, found[3]
+    return *found[:3], grad_scales, grad_shifts, grad_slopes, found[3]
 
 
 _define(
     "normalized_mixture_forward(Tensor[] inputs, Tensor[] weights, Tensor?[] biases, Tensor?[] scales,"
-    " Tensor?[] shifts, Tensor[] gate_logits, int[] expert_inputs, int[] gate_experts, int[] gate_sizes,"
-    " int[] activations, int[] norms, float[] eps, float[] dropout, Tensor? seed)"
+    " Tensor?[] shifts, Tensor?[] slopes, Tensor[] gate_logits, int[] expert_inputs, int[] gate_experts,"
+    " int[] gate_sizes, int[] activations, int[] norms, float[] eps, float[] dice_eps, float[] dropout, Tensor? seed)"
     " -> (Tensor[] outputs, Tensor[] saved, Tensor[] means, Tensor[] variances)",
     _normalized_mixture_forward,
     autocast=(0, 1, 2),
 )
 _define(
     "normalized_mixture_backward(Tensor[] grad_outputs, Tensor[] inputs, Tensor[] weights, Tensor?[] scales,"
-    " Tensor?[] shifts, Tensor[] gate_logits, Tensor[] saved, Tensor[] means, Tensor[] variances,"
+    " Tensor?[] shifts, Tensor?[] slopes, Tensor[] gate_logits, Tensor[] saved, Tensor[] means, Tensor[] variances,"
     " int[] expert_inputs, int[] gate_experts, int[] gate_sizes, int[] activations, int[] norms, float[] eps,"
-    " float[] dropout, Tensor? seed, bool need_inputs, bool need_weights, bool need_biases, bool need_norms,"
-    " bool need_logits) -> (Tensor[] grad_inputs, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_scales,"
-    " Tensor[] grad_shifts, Tensor[] grad_logits)",
+    " float[] dice_eps, float[] dropout, Tensor? seed, bool need_inputs, bool need_weights, bool need_biases,"
+    " bool need_norms, bool need_slopes, bool need_logits) -> (Tensor[] grad_inputs, Tensor[] grad_weights,"
+    " Tensor[] grad_biases, Tensor[] grad_scales, Tensor[] grad_shifts, Tensor[] grad_slopes, Tensor[] grad_logits)",
     _normalized_mixture_backward,
 )
 

@@ -45,6 +45,13 @@ def check_like(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
 
 
+def check_parameter(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """:func:`check_like`, or float32 beside lower precision, as PyTorch's norms take their parameters."""
+    mixed = value.dtype == torch.float32 and like.dtype in (torch.bfloat16, torch.float16)
+    if not (mixed and value.device == like.device):
+        check_like(name, value, like_name, like)
+
+
 def check_routing(routing: Any) -> None:
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a mtlkernels.Routing, got {type(routing).__name__}")
@@ -54,6 +61,18 @@ def as_sequence(name: str, value: Any, what: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple, torch.nn.ParameterList)):
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
     return list(value)
+
+
+def numbers_by_layer(name: str, what: str, value: Any, num_layers: int) -> list[float]:
+    """A number a layer, from one (a ``what``, in messages) or from a sequence."""
+    one = isinstance(value, (int, float))
+    numbers = [value] * num_layers if one else as_sequence(name, value, f"a {what} or a sequence of {what}s")
+    if len(numbers) != num_layers:
+        raise ValueError(f"{name} must be one {what} or one for each of {num_layers} layers, got {len(numbers)}")
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must hold numbers, got {type(number).__name__}")
+    return [float(number) for number in numbers]
 
 
 def check_logits(gate_logits: Any, routing: Routing, rows: int, like: Tensor) -> list[Tensor]:

@@ -55,6 +55,28 @@ def drawn_seed(device: torch.device) -> int:
         return int(torch.randint(0, 2**63 - 1, (1,), device=device))
 
 
+def prelu(x: Tensor, slope: Tensor, noise: float) -> Tensor:
+    """max(x, 0) + a min(x, 0); the sign is taken from an input with noise of so many root mean squares."""
+    noisy = x.detach() + (noise * x.detach().square().mean().sqrt() * torch.randn_like(x) if noise else 0.0)
+    return torch.where(noisy > 0, x, x * slope)
+
+
+def dice(x: Tensor, slope: Tensor, eps: float) -> Tensor:
+    """torch-rechub's: the gate's statistics are over the features of a row, and the sum of squares is no mean."""
+    distance = x - x.mean(dim=1, keepdim=True)
+    gate = 1 / (1 + (-distance / (distance.square() + eps).sum(dim=1, keepdim=True).sqrt()).exp())
+    return gate * x + (1 - gate) * slope * x
+
+
+def _activated(name: str, x: Tensor, slope: Any, eps: float, noise: float) -> Tensor:
+    if name == "prelu":
+        return prelu(x, slope, noise)
+    if name == "dice":
+        return dice(x, slope, eps)
+    activation: Any = with_noise_at_kink(name, noise) if noise and name in KINKED else FORMULAS[name]
+    return activation(x)
+
+
 def _standardized(x: Tensor, dim: int, eps: float) -> Tensor:
     mean = x.mean(dim, keepdim=True)
     return (x - mean) / ((x - mean).square().mean(dim, keepdim=True) + eps).sqrt()
@@ -72,6 +94,8 @@ def definition(
     eps: Sequence[float],
     scales: Any,
     shifts: Any,
+    slopes: Any,
+    dice_eps: Sequence[float],
     dropout: Sequence[float],
     kink_noise: float = 0.0,
 ) -> list[Tensor]:
@@ -89,7 +113,7 @@ def definition(
                 x = _standardized(x, KINDS.index(kind) - 1, eps[layer])
             if scales[layer] is not None:
                 x = x * scales[layer][e] + shifts[layer][e]
-            x = (with_noise_at_kink(name, kink_noise) if kink_noise and name in KINKED else FORMULAS[name])(x)
+            x = _activated(name, x, slopes[layer] and slopes[layer][e], dice_eps[layer], kink_noise)
             if rate > 0 and e in live:
                 mask = kept(key, layer, live.index(e), *x.shape, rate=rate).to(x.device)
                 x = x * mask * (1 / (1 - rate) if rate < 1 else 0.0)
@@ -109,6 +133,8 @@ def by_pytorch(
     eps: Sequence[float],
     scales: Any,
     shifts: Any,
+    slopes: Any,
+    dice_eps: Sequence[float],
     dropout: Sequence[float],
 ) -> list[Tensor]:
     """What a user would write: PyTorch's own layers one after another, with the same masks."""
@@ -124,7 +150,12 @@ def by_pytorch(
                 x = F.batch_norm(x, None, None, *affine, training=True, eps=eps[layer])
             elif kind == "layer":
                 x = F.layer_norm(x, x.shape[1:], *affine, eps=eps[layer])
-            x = act.activate(act.CODES[name], x)
+            if name == "prelu":
+                x = F.prelu(x, slopes[layer][e].to(x.dtype))
+            elif name == "dice":
+                x = dice(x, slopes[layer][e].to(x.dtype), dice_eps[layer])
+            else:
+                x = act.activate(act.CODES[name], x)
             if rate > 0:
                 mask = kept(key, layer, live.index(e), *x.shape, rate=rate).to(x.device)
                 x = x * mask * (1 / (1 - rate) if rate < 1 else 0.0)
@@ -176,9 +207,13 @@ def case(
     dropout: Sequence[float] | None = None,
     affine: Sequence[bool] | None = None,
     eps: Sequence[float] | None = None,
+    one_slope: Sequence[bool] | None = None,
     **options: Any,
 ) -> Case:
-    """A call of :func:`fused`; where no layer is ``affine``, norms have neither scale nor shift."""
+    """A call of :func:`fused`; where no layer is ``affine``, norms have neither scale nor shift.
+
+    ``one_slope``: whether the slopes of a layer's activation, if it has any, are one an expert or one a channel.
+    """
     names = [activation] * len(kinds) if isinstance(activation, str) else list(activation)
     plain = make.expert_mixture(rows, widths, routing, activation=names, **options)
     scales: list[Any] = []
@@ -187,11 +222,17 @@ def case(
         there = kind != "none" and has
         scales.append([make.leaf(width) for _ in range(routing.num_experts)] if there else None)
         shifts.append([make.leaf(width) for _ in range(routing.num_experts)] if there else None)
+    slopes: list[Any] = []
+    for width, name, one in zip(widths[1:], names, one_slope or [False] * len(kinds), strict=True):
+        there = name in act.WITH_SLOPES
+        slopes.append([make.leaf(1 if one else width) for _ in range(routing.num_experts)] if there else None)
     own = {
         "kinds": list(kinds),
         "eps": list(eps or [1e-5] * len(kinds)),
         "scales": scales,
         "shifts": shifts,
+        "slopes": slopes,
+        "dice_eps": [1e-3] * len(kinds),
         "dropout": list(dropout or [0.0] * len(kinds)),
     }
     return Case({**plain.arguments, **own}, make.dtype)
@@ -217,10 +258,11 @@ def random_case(seed: int, dtype: torch.dtype, *, device: str = "cpu", max_width
         [rng.randint(1, max_width), *(rng.randint(2, max_width) for _ in range(layers))],
         routing,
         kinds,
-        activation=[rng.choice(act.ACTIVATIONS) for _ in range(layers)],
+        activation=[rng.choice(list(act.CODES)) for _ in range(layers)],
         dropout=dropout,
         affine=[rng.random() < 0.7 for _ in range(layers)],
         eps=[rng.choice((1e-2, 1.0)) for _ in range(layers)],
+        one_slope=[rng.random() < 0.5 for _ in range(layers)],
         biases=[rng.random() < 0.7 for _ in range(layers)],
         streams=rng.random() < 0.7,
         stacked=rng.random() < 0.3,

@@ -8,7 +8,7 @@ import torch
 
 import mtlkernels as mk
 from mtlkernels.ops._random import dropout_factors
-from mtlkernels.ops.activations import ACTIVATIONS
+from mtlkernels.ops.activations import ACTIVATIONS, WITH_SLOPES
 from mtlkernels.testing import LAYOUTS, Case, CaseFactory, evaluate
 from tests.ops import normalized
 from tests.ops.definition import assert_agrees
@@ -38,6 +38,23 @@ def test_random_cases(seed: int, dtype: torch.dtype, backend: str) -> None:
 def test_every_activation(activation: str, kind: str, dtype: torch.dtype, backend: str) -> None:
     make = CaseFactory(0, dtype)
     check(normalized.case(make, 65, [19, 24, 33], PLE, [kind, kind], activation=activation), backend)
+
+
+@pytest.mark.parametrize("kinds", [["none", "none"], ["batch", "none"], ["layer", "batch"], ["batch", "batch"]])
+@pytest.mark.parametrize("one_slope", [[True, True], [False, False]])
+@pytest.mark.parametrize("activation", WITH_SLOPES)
+def test_slopes(activation: str, one_slope: list[bool], kinds: list[str], dtype: torch.dtype, backend: str) -> None:
+    make = CaseFactory(16, dtype)
+    options = {"activation": activation, "one_slope": one_slope, "dropout": [0.0, 0.2]}
+    check(normalized.case(make, 65, [19, 24, 33], PLE, kinds, **options), backend)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 16, 17, 100, 1537])
+@pytest.mark.parametrize("activation", WITH_SLOPES)
+def test_rows_with_slopes(activation: str, rows: int, dtype: torch.dtype, backend: str) -> None:
+    """Without norm and dropout, in which any number of rows will do."""
+    make = CaseFactory(17, dtype)
+    check(normalized.case(make, rows, [9, 40, 1, 12], PLE, ["none"] * 3, activation=activation), backend)
 
 
 @pytest.mark.parametrize("rows", normalized.ROWS)

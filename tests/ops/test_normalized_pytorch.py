@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mk
+from mtlkernels.ops import activations as act
 from mtlkernels.testing import Case, CaseFactory, evaluate
 from tests.ops import normalized
 
@@ -68,11 +69,13 @@ def operator_arguments(dtype: torch.dtype, rows: int, requires_grad: bool) -> tu
     scales = [leaf(4), None, leaf(4), *(leaf(2) for _ in range(3)), None, None, None]
     shifts = [leaf(4), None, None, *(leaf(2) for _ in range(3)), None, None, None]
     logits = [leaf(rows, 2), leaf(rows, 3)]
-    routing = ([0, 1, 0], [2, 0, 0, 1, 2], [2, 3], [1, 3, 0])
+    slopes = [None] * 3 + [leaf(1), leaf(2), leaf(1)] + [leaf(5), leaf(1), leaf(5)]
+    routing = ([0, 1, 0], [2, 0, 0, 1, 2], [2, 3], [1, act.DICE, act.PRELU])
     norms = [2 if rows < 2 else 1, 2, 0]
     inputs = [leaf(rows, 3), leaf(rows, 3)]
     seed = torch.tensor([2**40 + 5])
-    return inputs, weights, biases, scales, shifts, logits, *routing, norms, [1e-5, 1e-3, 0.0], [0.0, 0.3, 0.5], seed
+    numbers = ([1e-5, 1e-3, 0.0], [0.0, 1e-3, 0.0], [0.0, 0.3, 0.5])
+    return inputs, weights, biases, scales, shifts, slopes, logits, *routing, norms, *numbers, seed
 
 
 DTYPES_ROWS = pytest.mark.parametrize(
@@ -90,26 +93,27 @@ def test_opcheck_forward(kind: torch.dtype, rows: int) -> None:
 @DTYPES_ROWS
 def test_opcheck_backward(kind: torch.dtype, rows: int) -> None:
     arguments = operator_arguments(kind, rows, False)
-    inputs, weights, _, scales, shifts, logits, *settings = arguments
+    inputs, weights, _, *affine, logits = arguments[:7]
     outputs, saved, means, variances = torch.ops.mtlkernels.normalized_mixture_forward(*arguments)
     grads = [torch.randn_like(y) for y in outputs]
-    tensors = (grads, inputs, weights, scales, shifts, logits, saved, means, variances)
-    for needs in ((True,) * 5, *(tuple(i == j for i in range(5)) for j in range(5))):
-        torch.library.opcheck(torch.ops.mtlkernels.normalized_mixture_backward, (*tensors, *settings, *needs))
+    tensors = (grads, inputs, weights, *affine, logits, saved, means, variances)
+    for needs in ((True,) * 6, *(tuple(i == j for i in range(6)) for j in range(6))):
+        torch.library.opcheck(torch.ops.mtlkernels.normalized_mixture_backward, (*tensors, *arguments[7:], *needs))
 
 
 # Derivatives --------------------------------------------------------------------------------------------------------
 
 
 @STYLES
-def test_first_derivatives(kinds: Any, dropout: Any, backend: str) -> None:
-    call, leaves = function_of_leaves(normalized.fused, small(kinds, dropout))
+@pytest.mark.parametrize("activation", ["tanh", "prelu", "dice"])
+def test_first_derivatives(kinds: Any, dropout: Any, activation: str, backend: str) -> None:
+    call, leaves = function_of_leaves(normalized.fused, small(kinds, dropout, activation=activation))
     with mk.use_backend(backend):
         assert gradcheck(call, leaves)
 
 
 @STYLES
-@pytest.mark.parametrize("activation", ["gelu", "sigmoid"])
+@pytest.mark.parametrize("activation", ["gelu", "sigmoid", "prelu", "dice"])
 def test_second_derivatives(kinds: Any, dropout: Any, activation: str, backend: str) -> None:
     call, leaves = function_of_leaves(normalized.fused, small(kinds, dropout, activation=activation))
     with mk.use_backend(backend):

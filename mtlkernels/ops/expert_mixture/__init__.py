@@ -21,13 +21,14 @@ from mtlkernels.ops._call import (
     under_autocast,
 )
 from mtlkernels.ops._checks import check_logits, check_routing
-from mtlkernels.ops.activations import CODES
+from mtlkernels.ops.activations import CODES, has_slopes
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
 from mtlkernels.ops.expert_mixture.checks import (
     activation_codes,
     check_biases,
     check_gate_layers,
     check_inputs,
+    check_slopes,
     check_weights,
 )
 from mtlkernels.ops.normalized_mixture import normalized_mixture
@@ -49,6 +50,8 @@ def expert_mixture(
     gate_biases: Tensor | Sequence[Tensor | None] | None = None,
     norms: Sequence[Sequence[nn.Module] | None] | None = None,
     dropout: float | Sequence[float] = 0.0,
+    slopes: Sequence[PerExpert | None] | None = None,
+    dice_eps: float | Sequence[float] = 1e-3,
 ) -> tuple[Tensor, ...]:
     """Evaluates every expert of a level and mixes them by every gate, without storing the experts' outputs.
 
@@ -59,8 +62,9 @@ def expert_mixture(
     gradients are zero. The softmax and the sums are in float32 (float64 for float64 inputs).
 
     With ``norms`` or ``dropout`` a layer is ``x <- dropout(activation(norm(x W^T + b)))``. Where a batch norm uses its
-    running statistics, it is folded into weight and bias. Otherwise the pre-activations are stored once, and whoever
-    reads them normalizes, activates and drops; what is dropped is not stored but drawn again for the gradients.
+    running statistics, it is folded into weight and bias. Otherwise, and where an activation has ``slopes``, the
+    pre-activations are stored once, and whoever reads them normalizes, activates and drops; what is dropped is not
+    stored but drawn again for the gradients.
 
     On a CPU with AMX, or in bfloat16 with AVX-512 dot products, weights that come to calls without gradients again and
     again are prepared once and kept (up to 256 MiB), until one of them is another tensor, has another version, or has
@@ -77,8 +81,9 @@ def expert_mixture(
         gate_logits: K tensors [B, N_k], in the order of ``routing.gate_experts[k]``, or one tensor [B, sum N_k].
             Any of the four dtypes; float64 only with float64 ``inputs``. None with ``gate_weights``.
         routing: which expert reads which stream, and which gate mixes which experts.
-        activation: "relu", "leaky_relu" (slope 0.01), "gelu" (exact), "silu", "tanh", "sigmoid" or "none", or a
-            sequence of these, one a layer.
+        activation: "relu", "leaky_relu" (slope 0.01), "gelu" (exact), "silu", "tanh", "sigmoid", "none", "prelu"
+            (He et al., ICCV 2015) or "dice", or a sequence of these, one a layer. "dice" is torch-rechub's: x (p + (1 -
+            p) a) with p = sigmoid((x - mean) / sqrt(sum((x - mean)^2 + dice_eps))) over the features of a row.
         gate_weights: K tensors [N_k, D] (``nn.Linear``'s), or one [sum N_k, D], in the place of logits that are a
             linear layer of the input: gate k reads ``inputs[k]``, or the only input. A level is then one call.
         gate_biases: beside ``gate_weights``, K tensors [N_k] or None, or one [sum N_k]; None for no bias.
@@ -87,6 +92,10 @@ def expert_mixture(
             date as the modules themselves do, except those of an expert that no gate mixes.
         dropout: a rate in [0, 1], or one a layer; a caller passes 0 in evaluation. The seed comes from torch's default
             generator of the device.
+        slopes: an entry a layer, those of "prelu" and "dice": [E, H] or [E, 1], or a sequence of E tensors [H] or [1];
+            None for a layer with another activation. Of the dtype of ``inputs``, or float32 beside lower precision.
+            Differentiable.
+        dice_eps: a positive number, or one a layer.
 
     Returns:
         K tensors [B, H_L] of the dtype of ``inputs``.
@@ -96,7 +105,7 @@ def expert_mixture(
         ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, an activation is
             unknown, a rate is not in [0, 1], or a batch norm is to take the statistics of fewer than two rows.
     """
-    if norms is None and isinstance(dropout, float) and not dropout:
+    if norms is None and slopes is None and isinstance(dropout, float) and not dropout:
         outputs = _direct(inputs, weights, biases, gate_logits, routing, activation, gate_weights, gate_biases)
         if outputs is not None:
             return outputs
@@ -108,14 +117,15 @@ def expert_mixture(
     codes = activation_codes(activation, len(layers))
     layer_norms = check_norms(norms, layers, routing, x)
     rates = check_dropout(dropout, len(layers))
+    slope_list, epsilons = check_slopes(slopes, dice_eps, codes, layers, routing, x)
     layer_norms = fold_running(layer_norms, layers, bias_list)
-    active = any(rates) or any(norm is not None for norm in layer_norms)
+    active = any(rates) or any(part is not None for part in (*layer_norms, *slope_list))
     if norms is not None and not active:
         starts = range(0, len(bias_list), routing.num_experts)
         folded = [bias_list[at : at + routing.num_experts] for at in starts]
         offsets = [None if entry[0] is None else entry for entry in folded]
-        own = {"activation": activation, "gate_weights": gate_weights, "gate_biases": gate_biases}
-        return expert_mixture(inputs, layers, offsets, gate_logits, routing, **own)  # type: ignore[arg-type]
+        options = {"activation": activation, "gate_weights": gate_weights, "gate_biases": gate_biases}
+        return expert_mixture(inputs, layers, offsets, gate_logits, routing, **options)  # type: ignore[arg-type]
     gates = check_gate_layers(gate_logits, gate_weights, gate_biases, streams, routing)
     if gates is not None:
         gate_logits = _gate_logits(streams, *gates)
@@ -128,11 +138,13 @@ def expert_mixture(
     if wiring.idle:
         flat_weights, idle_weights = _partition(flat_weights, routing)
         bias_list, idle_biases = _partition(bias_list, routing)
-        unused = [t for t in idle_weights + idle_biases if t is not None]
+        slope_list, idle_slopes = _partition(slope_list, routing)
+        unused = [t for t in idle_weights + idle_biases + idle_slopes if t is not None]
     expert_inputs = wiring.expert_inputs if len(streams) > 1 else (0,) * len(wiring.live)
     flat = (expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
     if active:
-        return normalized_mixture(streams, flat_weights, bias_list, logits, layer_norms, rates, wiring, flat, unused)
+        own = (layer_norms, slope_list, epsilons, rates)
+        return normalized_mixture(streams, flat_weights, bias_list, logits, *own, wiring, flat, unused)
     backend = _backends.forced()
     if traced_under_func("expert_mixture"):
         backend = "reference"
@@ -161,7 +173,10 @@ def _direct(
             return None
         if gates[0] is None if gate_logits is None else gates != (None, None):
             return None
-        codes = (CODES[activation],) * len(weights)
+        code = CODES[activation]
+        if has_slopes(code):
+            return None
+        codes = (code,) * len(weights)
         if torch.is_grad_enabled():
             return _train(inputs, weights, biases, gate_logits, gates, wiring, codes)
         flat = (wiring.expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from mtlkernels.ops._checks import as_sequence, check_like, check_tensor, shape_of
-from mtlkernels.ops.activations import ACTIVATIONS, CODES
+from mtlkernels.ops._checks import (
+    as_sequence,
+    check_like,
+    check_parameter,
+    check_tensor,
+    numbers_by_layer,
+    shape_of,
+)
+from mtlkernels.ops.activations import CODES, DICE, has_slopes
 from mtlkernels.routing import Routing
+
+Check = Callable[[str, Tensor, str, Tensor], None]
 
 
 def check_inputs(inputs: Any, routing: Routing) -> list[Tensor]:
@@ -29,12 +39,14 @@ def check_inputs(inputs: Any, routing: Routing) -> list[Tensor]:
     return streams
 
 
-def _per_expert(name: str, value: Any, routing: Routing, x: Tensor, dim: int, shape: str) -> list[Tensor]:
-    """A layer's E tensors, from one stacked tensor or from a sequence."""
+def _per_expert(
+    name: str, value: Any, routing: Routing, x: Tensor, dim: int, shape: str, check: Check = check_like
+) -> list[Tensor]:
+    """A layer's E tensors, from one stacked tensor or from a sequence; ``check`` sees to dtype and device."""
     experts = routing.num_experts
     if isinstance(value, Tensor):
         check_tensor(name, value, dim + 1, f"[{experts}, {shape}]")
-        check_like(name, value, "inputs", x)
+        check(name, value, "inputs", x)
         if value.shape[0] != experts:
             raise ValueError(f"{name} must have shape [{experts}, {shape}], got {shape_of(value)}")
         return list(value.unbind(0))
@@ -43,7 +55,7 @@ def _per_expert(name: str, value: Any, routing: Routing, x: Tensor, dim: int, sh
         raise ValueError(f"{name} must hold a tensor for each of {experts} experts, got {len(tensors)}")
     for e, tensor in enumerate(tensors):
         check_tensor(f"{name}[{e}]", tensor, dim, f"[{shape}]")
-        check_like(f"{name}[{e}]", tensor, "inputs", x)
+        check(f"{name}[{e}]", tensor, "inputs", x)
     return tensors
 
 
@@ -142,5 +154,34 @@ def activation_codes(activation: Any, num_layers: int) -> tuple[int, ...]:
         if not isinstance(name, str):
             raise TypeError(f"activation must hold names, got {type(name).__name__}")
         if name not in CODES:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+            raise ValueError(f"activation must be one of {', '.join(CODES)}, got {name!r}")
     return tuple(CODES[name] for name in names)
+
+
+def check_slopes(
+    slopes: Any, dice_eps: Any, codes: tuple[int, ...], layers: list[list[Tensor]], routing: Routing, x: Tensor
+) -> tuple[list[Tensor | None], tuple[float, ...]]:
+    """For each layer and expert the slopes of its activation or None, in one list; and the eps of each layer."""
+    entries = [None] * len(layers) if slopes is None else as_sequence("slopes", slopes, "None or an entry a layer")
+    if len(entries) != len(layers):
+        raise ValueError(f"slopes must hold an entry for each of {len(layers)} layers, got {len(entries)}")
+    flat: list[Tensor | None] = []
+    for i, (entry, layer, code) in enumerate(zip(entries, layers, codes, strict=True)):
+        name, activation = f"slopes[{i}]", list(CODES)[code]
+        if has_slopes(code) != (entry is not None):
+            kind = "the slopes" if entry is None else "None, as it has none, for the activation"
+            raise ValueError(f"{name} must hold {kind} of {activation!r}, got {type(entry).__name__}")
+        if entry is None:
+            flat += [None] * routing.num_experts
+            continue
+        width = layer[0].shape[0]
+        own = _per_expert(name, entry, routing, x, 1, f"{width} or 1", check_parameter)
+        for e, tensor in enumerate(own):
+            if tensor.shape[0] not in (width, 1):
+                raise ValueError(f"{name}[{e}] must have shape [{width}] or [1], got {shape_of(tensor)}")
+        flat += own
+    epsilons = numbers_by_layer("dice_eps", "number", dice_eps, len(layers))
+    for eps in epsilons:
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"dice_eps must be positive and finite, got {eps}")
+    return flat, tuple(eps if code == DICE else 0.0 for eps, code in zip(epsilons, codes, strict=True))

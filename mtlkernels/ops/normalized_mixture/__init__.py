@@ -1,6 +1,7 @@
-"""Normalized mixture: a level of experts in training whose layers have batch norm, layer norm or dropout.
+"""Normalized mixture: a level of experts whose layers have batch norm, layer norm, dropout or learned slopes.
 
-The public function is :func:`mtlkernels.expert_mixture`, which comes here where a norm or dropout is active.
+The public function is :func:`mtlkernels.expert_mixture`, which comes here where a norm or dropout is active, or an
+activation has slopes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def normalized_mixture(
     biases: Sequence[Tensor | None],
     logits: Sequence[Tensor],
     norms: Sequence[Norm | None],
+    slopes: Sequence[Tensor | None],
+    dice_eps: tuple[float, ...],
     dropout: tuple[float, ...],
     wiring: Wiring,
     flat: tuple[tuple[int, ...], ...],
@@ -35,9 +38,10 @@ def normalized_mixture(
     """The level's outputs; running statistics are then brought up to date.
 
     Args:
-        streams, weights, biases, logits: checked, and of the experts that some gate mixes, as operators take them.
+        streams, weights, biases, logits, slopes: checked, and of the experts that some gate mixes, as operators take
+            them.
         norms: a layer each, of all experts; none that uses running statistics.
-        dropout: a rate a layer.
+        dice_eps, dropout: a number a layer.
         wiring: of the routing.
         flat: streams of the experts, experts and sizes of the gates, and activations, as operators take them.
         unused: parameters of the other experts, whose gradients are zero.
@@ -50,8 +54,8 @@ def normalized_mixture(
     codes = tuple(0 if norm is None else norm.code for norm in norms)
     eps = tuple(0.0 if norm is None else norm.eps for norm in norms)
     seed = torch.randint(0, 2**63 - 1, (1,), device=x.device) if any(dropout) else None
-    settings: Any = (*flat, codes, eps, dropout)
-    groups = (streams, weights, biases, scales, shifts, logits)
+    settings: Any = (*flat, codes, eps, dice_eps, dropout)
+    groups = (streams, weights, biases, scales, shifts, slopes, logits)
     backend = _backends.forced()
     traced = traced_under_func(_OP)
     if not traced and needs_function(*groups, unused):

@@ -30,19 +30,20 @@ class Plan:
     activations: tuple[int, ...]
     norms: tuple[int, ...]
     eps: tuple[float, ...]
+    dice_eps: tuple[float, ...]
     dropout: tuple[float, ...]
 
     @property
     def settings(self) -> Any:
         """The operators' arguments that are no tensors."""
         routing = (self.expert_inputs, self.gate_experts, self.gate_sizes)
-        return *routing, self.activations, self.norms, self.eps, self.dropout
+        return *routing, self.activations, self.norms, self.eps, self.dice_eps, self.dropout
 
     def split(self, tensors: Any) -> Any:
-        """Inputs, weights, biases, scales, shifts, gate logits, and what follows them."""
+        """Inputs, weights, biases, scales, shifts, slopes, gate logits, and what follows them."""
         each = len(self.activations) * len(self.expert_inputs)
         parts = []
-        for size in (self.num_inputs, each, each, each, each, len(self.gate_sizes)):
+        for size in (self.num_inputs, *[each] * 5, len(self.gate_sizes)):
             parts.append(tensors[:size])
             tensors = tensors[size:]
         return *parts, tensors
@@ -55,7 +56,7 @@ class Plan:
 
 
 class NormalizedMixture(torch.autograd.Function):
-    """``apply(plan, *inputs, *weights, *biases, *scales, *shifts, *gate_logits, seed, *idle)``.
+    """``apply(plan, *inputs, *weights, *biases, *scales, *shifts, *slopes, *gate_logits, seed, *idle)``.
 
     Returns K outputs, then a saved tensor a layer, then means and variances. ``idle`` are the parameters of experts
     that no gate mixes: they take no part, and their gradient is zero.
@@ -87,8 +88,8 @@ class NormalizedMixture(torch.autograd.Function):
         tensors, kept = saved[: -ctx.num_kept], saved[-ctx.num_kept :]
         *groups, (seed, *idle) = plan.split(tensors)
         *flags, (_, *idle_flags) = plan.split(ctx.needs_input_grad[1:])
-        inputs, weights, biases, scales, shifts, logits = (any(group) for group in flags)
-        needs = (inputs, weights, biases, scales or shifts, logits)
+        inputs, weights, biases, scales, shifts, slopes, logits = (any(group) for group in flags)
+        needs = (inputs, weights, biases, scales or shifts, slopes, logits)
         shape = (groups[0][0].shape[0], groups[1][-1].shape[0])
         grad_outputs = [groups[0][0].new_zeros(shape) if g is None else g for g in grads[: len(plan.gate_sizes)]]
         used = [tensor for group in groups for tensor in group]
@@ -114,9 +115,9 @@ class NormalizedMixture(torch.autograd.Function):
 class NormalizedMixtureBackward(torch.autograd.Function):
     """``apply(plan, needs, *grad_outputs, *inputs, …, *gate_logits, seed, *saved, *means, *variances)``.
 
-    Returns the gradients wanted. ``needs``: whether inputs, weights, biases, scales and shifts, and logits want theirs;
-    they come in that order, none for a tensor that is None. A function of its own so that it has derivatives and a
-    rule for vmap.
+    Returns the gradients wanted. ``needs``: whether inputs, weights, biases, scales and shifts, slopes, and logits want
+    theirs; they come in that order, none for a tensor that is None. A function of its own so that it has derivatives
+    and a rule for vmap.
     """
 
     @staticmethod
@@ -124,11 +125,11 @@ class NormalizedMixtureBackward(torch.autograd.Function):
         gates = len(plan.gate_sizes)
         if grads_are_batched(tensors[:gates]):
             return batched_backward(NormalizedMixtureBackward, (plan, needs), tensors)
-        inputs, weights, biases, scales, shifts, logits, (seed, *kept) = plan.split(tensors[gates:])
+        inputs, weights, biases, *affine, logits, (seed, *kept) = plan.split(tensors[gates:])
         run = implementation(_OP, "backward", plan.backend, inputs[0])
         kept_parts = plan.split_saved(kept)
         dx, dw, db, *others = run(
-            tensors[:gates], inputs, weights, scales, shifts, logits, *kept_parts, *plan.settings, seed, *needs
+            tensors[:gates], inputs, weights, *affine, logits, *kept_parts, *plan.settings, seed, *needs
         )
         biased = (g for g, bias in zip(db, biases, strict=False) if bias is not None)
         return (*dx, *dw, *biased, *(g for part in others for g in part))
@@ -164,8 +165,8 @@ class NormalizedMixtureBackward(torch.autograd.Function):
 
 def _by_group(needs: tuple[bool, ...]) -> tuple[bool, ...]:
     """``needs`` for each group of tensors: scales and shifts go together."""
-    inputs, weights, biases, norms, logits = needs
-    return inputs, weights, biases, norms, norms, logits
+    inputs, weights, biases, norms, slopes, logits = needs
+    return inputs, weights, biases, norms, norms, slopes, logits
 
 
 def _example_by_example(run: Callable[..., Any], size: int, in_dims: Any, tensors: Any) -> Any:
@@ -191,24 +192,24 @@ def _plan(inputs: Any, settings: Any) -> Plan:
 
 
 def _differentiable_forward(*args: Any) -> Any:
-    plan = _plan(args[0], args[6:13])
-    flat = [tensor for group in args[:6] for tensor in group]
-    return _nested(plan, NormalizedMixture.apply(plan, *flat, args[13]))
+    plan = _plan(args[0], args[7:15])
+    flat = [tensor for group in args[:7] for tensor in group]
+    return _nested(plan, NormalizedMixture.apply(plan, *flat, args[15]))
 
 
 @torch.library.register_vmap("mtlkernels::normalized_mixture_forward")
 def _vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
     """The operator's own rule, which torch.compile needs where no gradient is wanted."""
-    plan = _plan(args[0], args[6:13])
+    plan = _plan(args[0], args[7:15])
 
     def run(*example: Any) -> Any:
         *groups, (seed,) = plan.split(example)
         found = torch.ops.mtlkernels.normalized_mixture_forward(*groups, *plan.settings, seed)
         return [tensor for part in found for tensor in part]
 
-    dims = [dim for group, ts in zip(in_dims, args[:6], strict=False) for dim in (group or [None] * len(ts))]
-    flat = [tensor for group in args[:6] for tensor in group]
-    out, out_dims = _example_by_example(run, info.batch_size, (*dims, in_dims[13]), (*flat, args[13]))
+    dims = [dim for group, ts in zip(in_dims, args[:7], strict=False) for dim in (group or [None] * len(ts))]
+    flat = [tensor for group in args[:7] for tensor in group]
+    out, out_dims = _example_by_example(run, info.batch_size, (*dims, in_dims[15]), (*flat, args[15]))
     return _nested(plan, out), _nested(plan, out_dims)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels.ops import _folding
-from mtlkernels.ops._checks import as_sequence, check_like, shape_of
+from mtlkernels.ops._checks import as_sequence, check_parameter, numbers_by_layer, shape_of
 from mtlkernels.ops.normalized_mixture.reference import BATCH_NORM, LAYER_NORM
 from mtlkernels.routing import Routing
 
@@ -87,11 +87,7 @@ def _check_module(name: str, module: Any, width: int, x: Tensor) -> None:
             continue
         if tensor.shape != (width,):
             raise ValueError(f"{name}.{part} must have shape [{width}], got {shape_of(tensor)}")
-        # PyTorch takes float32 parameters beside inputs of lower precision.
-        mixed = tensor.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-        if mixed and tensor.device == x.device:
-            continue
-        check_like(f"{name}.{part}", tensor, "inputs", x)
+        check_parameter(f"{name}.{part}", tensor, "inputs", x)
 
 
 def uses_running(module: Any) -> bool:
@@ -101,16 +97,11 @@ def uses_running(module: Any) -> bool:
 
 def check_dropout(dropout: Any, num_layers: int) -> tuple[float, ...]:
     """A rate a layer."""
-    one = isinstance(dropout, (int, float))
-    rates = [dropout] * num_layers if one else as_sequence("dropout", dropout, "a rate or a sequence of rates")
-    if len(rates) != num_layers:
-        raise ValueError(f"dropout must be one rate or one for each of {num_layers} layers, got {len(rates)}")
+    rates = numbers_by_layer("dropout", "rate", dropout, num_layers)
     for rate in rates:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-            raise TypeError(f"dropout must hold numbers, got {type(rate).__name__}")
         if not 0 <= rate <= 1:
             raise ValueError(f"dropout must be in [0, 1], got {rate}")
-    return tuple(float(rate) for rate in rates)
+    return tuple(rates)
 
 
 def parameters(norms: Sequence[Norm | None], part: str, experts: Sequence[int]) -> list[Tensor | None]:

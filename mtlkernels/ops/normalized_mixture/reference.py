@@ -21,13 +21,15 @@ class _Layer(NamedTuple):
     """What becomes of the pre-activations of a layer, each [E, B, H] and in the dtype of accumulation.
 
     ``standardized`` are they themselves without a norm; ``activated`` is the activation of ``normalized``, ``factors``
-    are dropout's, and ``hidden``, in the dtype of the inputs, is what the next layer reads.
+    are dropout's, ``slopes`` [E, 1, H] the activation's, and ``hidden``, in the dtype of the inputs, is what the next
+    layer reads.
     """
 
     standardized: Tensor
     normalized: Tensor
     activated: Tensor
     factors: Tensor | None
+    slopes: Tensor | None
     hidden: Tensor
 
 
@@ -38,9 +40,22 @@ def statistics(norm: int, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _affine(parts: Sequence[Tensor | None], default: float, like: Tensor) -> Tensor:
-    """The experts' scales or shifts as [E, 1, H], ``default`` for an expert without any."""
-    filled = [like.new_full(like.shape[2:], default) if part is None else part.to(like.dtype) for part in parts]
+    """The experts' scales, shifts or slopes as [E, 1, H], ``default`` for an expert without any."""
+    width = like.shape[2]
+    filled = [like.new_full((width,), default) if part is None else part.to(like.dtype).expand(width) for part in parts]
     return torch.stack(filled).unsqueeze(1)
+
+
+class _Settings(NamedTuple):
+    """What follows the product of a layer; ``number`` counts the layers."""
+
+    number: int
+    activation: int
+    norm: int
+    eps: float
+    dice_eps: float
+    rate: float
+    seed: Tensor | None
 
 
 def _layer(
@@ -48,25 +63,24 @@ def _layer(
     statistics: tuple[Tensor, Tensor] | None,
     scales: Sequence[Tensor | None],
     shifts: Sequence[Tensor | None],
-    activation: int,
-    norm: int,
-    eps: float,
-    rate: float,
-    seed: Tensor | None,
-    layer: int,
+    slopes: Sequence[Tensor | None],
+    settings: _Settings,
 ) -> _Layer:
     acc = mixture.accumulation_dtype(z)
+    norm, code = settings.norm, settings.activation
     standardized = normalized = z.to(acc)
     if statistics is not None:
         mean, variance = (value.unsqueeze(norm) for value in statistics)
-        standardized = (standardized - mean) * torch.rsqrt(variance + eps)
+        standardized = (standardized - mean) * torch.rsqrt(variance + settings.eps)
         normalized = standardized * _affine(scales, 1.0, standardized) + _affine(shifts, 0.0, standardized)
-    activated = hidden = act.activate(activation, normalized)
+    own = _affine(slopes, 1.0, normalized) if act.has_slopes(code) else None
+    activated = hidden = act.activate(code, normalized, own, settings.dice_eps)
     factors = None
-    if rate > 0 and seed is not None:
-        factors = dropout_factors(seed, layer, (z.shape[0], z.shape[1], z.shape[2]), rate, acc)
+    if settings.rate > 0 and settings.seed is not None:
+        sizes = (z.shape[0], z.shape[1], z.shape[2])
+        factors = dropout_factors(settings.seed, settings.number, sizes, settings.rate, acc)
         hidden = activated * factors
-    return _Layer(standardized, normalized, activated, factors, hidden.to(z.dtype))
+    return _Layer(standardized, normalized, activated, factors, own, hidden.to(z.dtype))
 
 
 def forward(
@@ -75,6 +89,7 @@ def forward(
     biases: Sequence[Tensor | None],
     scales: Sequence[Tensor | None],
     shifts: Sequence[Tensor | None],
+    slopes: Sequence[Tensor | None],
     gate_logits: Sequence[Tensor],
     expert_inputs: Sequence[int],
     gate_experts: Sequence[int],
@@ -82,6 +97,7 @@ def forward(
     activations: Sequence[int],
     norms: Sequence[int],
     eps: Sequence[float],
+    dice_eps: Sequence[float],
     dropout: Sequence[float],
     seed: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
@@ -102,8 +118,8 @@ def forward(
         if found is not None:
             means.append(found[0])
             variances.append(found[1])
-        settings = (activations[layer], norm, eps[layer], dropout[layer], seed, layer)
-        hidden = list(_layer(z, found, scales[own], shifts[own], *settings).hidden.unbind(0))
+        settings = _Settings(layer, activations[layer], norm, eps[layer], dice_eps[layer], dropout[layer], seed)
+        hidden = list(_layer(z, found, scales[own], shifts[own], slopes[own], settings).hidden.unbind(0))
     outputs = mixture.forward(torch.stack(hidden, dim=1), gate_logits, gate_experts, gate_sizes)
     return outputs, saved, means, variances
 
@@ -114,6 +130,7 @@ def backward(
     weights: Sequence[Tensor],
     scales: Sequence[Tensor | None],
     shifts: Sequence[Tensor | None],
+    slopes: Sequence[Tensor | None],
     gate_logits: Sequence[Tensor],
     saved: Sequence[Tensor],
     means: Sequence[Tensor],
@@ -124,15 +141,17 @@ def backward(
     activations: Sequence[int],
     norms: Sequence[int],
     eps: Sequence[float],
+    dice_eps: Sequence[float],
     dropout: Sequence[float],
     seed: Tensor | None,
     need_inputs: bool,
     need_weights: bool,
     need_biases: bool,
     need_norms: bool,
+    need_slopes: bool,
     need_logits: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of the inputs, weights, biases (one a weight), scales and shifts (one each that there is) and logits.
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of inputs, weights, biases (one a weight), scales, shifts and slopes (one each that there is), logits.
 
     With s the standardized pre-activation, g the gradient of ``s * scale + shift``, and means over what the statistics
     were taken of: dz = rstd * (g * scale - mean(g * scale) - s * mean(g * scale * s)).
@@ -141,10 +160,10 @@ def backward(
     found = iter(zip(means, variances, strict=True))
     stats = [next(found) if norm else None for norm in norms]
     owns = [slice(layer * experts, (layer + 1) * experts) for layer in range(len(norms))]
-    settings = zip(activations, norms, eps, dropout, strict=True)
+    each = zip(range(len(norms)), activations, norms, eps, dice_eps, dropout, [seed] * len(norms), strict=True)
     layers = [
-        _layer(saved[i], stats[i], scales[owns[i]], shifts[owns[i]], *setting, seed, i)
-        for i, setting in enumerate(settings)
+        _layer(saved[i], stats[i], scales[own], shifts[own], slopes[own], _Settings(*settings))
+        for i, (own, settings) in enumerate(zip(owns, each, strict=True))
     ]
     grad_experts, grad_logits = mixture.backward(
         grad_outputs, layers[-1].hidden.transpose(0, 1), gate_logits, gate_experts, gate_sizes, True, need_logits
@@ -153,13 +172,18 @@ def backward(
     grad_weights, grad_biases = [torch.empty(0)] * len(weights), [torch.empty(0)] * len(weights)
     grad_scales: list[Tensor | None] = [None] * len(weights)
     grad_shifts: list[Tensor | None] = [None] * len(weights)
+    grad_slopes: list[Tensor | None] = [None] * len(weights)
     for i in reversed(range(len(norms))):
         at, layer, stat, norm = owns[i], layers[i], stats[i], norms[i]
         g = grad.to(layer.activated.dtype)
         if layer.factors is not None:
             g = g * layer.factors
-        kept = layer.normalized if act.from_input(activations[i]) else layer.activated
-        g = g * act.derivative(activations[i], kept)
+        if layer.slopes is not None:
+            g, elements = act.gradients_with_slopes(activations[i], g, layer.normalized, layer.slopes, dice_eps[i])
+            grad_slopes[at] = elements.sum(1).unbind(0)
+        else:
+            kept = layer.normalized if act.from_input(activations[i]) else layer.activated
+            g = g * act.derivative(activations[i], kept)
         if stat is not None:
             s = layer.standardized
             grad_scales[at], grad_shifts[at] = (g * s).sum(1).unbind(0), g.sum(1).unbind(0)
@@ -184,14 +208,17 @@ def backward(
         grad_biases if need_biases else [],
         _of_those(grad_scales, scales) if need_norms else [],
         _of_those(grad_shifts, shifts) if need_norms else [],
+        _of_those(grad_slopes, slopes) if need_slopes else [],
         grad_logits,
     )
 
 
 def _of_those(grads: Sequence[Tensor | None], parameters: Sequence[Tensor | None]) -> list[Tensor]:
-    """The gradients of the scales or shifts that there are; zero where no norm reads one."""
+    """The gradients of the scales, shifts or slopes that there are; zero where nobody reads one."""
     return [
-        torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype, copy=True)
+        torch.zeros_like(parameter)
+        if grad is None
+        else grad.sum_to_size(parameter.shape).to(parameter.dtype, copy=True)
         for grad, parameter in zip(grads, parameters, strict=True)
         if parameter is not None
     ]
