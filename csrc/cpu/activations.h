@@ -1,23 +1,11 @@
-// The activations of expert layers; the codes are those of mtlkernels/ops/activations.py.
+// The activations of expert layers.
 #pragma once
 
+#include "activation_codes.h"
 #include "simd.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
-
-enum Activation : int {
-  kNone = 0,
-  kRelu = 1,
-  kLeakyRelu = 2,
-  kGelu = 3,
-  kSilu = 4,
-  kTanh = 5,
-  kSigmoid = 6,
-};
-
-// Whether the derivative needs the activation's input; otherwise it follows from the output.
-inline bool from_input(int code) { return code == kGelu || code == kSilu; }
 
 constexpr double kLeakySlope = 0.01;
 
@@ -124,6 +112,17 @@ MTLK_INLINE Vector<C> activate(Vector<C> x) {
   return x;
 }
 
+// The same, and those with a slope. Dice's gate is a sigmoid of (x - mean) * rate, which are of the row of x.
+template <int Code, typename C>
+MTLK_INLINE Vector<C> activate_with_slope(Vector<C> x, Vector<C> slope, Vector<C> mean, Vector<C> rate) {
+  if constexpr (Code == kPrelu) return x > Vector<C>{} ? x : x * slope;
+  if constexpr (Code == kDice) {
+    const Vector<C> gate = activate<kSigmoid, C>((x - mean) * rate);
+    return x * (gate + (static_cast<C>(1) - gate) * slope);
+  }
+  return activate<Code, C>(x);
+}
+
 // From the activation's input where from_input says so, otherwise from its output.
 template <int Code, typename C>
 MTLK_INLINE Vector<C> derivative(Vector<C> s) {
@@ -168,6 +167,14 @@ MTLK_INLINE void with_activation(int code, F f) {
     default:
       return f(CodeConstant<kNone>{});
   }
+}
+
+// The same, and for those with slopes.
+template <typename F>
+MTLK_INLINE void with_any_activation(int code, F f) {
+  if (code == kPrelu) return f(CodeConstant<kPrelu>{});
+  if (code == kDice) return f(CodeConstant<kDice>{});
+  with_activation(code, f);
 }
 
 }  // namespace MTLK_ISA

@@ -30,17 +30,21 @@ class PairProducts {
     } else {
       // Short depths find their factors near, and run fastest with a register for each plane; long ones wait for the
       // second-level cache, and read b once for both tiles of a.
-      const bool together = steps >= kLongDepth;
+      const bool together = a.both && steps >= kLongDepth;
       const int64_t parts = (a.both && !together ? 2 : 1) * (b.both ? 2 : 1);
       int64_t part = 0;
       const auto next = [&] { return ahead.share(part++, 1, parts); };
-      const PairFactor first{a.first, nullptr, a.step, false};
-      product_split(together ? a : first, b.first, b.step, steps, out0, ld, next());
-      if (b.both) product_split(together ? a : first, b.second, b.step, steps, out1, ld, next());
-      if (together || !a.both) return;
+      if (together) {
+        product_split<true>(a, b.first, b.step, steps, out0, ld, next());
+        if (b.both) product_split<true>(a, b.second, b.step, steps, out1, ld, next());
+        return;
+      }
+      product_split<false>(a, b.first, b.step, steps, out0, ld, next());
+      if (b.both) product_split<false>(a, b.second, b.step, steps, out1, ld, next());
+      if (!a.both) return;
       const PairFactor second{a.second, nullptr, a.step, false};
-      product_split(second, b.first, b.step, steps, out0 + kGroup * ld, ld, next());
-      if (b.both) product_split(second, b.second, b.step, steps, out1 + kGroup * ld, ld, next());
+      product_split<false>(second, b.first, b.step, steps, out0 + kGroup * ld, ld, next());
+      if (b.both) product_split<false>(second, b.second, b.step, steps, out1 + kGroup * ld, ld, next());
     }
   }
 
@@ -75,9 +79,10 @@ class PairProducts {
     if (a.both && b.both) _tile_stored(3, out1 + kGroup * ld, ld * sizeof(float));
   }
 
-  // Tiles 0 and 2 sum the leading planes' products with the first and the second tile of a, tiles 1 and 3 the rest,
-  // which is too small to lose anything to rounding. Tile numbers are part of an instruction's text, so both halves are
-  // written out.
+  // Tiles 0 and 2 sum the leading planes' products with the first and, for `Both`, the second tile of a, 1 and 3 the
+  // rest, which is too small to lose anything to rounding. Tile numbers are part of an instruction's text, so both
+  // halves are written out.
+  template <bool Both>
   static void product_split(const PairFactor& a, const BFloat16* b, int64_t b_step, int64_t steps, float* out,
                             int64_t ld, const Ahead& ahead) {
     _tile_zero(0);
@@ -102,7 +107,7 @@ class PairProducts {
         _tile_loadd(4, first + 2 * kPairTile, 64);
         _tile_dpbf16ps(1, 4, 5);
       }
-      if (!a.both) continue;
+      if constexpr (!Both) continue;
       const BFloat16* second = a.second + k * a.step;
       _tile_loadd(4, second, 64);
       _tile_dpbf16ps(2, 4, 5);
@@ -126,7 +131,7 @@ class PairProducts {
     _tile_stored(0, out, ld * sizeof(float));
     _tile_stored(1, rest, kGroup * sizeof(float));
     store_sum(out);
-    if (!a.both) return;
+    if constexpr (!Both) return;
     _tile_stored(2, out + kGroup * ld, ld * sizeof(float));
     _tile_stored(3, rest, kGroup * sizeof(float));
     store_sum(out + kGroup * ld);

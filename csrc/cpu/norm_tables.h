@@ -3,11 +3,13 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "activation_codes.h"
 #include "level_args.h"
 #include "memory.h"
 #include "normalized_args.h"
@@ -18,15 +20,17 @@ namespace mtlk {
 class NormTables {
  public:
   NormTables(const Level& level, at::ScalarType dtype, at::IntArrayRef norms, at::ArrayRef<double> eps,
-             at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed, const OptionalTensors& scales,
-             const OptionalTensors& shifts)
+             at::ArrayRef<double> dice_eps, at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed,
+             const OptionalTensors& scales, const OptionalTensors& shifts, const OptionalTensors& slopes)
       : level_(level), dtype_(dtype), compute_(dtype == at::kDouble ? at::kDouble : at::kFloat) {
     const auto layers = static_cast<size_t>(level.layers), experts = static_cast<size_t>(level.experts);
     check_count(norms.size(), layers, "norms");
     check_count(eps.size(), layers, "eps");
+    check_count(dice_eps.size(), layers, "dice_eps");
     check_count(dropout.size(), layers, "dropout");
     check_count(scales.size(), layers * experts, "scales");
     check_count(shifts.size(), layers * experts, "shifts");
+    check_count(slopes.size(), layers * experts, "slopes");
     bool drops = false;
     for (size_t l = 0; l < layers; ++l) {
       TORCH_CHECK_VALUE(norms[l] >= kNoNorm && norms[l] <= kLayerNorm, "mtlkernels: norms[", l,
@@ -37,16 +41,21 @@ class NormTables {
       NormLayer layer{};
       layer.norm = static_cast<int>(norms[l]);
       layer.eps = eps[l];
+      layer.dice_eps = dice_eps[l];
       layer.rate = dropout[l];
       layer.ld = (width(l) + 31) / 32 * 32;
       layers_.push_back(layer);
     }
     if (drops) set_seed(seed);
-    set_affine(scales, "scales", &scales_, &scale_pointers_);
-    set_affine(shifts, "shifts", &shifts_, &shift_pointers_);
+    set_parameters(scales, "scales", &scales_, &scale_pointers_);
+    set_parameters(shifts, "shifts", &shifts_, &shift_pointers_);
+    set_parameters(slopes, "slopes", &slopes_, &slope_pointers_);
+    for (const at::Tensor& tensor : slopes_) slope_strides_.push_back(tensor.defined() && tensor.size(0) > 1);
     for (size_t l = 0; l < layers; ++l) {
       layers_[l].scales = scale_pointers_.data() + l * experts;
       layers_[l].shifts = shift_pointers_.data() + l * experts;
+      layers_[l].alphas = slope_pointers_.data() + l * experts;
+      layers_[l].alpha_strides = slope_strides_.data() + l * experts;
     }
   }
   NormTables(const NormTables&) = delete;
@@ -54,6 +63,12 @@ class NormTables {
   NormLayer* layers() { return layers_.data(); }
   uint64_t seed() const { return seed_; }
   bool has_norm(int64_t l) const { return layers_[l].norm != kNoNorm; }
+  bool slopes_at(int64_t l) const { return has_slopes(level_.activations[l]); }
+
+  // How many arrays of sums over the rows the layers need: two of norms, one of slopes.
+  int64_t partial_arrays() const {
+    return std::any_of(level_.activations, level_.activations + level_.layers, has_slopes) ? 3 : 2;
+  }
 
   // The shape of a layer's statistics.
   std::vector<int64_t> statistic_sizes(int64_t l) const {
@@ -89,6 +104,11 @@ class NormTables {
       NormLayer& layer = layers_[l];
       const int64_t groups = (level_.rows + 15) / 16;
       gradients[l % 2] = std::max(gradients[l % 2], level_.experts * groups * width(l) * 16 * storage);
+      if (slopes_at(l)) piece(layer.alpha, layer.ld);
+      if (level_.activations[l] == kDice && backward) {
+        piece(layer.gate_mean, level_.rows);
+        piece(layer.gate_rate, level_.rows);
+      }
       if (!has_norm(l)) continue;
       piece(layer.factor, layer.ld);
       piece(layer.shift, layer.ld);
@@ -114,25 +134,29 @@ class NormTables {
     }
   }
 
-  // Gradients of the scales and shifts that are there, where they are needed.
-  void set_gradients(bool need) {
-    const auto make = [&](const std::vector<at::Tensor>& tensors, std::vector<at::Tensor>* grads,
+  // Gradients of the scales, shifts and slopes that are there, where they are needed.
+  void set_gradients(bool need_norms, bool need_slopes) {
+    const auto make = [&](const std::vector<at::Tensor>& tensors, bool need, std::vector<at::Tensor>* grads,
                           std::vector<void*>* pointers) {
-      for (const at::Tensor& tensor : tensors) {
-        grads->push_back(need && tensor.defined() ? at::zeros(tensor.sizes(), tensor.options().dtype(compute_))
-                                                  : at::Tensor());
+      for (size_t i = 0; i < tensors.size(); ++i) {
+        const bool wanted = need && tensors[i].defined();
+        const int64_t size = width(static_cast<int64_t>(i) / level_.experts);
+        grads->push_back(wanted ? at::zeros({size}, tensors[i].options().dtype(compute_)) : at::Tensor());
         pointers->push_back(grads->back().defined() ? grads->back().mutable_data_ptr() : nullptr);
       }
     };
-    make(scales_, &grad_scales_, &grad_scale_pointers_);
-    make(shifts_, &grad_shifts_, &grad_shift_pointers_);
+    make(scales_, need_norms, &grad_scales_, &grad_scale_pointers_);
+    make(shifts_, need_norms, &grad_shifts_, &grad_shift_pointers_);
+    make(slopes_, need_slopes, &grad_slopes_, &grad_slope_pointers_);
     for (int l = 0; l < level_.layers; ++l) {
       layers_[l].grad_scales = grad_scale_pointers_.data() + l * level_.experts;
       layers_[l].grad_shifts = grad_shift_pointers_.data() + l * level_.experts;
+      layers_[l].grad_alphas = grad_slope_pointers_.data() + l * level_.experts;
     }
   }
   std::vector<at::Tensor> take_grad_scales() const { return taken(grad_scales_, scales_); }
   std::vector<at::Tensor> take_grad_shifts() const { return taken(grad_shifts_, shifts_); }
+  std::vector<at::Tensor> take_grad_slopes() const { return taken(grad_slopes_, slopes_); }
 
  private:
   int64_t width(int64_t l) const { return level_.widths[l + 1]; }
@@ -151,8 +175,9 @@ class NormTables {
     seed_ = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
   }
 
-  void set_affine(const OptionalTensors& given, const char* name, std::vector<at::Tensor>* tensors,
-                  std::vector<const void*>* pointers) {
+  void set_parameters(const OptionalTensors& given, const char* name, std::vector<at::Tensor>* tensors,
+                      std::vector<const void*>* pointers) {
+    const bool slopes = tensors == &slopes_;
     for (size_t i = 0; i < given.size(); ++i) {
       const at::Tensor tensor = given.get(i).value_or(at::Tensor());
       const auto l = static_cast<int64_t>(i) / level_.experts;
@@ -160,11 +185,13 @@ class NormTables {
       pointers->push_back(nullptr);
       if (!tensor.defined()) continue;
       check_plain(tensor);
-      TORCH_CHECK_VALUE(has_norm(l), "mtlkernels: ", name, "[", i, "] must be None, as its layer has no norm");
+      TORCH_CHECK_VALUE(slopes ? slopes_at(l) : has_norm(l), "mtlkernels: ", name, "[", i,
+                        "] must be None, as its layer has ", slopes ? "an activation without slopes" : "no norm");
       TORCH_CHECK_TYPE(tensor.scalar_type() == dtype_ || tensor.scalar_type() == compute_, "mtlkernels: ", name, "[", i,
                        "] must be of ", dtype_, " or ", compute_, ", got ", tensor.scalar_type());
-      TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == width(l), "mtlkernels: ", name, "[", i,
-                        "] must have shape [", width(l), "], got ", tensor.sizes());
+      const bool fits = tensor.dim() == 1 && (tensor.size(0) == width(l) || (slopes && tensor.size(0) == 1));
+      TORCH_CHECK_VALUE(fits, "mtlkernels: ", name, "[", i, "] must have shape [", width(l), "]",
+                        slopes ? " or [1]" : "", ", got ", tensor.sizes());
       TORCH_CHECK_VALUE(tensor.is_cpu(), "mtlkernels: ", name, "[", i, "] must be on the CPU, got ", tensor.device());
       kept_.push_back(tensor.to(compute_).contiguous());
       pointers->back() = kept_.back().const_data_ptr();
@@ -185,7 +212,9 @@ class NormTables {
   static std::vector<at::Tensor> taken(const std::vector<at::Tensor>& grads, const std::vector<at::Tensor>& like) {
     std::vector<at::Tensor> result;
     for (size_t i = 0; i < grads.size(); ++i) {
-      if (grads[i].defined()) result.push_back(grads[i].to(like[i].scalar_type()));
+      if (!grads[i].defined()) continue;
+      const bool whole = grads[i].sizes() == like[i].sizes();  // otherwise one slope serves all channels
+      result.push_back((whole ? grads[i] : grads[i].sum().view(1)).to(like[i].scalar_type()));
     }
     return result;
   }
@@ -194,9 +223,10 @@ class NormTables {
   const at::ScalarType dtype_, compute_;
   uint64_t seed_ = 0;
   std::vector<NormLayer> layers_;
-  std::vector<at::Tensor> scales_, shifts_, grad_scales_, grad_shifts_, kept_;
-  std::vector<const void*> scale_pointers_, shift_pointers_;
-  std::vector<void*> grad_scale_pointers_, grad_shift_pointers_;
+  std::vector<at::Tensor> scales_, shifts_, slopes_, grad_scales_, grad_shifts_, grad_slopes_, kept_;
+  std::vector<const void*> scale_pointers_, shift_pointers_, slope_pointers_;
+  std::vector<int64_t> slope_strides_;
+  std::vector<void*> grad_scale_pointers_, grad_shift_pointers_, grad_slope_pointers_;
   std::unique_ptr<Scratch> memory_, gradients_[2];
 };
 

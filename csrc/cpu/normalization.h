@@ -39,6 +39,25 @@ MTLK_INLINE Vector<C> load_as(const T* p) {
   }
 }
 
+// Mean and biased variance over the features of each of a group's rows.
+template <typename C>
+void row_moments(const C* values, int64_t features, C* mean, C* variance) {
+  constexpr int L = Simd<C>::lanes;
+  const C count = static_cast<C>(features);
+  for (int j = 0; j < kGroup; j += L) {
+    Vector<C> sum[4] = {};
+    for (int64_t i = 0; i < features; ++i) sum[i % 4] += load(values + i * kGroup + j);
+    const Vector<C> m = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / count;
+    Vector<C> squares[4] = {};
+    for (int64_t i = 0; i < features; ++i) {
+      const Vector<C> x = load(values + i * kGroup + j) - m;
+      squares[i % 4] += x * x;
+    }
+    store(mean + j, m);
+    store(variance + j, ((squares[0] + squares[1]) + (squares[2] + squares[3])) / count);
+  }
+}
+
 // Expert e's layer l as its readers see it.
 template <typename T>
 class LayerReader {
@@ -55,6 +74,7 @@ class LayerReader {
         dropout_(layer_.rate, args.seed, l, e) {}
 
   int norm() const { return layer_.norm; }
+  bool has_sums() const { return layer_.norm != kNoNorm || layer_.alpha; }
   int code() const { return code_; }
   int64_t width() const { return width_; }
   bool drops() const { return layer_.rate > 0; }
@@ -110,17 +130,36 @@ class LayerReader {
 
   // values(i, j) of the activation of normalised values, with dropout where `kept` is not null: given to f.
   template <typename F>
-  MTLK_INLINE void activated(const C* n, const uint16_t* kept, F f) const {
+  MTLK_INLINE void activated(int64_t nrows, const C* n, const uint16_t* kept, F f) const {
     const C by = scale();
-    with_activation(code_, [&](auto constant) {
+    C mean[kGroup], rate[kGroup];
+    if (code_ == kDice) gate(nrows, n, mean, rate);
+    with_any_activation(code_, [&](auto constant) {
+      constexpr int kCode = decltype(constant)::value;
+      const auto value = [&](int64_t i, int j) {
+        const Vector<C> x = load(n + i * kGroup + j);
+        if constexpr (kCode == kPrelu) return activate_with_slope<kCode, C>(x, slope(i), x, x);
+        if constexpr (kCode == kDice) return activate_with_slope<kCode, C>(x, slope(i), load(mean + j), load(rate + j));
+        return activate<kCode, C>(x);
+      };
       if (kept) {
-        f([&](int64_t i, int j) {
-          return kept_lanes<C>(activate<decltype(constant)::value, C>(load(n + i * kGroup + j)), kept[i] >> j, by);
-        });
+        f([&](int64_t i, int j) { return kept_lanes<C>(value(i, j), kept[i] >> j, by); });
       } else {
-        f([&](int64_t i, int j) { return activate<decltype(constant)::value, C>(load(n + i * kGroup + j)); });
+        f(value);
       }
     });
+  }
+
+  Vector<C> slope(int64_t i) const { return broadcast(channels(layer_.alpha)[i]); }
+
+  // Mean and rate of Dice's gate for each of a group's rows, of which those that are not there get a rate of zero.
+  void gate(int64_t nrows, const C* n, C* mean, C* rate) const {
+    C variance[kGroup];
+    row_moments(n, width_, mean, variance);
+    for (int64_t r = 0; r < kGroup; ++r) {
+      const double sum = (static_cast<double>(variance[r]) + layer_.dice_eps) * static_cast<double>(width_);
+      rate[r] = r < nrows ? static_cast<C>(1.0 / std::sqrt(sum)) : static_cast<C>(0);
+    }
   }
 
   // A value of each of a group's rows, zeros beyond.
@@ -167,29 +206,12 @@ void channel_moments(const C* values, int64_t group, int64_t nrows, int64_t n, C
   }
 }
 
-// Mean and biased variance over the features of each of a group's rows.
-template <typename C>
-void row_moments(const C* values, int64_t features, C* mean, C* variance) {
-  constexpr int L = Simd<C>::lanes;
-  const C count = static_cast<C>(features);
-  for (int j = 0; j < kGroup; j += L) {
-    Vector<C> sum[4] = {};
-    for (int64_t i = 0; i < features; ++i) sum[i % 4] += load(values + i * kGroup + j);
-    const Vector<C> m = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / count;
-    Vector<C> squares[4] = {};
-    for (int64_t i = 0; i < features; ++i) {
-      const Vector<C> x = load(values + i * kGroup + j) - m;
-      squares[i % 4] += x * x;
-    }
-    store(mean + j, m);
-    store(variance + j, ((squares[0] + squares[1]) + (squares[2] + squares[3])) / count);
-  }
-}
-
-// Where a block's contributions to the statistics of an expert's layer lie: two arrays, one after the other.
+// Where a block's contributions to the sums of an expert's layer lie: two arrays of its norm, then one of its slopes.
+constexpr int kSlopeSum = 2;
 template <typename C>
 C* partials_of(const NormalizedArgs& args, int64_t block, int e, int which) {
-  return static_cast<C*>(args.partials) + ((block * args.level.experts + e) * 2 + which) * args.partial_ld;
+  const int64_t at = (block * args.level.experts + e) * args.partial_arrays + which;
+  return static_cast<C*>(args.partials) + at * args.partial_ld;
 }
 
 inline int64_t rows_of_block(const NormalizedArgs& args, int64_t block) {
@@ -243,8 +265,15 @@ MTLK_INLINE double reciprocal_deviation(C variance, double eps) {
 template <typename C>
 void prepare_norm(const NormalizedArgs& args, int l, int e) {
   const NormLayer& layer = args.layers[l];
-  if (layer.norm == kNoNorm) return;
   const int64_t width = args.level.widths[l + 1], rows = args.level.rows;
+  if (layer.alpha) {
+    const C* given = static_cast<const C*>(layer.alphas[e]);
+    C* const alpha = static_cast<C*>(layer.alpha) + e * layer.ld;
+    for (int64_t c = 0; c < layer.ld; ++c) {
+      alpha[c] = given && c < width ? given[c * layer.alpha_strides[e]] : static_cast<C>(1);
+    }
+  }
+  if (layer.norm == kNoNorm) return;
   const C *scale = static_cast<const C*>(layer.scales[e]), *shift = static_cast<const C*>(layer.shifts[e]);
   C* const factors = static_cast<C*>(layer.factor) + e * layer.ld;
   C* const shifts = static_cast<C*>(layer.shift) + e * layer.ld;
@@ -267,10 +296,26 @@ void prepare_norm(const NormalizedArgs& args, int l, int e) {
   }
 }
 
+// The gradient of the activation's slopes, from all blocks' sums.
+template <typename C>
+void combine_slopes(const NormalizedArgs& args, int l, int e) {
+  C* const grad = static_cast<C*>(args.layers[l].grad_alphas[e]);
+  if (!grad) return;
+  each_run(args.level.widths[l + 1], [&](int64_t c, int64_t n) {
+    double sum[kRun] = {};
+    for (int64_t b = 0; b < args.blocks; ++b) {
+      const C* s = partials_of<C>(args, b, e, kSlopeSum) + c;
+      for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(s[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) grad[c + i] = static_cast<C>(sum[i]);
+  });
+}
+
 // From all blocks' sums of dn and of dn * centred: the gradients of scale and shift, and what makes dz of dn.
 template <typename C>
 void combine_sums(const NormalizedArgs& args, int l, int e) {
   const NormLayer& layer = args.layers[l];
+  if (layer.alpha) combine_slopes<C>(args, l, e);
   if (layer.norm == kNoNorm) return;
   const int64_t width = args.level.widths[l + 1];
   const double count = static_cast<double>(args.level.rows);

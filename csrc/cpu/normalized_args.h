@@ -7,22 +7,28 @@ namespace mtlk {
 
 enum Norm : int { kNoNorm = 0, kBatchNorm = 1, kLayerNorm = 2 };
 
-// A layer's normalisation and dropout. Arrays are of the compute type; those a channel are [experts][ld].
+// A layer's normalisation, the slopes of its activation, and dropout. Arrays are of the compute type; those a channel
+// are [experts][ld].
 struct NormLayer {
   int norm;
   double eps;
   double rate;  // of dropout
-  void* z;      // pre-activations of the storage type, [experts][rows][width]; written by the forward pass alone
+  double dice_eps;
+  void* z;  // pre-activations of the storage type, [experts][rows][width]; written by the forward pass alone
 
   // Statistics: [experts][width] of a batch norm, [experts][rows] of a layer norm, otherwise null.
   void *mean, *variance;
   const void* const* scales;  // [experts], null where there is none
   const void* const* shifts;
+  const void* const* alphas;     // the activation's slopes, null where it has none
+  const int64_t* alpha_strides;  // [experts], 0 where one serves all channels
 
   // What a reader applies: (z - center) * factor + shift a channel after batch norm, and after layer norm
   // (z - mean) * rstd * factor + shift with a mean and a rstd a row, [experts][rows].
   int64_t ld;
   void *center, *factor, *shift, *rstd;
+  void* alpha;                  // a channel, null without slopes
+  void *gate_mean, *gate_rate;  // of Dice's gate, [experts][rows]; only in the backward pass, which fills them
 
   // Backward. dz = factor * dn + slope * (z - center) + level a channel after batch norm; after layer norm
   // dz = rstd * (factor * dn - row_mean - zhat * row_slope) with values a row.
@@ -30,6 +36,7 @@ struct NormLayer {
   void* grad;                // dn of the storage type, [experts][group of 16 rows][width][16]
   void* const* grad_scales;  // [experts], null where it is not asked for
   void* const* grad_shifts;
+  void* const* grad_alphas;  // [width], also where one serves all channels
 };
 
 struct NormalizedArgs {
@@ -37,9 +44,9 @@ struct NormalizedArgs {
   const NormLayer* layers;
   uint64_t seed;
 
-  // For each block of rows, expert and channel, what it adds to a statistic: [block][experts][2][ld of the layer].
+  // For each block of rows, expert and channel, what it adds to the sums: [block][experts][arrays][ld of the layer].
   void* partials;
-  int64_t partial_ld;
+  int64_t partial_arrays, partial_ld;
   int64_t block_rows, blocks;
 };
 

@@ -11,7 +11,8 @@ template <typename Engine>
 struct NormalizedBackwardScratch {
   using C = typename Engine::C;
   using Element = typename Engine::Element;
-  C *grad_outputs, *probabilities, *z, *tile, *normalized, *centred, *whole, *after, *below, *sums[2], *row_sums[2];
+  C *grad_outputs, *probabilities, *z, *tile, *normalized, *centred, *whole, *after, *below, *sums[3], *row_sums[2];
+  C* rows;
   Element* panel;
   uint16_t* kept;
   int64_t total;
@@ -30,6 +31,9 @@ struct NormalizedBackwardScratch {
     below = arena.take<C>(level.widths[0] * groups * kGroup);
     for (C*& sum : sums) sum = arena.take<C>(widest * kGroup);
     for (C*& sum : row_sums) sum = arena.take<C>(groups * kGroup);
+    bool dice = false;
+    for (int l = 0; l < level.layers; ++l) dice = dice || level.activations[l] == kDice;
+    rows = arena.take<C>(dice ? widest * groups * kGroup : 0);
     panel = arena.take<Element>(Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups);
     kept = arena.take<uint16_t>(widest * groups);
     total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);

@@ -36,9 +36,10 @@ int64_t partial_ld(const Level& level) {
   return divide_up(widest, 32) * 32;
 }
 
-// Two values of the compute type for each block, expert and channel.
+// Values of the compute type for each block, expert, array and channel.
 Scratch partials_for(const NormalizedArgs& args) {
-  return {1, args.blocks * args.level.experts * 2 * args.partial_ld * static_cast<int64_t>(sizeof(double))};
+  const int64_t values = args.blocks * args.level.experts * args.partial_arrays * args.partial_ld;
+  return {1, values * static_cast<int64_t>(sizeof(double))};
 }
 
 void run_forward(NormalizedForwardArgs& args, const Tables& table) {
@@ -57,7 +58,7 @@ void run_forward(NormalizedForwardArgs& args, const Tables& table) {
       table.norm.layer(args, task / cut.parts, l, part_begin(level, part, cut.parts),
                        part_begin(level, part + 1, cut.parts), scratch[thread]);
     });
-    if (args.layers[l].norm == kNoNorm) continue;
+    if (args.layers[l].norm == kNoNorm && !args.layers[l].alpha) continue;
     each_expert(level, [&](int e) {
       if (args.layers[l].norm == kBatchNorm) table.norm.combine_moments(args, l, e);
       table.norm.prepare(args, l, e);
@@ -71,15 +72,16 @@ using Tensors = std::vector<at::Tensor>;
 
 std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
     at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& scales,
-    const OptionalTensors& shifts, at::TensorList gate_logits, at::IntArrayRef expert_inputs,
-    at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, at::IntArrayRef activations, at::IntArrayRef norms,
-    at::ArrayRef<double> eps, at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed) {
+    const OptionalTensors& shifts, const OptionalTensors& slopes, at::TensorList gate_logits,
+    at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
+    at::IntArrayRef activations, at::IntArrayRef norms, at::ArrayRef<double> eps, at::ArrayRef<double> dice_eps,
+    at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
   tables.set_biases(biases);
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
   const auto options = inputs[0].options();
-  NormTables norm_tables(level, inputs[0].scalar_type(), norms, eps, dropout, seed, scales, shifts);
+  NormTables norm_tables(level, inputs[0].scalar_type(), norms, eps, dice_eps, dropout, seed, scales, shifts, slopes);
   Tensors outputs, saved, means, variances;
   std::vector<void*> output_pointers;
   for (int k = 0; k < level.gates.count; ++k) {
@@ -108,6 +110,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
   NormalizedForwardArgs args{};
   args.level = level;
   args.layers = norm_tables.layers();
+  args.partial_arrays = norm_tables.partial_arrays();
   args.seed = norm_tables.seed();
   args.outputs = output_pointers.data();
   run_forward(args, table);
@@ -177,32 +180,34 @@ void run_backward(NormalizedBackwardArgs& args, const Tables& table) {
   const Scratch gradients(1, table.norm.gradient_bytes(level, capacity));
   const Scratch operands(threads, table.norm.operand_bytes(capacity));
   for (int l = level.layers - 1; l >= 0; --l) {
-    if (args.layers[l].norm != kNoNorm) each_expert(level, [&](int e) { table.norm.combine_sums(args, l, e); });
+    if (args.layers[l].norm != kNoNorm || args.layers[l].alpha) {
+      each_expert(level, [&](int e) { table.norm.combine_sums(args, l, e); });
+    }
     run_layer(args, table, l, capacity, parts, scratch, gradients, operands);
   }
 }
 
-std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backward(
+std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backward(
     at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights, const OptionalTensors& scales,
-    const OptionalTensors& shifts, at::TensorList gate_logits, at::TensorList saved, at::TensorList means,
-    at::TensorList variances, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
-    at::IntArrayRef activations, at::IntArrayRef norms, at::ArrayRef<double> eps, at::ArrayRef<double> dropout,
-    const std::optional<at::Tensor>& seed, bool need_inputs, bool need_weights, bool need_biases, bool need_norms,
-    bool need_logits) {
+    const OptionalTensors& shifts, const OptionalTensors& slopes, at::TensorList gate_logits, at::TensorList saved,
+    at::TensorList means, at::TensorList variances, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts,
+    at::IntArrayRef gate_sizes, at::IntArrayRef activations, at::IntArrayRef norms, at::ArrayRef<double> eps,
+    at::ArrayRef<double> dice_eps, at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed,
+    bool need_inputs, bool need_weights, bool need_biases, bool need_norms, bool need_slopes, bool need_logits) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
   tables.set_grad_outputs(grad_outputs);
   tables.set_saved(saved, level.layers);
-  NormTables norm_tables(level, inputs[0].scalar_type(), norms, eps, dropout, seed, scales, shifts);
+  NormTables norm_tables(level, inputs[0].scalar_type(), norms, eps, dice_eps, dropout, seed, scales, shifts, slopes);
   norm_tables.set_statistics(means, variances);
-  norm_tables.set_gradients(need_norms);
+  norm_tables.set_gradients(need_norms, need_slopes);
   const Tables table = tables_for(inputs[0]);
   Results results(level, inputs, weights, gate_logits, table.engine, false, need_inputs, need_weights, need_biases,
                   need_logits);
   NormalizedBackwardArgs args{};
   results.point(args);
-  args.need_chain = need_inputs || need_weights || need_biases || need_norms;
+  args.need_chain = need_inputs || need_weights || need_biases || need_norms || need_slopes;
   for (int l = 0; l < level.layers; ++l) {
     norm_tables.layers()[l].z = const_cast<void*>(tables.saved()[l]);  // the backward pass only reads it
     if (norms[l] == kBatchNorm) results.zero_biases(static_cast<size_t>(l) * level.experts, level.experts);
@@ -214,6 +219,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backward(
     norm_tables.allocate(true);
     args.level = level;
     args.layers = norm_tables.layers();
+    args.partial_arrays = norm_tables.partial_arrays();
     args.seed = norm_tables.seed();
     args.grad_outputs = tables.grad_outputs();
     args.grad_output_ld = tables.grad_output_ld();
@@ -221,7 +227,12 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backward(
   }
   results.write_sums(table.engine);
   auto [grad_inputs, grad_weights, grad_biases, grad_logits] = results.take();
-  return {grad_inputs, grad_weights, grad_biases, norm_tables.take_grad_scales(), norm_tables.take_grad_shifts(),
+  return {grad_inputs,
+          grad_weights,
+          grad_biases,
+          norm_tables.take_grad_scales(),
+          norm_tables.take_grad_shifts(),
+          norm_tables.take_grad_slopes(),
           grad_logits};
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "normalized_backward_scratch.h"
+#include "slope_gradients.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -135,9 +136,7 @@ class NormalizedBackward {
   }
 
   void clear_partials(int e) const {
-    for (int which = 0; which < 2; ++which) {
-      std::memset(partials_of<C>(args_, block_, e, which), 0, args_.partial_ld * sizeof(C));
-    }
+    std::memset(partials_of<C>(args_, block_, e, 0), 0, args_.partial_arrays * args_.partial_ld * sizeof(C));
   }
 
   void top_group(const LayerReader<T>& reader, int e, int64_t g, C* inner) {
@@ -146,7 +145,7 @@ class NormalizedBackward {
     reader.load_group(row(g), group_rows(g), s_.z);
     const uint16_t* kept = draw(reader, g, s_.kept);
     const C* n = reader.normalize(row(g), group_rows(g), 0, features, s_.z, s_.normalized, s_.centred);
-    reader.activated(n, kept, [&](auto value) {
+    reader.activated(group_rows(g), n, kept, [&](auto value) {
       for (int64_t i = 0; i < features; ++i) {
         for (int j = 0; j < kGroup; j += L) store(s_.after + i * kGroup + j, value(i, j));
       }
@@ -186,12 +185,13 @@ class NormalizedBackward {
 
   // The sums over rows and over features that a layer's normalised values leave.
   void start_sums(const LayerReader<T>& reader, int64_t g) {
-    if (reader.norm() == kNoNorm) return;
+    if (!reader.has_sums()) return;
     for (C* sum : s_.sums) std::memset(sum, 0, reader.width() * kGroup * sizeof(C));
     for (C* sum : s_.row_sums) std::memset(sum + g * kGroup, 0, kGroup * sizeof(C));
   }
 
-  // dn of features [o, o + n) of group g from the gradient of the layer's outputs, in place: kept, and summed.
+  // dn of features [o, o + n) of group g from the gradient of the layer's outputs, in place: kept, and summed. Of a
+  // layer with Dice these are all features.
   void normalized_values(const LayerReader<T>& reader, int e, int64_t g, int64_t o, int64_t n, C* grad, const C* values,
                          const uint16_t* kept) {
     const C by = reader.scale();
@@ -200,11 +200,17 @@ class NormalizedBackward {
         store(grad + i * kGroup + j, kept_lanes<C>(load(grad + i * kGroup + j), kept[i] >> j, by));
       }
     }
-    with_activation(reader.code(), [&](auto constant) {
-      for (int64_t v = 0; v < n * kGroup; v += L) {
-        store(grad + v, load(grad + v) * derivative_of_input<decltype(constant)::value, C>(load(values + v)));
-      }
-    });
+    if (reader.code() == kPrelu) {
+      prelu_gradient(reader, o, n, values, grad, s_.sums[kSlopeSum] + o * kGroup);
+    } else if (reader.code() == kDice) {
+      dice_gradient(reader, row(g), group_rows(g), values, grad, s_.sums[kSlopeSum]);
+    } else {
+      with_activation(reader.code(), [&](auto constant) {
+        for (int64_t v = 0; v < n * kGroup; v += L) {
+          store(grad + v, load(grad + v) * derivative_of_input<decltype(constant)::value, C>(load(values + v)));
+        }
+      });
+    }
     narrow(grad, normalized_gradient(reader_layer(reader), e, g) + o * kGroup, n * kGroup);
     if (reader.norm() == kNoNorm) return;
     C *sum = s_.sums[0] + o * kGroup, *product = s_.sums[1] + o * kGroup;
@@ -250,8 +256,7 @@ class NormalizedBackward {
   }
 
   void add_partials(const LayerReader<T>& reader, int e) {
-    if (reader.norm() == kNoNorm) return;
-    for (int which = 0; which < 2; ++which) {
+    for (int which = reader.norm() == kNoNorm ? kSlopeSum : 0; which < (reader.layer().alpha ? 3 : 2); ++which) {
       C* partials = partials_of<C>(args_, block_, e, which);
       for (int64_t i = 0; i < reader.width(); ++i) {
         Vector<C> sum{};
@@ -351,11 +356,19 @@ class NormalizedBackward {
       draw(reader, g, s_.kept + g * width);
       start_sums(reader, g);
     }
-    multiply(l, e, gradients, [&](int64_t g, int64_t o, int64_t n, C* tile) {
+    const auto lower = [&](int64_t g, int64_t o, int64_t n, C* grad) {
       const C* z = s_.z + (g * width + o) * kGroup;
       const C* values = reader.normalize(row(g), group_rows(g), o, n, z, s_.normalized, s_.centred);
-      normalized_values(reader, e, g, o, n, tile, values, reader.drops() ? s_.kept + g * width + o : nullptr);
-    });
+      normalized_values(reader, e, g, o, n, grad, values, reader.drops() ? s_.kept + g * width + o : nullptr);
+    };
+    if (reader.code() == kDice) {  // which needs sums over all features
+      multiply(l, e, gradients, [&](int64_t g, int64_t o, int64_t n, const C* tile) {
+        std::memcpy(s_.rows + (g * width + o) * kGroup, tile, n * kGroup * sizeof(C));
+      });
+      for (int64_t g = 0; g < groups_; ++g) lower(g, 0, width, s_.rows + g * width * kGroup);
+    } else {
+      multiply(l, e, gradients, lower);
+    }
     for (int64_t g = 0; g < groups_; ++g) finish_rows(reader, g);
     add_partials(reader, e);
   }

@@ -124,7 +124,8 @@ class NormalizedForward {
       kept = s_.kept;
     }
     reader.load_group(row(g), group_rows(g), s_.group);
-    reader.activated(reader.normalize(row(g), group_rows(g), 0, reader.width(), s_.group, s_.group, nullptr), kept, f);
+    const C* n = reader.normalize(row(g), group_rows(g), 0, reader.width(), s_.group, s_.group, nullptr);
+    reader.activated(group_rows(g), n, kept, f);
   }
 
   void load_hidden(int l, int e) {

@@ -55,7 +55,7 @@ class NormalizedWeightGradients {
     }
     const LayerReader<T> reader(args_, l_ - 1, e);
     const T* rows = reader.rows(chunk.row) + column;
-    with_activation(reader.code(), [&](auto constant) {
+    with_any_activation(reader.code(), [&](auto constant) {
       uint32_t kept[2];
       Engine::make_operand(
           rows, reader.width(), chunk.rows, n, out, [&](C* values, int64_t count, int64_t r, int64_t first) {
@@ -79,6 +79,11 @@ class NormalizedWeightGradients {
       shift = reader.channels(layer.shift) + column;
     }
     const C by = reader.scale();
+    Vector<C> mean{}, rate{};
+    if constexpr (Code == kDice) {
+      mean = broadcast(reader.per_row(layer.gate_mean)[row]);
+      rate = broadcast(reader.per_row(layer.gate_rate)[row]);
+    }
     for (int64_t i = 0; i < n; i += L) {
       Vector<C> x = load(values + i);
       if (layer.norm == kBatchNorm) {
@@ -87,7 +92,11 @@ class NormalizedWeightGradients {
         x = (x - reader.per_row(layer.mean)[row]) * reader.per_row(layer.rstd)[row] * load(factor + i) +
             load(shift + i);
       }
-      x = activate<Code, C>(x);
+      if constexpr (Code == kPrelu || Code == kDice) {
+        x = activate_with_slope<Code, C>(x, load(reader.channels(layer.alpha) + column + i), mean, rate);
+      } else {
+        x = activate<Code, C>(x);
+      }
       mtlk::MTLK_ISA::store(values + i, kept ? kept_lanes<C>(x, *kept >> i, by) : x);
     }
   }

@@ -35,7 +35,7 @@ class Convert:
     LayerNorm) → activation → (Dropout)] a layer, in training and in evaluation. Running statistics are kept as
     PyTorch keeps them; fused dropout draws from torch's generator, so it is reproducible, by other random numbers than
     the library's. Other levels are evaluated in parts: experts that are alike in one ``expert_mixture``, what is not
-    known (an activation such as PReLU, another norm, a layer's subclass) by the experts' own modules, and all mixing in
+    known (an activation of your own, another norm, a layer's subclass) by the experts' own modules, and all mixing in
     one :func:`mtlkernels.gated_mixture`. Where a level's own code is as fast it runs: on few rows with norms or dropout
     in training, or with batch norm whose gradients are wanted (serve under ``torch.no_grad()``), or where experts stay
     modules; these also in ``torch.compile``. Gates that read one stream are one product where rows are many.

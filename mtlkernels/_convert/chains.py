@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from mtlkernels._convert.folding import norm_refusal
-from mtlkernels._convert.mlp import Layer, activation_name
+from mtlkernels._convert.mlp import Layer, activation_name, slopes_refusal
+from mtlkernels.ops.activations import WITH_SLOPES
 
 # One module, an nn.Sequential, or a sequence of these.
 Chain = Any
@@ -32,13 +33,13 @@ def flatten(chain: Chain) -> list[Any]:
 def read_chain(chain: Chain) -> list[Layer] | str:
     """The layers [Linear → (norm) → (activation) → (Dropout)] of a chain, or what it has instead."""
     layers: list[Layer] = []
-    linear = norm = activation = dropout = None
+    linear = norm = activation = dropout = sloped = None
     for module in flatten(chain):
         kind = type(module)
         if kind is nn.Linear:
             if linear is not None:
-                layers.append(Layer(linear, norm, activation or "none", dropout))
-            linear, norm, activation, dropout = module, None, None, None
+                layers.append(Layer(linear, norm, activation or "none", dropout, sloped))
+            linear, norm, activation, dropout, sloped = module, None, None, None, None
         elif kind is nn.Identity:
             continue
         elif linear is None:
@@ -61,9 +62,14 @@ def read_chain(chain: Chain) -> list[Layer] | str:
             if activation is not None or dropout is not None:
                 return f"{kind.__name__} after another activation or a dropout"
             activation = name
+            if name in WITH_SLOPES:
+                sloped = module
+                reason = slopes_refusal(linear, module)
+                if reason is not None:
+                    return reason
     if linear is None:
         return "no Linear"
-    layers.append(Layer(linear, norm, activation or "none", dropout))
+    layers.append(Layer(linear, norm, activation or "none", dropout, sloped))
     return layers
 
 

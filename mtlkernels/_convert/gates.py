@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, read_chain
 from mtlkernels._convert.folding import may_cache
-from mtlkernels._convert.mlp import Layer, Rows, drops, folds, parameters
+from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds, parameters
 from mtlkernels.nn.level import linear_parameters
-from mtlkernels.ops import activations as act
 
 # Measured with gates of (64,) and without hidden layers, on 416 features: on fewer rows than this, putting the gates'
 # weights together takes longer than one product saves.
@@ -111,7 +110,7 @@ def _rest(gate: Gate, x: Tensor, z: Tensor | None, rows: Rows, cache: bool) -> T
         x = F.linear(x, *_product(layer, rows, cache)) if i else z
         if not folds(layer, rows):
             x = layer.norm(x)
-        x = act.activate(act.CODES[layer.activation], x)
+        x = activate(layer, x)
         if drops(layer.dropout):
             x = F.dropout(x, layer.dropout.p)
     return x

@@ -22,17 +22,20 @@ ACTIVATIONS: dict[type, str] = {
 }
 
 
+# torch-rechub's, whose gate has statistics of each row; deepctr-torch's fails in its experts, before and after.
+_DICE = "torch_rechub.basic.activation.Dice"
 # Of torch-rechub's and deepctr-torch's PLE: on fewer rows than this, training with batch norm is as fast by modules.
 NORM_ROWS = 16
 
 
 class Layer(NamedTuple):
-    """``dropout(activation(norm(linear(x))))``."""
+    """``dropout(activation(norm(linear(x))))``; ``sloped`` is the activation's module where it has learned slopes."""
 
     linear: Any
     norm: Any
     activation: str
     dropout: Any
+    sloped: Any = None
 
 
 def activation_name(module: Any) -> str | None:
@@ -44,7 +47,29 @@ def activation_name(module: Any) -> str | None:
         return "gelu"
     if type(module) is nn.LeakyReLU and module.negative_slope == act.LEAKY_SLOPE:
         return "leaky_relu"
-    return None
+    if type(module) is nn.PReLU:
+        return "prelu"
+    kind = type(module)
+    return "dice" if f"{kind.__module__}.{kind.__qualname__}" == _DICE and module.epsilon > 0 else None
+
+
+def slopes_refusal(linear: Any, module: Any) -> str | None:
+    """Why slopes after a linear layer cannot be fused: PReLU's may be of another width, which fails when called."""
+    width = len(linear_parameters(linear)[0])
+    slopes = module.weight if type(module) is nn.PReLU else module.alpha
+    return None if slopes.numel() in (1, width) else f"{type(module).__name__} of {slopes.numel()} slopes after {width}"
+
+
+def slopes_of(layer: Layer) -> Tensor:
+    """The slopes of a layer's activation, which has some."""
+    found: Tensor = layer.sloped.weight if layer.activation == "prelu" else layer.sloped.alpha
+    return found
+
+
+def activate(layer: Layer, x: Tensor) -> Tensor:
+    """A layer's activation by itself."""
+    found: Tensor = act.activate(act.CODES[layer.activation], x) if layer.sloped is None else layer.sloped(x)
+    return found
 
 
 class Rows(NamedTuple):
@@ -85,20 +110,25 @@ def drops(dropout: Any) -> bool:
 
 def parameters(layer: Layer, cache: bool) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer, its batch norm folded into them."""
-    linear, norm, _, _ = layer
-    return linear_parameters(linear) if norm is None else fold(linear, norm, cache)
+    return linear_parameters(layer.linear) if layer.norm is None else fold(layer.linear, layer.norm, cache)
 
 
 def kind_of(layers: Sequence[Layer]) -> tuple[Any, ...]:
     """What experts must have in common to be evaluated together; a folded layer always has a bias."""
     found: list[Any] = []
-    for linear, norm, activation, dropout in layers:
-        weight, bias = linear_parameters(linear)
+    for layer in layers:
+        norm = layer.norm
+        weight, bias = linear_parameters(layer.linear)
         folded = running(norm)
         own = None if norm is None or folded else (type(norm), norm.eps)
-        rate = dropout.p if drops(dropout) else 0.0
-        found.append((weight.shape, bias is None and not folded, activation, own, rate))
+        rate = layer.dropout.p if drops(layer.dropout) else 0.0
+        found.append((weight.shape, bias is None and not folded, layer.activation, _dice_eps(layer), own, rate))
     return tuple(found)
+
+
+def _dice_eps(layer: Layer) -> float:
+    """That of the activation; of another one, what the operator does not read."""
+    return float(layer.sloped.epsilon) if layer.activation == "dice" else 1.0
 
 
 def fusible(layers: Sequence[Layer], rows: Rows) -> bool:
@@ -137,4 +167,9 @@ def join(experts: Sequence[Sequence[Layer]]) -> Experts:
     rates = [layer.dropout.p if drops(layer.dropout) else 0.0 for layer in experts[0]]
     if any(rates) or any(norm is not None for norm in norms):
         options |= {"norms": norms, "dropout": rates}
+    slopes = [
+        None if layers[0].sloped is None else list(map(slopes_of, layers)) for layers in zip(*experts, strict=True)
+    ]
+    if any(entry is not None for entry in slopes):
+        options |= {"slopes": slopes, "dice_eps": [_dice_eps(layer) for layer in experts[0]]}
     return Experts(weights, biases, options)

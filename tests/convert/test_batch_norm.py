@@ -350,11 +350,32 @@ def test_a_shared_gate_that_nothing_trains() -> None:
     assert [line.detail for line in report.left_alone] == ["without shared experts nothing trains its shared gate"]
 
 
-@pytest.mark.parametrize("activation", ["prelu", "dice", "softmax"])
-def test_activations_that_are_not_known(activation: str) -> None:
+class Unusual(nn.PReLU):
+    """What a subclass does nobody knows."""
+
+
+@pytest.mark.parametrize("activation", ["softmax", Unusual])
+def test_activations_that_are_not_known(activation: Any) -> None:
+    name = activation if isinstance(activation, str) else activation.__name__.lower()
     for make in (rechub_ple, rechub_mmoe):
         for line in mk.convert(make(activation=activation)).replaced:
-            assert f"experts as modules, because of {activation} " in line.detail.lower()
+            assert f"experts as modules, because of {name} " in line.detail.lower()
+
+
+def test_slopes_that_do_not_fit() -> None:
+    """They fail when called, as they do in the library, so nothing is read beyond them."""
+    model = rechub_mmoe()
+    model.experts[1].mlp[2] = nn.PReLU(5)
+    assert "1 expert as modules, because of PReLU of 5 slopes after 12 (experts.1.mlp.0)" in str(mk.convert(model))
+    with pytest.raises(RuntimeError, match="Mismatch of parameter numbers"):
+        model(inputs(CASES["rechub MMOE"]))
+
+
+def test_dice_without_eps_is_left_to_modules() -> None:
+    """Of a row of equal values it is not a number, which the operator does not promise."""
+    model = rechub_mmoe(activation="dice")
+    model.experts[0].mlp[2].epsilon = 0.0
+    assert "1 expert as modules, because of Dice (experts.0.mlp.0)" in str(mk.convert(model))
 
 
 def test_versions_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,19 @@ def exchanged(model: Any) -> Any:
     return fill(model)
 
 
+def slope_by_channel(model: Any) -> Any:
+    """In the last level also for one expert alone."""
+    for level in model.cgc_layers:
+        for expert in [*level.experts_specific, *level.experts_shared][: 8 if level is model.cgc_layers[0] else 1]:
+            expert.mlp[2], expert.mlp[6] = nn.PReLU(12), nn.PReLU(7)
+    return fill(model)
+
+
+def other_dice(model: Any) -> Any:
+    model.cgc_layers[1].experts_specific[0].mlp[2].epsilon = 0.1
+    return model
+
+
 def batch_statistics(model: Any) -> Any:
     model.cgc_layers[1].experts_shared[1].mlp[1] = nn.BatchNorm1d(12, track_running_stats=False)
     return fill(model)
@@ -92,20 +105,39 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
     "rechub PLE with PReLU": (
         lambda: rechub_ple(activation="prelu"),
         rechub_inputs,
-        "8 experts as modules, because of PReLU (experts_specific.0.mlp.0), 3 gates in one gated_mixture",
-        [],
+        "8 experts of 2 layers with batch norm and 3 gates in one expert_mixture",
+        [8, 8],
+    ),
+    "rechub PLE with a slope a channel": (
+        lambda: slope_by_channel(rechub_ple(activation="prelu")),
+        rechub_inputs,
+        "8 experts of 2 layers with batch norm and 3 gates in one expert_mixture",
+        [8, 8],
     ),
     "rechub PLE with Dice": (
         lambda: rechub_ple(activation="dice", levels=1, tasks=2, specific=3, shared=1),
         rechub_inputs,
-        "7 experts as modules, because of Dice (experts_specific.0.mlp.0), 2 gates in one gated_mixture",
+        "7 experts of 2 layers with batch norm and 2 gates in one expert_mixture",
+        [7],
+    ),
+    "rechub PLE with several Dice": (
+        lambda: other_dice(rechub_ple(activation="dice")),
+        rechub_inputs,
+        "1 expert of 2 layers with batch norm in one expert_mixture, "
+        "7 experts of 2 layers with batch norm in one expert_mixture, 3 gates in one gated_mixture",
+        [8, 1, 7],
+    ),
+    "rechub PLE with an activation of its own": (
+        lambda: rechub_ple(activation=Wobble),
+        rechub_inputs,
+        "8 experts as modules, because of Wobble (experts_specific.0.mlp.0), 3 gates in one gated_mixture",
         [],
     ),
     "rechub MMOE with PReLU": (
         lambda: rechub_mmoe(activation="prelu"),
         rechub_inputs,
-        "4 experts as modules, because of PReLU (experts.0.mlp.0), 3 gates in one gated_mixture",
-        [],
+        "4 experts of 2 layers with batch norm and 3 gates in one expert_mixture",
+        [4],
     ),
     "rechub PLE with an exchanged expert": (
         lambda: exchanged(rechub_ple()),
@@ -129,7 +161,13 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
     "deepctr PLE with PReLU": (
         lambda: ple(dnn_activation="prelu"),
         deepctr_inputs,
-        "8 experts as modules, because of PReLU (specific_experts.1.0.0.linears.0), 3 gates in one gated_mixture; "
+        "8 experts of 2 layers and 3 gates in one expert_mixture",
+        [8, 8],
+    ),
+    "deepctr PLE with an activation of its own": (
+        lambda: ple(dnn_activation=Wobble),
+        deepctr_inputs,
+        "8 experts as modules, because of Wobble (specific_experts.1.0.0.linears.0), 3 gates in one gated_mixture; "
         "gate 0 as modules (specific_gate_dnn.1.0.0.linears.0); "
         "gate 1 as modules (specific_gate_dnn.1.1.0.linears.0); "
         "gate 2 as modules (specific_gate_dnn.1.2.0.linears.0)",
@@ -185,9 +223,9 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
     "CGC_Layer with an exchanged activation": (
         lambda: exchanged_block(level(doubles.CGC_Layer)),
         one_list,
-        "7 experts of 2 layers in one expert_mixture, 1 expert as modules, because of PReLU "
-        "(shared_experts.1.mlp.0), 4 gates in one gated_mixture",
-        [7],
+        "7 experts of 2 layers in one expert_mixture, 1 expert of 2 layers in one expert_mixture, "
+        "4 gates in one gated_mixture",
+        [7, 1],
     ),
     "MMoE_Layer with an expert of layer norm": (
         lambda: normed_block(level(doubles.MMoE_Layer)),
@@ -293,7 +331,7 @@ def mixings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_modules_are_mixed_where_rows_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = rechub_ple(activation="prelu")
+    model = rechub_ple(activation=Wobble)
     mk.convert(model)
     calls = mixings(monkeypatch)
     for rows, expected in ((255, []), (256, [8, 8])):
@@ -357,7 +395,10 @@ def test_a_gate_without_a_layer_is_left_alone() -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compiles(fresh_compiler: None) -> None:
     """Groups stay fused; a level whose experts are modules is left to the compiler."""
-    for make, inputs, _, _ in (CASES["ExtractionNet with deeper specific experts"], CASES["rechub PLE with PReLU"]):
+    for make, inputs, _, _ in (
+        CASES["ExtractionNet with deeper specific experts"],
+        CASES["rechub PLE with an activation of its own"],
+    ):
         model = make().eval()
         mk.convert(model)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

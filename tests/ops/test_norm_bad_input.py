@@ -1,4 +1,4 @@
-"""Every mistake in ``norms`` and ``dropout`` gets an error that names the argument; nothing is counted before it."""
+"""Every mistake in norms, dropout and slopes gets an error that names the argument; nothing is counted before it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def evaluated(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+DICE = {"activation": "dice", "slopes": [torch.ones(2, 1)] * 2}
 SHARED = nn.BatchNorm1d(3)
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -75,6 +76,66 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rate of a kind": ({"dropout": [0.5, None]}, TypeError, r"dropout must hold numbers, got NoneType"),
     "too large a rate": ({"dropout": 1.5}, ValueError, r"dropout must be in \[0, 1\], got 1.5"),
     "a negative rate": ({"dropout": [0.0, -0.1]}, ValueError, r"dropout must be in \[0, 1\], got -0.1"),
+    "slopes of a kind": (
+        {"activation": "prelu", "slopes": 0.25},
+        TypeError,
+        r"slopes must be None or a sequence .*, got float",
+    ),
+    "no slopes": ({"activation": "prelu"}, ValueError, r"slopes\[0\] must hold the slopes of 'prelu', got NoneType"),
+    "slopes for one layer": (
+        {"activation": ["relu", "dice"], "slopes": [torch.ones(2, 1)]},
+        ValueError,
+        r"slopes must hold an entry for each of 2 layers, got 1",
+    ),
+    "slopes of none": (
+        {"slopes": [None, torch.ones(2, 1)]},
+        ValueError,
+        r"slopes\[1\] must be None beside 'relu', got Tensor",
+    ),
+    "slopes for some experts": (
+        {"activation": ["prelu", "relu"], "slopes": [[torch.ones(1)], None]},
+        ValueError,
+        r"slopes\[0\] must hold a tensor for each of 2 experts, got 1",
+    ),
+    "slopes of another width": (
+        {"activation": ["prelu", "relu"], "slopes": [[torch.ones(4), torch.ones(3)], None]},
+        ValueError,
+        r"slopes\[0\]\[1\] must have shape \[4\] or \[1\], got \[3\]",
+    ),
+    "slopes without dimensions": (
+        {"activation": ["prelu", "relu"], "slopes": [[torch.ones(()), torch.ones(())], None]},
+        ValueError,
+        r"slopes\[0\]\[0\] must have shape \[4 or 1\], got \[\]",
+    ),
+    "a number as slope": (
+        {"activation": ["prelu", "relu"], "slopes": [[0.1, 0.2], None]},
+        TypeError,
+        r"slopes\[0\]\[0\] must be a tensor \[4 or 1\], got float",
+    ),
+    "dtype of slopes": (
+        {"activation": ["dice", "relu"], "slopes": [torch.ones(2, 1, dtype=torch.float64), None]},
+        TypeError,
+        r"slopes\[0\] must have the dtype of inputs, torch.float32, got torch.float64",
+    ),
+    "device of slopes": (
+        {"activation": ["dice", "relu"], "slopes": [torch.ones(2, 1, device="meta"), None]},
+        ValueError,
+        r"slopes\[0\] must be on the device of inputs, cpu, got meta",
+    ),
+    "eps of a kind": ({**DICE, "dice_eps": "1"}, TypeError, r"dice_eps must be a number or a sequence .*, got str"),
+    "eps that is none": ({**DICE, "dice_eps": [None, 1.0]}, TypeError, r"dice_eps must hold numbers, got NoneType"),
+    "too few eps": (
+        {**DICE, "dice_eps": [1.0]},
+        ValueError,
+        r"dice_eps must be one number or one for each of 2 layers",
+    ),
+    "no eps": ({**DICE, "dice_eps": 0.0}, ValueError, r"dice_eps must be positive and finite, got 0.0"),
+    "an infinite eps": ({**DICE, "dice_eps": float("inf")}, ValueError, r"dice_eps must be positive .*, got inf"),
+    "an unknown activation": (
+        {"activation": "swish"},
+        ValueError,
+        r"activation must be one of none, .*, prelu, dice, got 'swish'",
+    ),
     "no number": ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\], got nan"),
 }
 

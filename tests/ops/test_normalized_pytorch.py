@@ -33,7 +33,7 @@ STYLES = pytest.mark.parametrize(
 
 
 def small(kinds: Any, dropout: Any, dtype: torch.dtype = torch.float64, rows: int = 4, **options: Any) -> Case:
-    options = {"activation": "tanh", "eps": [0.1, 0.1], **options}
+    options = {"activation": ["dice", "prelu"], "eps": [0.1, 0.1], **options}
     return normalized.case(CaseFactory(0, dtype), rows, [3, 3, 2], ROUTING, kinds, dropout=dropout, **options)
 
 
@@ -279,7 +279,7 @@ def test_func_grad_of_a_module_with_buffers(backend: str) -> None:
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(low: torch.dtype, backend: str) -> None:
-    """As by hand: inputs, weights and biases in the low dtype, scales and shifts in float32."""
+    """As by hand: inputs, weights and biases in the low dtype, other parameters in float32."""
     case = small(["batch", "layer"], [0.2, 0.0], torch.float32, 20)
 
     def under_autocast(**arguments: Any) -> Any:
@@ -288,7 +288,7 @@ def test_autocast(low: torch.dtype, backend: str) -> None:
 
     def by_hand(**arguments: Any) -> Any:
         cast = Case(arguments, low).map(lambda t: t.to(low)).arguments
-        kept = {name: arguments[name] for name in ("gate_logits", "scales", "shifts")}
+        kept = {name: arguments[name] for name in ("gate_logits", "scales", "shifts", "slopes")}
         return normalized.fused(**{**cast, **kept})
 
     with mk.use_backend(backend):

@@ -162,15 +162,16 @@ def check_slopes(
     slopes: Any, dice_eps: Any, codes: tuple[int, ...], layers: list[list[Tensor]], routing: Routing, x: Tensor
 ) -> tuple[list[Tensor | None], tuple[float, ...]]:
     """For each layer and expert the slopes of its activation or None, in one list; and the eps of each layer."""
-    entries = [None] * len(layers) if slopes is None else as_sequence("slopes", slopes, "None or an entry a layer")
+    what = "None or a sequence with an entry a layer"
+    entries = [None] * len(layers) if slopes is None else as_sequence("slopes", slopes, what)
     if len(entries) != len(layers):
         raise ValueError(f"slopes must hold an entry for each of {len(layers)} layers, got {len(entries)}")
     flat: list[Tensor | None] = []
     for i, (entry, layer, code) in enumerate(zip(entries, layers, codes, strict=True)):
         name, activation = f"slopes[{i}]", list(CODES)[code]
         if has_slopes(code) != (entry is not None):
-            kind = "the slopes" if entry is None else "None, as it has none, for the activation"
-            raise ValueError(f"{name} must hold {kind} of {activation!r}, got {type(entry).__name__}")
+            what = f"hold the slopes of {activation!r}" if entry is None else f"be None beside {activation!r}"
+            raise ValueError(f"{name} must {what}, got {type(entry).__name__}")
         if entry is None:
             flat += [None] * routing.num_experts
             continue
