@@ -13,9 +13,9 @@ import torch
 
 from mtlkernels import _extension
 
-OPS = ("gated_mixture", "expert_mixture", "normalized_mixture", "pcgrad", "snr_trans", "snr_aver")
+OPS = ("gated_mixture", "expert_mixture", "expert_level", "normalized_mixture", "pcgrad", "snr_trans", "snr_aver")
 # Ops whose Triton kernels leave float64 to the reference.
-_TRITON_WITHOUT_FLOAT64 = ("gated_mixture", "expert_mixture", "normalized_mixture", "snr_trans", "snr_aver")
+_TRITON_WITHOUT_FLOAT64 = tuple(op for op in OPS if op != "pcgrad")
 # Ops that have CUDA C++ kernels.
 _CUDA = ("pcgrad",)
 BACKENDS = ("cpp", "cuda", "triton", "reference")

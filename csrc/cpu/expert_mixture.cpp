@@ -1,4 +1,4 @@
-// The operator expert_mixture on CPUs: how a call is cut into blocks of rows and parts of experts.
+// The operators expert_mixture and expert_level on CPUs: how a call is cut into blocks of rows and parts of experts.
 
 #include "expert_mixture.h"
 
@@ -12,6 +12,8 @@
 
 namespace mtlk {
 namespace {
+
+using Tensors = std::vector<at::Tensor>;
 
 // The kernels for a call with these inputs.
 const ExpertMixtureKernels& kernels_for(const at::Tensor& inputs) {
@@ -123,10 +125,10 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
   return {outputs, saved};
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
-    at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases, at::TensorList gate_logits,
-    at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
-    at::IntArrayRef activations, bool save) {
+std::tuple<Tensors, Tensors> forward(at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases,
+                                     at::TensorList gate_logits, at::IntArrayRef expert_inputs,
+                                     at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
+                                     at::IntArrayRef activations, bool save) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
   tables.set_biases(biases);
   return run_forward(tables, inputs, weights, save, [&](WeightForm) { tables.set_logits(gate_logits); });
@@ -197,11 +199,40 @@ void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
   }
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
-    at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases,
-    at::TensorList gate_logits, at::TensorList saved, at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts,
-    at::IntArrayRef gate_sizes, at::IntArrayRef activations, bool need_inputs, bool need_weights, bool need_biases,
-    bool need_logits) {
+Tensors of_list(const OptionalTensors& tensors) {
+  Tensors result;
+  for (size_t i = 0; i < tensors.size(); ++i) result.push_back(tensors.get(i).value_or(at::Tensor()));
+  return result;
+}
+
+std::tuple<Tensors, Tensors, at::Tensor> level_forward(at::TensorList inputs, at::TensorList weights,
+                                                       const OptionalTensors& biases, at::TensorList gate_weights,
+                                                       const OptionalTensors& gate_biases,
+                                                       at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts,
+                                                       at::IntArrayRef gate_sizes, at::IntArrayRef activations,
+                                                       bool save) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
+  tables.set_biases(biases);
+  at::Tensor logits;
+  auto [outputs, saved] = run_forward(tables, inputs, weights, save, [&](WeightForm form) {
+    if (save) {
+      logits = tables.set_gate_products(inputs, gate_weights.vec(), of_list(gate_biases));
+    } else {
+      tables.set_gate_layers(inputs, gate_weights.vec(), of_list(gate_biases), form);
+    }
+  });
+  if (!save) logits = at::empty({0, tables.level().gates.columns}, inputs[0].options());
+  return {outputs, saved, logits};
+}
+
+std::tuple<Tensors, Tensors, Tensors, Tensors> backward(at::TensorList grad_outputs, at::TensorList inputs,
+                                                        at::TensorList weights, const OptionalTensors& biases,
+                                                        at::TensorList gate_logits, at::TensorList saved,
+                                                        at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts,
+                                                        at::IntArrayRef gate_sizes, at::IntArrayRef activations,
+                                                        bool need_inputs, bool need_weights, bool need_biases,
+                                                        bool need_logits) {
   LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
   tables.set_biases(biases);
   tables.set_logits(gate_logits);
@@ -237,6 +268,29 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
   return results.take();
 }
 
+std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> level_backward(
+    at::TensorList grad_outputs, at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases,
+    at::TensorList gate_weights, const at::Tensor& logits, at::TensorList saved, at::IntArrayRef expert_inputs,
+    at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, at::IntArrayRef activations, bool need_inputs,
+    bool need_weights, bool need_biases, bool need_gate_weights, bool need_gate_biases) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK_VALUE(gate_weights.size() == gate_sizes.size(),
+                    "mtlkernels: gate_weights must hold an entry for each of ", gate_sizes.size(), " gates, got ",
+                    gate_weights.size());
+  TORCH_CHECK_VALUE(inputs.size() == 1 || inputs.size() >= gate_sizes.size(),
+                    "mtlkernels: there must be a stream for each of ", gate_sizes.size(), " gates, got ",
+                    inputs.size());
+  const bool need_logits = need_inputs || need_gate_weights || need_gate_biases;
+  auto [grad_inputs, grad_weights, grad_biases, grad_logits] =
+      backward(grad_outputs, inputs, weights, biases, logits.split_with_sizes(gate_sizes, 1), saved, expert_inputs,
+               gate_experts, gate_sizes, activations, need_inputs, need_weights, need_biases, need_logits);
+  GateGradients gates;
+  if (need_logits) {
+    gates = gate_gradients(inputs, gate_weights, grad_logits, grad_inputs, need_gate_weights, need_gate_biases);
+  }
+  return {grad_inputs, grad_weights, grad_biases, gates.weights, gates.biases};
+}
+
 }  // namespace
 
 std::vector<at::Tensor> serve_expert_mixture(const ServeArgs& args) {
@@ -256,6 +310,8 @@ std::vector<at::Tensor> serve_expert_mixture(const ServeArgs& args) {
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("expert_mixture_forward", TORCH_FN(forward));
   m.impl("expert_mixture_backward", TORCH_FN(backward));
+  m.impl("expert_level_forward", TORCH_FN(level_forward));
+  m.impl("expert_level_backward", TORCH_FN(level_backward));
 }
 
 }  // namespace mtlk

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <optional>
 
+#include "gate_layers.h"
 #include "gates_args.h"
 #include "weight_forms.h"
 
@@ -71,6 +72,36 @@ class LevelTables {
   // get logits after all, as so narrow a layer is nothing to prepare for.
   void set_gate_layers(at::TensorList inputs, const std::vector<at::Tensor>& weights,
                        const std::vector<at::Tensor>& biases, WeightForm form) {
+    if (form == WeightForm::kPrepared) return static_cast<void>(set_gate_products(inputs, weights, biases));
+    check_gate_layers(inputs, weights, biases);
+    for (const at::Tensor& weight : weights) {
+      rows_of(form == WeightForm::kCompute && dtype_ != at::kDouble ? weight.to(at::kFloat) : weight);
+      gate_weights_.push_back(kept_.back().const_data_ptr());
+      gate_weight_ld_.push_back(kept_.back().stride(0));
+    }
+    gates_.set_weights(gate_weights_, gate_weight_ld_, gate_biases_, gate_streams_);
+    level_.gates = gates_.gates();
+  }
+
+  // Their products, which are the logits: [B, sum of the gates' sizes].
+  at::Tensor set_gate_products(at::TensorList inputs, const std::vector<at::Tensor>& weights,
+                               const std::vector<at::Tensor>& biases) {
+    check_gate_layers(inputs, weights, biases);
+    const at::Tensor logits = gate_logits(inputs, weights, biases);
+    set_joined_logits(logits);
+    return logits;
+  }
+
+  void set_joined_logits(const at::Tensor& logits) {
+    const Gates& gates = gates_.gates();
+    TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) == gates.columns, "mtlkernels: logits must have ",
+                      gates.columns, " columns, got ", logits.sizes());
+    kept_.push_back(logits);
+    set_logits(logits.split_with_sizes(std::vector<int64_t>(gates.sizes, gates.sizes + gates.count), 1));
+  }
+
+  void check_gate_layers(at::TensorList inputs, const std::vector<at::Tensor>& weights,
+                         const std::vector<at::Tensor>& biases) {
     const Gates& gates = gates_.gates();
     const size_t count = gates.count;
     TORCH_CHECK_VALUE(weights.size() == count && biases.size() == count,
@@ -86,14 +117,6 @@ class LevelTables {
       gate_biases_.push_back(bias_of(biases[k], gates.sizes[k], "gate_biases", k));
       gate_streams_.push_back(inputs.size() == 1 ? 0 : static_cast<int>(k));
     }
-    if (form == WeightForm::kPrepared) return set_logits(logits_of(inputs, weights, biases));
-    for (const at::Tensor& weight : weights) {
-      rows_of(form == WeightForm::kCompute && dtype_ != at::kDouble ? weight.to(at::kFloat) : weight);
-      gate_weights_.push_back(kept_.back().const_data_ptr());
-      gate_weight_ld_.push_back(kept_.back().stride(0));
-    }
-    gates_.set_weights(gate_weights_, gate_weight_ld_, gate_biases_, gate_streams_);
-    level_.gates = gates_.gates();
   }
 
   void set_grad_outputs(at::TensorList grad_outputs) {
@@ -161,26 +184,6 @@ class LevelTables {
     check_like(bias, dtype_, name, i);
     kept_.push_back(bias.contiguous());
     return kept_.back().const_data_ptr();
-  }
-
-  std::vector<at::Tensor> logits_of(at::TensorList inputs, const std::vector<at::Tensor>& weights,
-                                    const std::vector<at::Tensor>& biases) {
-    const bool all = std::all_of(biases.begin(), biases.end(), [](const at::Tensor& bias) { return bias.defined(); });
-    const bool none = std::none_of(biases.begin(), biases.end(), [](const at::Tensor& bias) { return bias.defined(); });
-    std::vector<at::Tensor> logits;
-    if (inputs.size() == 1 && (all || none)) {  // one product for all gates
-      const auto bias = all ? std::optional<at::Tensor>(at::cat(biases)) : std::nullopt;
-      std::vector<int64_t> sizes;
-      for (const at::Tensor& weight : weights) sizes.push_back(weight.size(0));
-      logits = at::linear(inputs[0], at::cat(weights), bias).split_with_sizes(sizes, 1);
-    } else {
-      for (size_t k = 0; k < weights.size(); ++k) {
-        const auto bias = biases[k].defined() ? std::optional<at::Tensor>(biases[k]) : std::nullopt;
-        logits.push_back(at::linear(inputs[gate_streams_[k]], weights[k], bias));
-      }
-    }
-    kept_.insert(kept_.end(), logits.begin(), logits.end());
-    return logits;
   }
 
   // Keeps a tensor [rows, n] with unit column stride as long as this lives.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 import mtlkernels as mk
 from mtlkernels import _extension
@@ -74,6 +76,153 @@ def test_random_cases(seed: int, grad: bool, dtype: torch.dtype, backend: str) -
 def test_every_instruction_set(seed: int, isa: str, dtype: torch.dtype) -> None:
     with _extension.instruction_set(isa):
         check(seed, dtype, False)
+
+
+def operator_arguments(dtype: torch.dtype, rows: int, requires_grad: bool) -> tuple[Any, ...]:
+    make = CaseFactory(0, dtype)
+
+    def leaf(*shape: int) -> Tensor:
+        return make.leaf(*shape, requires_grad=requires_grad)
+
+    inputs = [leaf(rows, 4), leaf(rows, 4)]
+    weights = [*(leaf(5, 4) for _ in range(3)), *(leaf(3, 5) for _ in range(3))]
+    biases = [*(leaf(5) for _ in range(3)), None, None, None]
+    gates = ([leaf(2, 4), leaf(3, 4)], [leaf(2), None])
+    return inputs, weights, biases, *gates, [0, 1, 0], [2, 0, 0, 1, 2], [2, 3], [1, 3]
+
+
+DTYPES_ROWS = pytest.mark.parametrize(
+    "kind, rows", [(torch.float32, 5), (torch.bfloat16, 4), (torch.float64, 0), (torch.float16, 1)]
+)
+
+
+@DTYPES_ROWS
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck_forward(kind: torch.dtype, rows: int, save: bool) -> None:
+    for requires_grad in (True, False):
+        arguments = (*operator_arguments(kind, rows, requires_grad), save)
+        torch.library.opcheck(torch.ops.mtlkernels.expert_level_forward, arguments)
+
+
+@DTYPES_ROWS
+def test_opcheck_backward(kind: torch.dtype, rows: int) -> None:
+    arguments = operator_arguments(kind, rows, False)
+    inputs, weights, biases, gate_weights, _, *routing = arguments
+    outputs, saved, logits = torch.ops.mtlkernels.expert_level_forward(*arguments, True)
+    tensors = ([torch.randn_like(y) for y in outputs], inputs, weights, biases, gate_weights, logits, saved)
+    for needs in ((True,) * 5, *(tuple(i == j for i in range(5)) for j in range(5))):
+        torch.library.opcheck(torch.ops.mtlkernels.expert_level_backward, (*tensors, *routing, *needs))
+
+
+def small(seed: int) -> tuple[Callable[..., Any], list[Tensor]]:
+    """A function of the leaves of a call with few rows, in float64."""
+    make = CaseFactory(seed, torch.float64)
+    streams = seed % 2 > 0
+    arguments = dict(make.expert_mixture(3, [3, 4, 2], ROUTING, streams=streams, activation="tanh").arguments)
+    del arguments["gate_logits"]
+    sizes = [len(gate) for gate in ROUTING.gate_experts]
+    own = {"gate_weights": [make.leaf(n, 3) for n in sizes], "gate_biases": [make.leaf(sizes[0]), None, None]}
+    case = Case({**arguments, **own}, torch.float64)
+    leaves = [leaf for group in case.leaves().values() for leaf in group]
+    place = {id(leaf): i for i, leaf in enumerate(leaves)}
+
+    def call(*values: Tensor) -> Any:
+        return by_layers(**case.map(lambda leaf: values[place[id(leaf)]]).arguments)
+
+    return call, leaves
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_derivatives(seed: int, backend: str) -> None:
+    call, leaves = small(seed)
+    with mk.use_backend(backend):
+        assert gradcheck(call, leaves)
+        assert gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_batched_gradients(seed: int, backend: str) -> None:
+    call, leaves = small(seed)
+    with mk.use_backend(backend):
+        ys = call(*leaves)
+        directions = [torch.randn(4, *y.shape, dtype=y.dtype) for y in ys]
+        found = torch.autograd.grad(ys, leaves, directions, is_grads_batched=True, retain_graph=True)
+        for i in range(4):
+            one = torch.autograd.grad(ys, leaves, [d[i] for d in directions], retain_graph=True)
+            for got, want in zip(found, one, strict=True):
+                torch.testing.assert_close(got[i], want)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_func(seed: int, backend: str) -> None:
+    call, leaves = small(seed)
+
+    def loss(*values: Tensor) -> Tensor:
+        return sum(y.square().sum() for y in call(*values))  # type: ignore[return-value]
+
+    values = [leaf.detach() for leaf in leaves]
+    with mk.use_backend(backend):
+        found = torch.func.grad(loss, argnums=tuple(range(len(values))))(*values)
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("frozen", [["inputs"], ["weights"], ["biases"], ["gate_weights"], ["gate_biases", "inputs"]])
+def test_frozen_arguments(frozen: list[str], backend: str) -> None:
+    case = Case(with_layers(5, torch.float32), torch.float32)
+    with mk.use_backend(backend):
+        full = evaluate(by_layers, case)
+        for name, leaves in case.leaves().items():
+            for leaf in leaves:
+                leaf.requires_grad_(name.partition("[")[0] not in frozen)
+        for name, group in evaluate(by_layers, case).items():
+            for got, want in zip(group, full[name], strict=True):
+                torch.testing.assert_close(got, want)
+
+
+def test_experts_without_a_gate(backend: str) -> None:
+    """Their gradients are zero, and they are not evaluated."""
+    routing = mk.Routing((0, 0, 0), ((2, 0),))
+    x, weight = torch.randn(4, 3), torch.randn(3, 5, 3, requires_grad=True)
+    with torch.no_grad():
+        weight[1] = float("nan")
+    gate = torch.randn(2, 3, requires_grad=True)
+    with mk.use_backend(backend):
+        (y,) = mk.expert_mixture(x, [weight], None, None, routing, gate_weights=[gate])
+        y.sum().backward()
+    assert torch.isfinite(y).all() and gate.grad is not None and gate.grad.any()
+    assert weight.grad is not None and not weight.grad[1].any() and weight.grad[0].any()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast(low: torch.dtype, backend: str) -> None:
+    """As by hand: all but the routing in the low dtype; gradients in float32."""
+    case = Case(with_layers(6, torch.float32), torch.float32)
+
+    def under_autocast(**arguments: Any) -> Any:
+        with torch.autocast("cpu", low):
+            return by_layers(**arguments)
+
+    def by_hand(**arguments: Any) -> Any:
+        return by_layers(**Case(arguments, low).map(lambda t: t.to(low)).arguments)
+
+    with mk.use_backend(backend):
+        got, expected = evaluate(under_autocast, case), evaluate(by_hand, case)
+    assert {y.dtype for y in got["outputs"]} == {low}
+    for name, group in expected.items():
+        for a, b in zip(got[name], group, strict=True):
+            assert name == "outputs" or a.dtype == torch.float32
+            torch.testing.assert_close(a, b)
+
+
+def test_kept_graph(backend: str) -> None:
+    call, leaves = small(0)
+    with mk.use_backend(backend):
+        total = sum(y.square().sum() for y in call(*leaves))
+        first = torch.autograd.grad(total, leaves, retain_graph=True)  # type: ignore[arg-type]
+        second = torch.autograd.grad(total, leaves)  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

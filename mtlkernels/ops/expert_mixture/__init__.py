@@ -22,6 +22,7 @@ from mtlkernels.ops._call import (
 )
 from mtlkernels.ops._checks import check_logits, check_routing
 from mtlkernels.ops.activations import CODES, has_slopes
+from mtlkernels.ops.expert_level import expert_level
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
 from mtlkernels.ops.expert_mixture.checks import (
     activation_codes,
@@ -127,11 +128,12 @@ def expert_mixture(
         options = {"activation": activation, "gate_weights": gate_weights, "gate_biases": gate_biases}
         return expert_mixture(inputs, layers, offsets, gate_logits, routing, **options)  # type: ignore[arg-type]
     gates = check_gate_layers(gate_logits, gate_weights, gate_biases, streams, routing)
-    if gates is not None:
+    whole = gates is not None and not active and not _transformed()
+    if gates is not None and not whole:
         gate_logits = _gate_logits(streams, *gates)
-    logits = check_logits(gate_logits, routing, x.shape[0], x)
+    logits = [] if whole else check_logits(gate_logits, routing, x.shape[0], x)
     flat_weights = [w for layer in layers for w in layer]
-    streams, flat_weights, bias_list = under_autocast(x, streams, flat_weights, bias_list)
+    streams, flat_weights, bias_list, gate_layers = under_autocast(x, streams, flat_weights, bias_list, gates or ())
 
     wiring = routing.wiring
     unused: list[Tensor] = []
@@ -146,6 +148,8 @@ def expert_mixture(
         own = (layer_norms, slope_list, epsilons, rates)
         return normalized_mixture(streams, flat_weights, bias_list, logits, *own, wiring, flat, unused)
     backend = _backends.forced()
+    if whole:
+        return expert_level(streams, flat_weights, bias_list, gate_layers[0], gate_layers[1], flat, unused)
     if traced_under_func("expert_mixture"):
         backend = "reference"
     elif needs_function(streams, flat_weights, bias_list, logits, unused):
@@ -154,6 +158,11 @@ def expert_mixture(
         return tuple(out[: len(logits)])
     out = run_forward("expert_mixture", backend, streams[0], streams, flat_weights, bias_list, logits, *flat, False)
     return tuple(out[0])
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or the compiler is at work, which see further into a level in its parts."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _direct(
@@ -200,6 +209,7 @@ def _train(
         flat_biases = [b for layer in biases for b in ([None] * experts if layer is None else layer)]
         if any(b is None for layer in biases if layer is not None for b in layer):
             return None
+    flat = (wiring.expert_inputs if len(streams) > 1 else (0,) * experts, wiring.gate_experts, wiring.gate_sizes, codes)
     if logits is None:
         gate_weights = _per_gate(gates[0], wiring.gate_sizes)
         gate_biases = [None] * len(gate_weights) if gates[1] is None else _per_gate(gates[1], wiring.gate_sizes)
@@ -207,14 +217,14 @@ def _train(
             return None
         if 1 < len(streams) < len(gate_weights):
             return None
-        logits = _gate_logits(streams, gate_weights, gate_biases)
+        if not needs_function(streams, flat_weights, flat_biases, gate_weights, gate_biases):
+            return None
+        return expert_level(streams, flat_weights, flat_biases, gate_weights, gate_biases, flat, (), direct=True)
     if isinstance(logits, Tensor):
         logits = logits.split(wiring.gate_sizes, dim=1)
     if not needs_function(streams, flat_weights, flat_biases, logits):
         return None
-    expert_inputs = wiring.expert_inputs if len(streams) > 1 else (0,) * experts
-    routing = (expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
-    plan = Plan(*routing, len(streams), _backends.forced(), direct=True)
+    plan = Plan(*flat, len(streams), _backends.forced(), direct=True)
     out = apply(ExpertMixture, plan, *streams, *flat_weights, *flat_biases, *logits)
     return tuple(out[: len(logits)])
 

@@ -1,0 +1,85 @@
+"""How operators are defined.
+
+Schemas are defined in Python, so that an install without a compiler has every operator; C++ only adds
+implementations (``TORCH_LIBRARY_IMPL`` in ``csrc/cpu``). The reference is the default kernel of every operator, on
+every device; CUDA C++ or Triton takes CUDA where it is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlkernels import _backends
+
+_library = torch.library.Library("mtlkernels", "DEF")
+
+
+def cast_floats(value: Any, dtype: torch.dtype) -> Any:
+    """Casts the float16, bfloat16 and float32 tensors in ``value`` to ``dtype``, as autocast does; float64 stays."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
+    if isinstance(value, (list, tuple)):
+        return [cast_floats(item, dtype) for item in value]
+    return value
+
+
+def define(schema: str, fake: Callable[..., Any], autocast: Sequence[int] = ()) -> None:
+    """Defines an operator, its fake kernel, and the positions of the arguments that autocast casts.
+
+    Autocast never reaches into an implementation, also not where it casts nothing.
+    """
+    name = schema[: schema.index("(")]
+    op, _, direction = name.rpartition("_")
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mtlkernels::{name}", fake, lib=_library)
+
+    def reference(*args: Any) -> Any:
+        return _backends.reference_implementation(op, direction)(*args)
+
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    if _backends.has_triton() or _backends.has_cuda(op):
+
+        def cuda(*args: Any) -> Any:
+            return _backends.cuda_implementation(op, direction, args)(*args)
+
+        _library.impl(name, cuda, "CUDA")
+    for device in ("cpu", "cuda"):
+
+        def cast(*args: Any, device: str = device) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            ready = [cast_floats(arg, dtype) if i in autocast else arg for i, arg in enumerate(args)]
+            with torch.autocast(device, enabled=False):
+                return getattr(torch.ops.mtlkernels, name).default(*ready)
+
+        _library.impl(name, cast, f"Autocast{device.upper()}")
+
+
+def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None:
+    """Gives an operator a derivative: ``differentiable`` takes its arguments and returns what it returns.
+
+    The public functions apply the op's autograd Function themselves; this serves direct calls of the operator, and
+    torch.compile of torch.func.vmap, which traces past autograd Functions.
+    """
+    overload = getattr(torch.ops.mtlkernels, operator).default
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(_requires_grad(arg) for arg in args):
+            return differentiable(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(operator, kernel, "Autograd", with_keyset=True)
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) and item.requires_grad for item in value)
+
+
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,0 +1,46 @@
+"""PCGrad's operators.
+
+``grads`` holds T gradients a parameter: that of task t for parameter p stands at p * T + t, or is None. Each operator
+is one pass: the Gram matrix of the tasks' gradients, the projections on T x T coefficients, the weighted sum for each
+parameter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtlkernels._library.definition import define, empty
+from mtlkernels.ops._layout import alike
+
+
+def _pcgrad_gram(grads: list[Tensor | None], num_tasks: int) -> Tensor:
+    like = next(grad for grad in grads if grad is not None)
+    return torch.empty((num_tasks, num_tasks), dtype=torch.float64, device=like.device)
+
+
+def _pcgrad_weights(
+    gram: Tensor,
+    order: Tensor | None,
+    include_self: bool,
+    max_norm: float | None,
+    normalize: bool,
+    project: bool,
+    eps: float,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    return empty(gram, gram.shape), empty(gram, gram.shape[:1])
+
+
+def _pcgrad_combine(grads: list[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
+    columns = [grads[start : start + num_tasks] for start in range(0, len(grads), num_tasks)]
+    return [torch.empty_like(alike([grad for grad in column if grad is not None])[0]) for column in columns]
+
+
+define("pcgrad_gram(Tensor?[] grads, int num_tasks) -> Tensor", _pcgrad_gram)
+define(
+    "pcgrad_weights(Tensor gram, Tensor? order, bool include_self, float? max_norm, bool normalize, bool project,"
+    " float eps, bool mean) -> (Tensor, Tensor)",
+    _pcgrad_weights,
+)
+define("pcgrad_combine(Tensor?[] grads, int num_tasks, Tensor coefficients) -> Tensor[]", _pcgrad_combine)
