@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mtlkernels.ops._checks import DTYPES
-from mtlkernels.ops.activations import ACTIVATIONS
+from mtlkernels.ops.activations import CODES
 
 
 def positive(name: str, value: Any) -> int:
@@ -43,8 +43,8 @@ class Style:
     def __post_init__(self) -> None:
         if not isinstance(self.activation, str):
             raise TypeError(f"activation must be a name, got {type(self.activation).__name__}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if self.activation not in CODES:
+            raise ValueError(f"activation must be one of {', '.join(CODES)}, got {self.activation!r}")
         if not isinstance(self.batch_norm, bool):
             raise TypeError(f"batch_norm must be a bool, got {type(self.batch_norm).__name__}")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):

@@ -16,12 +16,19 @@ from mtlkernels.ops.gated_mixture import gated_mixture
 from mtlkernels.ops.normalized_mixture.norms import alike, uses_running
 from mtlkernels.routing import Routing
 
+# PyTorch's, and deepctr-torch's; torch-rechub draws that of Dice, whose eps is this.
+_FIRST_SLOPE = {"prelu": 0.25, "dice": 0.0}
+DICE_EPS = 1e-3
+
 
 class Expert(nn.Module):
     """An MLP, [Linear → (BatchNorm1d) → activation → (Dropout)] a layer; also the hidden layers of a gate.
 
-    ``linears.{i}`` and ``norms.{i}`` hold the parameters of layer i. A layer with batch norm has no bias of its own.
+    ``linears.{i}`` and ``norms.{i}`` hold the parameters of layer i, ``slopes.{i}`` [1] the slope of its activation if
+    that learns one. A layer with batch norm has no bias of its own.
     """
+
+    slopes: nn.ParameterList | None
 
     def __init__(self, in_features: int, units: Sequence[int], style: Style) -> None:
         super().__init__()
@@ -33,6 +40,10 @@ class Expert(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm1d(n, **style.factory) for n in units if style.batch_norm)
         self.dropout = nn.Dropout(style.dropout)
         self._code = act.CODES[style.activation]
+        self.slopes = None
+        if act.has_slopes(self._code):
+            first = _FIRST_SLOPE[style.activation]
+            self.slopes = nn.ParameterList(torch.full((1,), first, **style.factory) for _ in units)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D] → [B, H]."""
@@ -40,7 +51,8 @@ class Expert(nn.Module):
             x = linear(x)
             if self.norms:
                 x = self.norms[i](x)
-            x = self.dropout(act.activate(self._code, x))
+            slope = None if self.slopes is None else self.slopes[i]
+            x = self.dropout(act.activate(self._code, x, slope, DICE_EPS))
         return x
 
 
@@ -75,6 +87,13 @@ def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]]
     return [[w for w, _ in layer] for layer in layers], [
         None if layer[0][1] is None else [b for _, b in layer] for layer in layers
     ]
+
+
+def expert_slopes(experts: Any) -> dict[str, Any]:
+    """What the op takes of the slopes of the experts' activation, which may have none."""
+    if experts[0].slopes is None:
+        return {}
+    return {"slopes": list(zip(*(expert.slopes for expert in experts), strict=True)), "dice_eps": DICE_EPS}
 
 
 class Level(nn.Module):
@@ -128,6 +147,7 @@ class Level(nn.Module):
             if found is None:
                 return self._by_modules(streams)
             extras = found
+        extras |= expert_slopes(self.experts)
         weights, biases = expert_parameters(self)
         gates = self._gate_parameters(len(streams))
         logits = self._gate_logits(streams) if gates is None else None

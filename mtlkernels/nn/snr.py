@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels.nn._arguments import Style, positive, units
-from mtlkernels.nn.level import Expert, expert_parameters
+from mtlkernels.nn.level import Expert, expert_parameters, expert_slopes
 from mtlkernels.nn.routes import RouteMap
 from mtlkernels.ops._checks import as_sequence, check_tensor, shape_of
 from mtlkernels.ops.expert_mixture import expert_mixture
@@ -54,7 +54,8 @@ class SubNetworks(nn.Module):
         routing = self._routings[not isinstance(inputs, Tensor)]
         alone = x.new_zeros(1, count).expand(x.shape[0], count)  # the softmax of one logit is 1
         weights, biases = expert_parameters(self)
-        return expert_mixture(inputs, weights, biases, alone, routing, activation=self._style.activation)
+        options = {"activation": self._style.activation, **expert_slopes(self.experts)}
+        return expert_mixture(inputs, weights, biases, alone, routing, **options)
 
 
 class Joint(nn.Module):
@@ -97,8 +98,8 @@ class SNR(nn.Module):
         subnet_units: the width of each layer of a sub-network; the last one is H.
         num_subnets: sub-networks, one number a level.
         mode: "trans" or "aver".
-        activation: after every layer of a sub-network: "relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid" or
-            "none".
+        activation: after every layer of a sub-network: "relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid", "none",
+            "prelu" or "dice" (torch-rechub's), each with a slope to learn.
         batch_norm: normalise every layer before the activation.
         dropout: the probability with which the output of a layer is dropped in training.
         beta, gamma, zeta: of the hard concrete distribution.

@@ -60,7 +60,8 @@ class MMoE(_Trunk):
         num_experts: E.
         gate_units: the width of each hidden layer of a gate; none by default, as in the paper.
         activation: after every layer of experts, the last one included, and after the gates' hidden layers: "relu",
-            "leaky_relu", "gelu", "silu", "tanh", "sigmoid" or "none".
+            "leaky_relu", "gelu", "silu", "tanh", "sigmoid", "none", "prelu" or "dice" (torch-rechub's). The last two
+            learn a slope for each layer of an expert.
         batch_norm: normalise every layer of experts, and every hidden layer of gates, before the activation.
         dropout: the probability with which the output of such a layer is dropped in training.
         device: where the parameters are made.

@@ -51,7 +51,9 @@ def gradients(model: nn.Module, outputs: Any) -> dict[str, Tensor]:
 
 @MODES
 @pytest.mark.parametrize("straight_through", [False, True])
-@pytest.mark.parametrize("options", [{}, {"batch_norm": True}, {"activation": "silu", "num_subnets": (5,)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_norm": True}, {"activation": "silu", "num_subnets": (5,)}, {"activation": "dice"}], ids=str
+)
 def test_outputs_and_gradients(mode: str, straight_through: bool, options: dict[str, Any]) -> None:
     model = build(mode, straight_through=straight_through, dtype=torch.float64, **options)
     x = torch.randn(9, 10, dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mtlkernels as mk
-from tests.ops.normalized import kept
+from tests.ops.normalized import dice, kept
 
 B, D, UNITS, GATE_UNITS = 13, 10, (9, 6), (5,)
 ACTIVATIONS = {
@@ -49,7 +49,7 @@ class Plain:
                 mean, var = self.state[f"{norm}.running_mean"], self.state[f"{norm}.running_var"]
                 scale, shift = self.state[f"{norm}.weight"], self.state[f"{norm}.bias"]
                 x = F.batch_norm(x, mean, var, scale, shift, training=self.trunk.training)
-            x = ACTIVATIONS[style["activation"]](x)
+            x = self.activated(style["activation"], x, self.state.get(f"{prefix}.slopes.{layer}"))
             if key is None:
                 x = F.dropout(x, style["dropout"], self.trunk.training)
             else:
@@ -57,6 +57,12 @@ class Plain:
                 x = x * kept(key, layer, expert, *x.shape, rate=rate) / (1 - rate)
             layer += 1
         return x
+
+    @staticmethod
+    def activated(name: str, x: Tensor, slope: Tensor | None) -> Tensor:
+        if slope is None:
+            return ACTIVATIONS[name](x)
+        return F.prelu(x, slope) if name == "prelu" else dice(x, slope, 1e-3)
 
     def gate(self, level: str, number: int, sizes: list[int], x: Tensor, **style: Any) -> Tensor:
         joint = self.state.get(f"{level}.gates.weight")
@@ -117,6 +123,8 @@ STYLES = {
     "gate units": {"gate_units": GATE_UNITS, "activation": "silu"},
     "batch norm": {"batch_norm": True, "activation": "tanh"},
     "dropout": {"dropout": 0.3, "gate_units": GATE_UNITS},
+    "slopes": {"activation": "dice", "gate_units": GATE_UNITS},
+    "slopes, batch norm and dropout": {"activation": "prelu", "batch_norm": True, "dropout": 0.3},
 }
 
 
@@ -155,7 +163,7 @@ def test_agrees_with_a_loop_over_experts(kind: str, options: dict[str, Any], tra
     assert_same(trunk, Plain(trunk), kind, style, tolerance=1e-11)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "prelu", "dice"])
 def test_every_activation_in_float32(activation: str) -> None:
     trunk = build("ple", activation=activation)
     assert_same(trunk, Plain(trunk), "ple", {"activation": activation}, tolerance=2e-6)
@@ -316,7 +324,7 @@ BAD = [
     ({"expert_units": ()}, ValueError, r"expert_units must hold at least one layer's width"),
     ({"expert_units": (8, 0)}, ValueError, r"expert_units\[1\] must be at least 1, got 0"),
     ({"gate_units": (8, None)}, TypeError, r"gate_units\[1\] must be an int, got NoneType"),
-    ({"activation": "dice"}, ValueError, r"activation must be one of none, relu, .*, got 'dice'"),
+    ({"activation": "swish"}, ValueError, r"activation must be one of none, relu, .*, dice, got 'swish'"),
     ({"activation": torch.relu}, TypeError, r"activation must be a name, got builtin_function_or_method"),
     ({"batch_norm": 1}, TypeError, r"batch_norm must be a bool, got int"),
     ({"dropout": True}, TypeError, r"dropout must be a float, got bool"),
