@@ -5,6 +5,7 @@ For watching one op while working on it; ``benchmarks/run.py`` is what compares 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,17 +71,51 @@ def test_gated_mixture(benchmark: Benchmark, device: str, name: str, dtype: torc
     measure(benchmark, name, lambda: mk.gated_mixture(experts, logits, ROUTING), [experts, *logits], training)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize(("device", "name"), implementations("expert_mixture"))
-def test_expert_mixture(benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, training: bool) -> None:
-    x = random(device, dtype, ROWS, WIDTH)
+def level(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Input, weights and biases of experts with two layers."""
     widths = (WIDTH, *UNITS)
     experts = range(ROUTING.num_experts)
     weights = [[random(device, dtype, n, m) for _ in experts] for m, n in zip(widths, UNITS, strict=False)]
-    biases = [[random(device, dtype, n) for _ in experts] for n in UNITS]
+    return random(device, dtype, ROWS, WIDTH), weights, [[random(device, dtype, n) for _ in experts] for n in UNITS]
+
+
+def leaves_of(x: Tensor, *layers: Any) -> list[Tensor]:
+    return [x, *(tensor for group in layers for layer in group for tensor in layer)]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize(("device", "name"), implementations("expert_mixture"))
+def test_expert_mixture(benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, training: bool) -> None:
+    x, weights, biases = level(device, dtype)
     logits = [random(device, dtype, ROWS, len(gate)) for gate in ROUTING.gate_experts]
-    leaves = [x, *(w for layer in weights for w in layer), *(b for layer in biases for b in layer), *logits]
+    leaves = [*leaves_of(x, weights, biases), *logits]
     measure(benchmark, name, lambda: mk.expert_mixture(x, weights, biases, logits, ROUTING), leaves, training)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize(("device", "name"), implementations("expert_level"))
+def test_expert_level(benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, training: bool) -> None:
+    x, weights, biases = level(device, dtype)
+    gates = [random(device, dtype, len(gate), WIDTH) for gate in ROUTING.gate_experts]
+    leaves = [*leaves_of(x, weights, biases), *gates]
+    call = functools.partial(mk.expert_mixture, x, weights, biases, None, ROUTING, gate_weights=gates)
+    measure(benchmark, name, call, leaves, training)
+
+
+@pytest.mark.parametrize("activation", ["relu", "prelu", "dice"])
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize(("device", "name"), implementations("normalized_mixture"))
+def test_normalized_mixture(
+    benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, training: bool, activation: str
+) -> None:
+    x, weights, biases = level(device, dtype)
+    logits = [random(device, dtype, ROWS, len(gate)) for gate in ROUTING.gate_experts]
+    norms = [[torch.nn.BatchNorm1d(n, device=device) for _ in range(ROUTING.num_experts)] for n in UNITS]
+    slopes = None if activation == "relu" else [[random(device, dtype, 1) for _ in layer] for layer in norms]
+    leaves = [*leaves_of(x, weights, biases, slopes or ()), *logits]
+    options = {"activation": activation, "norms": norms, "slopes": slopes}
+    call = functools.partial(mk.expert_mixture, x, weights, biases, logits, ROUTING, **options)
+    measure(benchmark, name, call, leaves, training)
 
 
 @pytest.mark.parametrize("tensors", [4, 40])

@@ -69,14 +69,14 @@ def _by_name(x: Tensor) -> dict[str, Tensor]:
     return found | {f"d{i}": x[:, SPARSE + i].contiguous() for i in range(DENSE)}
 
 
-def _rechub(kind: str) -> Any:
+def _rechub(kind: str, activation: str = "relu") -> Any:
     from torch_rechub.basic.features import DenseFeature, SparseFeature
     from torch_rechub.models import multi_task
 
     torch.manual_seed(0)
     columns: list[Any] = [SparseFeature(f"s{i}", VOCABULARY, embed_dim=EMBEDDING) for i in range(SPARSE)]
     columns += [DenseFeature(f"d{i}") for i in range(DENSE)]
-    experts, towers = {"dims": list(UNITS)}, [{"dims": [TOWER]}] * TASKS
+    experts, towers = {"dims": list(UNITS), "activation": activation}, [{"dims": [TOWER]}] * TASKS
     tasks = ["classification"] * TASKS
     if kind == "PLE":
         return multi_task.PLE(columns, tasks, LEVELS, SPECIFIC, SHARED, experts, towers)
@@ -155,6 +155,19 @@ MODELS = {
     "rechub-MMOE": LibraryModel(
         "torch-rechub's MMOE", lambda: _rechub("MMOE"), _by_name, None, _RECHUB, 1, _EXPERTS, True
     ),
+    "rechub-PLE-PReLU": LibraryModel(
+        "torch-rechub's PLE with PReLU",
+        lambda: _rechub("PLE", "prelu"),
+        _by_name,
+        None,
+        _RECHUB,
+        LEVELS,
+        _EXPERTS,
+        True,
+    ),
+    "rechub-PLE-Dice": LibraryModel(
+        "torch-rechub's PLE with Dice", lambda: _rechub("PLE", "dice"), _by_name, None, _RECHUB, LEVELS, _EXPERTS, True
+    ),
     "deepctr-PLE": LibraryModel(
         "deepctr-torch's PLE", lambda: _deepctr(False), lambda x: x, _deepctr_parts, _DEEPCTR, LEVELS, _EXPERTS, False
     ),
@@ -181,7 +194,7 @@ def loss_of(model: Any, predictions: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def has_corners(model: Any, arguments: Any) -> bool:
-    """Whether some ReLU's input is zero but for float32's rounding; ``model`` is in float64.
+    """Whether some ReLU's or PReLU's input is zero but for float32's rounding; ``model`` is in float64.
 
     There the derivative jumps, so two right implementations may differ by all of it.
     """
@@ -192,7 +205,7 @@ def has_corners(model: Any, arguments: Any) -> bool:
         (before,) = args
         found.append(bool((before.abs() <= near * before.square().mean().sqrt()).any()))
 
-    handles = [m.register_forward_pre_hook(look) for m in model.modules() if type(m) is nn.ReLU]
+    handles = [m.register_forward_pre_hook(look) for m in model.modules() if type(m) in (nn.ReLU, nn.PReLU)]
     model(arguments)
     for handle in handles:
         handle.remove()

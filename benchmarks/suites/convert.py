@@ -4,6 +4,7 @@ Workloads (``B`` rows), all with 416 features (10 embeddings of 40, 16 numbers),
 experts a task and 4 shared ones (MMOE: 12 experts):
 
 - **rechub-PLE** two levels; batch norm in every expert and gate. **rechub-MMOE** one level of it.
+  **rechub-PLE-PReLU** and **rechub-PLE-Dice** are PLE with these activations in the experts.
 - **deepctr-PLE** two levels, gates with a hidden layer of 64; **deepctr-PLE-BN** with batch norm in experts and gates.
 
 A training step is the forward pass, the loss (cross-entropy, and deepctr-torch's own regularisation), the backward pass
@@ -35,6 +36,7 @@ TRAINING, SERVING = "training step", "serving"
 OPTIMIZER = "optimizer"
 ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
 FEWER_ROWS = {"rechub-MMOE": (1, 16, 256, 4096), "deepctr-PLE-BN": (1, 16, 256, 4096)}
+FEWER_ROWS |= {"rechub-PLE-PReLU": (1, 64, 4096), "rechub-PLE-Dice": (1, 64, 4096)}
 PART_ROWS = 4096
 # Where torch.compile's contenders stand too; compiling takes longer than all else.
 COMPILED = {("rechub-PLE", TRAINING, 16), ("rechub-PLE", TRAINING, 4096)}

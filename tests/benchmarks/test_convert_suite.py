@@ -15,7 +15,7 @@ if not MISSING:
     from benchmarks.suites import SUITES, convert
 
 CPU = torch.device("cpu")
-NAMES = ("rechub-PLE", "rechub-MMOE", "deepctr-PLE", "deepctr-PLE-BN")
+NAMES = ("rechub-PLE", "rechub-MMOE", "rechub-PLE-PReLU", "rechub-PLE-Dice", "deepctr-PLE", "deepctr-PLE-BN")
 
 
 def assert_agree(name: str, work: str, rows: int, contenders: int = 2) -> None:
