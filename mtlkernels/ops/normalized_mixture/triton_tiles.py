@@ -22,3 +22,5 @@ VALUES = {True: Tile(16, 64, 1, 4, 1), False: Tile(16, 32, 1, 4, 1)}
 SUMS = {True: Tile(16, 64, 8, 4, 1), False: Tile(16, 32, 8, 4, 1)}
 # Of sums over blocks: 32 of them at a time, one after another.
 TOTALS = Tile(32, 32, 1, 4, 1)
+# Of the channels that share a slope, one a thread at a time.
+SLOPES = Tile(1, 128, 1, 4, 1)
