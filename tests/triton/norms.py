@@ -85,6 +85,7 @@ def cases(scale: int = 1) -> dict[str, Make]:
             f"{name}_one_row": _case(F32, 1, [7, 5, 4], ["layer", "none"], **both_ways),
             f"{name}_no_rows": _case(F32, 0, [7, 6, 5], ["layer", "none"], **both_ways),
             f"{name}_one_channel": _case(F32, 19, [7, 1, 1], ["none", "none"], **both_ways),
+            f"{name}_wide": _case(F32, 5, [6, 140], ["none"], activation=name, one_slope=[True]),
             f"{name}_among_others": _case(
                 F32, 40, [16, 32, 48, 16], ["none", "layer", "batch"], activation=["relu", name, "gelu"]
             ),
