@@ -27,12 +27,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mtlkernels.ops._triton import Tile
-from mtlkernels.ops.activations import ACTIVATIONS, CODES, from_input
+from mtlkernels.ops.activations import CODES, DICE, from_input, has_slopes
 from mtlkernels.ops.expert_mixture import triton_gradients as gradients
 from mtlkernels.ops.expert_mixture import triton_kernels as experts
 from mtlkernels.ops.expert_mixture import triton_tiles as tiles
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture import triton_kernels as mixtures
+from mtlkernels.ops.normalized_mixture import triton_dice as dices
 from mtlkernels.ops.normalized_mixture import triton_gradients as norm_gradients
 from mtlkernels.ops.normalized_mixture import triton_kernels as norms
 from mtlkernels.ops.normalized_mixture import triton_tiles as norm_tiles
@@ -43,7 +44,7 @@ from mtlkernels.ops.snr_aver import triton_kernels as averages
 from mtlkernels.ops.snr_trans import triton as routes
 from mtlkernels.ops.snr_trans import triton_kernels as transforms
 
-MODULES = (experts, gradients, mixtures, norms, norm_gradients, grams, projections, transforms, averages)
+MODULES = (experts, gradients, mixtures, norms, norm_gradients, dices, grams, projections, transforms, averages)
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # dtype and input_precision of every product.
@@ -52,8 +53,9 @@ DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": t
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = ((1, 1), (4096, 16), (4096, 4096))  # rows and columns that between them lead to every tile of a product
 # gelu takes the most registers, but its derivative is computed in smaller tiles than those that follow from the output.
-FORWARD_CODES = (CODES["gelu"],)
-BACKWARD_CODES = (CODES["tanh"], CODES["gelu"])
+# Of the activations with slopes, which only the normalized mixture has, dice takes the most.
+FORWARD_CODES = (CODES["gelu"], DICE)
+BACKWARD_CODES = (CODES["tanh"], CODES["gelu"], DICE)
 TASKS = (*range(1, 9), 12, 16, 32, 64)  # every size of a group, and of a projection
 # The types of a kernel's arguments but for those that are i32.
 DROPOUT = {"table": "*i64", "threshold": "i64", "factor": "fp32", "eps": "fp32"}
@@ -63,6 +65,8 @@ ARGUMENTS = {
     "norm_sums": DROPOUT,
     "preactivation_gradient": DROPOUT,
     "layer_norm_gradient": DROPOUT,
+    "dice_rows": {**DROPOUT, "dice_eps": "fp32"},
+    "dice_gradient_rows": DROPOUT,
     "mix_backward": {"table": "*i64", "weights": "*fp32", "inner": "*fp32"},
     "gram_chunks": {"table": "*i64", "parts": "*fp64"},
     "gram_sum": {"parts": "*fp64", "gram": "*fp64"},
@@ -123,7 +127,8 @@ def every_variant(
 
     Of the numbers of gates that a tile serves, the fewest and the most unless ``every_gate``.
     """
-    yield from mixture_variants(forward_codes, backward_codes, every_gate)
+    without_slopes = ([code for code in codes if not has_slopes(code)] for codes in (forward_codes, backward_codes))
+    yield from mixture_variants(*without_slopes, every_gate)
     yield from norm_variants(forward_codes, backward_codes)
     yield from pcgrad_variants()
     yield from snr_variants()
@@ -179,7 +184,8 @@ def norm_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -
     """Every configuration of the normalized mixture's kernels, with dropout, which takes registers."""
     yield Variant("batch_statistics", norm_tiles.TOTALS, ())
     for dtype in TORCH_DTYPES:
-        yield Variant("norm_totals", norm_tiles.TOTALS, (("SCALES", dtype),))
+        yield Variant("norm_totals", norm_tiles.TOTALS, (("SCALES", dtype), ("SUMS", 3)))
+        yield Variant("slope_totals", norm_tiles.SLOPES, (("SCALES", dtype),))
     for aligned in (True, False):
         values, sums = norm_tiles.VALUES[aligned], norm_tiles.SUMS[aligned]
         for dtype, norm in itertools.product(TORCH_DTYPES, (0, 1, 2)):
@@ -187,6 +193,9 @@ def norm_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -
             styles = (*common, ("SCALES", "fp32"), ("DROPS", True))
             if norm == 2:
                 yield Variant("layer_statistics", values, common)
+            for keeps in (True, False):
+                yield Variant("dice_rows", values, (*styles, ("NORM", norm), ("CODE", DICE), ("HIDDEN", keeps)))
+            yield Variant("dice_gradient_rows", values, (*styles, ("NORM", norm), ("CODE", DICE)))
             for code in forward_codes:
                 yield Variant("normalize", values, (*styles, ("NORM", norm), ("CODE", code)))
             for code in backward_codes:
@@ -279,10 +288,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--kernel", nargs="+", help="only these kernels")
-    parser.add_argument("--activations", action="store_true", help="every activation, not only tanh and gelu")
+    parser.add_argument("--activations", action="store_true", help="every activation, not only tanh, gelu and dice")
     parser.add_argument("--gates", action="store_true", help="every number of gates, not only the fewest and the most")
     args = parser.parse_args()
-    every = range(len(ACTIVATIONS))
+    every = range(len(CODES))
     codes = (every, every) if args.activations else (FORWARD_CODES, BACKWARD_CODES)
     found = dict.fromkeys(v for v in every_variant(*codes, args.gates) if not args.kernel or v.kernel in args.kernel)
     tasks = [(variant, architecture) for variant in found for architecture in args.arch]

@@ -94,9 +94,10 @@ def test_normalized_mixture(name: str) -> None:
     norms.check(name, "cpu")
 
 
-@pytest.mark.parametrize("needs", [tuple(i == j for i in range(5)) for j in range(5)], ids=str)
-def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...]) -> None:
-    norms.check_gradients_asked_for(needs, "cpu")
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+@pytest.mark.parametrize("needs", [tuple(i == j for i in range(6)) for j in range(6)], ids=str)
+def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...], activation: str) -> None:
+    norms.check_gradients_asked_for(needs, activation, "cpu")
 
 
 def test_running_statistics() -> None:

@@ -74,6 +74,33 @@ def test_launches_of_norms() -> None:
     assert [launch.kernel for launch in found] == forward + backward
 
 
+def test_launches_of_dice() -> None:
+    """One a layer more in either direction for what it knows of rows, which the last layer's outputs come along with.
+
+    And one for all slopes that the channels of an expert share.
+    """
+    case = norms.cases()["dice_alone"]("cpu")
+    with use_backend("triton"), launched() as found:
+        evaluate(normalized.fused, case)
+    forward = ["normalized_layer", "dice_rows", "normalized_layer", "dice_rows", "mix_forward"]
+    backward = ["dice_rows", "dice_rows", "mix_backward"]
+    layer = ["dice_gradient_rows", "norm_sums", "norm_totals", "preactivation_gradient"]
+    backward += [*layer, "input_gradient", *layer, "slope_totals", "input_gradient", "weight_gradient"]
+    assert [launch.kernel for launch in found] == forward + backward
+
+
+def test_launches_of_prelu() -> None:
+    """Those of an activation without slopes, and sums for the gradients of these."""
+    case = norms.cases()["prelu_alone"]("cpu")
+    with use_backend("triton"), launched() as found:
+        evaluate(normalized.fused, case)
+    forward = ["normalized_layer", "normalized_layer", "normalize", "mix_forward"]
+    backward = ["normalize", "normalize", "mix_backward"]
+    layer = ["norm_sums", "norm_totals", "preactivation_gradient"]
+    backward += [*layer, "input_gradient", *layer, "slope_totals", "input_gradient", "weight_gradient"]
+    assert [launch.kernel for launch in found] == forward + backward
+
+
 def test_more_gates_take_one_launch_more() -> None:
     with launched() as found:
         step(Case("many_gates", 20, WIDTHS[:3], 3, 9, (1, 1)))

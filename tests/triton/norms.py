@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
+from mtlkernels.ops.activations import CODES, WITH_SLOPES
 from mtlkernels.testing import Case, CaseFactory, evaluate
 from tests.ops import normalized
 from tests.ops.definition import assert_agrees
@@ -30,6 +31,17 @@ def _case(
         return normalized.case(factory, rows, widths, options["routing"], kinds, **_without_routing(options))
 
     return make
+
+
+def _with_wide_slopes(make: Make) -> Make:
+    """Slopes in float32 beside scales and shifts in the dtype of the rest."""
+
+    def made(device: str) -> Case:
+        case = make(device)
+        slopes = [[t.detach().float().requires_grad_() for t in layer] for layer in case.arguments["slopes"]]
+        return Case({**case.arguments, "slopes": slopes}, case.dtype)
+
+    return made
 
 
 def _without_routing(options: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +75,27 @@ def cases(scale: int = 1) -> dict[str, Make]:
         "f16": _case(F16, 70 * scale, [32, 48, 16], mixed),
         "f16_odd": _case(F16, 37, [19, 21, 9], both, dropout=[0.2, 0.2]),
     }
+    for name in WITH_SLOPES:
+        both_ways: dict[str, Any] = {"activation": name, "one_slope": [True, False]}
+        found |= {
+            f"{name}_aligned": _case(F32, 150 * scale, [32, 48, 16], ["batch", "layer"], **both_ways),
+            f"{name}_odd": _case(F32, 67 * scale, [33, 75, 19], mixed, dropout=[0.2, 0.5], **both_ways),
+            f"{name}_alone": _case(F32, 37 * scale, [20, 70, 10], ["none", "none"], **both_ways),
+            f"{name}_everything_dropped": _case(F32, 9, [5, 6], ["none"], dropout=[1.0], activation=name),
+            f"{name}_one_row": _case(F32, 1, [7, 5, 4], ["layer", "none"], **both_ways),
+            f"{name}_no_rows": _case(F32, 0, [7, 6, 5], ["layer", "none"], **both_ways),
+            f"{name}_one_channel": _case(F32, 19, [7, 1, 1], ["none", "none"], **both_ways),
+            f"{name}_wide": _case(F32, 5, [6, 140], ["none"], activation=name, one_slope=[True]),
+            f"{name}_among_others": _case(
+                F32, 40, [16, 32, 48, 16], ["none", "layer", "batch"], activation=["relu", name, "gelu"]
+            ),
+            f"{name}_strided": _case(F32, 35, [16, 32, 16], mixed, "strided", dropout=[0.5, 0.0], **both_ways),
+            f"{name}_bf16": _case(BF16, 70 * scale, [32, 48, 16], both, dropout=[0.1, 0.0], **both_ways),
+            f"{name}_f16_odd": _case(F16, 37, [19, 21, 9], ["layer", "none"], dropout=[0.0, 0.2], **both_ways),
+            f"{name}_mixed_dtypes": _with_wide_slopes(_case(BF16, 37, [19, 21, 9], mixed, **both_ways)),
+        }
     for kind in ("batch", "layer"):
-        for name in ("none", "relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid"):
+        for name in CODES:
             found[f"{kind}_{name}"] = _case(F32, 18, [10, 12, 9], [kind, kind], activation=name)
     return found
 
@@ -76,10 +107,11 @@ def check(name: str, device: str, scale: int = 1) -> None:
         assert_agrees(normalized.fused, case, normalized.by_reference, 1, normalized.definition, FACTOR)
 
 
-def check_gradients_asked_for(needs: tuple[bool, ...], device: str) -> None:
+def check_gradients_asked_for(needs: tuple[bool, ...], activation: str, device: str) -> None:
     """Each set of gradients alone, in the reference's form."""
-    case = cases()["some_scales"](device)
-    names = ("inputs", "weights", "biases", "scales", "gate_logits")
+    options = {"affine": [False, True], "biases": [True, False], "one_slope": [True, False]}
+    case = _case(F32, 35, [12, 16, 9], ["layer", "batch"], activation=activation, **options)(device)
+    names = ("inputs", "weights", "biases", "scales", "slopes", "gate_logits")
     wanted = {name for name, need in zip(names, needs, strict=True) if need}
     if "scales" in wanted:
         wanted.add("shifts")

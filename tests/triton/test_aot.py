@@ -29,6 +29,9 @@ NORMS = (
     "norm_totals",
     "preactivation_gradient",
     "layer_norm_gradient",
+    "slope_totals",
+    "dice_rows",
+    "dice_gradient_rows",
 )
 PCGRAD = ("gram_chunks", "gram_sum", "project_tasks", "combine_chunks")
 KERNELS = ("mix_forward", "mix_backward", "open_routes", "average_sum", "route_dots", *PRODUCTS, *NORMS, *PCGRAD)

@@ -54,9 +54,10 @@ def test_normalized_mixture(name: str, tf32: bool) -> None:
     norms.check(name, "cuda", scale=8)
 
 
-@pytest.mark.parametrize("needs", [tuple(i == j for i in range(5)) for j in range(5)], ids=str)
-def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...]) -> None:
-    norms.check_gradients_asked_for(needs, "cuda")
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+@pytest.mark.parametrize("needs", [tuple(i == j for i in range(6)) for j in range(6)], ids=str)
+def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...], activation: str) -> None:
+    norms.check_gradients_asked_for(needs, activation, "cuda")
 
 
 def test_running_statistics() -> None:

@@ -9,11 +9,12 @@ import triton
 from torch import Tensor
 
 from mtlkernels.ops._triton import DTYPES, Table, contiguous, launch
+from mtlkernels.ops.activations import DICE
 from mtlkernels.ops.expert_mixture.triton_level import Level, Run, execute
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.normalized_mixture import triton_tiles as tiles
 from mtlkernels.ops.normalized_mixture.triton_kernels import batch_statistics, layer_statistics, normalized_layer
-from mtlkernels.ops.normalized_mixture.triton_layers import Layer, Settings, blocks_of, normalized, statistics_of
+from mtlkernels.ops.normalized_mixture.triton_layers import Layer, Settings, blocks_of, dice, normalized, statistics_of
 
 
 def forward(
@@ -22,6 +23,7 @@ def forward(
     biases: Sequence[Tensor | None],
     scales: Sequence[Tensor | None],
     shifts: Sequence[Tensor | None],
+    slopes: Sequence[Tensor | None],
     gate_logits: Sequence[Tensor],
     expert_inputs: Sequence[int],
     gate_experts: Sequence[int],
@@ -29,6 +31,7 @@ def forward(
     activations: Sequence[int],
     norms: Sequence[int],
     eps: Sequence[float],
+    dice_eps: Sequence[float],
     dropout: Sequence[float],
     seed: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
@@ -43,10 +46,11 @@ def forward(
     hidden = torch.empty_like(saved[-1])
 
     table = Table()
-    settings = Settings.of(table, num_experts, activations, norms, eps, dropout, seed, scales, shifts, statistics)
+    numbers = (activations, norms, eps, dice_eps, dropout)
+    settings = Settings.of(table, level, *numbers, seed, (scales, shifts, slopes), statistics)
     values = [table.slices(tensor, num_experts) for tensor in saved]
     at_weights, at_biases = table.pointers(weights), table.pointers(biases)
-    untouched = Layer(0, 0, 0, 0.0, 0.0, 0, 0, settings.layers[0].scales)
+    untouched = Layer(0, 0, 0, 0.0, 0.0, 0.0, 0, 0, settings.layers[0].scales)
     read = [(table.pointers(inputs[stream] for stream in expert_inputs), untouched)]
     read += list(zip(values, settings.layers, strict=True))
     runs: list[Run] = []
@@ -55,6 +59,8 @@ def forward(
         at, below = read[layer]
         operands = (at, at_weights + layer * num_experts, at_biases + layer * num_experts, values[layer])
         runs += _layer(level, table, scratch, settings.layers[layer], below, operands)
+        if activations[layer] == DICE and layer < last:
+            runs.append(dice(level, settings.layers[layer], values[layer], None))
     outputs = table.slices(hidden, num_experts)
     runs.append(normalized(level, settings.layers[last], values[last], outputs))
     at = mixture.strides(table, hidden, 1, 0)

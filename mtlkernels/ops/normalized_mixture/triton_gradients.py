@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from mtlkernels.ops._triton_functions import pointer, whole
-from mtlkernels.ops.normalized_mixture.triton_functions import affine, norm_gradient, row_statistics
+from mtlkernels.ops.normalized_mixture.triton_functions import affine, dice_statistics, norm_gradient, row_statistics
 from mtlkernels.ops.normalized_mixture.triton_kernels import corner_of
 
 
@@ -54,7 +54,10 @@ def norm_sums(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """``parts`` [row block, expert, 2, width]: sums of g and of g s over the rows of a block, DEPTH tiles of them."""
+    """``parts`` [row block, expert, 3, width]: sums over the rows of a block, DEPTH tiles of them.
+
+    Of g, of g s, and, if the activation has slopes, of their gradient at each value.
+    """
     width = whole(width, ALIGNED)
     e, block, first, first_column, left_rows, left_columns = corner_of(
         num_experts, num_rows, width, ROWS * DEPTH, COLUMNS
@@ -66,6 +69,7 @@ def norm_sums(
     grads = pointer(table, grads + e, DTYPE, ALIGNED) + first_column
     shifts = tl.zeros((ROWS, COLUMNS), tl.float32)
     scales = tl.zeros((ROWS, COLUMNS), tl.float32)
+    slopes = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in range(DEPTH):
         start = first + i * ROWS
         inside = start + rows < num_rows
@@ -73,18 +77,23 @@ def norm_sums(
         offsets = start * width + rows[:, None] * width + columns[None, :]
         z = tl.load(values + offsets, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grads + offsets, mask=mask, other=0.0).to(tl.float32)
-        mean, rstd = row_statistics(table, norm, e, num_experts, start, rows, inside, eps, NORM, ROWS)
-        g, s = norm_gradient(
+        of_norm = row_statistics(table, norm, e, num_experts, start, rows, inside, eps, NORM, ROWS)
+        of_dice = dice_statistics(table, norm, e, num_experts, start, rows, inside, CODE, True, ROWS)
+        g, s, a = norm_gradient(
             grad, z, table, norm, seed, layer, e, num_experts, start, first_column, first_column + columns, there,
-            mean, rstd, eps, threshold, factor, SCALES, NORM, CODE, FROM_INPUT, DROPS, ROWS, COLUMNS,
+            of_norm, of_dice, eps, threshold, factor, SCALES, NORM, CODE, FROM_INPUT, DROPS, ROWS, COLUMNS,
         )  # fmt: skip
         g = tl.where(mask, g, 0.0)
         shifts += g
         scales += g * tl.where(mask, s, 0.0)
-    at = (block.to(tl.int64) * num_experts + e) * 2 * width + first_column
+        if CODE >= 7:
+            slopes += tl.where(mask, a, 0.0)
+    at = (block.to(tl.int64) * num_experts + e) * 3 * width + first_column
     part = pointer(table, parts, tl.float32, ALIGNED) + at + columns
     tl.store(part, tl.sum(shifts, 0), mask=there)
     tl.store(part + width, tl.sum(scales, 0), mask=there)
+    if CODE >= 7:
+        tl.store(part + 2 * width, tl.sum(slopes, 0), mask=there)
 
 
 @triton.jit(do_not_specialize=["parts", "totals", "outputs", "num_experts", "num_blocks", "width"])
@@ -97,23 +106,24 @@ def norm_totals(
     num_blocks,
     width,
     SCALES: tl.constexpr,
+    SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The sums over all row blocks: ``totals`` [expert, 2, width], and the gradients of scales and shifts.
+    """The first ``SUMS`` sums over all row blocks: ``totals`` [expert, 3, width], and the gradients that they are.
 
-    ``outputs`` holds their addresses, scales first; a null is not wanted.
+    ``outputs`` holds the addresses of those of all shifts, then scales, then slopes; a null is not wanted.
     """
     e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, 1, width, 1, COLUMNS)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     there = columns < left_columns
-    stride = (tl.zeros((), tl.int64) + num_experts) * 2 * width
-    part = pointer(table, parts, tl.float32, False) + e * 2 * width + first_column
+    stride = (tl.zeros((), tl.int64) + num_experts) * 3 * width
+    part = pointer(table, parts, tl.float32, False) + e * 3 * width + first_column
     part = part + rows[:, None] * stride + columns[None, :]
-    total = pointer(table, totals, tl.float32, False) + e * 2 * width + first_column + columns
-    for which in tl.static_range(2):
+    total = pointer(table, totals, tl.float32, False) + e * 3 * width + first_column + columns
+    for which in tl.static_range(SUMS):
         at = part + which * width
         value = tl.zeros((ROWS, COLUMNS), tl.float32)
         for b in range(0, num_blocks, ROWS):
@@ -121,10 +131,32 @@ def norm_totals(
             at += stride * ROWS
         result = tl.sum(value, 0)
         tl.store(total + which * width, result, mask=there)
-        address = tl.load(table + outputs + (1 - which) * num_experts + e)
+        address = tl.load(table + outputs + which * num_experts + e)
         if address != 0:
             out = address.to(tl.pointer_type(SCALES)) + first_column + columns
             tl.store(out, result.to(SCALES), mask=there)
+
+
+@triton.jit(do_not_specialize=["totals", "outputs", "widths"])
+def slope_totals(
+    table,
+    totals,
+    outputs,
+    widths,
+    SCALES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The gradients of slopes that all channels share, from the totals of each channel."""
+    i = tl.program_id(0)
+    columns = tl.arange(0, COLUMNS)
+    width = tl.load(table + widths + i)
+    total = pointer(table, totals + i, tl.float32, False) + columns
+    value = tl.zeros((COLUMNS,), tl.float32)
+    for k in range(0, width, COLUMNS):
+        value += tl.load(total + k, mask=columns < width - k, other=0.0)
+    tl.store(pointer(table, outputs + i, SCALES, False), tl.sum(value, 0).to(SCALES))
 
 
 @triton.jit(
@@ -178,16 +210,17 @@ def preactivation_gradient(
     z = tl.load(pointer(table, values + e, DTYPE, ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32)
     at = pointer(table, grads + e, DTYPE, ALIGNED) + offsets
     grad = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    mean, rstd = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, 0, ROWS)
-    g, s = norm_gradient(
+    of_norm = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, 0, ROWS)
+    of_dice = dice_statistics(table, norm, e, num_experts, first, rows, inside, CODE, True, ROWS)
+    g, s, _ = norm_gradient(
         grad, z, table, norm, seed, layer, e, num_experts, first, first_column, first_column + columns, there,
-        mean, rstd, eps, threshold, factor, SCALES, NORM, CODE, FROM_INPUT, DROPS, ROWS, COLUMNS,
+        of_norm, of_dice, eps, threshold, factor, SCALES, NORM, CODE, FROM_INPUT, DROPS, ROWS, COLUMNS,
     )  # fmt: skip
     if NORM:
         scale, shift = affine(table, norm, e, num_experts, first_column + columns, there, SCALES, COLUMNS)
         address = pointer(table, norm + num_experts + e, tl.float32, False) + first_column + columns
         scale = scale / tl.sqrt_rn(tl.load(address, mask=there, other=1.0) + eps)
-        total = pointer(table, totals, tl.float32, ALIGNED) + e * 2 * width + first_column + columns
+        total = pointer(table, totals, tl.float32, ALIGNED) + e * 3 * width + first_column + columns
         shifts = tl.load(total, mask=there, other=0.0) / num_rows
         scales = tl.load(total + width, mask=there, other=0.0) / num_rows
         g = scale[None, :] * (g - shifts[None, :] - s * scales[None, :])
@@ -229,7 +262,8 @@ def layer_norm_gradient(
     offsets = first * width + rows[:, None] * width + columns[None, :]
     values = pointer(table, values + e, DTYPE, ALIGNED) + offsets
     grads = pointer(table, grads + e, DTYPE, ALIGNED) + offsets
-    mean, rstd = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, 2, ROWS)
+    of_norm = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, 2, ROWS)
+    of_dice = dice_statistics(table, norm, e, num_experts, first, rows, inside, CODE, True, ROWS)
     means = tl.zeros((ROWS,), tl.float32)
     products = tl.zeros((ROWS,), tl.float32)
     for last_pass in tl.static_range(2):
@@ -239,14 +273,14 @@ def layer_norm_gradient(
             z = tl.load(values + k, mask=mask, other=0.0).to(tl.float32)
             grad = tl.load(grads + k, mask=mask, other=0.0).to(tl.float32)
             start = tl.zeros((), tl.int64) + k
-            g, s = norm_gradient(
+            g, s, _ = norm_gradient(
                 grad, z, table, norm, seed, layer, e, num_experts, first, start, k + columns, there,
-                mean, rstd, eps, threshold, factor, SCALES, 2, CODE, FROM_INPUT, DROPS, ROWS, COLUMNS,
+                of_norm, of_dice, eps, threshold, factor, SCALES, 2, CODE, FROM_INPUT, DROPS, ROWS, COLUMNS,
             )  # fmt: skip
             scale, shift = affine(table, norm, e, num_experts, k + columns, there, SCALES, COLUMNS)
             g = tl.where(mask, g * scale[None, :], 0.0)
             if last_pass:
-                g = rstd[:, None] * (g - (means / width)[:, None] - s * (products / width)[:, None])
+                g = of_norm[1][:, None] * (g - (means / width)[:, None] - s * (products / width)[:, None])
                 tl.store(grads + k, g.to(DTYPE), mask=mask)
             else:
                 means += tl.sum(g, 1)

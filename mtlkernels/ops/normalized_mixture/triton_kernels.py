@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mtlkernels.ops._triton_functions import pointer, product, whole
-from mtlkernels.ops.normalized_mixture.triton_functions import hidden, row_statistics
+from mtlkernels.ops.normalized_mixture.triton_functions import dice_statistics, hidden, row_statistics
 
 
 @triton.jit
@@ -91,7 +91,8 @@ def normalized_layer(
     x = pointer(table, inputs + e, DTYPE, ALIGNED) + first * depth + rows[:, None] * depth + inner[None, :]
     weight = pointer(table, weights + e, DTYPE, ALIGNED) + first_column * depth
     weight = weight + columns[None, :] * depth + inner[:, None]
-    mean, rstd = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, NORM, ROWS)
+    of_norm = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, NORM, ROWS)
+    of_dice = dice_statistics(table, norm, e, num_experts, first, rows, inside, CODE, False, ROWS)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, depth, DEPTH):
         there = inner < depth - k
@@ -100,7 +101,7 @@ def normalized_layer(
             start = tl.zeros((), tl.int64) + k
             value = hidden(
                 a.to(tl.float32), table, norm, seed, layer, e, num_experts, first, start, k + inner, there,
-                mean, rstd, eps, threshold, factor, SCALES, NORM, CODE, DROPS, ROWS, DEPTH,
+                of_norm, of_dice, eps, threshold, factor, SCALES, NORM, CODE, DROPS, ROWS, DEPTH,
             )  # fmt: skip
             a = tl.where(there[None, :], value, 0.0).to(DTYPE)
         b = tl.load(weight + k, mask=there[:, None] & (columns < left_columns)[None, :], other=0.0)
@@ -244,9 +245,10 @@ def normalize(
     mask = inside[:, None] & there[None, :]
     offsets = first * width + first_column + rows[:, None] * width + columns[None, :]
     z = tl.load(pointer(table, values + e, DTYPE, ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean, rstd = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, NORM, ROWS)
+    of_norm = row_statistics(table, norm, e, num_experts, first, rows, inside, eps, NORM, ROWS)
+    of_dice = dice_statistics(table, norm, e, num_experts, first, rows, inside, CODE, False, ROWS)
     value = hidden(
         z, table, norm, seed, layer, e, num_experts, first, first_column, first_column + columns, there,
-        mean, rstd, eps, threshold, factor, SCALES, NORM, CODE, DROPS, ROWS, COLUMNS,
+        of_norm, of_dice, eps, threshold, factor, SCALES, NORM, CODE, DROPS, ROWS, COLUMNS,
     )  # fmt: skip
     tl.store(pointer(table, outputs + e, DTYPE, ALIGNED) + offsets, value.to(DTYPE), mask=mask)

@@ -1,4 +1,4 @@
-"""What the launches of a normalized mixture share: where a layer's norm and dropout are found, and their settings."""
+"""What the launches of a normalized mixture share: where they find what follows a layer's product, and its settings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mtlkernels.ops._random import kept_scale, threshold
 from mtlkernels.ops._triton import DTYPES, Table, Tile, launch
+from mtlkernels.ops.activations import DICE
 from mtlkernels.ops.expert_mixture.triton_level import Level, Run
 from mtlkernels.ops.normalized_mixture import triton_tiles as tiles
+from mtlkernels.ops.normalized_mixture.triton_dice import dice_rows
 from mtlkernels.ops.normalized_mixture.triton_kernels import normalize
 
 Parameters = Sequence[Tensor | None]
@@ -21,16 +23,17 @@ Parameters = Sequence[Tensor | None]
 
 @dataclass(frozen=True)
 class Layer:
-    """What follows the product of a layer; ``norm`` and ``seed`` are places in the table."""
+    """What follows the product of a layer; ``norm`` and ``seed`` are places in the table, see triton_functions.py."""
 
     number: int
     activation: int
     norm_code: int
     eps: float
+    dice_eps: float
     rate: float
     norm: int
     seed: int
-    scales: Any  # Triton's dtype of scales and shifts
+    scales: Any  # Triton's dtype of scales, shifts and slopes
 
     @property
     def dropout(self) -> tuple[int, int, float, float]:
@@ -51,46 +54,54 @@ class Layer:
 class Settings:
     """The operators' arguments that belong to the layers, entered into a call's table.
 
-    ``parameters`` are the scales and shifts as kernels read them, which may be copies.
+    ``parameters`` are the scales, shifts and slopes as kernels read them, which may be copies; ``dtype`` is theirs.
+    ``rows`` is where Dice's numbers of each row go: float32 [4, E, B] a layer that has it.
     """
 
     layers: tuple[Layer, ...]
-    parameters: tuple[Parameters, Parameters]
+    parameters: tuple[Parameters, ...]
+    dtype: torch.dtype
+    rows: tuple[Tensor, ...]
 
     @staticmethod
     def of(
         table: Table,
-        num_experts: int,
+        level: Level,
         activations: Sequence[int],
         norms: Sequence[int],
         eps: Sequence[float],
+        dice_eps: Sequence[float],
         dropout: Sequence[float],
         seed: Tensor | None,
-        scales: Parameters,
-        shifts: Parameters,
+        parameters: Sequence[Parameters],
         statistics: Sequence[tuple[Tensor, Tensor] | None],
     ) -> Settings:
         """``statistics`` holds means and variances of each layer, None for one without a norm."""
-        scales, shifts, dtype = _one_dtype(scales, shifts)
-        at_seed = table.pointers([seed])
-        layers = []
+        ready, dtype = _one_dtype(parameters)
+        at_seed, count = table.pointers([seed]), level.num_experts
+        layers, rows = [], []
         for i, pair in enumerate(statistics):
-            own = slice(i * num_experts, (i + 1) * num_experts)
+            own = slice(i * count, (i + 1) * count)
             mean, variance = pair or (None, None)
-            norm = table.slices(mean, num_experts)
-            table.slices(variance, num_experts)
-            table.pointers(scales[own])
-            table.pointers(shifts[own])
-            layers.append(Layer(i, activations[i], norms[i], eps[i], dropout[i], norm, at_seed, dtype))
-        return Settings(tuple(layers), (scales, shifts))
+            norm = table.slices(mean, count)
+            table.slices(variance, count)
+            for part in ready:
+                table.pointers(part[own])
+            table.integers(0 if slope is None or slope.numel() == 1 else 1 for slope in ready[2][own])
+            if activations[i] == DICE:
+                rows.append(level.like.new_empty((4, count, level.num_rows), dtype=torch.float32))
+                table.slices(rows[-1].flatten(0, 1), 4 * count)
+            numbers = (eps[i], dice_eps[i], dropout[i])
+            layers.append(Layer(i, activations[i], norms[i], *numbers, norm, at_seed, DTYPES[dtype]))
+        return Settings(tuple(layers), ready, dtype, tuple(rows))
 
 
-def _one_dtype(scales: Parameters, shifts: Parameters) -> tuple[Parameters, Parameters, Any]:
-    """Contiguous scales and shifts of one dtype: float32 where there are several."""
-    found = {part.dtype for part in (*scales, *shifts) if part is not None}
+def _one_dtype(parameters: Sequence[Parameters]) -> tuple[tuple[Parameters, ...], torch.dtype]:
+    """Contiguous scales, shifts and slopes of one dtype: float32 where there are several."""
+    found = {part.dtype for parts in parameters for part in parts if part is not None}
     dtype = found.pop() if len(found) == 1 else torch.float32
-    ready = [[None if part is None else part.to(dtype).contiguous() for part in parts] for parts in (scales, shifts)]
-    return ready[0], ready[1], DTYPES[dtype]
+    ready = ([None if part is None else part.to(dtype).contiguous() for part in parts] for parts in parameters)
+    return tuple(ready), dtype
 
 
 def statistics_of(level: Level, norms: Sequence[int]) -> list[tuple[Tensor, Tensor] | None]:
@@ -111,26 +122,34 @@ def blocks_of(level: Level, tile: Tile, width: int, depth: int = 1) -> int:
 
 def normalized(level: Level, layer: Layer, values: int, outputs: int) -> Run:
     """What a layer gives, from its pre-activations."""
+    if layer.activation == DICE:
+        return dice(level, layer, values, outputs)
     tile = tiles.VALUES[level.aligned]
     width = level.widths[layer.number + 1]
 
     def run(entries: Tensor) -> None:
-        launch(
-            normalize,
-            blocks_of(level, tile, width),
-            tile,
-            entries,
-            values,
-            outputs,
-            layer.norm,
-            layer.seed,
-            level.num_experts,
-            level.num_rows,
-            width,
-            *layer.dropout,
-            DTYPE=DTYPES[level.like.dtype],
-            ALIGNED=level.aligned,
-            **layer.constants,
-        )
+        programs = blocks_of(level, tile, width)
+        sizes = (level.num_experts, level.num_rows, width)
+        places = (values, outputs, layer.norm, layer.seed)
+        launch(normalize, programs, tile, entries, *places, *sizes, *layer.dropout, **_constants(level, layer))
 
     return run
+
+
+def dice(level: Level, layer: Layer, values: int, outputs: int | None) -> Run:
+    """What Dice has to know of each row and, unless ``outputs`` is None, what the layer gives."""
+    tile = tiles.VALUES[level.aligned]
+    width = level.widths[layer.number + 1]
+
+    def run(entries: Tensor) -> None:
+        programs = level.num_experts * triton.cdiv(level.num_rows, tile.rows)
+        places = (values, outputs or 0, layer.norm, layer.seed)
+        numbers = (level.num_experts, level.num_rows, width, *layer.dropout, layer.dice_eps)
+        constants = {**_constants(level, layer), "HIDDEN": outputs is not None}
+        launch(dice_rows, programs, tile, entries, *places, *numbers, **constants)
+
+    return run
+
+
+def _constants(level: Level, layer: Layer) -> dict[str, Any]:
+    return {"DTYPE": DTYPES[level.like.dtype], "ALIGNED": level.aligned, **layer.constants}

@@ -13,12 +13,14 @@ LAYER = {
     ("tf32", True): Tile(64, 128, 32, 8, 3, 255),
     ("ieee", True): Tile(64, 64, 16, 8, 3, 255),
     ("half", False): Tile(64, 32, 32, 8, 2),
-    ("tf32", False): Tile(32, 32, 32, 8, 2),
+    ("tf32", False): Tile(32, 32, 32, 8, 2, 255),
     ("ieee", False): Tile(32, 32, 16, 8, 2),
 }
 # What works value by value: a 16-byte load a thread in half precision. Without alignment each needs its own address.
-VALUES = {True: Tile(16, 64, 1, 4, 1), False: Tile(16, 32, 1, 4, 1)}
+VALUES = {True: Tile(16, 64, 1, 4, 1), False: Tile(16, 32, 1, 4, 1, 255)}
 # Of sums over a batch, eight such blocks of rows a program.
 SUMS = {True: Tile(16, 64, 8, 4, 1), False: Tile(16, 32, 8, 4, 1)}
 # Of sums over blocks: 32 of them at a time, one after another.
 TOTALS = Tile(32, 32, 1, 4, 1)
+# Of the channels that share a slope, one a thread at a time.
+SLOPES = Tile(1, 128, 1, 4, 1)
