@@ -134,9 +134,13 @@ class LevelTables {
     point_weights();
   }
   void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
-                   PreparedWeights::Memory ready = nullptr) {
-    weights_.set(weights, table, transposed, std::move(ready));
+                   PreparedWeights::Memory ready = nullptr, bool kept = false) {
+    weights_.set(weights, table, transposed, std::move(ready), kept);
     point_weights();
+  }
+  void set_weights(const GroupForms& forms) {
+    level_.weights = forms.pointers();
+    level_.weight_ld = forms.ld();
   }
   const WeightForms& weight_forms() const { return weights_; }
 
