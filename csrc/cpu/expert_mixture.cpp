@@ -57,10 +57,6 @@ void run_tiny(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   kernels.tiny_finish(args, sums, parts, scratch[0]);
 }
 
-Cut cut_of(const Level& level, const ExpertMixtureKernels& kernels, bool save) {
-  return Cut::of(level, kernels.block_bytes, kernels.forward_bytes(level, kLeastRows, save) / kLeastRows);
-}
-
 void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels, const Cut& cut) {
   const Level& level = args.level;
   const bool save = args.saved != nullptr;
@@ -136,25 +132,20 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
   if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};
-  ForwardArgs args{level, output_pointers.data(), save ? saved_pointers.data() : nullptr};
+  const auto args = [&] { return ForwardArgs{level, output_pointers.data(), save ? saved_pointers.data() : nullptr}; };
+  const Cut cut = Cut::of(level, table.block_bytes, table.forward_bytes(level, kLeastRows, save) / kLeastRows);
   if (tiny) {
     tables.set_natural_weights(weights);
-    args.level = level;
-    run_tiny(args, table);
-    return {outputs, saved};
-  }
-  const Cut cut = cut_of(level, table, save);
-  if (save && table.form == WeightForm::kPrepared && cut.blocks == 1) {
+    run_tiny(args(), table);
+  } else if (save && table.form == WeightForm::kPrepared && cut.blocks == 1) {
     GroupForms forms(weights, level.experts, table, false);
     tables.set_weights(forms);
-    args.level = level;
-    run_experts(args, table, cut, forms);
-    return {outputs, saved};
+    run_experts(args(), table, cut, forms);
+  } else {
+    tables.set_weights(weights, table, false, serving ? serving->found.memory : nullptr, !save);
+    if (serving) serving->keep(weights, tables.weight_forms());
+    run_blocks(args(), table, cut);
   }
-  tables.set_weights(weights, table, false, serving ? serving->found.memory : nullptr, !save);
-  if (serving) serving->keep(weights, tables.weight_forms());
-  args.level = level;
-  run_blocks(args, table, cut);
   return {outputs, saved};
 }
 
@@ -200,7 +191,7 @@ void run_backward(BackwardArgs& args, LevelTables& tables, at::TensorList weight
     }
   } else if (args.need_chain() || again) {
     tables.set_weights(weights, table, table.backward_transposed);
-    if (again) tables.set_last_weights(weights, table, false);
+    if (again) tables.set_last_weights(weights, table);
     args.last_weights = tables.last_weights();
     args.last_weight_ld = tables.last_weight_ld();
   }

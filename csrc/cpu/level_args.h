@@ -145,8 +145,8 @@ class LevelTables {
   const WeightForms& weight_forms() const { return weights_; }
 
   // The last layer's weights as the forward pass wants them, after the backward pass's.
-  void set_last_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool natural) {
-    if (natural || !table.backward_transposed) return;
+  void set_last_weights(at::TensorList weights, const ExpertMixtureKernels& table) {
+    if (!table.backward_transposed) return;
     last_weights_.emplace().set(weights.slice(weights.size() - experts_), table, false);
   }
   const void* const* last_weights() const {

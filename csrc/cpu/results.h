@@ -32,7 +32,7 @@ class Results {
     }
     const auto compute = weights[0].options().dtype(weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
     for (int l = 0; l < level.layers; ++l) sum_ld_.push_back(rounded(level.widths[l], table.weight_sum_multiple));
-    const bool at_once = direct || level.rows <= chunk_rows(level, table);
+    const bool at_once = direct || level.rows == 0 || level.rows <= chunk_rows(level, table);
     for (size_t i = 0; i < weights.size(); ++i) {
       const int64_t out = weights[i].size(0), ld = sum_ld_[i / level.experts];
       if (need_weights) {
