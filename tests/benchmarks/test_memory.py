@@ -1,4 +1,4 @@
-"""Peak memory of training steps against eager modules, at sizes that are quick: bytes, not time, so the same everywhere.
+"""Peak memory of training steps against eager modules, at sizes that are quick: bytes, not times.
 
 An AMX processor takes more rows together than others do, and has its own figures.
 """
