@@ -73,9 +73,8 @@ class BackwardRun {
     for (int64_t row = 0; row < level_.rows; row += plan_.capacity) {
       const int64_t rows = std::min(plan_.capacity, level_.rows - row);
       const BackwardChunk all{row, rows, plan_.capacity, 0, level_.experts, nullptr, operands_[0]};
-      if (args_.need_weights) {
-        parallel_tasks(threads_, table_.operand_tasks(args_),
-                       [&](int64_t task) { table_.make_operand(args_, all, task); });
+      if (plan_.lanes > 1) {
+        parallel_tasks(threads_, operands(), [&](int64_t task) { table_.make_operand(args_, all, task); });
       }
       parallel_threads(plan_.lanes, [&](int64_t lane) {
         BackwardChunk chunk = all;
@@ -88,7 +87,10 @@ class BackwardRun {
           weights(chunk, lane);
         });
       });
-      if (plan_.sums) finish(all);
+      if (plan_.sums && plan_.lanes * plan_.parts > 1) {
+        parallel_tasks_on(threads_, blocks(all),
+                          [&](int64_t block, int64_t thread) { finish(all, block, scratch_[thread]); });
+      }
     }
   }
 
@@ -154,8 +156,16 @@ class BackwardRun {
     }
   }
 
+  int64_t operands() const { return args_.need_weights ? table_.operand_tasks(args_) : 0; }
+
+  // Threads wait for each other as seldom as can be: what the weights' gradients read of the streams is made along with
+  // the first group's chain, and where a block has no other parts its last group finishes it.
   void chain(const BackwardChunk& chunk, int64_t lane, bool add) const {
-    tasks(lane, blocks(chunk) * plan_.parts, [&](int64_t task, void* scratch) {
+    const int64_t made = plan_.lanes == 1 && !add ? operands() : 0;
+    const bool finishes = plan_.sums && plan_.lanes * plan_.parts == 1 && chunk.last == level_.experts;
+    tasks(lane, made + blocks(chunk) * plan_.parts, [&](int64_t task, void* scratch) {
+      if (task < made) return table_.make_operand(args_, chunk, task);
+      task -= made;
       const int64_t block = task / plan_.parts, nrows = rows(chunk, block);
       const int part = static_cast<int>(task % plan_.parts);
       const int first = part_of(chunk.first, chunk.last, part), last = part_of(chunk.first, chunk.last, part + 1);
@@ -163,6 +173,7 @@ class BackwardRun {
       char* const below = static_cast<char*>(below_[block]) + (lane + part) * below_bytes(nrows);
       table_.backward(args_, chunk, row(chunk, block), nrows, first, last, scratch, plan_.sums ? below : nullptr,
                       plan_.sums ? inner_[block] : nullptr, add);
+      if (finishes) finish(chunk, block, scratch);
     });
   }
 
@@ -172,11 +183,9 @@ class BackwardRun {
           [&](int64_t task, void* scratch) { table_.weight_gradient(args_, chunk, task, scratch); });
   }
 
-  void finish(const BackwardChunk& chunk) const {
-    parallel_tasks_on(threads_, blocks(chunk), [&](int64_t block, int64_t thread) {
-      table_.backward_finish(args_, chunk, row(chunk, block), rows(chunk, block), below_[block],
-                             plan_.lanes * plan_.parts, inner_[block], scratch_[thread]);
-    });
+  void finish(const BackwardChunk& chunk, int64_t block, void* scratch) const {
+    table_.backward_finish(args_, chunk, row(chunk, block), rows(chunk, block), below_[block],
+                           plan_.lanes * plan_.parts, inner_[block], scratch);
   }
 
   BackwardArgs args_;
