@@ -5,6 +5,7 @@
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
+#include "expert_mixture_backward_run.h"
 #include "level_args.h"
 #include "memory.h"
 #include "plan.h"
@@ -58,10 +59,9 @@ void run_tiny(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   kernels.tiny_finish(args, sums, parts, scratch[0]);
 }
 
-void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
+void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels, const Cut& cut) {
   const Level& level = args.level;
   const bool save = args.saved != nullptr;
-  const Cut cut = Cut::of(level, kernels.block_bytes, kernels.forward_bytes(level, kLeastRows, save) / kLeastRows);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), cut.blocks * cut.parts);
   const Scratch scratch(threads, kernels.forward_bytes(level, cut.block_rows, save));
   const int64_t mixed_bytes = kernels.forward_mixed_bytes(level, cut.block_rows);
@@ -81,7 +81,7 @@ void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
     const int part = static_cast<int>(task % cut.parts);
     kernels.forward(args, block * cut.block_rows, rows_of(block), part_begin(level, part, cut.parts),
                     part_begin(level, part + 1, cut.parts), scratch[thread],
-                    cut.parts > 1 ? sums_of(block, part) : nullptr);
+                    cut.parts > 1 ? sums_of(block, part) : nullptr, false);
   });
   if (cut.parts > 1) {
     parallel_tasks_on(threads, cut.blocks, [&](int64_t block, int64_t thread) {
@@ -89,6 +89,26 @@ void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
                              scratch[thread]);
     });
   }
+}
+
+// All rows are one block: each thread takes its part of the experts one by one, and prepares the weights of one.
+void run_experts(const ForwardArgs& args, const ExpertMixtureKernels& kernels, const Cut& cut, GroupForms& forms) {
+  const Level& level = args.level;
+  // One piece of memory, which the backward pass can divide as it likes.
+  const int64_t mixed_bytes = kernels.forward_mixed_bytes(level, level.rows);
+  const int64_t scratch_bytes = kernels.forward_bytes(level, level.rows, true), own = scratch_bytes + forms.bytes();
+  const Scratch memory(1, cut.parts * (mixed_bytes + own));
+  char* const sums = static_cast<char*>(memory[0]);
+  char* const scratch = sums + cut.parts * mixed_bytes;
+  parallel_threads(cut.parts, [&](int64_t p) {
+    const int part = static_cast<int>(p), first = part_begin(level, part, cut.parts);
+    char* const mine = scratch + p * own;
+    for (int i = first; i < part_begin(level, part + 1, cut.parts); ++i) {
+      for (int64_t l = 0; l < forms.layers(); ++l) forms.prepare(l, level.order[i], mine + scratch_bytes);
+      kernels.forward(args, 0, level.rows, i, i + 1, mine, sums + p * mixed_bytes, i > first);
+    }
+  });
+  kernels.forward_finish(args, 0, level.rows, sums, cut.parts, scratch);
 }
 
 // Evaluates a level whose gates `set_gates(form of the weights)` describes.
@@ -114,14 +134,20 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
   if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};
+  const auto args = [&] { return ForwardArgs{level, output_pointers.data(), save ? saved_pointers.data() : nullptr}; };
+  const Cut cut = Cut::of(level, table.block_bytes, table.forward_bytes(level, kLeastRows, save) / kLeastRows);
   if (tiny) {
     tables.set_natural_weights(weights);
+    run_tiny(args(), table);
+  } else if (save && table.form == WeightForm::kPrepared && cut.blocks == 1) {
+    GroupForms forms(weights, level.experts, table, false);
+    tables.set_weights(forms);
+    run_experts(args(), table, cut, forms);
   } else {
-    tables.set_weights(weights, table, false, serving ? serving->found.memory : nullptr);
+    tables.set_weights(weights, table, false, serving ? serving->found.memory : nullptr, !save);
     if (serving) serving->keep(weights, tables.weight_forms());
+    run_blocks(args(), table, cut);
   }
-  const ForwardArgs args{level, output_pointers.data(), save ? saved_pointers.data() : nullptr};
-  tiny ? run_tiny(args, table) : run_blocks(args, table);
   return {outputs, saved};
 }
 
@@ -149,54 +175,30 @@ void run_tiny_backward(const BackwardArgs& args, const ExpertMixtureKernels& tab
   table.tiny_backward_finish(args, sums, parts, inner[0], scratch[0]);
 }
 
-// The chain for a chunk's blocks of rows, with the experts in parts where there are fewer blocks than threads.
-void run_chain(const BackwardArgs& args, const ExpertMixtureKernels& table, const BackwardChunk& chunk,
-               int64_t block_rows, const Scratch& scratch) {
-  const Level& level = args.level;
-  const int64_t threads = at::get_num_threads(), blocks = divide_up(chunk.rows, block_rows);
-  const int parts = parts_of(level, blocks);
-  const auto rows_of = [&](int64_t block) { return std::min(block_rows, chunk.rows - block * block_rows); };
-  if (parts == 1) {
-    return parallel_tasks_on(threads, blocks, [&](int64_t block, int64_t thread) {
-      table.backward(args, chunk, chunk.row + block * block_rows, rows_of(block), 0, level.experts, scratch[thread],
-                     nullptr, nullptr);
-    });
-  }
-  const Scratch below(blocks, parts * table.backward_below_bytes(level, block_rows));
-  const Scratch inner(blocks, table.backward_inner_bytes(level, block_rows));
-  parallel_tasks_on(threads, blocks * parts, [&](int64_t task, int64_t thread) {
-    const int64_t block = task / parts, nrows = rows_of(block);
-    const int part = static_cast<int>(task % parts);
-    table.backward(args, chunk, chunk.row + block * block_rows, nrows, part_begin(level, part, parts),
-                   part_begin(level, part + 1, parts), scratch[thread],
-                   static_cast<char*>(below[block]) + part * table.backward_below_bytes(level, nrows), inner[block]);
-  });
-  parallel_tasks_on(threads, blocks, [&](int64_t block, int64_t thread) {
-    table.backward_finish(args, chunk, chunk.row + block * block_rows, rows_of(block), below[block], parts,
-                          inner[block], scratch[thread]);
-  });
-}
-
-void run_backward(const BackwardArgs& args, const ExpertMixtureKernels& table) {
-  const Level& level = args.level;
-  const int64_t threads = at::get_num_threads();
-  const int64_t capacity = chunk_rows(level, table);
-  const int64_t block_rows =
-      mtlk::block_rows(capacity, table.block_bytes, table.backward_bytes(level, kLeastRows) / kLeastRows);
-  const Scratch scratch(threads, table.backward_bytes(level, block_rows));
-  const Scratch gradients(1, args.need_chain() ? table.gradient_bytes(level, capacity) : 0);
-  const Scratch operands(1, args.need_weights ? table.operand_bytes(level, capacity) : 0);
-  for (int64_t row = 0; row < level.rows; row += capacity) {
-    const BackwardChunk chunk{row, std::min(capacity, level.rows - row), capacity, gradients[0], operands[0]};
-    run_chain(args, table, chunk, block_rows, scratch);
-    if (args.need_weights) {
-      parallel_tasks(threads, table.operand_tasks(args), [&](int64_t task) { table.make_operand(args, chunk, task); });
+void run_backward(BackwardArgs& args, LevelTables& tables, at::TensorList weights, const ExpertMixtureKernels& table) {
+  const BackwardPlan plan = BackwardPlan::of(args, table);
+  const int experts = args.level.experts;
+  const bool again = saved_layers(args.level) < args.level.layers;
+  std::vector<GroupForms*> used;
+  std::optional<GroupForms> all, last;
+  if (table.form == WeightForm::kPrepared && plan.capacity >= args.level.rows) {
+    if (args.need_chain()) {
+      used.push_back(&all.emplace(weights, experts, table, table.backward_transposed));
+      tables.set_weights(*all);
     }
-    if (args.need_weights || args.need_biases) {
-      parallel_tasks(threads, table.weight_tasks(args),
-                     [&](int64_t task) { table.weight_gradient(args, chunk, task); });
+    if (again) {
+      used.push_back(&last.emplace(weights.slice(weights.size() - experts), experts, table, false));
+      args.last_weights = last->pointers();
+      args.last_weight_ld = last->ld();
     }
+  } else if (args.need_chain() || again) {
+    tables.set_weights(weights, table, table.backward_transposed);
+    if (again) tables.set_last_weights(weights, table);
+    args.last_weights = tables.last_weights();
+    args.last_weight_ld = tables.last_weight_ld();
   }
+  args.level = tables.level();
+  BackwardRun(args, table, plan, used).run();
 }
 
 Tensors of_list(const OptionalTensors& tensors) {
@@ -250,21 +252,16 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> backward(at::TensorList grad_outp
   args.saved = tables.saved();
   results.point(args);
   if (level.rows == 0 || level.widths[level.layers] == 0) {
-    results.zero_sums();
+    results.zero();
+  } else if (tiny) {
+    tables.set_natural_weights(weights);
+    args.level = level;
+    args.last_weights = tables.last_weights();
+    args.last_weight_ld = tables.last_weight_ld();
+    run_tiny_backward(args, table);
   } else {
-    const bool again = saved_layers(level) < level.layers;
-    if (args.need_chain() || again) {
-      tiny ? tables.set_natural_weights(weights) : tables.set_weights(weights, table, table.backward_transposed);
-      args.level = level;
-    }
-    if (again) {
-      tables.set_last_weights(weights, table, tiny);
-      args.last_weights = tables.last_weights();
-      args.last_weight_ld = tables.last_weight_ld();
-    }
-    tiny ? run_tiny_backward(args, table) : run_backward(args, table);
+    run_backward(args, tables, weights, table);
   }
-  results.write_sums(table);
   return results.take();
 }
 

@@ -77,7 +77,16 @@ struct BackwardArgs {
   void* const* grad_logits;  // contiguous, of the logits' dtype, or null
   bool need_weights, need_biases;
 
-  // Sums over the rows, of the compute type, for each layer and expert: [out][weight_sum_ld[layer]] and [out].
+  // The streams whose experts do not all go together, so that sums of their gradients have to be kept: which of them
+  // each stream is, or -1.
+  const int* divided;
+  int divided_count;
+
+  // Results, contiguous of the storage type, and sums over the rows, of the compute type, for each layer and expert:
+  // [out][weight_sum_ld[layer]] and [out]. Sums may be the results themselves; those of a weight are null where all
+  // rows come at once.
+  void* const* grad_weights;
+  void* const* grad_biases;
   void* const* weight_sums;
   const int64_t* weight_sum_ld;
   void* const* bias_sums;
@@ -85,12 +94,14 @@ struct BackwardArgs {
   bool need_chain() const { return grad_inputs != nullptr || need_weights || need_biases; }
 };
 
-// Rows that go through the backward pass together: first the chain, block by block, then the weights' gradients.
+// Rows and experts that go through the backward pass together: first the chain, block by block, then the weights'
+// gradients.
 struct BackwardChunk {
   int64_t row, rows;
   int64_t capacity;  // rows that the buffers are laid out for
+  int first, last;   // the experts whose gradients are there, order[first, last)
   void* gradients;   // of pre-activations, see BackwardLayout
-  void* operands;    // what each layer read, where it has to be made
+  void* operands;    // the streams, where they have to be made
 };
 
 // How a set of kernels wants the weights of a level.

@@ -10,30 +10,27 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
-// Where the gradients and operands of a chunk lie.
+// Where the gradients of a chunk lie: layer by layer, those of each expert together.
 template <typename Engine>
 struct BackwardLayout {
   const Level& level;
   int64_t chunk_rows;  // of a full chunk
+  int experts;         // of the chunk's group
 
   int64_t gradient_block(int l) const {
     return (chunk_rows + Engine::kGradientRows - 1) / Engine::kGradientRows *
            Engine::gradient_size(level.widths[l + 1]);
   }
-  int64_t gradient_offset(int l, int e) const {
+  // Of the group's expert number `index`.
+  int64_t gradient_offset(int l, int index) const {
     int64_t offset = 0;
-    for (int i = 0; i < l; ++i) offset += level.experts * gradient_block(i);
-    return offset + e * gradient_block(l);
+    for (int i = 0; i < l; ++i) offset += experts * gradient_block(i);
+    return offset + index * gradient_block(l);
   }
-  int64_t gradients() const { return gradient_offset(level.layers, 0); }
-
-  // Operands: the streams, then the outputs of all layers but the last, expert by expert.
-  int64_t operand_offset(int l, int index, int streams) const {
-    const int64_t inputs = Engine::operand_size(level.widths[0], chunk_rows);
-    if (l == 0) return index * inputs;
-    int64_t offset = streams * inputs;
-    for (int i = 1; i < l; ++i) offset += level.experts * Engine::operand_size(level.widths[i], chunk_rows);
-    return offset + (l < level.layers ? index * Engine::operand_size(level.widths[l], chunk_rows) : 0);
+  int64_t gradients() const {
+    int64_t size = 0;
+    for (int l = 0; l < level.layers; ++l) size += experts * gradient_block(l);
+    return size;
   }
 };
 
@@ -93,16 +90,16 @@ class BackwardBlock {
         groups_((nrows + kGroup - 1) / kGroup),
         s_(args.level, groups_, memory) {}
 
-  // What the parts of a block leave for finish: each its sums of the inputs' gradients, below[stream][group][feature]
-  // [16], all of them inner[column], in the block's own scratch where there is one part.
-  int64_t below_size() const { return stream_count(level_) * groups_ * level_.widths[0] * kGroup; }
+  // What the parts of a block leave for finish: each its sums of the divided streams' gradients, below[stream][group]
+  // [feature][16], all of them inner[column], in the block's own scratch where there is one part.
+  int64_t below_size() const { return args_.divided_count * stream_size(); }
 
-  // Experts order[first] up to order[last]; with one part, null for what parts leave.
-  void run(int first, int last, C* below, C* inner) {
+  // Experts order[first] up to order[last]; with one part and one group, null for what parts leave.
+  void run(int first, int last, C* below, C* inner, bool add) {
     const Gates& gates = level_.gates;
     below_ = below;
     if (inner) s_.inner = inner;
-    if (below) std::memset(below, 0, below_size() * sizeof(C));
+    if (below && !add) std::memset(below, 0, below_size() * sizeof(C));
     for (int64_t g = 0; g < groups_; ++g) {
       gate_probabilities(gates, row_ + g * kGroup, group_rows(g), s_.probabilities + g * gates.columns * kGroup);
       for (int k = 0; k < gates.count; ++k) {
@@ -119,6 +116,7 @@ class BackwardBlock {
         stream = level_.expert_inputs[e];
         std::memset(s_.below, 0, stream_size() * sizeof(C));
       }
+      index_ = i - chunk_.first;
       expert(e);
     }
     leave_inputs(stream);
@@ -139,9 +137,11 @@ class BackwardBlock {
     for (int i = 0; args_.grad_inputs && i < level_.experts; ++i) {
       if (level_.expert_inputs[level_.order[i]] == stream) continue;
       stream = level_.expert_inputs[level_.order[i]];
+      if (args_.divided[stream] < 0) continue;
       for (int64_t at = 0; at < stream_size(); at += Simd<C>::lanes) {
         Vector<C> sum{};
-        for (int p = 0; p < parts; ++p) sum += load(below + p * below_size() + stream * stream_size() + at);
+        for (int p = 0; p < parts; ++p)
+          sum += load(below + p * below_size() + args_.divided[stream] * stream_size() + at);
         mtlk::MTLK_ISA::store(s_.below + at, sum);
       }
       write_inputs(stream);
@@ -152,14 +152,15 @@ class BackwardBlock {
   int64_t features() const { return level_.widths[level_.layers]; }
   int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
 
-  Gradient* gradients(int l, int e) const {
-    return static_cast<Gradient*>(chunk_.gradients) + layout_.gradient_offset(l, e) +
+  // Of the expert whose turn it is.
+  Gradient* gradients(int l) const {
+    return static_cast<Gradient*>(chunk_.gradients) + layout_.gradient_offset(l, index_) +
            (row_ - chunk_.row) / Engine::kGradientRows * Engine::gradient_size(level_.widths[l + 1]);
   }
   // The panels of a layer's gradients, which the next step down reads.
-  Element* panels(int l, int e) const {
+  Element* panels(int l) const {
     if constexpr (Engine::kGradientIsPanel) {
-      return gradients(l, e);
+      return gradients(l);
     } else {
       return s_.panel[l % 2];
     }
@@ -242,11 +243,11 @@ class BackwardBlock {
       const C* kept = l == last ? loaded(code) : nullptr;
       if (!kept) load_kept(l - 1, e);
       if (!kept) kept = s_.kept;
-      start_panels(l - 1, e);
+      start_panels(l - 1);
       down(e, l, [&](int64_t g, int64_t o, int64_t n, C* tile) {
-        C* place = Engine::destination(panels(l - 1, e) + g * size, o, tile);
+        C* place = Engine::destination(panels(l - 1) + g * size, o, tile);
         times_derivative(code, tile, kept + (g * width + o) * kGroup, n, place);
-        finish_gradient(l - 1, e, g, o, n, place);
+        finish_gradient(l - 1, g, o, n, place);
       });
     }
     if (args_.grad_inputs) {
@@ -259,15 +260,15 @@ class BackwardBlock {
     }
   }
 
-  void start_panels(int l, int e) {
+  void start_panels(int l) {
     const int64_t width = level_.widths[l + 1];
-    for (int64_t g = 0; g < groups_; ++g) Engine::clear_margin(panels(l, e) + g * Engine::panel_size(width), width);
+    for (int64_t g = 0; g < groups_; ++g) Engine::clear_margin(panels(l) + g * Engine::panel_size(width), width);
   }
 
-  void finish_gradient(int l, int e, int64_t g, int64_t o, int64_t n, const C* values) {
+  void finish_gradient(int l, int64_t g, int64_t o, int64_t n, const C* values) {
     const int64_t width = level_.widths[l + 1];
-    Engine::store(panels(l, e) + g * Engine::panel_size(width), o, n, values);
-    Engine::store_gradient(gradients(l, e), width, g, o, n, values);
+    Engine::store(panels(l) + g * Engine::panel_size(width), o, n, values);
+    Engine::store_gradient(gradients(l), width, g, o, n, values);
   }
 
   // From layer l's gradients to those of what it read: f(group, feature, n, tile) for each tile.
@@ -276,7 +277,7 @@ class BackwardBlock {
     const int64_t depth = level_.widths[l + 1], width = level_.widths[l];
     const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
     const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
-    const Element* in = panels(l, e);
+    const Element* in = panels(l);
     constexpr int64_t tile_group = Engine::kRows * kGroup;
     const int64_t tiles = Engine::tiles(width);
     for (int64_t t = 0; t < tiles; ++t) {
@@ -329,10 +330,10 @@ class BackwardBlock {
     }
     if (!args_.need_chain()) return;
     const int64_t size = Engine::panel_size(features());
-    if (g == 0) start_panels(l, e);
-    C* place = Engine::destination(panels(l, e) + g * size, 0, s_.whole);
+    if (g == 0) start_panels(l);
+    C* place = Engine::destination(panels(l) + g * size, 0, s_.whole);
     times_derivative(code, s_.whole, kept, features(), place);
-    finish_gradient(l, e, g, 0, features(), place);
+    finish_gradient(l, g, 0, features(), place);
   }
 
   void dot_lanes(const C* a, const C* b, C* out) const {
@@ -350,8 +351,11 @@ class BackwardBlock {
 
   void leave_inputs(int stream) {
     if (!args_.grad_inputs) return;
-    if (!below_) return write_inputs(stream);
-    std::memcpy(below_ + stream * stream_size(), s_.below, stream_size() * sizeof(C));
+    if (!below_ || args_.divided[stream] < 0) return write_inputs(stream);
+    C* const place = below_ + args_.divided[stream] * stream_size();
+    for (int64_t i = 0; i < stream_size(); i += Simd<C>::lanes) {
+      mtlk::MTLK_ISA::store(place + i, load(place + i) + load(s_.below + i));
+    }
   }
 
   void write_inputs(int stream) {
@@ -380,6 +384,7 @@ class BackwardBlock {
   const int64_t row_, nrows_, groups_;
   BackwardScratch<Engine> s_;
   C* below_ = nullptr;
+  int index_ = 0;
 };
 
 }  // namespace MTLK_ISA

@@ -228,7 +228,7 @@ class TinyBackward {
         load_input(l, e);
         with_rows([&](auto rows) {
           outer_products<T, C, decltype(rows)::value>(gradient, widest_, outputs, input_, widest_, width, row_,
-                                                      static_cast<T*>(args_.weight_sums[at]));
+                                                      static_cast<T*>(args_.grad_weights[at]));
         });
       }
       if (args_.need_biases) {
@@ -236,7 +236,7 @@ class TinyBackward {
           row_[o] = 0;
           for (int64_t r = 0; r < rows_; ++r) row_[o] += gradient[r * widest_ + o];
         }
-        narrow(row_, static_cast<T*>(args_.bias_sums[at]), outputs);
+        narrow(row_, static_cast<T*>(args_.grad_biases[at]), outputs);
       }
       if (l == 0 && !args_.grad_inputs) return;
       C* into = l > 0 ? gradient_[(l - 1) % 2] : below + level_.expert_inputs[e] * kTinyRows * padded(width);

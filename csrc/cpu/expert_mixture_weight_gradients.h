@@ -2,6 +2,7 @@
 #pragma once
 
 #include "expert_mixture_backward.h"
+#include "weight_columns.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -16,47 +17,36 @@ class WeightGradients {
   using Operand = typename Engine::Operand;
 
   WeightGradients(const BackwardArgs& args, const BackwardChunk& chunk, const BackwardLayout<Engine>& layout)
-      : args_(args), level_(args.level), chunk_(chunk), layout_(layout), streams_(stream_count(args.level)) {}
+      : args_(args), level_(args.level), chunk_(chunk), layout_(layout) {}
 
-  // Operands to make: every stream, then every hidden layer's outputs.
-  int64_t operands() const { return streams_ + static_cast<int64_t>(level_.layers - 1) * level_.experts; }
-
-  void make_operand(int64_t task) const {
-    if (task < streams_) {
-      const int stream = static_cast<int>(task);
-      const int64_t ld = level_.input_ld[stream];
-      return make(0, stream, static_cast<const T*>(level_.inputs[stream]) + chunk_.row * ld, ld, kNone);
-    }
-    const int l = static_cast<int>((task - streams_) / level_.experts) + 1;
-    const int e = static_cast<int>((task - streams_) % level_.experts);
-    make(l, e, hidden_rows(l, e), level_.widths[l], hidden_code(l));
+  // What experts read of a stream, for all of them.
+  void make_stream(int stream) const {
+    if (Engine::direct_operand(stream_rows(stream), level_.widths[0])) return;
+    Engine::make_operand(stream_rows(stream), level_.input_ld[stream], chunk_.rows, level_.widths[0],
+                         stream_operand(stream), [](C*, int64_t, int64_t, int64_t) {});
   }
 
-  // Tasks: an expert's layer, a run of its columns.
+  // Tasks: a layer of one of the group's experts, a run of its columns.
   int64_t tasks() const {
     int64_t count = 0;
-    for (int l = 0; l < level_.layers; ++l) count += level_.experts * columns(l);
+    for (int l = 0; l < level_.layers; ++l) count += layout_.experts * columns(l);
     return count;
   }
 
-  void run(int64_t task) const {
+  void run(int64_t task, void* memory) const {
     int l = 0;
-    while (task >= level_.experts * columns(l)) task -= level_.experts * columns(l++);
-    const int e = static_cast<int>(task / columns(l));
+    while (task >= layout_.experts * columns(l)) task -= layout_.experts * columns(l++);
+    const int index = static_cast<int>(task / columns(l)), e = level_.order[chunk_.first + index];
     const int64_t column = task % columns(l) * Engine::kColumns, width = level_.widths[l];
-    const int64_t at = static_cast<int64_t>(l) * level_.experts + e, outputs = level_.widths[l + 1];
-    const Gradient* gradient = static_cast<const Gradient*>(chunk_.gradients) + layout_.gradient_offset(l, e);
-    const bool add = chunk_.row > 0;
+    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
+    const Gradient* gradient = static_cast<const Gradient*>(chunk_.gradients) + layout_.gradient_offset(l, index);
     if (args_.need_weights && column < width) {
-      int64_t ld = 0;
-      const Operand* operand = operand_of(l, e, &ld);
+      const WeightScratch<Engine> s(level_, chunk_.capacity, memory);
       const int64_t n = width - column < Engine::kColumns ? width - column : Engine::kColumns;
-      Engine::weight_gradient(gradient, outputs, operand, ld, chunk_.rows, column, n,
-                              static_cast<C*>(args_.weight_sums[at]), args_.weight_sum_ld[l], add);
+      const Read read = l == 0 ? stream(level_.expert_inputs[e], column) : hidden(l, e, column, n, s.operand);
+      weight_columns<Engine>(args_, chunk_, l, at, column, n, gradient, read.operand, read.ld, read.column, s.sums);
     }
-    if (args_.need_biases && column == 0) {
-      Engine::bias_gradient(gradient, outputs, chunk_.rows, static_cast<C*>(args_.bias_sums[at]), add);
-    }
+    if (args_.need_biases && column == 0) whole_bias<Engine>(args_, chunk_, l, at, gradient);
   }
 
  private:
@@ -64,51 +54,49 @@ class WeightGradients {
     const int64_t count = (level_.widths[l] + Engine::kColumns - 1) / Engine::kColumns;
     return count > 0 ? count : 1;
   }
-  const T* hidden_rows(int l, int e) const {
-    return static_cast<const T*>(args_.saved[l - 1]) + (e * level_.rows + chunk_.row) * level_.widths[l];
+
+  // Columns of an operand, from `column` on.
+  struct Read {
+    const Operand* operand;
+    int64_t ld, column;
+  };
+
+  const T* stream_rows(int stream) const {
+    return static_cast<const T*>(level_.inputs[stream]) + chunk_.row * level_.input_ld[stream];
   }
-  // The activation that saved values still need.
-  int hidden_code(int l) const {
-    return from_input(level_.activations[l - 1]) ? level_.activations[l - 1] : static_cast<int>(kNone);
+  Operand* stream_operand(int stream) const {
+    return static_cast<Operand*>(chunk_.operands) + stream * Engine::operand_size(level_.widths[0], chunk_.capacity);
+  }
+  Read stream(int stream, int64_t column) const {
+    const Operand* direct = Engine::direct_operand(stream_rows(stream), level_.widths[0]);
+    if (direct) return {direct, level_.input_ld[stream], column};
+    return {stream_operand(stream), Engine::rounded(level_.widths[0]), column};
   }
 
-  Operand* place(int l, int index) const {
-    return static_cast<Operand*>(chunk_.operands) + layout_.operand_offset(l, index, streams_);
-  }
-
-  void make(int l, int index, const T* rows, int64_t ld, int code) const {
+  // What one expert alone reads: these columns are made for this task.
+  Read hidden(int l, int e, int64_t column, int64_t n, Operand* memory) const {
     const int64_t width = level_.widths[l];
-    if (code == kNone && Engine::direct_operand(rows, width)) return;
-    with_activation(code, [&](auto constant) {
-      Engine::make_operand(rows, ld, chunk_.rows, width, place(l, index), [&](C* values, int64_t n, int64_t, int64_t) {
-        if constexpr (decltype(constant)::value != kNone) {
-          for (int64_t i = 0; i < n; i += Simd<C>::lanes) {
-            mtlk::MTLK_ISA::store(values + i, activate<decltype(constant)::value, C>(load(values + i)));
-          }
-        }
-      });
+    const T* rows = static_cast<const T*>(args_.saved[l - 1]) + (e * level_.rows + chunk_.row) * width;
+    const bool activated = !from_input(level_.activations[l - 1]);
+    const Operand* direct = activated ? Engine::direct_operand(rows, width) : nullptr;
+    if (direct) return {direct, width, column};
+    with_activation(activated ? static_cast<int>(kNone) : level_.activations[l - 1], [&](auto constant) {
+      Engine::make_operand(
+          rows + column, width, chunk_.rows, n, memory, [&](C* values, int64_t count, int64_t, int64_t) {
+            if constexpr (decltype(constant)::value != kNone) {
+              for (int64_t i = 0; i < count; i += Simd<C>::lanes) {
+                mtlk::MTLK_ISA::store(values + i, activate<decltype(constant)::value, C>(load(values + i)));
+              }
+            }
+          });
     });
-  }
-
-  const Operand* operand_of(int l, int e, int64_t* ld) const {
-    const int index = l == 0 ? level_.expert_inputs[e] : e;
-    const T* rows =
-        l == 0 ? static_cast<const T*>(level_.inputs[index]) + chunk_.row * level_.input_ld[index] : hidden_rows(l, e);
-    if (l == 0 || hidden_code(l) == kNone) {
-      if (const Operand* direct = Engine::direct_operand(rows, level_.widths[l])) {
-        *ld = l == 0 ? level_.input_ld[index] : level_.widths[l];
-        return direct;
-      }
-    }
-    *ld = Engine::rounded(level_.widths[l]);
-    return place(l, index);
+    return {memory, Engine::rounded(n), 0};
   }
 
   const BackwardArgs& args_;
   const Level& level_;
   const BackwardChunk& chunk_;
   const BackwardLayout<Engine>& layout_;
-  const int streams_;
 };
 
 }  // namespace MTLK_ISA

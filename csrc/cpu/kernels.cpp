@@ -18,12 +18,18 @@ namespace mtlk {
 namespace MTLK_ISA {
 
 template <typename Engine>
-void forward(const ForwardArgs& args, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed) {
+void forward(const ForwardArgs& args, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed,
+             bool add) {
+  using C = typename Engine::C;
   Engine::begin();
   ForwardBlock<Engine> block(args, row, nrows, scratch);
   block.run(first, last);
   if (mixed) {
-    std::memcpy(mixed, block.mixed(), block.mixed_size() * sizeof(typename Engine::C));
+    C* const sums = static_cast<C*>(mixed);
+    if (!add) std::memset(sums, 0, block.mixed_size() * sizeof(C));
+    for (int64_t i = 0; i < block.mixed_size(); i += Simd<C>::lanes) {
+      store(sums + i, load(sums + i) + load(block.mixed() + i));
+    }
   } else {
     block.finish(block.mixed(), 1, 0);
   }
@@ -56,12 +62,12 @@ void tiny_finish(const ForwardArgs& args, const void* mixed, int parts, void* sc
 
 template <typename Engine>
 void backward(const BackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, int first, int last,
-              void* scratch, void* below, void* inner) {
+              void* scratch, void* below, void* inner, bool add) {
   using C = typename Engine::C;
   Engine::begin();
-  const BackwardLayout<Engine> layout{args.level, chunk.capacity};
+  const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
   BackwardBlock<Engine> block(args, chunk, layout, row, nrows, scratch);
-  block.run(first, last, static_cast<C*>(below), static_cast<C*>(inner));
+  block.run(first, last, static_cast<C*>(below), static_cast<C*>(inner), add);
   Engine::end();
 }
 
@@ -69,7 +75,7 @@ template <typename Engine>
 void backward_finish(const BackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows,
                      const void* below, int parts, void* inner, void* scratch) {
   using C = typename Engine::C;
-  const BackwardLayout<Engine> layout{args.level, chunk.capacity};
+  const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
   BackwardBlock<Engine>(args, chunk, layout, row, nrows, scratch)
       .finish(static_cast<const C*>(below), parts, static_cast<C*>(inner));
 }
@@ -77,14 +83,8 @@ void backward_finish(const BackwardArgs& args, const BackwardChunk& chunk, int64
 // f(the weights' gradients of a chunk, their layout in scope).
 template <typename Engine, typename F>
 auto with_weight_gradients(const BackwardArgs& args, const BackwardChunk& chunk, F f) {
-  const BackwardLayout<Engine> layout{args.level, chunk.capacity};
+  const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
   return f(WeightGradients<Engine>(args, chunk, layout));
-}
-
-template <typename T>
-void write_sums(const void* sums, int64_t ld, int64_t rows, int64_t columns, void* out) {
-  const Compute<T>* from = static_cast<const Compute<T>*>(sums);
-  for (int64_t r = 0; r < rows; ++r) narrow(from + r * ld, static_cast<T*>(out) + r * columns, columns);
 }
 
 inline int64_t group_count(int64_t nrows) { return (nrows + kGroup - 1) / kGroup; }
@@ -133,16 +133,19 @@ ExpertMixtureKernels expert_mixture_kernels() {
   table.backward_bytes = [](const Level& level, int64_t nrows) {
     return BackwardScratch<Engine>(level, group_count(nrows), nullptr).total;
   };
-  table.gradient_bytes = [](const Level& level, int64_t chunk_rows) {
-    return BackwardLayout<Engine>{level, chunk_rows}.gradients() *
+  table.gradient_bytes = [](const Level& level, int64_t chunk_rows, int experts) {
+    return BackwardLayout<Engine>{level, chunk_rows, experts}.gradients() *
            static_cast<int64_t>(sizeof(typename Engine::Gradient));
   };
   table.operand_bytes = [](const Level& level, int64_t chunk_rows) {
-    return BackwardLayout<Engine>{level, chunk_rows}.operand_offset(level.layers, 0, stream_count(level)) *
+    return stream_count(level) * Engine::operand_size(level.widths[0], chunk_rows) *
            static_cast<int64_t>(sizeof(typename Engine::Operand));
   };
+  table.weight_bytes = [](const Level& level, int64_t chunk_rows) {
+    return WeightScratch<Engine>(level, chunk_rows, nullptr).total;
+  };
   table.backward_below_bytes = [](const Level& level, int64_t nrows) {
-    return static_cast<int64_t>(stream_count(level) * group_count(nrows) * level.widths[0] * kGroup * sizeof(C));
+    return static_cast<int64_t>(group_count(nrows) * level.widths[0] * kGroup * sizeof(C));
   };
   table.backward_inner_bytes = [](const Level& level, int64_t nrows) {
     return static_cast<int64_t>(level.gates.columns * group_count(nrows) * kGroup * sizeof(C));
@@ -163,21 +166,18 @@ ExpertMixtureKernels expert_mixture_kernels() {
                                   void* scratch) {
     TinyBackward<T>(args, scratch).finish(static_cast<const C*>(below), parts, static_cast<const C*>(inner));
   };
-  table.operand_tasks = [](const BackwardArgs& args) {
-    return with_weight_gradients<Engine>(args, {}, [](const auto& grads) { return grads.operands(); });
-  };
+  table.operand_tasks = [](const BackwardArgs& args) { return static_cast<int64_t>(stream_count(args.level)); };
   table.make_operand = [](const BackwardArgs& args, const BackwardChunk& chunk, int64_t task) {
-    with_weight_gradients<Engine>(args, chunk, [&](const auto& grads) { grads.make_operand(task); });
+    with_weight_gradients<Engine>(args, chunk, [&](const auto& grads) { grads.make_stream(static_cast<int>(task)); });
   };
-  table.weight_tasks = [](const BackwardArgs& args) {
-    return with_weight_gradients<Engine>(args, {}, [](const auto& grads) { return grads.tasks(); });
+  table.weight_tasks = [](const BackwardArgs& args, const BackwardChunk& chunk) {
+    return with_weight_gradients<Engine>(args, chunk, [](const auto& grads) { return grads.tasks(); });
   };
-  table.weight_gradient = [](const BackwardArgs& args, const BackwardChunk& chunk, int64_t task) {
+  table.weight_gradient = [](const BackwardArgs& args, const BackwardChunk& chunk, int64_t task, void* scratch) {
     Engine::begin();
-    with_weight_gradients<Engine>(args, chunk, [&](const auto& grads) { grads.run(task); });
+    with_weight_gradients<Engine>(args, chunk, [&](const auto& grads) { grads.run(task, scratch); });
     Engine::end();
   };
-  table.write_sums = write_sums<T>;
   return table;
 }
 

@@ -27,10 +27,12 @@ struct ExpertMixtureKernels {
   bool stores_compute;               // the storage type is the compute type
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each
-  // part leaves its sums, forward_mixed(...) values of the compute type, in `mixed`, and finish adds them in order.
+  // part leaves its sums, forward_mixed(...) values of the compute type, in `mixed`, or adds them to what it left there
+  // of other experts, and finish adds the parts in order.
   int64_t (*forward_bytes)(const Level&, int64_t nrows, bool save);
   int64_t (*forward_mixed_bytes)(const Level&, int64_t nrows);
-  void (*forward)(const ForwardArgs&, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed);
+  void (*forward)(const ForwardArgs&, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed,
+                  bool add);
   void (*forward_finish)(const ForwardArgs&, int64_t row, int64_t nrows, const void* mixed, int parts, void* scratch);
 
   // The same for all rows of a call with at most tiny_rows of them, weights in natural form.
@@ -40,25 +42,27 @@ struct ExpertMixtureKernels {
   void (*tiny)(const ForwardArgs&, int first, int last, void* scratch, void* mixed);
   void (*tiny_finish)(const ForwardArgs&, const void* mixed, int parts, void* scratch);
 
-  // A chunk of rows of the backward pass: the chain for its blocks, then the operands, then the weights' gradients;
-  // each may run its tasks in any order. Blocks start at multiples of 32 rows within the chunk. The chain runs for
-  // experts order[first, last); with more parts than one, each leaves its sums of the inputs' gradients in `below`,
-  // all of a block share `inner`, and finish writes the gradients of inputs and logits.
+  // A chunk of the backward pass: the operands of its rows, and for each group of experts the chain for its blocks,
+  // then the weights' gradients; each may run its tasks in any order. Blocks start at multiples of 32 rows within the
+  // chunk. The chain runs for experts order[first, last) of the group. With more parts or groups than one, each part
+  // leaves its sums of the divided streams' gradients in `below`, or adds them to those of an earlier group, all of a
+  // block share `inner`, and finish writes the gradients of the logits and of those streams.
   bool backward_transposed;  // the backward pass wants its weights transposed
   int64_t weight_sum_multiple, gradient_bytes_each;
   int64_t (*backward_bytes)(const Level&, int64_t nrows);
-  int64_t (*gradient_bytes)(const Level&, int64_t chunk_rows);
+  int64_t (*gradient_bytes)(const Level&, int64_t chunk_rows, int experts);
   int64_t (*operand_bytes)(const Level&, int64_t chunk_rows);
-  int64_t (*backward_below_bytes)(const Level&, int64_t nrows);
+  int64_t (*weight_bytes)(const Level&, int64_t chunk_rows);
+  int64_t (*backward_below_bytes)(const Level&, int64_t nrows);  // of a stream
   int64_t (*backward_inner_bytes)(const Level&, int64_t nrows);
   void (*backward)(const BackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, int first, int last,
-                   void* scratch, void* below, void* inner);
+                   void* scratch, void* below, void* inner, bool add);
   void (*backward_finish)(const BackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, const void* below,
                           int parts, void* inner, void* scratch);
   int64_t (*operand_tasks)(const BackwardArgs&);
   void (*make_operand)(const BackwardArgs&, const BackwardChunk&, int64_t task);
-  int64_t (*weight_tasks)(const BackwardArgs&);
-  void (*weight_gradient)(const BackwardArgs&, const BackwardChunk&, int64_t task);
+  int64_t (*weight_tasks)(const BackwardArgs&, const BackwardChunk&);
+  void (*weight_gradient)(const BackwardArgs&, const BackwardChunk&, int64_t task, void* scratch);
 
   // The whole backward pass for a call with at most tiny_rows rows, weights in natural form; parts as above.
   int64_t (*tiny_backward_bytes)(const Level&);
@@ -66,9 +70,6 @@ struct ExpertMixtureKernels {
   int64_t (*tiny_inner_bytes)(const Level&);
   void (*tiny_backward)(const BackwardArgs&, int first, int last, void* scratch, void* below, void* inner);
   void (*tiny_backward_finish)(const BackwardArgs&, const void* below, int parts, const void* inner, void* scratch);
-
-  // Rows of sums of the compute type, ld apart, to contiguous rows of the storage type.
-  void (*write_sums)(const void* sums, int64_t ld, int64_t rows, int64_t columns, void* out);
 };
 
 struct GatedMixtureKernels {
@@ -94,7 +95,7 @@ struct NormalizedMixtureKernels {
   int64_t (*inner_bytes)(const Level&, int64_t nrows);
   int64_t (*below_bytes)(const Level&, int64_t nrows);
   int64_t (*gradient_bytes)(const Level&, int64_t chunk_rows);
-  int64_t (*operand_bytes)(int64_t chunk_rows);
+  int64_t (*weight_bytes)(const Level&, int64_t chunk_rows);
   void (*top)(const NormalizedBackwardArgs&, int64_t block, int first, int last, void* scratch, void* inner);
   void (*logits)(const NormalizedBackwardArgs&, int64_t block, void* scratch, const void* inner);
   void (*combine_sums)(const NormalizedArgs&, int l, int e);
@@ -103,7 +104,7 @@ struct NormalizedMixtureKernels {
   void (*inputs)(const NormalizedBackwardArgs&, int64_t block, void* scratch, const void* below, int parts,
                  int64_t stride);
   int64_t (*weight_tasks)(const NormalizedBackwardArgs&, int l);
-  void (*weight_gradient)(const NormalizedBackwardArgs&, const BackwardChunk&, int l, int64_t task, void* operand);
+  void (*weight_gradient)(const NormalizedBackwardArgs&, const BackwardChunk&, int l, int64_t task, void* scratch);
 };
 
 struct Kernels {

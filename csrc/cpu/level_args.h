@@ -157,15 +157,19 @@ class LevelTables {
     point_weights();
   }
   void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
-                   PreparedWeights::Memory ready = nullptr) {
-    weights_.set(weights, table, transposed, std::move(ready));
+                   PreparedWeights::Memory ready = nullptr, bool kept = false) {
+    weights_.set(weights, table, transposed, std::move(ready), kept);
     point_weights();
+  }
+  void set_weights(const GroupForms& forms) {
+    level_.weights = forms.pointers();
+    level_.weight_ld = forms.ld();
   }
   const WeightForms& weight_forms() const { return weights_; }
 
   // The last layer's weights as the forward pass wants them, after the backward pass's.
-  void set_last_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool natural) {
-    if (natural || !table.backward_transposed) return;
+  void set_last_weights(at::TensorList weights, const ExpertMixtureKernels& table) {
+    if (!table.backward_transposed) return;
     last_weights_.emplace().set(weights.slice(weights.size() - experts_), table, false);
   }
   const void* const* last_weights() const {

@@ -61,7 +61,9 @@ struct NormalizedBackwardArgs : NormalizedArgs {
   void* const* grad_logits;  // contiguous, of the logits' dtype, or null
   bool need_chain, need_weights, need_biases;
 
-  // Sums over the rows as in BackwardArgs.
+  // As in BackwardArgs.
+  void* const* grad_weights;
+  void* const* grad_biases;
   void* const* weight_sums;
   const int64_t* weight_sum_ld;
   void* const* bias_sums;

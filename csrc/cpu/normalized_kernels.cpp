@@ -47,8 +47,8 @@ NormalizedMixtureKernels normalized_mixture_kernels() {
     }
     return most * static_cast<int64_t>(sizeof(typename Engine::Gradient));
   };
-  table.operand_bytes = [](int64_t chunk_rows) {
-    return Engine::operand_size(Engine::kColumns, chunk_rows) * static_cast<int64_t>(sizeof(typename Engine::Operand));
+  table.weight_bytes = [](const Level& level, int64_t chunk_rows) {
+    return WeightScratch<Engine>(level, chunk_rows, nullptr).total;
   };
   table.top = [](const NormalizedBackwardArgs& args, int64_t block, int first, int last, void* scratch, void* inner) {
     NormalizedBackward<Engine>(args, block, scratch).top(first, last, static_cast<C*>(inner));
@@ -72,9 +72,9 @@ NormalizedMixtureKernels normalized_mixture_kernels() {
     return NormalizedWeightGradients<Engine>(args, l).tasks();
   };
   table.weight_gradient = [](const NormalizedBackwardArgs& args, const BackwardChunk& chunk, int l, int64_t task,
-                             void* operand) {
+                             void* scratch) {
     Engine::begin();
-    NormalizedWeightGradients<Engine>(args, l).run(chunk, task, static_cast<typename Engine::Operand*>(operand));
+    NormalizedWeightGradients<Engine>(args, l).run(chunk, task, scratch);
     Engine::end();
   };
   return table;

@@ -119,7 +119,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
 
 // The gradients dz of layer l, a chunk of rows at a time, and what follows from them.
 void run_layer(const NormalizedBackwardArgs& args, const Tables& table, int l, int64_t capacity, int parts,
-               const Scratch& scratch, const Scratch& gradients, const Scratch& operands) {
+               const Scratch& scratch, const Scratch& gradients, const Scratch& sums) {
   const Level& level = args.level;
   const int64_t threads = at::get_num_threads();
   const bool sums_inputs = l == 0 && args.grad_inputs && parts > 1;
@@ -128,13 +128,14 @@ void run_layer(const NormalizedBackwardArgs& args, const Tables& table, int l, i
   const Scratch below(std::min(chunk_blocks, args.blocks), parts * below_bytes);
   for (int64_t first = 0; first < args.blocks; first += chunk_blocks) {
     const int64_t blocks = std::min(chunk_blocks, args.blocks - first), row = first * args.block_rows;
-    const BackwardChunk chunk{row, std::min(capacity, level.rows - row), capacity, gradients[0], nullptr};
+    const BackwardChunk chunk{row,    std::min(capacity, level.rows - row), capacity, 0, level.experts, gradients[0],
+                              nullptr};
     parallel_tasks_on(threads, blocks * parts, [&](int64_t task, int64_t thread) {
       const int64_t block = task / parts;
       const int part = static_cast<int>(task % parts);
-      char* const sums = sums_inputs ? static_cast<char*>(below[block]) + part * below_bytes : nullptr;
+      char* const inputs = sums_inputs ? static_cast<char*>(below[block]) + part * below_bytes : nullptr;
       table.norm.down(args, chunk, first + block, l, part_begin(level, part, parts), part_begin(level, part + 1, parts),
-                      scratch[thread], sums);
+                      scratch[thread], inputs);
     });
     if (sums_inputs) {
       parallel_tasks_on(threads, blocks, [&](int64_t block, int64_t thread) {
@@ -143,7 +144,7 @@ void run_layer(const NormalizedBackwardArgs& args, const Tables& table, int l, i
     }
     if (args.need_weights || args.need_biases) {
       parallel_tasks_on(threads, table.norm.weight_tasks(args, l), [&](int64_t task, int64_t thread) {
-        table.norm.weight_gradient(args, chunk, l, task, operands[thread]);
+        table.norm.weight_gradient(args, chunk, l, task, sums[thread]);
       });
     }
   }
@@ -178,12 +179,12 @@ void run_backward(NormalizedBackwardArgs& args, const Tables& table) {
   }
   if (!args.need_chain) return;
   const Scratch gradients(1, table.norm.gradient_bytes(level, capacity));
-  const Scratch operands(threads, table.norm.operand_bytes(capacity));
+  const Scratch sums(threads, table.norm.weight_bytes(level, capacity));
   for (int l = level.layers - 1; l >= 0; --l) {
     if (args.layers[l].norm != kNoNorm || args.layers[l].alpha) {
       each_expert(level, [&](int e) { table.norm.combine_sums(args, l, e); });
     }
-    run_layer(args, table, l, capacity, parts, scratch, gradients, operands);
+    run_layer(args, table, l, capacity, parts, scratch, gradients, sums);
   }
 }
 
@@ -213,7 +214,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backwa
     if (norms[l] == kBatchNorm) results.zero_biases(static_cast<size_t>(l) * level.experts, level.experts);
   }
   if (level.rows == 0) {
-    results.zero_sums();
+    results.zero();
   } else {
     if (args.need_chain) tables.set_weights(weights, table.engine, table.engine.backward_transposed);
     norm_tables.allocate(true);
@@ -225,7 +226,6 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backwa
     args.grad_output_ld = tables.grad_output_ld();
     run_backward(args, table);
   }
-  results.write_sums(table.engine);
   auto [grad_inputs, grad_weights, grad_biases, grad_logits] = results.take();
   return {grad_inputs,
           grad_weights,

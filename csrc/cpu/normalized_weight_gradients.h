@@ -2,6 +2,7 @@
 #pragma once
 
 #include "normalized_mixture_backward.h"
+#include "weight_columns.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -23,23 +24,20 @@ class NormalizedWeightGradients {
   }
   int64_t tasks() const { return level_.experts * columns(); }
 
-  // What the layer read lies in `memory`, for operand_size(kColumns, chunk.rows) elements.
-  void run(const BackwardChunk& chunk, int64_t task, Operand* memory) const {
+  void run(const BackwardChunk& chunk, int64_t task, void* memory) const {
     const int e = static_cast<int>(task / columns());
     const int64_t column = task % columns() * Engine::kColumns, width = level_.widths[l_];
-    const int64_t at = static_cast<int64_t>(l_) * level_.experts + e, outputs = level_.widths[l_ + 1];
+    const int64_t at = static_cast<int64_t>(l_) * level_.experts + e;
     const Gradient* gradient =
         static_cast<const Gradient*>(chunk.gradients) + e * chunk_gradient_size<Engine>(level_, l_, chunk.capacity);
-    const bool add = chunk.row > 0;
     if (args_.need_weights && column < width) {
       const int64_t n = width - column < Engine::kColumns ? width - column : Engine::kColumns;
-      make_operand(chunk, e, column, n, memory);
-      C* const grad = static_cast<C*>(args_.weight_sums[at]) + column;
-      Engine::weight_gradient(gradient, outputs, memory, Engine::rounded(n), chunk.rows, 0, n, grad,
-                              args_.weight_sum_ld[l_], add);
+      const WeightScratch<Engine> s(level_, chunk.capacity, memory);
+      make_operand(chunk, e, column, n, s.operand);
+      weight_columns<Engine>(args_, chunk, l_, at, column, n, gradient, s.operand, Engine::rounded(n), 0, s.sums);
     }
     if (args_.need_biases && column == 0 && args_.layers[l_].norm != kBatchNorm) {
-      Engine::bias_gradient(gradient, outputs, chunk.rows, static_cast<C*>(args_.bias_sums[at]), add);
+      whole_bias<Engine>(args_, chunk, l_, at, gradient);
     }
   }
 

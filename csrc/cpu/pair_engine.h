@@ -200,7 +200,7 @@ struct PairEngine {
                     {b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true}, steps(nrows), sums[0], sums[1], kGroup, {});
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < kGroups; ++j) {
-          C* place = grad + (o + i) * ld + column + j * kGroup;
+          C* place = grad + (o + i) * ld + j * kGroup;
           const __m512 sum = _mm512_load_ps(sums[j] + i * kGroup);
           _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sum) : sum);
         }

@@ -99,7 +99,7 @@ struct PlainEngine {
     }
   }
 
-  // Adds gradient^T operand over nrows rows to grad[o][i] for columns [column, column + n), n <= kColumns.
+  // Adds gradient^T operand over nrows rows, for its columns [column, column + n), n <= kColumns, to grad[o][0 .. n).
   static constexpr int64_t kColumns = kGroups * kGroup;
   static constexpr int64_t kSumMultiple = kGroup;  // to which the rows of grad are rounded up
   static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t operand_ld,
@@ -115,7 +115,7 @@ struct PlainEngine {
         const int64_t outer = left < kGroup ? 1 : (left < kDepth ? left : kDepth) / kGroup;
         tile_gemm<C>({gradient + m * outputs + o * kGroup, kGroup, 1, gradient_size(outputs), inner,
                       operand + m * operand_ld + column, operand_ld, kGroup},
-                     rows, groups, outer, {grad + o * ld + column, ld, kGroup, on_top});
+                     rows, groups, outer, {grad + o * ld, ld, kGroup, on_top});
         on_top = true;
         m += outer * inner;
       }

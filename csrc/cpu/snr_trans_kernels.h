@@ -216,8 +216,8 @@ SnrTransKernels snr_trans_kernels() {
     const int64_t left = call.inputs - column, ld = direct ? call.u_ld : Engine::rounded(call.inputs);
     Engine::begin();
     Engine::weight_gradient(static_cast<const Gradient*>(call.gradient), call.outputs, operand, ld, call.rows, column,
-                            left < Engine::kColumns ? left : Engine::kColumns, static_cast<C*>(call.sum), call.ld,
-                            call.add);
+                            left < Engine::kColumns ? left : Engine::kColumns, static_cast<C*>(call.sum) + column,
+                            call.ld, call.add);
     Engine::end();
   };
   table.finish = snr_finish<T>;

@@ -13,6 +13,16 @@
 
 namespace mtlk {
 
+// A weight as it can be prepared: one of its strides is 1.
+inline at::Tensor preparable(const at::Tensor& weight, bool transposed) {
+  const at::Tensor plain = weight.stride(1) != 1 && weight.stride(0) != 1 ? weight.contiguous() : weight;
+  return transposed ? plain.t() : plain;
+}
+
+inline void prepare_weight(const ExpertMixtureKernels& table, const at::Tensor& weight, void* memory) {
+  table.prepare(weight.const_data_ptr(), weight.stride(0), weight.stride(1), weight.size(0), weight.size(1), memory);
+}
+
 // Owns whatever had to be copied to fit the kernels.
 class WeightForms {
  public:
@@ -28,10 +38,10 @@ class WeightForms {
     }
   }
 
-  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared, and
-  // `ready` is what was prepared of them before.
+  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared, `ready`
+  // is what was prepared of them before, and `kept` tells that somebody may keep it for later calls.
   void set(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
-           PreparedWeights::Memory ready = nullptr) {
+           PreparedWeights::Memory ready = nullptr, bool kept = false) {
     if (table.form == WeightForm::kNatural) return set_natural(weights);
     if (table.form == WeightForm::kCompute) {
       std::vector<at::Tensor> wide(weights.size());
@@ -45,7 +55,7 @@ class WeightForms {
       offsets.push_back(offsets.back() + table.prepared_bytes(outputs, inputs));
     }
     bytes_ = offsets.back();
-    prepared_ = ready ? std::move(ready) : prepare(weights, table, transposed, offsets);
+    prepared_ = ready ? std::move(ready) : prepare(weights, table, transposed, offsets, kept);
     for (size_t i = 0; i < weights.size(); ++i) {
       pointers_.push_back(static_cast<char*>((*prepared_)[0]) + offsets[i]);
     }
@@ -58,24 +68,55 @@ class WeightForms {
 
  private:
   static PreparedWeights::Memory prepare(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
-                                         const std::vector<int64_t>& offsets) {
-    auto prepared = std::make_shared<const Scratch>(1, offsets.back());
+                                         const std::vector<int64_t>& offsets, bool kept) {
+    auto prepared = std::make_shared<const Scratch>(1, offsets.back(), !kept);
     char* memory = static_cast<char*>((*prepared)[0]);
-    std::vector<at::Tensor> rows;
-    for (const at::Tensor& weight : weights) {
-      const at::Tensor plain = weight.stride(1) != 1 && weight.stride(0) != 1 ? weight.contiguous() : weight;
-      rows.push_back(transposed ? plain.t() : plain);
-    }
-    parallel_tasks(at::get_num_threads(), weights.size(), [&](int64_t i) {
-      const at::Tensor& weight = rows[i];
-      table.prepare(weight.const_data_ptr(), weight.stride(0), weight.stride(1), weight.size(0), weight.size(1),
-                    memory + offsets[i]);
-    });
+    std::vector<at::Tensor> plain;
+    for (const at::Tensor& weight : weights) plain.push_back(preparable(weight, transposed));
+    parallel_tasks(at::get_num_threads(), weights.size(),
+                   [&](int64_t i) { prepare_weight(table, plain[i], memory + offsets[i]); });
     return prepared;
   }
 
   std::vector<at::Tensor> kept_;
   PreparedWeights::Memory prepared_;
+  int64_t bytes_ = 0;
+  std::vector<const void*> pointers_;
+  std::vector<int64_t> ld_;
+};
+
+// Prepared weights of a few experts at a time, where all rows are done with them at once: in memory that the next ones
+// take over, instead of all experts' together.
+class GroupForms {
+ public:
+  // `weights` by layer, then expert.
+  GroupForms(at::TensorList weights, int experts, const ExpertMixtureKernels& table, bool transposed)
+      : experts_(experts), table_(table), pointers_(weights.size()), ld_(weights.size()) {
+    for (const at::Tensor& weight : weights) weights_.push_back(preparable(weight, transposed));
+    for (size_t i = 0; i < weights_.size(); i += experts) {
+      offsets_.push_back(bytes_);
+      bytes_ += table.prepared_bytes(weights_[i].size(0), weights_[i].size(1));
+    }
+  }
+
+  const void* const* pointers() const { return pointers_.data(); }
+  const int64_t* ld() const { return ld_.data(); }
+
+  // Of an expert.
+  int64_t bytes() const { return bytes_; }
+  int64_t layers() const { return static_cast<int64_t>(offsets_.size()); }
+
+  void prepare(int64_t layer, int expert, char* memory) {
+    const size_t i = layer * experts_ + expert;
+    prepare_weight(table_, weights_[i], memory + offsets_[layer]);
+    pointers_[i] = memory + offsets_[layer];
+  }
+
+ private:
+  int experts_;
+  const ExpertMixtureKernels& table_;
+  std::vector<at::Tensor> weights_;
+  std::vector<int64_t> offsets_;  // of the layers
   int64_t bytes_ = 0;
   std::vector<const void*> pointers_;
   std::vector<int64_t> ld_;

@@ -83,6 +83,14 @@ def test_several_row_blocks(threads: int, dtype: torch.dtype, backend: str) -> N
     check(CaseFactory(8, dtype).expert_mixture(1537, [20, 24, 16], PLE), backend, threads)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [20, 200, 300, 700])
+def test_several_groups_of_experts(rows: int, threads: int, dtype: torch.dtype, backend: str) -> None:
+    """In the backward pass experts of one stream go apart: one by one with few rows, otherwise in groups."""
+    widths = [24, 520, 18] if rows > 300 else [24, 40, 18]  # wide enough that 700 rows are several chunks
+    check(CaseFactory(13, dtype).expert_mixture(rows, widths, mk.Routing.cgc(2, 5, 2)), backend, threads)
+
+
 def test_same_tensor_for_several_streams_and_gates(dtype: torch.dtype, backend: str) -> None:
     make = CaseFactory(9, dtype)
     case = make.expert_mixture(30, [12, 10], mk.Routing.cgc(2, 2, 2, shared_gate=False))
