@@ -55,7 +55,7 @@ def fused_trunk(shape: TrunkShape, source: PerExpertTrunk) -> PerExpertTrunk:
 def fused_launches(
     shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, device: torch.device
 ) -> list[Launch]:
-    """What each of the operator's launches has to do in one step on a GPU; the gates' linear layers are PyTorch's."""
+    """What each of the operator's launches has to do in one step on a GPU."""
     from mtlkernels.ops import _triton, _triton_splits
     from mtlkernels.ops.expert_mixture import triton_work
 
@@ -78,6 +78,7 @@ def fused_launches(
                 aligned=all(width % 16 == 0 for width in widths),
                 num_inputs=routing.num_inputs,
                 multiprocessors=_triton_splits.multiprocessors(device),
+                gate_biases=sum(wiring.gate_sizes),
             )
         )
     launches: list[Launch] = [work for level in levels for work in triton_work.forward(level, save=training)]

@@ -163,20 +163,25 @@ def mixture_variants(
             common = {"ALIGNED": aligned, "PRECISION": precision, "UPCAST": False}
             products = tiles.PRODUCT[key]
             for code in forward_codes:
-                for tile in products:
-                    yield made("layer_forward", tile, dtype, **common, CODE=code, KEEP=from_input(code))
+                for tile, gates in itertools.product(products, (False, True)):
+                    what = {"CODE": code, "KEEP": from_input(code), "GATE_LAYERS": gates}
+                    yield made("layer_forward", tile, dtype, **common, **what)
                 what = {"LOGITS": "fp32", "CODE": code, "FROM_INPUT": from_input(code), "KEEP": True}
                 for tile, gates in mixers(tiles.MIXING[key], every_gate):
                     for split in (False, True):
                         yield made("last_forward", tile, dtype, **common, **what, GATES=gates, SPLIT=split)
-            # Only sums over the readers of an input are split, and no activation is in front of that.
-            for code, split in (*((code, False) for code in backward_codes), (0, True)):
+            # Only sums over the readers of an input are split, with gates or without, and no activation is in front.
+            ways = ((False, False), (False, True), (True, False), (True, True))
+            for code, gates, split in (
+                *((code, False, False) for code in backward_codes),
+                *((0, *way) for way in ways),
+            ):
                 for rows, columns in SIZES:
                     tile = tiles.product(*key, rows, columns, from_input(code))
-                    what = {"CODE": code, "ACTIVATED": from_input(code), "SPLIT": split}
+                    what = {"CODE": code, "ACTIVATED": from_input(code), "GATE_LAYERS": gates, "SPLIT": split}
                     yield made("input_gradient", tile, dtype, **common, **what)
-            for split in (False, True):
-                what = {"NEED_WEIGHTS": True, "NEED_BIASES": True, "SPLIT": split}
+            for gates, split in ways:
+                what = {"NEED_WEIGHTS": True, "NEED_BIASES": True, "GATE_LAYERS": gates, "SPLIT": split}
                 yield made("weight_gradient", tiles.WEIGHT_GRADIENT[key], dtype, **common, **what)
 
 

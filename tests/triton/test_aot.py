@@ -37,9 +37,11 @@ PCGRAD = ("gram_chunks", "gram_sum", "project_tasks", "combine_chunks")
 KERNELS = ("mix_forward", "mix_backward", "open_routes", "average_sum", "route_dots", *PRODUCTS, *NORMS, *PCGRAD)
 
 
-def size(GROUP: int = 0, GATES: int = 0, SPLIT: bool = False, **others: object) -> tuple[int, ...]:  # noqa: N803
+def size(  # noqa: N803
+    GROUP: int = 0, GATES: int = 0, GATE_LAYERS: bool = False, SPLIT: bool = False, **others: object
+) -> tuple[int, ...]:
     """Of variants with the same tile, those with more of these take more registers."""
-    return GROUP, GATES, SPLIT
+    return GROUP, GATES, GATE_LAYERS, SPLIT
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import triton
 from torch import Tensor
@@ -12,6 +13,7 @@ from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
 from mtlkernels.ops._triton_splits import split
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.expert_mixture import triton_tiles as tiles
+from mtlkernels.ops.expert_mixture.triton_gates import GateLayers, padded
 from mtlkernels.ops.expert_mixture.triton_kernels import last_forward, layer_forward
 from mtlkernels.ops.expert_mixture.triton_level import Level, Run, execute
 from mtlkernels.ops.gated_mixture import triton as mixture
@@ -29,13 +31,17 @@ def forward(
     gate_sizes: Sequence[int],
     activations: Sequence[int],
     save: bool,
+    layers: GateLayers | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As the reference: K outputs [B, H_L] and, with ``save``, one [E, B, H] tensor a layer for :func:`backward`."""
+    """As the reference: K outputs [B, H_L] and, with ``save``, one [E, B, H] tensor a layer for :func:`backward`.
+
+    With ``layers`` the logits are computed first, beside the experts' first layer unless that mixes as well.
+    """
     inputs, weights = contiguous(inputs), contiguous(weights)
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     x, num_experts, last = inputs[0], len(expert_inputs), len(activations) - 1
     widths = [weights[layer * num_experts].shape[0] for layer in range(last + 1)]
-    level = Level.of(x, num_experts, widths, (*inputs, *weights))
+    level = Level.of(x, num_experts, widths, (*inputs, *weights, *(layers.weights if layers else ())))
     saved = [x.new_empty((num_experts, x.shape[0], width)) for width in widths] if save else []
     tile = tiles.mixing(*level.kind, len(gate_sizes), x.shape[0])
     hidden = _hidden(level, activations, saved, fused=tile is not None)
@@ -51,9 +57,15 @@ def forward(
         for layer in range(last + 1)
     ]
     gates = (gate_logits, gate_experts, gate_sizes)
-    runs = [_layer(level, layer, activations[layer], places[layer], save) for layer in range(last)]
+    linear = layers.entries(table) if layers else None
+    runs = []
+    if linear and last == 0 and tile is not None:
+        alone = replace(level, num_experts=0, widths=(level.widths[0], padded(sum(gate_sizes))))
+        runs.append(_layer(alone, 0, 0, places[0], False, linear))
+        linear = None
+    for layer in range(last if tile is not None else last + 1):
+        runs.append(_layer(level, layer, activations[layer], places[layer], save, None if layer else linear))
     if tile is None:
-        runs.append(_layer(level, last, activations[last], places[last], save))
         at = mixture.strides(table, hidden[-1], 1, 0)
         outputs, run = mixture.prepare_forward(table, level.aligned, at, x, (x.shape[0], widths[-1]), *gates)
     else:
@@ -62,25 +74,31 @@ def forward(
     return outputs, saved
 
 
-def _layer(level: Level, layer: int, code: int, places: tuple[int, ...], save: bool) -> Run:
-    """One layer of every expert."""
+def _layer(
+    level: Level, layer: int, code: int, places: tuple[int, ...], save: bool, gates: tuple[int, int] | None = None
+) -> Run:
+    """One layer of every expert; with ``gates``, see :meth:`GateLayers.entries`, their logits too."""
     depth, width = level.widths[layer : layer + 2]
     tile = tiles.product(*level.kind, level.num_rows, width)
-    blocks = triton.cdiv(level.num_rows, tile.rows) * triton.cdiv(width, tile.columns)
+    at_gates, gate_tiles = gates or (0, 0)
+    programs = level.num_experts * triton.cdiv(width, tile.columns) + gate_tiles
 
     def run(entries: Tensor) -> None:
         sizes = (level.num_experts, level.num_rows, width, depth)
         keep = save and from_input(code)
         launch(
             layer_forward,
-            level.num_experts * blocks,
+            triton.cdiv(level.num_rows, tile.rows) * programs,
             tile,
             entries,
             *places,
+            at_gates,
+            gate_tiles,
             *sizes,
             **level.constants,
             CODE=code,
             KEEP=keep,
+            GATE_LAYERS=gates is not None,
         )
 
     return run

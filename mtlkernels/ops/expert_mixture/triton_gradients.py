@@ -29,6 +29,7 @@ from mtlkernels.ops._triton_functions import (
         "outputs",
         "kept",
         "activated",
+        "gates",
         "parts",
         "counters",
         "splits",
@@ -46,6 +47,7 @@ def input_gradient(
     outputs,
     kept,
     activated,
+    gates,
     parts,
     counters,
     splits,
@@ -57,6 +59,7 @@ def input_gradient(
     ALIGNED: tl.constexpr,
     CODE: tl.constexpr,
     ACTIVATED: tl.constexpr,
+    GATE_LAYERS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -71,6 +74,9 @@ def input_gradient(
     expert. ``kept`` is what the forward pass saved of the layer below (unused if ``CODE`` is 0); ``ACTIVATED`` writes
     its activation, for the gradient of the weights. ``SPLIT``: ``splits`` programs share a block, each with some of the
     group's experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split].
+    ``GATE_LAYERS``: gates that are linear layers of an input are one more member of its group. ``gates`` holds four
+    entries a group: the address of the gradients of these gates' logits, how many logits they have, the length of the
+    gradients' rows (which end with zeros), and where the addresses of the rows of their weights are, a row a logit.
     """
     width = whole(width, ALIGNED)
     depth = whole(depth, ALIGNED)
@@ -89,6 +95,24 @@ def input_gradient(
     columns = tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if GATE_LAYERS:
+        entry = table + gates + 4 * group
+        logits = tl.load(entry + 1).to(tl.int32)
+        stride = whole(tl.load(entry + 2).to(tl.int32), ALIGNED)
+        if SPLIT:
+            logits = tl.where(share == 0, logits, 0)
+        grad = pointer(entry, 0, DTYPE, ALIGNED) + first * stride
+        grad = grad + rows[:, None] * stride + inner[None, :]
+        addresses = table + tl.load(entry + 3)
+        for k in tl.range(0, logits, DEPTH, num_stages=1):  # hardly ever more than once
+            there = inner < logits - k
+            a = tl.load(grad + k, mask=(rows < left_rows)[:, None] & (inner < stride - k)[None, :], other=0.0)
+            weight = tl.load(addresses + k + inner, mask=there, other=0).to(tl.pointer_type(DTYPE))
+            if ALIGNED:
+                weight = tl.multiple_of(weight, 16)
+            weight = (weight + first_column)[:, None] + columns[None, :]
+            b = tl.load(weight, mask=there[:, None] & (columns < left_columns)[None, :], other=0.0)
+            acc = product(a, b, acc, PRECISION, UPCAST)
     start = tl.load(table + members + group).to(tl.int32)
     end = tl.load(table + members + group + 1).to(tl.int32)
     if SPLIT:
@@ -129,7 +153,7 @@ def input_gradient(
     tl.store(pointer(table, outputs + group, DTYPE, ALIGNED) + corner + offsets, acc.to(DTYPE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["layers", "parts", "counters", "splits", "num_layers", "num_experts", "num_rows"])
+@triton.jit(do_not_specialize=["layers", "parts", "counters", "splits", "num_layers", "gates", "num_rows"])
 def weight_gradient(
     table,
     layers,
@@ -137,12 +161,13 @@ def weight_gradient(
     counters,
     splits,
     num_layers,
-    num_experts,
+    gates,
     num_rows,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
     NEED_BIASES: tl.constexpr,
+    GATE_LAYERS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -152,10 +177,12 @@ def weight_gradient(
 ):
     """``d^T x`` and the column sums of d, of every layer of every expert, with the batch along the depth.
 
-    ``layers`` holds seven entries a layer: its first block, its outputs, its inputs, and where the addresses of the
-    experts' d [B, outputs], x [B, inputs], weight and bias gradients start. ``SPLIT``: ``splits`` programs share a
-    block, each with some of the batch, and the last one to arrive adds what the others have stored in ``parts``
-    [block, split]: a block of the weight's gradient, then a row of the bias's.
+    ``layers`` holds eight entries a layer: its first block, its experts, its outputs, its inputs, and where the
+    addresses of the experts' d [B, outputs], x [B, inputs], weight and bias gradients start. ``SPLIT``: ``splits``
+    programs share a block, each with some of the batch, and the last one to arrive adds what the others have stored in
+    ``parts`` [block, split]: a block of the weight's gradient, then a row of the bias's.
+    ``GATE_LAYERS``: from number ``gates`` on a layer is the gates that read a stream. Its gradients' addresses are one
+    a row, null behind the last logit.
     """
     tile = tl.program_id(0)
     begin = 0
@@ -172,26 +199,30 @@ def weight_gradient(
         stop = tl.minimum(stop * DEPTH, num_rows)
     layer = 0
     for i in range(1, num_layers):
-        layer = tl.where(tile >= tl.load(table + layers + 7 * i), i, layer)
-    entry = table + layers + 7 * layer
+        layer = tl.where(tile >= tl.load(table + layers + 8 * i), i, layer)
+    entry = table + layers + 8 * layer
     tile = tile - tl.load(entry).to(tl.int32)
-    height = whole(tl.load(entry + 1).to(tl.int32), ALIGNED)
-    width = whole(tl.load(entry + 2).to(tl.int32), ALIGNED)
+    members = tl.load(entry + 1).to(tl.int32)
+    height = whole(tl.load(entry + 2).to(tl.int32), ALIGNED)
+    width = whole(tl.load(entry + 3).to(tl.int32), ALIGNED)
     blocks = tl.cdiv(width, COLUMNS) if NEED_WEIGHTS else 1
     first_column = (tile % blocks).to(tl.int64) * COLUMNS
     tile = tile // blocks
-    e = tile % num_experts
-    first = (tile // num_experts).to(tl.int64) * ROWS
+    e = tile % members
+    first = (tile // members).to(tl.int64) * ROWS
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
-    there = rows < (height - first).to(tl.int32)
+    left_rows = (height - first).to(tl.int32)
+    there = rows < left_rows
+    if GATE_LAYERS:
+        own = rows < tl.where(layer >= gates, left_rows, 0)  # rows with addresses of their own
     left_columns = (width - first_column).to(tl.int32)
     start = tl.zeros((), tl.int64) + begin
-    grad = pointer(table, tl.load(entry + 3) + e, DTYPE, ALIGNED) + start * height + first
+    grad = pointer(table, tl.load(entry + 4) + e, DTYPE, ALIGNED) + start * height + first
     if NEED_WEIGHTS:
         left = grad + inner[None, :] * height + rows[:, None]
-        right = pointer(table, tl.load(entry + 4) + e, DTYPE, ALIGNED) + start * width + first_column
+        right = pointer(table, tl.load(entry + 5) + e, DTYPE, ALIGNED) + start * width + first_column
         right = right + inner[:, None] * width + columns[None, :]
         left_step = (tl.zeros((), tl.int64) + DEPTH) * height
         right_step = (tl.zeros((), tl.int64) + DEPTH) * width
@@ -202,16 +233,28 @@ def weight_gradient(
             acc = product(a, b, acc, PRECISION, UPCAST)
             left += left_step
             right += right_step
-        out = pointer(table, tl.load(entry + 5) + e, DTYPE, ALIGNED) + first * width + first_column
-        out = out + rows[:, None] * width + columns[None, :]
-        mask = there[:, None] & (columns < left_columns)[None, :]
+        out = pointer(table, tl.load(entry + 6) + e, DTYPE, ALIGNED) + first * width + first_column + rows * width
+        wanted = there
+        if GATE_LAYERS:
+            row = tl.load(table + tl.load(entry + 6) + first + rows, mask=own, other=0)
+            out = tl.where(own, row.to(tl.pointer_type(DTYPE)) + first_column, out)
+            if ALIGNED:
+                out = tl.multiple_of(out, 16)
+            wanted = tl.where(own, row != 0, there)
+        out = out[:, None] + columns[None, :]
+        mask = wanted[:, None] & (columns < left_columns)[None, :]
         within = rows[:, None] * COLUMNS + columns[None, :]
         if SPLIT:
             tl.store(part + within, acc)
         else:
             tl.store(out, acc.to(DTYPE), mask=mask)
     if NEED_BIASES:
-        sums = pointer(table, tl.load(entry + 6) + e, DTYPE, ALIGNED) + first + rows
+        sums = pointer(table, tl.load(entry + 7) + e, DTYPE, ALIGNED) + first + rows
+        wanted = there
+        if GATE_LAYERS:
+            row = tl.load(table + tl.load(entry + 7) + first + rows, mask=own, other=0)
+            sums = tl.where(own, row.to(tl.pointer_type(DTYPE)), sums)
+            wanted = tl.where(own, row != 0, there)
         # A pass of its own, by the first of the programs that share these rows: summed beside the product, d would have
         # to be in registers as well as in shared memory.
         if first_column == 0:
@@ -227,7 +270,7 @@ def weight_gradient(
             if SPLIT:
                 tl.store(part + ROWS * COLUMNS + rows, total)
             else:
-                tl.store(sums, total.to(DTYPE), mask=there)
+                tl.store(sums, total.to(DTYPE), mask=wanted)
     if SPLIT:
         count = parts_to_add(counter, splits)
         if NEED_WEIGHTS:
@@ -236,4 +279,4 @@ def weight_gradient(
         if NEED_BIASES:
             count = tl.where(first_column == 0, count, 0)
             value = sum_of_parts(parts + ROWS * COLUMNS, count, size, rows)
-            tl.store(sums, value.to(DTYPE), mask=there & (rows < count * ROWS))
+            tl.store(sums, value.to(DTYPE), mask=wanted & (rows < count * ROWS))

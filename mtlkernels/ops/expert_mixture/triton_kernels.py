@@ -24,6 +24,34 @@ from mtlkernels.ops._triton_functions import (
     whole,
 )
 
+# How many logits of the gates that read a stream a program computes: few, as there are few, beside many experts.
+GATE_COLUMNS = tl.constexpr(32)
+
+
+@triton.jit
+def multiply(
+    x,
+    weight,
+    left_rows,
+    left_columns,
+    depth,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``x W^T`` of a block, float32, of pointers to where it starts: x [ROWS, DEPTH] and W [DEPTH, COLUMNS]."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inner = tl.arange(0, DEPTH)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, depth, DEPTH):
+        a = tl.load(x + k, mask=(rows < left_rows)[:, None] & (inner < depth - k)[None, :], other=0.0)
+        b = tl.load(weight + k, mask=(inner < depth - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
+        acc = product(a, b, acc, PRECISION, UPCAST)
+    return acc
+
 
 @triton.jit
 def linear(
@@ -50,11 +78,7 @@ def linear(
     inner = tl.arange(0, DEPTH)
     x = x + rows[:, None] * depth + inner[None, :]
     weight = weight + columns[None, :] * depth + inner[:, None]
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in range(0, depth, DEPTH):
-        a = tl.load(x + k, mask=(rows < left_rows)[:, None] & (inner < depth - k)[None, :], other=0.0)
-        b = tl.load(weight + k, mask=(inner < depth - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
-        acc = product(a, b, acc, PRECISION, UPCAST)
+    acc = multiply(x, weight, left_rows, left_columns, depth, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH)
     address = tl.load(bias)
     if address != 0:
         added = address.to(tl.pointer_type(DTYPE)) + first_column + columns
@@ -62,18 +86,18 @@ def linear(
     return acc
 
 
-@triton.jit(
-    do_not_specialize=["inputs", "weights", "biases", "outputs", "kept", "num_experts", "num_rows", "width", "depth"]
-)
-def layer_forward(
+@triton.jit
+def expert_layer(
     table,
     inputs,
     weights,
     biases,
     outputs,
     kept,
-    num_experts,
-    num_rows,
+    e,
+    block,
+    first,
+    left_rows,
     width,
     depth,
     DTYPE: tl.constexpr,
@@ -86,15 +110,8 @@ def layer_forward(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One layer of every expert, activated; ``KEEP`` writes the activation's input too."""
-    width = whole(width, ALIGNED)
-    depth = whole(depth, ALIGNED)
-    blocks = tl.cdiv(width, COLUMNS)
-    block = tl.program_id(0) // blocks
-    e = block % num_experts
-    first = (block // num_experts).to(tl.int64) * ROWS
-    first_column = (tl.program_id(0) % blocks).to(tl.int64) * COLUMNS
-    left_rows = (num_rows - first).to(tl.int32)
+    """A block of columns of one expert's layer; ``first`` is its first row."""
+    first_column = block.to(tl.int64) * COLUMNS
     left_columns = (width - first_column).to(tl.int32)
     x = pointer(table, inputs + e, DTYPE, ALIGNED) + first * depth
     weight = pointer(table, weights + e, DTYPE, ALIGNED) + first_column * depth
@@ -111,6 +128,121 @@ def layer_forward(
         tl.store(pointer(table, kept + e, DTYPE, ALIGNED) + corner + offsets, acc.to(DTYPE), mask=mask)
     out = pointer(table, outputs + e, DTYPE, ALIGNED) + corner
     tl.store(out + offsets, activate(acc, CODE).to(DTYPE), mask=mask)
+
+
+@triton.jit
+def gate_layer(
+    table,
+    gates,
+    num_tiles,
+    tile,
+    first,
+    left_rows,
+    depth,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Some of the logits of the gates that read a stream, whatever gates they belong to.
+
+    ``gates`` holds the address of the logits, the length W of their rows, three entries a tile (the address of its
+    stream, its first column, and how many it has), W addresses of rows of weights, and W of biases, which may be null.
+    """
+    entry = table + gates + 2 + 3 * tile
+    first_column = tl.load(entry + 1)
+    left_columns = tl.load(entry + 2).to(tl.int32)
+    width = tl.load(table + gates + 1)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inner = tl.arange(0, DEPTH)
+    at = table + gates + 2 + 3 * num_tiles + first_column + columns
+    weight = tl.load(at, mask=columns < left_columns, other=0).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        weight = tl.multiple_of(weight, 16)
+    x = pointer(entry, 0, DTYPE, ALIGNED) + first * depth + rows[:, None] * depth + inner[None, :]
+    acc = multiply(
+        x, weight[None, :] + inner[:, None], left_rows, left_columns, depth, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH
+    )  # fmt: skip
+    bias = tl.load(at + width, mask=columns < left_columns, other=0)
+    acc += tl.load(bias.to(tl.pointer_type(DTYPE)), mask=bias != 0, other=0.0).to(tl.float32)[None, :]
+    out = pointer(table, gates, DTYPE, False) + (first + rows)[:, None] * width + first_column + columns[None, :]
+    tl.store(out, acc.to(DTYPE), mask=(rows < left_rows)[:, None] & (columns < left_columns)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "inputs",
+        "weights",
+        "biases",
+        "outputs",
+        "kept",
+        "gates",
+        "gate_tiles",
+        "num_experts",
+        "num_rows",
+        "width",
+        "depth",
+    ]
+)
+def layer_forward(
+    table,
+    inputs,
+    weights,
+    biases,
+    outputs,
+    kept,
+    gates,
+    gate_tiles,
+    num_experts,
+    num_rows,
+    width,
+    depth,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CODE: tl.constexpr,
+    KEEP: tl.constexpr,
+    GATE_LAYERS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """One layer of every expert, activated; ``KEEP`` writes the activation's input too.
+
+    ``GATE_LAYERS``: behind the experts' programs of a block of rows come ``gate_tiles`` of gates that are linear layers
+    of the same inputs; ``gates`` is described by ``gate_layer``.
+    """
+    width = whole(width, ALIGNED)
+    depth = whole(depth, ALIGNED)
+    blocks = tl.cdiv(width, COLUMNS)
+    of_experts = num_experts * blocks
+    programs = of_experts
+    if GATE_LAYERS:
+        programs += gate_tiles
+    first = (tl.program_id(0) // programs).to(tl.int64) * ROWS
+    place = tl.program_id(0) % programs
+    left_rows = (num_rows - first).to(tl.int32)
+    if GATE_LAYERS:
+        if place < of_experts:
+            expert_layer(
+                table, inputs, weights, biases, outputs, kept, place // blocks, place % blocks, first, left_rows,
+                width, depth, DTYPE, ALIGNED, CODE, KEEP, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
+            )  # fmt: skip
+        else:
+            gate_layer(
+                table, gates, gate_tiles, place - of_experts, first, left_rows, depth,
+                DTYPE, ALIGNED, PRECISION, UPCAST, ROWS, GATE_COLUMNS, DEPTH,
+            )  # fmt: skip
+    else:
+        expert_layer(
+            table, inputs, weights, biases, outputs, kept, place // blocks, place % blocks, first, left_rows,
+            width, depth, DTYPE, ALIGNED, CODE, KEEP, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
 
 
 @triton.jit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +14,22 @@ from mtlkernels.ops.expert_mixture import triton_tiles as tiles
 
 # A launch, once the table is complete and on the device.
 Run = Callable[[Tensor], None]
+
+
+class Parameters(NamedTuple):
+    """Linear layers of one shape whose weights want gradients: what ``weight_gradient`` looks up.
+
+    How many there are, their outputs and inputs, and places in the table: the gradients of their outputs, their inputs,
+    and the gradients of their weights and of their biases.
+    """
+
+    members: int
+    height: int
+    width: int
+    grads: int
+    read: int
+    weights: int
+    biases: int
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from mtlkernels.ops._triton import Tile
 from mtlkernels.ops._triton_splits import Sums
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.expert_mixture import triton_tiles as tiles
+from mtlkernels.ops.expert_mixture.triton_gates import groups_of_gates, padded
 from mtlkernels.ops.gated_mixture.triton import TILES
 
 FLOAT32 = 4
@@ -56,6 +57,7 @@ class Shape:
         aligned: whether kernels may read whole vectors.
         num_inputs: G.
         multiprocessors: how many the GPU has.
+        gate_biases: elements of the biases of gates that are linear layers of the inputs; None where logits are given.
     """
 
     rows: int
@@ -71,6 +73,7 @@ class Shape:
     aligned: bool
     num_inputs: int
     multiprocessors: int
+    gate_biases: int | None = None
 
     @property
     def kind(self) -> tuple[str, bool]:
@@ -86,8 +89,26 @@ class Shape:
 
     def hidden(self, layer: int) -> int:
         """Elements in front of a layer, of all experts."""
-        streams = self.experts if layer else len(set(self.expert_inputs))
-        return streams * self.rows * self.widths[layer]
+        return self.experts * self.rows * self.widths[layer] if layer else self.read(True, False)
+
+    @property
+    def groups(self) -> list[Sequence[int]]:
+        """The sizes of the linear gates of each input that has some."""
+        return [] if self.gate_biases is None else groups_of_gates(self.gate_sizes, self.num_inputs)
+
+    def read(self, experts: bool, gates: bool) -> int:
+        """Elements of the inputs that the experts read, or linear gates, or either."""
+        streams = {*(self.expert_inputs if experts else ()), *(range(len(self.groups)) if gates else ())}
+        return len(streams) * self.rows * self.widths[0]
+
+    @property
+    def gate_weights(self) -> int:
+        return sum(map(sum, self.groups)) * self.widths[0]
+
+    @property
+    def grad_logits(self) -> int:
+        """Elements of the gradients of linear gates' logits, with the ends of their rows."""
+        return self.rows * sum(padded(sum(group)) for group in self.groups)
 
     def weights(self, layer: int) -> int:
         return self.experts * self.widths[layer] * self.widths[layer + 1]
@@ -115,20 +136,35 @@ class Shape:
 def forward(shape: Shape, save: bool) -> list[Work]:
     """The launches of a forward pass, in their order."""
     tile = tiles.mixing(*shape.kind, len(shape.gate_sizes), shape.rows)
-    if tile is None:
-        every = [_layer(shape, layer, save) for layer in range(shape.last + 1)]
-        return [*every, _mixture(shape)]
-    return [*(_layer(shape, layer, save) for layer in range(shape.last)), _last(shape, tile, save)]
+    layers = shape.last + 1 if tile is None else shape.last
+    works = [_layer(shape, layer, save) for layer in range(layers)]
+    if shape.groups:
+        works[:1] = [_with_gates(shape, works[0] if works else None)]
+    return [*works, _mixture(shape) if tile is None else _last(shape, tile, save)]
 
 
-def backward(shape: Shape, need_inputs: bool = True, need_weights: bool = True, need_biases: bool = True) -> list[Work]:
-    """The launches of a backward pass with the gradients of the logits, in their order."""
-    parameters = need_weights or need_biases
-    experts = need_inputs or parameters
+def backward(
+    shape: Shape,
+    need_inputs: bool = True,
+    need_weights: bool = True,
+    need_biases: bool = True,
+    need_gate_weights: bool = True,
+    need_gate_biases: bool = True,
+) -> list[Work]:
+    """The launches of a backward pass with the gradients of the logits, in their order.
+
+    The last two are of linear gates alone.
+    """
+    parameters = (need_weights, need_biases)
+    of_gates = (need_gate_weights, need_gate_biases) if shape.groups else (False, False)
+    experts = need_inputs or any(parameters)
     works = [_mixture_gradient(shape, experts)]
     works += [_hidden_gradient(shape, layer, need_weights) for layer in range(shape.last, 0, -1) if experts]
     works += [_input_gradient(shape)] if need_inputs else []
-    return works + ([_weight_gradient(shape, need_weights, need_biases)] if parameters else [])
+    together = parameters == of_gates
+    if any(of_gates) and not together:
+        works.append(_weight_gradient(shape, *of_gates, experts=False, gates=True))
+    return works + ([_weight_gradient(shape, *parameters, experts=True, gates=together)] if any(parameters) else [])
 
 
 def _operands(shape: Shape, layer: int) -> int:
@@ -141,6 +177,19 @@ def _layer(shape: Shape, layer: int, save: bool) -> Work:
     keep = save and from_input(shape.activations[layer])
     results = shape.hidden(layer + 1) * (2 if keep else 1) * shape.dtype.itemsize
     return Work("layer_forward", shape.product(layer), _operands(shape, layer), results)
+
+
+def _with_gates(shape: Shape, layer: Work | None) -> Work:
+    """The logits of linear gates, beside the first layer or alone."""
+    itemsize = shape.dtype.itemsize
+    found = layer or Work("layer_forward", 0, 0, 0)
+    streams = shape.read(True, True) - shape.read(True, False) if layer else shape.read(False, True)
+    return replace(
+        found,
+        flop=found.flop + 2 * shape.rows * shape.gate_weights,
+        read=found.read + (streams + shape.gate_weights + (shape.gate_biases or 0)) * itemsize,
+        written=found.written + shape.logits,
+    )
 
 
 def _last(shape: Shape, tile: Tile, save: bool) -> Work:
@@ -171,7 +220,8 @@ def _mixture_gradient(shape: Shape, need_experts: bool) -> Work:
     blocks = triton.cdiv(shape.widths[-1], TILES[shape.aligned].columns)
     scratch = (1 + blocks) * len(shape.gate_experts) * shape.rows * FLOAT32
     read = experts + shape.outputs * itemsize + shape.logits
-    return Work("mix_backward", 0, read, shape.logits + (experts if need_experts else 0), scratch)
+    logits = shape.grad_logits * itemsize if shape.groups else shape.logits
+    return Work("mix_backward", 0, read, logits + (experts if need_experts else 0), scratch)
 
 
 def _hidden_gradient(shape: Shape, layer: int, need_weights: bool) -> Work:
@@ -192,29 +242,36 @@ def _input_gradient(shape: Shape) -> Work:
     sums = tiles.input_sums(tile, members, shape.rows, width, depth, shape.dtype.itemsize)
     return Work(
         "input_gradient",
-        shape.product(0),
-        (shape.hidden(1) + shape.weights(0)) * shape.dtype.itemsize,
+        shape.product(0) + 2 * shape.rows * shape.gate_weights,
+        (shape.hidden(1) + shape.weights(0) + shape.grad_logits + shape.gate_weights) * shape.dtype.itemsize,
         shape.num_inputs * shape.rows * width * shape.dtype.itemsize,
         shape.parts(sums) * sums.part * FLOAT32,
     )
 
 
-def _weight_gradient(shape: Shape, need_weights: bool, need_biases: bool) -> Work:
+def _weight_gradient(shape: Shape, need_weights: bool, need_biases: bool, experts: bool, gates: bool) -> Work:
+    """Of the experts' layers, of linear gates, or of both."""
     tile = tiles.WEIGHT_GRADIENT[shape.kind]
-    layers = range(shape.last + 1)
-    pairs: Sequence[tuple[int, int]] = list(zip(shape.widths, shape.widths[1:], strict=False))
+    layers = range(shape.last + 1 if experts else 0)
+    groups = shape.groups if gates else []
+    # How many there are, their outputs and their inputs.
+    parts = [(shape.experts, shape.widths[layer + 1], shape.widths[layer]) for layer in layers]
+    parts += [(1, padded(sum(group)), shape.widths[0]) for group in groups]
     # Blocks of all layers, and those of them that add up biases too.
-    blocks = sum(tiles.weight_blocks(tile, shape.experts, h, w if need_weights else 1) for w, h in pairs)
-    first = sum(tiles.weight_blocks(tile, shape.experts, h, 1) for _, h in pairs)
+    blocks = sum(tiles.weight_blocks(tile, count, h, w if need_weights else 1) for count, h, w in parts)
+    first = sum(tiles.weight_blocks(tile, count, h, 1) for count, h, _ in parts)
     sums = tiles.weight_sums(tile, blocks, shape.rows, shape.dtype.itemsize)
     each = shape.parts(sums) // max(blocks, 1)
     elements = (blocks * tile.columns if need_weights else 0) + (first if need_biases else 0)
-    read = sum(shape.hidden(layer + 1) + (shape.hidden(layer) if need_weights else 0) for layer in layers)
-    written = sum(shape.weights(layer) for layer in layers) if need_weights else 0
-    written += shape.experts * sum(shape.widths[1:]) if need_biases else 0
+    weights = sum(map(shape.weights, layers)) + (shape.gate_weights if groups else 0)
+    biases = sum(shape.experts * shape.widths[layer + 1] for layer in layers) + sum(map(sum, groups))
+    read = sum(shape.hidden(layer + 1) for layer in layers) + (shape.grad_logits if groups else 0)
+    if need_weights:
+        read += shape.read(experts, gates) + sum(shape.hidden(layer) for layer in layers[1:])
+    written = (weights if need_weights else 0) + (biases if need_biases else 0)
     return Work(
         "weight_gradient",
-        sum(map(shape.product, layers)) if need_weights else 0,
+        2 * shape.rows * weights if need_weights else 0,
         read * shape.dtype.itemsize,
         written * shape.dtype.itemsize,
         each * elements * tile.rows * FLOAT32,

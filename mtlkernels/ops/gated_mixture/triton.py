@@ -140,13 +140,16 @@ def prepare_backward(
     gate_sizes: Sequence[int],
     need_experts: bool,
     need_logits: bool,
+    grad_logits: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Callable[[Tensor], None]]:
     """The logits' gradients, and what fills them and the experts' once the table is complete and on the device.
 
     ``grad_outputs`` are contiguous. ``saved`` and ``grad_experts`` are places in the table, see :func:`strides`;
-    ``code`` is the activation that the experts end with.
+    ``code`` is the activation that the experts end with. ``grad_logits``: where the logits' gradients go, in rows that
+    may be longer than the logits', and are filled with zeros; None makes new tensors.
     """
-    grad_logits = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in gate_logits if need_logits]
+    if grad_logits is None or not need_logits:
+        grad_logits = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in gate_logits if need_logits]
     num_rows, width = grad_outputs[0].shape
     members, tile = len(gate_experts), TILES[aligned]
     blocks = triton.cdiv(width, tile.columns) if need_logits else 0
@@ -155,7 +158,9 @@ def prepare_backward(
     gates = _triton.gate_entries(table, gate_logits, gate_experts, gate_sizes)
     seen = seen_entries(table, gate_experts, gate_sizes, num_experts)
     at_outputs = table.pointers(grad_outputs)
-    at_logits = table.integers(t.data_ptr() for t in grad_logits)
+    at_logits = table.pointers(grad_logits)
+    table.integers(t.stride(0) for t in grad_logits)
+    table.integers(t.shape[1] for t in grad_logits)
 
     def run(entries: Tensor) -> None:
         launch(
@@ -185,4 +190,4 @@ def prepare_backward(
             NEED_LOGITS=need_logits,
         )
 
-    return grad_logits, run
+    return list(grad_logits), run

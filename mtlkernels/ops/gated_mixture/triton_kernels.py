@@ -112,7 +112,8 @@ def mix_backward(
     With p the softmax of a gate's logits and g_e = <dy, experts_e>: d experts_e = sum over gates of p_e * dy, and
     d logits_e = p_e * (g_e - sum_j p_j * g_j). ``weights`` [S, B] holds p and ``inner`` [column blocks, S, B] the parts
     of g, float32, with S the members of all gates; a program uses its own rows of them only. ``seen`` lists for each
-    expert the gates that mix it: E + 1 offsets, then the gates, then their places among the S.
+    expert the gates that mix it: E + 1 offsets, then the gates, then their places among the S. ``grad_logits`` lists
+    addresses of the gates' gradients, then the strides of their rows, then their lengths: zeros follow what gates have.
     """
     width = whole(width, ALIGNED)
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -176,10 +177,14 @@ def mix_backward(
                 weight = tl.load(weights + j * stride, mask=inside, other=0.0)
                 for block in range(blocks):
                     mean += weight * tl.load(inner + (block * num_members + j) * stride, mask=inside, other=0.0)
-            out = pointer(table, grad_logits + k, LOGITS, False) + (first + rows) * (end - start)
+            row_stride = tl.load(table + grad_logits + num_gates + k)
+            length = tl.load(table + grad_logits + 2 * num_gates + k).to(tl.int32)
+            out = pointer(table, grad_logits + k, LOGITS, False) + (first + rows) * row_stride
             for j in range(start, end):
                 weight = tl.load(weights + j * stride, mask=inside, other=0.0)
                 value = tl.zeros((ROWS,), tl.float32)
                 for block in range(blocks):
                     value += tl.load(inner + (block * num_members + j) * stride, mask=inside, other=0.0)
                 tl.store(out + (j - start), (weight * (value - mean)).to(LOGITS), mask=inside)
+            for j in range(end - start, length):
+                tl.store(out + j, tl.zeros((ROWS,), LOGITS), mask=inside)
