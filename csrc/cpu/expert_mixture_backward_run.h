@@ -35,7 +35,9 @@ struct BackwardPlan {
       plan.lanes = static_cast<int>(threads);
       plan.group = plan.parts = 1;
     } else {
-      const int64_t tasks = table.weight_tasks(args, {.last = 1}), waiting = divide_up(threads, plan.blocks);
+      BackwardChunk one_expert{};
+      one_expert.last = 1;
+      const int64_t tasks = table.weight_tasks(args, one_expert), waiting = divide_up(threads, plan.blocks);
       const int64_t least = std::max({kExperts, divide_up(kTasks * threads, tasks), waiting});
       plan.lanes = 1;
       plan.group = static_cast<int>(divide_up(experts, divide_up(experts, least)));
