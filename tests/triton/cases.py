@@ -135,11 +135,11 @@ def arguments(case: Case, device: str) -> Arguments:
             for _ in range(case.num_experts)
         ],
         gate_logits=list(logits.split(sizes, dim=1)),
+        grad_outputs=[tensor(case.rows, case.widths[-1]) for _ in sizes],
         gate_weights=[tensor(size, case.widths[0], scale=case.widths[0] ** -0.5) for size in sizes],
         gate_biases=[
             tensor(size) if case.gate_biases[k % len(case.gate_biases)] else None for k, size in enumerate(sizes)
         ],
-        grad_outputs=[tensor(case.rows, case.widths[-1]) for _ in sizes],
         expert_inputs=[choose.randrange(case.num_inputs) for _ in range(case.num_experts)],
         gate_experts=[e for gate in members for e in gate],
         gate_sizes=sizes,
