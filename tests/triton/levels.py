@@ -10,6 +10,7 @@ from mtlkernels.ops.expert_level import reference
 from tests.triton.cases import Case, arguments, assert_within_budget, exact, poisoned, split_into
 
 ALL = (True,) * 5
+SMALL = Case("small", 9, (8, 7, 6), activations=(3, 1), num_inputs=4)
 GROUPS = ("inputs", "weights", "biases", "gates' weights", "gates' biases")
 
 
