@@ -80,6 +80,8 @@ def _layer(
     """One layer of every expert; with ``gates``, see :meth:`GateLayers.entries`, their logits too."""
     depth, width = level.widths[layer : layer + 2]
     tile = tiles.product(*level.kind, level.num_rows, width)
+    if gates:
+        tile = tiles.beside_gates(tile)
     at_gates, gate_tiles = gates or (0, 0)
     programs = level.num_experts * triton.cdiv(width, tile.columns) + gate_tiles
 
