@@ -165,7 +165,8 @@ def mixture_variants(
             for code in forward_codes:
                 for tile, gates in itertools.product(products, (False, True)):
                     what = {"CODE": code, "KEEP": from_input(code), "GATE_LAYERS": gates}
-                    yield made("layer_forward", tile, dtype, **common, **what)
+                    chosen = tiles.beside_gates(tile) if gates else tile
+                    yield made("layer_forward", chosen, dtype, **common, **what)
                 what = {"LOGITS": "fp32", "CODE": code, "FROM_INPUT": from_input(code), "KEEP": True}
                 for tile, gates in mixers(tiles.MIXING[key], every_gate):
                     for split in (False, True):

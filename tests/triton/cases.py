@@ -31,6 +31,7 @@ class Case:
     logits_dtype: torch.dtype | None = None
     num_inputs: int = 1
     biases: tuple[bool, ...] = (True, True, True)  # whether a layer has them
+    gate_biases: tuple[bool, ...] = (True, False)  # whether gates that are linear layers have them, by turns
     strided: bool = False
     unaligned: bool = False
     largest_gate: int = 6
@@ -84,6 +85,8 @@ class Arguments:
     weights: list[Tensor]
     biases: list[Tensor | None]
     gate_logits: list[Tensor]
+    gate_weights: list[Tensor]  # in the place of the logits
+    gate_biases: list[Tensor | None]
     grad_outputs: list[Tensor]
     expert_inputs: list[int]
     gate_experts: list[int]
@@ -133,6 +136,10 @@ def arguments(case: Case, device: str) -> Arguments:
         ],
         gate_logits=list(logits.split(sizes, dim=1)),
         grad_outputs=[tensor(case.rows, case.widths[-1]) for _ in sizes],
+        gate_weights=[tensor(size, case.widths[0], scale=case.widths[0] ** -0.5) for size in sizes],
+        gate_biases=[
+            tensor(size) if case.gate_biases[k % len(case.gate_biases)] else None for k, size in enumerate(sizes)
+        ],
         expert_inputs=[choose.randrange(case.num_inputs) for _ in range(case.num_experts)],
         gate_experts=[e for gate in members for e in gate],
         gate_sizes=sizes,

@@ -9,7 +9,8 @@ import torch
 
 from mtlkernels import Routing, expert_mixture, use_backend
 from mtlkernels._backends import interpreting
-from tests.triton import norms, snr
+from tests.ops import test_gate_layers
+from tests.triton import levels, norms, snr
 from tests.triton.cases import Case, cases, check_expert_mixture, check_gated_mixture
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
@@ -35,6 +36,24 @@ def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool, bool]) -> N
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
 def test_only_the_mixture_gradients_asked_for(needs: tuple[bool, bool]) -> None:
     check_gated_mixture(SMALL, "cpu", needs)
+
+
+@pytest.mark.parametrize("case", levels.cases(), ids=str)
+def test_expert_level(case: Case) -> None:
+    levels.check(case, "cpu")
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=5))[:-1], ids=str)
+def test_only_the_level_gradients_asked_for(needs: tuple[bool, ...]) -> None:
+    levels.check(levels.SMALL, "cpu", needs)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["serving", "training"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_gate_layers_through_the_public_function(seed: int, kind: torch.dtype, grad: bool) -> None:
+    with use_backend("triton"):
+        test_gate_layers.check(seed, kind, grad)
 
 
 def test_an_expert_outside_a_gate_cannot_reach_it() -> None:

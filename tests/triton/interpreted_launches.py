@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain, product
 from typing import Any
 
@@ -42,6 +43,17 @@ def step(case: Case, *needs: bool) -> list[Tensor]:
     return [*outputs, *chain(*gradients)]
 
 
+def level_step(case: Case, *needs: bool) -> list[Tensor]:
+    """Likewise where the gates are linear layers."""
+    from mtlkernels.ops.expert_level import triton as kernels
+
+    a = arguments(case, "cpu")
+    operands = (a.inputs, a.weights, a.biases, a.gate_weights)
+    outputs, saved, logits = kernels.forward(*operands, a.gate_biases, *a.routing, True)
+    gradients = kernels.backward(a.grad_outputs, *operands, logits, saved, *a.routing, *(needs or (True,) * 5))
+    return [*outputs, logits, *chain(*gradients)]
+
+
 @pytest.mark.parametrize("gates", [1, 3, 5, 8])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_launches_of_a_step(layers: int, gates: int) -> None:
@@ -53,6 +65,27 @@ def test_launches_of_a_step(layers: int, gates: int) -> None:
     assert [launch.kernel for launch in found] == forward + ["mix_backward"] + ["input_gradient"] * layers + [
         "weight_gradient"
     ]
+
+
+@pytest.mark.parametrize("inputs", [1, 8])
+@pytest.mark.parametrize("gates", [1, 4, 8])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_linear_gates_take_no_launch_of_their_own(layers: int, gates: int, inputs: int) -> None:
+    """But for experts of one layer, which mix at once: there the gates are in front."""
+    case = Case("level", 20, WIDTHS[: layers + 1], 3, gates, (1,) * layers, num_inputs=inputs)
+    with launched() as found:
+        level_step(case)
+    forward = ["layer_forward"] * max(layers - 1, 1) + ["last_forward"]
+    assert [launch.kernel for launch in found] == forward + ["mix_backward"] + ["input_gradient"] * layers + [
+        "weight_gradient"
+    ]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_many_linear_gates_take_no_launch_either(layers: int) -> None:
+    with launched() as found:
+        level_step(Case("level", 20, WIDTHS[: layers + 1], 3, 9, (1,) * layers))
+    assert [launch.kernel for launch in found[: layers + 1]] == ["layer_forward"] * layers + ["mix_forward"]
 
 
 def test_launches_of_norms() -> None:
@@ -113,15 +146,17 @@ def test_inputs_that_want_no_gradient_save_a_launch() -> None:
     assert [launch.kernel for launch in found[2:]] == ["mix_backward", "input_gradient", "weight_gradient"]
 
 
-def test_order_of_arrival_does_not_matter() -> None:
+@pytest.mark.parametrize("run", [step, level_step])
+def test_order_of_arrival_does_not_matter(run: Callable[..., list[Tensor]]) -> None:
     """Whichever of the programs that share a block comes last, the result has the same bits."""
+    case = replace(SPLIT, num_inputs=3)
     with poisoned():
         with split_into(4):
-            usual = step(SPLIT)
+            usual = run(case)
             with last_program_first():
-                reverse = step(SPLIT)
+                reverse = run(case)
         with split_into(1):
-            whole = step(SPLIT)
+            whole = run(case)
     assert all(torch.equal(a, b) for a, b in zip(usual, reverse, strict=True))
     # The sums were split indeed: added in another order they differ in the last bits.
     assert not all(torch.equal(a, b) for a, b in zip(usual, whole, strict=True))
@@ -138,8 +173,8 @@ WORKS = [
 ]
 
 
-def works(case: Case, inputs: bool = True, weights: bool = True, biases: bool = True) -> list[Work]:
-    """What a step of a case should take."""
+def works(case: Case, *needs: bool, linear: bool = False) -> list[Work]:
+    """What a step of a case should take; ``linear``: with gates that are linear layers."""
     a = arguments(case, "cpu")
     shape = Shape(
         rows=case.rows,
@@ -150,13 +185,14 @@ def works(case: Case, inputs: bool = True, weights: bool = True, biases: bool = 
         activations=case.activations,
         biases=tuple(case.num_experts * has for has in case.biases[: len(case.activations)]),
         dtype=case.dtype,
-        logits_dtype=case.logits_dtype or case.dtype,
+        logits_dtype=case.dtype if linear else case.logits_dtype or case.dtype,
         precision="ieee",
         aligned=all(width % 16 == 0 for width in case.widths),
         num_inputs=case.num_inputs,
         multiprocessors=132,
+        gate_biases=sum(bias.numel() for bias in a.gate_biases if bias is not None) if linear else None,
     )
-    return [*triton_work.forward(shape, save=True), *triton_work.backward(shape, inputs, weights, biases)]
+    return [*triton_work.forward(shape, save=True), *triton_work.backward(shape, *needs)]
 
 
 def check_work(expected: Sequence[Any], found: list[Launch], whole_tiles: bool) -> None:
@@ -176,6 +212,39 @@ def test_work(case: Case, splits: int) -> None:
             step(case)
     check_work(expected, found, case.name == "whole_tiles")
     assert any(work.scratch for work in expected if work.kernel != "mix_backward") == (splits > 1)
+
+
+# At least as many inputs as gates, where there are several; no expert reads some of them.
+LEVEL_WORKS = [
+    *(case for case in WORKS if case is not SPLIT and case.name != "whole_tiles"),
+    replace(SPLIT, name="inputs", num_inputs=4),
+    Case("one_layer_inputs", 40, (32, 16), 2, 4, (3,), num_inputs=5),
+    Case("whole_tiles", 32, (64, 64, 64), 2, 64, (1, 1), largest_gate=1),
+]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", LEVEL_WORKS, ids=str)
+def test_work_with_linear_gates(case: Case, splits: int) -> None:
+    with split_into(splits):
+        expected = works(case, linear=True)
+        with launched() as found:
+            level_step(case)
+    check_work(expected, found, case.name == "whole_tiles")
+
+
+# The logits want a gradient.
+LEVEL_NEEDS = [needs for needs in product((False, True), repeat=5) if needs[0] or needs[3] or needs[4]]
+
+
+@pytest.mark.parametrize("needs", LEVEL_NEEDS, ids=str)
+def test_work_for_some_gradients_with_linear_gates(needs: tuple[bool, ...]) -> None:
+    case = replace(SPLIT, num_inputs=3)
+    with split_into(2):
+        expected = works(case, *needs, linear=True)
+        with launched() as found:
+            level_step(case, *needs)
+    check_work(expected, found, whole_tiles=False)
 
 
 @pytest.mark.parametrize("needs", list(product((False, True), repeat=3)), ids=str)

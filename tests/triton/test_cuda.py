@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 from mtlkernels import Routing, expert_mixture, hard_concrete, snr_aver, snr_trans  # noqa: E402
-from tests.triton import norms, snr  # noqa: E402
+from tests.triton import levels, norms, snr  # noqa: E402
 from tests.triton.cases import Case, arguments, cases, check_expert_mixture, check_gated_mixture  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -49,6 +49,18 @@ def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool, bool]) -> N
     check_expert_mixture(SMALL, "cuda", needs)
 
 
+@pytest.mark.parametrize("case", levels.cases(scale=8) + LARGE, ids=str)
+def test_expert_level(case: Case, tf32: bool) -> None:
+    if tf32 and case.dtype != torch.float32:
+        pytest.skip("TF32 concerns float32 alone")
+    levels.check(case, "cuda")
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=5))[:-1], ids=str)
+def test_only_the_level_gradients_asked_for(needs: tuple[bool, ...]) -> None:
+    levels.check(levels.SMALL, "cuda", needs)
+
+
 @pytest.mark.parametrize("name", norms.cases())
 def test_normalized_mixture(name: str, tf32: bool) -> None:
     norms.check(name, "cuda", scale=8)
@@ -74,40 +86,50 @@ def test_closed_routes_take_no_part() -> None:
     snr.check_closed_routes_take_no_part("cuda")
 
 
-def test_results_are_the_same_every_time() -> None:
+@pytest.mark.parametrize("linear", [False, True])
+def test_results_are_the_same_every_time(linear: bool) -> None:
+    from mtlkernels.ops.expert_level import triton as levels_kernels
     from mtlkernels.ops.expert_mixture import triton as kernels
 
     a = arguments(LARGE[0], "cuda")
-    operands = (a.inputs, a.weights, a.biases, a.gate_logits)
+    operands = (a.inputs, a.weights, a.biases)
 
     def results() -> list[torch.Tensor]:
-        outputs, saved = kernels.forward(*operands, *a.routing, True)
-        gradients = kernels.backward(
-            a.grad_outputs, a.inputs, a.weights, a.biases, a.gate_logits, saved, *a.routing, True, True, True, True
-        )
-        return [*outputs, *itertools.chain(*gradients)]
+        if linear:
+            gates = (a.gate_weights, a.gate_biases)
+            outputs, saved, logits = levels_kernels.forward(*operands, *gates, *a.routing, True)
+            tensors = (a.grad_outputs, *operands, a.gate_weights, logits, saved)
+            return [*outputs, *itertools.chain(*levels_kernels.backward(*tensors, *a.routing, *(True,) * 5))]
+        outputs, saved = kernels.forward(*operands, a.gate_logits, *a.routing, True)
+        tensors = (a.grad_outputs, *operands, a.gate_logits, saved)
+        return [*outputs, *itertools.chain(*kernels.backward(*tensors, *a.routing, *(True,) * 4))]
 
     for first, second in zip(results(), results(), strict=True):
         assert torch.equal(first, second)
 
 
-def _training_step() -> tuple[torch.Tensor, Callable[[], list[torch.Tensor]]]:
-    """The input of a small level, and a function that computes its gradients, called once so that all is compiled."""
+def _training_step(linear: bool) -> tuple[torch.Tensor, Callable[[], list[torch.Tensor]]]:
+    """The input of a small level, and a function that computes its gradients, called once so that all is compiled.
+
+    ``linear``: its gates are linear layers.
+    """
     routing = Routing.cgc(2, 2, 2, single_input=True)
     x = torch.randn(300, 64, device="cuda", requires_grad=True)
     weights = [torch.randn(6, 32, 64, device="cuda", requires_grad=True)]
-    logits = torch.randn(300, 8, device="cuda", requires_grad=True)
+    gates = torch.randn(*((8, 64) if linear else (300, 8)), device="cuda", requires_grad=True)
 
     def gradients() -> list[torch.Tensor]:
-        out = expert_mixture(x, weights, None, logits, routing)
-        return list(torch.autograd.grad([y.square().sum() for y in out], [x, *weights, logits]))
+        logits, layers = (None, gates) if linear else (gates, None)
+        out = expert_mixture(x, weights, None, logits, routing, gate_weights=layers)
+        return list(torch.autograd.grad([y.square().sum() for y in out], [x, *weights, gates]))
 
     gradients()
     return x, gradients
 
 
-def test_nothing_waits_for_the_device() -> None:
-    _, gradients = _training_step()
+@pytest.mark.parametrize("linear", [False, True])
+def test_nothing_waits_for_the_device(linear: bool) -> None:
+    _, gradients = _training_step(linear)
     torch.cuda.set_sync_debug_mode("error")
     try:
         gradients()
@@ -134,8 +156,9 @@ def test_snr_does_not_wait_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_graph_can_be_captured_and_replayed() -> None:
-    x, gradients = _training_step()
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_graph_can_be_captured_and_replayed(linear: bool) -> None:
+    x, gradients = _training_step(linear)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gradients()

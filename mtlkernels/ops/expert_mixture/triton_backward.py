@@ -190,6 +190,7 @@ def _parameters_gradient(
     need_weights: bool,
     need_biases: bool,
 ) -> Run:
+    """The gradients of the weights and biases of experts' layers, of linear gates, or of both."""
     tile = tiles.WEIGHT_GRADIENT[level.kind]
     layers: list[int] = []
     blocks = 0

@@ -13,7 +13,7 @@ from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
 from mtlkernels.ops._triton_splits import split
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.expert_mixture import triton_tiles as tiles
-from mtlkernels.ops.expert_mixture.triton_gates import GateLayers, padded
+from mtlkernels.ops.expert_mixture.triton_gates import VECTOR, GateLayers
 from mtlkernels.ops.expert_mixture.triton_kernels import last_forward, layer_forward
 from mtlkernels.ops.expert_mixture.triton_level import Level, Run, execute
 from mtlkernels.ops.gated_mixture import triton as mixture
@@ -60,7 +60,7 @@ def forward(
     linear = layers.entries(table) if layers else None
     runs = []
     if linear and last == 0 and tile is not None:
-        alone = replace(level, num_experts=0, widths=(level.widths[0], padded(sum(gate_sizes))))
+        alone = replace(level, num_experts=0, widths=(level.widths[0], VECTOR))
         runs.append(_layer(alone, 0, 0, places[0], False, linear))
         linear = None
     for layer in range(last if tile is not None else last + 1):
@@ -80,6 +80,8 @@ def _layer(
     """One layer of every expert; with ``gates``, see :meth:`GateLayers.entries`, their logits too."""
     depth, width = level.widths[layer : layer + 2]
     tile = tiles.product(*level.kind, level.num_rows, width)
+    if gates:
+        tile = tiles.beside_gates(tile)
     at_gates, gate_tiles = gates or (0, 0)
     programs = level.num_experts * triton.cdiv(width, tile.columns) + gate_tiles
 

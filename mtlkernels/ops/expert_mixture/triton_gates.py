@@ -15,7 +15,7 @@ from mtlkernels.ops._triton import Table
 from mtlkernels.ops.expert_mixture.triton_kernels import GATE_COLUMNS
 from mtlkernels.ops.expert_mixture.triton_level import Parameters
 
-# Rows of the logits' gradients are whole vectors, whatever the gates' sizes.
+# Rows of the logits' gradients are whole vectors, whatever the gates' sizes: the experts' share the loads' code.
 VECTOR = 16
 
 
@@ -79,7 +79,10 @@ class GateLayers:
 
 def rows_of(table: Table, tensors: Sequence[Tensor | None], counts: Sequence[int]) -> int:
     """Appends the addresses of all rows of tensors, so many of each, and returns where they start."""
-    return [table.slices(tensor, count) for tensor, count in zip(tensors, counts, strict=True)][0]
+    start = table.integers(())
+    for tensor, count in zip(tensors, counts, strict=True):
+        table.slices(tensor, count)
+    return start
 
 
 @dataclass(frozen=True)

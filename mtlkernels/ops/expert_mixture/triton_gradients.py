@@ -19,6 +19,43 @@ from mtlkernels.ops._triton_functions import (
     sum_of_parts,
     whole,
 )
+from mtlkernels.ops.expert_mixture.triton_kernels import GATE_COLUMNS
+
+
+@triton.jit
+def add_gates(
+    acc,
+    table,
+    entry,
+    logits,
+    first,
+    first_column,
+    left_rows,
+    left_columns,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``acc + d W`` of the gates that read an input; ``entry`` is theirs in what ``input_gradient`` calls ``gates``."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inner = tl.arange(0, DEPTH)
+    stride = whole(tl.load(entry + 2).to(tl.int32), ALIGNED)
+    grad = pointer(entry, 0, DTYPE, ALIGNED) + first * stride + rows[:, None] * stride + inner[None, :]
+    addresses = table + tl.load(entry + 3) + inner
+    for k in tl.range(0, logits, DEPTH, num_stages=1):  # hardly ever more than once
+        a = tl.load(grad + k, mask=(rows < left_rows)[:, None] & (inner < stride - k)[None, :], other=0.0)
+        weight = tl.load(addresses + k, mask=inner < logits - k, other=0).to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            weight = tl.multiple_of(weight, 16)
+        weight = (weight + first_column)[:, None] + columns[None, :]
+        b = tl.load(weight, mask=(inner < logits - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
+        acc = product(a, b, acc, PRECISION, UPCAST)
+    return acc
 
 
 @triton.jit(
@@ -96,23 +133,15 @@ def input_gradient(
     inner = tl.arange(0, DEPTH)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     if GATE_LAYERS:
+        few: tl.constexpr = DEPTH if DEPTH < GATE_COLUMNS else GATE_COLUMNS
         entry = table + gates + 4 * group
         logits = tl.load(entry + 1).to(tl.int32)
-        stride = whole(tl.load(entry + 2).to(tl.int32), ALIGNED)
         if SPLIT:
             logits = tl.where(share == 0, logits, 0)
-        grad = pointer(entry, 0, DTYPE, ALIGNED) + first * stride
-        grad = grad + rows[:, None] * stride + inner[None, :]
-        addresses = table + tl.load(entry + 3)
-        for k in tl.range(0, logits, DEPTH, num_stages=1):  # hardly ever more than once
-            there = inner < logits - k
-            a = tl.load(grad + k, mask=(rows < left_rows)[:, None] & (inner < stride - k)[None, :], other=0.0)
-            weight = tl.load(addresses + k + inner, mask=there, other=0).to(tl.pointer_type(DTYPE))
-            if ALIGNED:
-                weight = tl.multiple_of(weight, 16)
-            weight = (weight + first_column)[:, None] + columns[None, :]
-            b = tl.load(weight, mask=there[:, None] & (columns < left_columns)[None, :], other=0.0)
-            acc = product(a, b, acc, PRECISION, UPCAST)
+        acc = add_gates(
+            acc, table, entry, logits, first, first_column, left_rows, left_columns,
+            DTYPE, ALIGNED, PRECISION, UPCAST, ROWS, COLUMNS, few,
+        )  # fmt: skip
     start = tl.load(table + members + group).to(tl.int32)
     end = tl.load(table + members + group + 1).to(tl.int32)
     if SPLIT:

@@ -153,9 +153,8 @@ def gate_layer(
     stream, its first column, and how many it has), W addresses of rows of weights, and W of biases, which may be null.
     """
     entry = table + gates + 2 + 3 * tile
-    first_column = tl.load(entry + 1)
+    first_column = tl.load(entry + 1).to(tl.int32)
     left_columns = tl.load(entry + 2).to(tl.int32)
-    width = tl.load(table + gates + 1)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
@@ -167,10 +166,12 @@ def gate_layer(
     acc = multiply(
         x, weight[None, :] + inner[:, None], left_rows, left_columns, depth, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH
     )  # fmt: skip
+    width = tl.load(table + gates + 1).to(tl.int32)
     bias = tl.load(at + width, mask=columns < left_columns, other=0)
     acc += tl.load(bias.to(tl.pointer_type(DTYPE)), mask=bias != 0, other=0.0).to(tl.float32)[None, :]
-    out = pointer(table, gates, DTYPE, False) + (first + rows)[:, None] * width + first_column + columns[None, :]
-    tl.store(out, acc.to(DTYPE), mask=(rows < left_rows)[:, None] & (columns < left_columns)[None, :])
+    out = pointer(table, gates, DTYPE, False) + first * width + first_column
+    mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
+    tl.store(out + rows[:, None] * width + columns[None, :], acc.to(DTYPE), mask=mask)
 
 
 @triton.jit(

@@ -9,6 +9,7 @@ memory 16 bytes at a time; each element then needs an address in registers, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,11 @@ def product(kind: str, aligned: bool, rows: int, columns: int, heavy: bool = Fal
     if rows <= 2 * choice.short.rows:
         return choice.short
     return choice.narrow if heavy or columns <= choice.narrow.columns else choice.full
+
+
+def beside_gates(tile: Tile) -> Tile:
+    """``tile`` for a ``layer_forward`` with linear gates; of one, the compiler would spill a few registers else."""
+    return replace(tile, registers=255) if tile == PRODUCT["ieee", True].full else tile
 
 
 def mixing(kind: str, aligned: bool, gates: int, rows: int) -> Tile | None:
