@@ -1,4 +1,4 @@
-"""Every kernel against the reference, on CPU tensors; ``test_interpreter.py`` runs this under Triton's interpreter."""
+"""Kernels against the reference, on CPU tensors; ``test_interpreter.py`` runs this under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from mtlkernels import Routing, expert_mixture, use_backend
 from mtlkernels._backends import interpreting
 from tests.ops import test_gate_layers
-from tests.triton import levels, norms, snr
+from tests.triton import levels, snr
 from tests.triton.cases import Case, cases, check_expert_mixture, check_gated_mixture
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
@@ -106,19 +106,3 @@ def test_snr(name: str) -> None:
 
 def test_closed_routes_take_no_part() -> None:
     snr.check_closed_routes_take_no_part("cpu")
-
-
-@pytest.mark.parametrize("name", norms.cases())
-def test_normalized_mixture(name: str) -> None:
-    norms.check(name, "cpu")
-
-
-@pytest.mark.parametrize("activation", ["prelu", "dice"])
-@pytest.mark.parametrize("needs", [tuple(i == j for i in range(6)) for j in range(6)], ids=str)
-def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...], activation: str) -> None:
-    norms.check_gradients_asked_for(needs, activation, "cpu")
-
-
-def test_running_statistics() -> None:
-    for found, expected in zip(*norms.statistics("cpu"), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

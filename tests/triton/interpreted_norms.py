@@ -1,0 +1,27 @@
+"""The normalized mixture's kernels, as interpreted.py has the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtlkernels._backends import interpreting
+from tests.triton import norms
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
+
+
+@pytest.mark.parametrize("name", norms.cases())
+def test_normalized_mixture(name: str) -> None:
+    norms.check(name, "cpu")
+
+
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+@pytest.mark.parametrize("needs", [tuple(i == j for i in range(6)) for j in range(6)], ids=str)
+def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...], activation: str) -> None:
+    norms.check_gradients_asked_for(needs, activation, "cpu")
+
+
+def test_running_statistics() -> None:
+    for found, expected in zip(*norms.statistics("cpu"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
