@@ -362,22 +362,6 @@ def test_activations_that_are_not_known(activation: Any) -> None:
             assert f"experts as modules, because of {name} " in line.detail.lower()
 
 
-def test_slopes_that_do_not_fit() -> None:
-    """They fail when called, as they do in the library, so nothing is read beyond them."""
-    model = rechub_mmoe()
-    model.experts[1].mlp[2] = nn.PReLU(5)
-    assert "1 expert as modules, because of PReLU of 5 slopes after 12 (experts.1.mlp.0)" in str(mk.convert(model))
-    with pytest.raises(RuntimeError, match="Mismatch of parameter numbers"):
-        model(inputs(CASES["rechub MMOE"]))
-
-
-def test_dice_without_eps_is_left_to_modules() -> None:
-    """Of a row of equal values it is not a number, which the operator does not promise."""
-    model = rechub_mmoe(activation="dice")
-    model.experts[0].mlp[2].epsilon = 0.0
-    assert "1 expert as modules, because of Dice (experts.0.mlp.0)" in str(mk.convert(model))
-
-
 def test_versions_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch_rechub
 

@@ -1,0 +1,91 @@
+"""Experts whose activations learn slopes: PReLU, and torch-rechub's Dice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mtlkernels as mk
+from tests.convert.agreement import Inputs
+from tests.convert.models import fill, ple, rechub_mmoe, rechub_ple
+from tests.convert.test_parts import check, deepctr_inputs, rechub_inputs
+
+
+def slope_by_channel(model: Any) -> Any:
+    """In the last level also for one expert alone."""
+    for level in model.cgc_layers:
+        for expert in [*level.experts_specific, *level.experts_shared][: 8 if level is model.cgc_layers[0] else 1]:
+            expert.mlp[2], expert.mlp[6] = nn.PReLU(12), nn.PReLU(7)
+    return fill(model)
+
+
+def other_dice(model: Any) -> Any:
+    model.cgc_layers[1].experts_specific[0].mlp[2].epsilon = 0.1
+    return model
+
+
+# As in test_parts.py.
+CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
+    "rechub PLE with PReLU": (
+        lambda: rechub_ple(activation="prelu"),
+        rechub_inputs,
+        "8 experts of 2 layers with batch norm and 3 gates in one expert_mixture",
+        [8, 8],
+    ),
+    "rechub PLE with a slope a channel": (
+        lambda: slope_by_channel(rechub_ple(activation="prelu")),
+        rechub_inputs,
+        "8 experts of 2 layers with batch norm and 3 gates in one expert_mixture",
+        [8, 8],
+    ),
+    "rechub PLE with Dice": (
+        lambda: rechub_ple(activation="dice", levels=1, tasks=2, specific=3, shared=1),
+        rechub_inputs,
+        "7 experts of 2 layers with batch norm and 2 gates in one expert_mixture",
+        [7],
+    ),
+    "rechub PLE with several Dice": (
+        lambda: other_dice(rechub_ple(activation="dice")),
+        rechub_inputs,
+        "1 expert of 2 layers with batch norm in one expert_mixture, "
+        "7 experts of 2 layers with batch norm in one expert_mixture, 3 gates in one gated_mixture",
+        [8, 1, 7],
+    ),
+    "rechub MMOE with PReLU": (
+        lambda: rechub_mmoe(activation="prelu"),
+        rechub_inputs,
+        "4 experts of 2 layers with batch norm and 3 gates in one expert_mixture",
+        [4],
+    ),
+    "deepctr PLE with PReLU": (
+        lambda: ple(dnn_activation="prelu"),
+        deepctr_inputs,
+        "8 experts of 2 layers and 3 gates in one expert_mixture",
+        [8, 8],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trains_and_serves_as_the_library(name: str, fused_calls: list[int]) -> None:
+    check(*CASES[name], fused_calls, (1, 2, 33, 300))
+
+
+def test_slopes_that_do_not_fit() -> None:
+    """They fail when called, as they do in the library, so nothing is read beyond them."""
+    model = rechub_mmoe()
+    model.experts[1].mlp[2] = nn.PReLU(5)
+    assert "1 expert as modules, because of PReLU of 5 slopes after 12 (experts.1.mlp.0)" in str(mk.convert(model))
+    with pytest.raises(RuntimeError, match="Mismatch of parameter numbers"):
+        model(*rechub_inputs(9, 0, torch.float32))
+
+
+def test_dice_without_eps_is_left_to_modules() -> None:
+    """Of a row of equal values it is not a number, which the operator does not promise."""
+    model = rechub_mmoe(activation="dice")
+    model.experts[0].mlp[2].epsilon = 0.0
+    assert "1 expert as modules, because of Dice (experts.0.mlp.0)" in str(mk.convert(model))
