@@ -24,6 +24,7 @@ ACTIVATIONS: dict[type, str] = {
 
 # torch-rechub's, whose gate has statistics of each row; deepctr-torch's fails in its experts, before and after.
 _DICE = "torch_rechub.basic.activation.Dice"
+
 # Of torch-rechub's and deepctr-torch's PLE: on fewer rows than this, training with batch norm is as fast by modules.
 NORM_ROWS = 16
 

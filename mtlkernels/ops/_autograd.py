@@ -93,6 +93,14 @@ def copies(tensor: Tensor | None, dim: int | None, size: int) -> list[Tensor | N
     return list(tensor.unbind(dim))
 
 
+def example_by_example(run: Callable[..., Any], size: int, in_dims: Any, tensors: Any) -> Any:
+    """A rule for vmap that calls ``run`` with each example: where each has statistics, a seed or gates of its own."""
+    slices = [copies(tensor, dim, size) for tensor, dim in zip(tensors, in_dims, strict=True)]
+    results = [run(*example) for example in zip(*slices, strict=True)]
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
 def by_example(tensor: Tensor, dim: int, size: int) -> Tensor:
     """Splits dimension ``dim``, in which ``size`` examples lie one after another."""
     split: Tensor = tensor.unflatten(dim, (size, tensor.shape[dim] // size))

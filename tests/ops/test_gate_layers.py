@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import mtlkernels as mk
 from mtlkernels import _extension
+from mtlkernels.ops.expert_level.autograd import ExpertLevel, Plan
 from mtlkernels.testing import Case, CaseFactory, assert_within_budget, evaluate, poisoned_outputs
 
 ROUTING = mk.Routing.cgc(2, 2, 1, shared_gate=True)  # 5 experts, 3 streams, gates of 3, 3 and 5
@@ -166,6 +167,22 @@ def test_func(seed: int, backend: str) -> None:
         expected = torch.autograd.grad(loss(*leaves), leaves)
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_the_functions_own_rule_for_vmap() -> None:
+    """Whatever brings torch.func.vmap to it: the public function does not."""
+    inputs, *groups, experts, gate_experts, sizes, codes = operator_arguments(torch.float64, 5, False)
+    plan = Plan.of(2, None, tuple(map(tuple, (experts, gate_experts, sizes, codes))))
+    rest = [tensor for group in groups for tensor in group]
+    examples = torch.stack([inputs[0], 2 * inputs[0], inputs[1]])
+
+    def outputs(x: Tensor) -> Any:
+        return ExpertLevel.apply(plan, x, inputs[1], *rest)[:2]
+
+    found = torch.func.vmap(outputs)(examples)
+    for i, x in enumerate(examples):
+        for got, want in zip(found, outputs(x), strict=True):
+            torch.testing.assert_close(got[i], want)
 
 
 @pytest.mark.parametrize("frozen", [["inputs"], ["weights"], ["biases"], ["gate_weights"], ["gate_biases", "inputs"]])

@@ -16,15 +16,15 @@ from mtlkernels.ops._call import needs_function, run_forward
 from mtlkernels.ops.expert_level.autograd import ExpertLevel, Plan
 
 _OP = "expert_level"
-Optional = Sequence[Tensor | None]
+Biases = Sequence[Tensor | None]
 
 
 def expert_level(
     streams: Sequence[Tensor],
     weights: Sequence[Tensor],
-    biases: Optional,
+    biases: Biases,
     gate_weights: Sequence[Tensor],
-    gate_biases: Optional,
+    gate_biases: Biases,
     flat: Any,
     unused: Sequence[Tensor],
     direct: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
-from mtlkernels.ops._autograd import call, copies, grads_are_batched
+from mtlkernels.ops._autograd import call, example_by_example, grads_are_batched
 from mtlkernels.ops._call import run_cpp, run_forward
 from mtlkernels.ops.expert_level import reference
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixtureBackward
@@ -91,10 +92,8 @@ class ExpertLevel(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Any) -> Any:
         """A call an example: the public function does not come here under torch.func."""
-        slices = [copies(tensor, dim, info.batch_size) for tensor, dim in zip(tensors, in_dims[1:], strict=True)]
-        results = [ExpertLevel.apply(plan, *example) for example in zip(*slices, strict=True)]
-        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
+        run = functools.partial(ExpertLevel.apply, plan)
+        return example_by_example(run, info.batch_size, in_dims[1:], tensors)
 
 
 def _of_those(found: Any, group: Any) -> list[Tensor | None]:

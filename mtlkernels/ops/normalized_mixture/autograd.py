@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,13 @@ from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
-from mtlkernels.ops._autograd import batched_backward, call, copies, differentiate_lists_twice, grads_are_batched
+from mtlkernels.ops._autograd import (
+    batched_backward,
+    call,
+    differentiate_lists_twice,
+    example_by_example,
+    grads_are_batched,
+)
 from mtlkernels.ops._call import run_forward
 from mtlkernels.ops.normalized_mixture import reference
 
@@ -109,7 +114,7 @@ class NormalizedMixture(torch.autograd.Function):
         def run(*example: Any) -> Any:
             return NormalizedMixture.apply(plan, *example)
 
-        return _example_by_example(run, info.batch_size, in_dims[1:], tensors)
+        return example_by_example(run, info.batch_size, in_dims[1:], tensors)
 
 
 class NormalizedMixtureBackward(torch.autograd.Function):
@@ -160,21 +165,13 @@ class NormalizedMixtureBackward(torch.autograd.Function):
         def run(*example: Any) -> Any:
             return NormalizedMixtureBackward.apply(plan, needs, *example)
 
-        return _example_by_example(run, info.batch_size, in_dims[2:], tensors)
+        return example_by_example(run, info.batch_size, in_dims[2:], tensors)
 
 
 def _by_group(needs: tuple[bool, ...]) -> tuple[bool, ...]:
     """``needs`` for each group of tensors: scales and shifts go together."""
     inputs, weights, biases, norms, slopes, logits = needs
     return inputs, weights, biases, norms, norms, slopes, logits
-
-
-def _example_by_example(run: Callable[..., Any], size: int, in_dims: Any, tensors: Any) -> Any:
-    """The rule for vmap: each example has statistics and, perhaps, a seed of its own, so each is a call."""
-    slices = [copies(tensor, dim, size) for tensor, dim in zip(tensors, in_dims, strict=True)]
-    results = [run(*example) for example in zip(*slices, strict=True)]
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
 
 
 register_reference(_OP, "forward", reference.forward)
@@ -209,7 +206,7 @@ def _vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
 
     dims = [dim for group, ts in zip(in_dims, args[:7], strict=False) for dim in (group or [None] * len(ts))]
     flat = [tensor for group in args[:7] for tensor in group]
-    out, out_dims = _example_by_example(run, info.batch_size, (*dims, in_dims[15]), (*flat, args[15]))
+    out, out_dims = example_by_example(run, info.batch_size, (*dims, in_dims[15]), (*flat, args[15]))
     return _nested(plan, out), _nested(plan, out_dims)
 
 
