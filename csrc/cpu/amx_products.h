@@ -22,11 +22,11 @@ class PairProducts {
   }
   static void end() { _tile_release(); }
 
-  // out0[i * ld] and out1 = rows of both tiles of a against the first and the second tile of b.
+  // out0[i * ld] and out1 = rows of both tiles of a against the first and the second tile of b, or this added to them.
   static void run(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1, int64_t ld,
-                  const Ahead& ahead) {
+                  bool add, const Ahead& ahead) {
     if constexpr (Planes == 1) {
-      product_2x2(a, b, steps, out0, out1, ld, ahead);
+      product_2x2(a, b, steps, out0, out1, ld, add, ahead);
     } else {
       // Short depths find their factors near, and run fastest with a register for each plane; long ones wait for the
       // second-level cache, and read b once for both tiles of a.
@@ -35,16 +35,16 @@ class PairProducts {
       int64_t part = 0;
       const auto next = [&] { return ahead.share(part++, 1, parts); };
       if (together) {
-        product_split<true>(a, b.first, b.step, steps, out0, ld, next());
-        if (b.both) product_split<true>(a, b.second, b.step, steps, out1, ld, next());
+        product_split<true>(a, b.first, b.step, steps, out0, ld, add, next());
+        if (b.both) product_split<true>(a, b.second, b.step, steps, out1, ld, add, next());
         return;
       }
-      product_split<false>(a, b.first, b.step, steps, out0, ld, next());
-      if (b.both) product_split<false>(a, b.second, b.step, steps, out1, ld, next());
+      product_split<false>(a, b.first, b.step, steps, out0, ld, add, next());
+      if (b.both) product_split<false>(a, b.second, b.step, steps, out1, ld, add, next());
       if (!a.both) return;
       const PairFactor second{a.second, nullptr, a.step, false};
-      product_split<false>(second, b.first, b.step, steps, out0 + kGroup * ld, ld, next());
-      if (b.both) product_split<false>(second, b.second, b.step, steps, out1 + kGroup * ld, ld, next());
+      product_split<false>(second, b.first, b.step, steps, out0 + kGroup * ld, ld, add, next());
+      if (b.both) product_split<false>(second, b.second, b.step, steps, out1 + kGroup * ld, ld, add, next());
     }
   }
 
@@ -52,11 +52,17 @@ class PairProducts {
   static constexpr int64_t kLongDepth = 20;  // steps
 
   static void product_2x2(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1, int64_t ld,
-                          const Ahead& ahead) {
+                          bool add, const Ahead& ahead) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    if (add) {
+      _tile_loadd(0, out0, ld * sizeof(float));
+      if (b.both) _tile_loadd(1, out1, ld * sizeof(float));
+      if (a.both) _tile_loadd(2, out0 + kGroup * ld, ld * sizeof(float));
+      if (a.both && b.both) _tile_loadd(3, out1 + kGroup * ld, ld * sizeof(float));
+    }
     Fetcher fetcher(ahead, steps);
     for (int64_t k = 0; k < steps; ++k) {
       fetcher.step();
@@ -84,11 +90,15 @@ class PairProducts {
   // halves are written out.
   template <bool Both>
   static void product_split(const PairFactor& a, const BFloat16* b, int64_t b_step, int64_t steps, float* out,
-                            int64_t ld, const Ahead& ahead) {
+                            int64_t ld, bool add, const Ahead& ahead) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    if (add) {
+      _tile_loadd(0, out, ld * sizeof(float));
+      if constexpr (Both) _tile_loadd(2, out + kGroup * ld, ld * sizeof(float));
+    }
     Fetcher fetcher(ahead, steps);
     for (int64_t k = 0; k < steps; ++k, b += b_step) {
       fetcher.step();

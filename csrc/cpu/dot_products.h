@@ -15,18 +15,18 @@ class PairProducts {
   static void begin() {}
   static void end() {}
 
-  // out0[i * ld] and out1 = rows of both tiles of a against the first and the second tile of b.
+  // out0[i * ld] and out1 = rows of both tiles of a against the first and the second tile of b, or this added to them.
   static void run(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1, int64_t ld,
-                  const Ahead& ahead) {
+                  bool add, const Ahead& ahead) {
     const int64_t parts = (a.both ? 2 : 1) * kGroup / kRows;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t row = part * kRows;
       const BFloat16* rows = (row < kGroup ? a.first : a.second) + row % kGroup * kPairStep;
       const Ahead share = ahead.share(part, 1, parts);
       if (b.both) {
-        rows_against<2>(rows, a.step, b, steps, out0 + row * ld, out1 + row * ld, ld, share);
+        rows_against<2>(rows, a.step, b, steps, out0 + row * ld, out1 + row * ld, ld, add, share);
       } else {
-        rows_against<1>(rows, a.step, b, steps, out0 + row * ld, nullptr, ld, share);
+        rows_against<1>(rows, a.step, b, steps, out0 + row * ld, nullptr, ld, add, share);
       }
     }
   }
@@ -36,7 +36,7 @@ class PairProducts {
 
   template <int Tiles>
   static void rows_against(const BFloat16* a, int64_t a_step, const PairFactor& b, int64_t steps, float* out0,
-                           float* out1, int64_t ld, const Ahead& ahead) {
+                           float* out1, int64_t ld, bool add, const Ahead& ahead) {
     __m512 sums[kRows][Tiles] = {}, rest[kRows][Tiles] = {};
     const BFloat16 *first = b.first, *second = b.second;
     Fetcher fetcher(ahead, steps);
@@ -51,8 +51,9 @@ class PairProducts {
     }
     for (int64_t i = 0; i < kRows; ++i) {
       for (int t = 0; t < Tiles; ++t) {
+        float* place = (t == 0 ? out0 : out1) + i * ld;
         const __m512 sum = Planes == 1 ? sums[i][t] : _mm512_add_ps(sums[i][t], rest[i][t]);
-        _mm512_storeu_ps((t == 0 ? out0 : out1) + i * ld, sum);
+        _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sum) : sum);
       }
     }
   }

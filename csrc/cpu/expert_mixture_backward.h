@@ -6,6 +6,7 @@
 #pragma once
 
 #include "expert_mixture_forward.h"
+#include "products_below.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -53,19 +54,20 @@ struct BackwardScratch {
   BackwardScratch(const Level& level, int64_t groups, void* memory) {
     Arena arena(memory);
     const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
+    int64_t read = 0;
+    for (int l = 1; l < level.layers; ++l) read = level.widths[l] > read ? level.widths[l] : read;
     grad_outputs = arena.take<C>(level.gates.count * groups * features * kGroup);
     probabilities = arena.take<C>(level.gates.columns * groups * kGroup);
     inner = arena.take<C>(level.gates.columns * groups * kGroup);
     kept = arena.take<C>(widest * groups * kGroup);
     after = arena.take<C>(features * kGroup);
     whole = arena.take<C>(features * kGroup);
-    below = arena.take<C>(level.widths[0] * groups * kGroup);
+    below = arena.take<C>(stream_sums<Engine>(level, groups));
     tile = arena.take<C>(Engine::kRows * Engine::kGroups * kGroup);
     const int64_t panels = Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups;
     panel[0] = arena.take<Element>(panels);
     panel[1] = arena.take<Element>(panels);
-    input = arena.take<Element>(
-        saved_layers(level) < level.layers ? Engine::panel_size(level.widths[level.layers - 1]) * groups : 0);
+    input = arena.take<Element>(Engine::panel_size(read) * groups);
     total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
   }
 };
@@ -99,7 +101,7 @@ class BackwardBlock {
     const Gates& gates = level_.gates;
     below_ = below;
     if (inner) s_.inner = inner;
-    if (below && !add) std::memset(below, 0, below_size() * sizeof(C));
+    if (below && !add) clear_others(first, last);
     for (int64_t g = 0; g < groups_; ++g) {
       gate_probabilities(gates, row_ + g * kGroup, group_rows(g), s_.probabilities + g * gates.columns * kGroup);
       for (int k = 0; k < gates.count; ++k) {
@@ -114,7 +116,8 @@ class BackwardBlock {
       if (level_.expert_inputs[e] != stream) {
         if (stream >= 0) leave_inputs(stream);
         stream = level_.expert_inputs[e];
-        std::memset(s_.below, 0, stream_size() * sizeof(C));
+        stream_ = divided(stream) ? below + args_.divided[stream] * stream_size() : s_.below;
+        fresh_ = !add || !divided(stream);
       }
       index_ = i - chunk_.first;
       expert(e);
@@ -138,13 +141,13 @@ class BackwardBlock {
       if (level_.expert_inputs[level_.order[i]] == stream) continue;
       stream = level_.expert_inputs[level_.order[i]];
       if (args_.divided[stream] < 0) continue;
-      for (int64_t at = 0; at < stream_size(); at += Simd<C>::lanes) {
-        Vector<C> sum{};
-        for (int p = 0; p < parts; ++p)
-          sum += load(below + p * below_size() + args_.divided[stream] * stream_size() + at);
+      const C* const sums = below + args_.divided[stream] * stream_size();
+      for (int64_t at = 0; parts > 1 && at < stream_size(); at += Simd<C>::lanes) {
+        Vector<C> sum = load(sums + at);
+        for (int p = 1; p < parts; ++p) sum += load(sums + p * below_size() + at);
         mtlk::MTLK_ISA::store(s_.below + at, sum);
       }
-      write_inputs(stream);
+      write_inputs(stream, parts > 1 ? s_.below : sums);
     }
   }
 
@@ -180,6 +183,7 @@ class BackwardBlock {
     if (!from_input(level_.activations[l])) {
       const T* rows = static_cast<const T*>(args_.saved[l]) + (e * level_.rows + row_) * width;
       for (int64_t g = 0; g < groups_; ++g) {
+        if (g + 1 < groups_) fetch_rows(rows + (g + 1) * kGroup * width, group_rows(g + 1) * width);
         Engine::pack(rows + g * kGroup * width, width, group_rows(g), width, s_.input + g * size);
       }
       return;
@@ -194,14 +198,6 @@ class BackwardBlock {
         });
       }
     });
-  }
-
-  // The same where it still lies there as load_kept would have it, otherwise null.
-  const C* loaded(int code) const {
-    if constexpr (__is_same(Element, C)) {
-      if (saved_layers(level_) < level_.layers && !from_input(code)) return s_.input;
-    }
-    return nullptr;
   }
 
   // What would have been saved of the last layer, from the one below.
@@ -238,26 +234,20 @@ class BackwardBlock {
     for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
     if (!args_.need_chain()) return;
     for (int l = last; l > 0; --l) {
-      const int code = level_.activations[l - 1];
-      const int64_t width = level_.widths[l], size = Engine::panel_size(width);
-      const C* kept = l == last ? loaded(code) : nullptr;
-      if (!kept) load_kept(l - 1, e);
-      if (!kept) kept = s_.kept;
+      // Where the last layer was computed again, what it read is there.
+      if (from_input(level_.activations[l - 1])) {
+        load_kept(l - 1, e);
+      } else if (l < saved_layers(level_)) {
+        load_input(l - 1, e);
+      }
       start_panels(l - 1);
-      down(e, l, [&](int64_t g, int64_t o, int64_t n, C* tile) {
-        C* place = Engine::destination(panels(l - 1) + g * size, o, tile);
-        times_derivative(code, tile, kept + (g * width + o) * kGroup, n, place);
-        finish_gradient(l - 1, g, o, n, place);
-      });
+      multiply_below<Engine>(
+          level_, l, e, panels(l), groups_, s_.tile,
+          [&](int64_t g, int64_t o, int64_t n, const C* tile) { hidden_gradients(l - 1, g, o, n, tile); });
     }
-    if (args_.grad_inputs) {
-      down(e, 0, [&](int64_t g, int64_t o, int64_t n, const C* tile) {
-        C* place = s_.below + (g * level_.widths[0] + o) * kGroup;
-        for (int64_t i = 0; i < n * kGroup; i += Simd<C>::lanes) {
-          mtlk::MTLK_ISA::store(place + i, load(place + i) + load(tile + i));
-        }
-      });
-    }
+    if (!args_.grad_inputs) return;
+    add_to_stream<Engine>(level_, e, panels(0), groups_, stream_, !fresh_);
+    fresh_ = false;
   }
 
   void start_panels(int l) {
@@ -265,49 +255,24 @@ class BackwardBlock {
     for (int64_t g = 0; g < groups_; ++g) Engine::clear_margin(panels(l) + g * Engine::panel_size(width), width);
   }
 
-  void finish_gradient(int l, int64_t g, int64_t o, int64_t n, const C* values) {
-    const int64_t width = level_.widths[l + 1];
-    Engine::store(panels(l) + g * Engine::panel_size(width), o, n, values);
-    Engine::store_gradient(gradients(l), width, g, o, n, values);
-  }
-
-  // From layer l's gradients to those of what it read: f(group, feature, n, tile) for each tile.
-  template <typename F>
-  void down(int e, int l, F f) {
-    const int64_t depth = level_.widths[l + 1], width = level_.widths[l];
-    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
-    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
-    const Element* in = panels(l);
-    constexpr int64_t tile_group = Engine::kRows * kGroup;
-    const int64_t tiles = Engine::tiles(width);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
-      Ahead ahead;  // a weight that is not transposed lies in too many pieces
-      if (Engine::kBackwardTransposed && t + 1 < tiles) {
-        ahead =
-            Engine::weight_rows(weight, level_.weight_ld[at], depth, o + n, Engine::tile_begin(width, t + 2) - o - n);
-      }
-      for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
-        const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
-        Engine::tile_back(weight, level_.weight_ld[at], o, n, in + g0 * Engine::panel_size(depth), depth, ng, s_.tile,
-                          tile_group, ahead.share(g0, ng, groups_));
-        for (int64_t g = g0; g < g0 + ng; ++g) f(g, o, n, s_.tile + (g - g0) * tile_group);
-      }
-    }
-  }
-
-  static void times_derivative(int code, const C* grad, const C* kept, int64_t n, C* out) {
-    with_activation(code, [&](auto constant) {
-      for (int64_t i = 0; i < n * kGroup; i += Simd<C>::lanes) {
-        mtlk::MTLK_ISA::store(out + i, load(grad + i) * derivative<decltype(constant)::value, C>(load(kept + i)));
-      }
+  // The gradients of n pre-activations from those of their activations. What the derivative follows from lies in
+  // s_.kept or s_.input.
+  void hidden_gradients(int l, int64_t g, int64_t o, int64_t n, const C* grad) {
+    const int64_t width = level_.widths[l + 1], size = Engine::panel_size(width);
+    with_activation(level_.activations[l], [&](auto constant) {
+      constexpr int kCode = decltype(constant)::value;
+      const C* const kept = s_.kept + (g * width + o) * kGroup;
+      const Element* const panel = s_.input + g * size;
+      Engine::store_gradients(panels(l) + g * size, gradients(l), width, g, o, n, [&](int64_t i, int j) {
+        const Vector<C> s = from_input(kCode) ? load(kept + i * kGroup + j) : Engine::load_panel(panel, o + i, j);
+        return load(grad + i * kGroup + j) * derivative<kCode, C>(s);
+      });
     });
   }
 
   // One group of an expert's outputs: <dy, output> for every gate that mixes it, and the last layer's gradient.
   void last_layer(int e, int64_t g) {
     constexpr int L = Simd<C>::lanes;
-    const Gates& gates = level_.gates;
     const int l = level_.layers - 1, code = level_.activations[l];
     const int64_t values = features() * kGroup;
     const C* kept = s_.kept + g * values;
@@ -320,50 +285,91 @@ class BackwardBlock {
       });
       after = s_.after;
     }
-    std::memset(s_.whole, 0, values * sizeof(C));
-    for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
-      const GateUse use = gates.uses[u];
-      const int64_t column = (g * gates.columns + use.column) * kGroup;
-      const C* grad = s_.grad_outputs + (use.gate * groups_ + g) * values;
-      add_weighted(s_.probabilities + column, grad, features(), s_.whole);
-      dot_lanes(grad, after, s_.inner + column);
-    }
+    weigh(e, g, after);
     if (!args_.need_chain()) return;
     const int64_t size = Engine::panel_size(features());
     if (g == 0) start_panels(l);
-    C* place = Engine::destination(panels(l) + g * size, 0, s_.whole);
-    times_derivative(code, s_.whole, kept, features(), place);
-    finish_gradient(l, g, 0, features(), place);
+    with_activation(code, [&](auto constant) {
+      Engine::store_gradients(panels(l) + g * size, gradients(l), features(), g, 0, features(), [&](int64_t i, int j) {
+        const int64_t at = i * kGroup + j;
+        return load(s_.whole + at) * derivative<decltype(constant)::value, C>(load(kept + at));
+      });
+    });
   }
 
-  void dot_lanes(const C* a, const C* b, C* out) const {
-    constexpr int L = Simd<C>::lanes;
-    constexpr int P = Simd<C>::per_group;
-    for (int j = 0; j < P; ++j) {
-      Vector<C> sum[4] = {};
-      for (int64_t i = 0; i < features(); ++i)
-        sum[i % 4] += load(a + i * kGroup + j * L) * load(b + i * kGroup + j * L);
-      mtlk::MTLK_ISA::store(out + j * L, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  // For every gate that mixes expert e, <dy, output> of a group; and the outputs' gradient, s_.whole.
+  void weigh(int e, int64_t g, const C* outputs) {
+    const int begin = level_.gates.use_begin[e], end = level_.gates.use_begin[e + 1];
+    if (begin == end) std::memset(s_.whole, 0, features() * kGroup * sizeof(C));
+    for (int u = begin; u < end; u += 2) {
+      if (u + 1 < end) {
+        weigh_some<2>(u, u == begin, g, outputs);
+      } else {
+        weigh_some<1>(u, u == begin, g, outputs);
+      }
     }
   }
 
-  int64_t stream_size() const { return level_.widths[0] * groups_ * kGroup; }
+  template <int Uses>
+  void weigh_some(int first, bool fresh, int64_t g, const C* outputs) {
+    constexpr int L = Simd<C>::lanes;
+    constexpr int kSums = 4;  // of each inner product, so that none waits for the one before
+    const GateUse* const use = level_.gates.uses + first;
+    for (int j = 0; j < kGroup; j += L) {
+      const C* grad[Uses];
+      C* inner[Uses];
+      Vector<C> p[Uses], sum[Uses][kSums] = {};
+      for (int u = 0; u < Uses; ++u) {
+        const int64_t column = (g * level_.gates.columns + use[u].column) * kGroup + j;
+        grad[u] = s_.grad_outputs + (use[u].gate * groups_ + g) * features() * kGroup + j;
+        inner[u] = s_.inner + column;
+        p[u] = load(s_.probabilities + column);
+      }
+      const auto step = [&](int64_t i, int k) {
+        const int64_t at = i * kGroup;
+        const Vector<C> out = load(outputs + at + j);
+        Vector<C> whole = fresh ? Vector<C>{} : load(s_.whole + at + j);
+#pragma GCC unroll 2
+        for (int u = 0; u < Uses; ++u) {
+          const Vector<C> dy = load(grad[u] + at);
+          whole += p[u] * dy;
+          sum[u][k] += dy * out;
+        }
+        mtlk::MTLK_ISA::store(s_.whole + at + j, whole);
+      };
+      int64_t i = 0;
+      for (; i + kSums <= features(); i += kSums) {
+#pragma GCC unroll 4
+        for (int k = 0; k < kSums; ++k) step(i + k, k);
+      }
+      for (; i < features(); ++i) step(i, 0);
+      for (int u = 0; u < Uses; ++u) {
+        mtlk::MTLK_ISA::store(inner[u], (sum[u][0] + sum[u][1]) + (sum[u][2] + sum[u][3]));
+      }
+    }
+  }
+
+  int64_t stream_size() const { return stream_sums<Engine>(level_, groups_); }
+
+  // Whether the stream's sums are of several parts.
+  bool divided(int stream) const { return below_ && args_.grad_inputs && args_.divided[stream] >= 0; }
+
+  // Zeroes the sums of the divided streams that none of experts order[first, last) reads.
+  void clear_others(int first, int last) {
+    for (int stream = 0; args_.grad_inputs && stream < stream_count(level_); ++stream) {
+      bool reads = false;
+      for (int i = first; i < last; ++i) reads = reads || level_.expert_inputs[level_.order[i]] == stream;
+      if (reads || args_.divided[stream] < 0) continue;
+      std::memset(below_ + args_.divided[stream] * stream_size(), 0, stream_size() * sizeof(C));
+    }
+  }
 
   void leave_inputs(int stream) {
-    if (!args_.grad_inputs) return;
-    if (!below_ || args_.divided[stream] < 0) return write_inputs(stream);
-    C* const place = below_ + args_.divided[stream] * stream_size();
-    for (int64_t i = 0; i < stream_size(); i += Simd<C>::lanes) {
-      mtlk::MTLK_ISA::store(place + i, load(place + i) + load(s_.below + i));
-    }
+    if (args_.grad_inputs && !divided(stream)) write_inputs(stream, s_.below);
   }
 
-  void write_inputs(int stream) {
-    const int64_t width = level_.widths[0];
-    T* rows = static_cast<T*>(args_.grad_inputs[stream]) + row_ * width;
-    for (int64_t g = 0; g < groups_; ++g) {
-      unpack_panel(s_.below + g * width * kGroup, width, rows + g * kGroup * width, width, group_rows(g));
-    }
+  void write_inputs(int stream, const C* sums) {
+    write_stream<Engine>(level_, sums, row_, nrows_, args_.grad_inputs[stream]);
   }
 
   void write_logits() {
@@ -384,6 +390,8 @@ class BackwardBlock {
   const int64_t row_, nrows_, groups_;
   BackwardScratch<Engine> s_;
   C* below_ = nullptr;
+  C* stream_ = nullptr;  // the sums that the experts' input gradients go to
+  bool fresh_ = true;    // nothing is in them yet
   int index_ = 0;
 };
 

@@ -218,8 +218,13 @@ class ForwardBlock {
                      ahead.share(g0, ng, groups_));
         for (int64_t g = g0; g < g0 + ng; ++g) {
           C* tile = s_.tile + (g - g0) * tile_group;
-          if (!save && (!last || uses(e) <= kFusedUses)) {
-            last ? mix_activated(e, g, o, n, tile, bias) : store_activated(l, tile, bias, n, out + g * out_size, o);
+          if (last && !save && uses(e) <= kFusedUses) {
+            mix_activated(e, g, o, n, tile, bias);
+            continue;
+          }
+          if (!last && (!save || (Engine::kSavesPanels && !save_before))) {
+            store_activated(l, tile, bias, n, out + g * out_size, o);
+            if (save) keep_panel(e, l, g, o, n, out + g * out_size);
             continue;
           }
           C* before = save_before ? s_.before : nullptr;
@@ -295,6 +300,14 @@ class ForwardBlock {
       unpack_panel(values, n, saved_rows(e, l, g) + o, width, group_rows(g));
     } else if (from_input(level_.activations[l])) {
       std::memcpy(s_.kept + (g * width + o) * kGroup, values, n * kGroup * sizeof(C));
+    }
+  }
+
+  // The same of what is stored in a layer's output.
+  void keep_panel(int e, int l, int64_t g, int64_t o, int64_t n, const Element* panel) {
+    if constexpr (Engine::kSavesPanels) {
+      const int64_t width = level_.widths[l + 1];
+      Engine::save_panel(panel, o, n, saved_rows(e, l, g) + o, width, group_rows(g));
     }
   }
 

@@ -23,7 +23,7 @@ class WeightGradients {
   void make_stream(int stream) const {
     if (Engine::direct_operand(stream_rows(stream), level_.widths[0])) return;
     Engine::make_operand(stream_rows(stream), level_.input_ld[stream], chunk_.rows, level_.widths[0],
-                         stream_operand(stream), [](C*, int64_t, int64_t, int64_t) {});
+                         stream_operand(stream), Unchanged{});
   }
 
   // Tasks: a layer of one of the group's experts, a run of its columns.
@@ -81,14 +81,17 @@ class WeightGradients {
     const Operand* direct = activated ? Engine::direct_operand(rows, width) : nullptr;
     if (direct) return {direct, width, column};
     with_activation(activated ? static_cast<int>(kNone) : level_.activations[l - 1], [&](auto constant) {
-      Engine::make_operand(
-          rows + column, width, chunk_.rows, n, memory, [&](C* values, int64_t count, int64_t, int64_t) {
-            if constexpr (decltype(constant)::value != kNone) {
-              for (int64_t i = 0; i < count; i += Simd<C>::lanes) {
-                mtlk::MTLK_ISA::store(values + i, activate<decltype(constant)::value, C>(load(values + i)));
-              }
-            }
-          });
+      constexpr int kCode = decltype(constant)::value;
+      if constexpr (kCode == kNone) {
+        Engine::make_operand(rows + column, width, chunk_.rows, n, memory, Unchanged{});
+      } else {
+        Engine::make_operand(rows + column, width, chunk_.rows, n, memory,
+                             [](C* values, int64_t count, int64_t, int64_t) {
+                               for (int64_t i = 0; i < count; i += Simd<C>::lanes) {
+                                 mtlk::MTLK_ISA::store(values + i, activate<kCode, C>(load(values + i)));
+                               }
+                             });
+      }
     });
     return {memory, Engine::rounded(n), 0};
   }

@@ -145,7 +145,7 @@ ExpertMixtureKernels expert_mixture_kernels() {
     return WeightScratch<Engine>(level, chunk_rows, nullptr).total;
   };
   table.backward_below_bytes = [](const Level& level, int64_t nrows) {
-    return static_cast<int64_t>(group_count(nrows) * level.widths[0] * kGroup * sizeof(C));
+    return static_cast<int64_t>(stream_sums<Engine>(level, group_count(nrows)) * sizeof(C));
   };
   table.backward_inner_bytes = [](const Level& level, int64_t nrows) {
     return static_cast<int64_t>(level.gates.columns * group_count(nrows) * kGroup * sizeof(C));

@@ -28,7 +28,7 @@ struct NormalizedBackwardScratch {
     centred = arena.take<C>(padded(widest) * kGroup);
     whole = arena.take<C>(padded(widest) * kGroup);
     after = arena.take<C>(features * kGroup);
-    below = arena.take<C>(level.widths[0] * groups * kGroup);
+    below = arena.take<C>(stream_sums<Engine>(level, groups));
     for (C*& sum : sums) sum = arena.take<C>(widest * kGroup);
     for (C*& sum : row_sums) sum = arena.take<C>(groups * kGroup);
     bool dice = false;

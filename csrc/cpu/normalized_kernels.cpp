@@ -36,8 +36,8 @@ NormalizedMixtureKernels normalized_mixture_kernels() {
     return static_cast<int64_t>(level.gates.columns * ((nrows + kGroup - 1) / kGroup) * kGroup * sizeof(C));
   };
   table.below_bytes = [](const Level& level, int64_t nrows) {
-    const int64_t rows = (nrows + kGroup - 1) / kGroup * kGroup;
-    return static_cast<int64_t>(stream_count(level) * rows * level.widths[0] * sizeof(C));
+    const int64_t groups = (nrows + kGroup - 1) / kGroup;
+    return static_cast<int64_t>(stream_count(level) * stream_sums<Engine>(level, groups) * sizeof(C));
   };
   table.gradient_bytes = [](const Level& level, int64_t chunk_rows) {
     int64_t most = 0;

@@ -71,6 +71,7 @@ class NormalizedBackward {
   // first layer the inputs' gradients, which several parts leave in `below` for `inputs`.
   void down(const BackwardChunk& chunk, int l, int first, int last, C* below) {
     int stream = -1;
+    bool fresh = true;
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
       Gradient* const gradients = gradients_of(chunk, l, e);
@@ -81,12 +82,10 @@ class NormalizedBackward {
         if (level_.expert_inputs[e] != stream) {
           if (stream >= 0) leave_inputs(stream, below);
           stream = level_.expert_inputs[e];
-          std::memset(s_.below, 0, stream_size() * sizeof(C));
+          fresh = true;
         }
-        multiply(l, e, gradients, [&](int64_t g, int64_t o, int64_t n, const C* tile) {
-          C* place = s_.below + (g * level_.widths[0] + o) * kGroup;
-          for (int64_t v = 0; v < n * kGroup; v += L) store(place + v, load(place + v) + load(tile + v));
-        });
+        add_to_stream<Engine>(level_, e, panels(gradients), groups_, s_.below, !fresh);
+        fresh = false;
       }
     }
     if (stream >= 0) leave_inputs(stream, below);
@@ -114,7 +113,7 @@ class NormalizedBackward {
   static void store(C* place, Vector<C> value) { mtlk::MTLK_ISA::store(place, value); }
   int64_t row(int64_t g) const { return row_ + g * kGroup; }
   int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
-  int64_t stream_size() const { return level_.widths[0] * groups_ * kGroup; }
+  int64_t stream_size() const { return stream_sums<Engine>(level_, groups_); }
 
   // Whether one of part p's experts reads the stream.
   bool reads(int p, int parts, int stream) const {
@@ -276,8 +275,10 @@ class NormalizedBackward {
       Engine::clear_margin(panel, width);
       values = Engine::destination(panel, 0, values);
       pre_activations(reader, g, normalized_gradient(l, e, g), values);
-      Engine::store(panel, 0, width, values);
-      Engine::store_gradient(gradients, width, g, 0, width, values);
+      if constexpr (!Engine::kGradientIsPanel) {
+        Engine::store_gradients(panel, gradients, width, g, 0, width,
+                                [&](int64_t i, int j) { return load(values + i * kGroup + j); });
+      }
     }
   }
 
@@ -323,27 +324,10 @@ class NormalizedBackward {
     }
   }
 
-  // From layer l's gradients to those of what it read: f(group, feature, n, tile) for each tile.
+  // f(group, feature, n, tile) for each tile of the gradients of what layer l read.
   template <typename F>
   void multiply(int l, int e, Gradient* gradients, F f) {
-    const int64_t depth = level_.widths[l + 1], width = level_.widths[l], size = Engine::panel_size(depth);
-    const int64_t at = static_cast<int64_t>(l) * level_.experts + e, tiles = Engine::tiles(width);
-    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
-    constexpr int64_t tile_group = Engine::kRows * kGroup;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
-      Ahead ahead;  // a weight that is not transposed lies in too many pieces
-      if (Engine::kBackwardTransposed && t + 1 < tiles) {
-        ahead =
-            Engine::weight_rows(weight, level_.weight_ld[at], depth, o + n, Engine::tile_begin(width, t + 2) - o - n);
-      }
-      for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
-        const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
-        Engine::tile_back(weight, level_.weight_ld[at], o, n, panels(gradients) + g0 * size, depth, ng, s_.tile,
-                          tile_group, ahead.share(g0, ng, groups_));
-        for (int64_t g = g0; g < g0 + ng; ++g) f(g, o, n, s_.tile + (g - g0) * tile_group);
-      }
-    }
+    multiply_below<Engine>(level_, l, e, panels(gradients), groups_, s_.tile, f);
   }
 
   // The dn of the layer below l.
@@ -378,13 +362,7 @@ class NormalizedBackward {
     std::memcpy(below + stream * stream_size(), s_.below, stream_size() * sizeof(C));
   }
 
-  void write_inputs(int stream) {
-    const int64_t width = level_.widths[0];
-    T* rows = static_cast<T*>(args_.grad_inputs[stream]) + row_ * width;
-    for (int64_t g = 0; g < groups_; ++g) {
-      unpack_panel(s_.below + g * width * kGroup, width, rows + g * kGroup * width, width, group_rows(g));
-    }
-  }
+  void write_inputs(int stream) { write_stream<Engine>(level_, s_.below, row_, nrows_, args_.grad_inputs[stream]); }
 
   const NormalizedBackwardArgs& args_;
   const Level& level_;

@@ -49,7 +49,7 @@ class NormalizedWeightGradients {
       const int stream = level_.expert_inputs[e];
       const int64_t ld = level_.input_ld[stream];
       const T* rows = static_cast<const T*>(level_.inputs[stream]) + chunk.row * ld + column;
-      return Engine::make_operand(rows, ld, chunk.rows, n, out, [](C*, int64_t, int64_t, int64_t) {});
+      return Engine::make_operand(rows, ld, chunk.rows, n, out, Unchanged{});
     }
     const LayerReader<T> reader(args_, l_ - 1, e);
     const T* rows = reader.rows(chunk.row) + column;

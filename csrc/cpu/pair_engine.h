@@ -77,8 +77,36 @@ struct PairEngine {
     }
   }
 
-  // Values are saved tile by tile, while they are float32 and at hand.
+  // Features feature and, in the next 16 lanes' place, feature + 1 of an even pair, as they were stored.
+  static __m512 load_panel(const Element* panel, int64_t feature, int) {
+    const Element* place = panel + feature / kStep * kPlaneBlock + feature % kStep / 2 * 2 * kGroup;
+    __m512 value = _mm512_setzero_ps();
+    for (int p = kPlanes - 1; p >= 0; --p) {
+      const __m512i pair = _mm512_loadu_si512(place + p * kBlock);
+      const __m512i wide =
+          feature % 2 == 0 ? _mm512_slli_epi32(pair, 16) : _mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000u));
+      value = p == kPlanes - 1 ? _mm512_castsi512_ps(wide) : _mm512_add_ps(value, _mm512_castsi512_ps(wide));
+    }
+    return value;
+  }
+
+  // Values are saved tile by tile: of whole numbers of bfloat16 as the panel has them, of others while they are float32
+  // and at hand.
   static constexpr bool kSavesTiles = true;
+  static constexpr bool kSavesPanels = kPlanes == 1;
+  static void save_panel(const Element* panel, int64_t feature, int64_t n, T* rows, int64_t ld, int64_t nrows) {
+    alignas(64) BFloat16 block[kBlock];
+    for (int64_t f = 0; f < n; f += kStep) {
+      const Element* pairs = panel + (feature + f) * kGroup;
+      const int64_t width = n - f < kStep ? n - f : kStep;
+      if (width == kStep && nrows == kGroup && ld % 2 == 0) {
+        transpose16(pairs, kGroup, rows + f, ld / 2);
+        continue;
+      }
+      transpose16(pairs, kGroup, block, kStep / 2);
+      for (int64_t r = 0; r < nrows; ++r) std::memcpy(rows + r * ld + f, block + r * kStep, width * sizeof(T));
+    }
+  }
 
   static C* destination(Element*, int64_t, C* tile) { return tile; }
 
@@ -92,8 +120,7 @@ struct PairEngine {
       __m256i even[kPlanes], odd[kPlanes];
       split(reinterpret_cast<__m512>(value(i, 0)), even);
       split(i + 1 < n ? reinterpret_cast<__m512>(value(i + 1, 0)) : _mm512_setzero_ps(), odd);
-      Element* place = panel + (feature + i) / kStep * kPlaneBlock + (feature + i) % kStep * kGroup;
-      for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, interleaved(even[p], odd[p]));
+      store_pair(panel, feature + i, even, odd);
     }
   }
 
@@ -121,18 +148,21 @@ struct PairEngine {
 
   static void tile(const Weight* w, int64_t, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                    int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
+    tile_back(w, 0, feature, n, panels, depth, groups, out, out_group, false, ahead);
+  }
+
+  // The backward pass gets its weights transposed, so that it is the same product; sums of several have room for
+  // sum_features.
+  static constexpr bool kBackwardTransposed = true;
+  static void tile_back(const Weight* w, int64_t, int64_t feature, int64_t n, const Element* panels, int64_t depth,
+                        int64_t groups, C* out, int64_t out_group, bool add, const Ahead& ahead) {
     const int64_t size = panel_size(depth);
     const Weight* a = w + feature / kGroup * size;
     Products::run({a, a + size, kPlaneBlock, n > kGroup}, {panels, panels + size, kPlaneBlock, groups > 1},
-                  steps(depth), out, out + out_group, kGroup, ahead);
+                  steps(depth), out, out + out_group, kGroup, add, ahead);
   }
 
-  // The backward pass gets its weights transposed, so that it is the same product.
-  static constexpr bool kBackwardTransposed = true;
-  static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
-                        int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
-    tile(w, ld, feature, n, panels, depth, groups, out, out_group, ahead);
-  }
+  static int64_t sum_features(int64_t features) { return (features + kGroup - 1) / kGroup * kGroup; }
 
   // Gradients of pre-activations, kept for the weights' gradients: [row / 32][feature / 16][plane][16][32 rows].
   using Gradient = BFloat16;
@@ -142,18 +172,25 @@ struct PairEngine {
   static int64_t gradient_size(int64_t features) { return (features + kGroup - 1) / kGroup * kPlaneBlock; }
   static void store_gradient(Gradient* base, int64_t features, int64_t group, int64_t feature, int64_t n,
                              const C* values) {
-    Gradient* block = base + group / 2 * gradient_size(features);
     for (int64_t i = 0; i < n; ++i) {
       __m256i planes[kPlanes];
       split(_mm512_loadu_ps(values + i * kGroup), planes);
-      Gradient* place = block + (feature + i) / kGroup * kPlaneBlock + (feature + i) % kGroup * kStep;
-      for (int p = 0; p < kPlanes; ++p) {
-        if (group % 2 != 0) {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + p * kBlock + kGroup), planes[p]);
-        } else {  // zeroes the second group, which may not come
-          _mm512_storeu_si512(place + p * kBlock, _mm512_zextsi256_si512(planes[p]));
-        }
+      place_gradient(base, features, group, feature + i, planes);
+    }
+  }
+  // Those of features [feature, feature + n) of a group, in both their places: value(i, 0) the 16 rows of feature + i.
+  template <typename F>
+  MTLK_INLINE static void store_gradients(Element* panel, Gradient* base, int64_t features, int64_t group,
+                                          int64_t feature, int64_t n, F value) {
+    for (int64_t i = 0; i < n; i += 2) {
+      __m256i even[kPlanes], odd[kPlanes] = {};
+      split(reinterpret_cast<__m512>(value(i, 0)), even);
+      place_gradient(base, features, group, feature + i, even);
+      if (i + 1 < n) {
+        split(reinterpret_cast<__m512>(value(i + 1, 0)), odd);
+        place_gradient(base, features, group, feature + i + 1, odd);
       }
+      store_pair(panel, feature + i, even, odd);
     }
   }
 
@@ -168,6 +205,12 @@ struct PairEngine {
     alignas(64) float wide[2][kStep];
     for (int64_t column = 0; column < features; column += kStep) {
       const int64_t width = features - column < kStep ? features - column : kStep;
+      if constexpr (kPlanes == 1 && __is_same(Activate, Unchanged)) {
+        if (width == kStep && nrows % 2 == 0) {
+          pair_rows(rows + column, ld, nrows, out + column / kGroup * steps(nrows) * kBlock);
+          continue;
+        }
+      }
       for (int64_t m = 0; m < rounded(nrows); m += 2) {
         for (int64_t r = 0; r < 2; ++r) {
           if (width < kStep || m + r >= nrows) std::memset(wide[r], 0, sizeof(wide[r]));
@@ -196,8 +239,13 @@ struct PairEngine {
     for (int64_t o = 0; o < outputs; o += kRows) {
       const int64_t n = outputs - o < kRows ? outputs - o : kRows;
       const Gradient* a = gradient + o / kGroup * kPlaneBlock;
-      Products::run({a, a + kPlaneBlock, gradient_size(outputs), n > kGroup},
-                    {b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true}, steps(nrows), sums[0], sums[1], kGroup, {});
+      const PairFactor left{a, a + kPlaneBlock, gradient_size(outputs), n > kGroup};
+      const PairFactor right{b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true};
+      if (n % kGroup == 0) {
+        Products::run(left, right, steps(nrows), grad + o * ld, grad + o * ld + kGroup, ld, add, {});
+        continue;
+      }
+      Products::run(left, right, steps(nrows), sums[0], sums[1], kGroup, false, {});
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < kGroups; ++j) {
           C* place = grad + (o + i) * ld + j * kGroup;
@@ -226,6 +274,47 @@ struct PairEngine {
   }
 
  private:
+  static void store_pair(Element* panel, int64_t feature, const __m256i* even, const __m256i* odd) {
+    Element* place = panel + feature / kStep * kPlaneBlock + feature % kStep * kGroup;
+    for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, interleaved(even[p], odd[p]));
+  }
+
+  static void place_gradient(Gradient* base, int64_t features, int64_t group, int64_t feature, const __m256i* planes) {
+    Gradient* place =
+        base + group / 2 * gradient_size(features) + feature / kGroup * kPlaneBlock + feature % kGroup * kStep;
+    for (int p = 0; p < kPlanes; ++p) {
+      if (group % 2 != 0) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + p * kBlock + kGroup), planes[p]);
+      } else {  // zeroes the second group, which may not come
+        _mm512_storeu_si512(place + p * kBlock, _mm512_zextsi256_si512(planes[p]));
+      }
+    }
+  }
+
+  // 32 features of rows, an even number of them, into operands of one plane: bfloat16 as they are.
+  static void pair_rows(const T* rows, int64_t ld, int64_t nrows, Operand* out) {
+    alignas(64) uint16_t order[2][2 * kGroup];  // of the first and the second 16 features, out of two rows
+    for (int i = 0; i < kGroup; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        order[half][2 * i] = static_cast<uint16_t>(half * kGroup + i);
+        order[half][2 * i + 1] = static_cast<uint16_t>(kStep + half * kGroup + i);
+      }
+    }
+    const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+    Operand* const second = out + steps(nrows) * kBlock;
+    for (int64_t m = 0; m < rounded(nrows); m += 2) {
+      __m512i even = _mm512_setzero_si512(), odd = even;
+      if (m < nrows) {
+        fetch_rows(rows + (m + kRowsAhead) * ld, kStep);
+        fetch_rows(rows + (m + 1 + kRowsAhead) * ld, kStep);
+        even = _mm512_loadu_si512(rows + m * ld);
+        odd = _mm512_loadu_si512(rows + (m + 1) * ld);
+      }
+      _mm512_storeu_si512(out + m * kGroup, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_storeu_si512(second + m * kGroup, _mm512_permutex2var_epi16(even, high, odd));
+    }
+  }
+
   static __m512i interleaved(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
@@ -244,6 +333,9 @@ struct PairEngine {
   // Up to 16 rows of up to 32 values into planes [16][32], zeros in the margins.
   static void split_rows(const T* rows, int64_t row_stride, int64_t column_stride, int64_t nrows, int64_t width,
                          BFloat16* out) {
+    if constexpr (kPlanes == 1) {
+      if (width == kStep && nrows == kGroup) return copy_block(rows, row_stride, column_stride, out);
+    }
     if (column_stride == 1 && width == kStep) {  // straight from whole rows
       for (int64_t r = 0; r < kGroup; ++r) {
         for (int64_t j = 0; j < kStep; j += kGroup) {
@@ -269,6 +361,21 @@ struct PairEngine {
       for (int64_t c = 0; c < kStep; c += kGroup) transpose16(turned + c * kGroup, kGroup, wide + c, kStep);
     }
     for (int64_t i = 0; i < kBlock; i += kGroup) split_to(_mm512_load_ps(wide + i), out + i);
+  }
+
+  // 16 rows of 32 bfloat16 as they are.
+  static void copy_block(const T* rows, int64_t row_stride, int64_t column_stride, BFloat16* out) {
+    if (column_stride == 1) {
+      for (int64_t r = 0; r < kGroup; ++r) std::memcpy(out + r * kStep, rows + r * row_stride, kStep * sizeof(T));
+      return;
+    }
+    alignas(64) BFloat16 pairs[kBlock];  // of columns, which are contiguous
+    for (int64_t c = 0; c < kStep; c += 2) {
+      const auto* even = reinterpret_cast<const __m256i*>(rows + c * column_stride);
+      const auto* odd = reinterpret_cast<const __m256i*>(rows + (c + 1) * column_stride);
+      _mm512_store_si512(pairs + c * kGroup, interleaved(_mm256_loadu_si256(even), _mm256_loadu_si256(odd)));
+    }
+    transpose16(pairs, kGroup, out, kStep / 2);
   }
 
   // 16 values to 16 elements of each plane.

@@ -58,6 +58,12 @@ MTLK_INLINE void transpose_block(const C* in, int64_t ld_in, C* out, int64_t ld_
   }
 }
 
+// What completes an operand's values where there is nothing to complete.
+struct Unchanged {
+  template <typename C>
+  void operator()(C*, int64_t, int64_t, int64_t) const {}
+};
+
 // Pairs of bfloat16 are elements of 32 bits, so that one transpose turns 32 features of 16 whole rows.
 constexpr int kPairs = 2 * kGroup;
 

@@ -39,8 +39,12 @@ struct PlainEngine {
   static void pack(const T* rows, int64_t ld, int64_t nrows, int64_t features, Element* panel) {
     pack_panel(rows, ld, nrows, features, panel);
   }
+  static Vector<C> load_panel(const Element* panel, int64_t feature, int j) {
+    return load(panel + feature * kGroup + j);
+  }
+
   // Tiles have odd widths: values are saved when all of a layer's are there.
-  static constexpr bool kSavesTiles = false;
+  static constexpr bool kSavesTiles = false, kSavesPanels = false;
   static void clear_margin(Element*, int64_t) {}
 
   // Where a tile's outputs go if they form features [feature, feature + n) of a panel: straight there.
@@ -59,15 +63,17 @@ struct PlainEngine {
   // `n` outputs from `feature` on for `groups` groups: out[group][feature][16].
   static void tile(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                    int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
-    panel_gemm<C>(w + feature * ld, ld, 1, panels, panel_size(depth), depth, n, groups, out, out_group, ahead);
+    panel_gemm<C>(w + feature * ld, ld, 1, panels, panel_size(depth), depth, n, groups, out, out_group, false, ahead);
   }
 
-  // Backward: the same with the weight transposed, n of its columns against gradient panels of `depth` features.
+  // Backward: the same with the weight transposed, n of its columns against gradient panels of `depth` features; sums
+  // of several have room for sum_features.
   static constexpr bool kBackwardTransposed = false;
   static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
-                        int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
-    panel_gemm<C>(w + feature, 1, ld, panels, panel_size(depth), depth, n, groups, out, out_group, ahead);
+                        int64_t groups, C* out, int64_t out_group, bool add, const Ahead& ahead) {
+    panel_gemm<C>(w + feature, 1, ld, panels, panel_size(depth), depth, n, groups, out, out_group, add, ahead);
   }
+  static int64_t sum_features(int64_t features) { return features; }
 
   // Gradients of pre-activations, kept for the weights' gradients: a panel a group, so that the chain reads the same.
   using Gradient = C;
@@ -75,6 +81,12 @@ struct PlainEngine {
   static constexpr int64_t kGradientBytes = sizeof(C);
   static constexpr bool kGradientIsPanel = true;
   static int64_t gradient_size(int64_t features) { return features * kGroup; }
+  // Those of features [feature, feature + n) of a group, in both their places: value(i, j) as in store_each.
+  template <typename F>
+  MTLK_INLINE static void store_gradients(Element* panel, Gradient*, int64_t, int64_t, int64_t feature, int64_t n,
+                                          F value) {
+    store_each(panel, feature, n, value);
+  }
   static void store_gradient(Gradient*, int64_t, int64_t, int64_t, int64_t, const C*) {}
 
   // What a layer read, for the weights' gradients: rows [nrows][operand_width(features)] of the compute type.

@@ -107,7 +107,7 @@ class SnrTransBlock {
         const Ahead share = ahead.share(g0, ng, groups_);
         if (call_.transposed) {
           Engine::tile_back(weight(route), route.weight_ld, o, n, panels + g0 * size, depth, ng, tile_, kTileGroup,
-                            share);
+                            false, share);
         } else {
           Engine::tile(weight(route), route.weight_ld, o, n, panels + g0 * size, depth, ng, tile_, kTileGroup, share);
         }
@@ -207,7 +207,7 @@ SnrTransKernels snr_trans_kernels() {
   table.make_operand = [](const void* rows, int64_t ld, int64_t nrows, int64_t features, void* out) {
     const T* from = static_cast<const T*>(rows);
     if (Engine::direct_operand(from, features)) return;
-    Engine::make_operand(from, ld, nrows, features, static_cast<Operand*>(out), [](C*, int64_t, int64_t, int64_t) {});
+    Engine::make_operand(from, ld, nrows, features, static_cast<Operand*>(out), Unchanged{});
   };
   table.columns = Engine::kColumns;
   table.product = [](const SnrProduct& call, int64_t column) {

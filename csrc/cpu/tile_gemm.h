@@ -103,16 +103,17 @@ void tile_gemm(const Operands<C>& x, int64_t rows, int64_t groups, int64_t outer
 // Long sums are cut into partial sums of this many products, which bounds the rounding error as a blocked GEMM does.
 constexpr int64_t kDepth = 512;
 
-// The tile of a product with a panel: A(row, k) at a[row * a_row + k * a_col], the panel [k][16] a group.
+// The tile of a product with a panel: A(row, k) at a[row * a_row + k * a_col], the panel [k][16] a group; set, or added
+// to what is there.
 template <typename C>
 void panel_gemm(const C* a, int64_t a_row, int64_t a_col, const C* panel, int64_t panel_group, int64_t depth,
-                int64_t rows, int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
+                int64_t rows, int64_t groups, C* out, int64_t out_group, bool add, const Ahead& ahead) {
   const int64_t ahead_step = depth > 0 ? ahead.bytes / depth : 0;
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
     const int64_t part = depth - k < kDepth ? depth - k : kDepth;
     tile_gemm<C>({a + k * a_col, a_row, a_col, 0, part, panel + k * kGroup, kGroup, panel_group,
                   ahead.first + k * ahead_step, ahead_step},
-                 rows, groups, 1, {out, kGroup, out_group, k > 0});
+                 rows, groups, 1, {out, kGroup, out_group, add || k > 0});
   }
 }
 
