@@ -8,17 +8,6 @@ namespace MTLK_ISA {
 
 constexpr int kTinyRows = 4;
 
-template <typename T, typename C>
-MTLK_INLINE Vector<C> load_as(const T* p) {
-  if constexpr (__is_same(T, C)) {
-    return load(p);
-  } else {
-    alignas(64) C wide[Simd<C>::lanes];
-    widen(p, wide, Simd<C>::lanes);
-    return load(wide);
-  }
-}
-
 // out[i] = the sum of the lanes of partial[i], for 16 vectors.
 template <typename C>
 MTLK_INLINE void sum_lanes(const C* partial, C* out) {

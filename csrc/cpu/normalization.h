@@ -27,18 +27,6 @@ MTLK_INLINE C sum_lanes(Vector<C> x) {
   return lane[0];
 }
 
-// L lanes of the compute type from storage.
-template <typename T, typename C>
-MTLK_INLINE Vector<C> load_as(const T* p) {
-  if constexpr (__is_same(T, C)) {
-    return load(p);
-  } else {
-    C wide[Simd<C>::lanes];
-    widen(p, wide, Simd<C>::lanes);
-    return load(wide);
-  }
-}
-
 // Mean and biased variance over the features of each of a group's rows.
 template <typename C>
 void row_moments(const C* values, int64_t features, C* mean, C* variance) {

@@ -105,7 +105,11 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
     return {outputs, saved, means, variances};
   }
   const Tables table = tables_for(inputs[0]);
-  tables.set_weights(weights, table.engine, false);
+  if (level.rows <= table.engine.tiny_rows) {
+    tables.set_natural_weights(weights);
+  } else {
+    tables.set_weights(weights, table.engine, false);
+  }
   norm_tables.allocate(false);
   NormalizedForwardArgs args{};
   args.level = level;

@@ -4,7 +4,7 @@
 // pre-activations and what the block adds to the statistics; who reads them next normalises, activates and drops.
 #pragma once
 
-#include "expert_mixture_forward.h"
+#include "expert_mixture_tiny.h"
 #include "normalization.h"
 
 namespace mtlk {
@@ -23,13 +23,18 @@ struct NormalizedForwardScratch {
   using Element = typename Engine::Element;
   Element* input;
   C *values, *group, *probabilities, *mixed;
+  C *rows_in, *rows_out;  // of few rows: [kTinyRows][rows_ld]
+  int64_t rows_ld;
   uint16_t* kept;
   int64_t total;
 
   NormalizedForwardScratch(const Level& level, int64_t groups, void* memory) {
     Arena arena(memory);
-    const int64_t widest = widest_hidden(level);
-    input = arena.take<Element>(Engine::panel_size(widest_read(level)) * groups);
+    const int64_t widest = widest_hidden(level), read = widest_read(level);
+    rows_ld = level.rows > kTinyRows ? 0 : padded(widest > read ? widest : read);
+    rows_in = arena.take<C>(kTinyRows * rows_ld);
+    rows_out = arena.take<C>(kTinyRows * rows_ld);
+    input = arena.take<Element>(Engine::panel_size(read) * groups);
     values = arena.take<C>(padded(widest) * groups * kGroup);
     group = arena.take<C>(padded(widest) * kGroup);
     probabilities = arena.take<C>(level.gates.columns * kGroup);
@@ -107,9 +112,14 @@ class NormalizedForward {
   int64_t row(int64_t g) const { return row_ + g * kGroup; }
   int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
 
+  // Few rows: dot products along the weights' rows, from and to rows.
+  bool tiny() const { return level_.rows <= kTinyRows; }
+
   void load_input(int stream) {
     const int64_t width = level_.widths[0], ld = level_.input_ld[stream];
     const T* rows = static_cast<const T*>(level_.inputs[stream]) + row_ * ld;
+    for (int64_t r = 0; tiny() && r < nrows_; ++r) widen(rows + r * ld, s_.rows_in + r * s_.rows_ld, width);
+    if (tiny()) return;
     for (int64_t g = 0; g < groups_; ++g) {
       Engine::pack(rows + g * kGroup * ld, ld, group_rows(g), width, s_.input + g * Engine::panel_size(width));
     }
@@ -130,6 +140,16 @@ class NormalizedForward {
 
   void load_hidden(int l, int e) {
     const LayerReader<T> reader(args_, l, e);
+    if (tiny()) {
+      read(reader, 0, [&](auto value) {
+        for (int64_t i = 0; i < reader.width(); ++i) {
+          alignas(64) C lane[kGroup];
+          for (int j = 0; j < kGroup; j += L) store(lane + j, value(i, j));
+          for (int64_t r = 0; r < nrows_; ++r) s_.rows_in[r * s_.rows_ld + i] = lane[r];
+        }
+      });
+      return;
+    }
     for (int64_t g = 0; g < groups_; ++g) {
       Element* panel = s_.input + g * Engine::panel_size(reader.width());
       Engine::clear_margin(panel, reader.width());
@@ -150,6 +170,14 @@ class NormalizedForward {
   void product(int l, int e, int next) {
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1], in_size = Engine::panel_size(depth);
     const int64_t at = static_cast<int64_t>(l) * level_.experts + e, tiles = Engine::tiles(width);
+    if (tiny()) {
+      TinyForward<T>::product(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width,
+                              s_.rows_in, depth, s_.rows_out, s_.rows_ld);
+      for (int64_t i = 0; i < width; ++i) {
+        for (int r = 0; r < kGroup; ++r) s_.values[i * kGroup + r] = r < nrows_ ? s_.rows_out[r * s_.rows_ld + i] : 0;
+      }
+      return complete(l, e, 0, width);
+    }
     const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
@@ -160,21 +188,26 @@ class NormalizedForward {
         Engine::tile(weight, level_.weight_ld[at], o, n, s_.input + g * in_size, depth, ng, values + g * group_size(l),
                      group_size(l), ahead.share(g, ng, groups_));
       }
-      complete(at, l, o, n);
-      if (args_.layers[l].norm == kBatchNorm) {
-        channel_moments(values, group_size(l), nrows_, n, partials_of<C>(args_, block_, e, 0) + o,
-                        partials_of<C>(args_, block_, e, 1) + o);
-      }
+      complete(l, e, o, n);
     }
+  }
+
+  // What follows features [o, o + n) of expert e's layer.
+  void complete(int l, int e, int64_t o, int64_t n) {
+    add_bias(l, e, o, n);
+    if (args_.layers[l].norm != kBatchNorm) return;
+    channel_moments(s_.values + o * kGroup, group_size(l), nrows_, n, partials_of<C>(args_, block_, e, 0) + o,
+                    partials_of<C>(args_, block_, e, 1) + o);
   }
 
   // Adds the bias and rounds to the storage type, so that the statistics are those of what readers find: of equal rows
   // the deviations must be zero.
-  void complete(int64_t at, int64_t l, int64_t o, int64_t n) {
-    const T* bias = level_.biases[at] ? static_cast<const T*>(level_.biases[at]) + o : nullptr;
+  void add_bias(int l, int e, int64_t o, int64_t n) {
+    const void* const given = level_.biases[static_cast<int64_t>(l) * level_.experts + e];
+    const T* bias = given ? static_cast<const T*>(given) + o : nullptr;
     if (!bias && __is_same(T, C)) return;
     for (int64_t g = 0; g < groups_; ++g) {
-      C* values = s_.values + g * group_size(static_cast<int>(l)) + o * kGroup;
+      C* values = s_.values + g * group_size(l) + o * kGroup;
       for (int64_t i = 0; i < n; ++i) {
         const C b = bias ? static_cast<C>(to_compute(bias[i])) : static_cast<C>(0);
         for (int j = 0; j < kGroup; j += L) store(values + i * kGroup + j, load(values + i * kGroup + j) + b);

@@ -177,6 +177,18 @@ MTLK_INLINE void widen(const T* in, C* out, int64_t n) {
   for (; i < n; ++i) out[i] = to_compute(in[i]);
 }
 
+// L lanes of the compute type from storage.
+template <typename T, typename C>
+MTLK_INLINE Vector<C> load_as(const T* p) {
+  if constexpr (__is_same(T, C)) {
+    return load(p);
+  } else {
+    alignas(64) C wide[Simd<C>::lanes];
+    widen(p, wide, Simd<C>::lanes);
+    return load(wide);
+  }
+}
+
 template <typename T, typename C>
 MTLK_INLINE void narrow(const C* in, T* out, int64_t n) {
   int64_t i = 0;

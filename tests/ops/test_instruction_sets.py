@@ -9,12 +9,13 @@ import torch
 
 import mtlkernels as mk
 from mtlkernels import _extension
-from mtlkernels.testing import random_expert_mixture, random_gated_mixture
+from mtlkernels.testing import CaseFactory, random_expert_mixture, random_gated_mixture
 from tests.ops import normalized
 from tests.ops.definition import assert_agrees, reference_op
 from tests.ops.snr_cases import random_snr_aver, random_snr_trans
 
 LOWER = _extension.instruction_sets()[:-1]
+PLE = mk.Routing.cgc(2, 2, 1, shared_gate=True)
 
 pytestmark = pytest.mark.skipif(not LOWER, reason="no C++ kernels, or only one instruction set")
 
@@ -31,6 +32,15 @@ def test_expert_mixture(seed: int, isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("seed", range(1000, 1008))
 def test_normalized_mixture(seed: int, isa: str, dtype: torch.dtype) -> None:
     case = normalized.random_case(seed, dtype)
+    with _extension.instruction_set(isa), mk.use_backend("cpp"):
+        assert_agrees(normalized.fused, case, normalized.by_reference, 1, normalized.definition, 5.0)
+
+
+@pytest.mark.parametrize("isa", LOWER)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_normalized_mixture_of_few_rows(rows: int, isa: str, dtype: torch.dtype) -> None:
+    make = CaseFactory(rows, dtype)
+    case = normalized.case(make, rows, [33, 40, 17], PLE, ["layer", "none"], dropout=[0.3, 0.0], activation="prelu")
     with _extension.instruction_set(isa), mk.use_backend("cpp"):
         assert_agrees(normalized.fused, case, normalized.by_reference, 1, normalized.definition, 5.0)
 

@@ -49,7 +49,7 @@ def test_slopes(activation: str, one_slope: list[bool], kinds: list[str], dtype:
     check(normalized.case(make, 65, [19, 24, 33], PLE, kinds, **options), backend)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 5, 16, 17, 100, 1537])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 16, 17, 100, 1537])
 @pytest.mark.parametrize("activation", WITH_SLOPES)
 def test_rows_with_slopes(activation: str, rows: int, dtype: torch.dtype, backend: str) -> None:
     """Without norm and dropout, in which any number of rows will do."""
