@@ -2,75 +2,10 @@
 #pragma once
 
 #include "expert_mixture_forward.h"
+#include "few_rows.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
-
-constexpr int kTinyRows = 4;
-
-// out[i] = the sum of the lanes of partial[i], for 16 vectors.
-template <typename C>
-MTLK_INLINE void sum_lanes(const C* partial, C* out) {
-  constexpr int L = Simd<C>::lanes;
-  if constexpr (L == kGroup && sizeof(C) == 4) {
-    alignas(64) C columns[kGroup * kGroup];
-    transpose16(partial, kGroup, columns, kGroup);
-    Vector<C> sum[4] = {};
-    for (int i = 0; i < kGroup; ++i) sum[i % 4] += load(columns + i * kGroup);
-    store(out, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  } else {
-    for (int i = 0; i < kGroup; ++i) {
-      C sum = 0;
-      for (int lane = 0; lane < L; ++lane) sum += partial[i * L + lane];
-      out[i] = sum;
-    }
-  }
-}
-
-// partial[r][o] = the lanes of <x row r, w row o> over whole vectors of `depth`, for R rows and O outputs.
-template <typename T, typename C, int R, int O>
-MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int64_t depth, C* partial) {
-  constexpr int L = Simd<C>::lanes;
-  Vector<C> acc[O][R] = {};
-  for (int64_t k = 0; k + L <= depth; k += L) {
-    Vector<C> row[R];
-    for (int r = 0; r < R; ++r) row[r] = load(x + r * ldx + k);
-#pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) {
-      const Vector<C> weight = load_as<T, C>(w + o * ldw + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[o][r] += weight * row[r];
-    }
-  }
-  for (int o = 0; o < O; ++o) {
-    for (int r = 0; r < R; ++r) store(partial + (r * kGroup + o) * L, acc[o][r]);
-  }
-}
-
-// out[r * ld_out + o] = <x row r, w row o>; out is written in whole groups of 16 outputs.
-template <typename T, typename C, int R>
-void dot_rows(const T* w, int64_t ldw, int64_t outputs, const C* x, int64_t ldx, int64_t depth, C* out,
-              int64_t ld_out) {
-  constexpr int L = Simd<C>::lanes;
-  constexpr int O = kRegisters >= 32 && R * 8 <= 32 - R - 1 ? 8 : kRegisters >= 32 ? 4 : R == 1 ? 4 : 2;
-  alignas(64) C partial[R * kGroup * L];
-  const int64_t tail = depth / L * L;
-  for (int64_t o = 0; o < outputs; o += kGroup) {
-    const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);
-    const T* rows = w + o * ldw;
-    int i = 0;
-    for (; i + O <= n; i += O) dot_tile<T, C, R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
-    for (; i < n; ++i) dot_tile<T, C, R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
-    for (int r = 0; r < R; ++r) {
-      C* place = out + r * ld_out + o;
-      if (n < kGroup) std::memset(partial + (r * kGroup + n) * L, 0, (kGroup - n) * L * sizeof(C));
-      sum_lanes(partial + r * kGroup * L, place);
-      for (int64_t k = tail; k < depth; ++k) {
-        for (int j = 0; j < n; ++j) place[j] += static_cast<C>(to_compute(rows[j * ldw + k])) * x[r * ldx + k];
-      }
-    }
-  }
-}
 
 template <typename T>
 class TinyForward {
@@ -102,19 +37,6 @@ class TinyForward {
     hidden_[1] = arena.take<C>(kTinyRows * widest_);
     probabilities_ = arena.take<C>(level_.gates.columns * kGroup);
     mixed_ = arena.take<C>(mixed_size(level_));
-  }
-
-  // out[row][o] = <in[row], w row o>, rows ld apart.
-  static void product(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out,
-                      int64_t ld) {
-    switch (rows) {
-      case 1:
-        return dot_rows<T, C, 1>(w, ldw, width, in, ld, depth, out, ld);
-      case 2:
-        return dot_rows<T, C, 2>(w, ldw, width, in, ld, depth, out, ld);
-      default:  // rows that are not there are computed too, from what the scratch holds, and never read
-        return dot_rows<T, C, 4>(w, ldw, width, in, ld, depth, out, ld);
-    }
   }
 
   const C* mixed() const { return mixed_; }
@@ -183,7 +105,7 @@ class TinyForward {
   }
 
   void product(const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out) {
-    product(rows_, w, ldw, width, in, depth, out, widest_);
+    multiply_rows<T, C>(rows_, w, ldw, width, in, depth, out, widest_);
   }
 
   void layer(int e, int l, const C* in, C* out) {

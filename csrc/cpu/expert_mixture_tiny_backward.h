@@ -8,49 +8,6 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
-// acc row r += the sum over O rows of w of factor[r][o] * w row o, over whole vectors of `width`.
-template <typename T, typename C, int R, int O>
-MTLK_INLINE void add_rows_tile(const T* w, int64_t ldw, const C* factor, int64_t ld_factor, int64_t width, C* acc,
-                               int64_t ld_acc) {
-  constexpr int L = Simd<C>::lanes;
-  Vector<C> f[O][R];
-  for (int o = 0; o < O; ++o) {
-    for (int r = 0; r < R; ++r) f[o][r] = broadcast(factor[r * ld_factor + o]);
-  }
-  for (int64_t i = 0; i + L <= width; i += L) {
-    Vector<C> sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = load(acc + r * ld_acc + i);
-#pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) {
-      const Vector<C> weight = load_as<T, C>(w + o * ldw + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[r] += f[o][r] * weight;
-    }
-    for (int r = 0; r < R; ++r) store(acc + r * ld_acc + i, sum[r]);
-  }
-  for (int64_t i = width / L * L; i < width; ++i) {
-    for (int r = 0; r < R; ++r) {
-      for (int o = 0; o < O; ++o) {
-        acc[r * ld_acc + i] += factor[r * ld_factor + o] * static_cast<C>(to_compute(w[o * ldw + i]));
-      }
-    }
-  }
-}
-
-// acc row r += the sum over all rows of w.
-template <typename T, typename C, int R>
-void add_rows(const T* w, int64_t ldw, int64_t outputs, const C* factor, int64_t ld_factor, int64_t width, C* acc,
-              int64_t ld_acc) {
-  constexpr int O = R == 1 ? 8 : kRegisters >= 32 ? 4 : 2;
-  int64_t o = 0;
-  for (; o + O <= outputs; o += O) {
-    add_rows_tile<T, C, R, O>(w + o * ldw, ldw, factor + o, ld_factor, width, acc, ld_acc);
-  }
-  for (; o < outputs; ++o) {
-    add_rows_tile<T, C, R, 1>(w + o * ldw, ldw, factor + o, ld_factor, width, acc, ld_acc);
-  }
-}
-
 // out row o = the sum over the rows r of factor[r][o] * x row r; `row` has room for one, in whole vectors.
 template <typename T, typename C, int R>
 void outer_products(const C* factor, int64_t ld_factor, int64_t outputs, const C* x, int64_t ldx, int64_t width, C* row,
@@ -72,11 +29,6 @@ void outer_products(const C* factor, int64_t ld_factor, int64_t outputs, const C
     if (place == row) narrow(row, out + o * width, width);
   }
 }
-
-template <int N>
-struct RowsConstant {
-  static constexpr int value = N;
-};
 
 // All rows of a call, some of its experts. The sums for the weights go straight to the results, of the storage type.
 // Rows of intermediates are `widest_` apart; those that are not there are
@@ -161,14 +113,6 @@ class TinyBackward {
     for (int64_t r = 0; r < rows_; ++r) widen(rows + r * ld, out + r * ld_out, width);
   }
 
-  // f(constant rows) for as many rows as are computed.
-  template <typename F>
-  void with_rows(F f) const {
-    if (rows_ == 1) return f(RowsConstant<1>{});
-    if (rows_ == 2) return f(RowsConstant<2>{});
-    f(RowsConstant<kTinyRows>{});
-  }
-
   // Into kept_: what the forward pass has saved of a layer, or would have.
   void load_kept(int l, int e) {
     const int64_t width = level_.widths[l + 1];
@@ -181,8 +125,8 @@ class TinyBackward {
     const int l = level_.layers - 1;
     load_kept(l - 1, e);
     load_input(l, e);
-    TinyForward<T>::product(rows_, static_cast<const T*>(args_.last_weights[e]), args_.last_weight_ld[e],
-                            level_.widths[l + 1], input_, level_.widths[l], kept_, widest_);
+    multiply_rows<T, C>(rows_, static_cast<const T*>(args_.last_weights[e]), args_.last_weight_ld[e],
+                        level_.widths[l + 1], input_, level_.widths[l], kept_, widest_);
     const T* bias = static_cast<const T*>(level_.biases[static_cast<int64_t>(l) * level_.experts + e]);
     const int code = level_.activations[l];
     with_activation(from_input(code) ? static_cast<int>(kNone) : code, [&](auto constant) {
@@ -226,7 +170,7 @@ class TinyBackward {
       if (l > 0) load_kept(l - 1, e);
       if (args_.need_weights) {
         load_input(l, e);
-        with_rows([&](auto rows) {
+        with_rows(rows_, [&](auto rows) {
           outer_products<T, C, decltype(rows)::value>(gradient, widest_, outputs, input_, widest_, width, row_,
                                                       static_cast<T*>(args_.grad_weights[at]));
         });
@@ -242,10 +186,8 @@ class TinyBackward {
       C* into = l > 0 ? gradient_[(l - 1) % 2] : below + level_.expert_inputs[e] * kTinyRows * padded(width);
       const int64_t ld = l > 0 ? widest_ : padded(width);
       if (l > 0) std::memset(into, 0, kTinyRows * widest_ * sizeof(C));
-      with_rows([&](auto rows) {
-        add_rows<T, C, decltype(rows)::value>(static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], outputs,
-                                              gradient, widest_, width, into, ld);
-      });
+      add_transposed_rows<T, C>(rows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, gradient,
+                                widest_, outputs, into, ld);
       if (l > 0) times_derivative(l - 1);
     }
   }

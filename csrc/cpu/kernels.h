@@ -79,7 +79,7 @@ struct GatedMixtureKernels {
 };
 
 // Kernels for a block of rows, a layer and experts order[first, last), beside those of expert_mixture's table, whose
-// forms and sizes they share; the forward pass with at most tiny_rows rows wants its weights in natural form.
+// forms and sizes they share; with at most tiny_rows rows they want weights in natural form.
 struct NormalizedMixtureKernels {
   int64_t (*forward_bytes)(const Level&, int64_t nrows);
   void (*layer)(const NormalizedForwardArgs&, int64_t block, int l, int first, int last, void* scratch);

@@ -12,7 +12,7 @@ struct NormalizedBackwardScratch {
   using C = typename Engine::C;
   using Element = typename Engine::Element;
   C *grad_outputs, *probabilities, *z, *tile, *normalized, *centred, *whole, *after, *below, *sums[3], *row_sums[2];
-  C* rows;
+  C *rows, *few[2], *few_panel;
   Element* panel;
   uint16_t* kept;
   int64_t total;
@@ -34,6 +34,8 @@ struct NormalizedBackwardScratch {
     bool dice = false;
     for (int l = 0; l < level.layers; ++l) dice = dice || level.activations[l] == kDice;
     rows = arena.take<C>(dice ? widest * groups * kGroup : 0);
+    for (C*& place : few) place = arena.take<C>(kTinyRows * tiny_ld(level));
+    few_panel = arena.take<C>(tiny_ld(level) * kGroup);
     panel = arena.take<Element>(Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups);
     kept = arena.take<uint16_t>(widest * groups);
     total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);

@@ -25,6 +25,12 @@ Tables tables_for(const at::Tensor& inputs) {
           few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype]};
 }
 
+// Weights as the kernels want them for so many rows.
+void set_weights(LevelTables& tables, at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
+  if (tables.level().rows <= table.tiny_rows) return tables.set_natural_weights(weights);
+  tables.set_weights(weights, table, transposed);
+}
+
 // f(expert) for all of them, for work that is small.
 template <typename F>
 void each_expert(const Level& level, F f) {
@@ -105,11 +111,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
     return {outputs, saved, means, variances};
   }
   const Tables table = tables_for(inputs[0]);
-  if (level.rows <= table.engine.tiny_rows) {
-    tables.set_natural_weights(weights);
-  } else {
-    tables.set_weights(weights, table.engine, false);
-  }
+  set_weights(tables, weights, table.engine, false);
   norm_tables.allocate(false);
   NormalizedForwardArgs args{};
   args.level = level;
@@ -220,7 +222,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backwa
   if (level.rows == 0) {
     results.zero();
   } else {
-    if (args.need_chain) tables.set_weights(weights, table.engine, table.engine.backward_transposed);
+    if (args.need_chain) set_weights(tables, weights, table.engine, table.engine.backward_transposed);
     norm_tables.allocate(true);
     args.level = level;
     args.layers = norm_tables.layers();

@@ -75,7 +75,8 @@ class NormalizedBackward {
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
       Gradient* const gradients = gradients_of(chunk, l, e);
-      make_gradients(l, e, gradients);
+      const C* const values = make_gradients(l, e, gradients);
+      if (tiny(level_)) rows_of_panel(values, level_.widths[l + 1], s_.few[0], tiny_ld(level_), nrows_);
       if (l > 0) {
         lower_layer(l, e, gradients);
       } else if (args_.grad_inputs) {
@@ -84,7 +85,14 @@ class NormalizedBackward {
           stream = level_.expert_inputs[e];
           fresh = true;
         }
-        add_to_stream<Engine>(level_, e, panels(gradients), groups_, s_.below, !fresh);
+        if (tiny(level_)) {
+          if (fresh) std::memset(s_.below, 0, stream_size() * sizeof(C));
+          multiply(l, e, gradients, [&](int64_t, int64_t, int64_t n, const C* tile) {
+            for (int64_t v = 0; v < n * kGroup; v += L) store(s_.below + v, load(s_.below + v) + load(tile + v));
+          });
+        } else {
+          add_to_stream<Engine>(level_, e, panels(gradients), groups_, s_.below, !fresh);
+        }
         fresh = false;
       }
     }
@@ -265,12 +273,13 @@ class NormalizedBackward {
     }
   }
 
-  // dz of an expert's layer, as panels for the product and for the weights' gradients.
-  void make_gradients(int l, int e, Gradient* gradients) {
+  // dz of an expert's layer, as panels for the product and for the weights' gradients. Returns those of the last group.
+  const C* make_gradients(int l, int e, Gradient* gradients) {
     const LayerReader<T> reader(args_, l, e);
     const int64_t width = reader.width();
+    C* values = nullptr;
     for (int64_t g = 0; g < groups_; ++g) {
-      C* values = s_.whole;
+      values = s_.whole;
       Element* panel = panels(gradients) + g * Engine::panel_size(width);
       Engine::clear_margin(panel, width);
       values = Engine::destination(panel, 0, values);
@@ -280,6 +289,7 @@ class NormalizedBackward {
                                 [&](int64_t i, int j) { return load(values + i * kGroup + j); });
       }
     }
+    return values;
   }
 
   Element* panels(Gradient* gradients) const {
@@ -324,10 +334,16 @@ class NormalizedBackward {
     }
   }
 
-  // f(group, feature, n, tile) for each tile of the gradients of what layer l read.
+  // f(group, feature, n, tile) for each tile of the gradients of what layer l read; few rows, from s_.few[0], make one.
   template <typename F>
   void multiply(int l, int e, Gradient* gradients, F f) {
-    multiply_below<Engine>(level_, l, e, panels(gradients), groups_, s_.tile, f);
+    if (!tiny(level_)) return multiply_below<Engine>(level_, l, e, panels(gradients), groups_, s_.tile, f);
+    const int64_t width = level_.widths[l], ld = tiny_ld(level_), at = static_cast<int64_t>(l) * level_.experts + e;
+    std::memset(s_.few[1], 0, kTinyRows * ld * sizeof(C));
+    add_transposed_rows<T, C>(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, s_.few[0],
+                              ld, level_.widths[l + 1], s_.few[1], ld);
+    panel_of_rows(s_.few[1], ld, nrows_, width, s_.few_panel);
+    f(0, 0, width, s_.few_panel);
   }
 
   // The dn of the layer below l.

@@ -4,7 +4,8 @@
 // pre-activations and what the block adds to the statistics; who reads them next normalises, activates and drops.
 #pragma once
 
-#include "expert_mixture_tiny.h"
+#include "expert_mixture_forward.h"
+#include "few_rows.h"
 #include "normalization.h"
 
 namespace mtlk {
@@ -15,6 +16,13 @@ inline int64_t widest_read(const Level& level) {
   int64_t widest = 0;
   for (int l = 0; l < level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
   return widest;
+}
+
+// Few rows: products with the weights as they are, from and to rows that lie beside each other.
+inline bool tiny(const Level& level) { return level.rows <= kTinyRows; }
+inline int64_t tiny_ld(const Level& level) {
+  const int64_t widest = widest_hidden(level), read = widest_read(level);
+  return tiny(level) ? padded(widest > read ? widest : read) : 0;
 }
 
 template <typename Engine>
@@ -31,7 +39,7 @@ struct NormalizedForwardScratch {
   NormalizedForwardScratch(const Level& level, int64_t groups, void* memory) {
     Arena arena(memory);
     const int64_t widest = widest_hidden(level), read = widest_read(level);
-    rows_ld = level.rows > kTinyRows ? 0 : padded(widest > read ? widest : read);
+    rows_ld = tiny_ld(level);
     rows_in = arena.take<C>(kTinyRows * rows_ld);
     rows_out = arena.take<C>(kTinyRows * rows_ld);
     input = arena.take<Element>(Engine::panel_size(read) * groups);
@@ -112,14 +120,11 @@ class NormalizedForward {
   int64_t row(int64_t g) const { return row_ + g * kGroup; }
   int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
 
-  // Few rows: dot products along the weights' rows, from and to rows.
-  bool tiny() const { return level_.rows <= kTinyRows; }
-
   void load_input(int stream) {
     const int64_t width = level_.widths[0], ld = level_.input_ld[stream];
     const T* rows = static_cast<const T*>(level_.inputs[stream]) + row_ * ld;
-    for (int64_t r = 0; tiny() && r < nrows_; ++r) widen(rows + r * ld, s_.rows_in + r * s_.rows_ld, width);
-    if (tiny()) return;
+    for (int64_t r = 0; tiny(level_) && r < nrows_; ++r) widen(rows + r * ld, s_.rows_in + r * s_.rows_ld, width);
+    if (tiny(level_)) return;
     for (int64_t g = 0; g < groups_; ++g) {
       Engine::pack(rows + g * kGroup * ld, ld, group_rows(g), width, s_.input + g * Engine::panel_size(width));
     }
@@ -140,7 +145,7 @@ class NormalizedForward {
 
   void load_hidden(int l, int e) {
     const LayerReader<T> reader(args_, l, e);
-    if (tiny()) {
+    if (tiny(level_)) {
       read(reader, 0, [&](auto value) {
         for (int64_t i = 0; i < reader.width(); ++i) {
           alignas(64) C lane[kGroup];
@@ -170,12 +175,10 @@ class NormalizedForward {
   void product(int l, int e, int next) {
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1], in_size = Engine::panel_size(depth);
     const int64_t at = static_cast<int64_t>(l) * level_.experts + e, tiles = Engine::tiles(width);
-    if (tiny()) {
-      TinyForward<T>::product(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width,
-                              s_.rows_in, depth, s_.rows_out, s_.rows_ld);
-      for (int64_t i = 0; i < width; ++i) {
-        for (int r = 0; r < kGroup; ++r) s_.values[i * kGroup + r] = r < nrows_ ? s_.rows_out[r * s_.rows_ld + i] : 0;
-      }
+    if (tiny(level_)) {
+      multiply_rows<T, C>(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, s_.rows_in,
+                          depth, s_.rows_out, s_.rows_ld);
+      panel_of_rows(s_.rows_out, s_.rows_ld, nrows_, width, s_.values);
       return complete(l, e, 0, width);
     }
     const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
