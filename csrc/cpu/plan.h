@@ -15,13 +15,18 @@ constexpr int64_t kMostRows = 256;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of a block, a multiple of 32: what fits `block_bytes`, but such that every thread gets as many blocks of equal
-// size, unless that is too little.
+// Rows of a block, a multiple of 32: as many as fit `block_bytes`, but so that no thread gets much more than its share,
+// unless that is too little.
 inline int64_t block_rows(int64_t rows, int64_t block_bytes, int64_t bytes_of_a_row) {
   const int64_t threads = at::get_num_threads();
   const int64_t most = std::clamp(block_bytes / bytes_of_a_row, kLeastRows, kMostRows);
-  const int64_t blocks_each = divide_up(divide_up(rows, threads), most);
-  return divide_up(std::max(kLeastRows, divide_up(rows, threads * blocks_each)), 32) * 32;
+  const auto of_a_thread = [&](int64_t size) { return divide_up(divide_up(rows, size), threads) * size; };
+  int64_t least = of_a_thread(kLeastRows), best = kLeastRows;
+  for (int64_t size = kLeastRows; size <= most; size += 32) least = std::min(least, of_a_thread(size));
+  for (int64_t size = kLeastRows; size <= most; size += 32) {
+    if (of_a_thread(size) <= least + least / 50) best = size;
+  }
+  return best;
 }
 
 // Into how many parts the experts are divided: more than one where there are fewer blocks of rows than threads.
