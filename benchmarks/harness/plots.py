@@ -32,6 +32,8 @@ AXES = {
 }
 # Bars that differ by more than this are on a log axis.
 WIDE = 30.0
+# Kernels may pass it, where their products are faster than PyTorch's.
+LIMIT = "limit: PyTorch's GEMM rate, or bandwidth"
 
 
 def draw(suite: Suite, rows: Sequence[Row], report: Report, folder: Path) -> list[Path]:
@@ -216,8 +218,7 @@ def _patch(colour: str, label: str) -> Any:
 def _limit_handle() -> Any:
     from matplotlib.lines import Line2D
 
-    label = "limit of the machine (GEMM rate or bandwidth)"
-    return Line2D([], [], color="black", marker="|", linestyle="none", markersize=11, label=label)
+    return Line2D([], [], color="black", marker="|", linestyle="none", markersize=11, label=LIMIT)
 
 
 def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
@@ -246,7 +247,7 @@ def cost(figure: Figure, rows: Sequence[Row], curve: Curve, place: str) -> None:
             )
         x = [row.size[curve.axis] for row in mine]
         limit = [row.limit_ms for row in mine]
-        axes.plot(x, limit, color="black", linestyle="--", label="limit of the machine (GEMM rate or bandwidth)")
+        axes.plot(x, limit, color="black", linestyle="--", label=LIMIT)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(x, [amount(at) for at in x])

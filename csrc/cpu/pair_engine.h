@@ -77,7 +77,7 @@ struct PairEngine {
     }
   }
 
-  // Features feature and, in the next 16 lanes' place, feature + 1 of an even pair, as they were stored.
+  // The 16 rows of a feature, as they were stored.
   static __m512 load_panel(const Element* panel, int64_t feature, int) {
     const Element* place = panel + feature / kStep * kPlaneBlock + feature % kStep / 2 * 2 * kGroup;
     __m512 value = _mm512_setzero_ps();
