@@ -39,6 +39,26 @@ def statistics(norm: int, z: Tensor) -> tuple[Tensor, Tensor]:
     return mean.squeeze(norm), (z - mean).square().mean(norm)
 
 
+def check_parts(
+    activations: Sequence[int],
+    norms: Sequence[int],
+    scales: Sequence[Tensor | None],
+    shifts: Sequence[Tensor | None],
+    slopes: Sequence[Tensor | None],
+) -> None:
+    """Refuses parameters of a norm or slopes for a layer that has none: whoever gives them would wait for gradients."""
+    experts = len(scales) // len(norms)
+    sloped = [act.has_slopes(code) for code in activations]
+    for name, parts, has, lack in (
+        ("scales", scales, norms, "no norm"),
+        ("shifts", shifts, norms, "no norm"),
+        ("slopes", slopes, sloped, "an activation without slopes"),
+    ):
+        for i, part in enumerate(parts):
+            if part is not None and not has[i // experts]:
+                raise ValueError(f"{name}[{i}] must be None, as its layer has {lack}")
+
+
 def _affine(parts: Sequence[Tensor | None], default: float, like: Tensor) -> Tensor:
     """The experts' scales, shifts or slopes as [E, 1, H], ``default`` for an expert without any."""
     width = like.shape[2]
@@ -106,6 +126,7 @@ def forward(
     Returns the K outputs [B, H_L], the pre-activations [E, B, H] of each layer before its norm, and of each layer that
     has a norm the mean and the biased variance. Between two products all is in the dtype of accumulation.
     """
+    check_parts(activations, norms, scales, shifts, slopes)
     experts = len(expert_inputs)
     hidden = [inputs[stream] for stream in expert_inputs]
     saved, means, variances = [], [], []
@@ -156,6 +177,7 @@ def backward(
     With s the standardized pre-activation, g the gradient of ``s * scale + shift``, and means over what the statistics
     were taken of: dz = rstd * (g * scale - mean(g * scale) - s * mean(g * scale * s)).
     """
+    check_parts(activations, norms, scales, shifts, slopes)
     experts, dtype = len(expert_inputs), inputs[0].dtype
     found = iter(zip(means, variances, strict=True))
     stats = [next(found) if norm else None for norm in norms]

@@ -15,6 +15,7 @@ from mtlkernels.ops.expert_mixture.triton_backward import groups_of, inputs_grad
 from mtlkernels.ops.expert_mixture.triton_level import Level, Run, execute
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.normalized_mixture import triton_tiles as tiles
+from mtlkernels.ops.normalized_mixture.reference import check_parts
 from mtlkernels.ops.normalized_mixture.triton_dice import dice_gradient_rows
 from mtlkernels.ops.normalized_mixture.triton_gradients import (
     layer_norm_gradient,
@@ -54,6 +55,7 @@ def backward(
     need_logits: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """As the reference: gradients of the inputs, weights, biases (one a weight), scales, shifts, slopes and logits."""
+    check_parts(activations, norms, scales, shifts, slopes)
     inputs, weights, saved = contiguous(inputs), contiguous(weights), contiguous(saved)
     grad_outputs = contiguous(grad_outputs)
     x, num_experts, last = inputs[0], len(expert_inputs), len(norms) - 1

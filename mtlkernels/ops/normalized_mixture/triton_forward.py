@@ -13,6 +13,7 @@ from mtlkernels.ops.activations import DICE
 from mtlkernels.ops.expert_mixture.triton_level import Level, Run, execute
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.normalized_mixture import triton_tiles as tiles
+from mtlkernels.ops.normalized_mixture.reference import check_parts
 from mtlkernels.ops.normalized_mixture.triton_kernels import batch_statistics, layer_statistics, normalized_layer
 from mtlkernels.ops.normalized_mixture.triton_layers import Layer, Settings, blocks_of, dice, normalized, statistics_of
 
@@ -36,6 +37,7 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """As the reference: K outputs [B, H_L], a [E, B, H] tensor a layer, means and variances."""
+    check_parts(activations, norms, scales, shifts, slopes)
     inputs, weights = contiguous(inputs), contiguous(weights)
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     x, num_experts, last = inputs[0], len(expert_inputs), len(norms) - 1
