@@ -90,8 +90,7 @@ struct PairEngine {
     return value;
   }
 
-  // Values are saved tile by tile: of whole numbers of bfloat16 as the panel has them, of others while they are float32
-  // and at hand.
+  // Values are saved tile by tile: bfloat16 as the panel has them, other types while they are float32 and at hand.
   static constexpr bool kSavesTiles = true;
   static constexpr bool kSavesPanels = kPlanes == 1;
   static void save_panel(const Element* panel, int64_t feature, int64_t n, T* rows, int64_t ld, int64_t nrows) {
