@@ -95,11 +95,7 @@ class NormalizedForward {
       for (int e = 0; e < level_.experts; ++e) {
         if (gates.use_begin[e] == gates.use_begin[e + 1]) continue;
         const LayerReader<T> reader(args_, l, e);
-        read(reader, g, [&](auto value) {
-          for (int64_t i = 0; i < features; ++i) {
-            for (int j = 0; j < kGroup; j += L) store(s_.group + i * kGroup + j, value(i, j));
-          }
-        });
+        read_group(reader, g);
         for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
           const GateUse use = gates.uses[u];
           add_weighted(s_.probabilities + use.column * kGroup, s_.group, features,
@@ -123,8 +119,10 @@ class NormalizedForward {
   void load_input(int stream) {
     const int64_t width = level_.widths[0], ld = level_.input_ld[stream];
     const T* rows = static_cast<const T*>(level_.inputs[stream]) + row_ * ld;
-    for (int64_t r = 0; tiny(level_) && r < nrows_; ++r) widen(rows + r * ld, s_.rows_in + r * s_.rows_ld, width);
-    if (tiny(level_)) return;
+    if (tiny(level_)) {
+      for (int64_t r = 0; r < nrows_; ++r) widen(rows + r * ld, s_.rows_in + r * s_.rows_ld, width);
+      return;
+    }
     for (int64_t g = 0; g < groups_; ++g) {
       Engine::pack(rows + g * kGroup * ld, ld, group_rows(g), width, s_.input + g * Engine::panel_size(width));
     }
@@ -143,17 +141,20 @@ class NormalizedForward {
     reader.activated(group_rows(g), n, kept, f);
   }
 
+  // The same into s_.group.
+  void read_group(const LayerReader<T>& reader, int64_t g) {
+    read(reader, g, [&](auto value) {
+      for (int64_t i = 0; i < reader.width(); ++i) {
+        for (int j = 0; j < kGroup; j += L) store(s_.group + i * kGroup + j, value(i, j));
+      }
+    });
+  }
+
   void load_hidden(int l, int e) {
     const LayerReader<T> reader(args_, l, e);
     if (tiny(level_)) {
-      read(reader, 0, [&](auto value) {
-        for (int64_t i = 0; i < reader.width(); ++i) {
-          alignas(64) C lane[kGroup];
-          for (int j = 0; j < kGroup; j += L) store(lane + j, value(i, j));
-          for (int64_t r = 0; r < nrows_; ++r) s_.rows_in[r * s_.rows_ld + i] = lane[r];
-        }
-      });
-      return;
+      read_group(reader, 0);
+      return rows_of_panel(s_.group, reader.width(), s_.rows_in, s_.rows_ld, nrows_);
     }
     for (int64_t g = 0; g < groups_; ++g) {
       Element* panel = s_.input + g * Engine::panel_size(reader.width());

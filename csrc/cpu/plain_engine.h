@@ -87,7 +87,6 @@ struct PlainEngine {
                                           F value) {
     store_each(panel, feature, n, value);
   }
-  static void store_gradient(Gradient*, int64_t, int64_t, int64_t, int64_t, const C*) {}
 
   // What a layer read, for the weights' gradients: rows [nrows][operand_width(features)] of the compute type.
   using Operand = C;
