@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mtlkernels import _extension
+from mtlkernels import _extension, _torch
 
 OPS = ("gated_mixture", "expert_mixture", "expert_level", "normalized_mixture", "pcgrad", "snr_trans", "snr_aver")
 # Ops whose Triton kernels leave float64 to the reference.
@@ -103,7 +103,7 @@ def forced() -> str | None:
 def register_reference(op: str, direction: str, function: Callable[..., Any]) -> None:
     """Names the PyTorch implementation of one direction of an op."""
     _references[op, direction] = function
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mtlkernels::{op}_{direction}", "CPU"):
+    if not _torch.has_kernel(f"mtlkernels::{op}_{direction}", "CPU"):
         _without_cpp.add(op)
 
 

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from mtlkernels import _backends, _extension
+from mtlkernels import _backends, _extension, _torch
 
 _BUILD = "then `pip install --no-build-isolation mtlkernels`"
 _BUILD_HINT = f"install a C++ compiler, cmake, ninja and pybind11, {_BUILD}"
@@ -64,7 +64,7 @@ def _cuda() -> str:
 
 
 def _cpu() -> str:
-    amx = torch.cpu._is_amx_tile_supported()
+    amx = _torch.has_amx()
     return f"{torch.backends.cpu.get_cpu_capability()}{' with AMX' if amx else ''}, {torch.get_num_threads()} threads"
 
 

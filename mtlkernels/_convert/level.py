@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, flatten, path_of
 from mtlkernels._convert.classes import Converted
 from mtlkernels._convert.evaluation import Parts, describe, evaluate, left_to_modules, read_parts
@@ -217,8 +217,8 @@ def _width(parts: Parts) -> int:
 
 def agree(found: Any, expected: Any) -> bool:
     """Whether two results, tensors within lists, tuples and dicts, are the same within rounding."""
-    leaves, structure = pytree.tree_flatten(found)
-    others, other_structure = pytree.tree_flatten(expected)
+    leaves, structure = _torch.tree_flatten(found)
+    others, other_structure = _torch.tree_flatten(expected)
     return structure == other_structure and all(map(_equal, leaves, others))
 
 

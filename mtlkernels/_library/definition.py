@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlkernels import _backends
+from mtlkernels import _backends, _torch
 
 _library = torch.library.Library("mtlkernels", "DEF")
 
@@ -69,8 +69,8 @@ def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None
     def kernel(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(_requires_grad(arg) for arg in args):
             return differentiable(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with _torch.below_autograd():
+            return overload.redispatch(keyset & _torch.AFTER_AUTOGRAD_KEYS, *args)
 
     _library.impl(operator, kernel, "Autograd", with_keyset=True)
 

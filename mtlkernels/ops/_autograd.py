@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlkernels import _torch
+
 
 def differentiate_twice(
     forward: Callable[..., Any], primals: Sequence[Tensor], grad_outputs: Sequence[Tensor], grads: Sequence[Any]
@@ -121,36 +123,34 @@ def call(function: Any, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return function.forward(*args)
-    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+    if not torch.is_grad_enabled() and not _torch.func_transforms_active():
         return function.forward(*args)
     return function.apply(*args)
 
 
 def apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _torch.func_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))
+    return _torch.apply_unbound(function, *args)
 
 
 def grads_are_batched(grads: Sequence[Tensor]) -> bool:
     """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` is at work, which is not torch.func's vmap."""
     if torch.compiler.is_compiling():
         return False
-    return any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    return any(_torch.is_legacy_batched_tensor(grad) for grad in grads)
 
 
 def batched_backward(function: Any, static: Sequence[Any], tensors: Sequence[Any]) -> tuple[Tensor, ...]:
     """Runs a backward Function under ``is_grads_batched`` by its own rule for vmap."""
-    level = torch._C._vmapmode_increment_nesting()
-    torch._C._vmapmode_decrement_nesting()
-    level -= 1
-    is_batched = [t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
+    level = _torch.legacy_vmap_level()
+    is_batched = [t is not None and _torch.is_legacy_batched_tensor(t) for t in tensors]
     physical = [
-        torch._remove_batch_dim(t, level, 0, 0) if batched else t
+        _torch.remove_batch_dim(t, level, 0, 0) if batched else t
         for t, batched in zip(tensors, is_batched, strict=True)
     ]
     size = next(t.shape[0] for t, batched in zip(physical, is_batched, strict=True) if batched)
     in_dims = (*(None for _ in static), *(0 if batched else None for batched in is_batched))
     results, out_dims = function.vmap(_Examples(size), in_dims, *static, *physical)
-    return tuple(torch._add_batch_dim(t, dim, level) for t, dim in zip(results, out_dims, strict=True))
+    return tuple(_torch.add_batch_dim(t, dim, level) for t, dim in zip(results, out_dims, strict=True))

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlkernels import _backends, _extension
+from mtlkernels import _backends, _extension, _torch
 from mtlkernels._backends import implementation
 from mtlkernels._library import cast_floats
-
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 def under_autocast(like: Tensor, *groups: Any) -> Any:
@@ -29,7 +27,7 @@ def needs_function(*groups: Sequence[Tensor | None]) -> bool:
 
     torch.compile cannot trace a Function whose arguments want no gradient; there the operator's own rules serve.
     """
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+    if _torch.func_transforms_active() and not torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for group in groups for t in group)
 
@@ -43,7 +41,7 @@ def traced_under_func(op: str) -> bool:
     Raises:
         RuntimeError: :func:`mtlkernels.use_backend` asks for another implementation.
     """
-    if not (torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+    if not (torch.compiler.is_compiling() and _torch.func_transforms_active()):
         return False
     if _backends.forced() not in (None, "reference"):
         raise RuntimeError(f"{op} has only the reference for torch.func transforms under torch.compile")
@@ -71,7 +69,7 @@ def run_operator(op: str, direction: str, backend: str | None, like: Tensor, *ar
     run = implementation(op, direction, backend, like)
     if torch.compiler.is_compiling():
         return run(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # past the operator's autograd kernel, which is Python
+    with _torch.below_autograd():  # past the operator's autograd kernel, which is Python
         return run(*args)
 
 
@@ -84,8 +82,8 @@ def direct_to_cpp(like: Any) -> bool:
         and _backends.forced() in (None, "cpp")
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _torch.func_transforms_active()
+        and _torch.dispatch_stack_length() == 0
     )
 
 
@@ -94,7 +92,7 @@ def run_cpp(op: str, direction: str, *args: Any) -> Any:
 
     Sent to the CPU's kernel whatever the tensors are, so that it is the one to refuse a tensor of another device.
     """
-    return getattr(torch.ops.mtlkernels, f"{op}_{direction}").default.redispatch(_CPU, *args)
+    return getattr(torch.ops.mtlkernels, f"{op}_{direction}").default.redispatch(_torch.CPU_KEYS, *args)
 
 
 def serve(op: str, *args: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mtlkernels import _torch
+
 # Measured with experts of (256, 128): on fewer rows than this, folding with gradients takes as long as not fusing.
 FOLD_ROWS = 128
 
@@ -36,11 +38,7 @@ _folded: weakref.WeakKeyDictionary[nn.Module, _Folded] = weakref.WeakKeyDictiona
 
 def may_cache() -> bool:
     """Whether tensors are what they seem: nothing traces or transforms the call."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return not (torch.compiler.is_compiling() or _torch.func_transforms_active() or _torch.dispatch_stack_length() > 0)
 
 
 def few_rows(x: Tensor) -> bool:

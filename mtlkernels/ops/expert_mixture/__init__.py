@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtlkernels import _backends
+from mtlkernels import _backends, _torch
 from mtlkernels.ops._autograd import apply
 from mtlkernels.ops._call import (
     direct_to_cpp,
@@ -162,7 +162,7 @@ def expert_mixture(
 
 def _transformed() -> bool:
     """Whether a transform of torch.func or the compiler is at work, which see further into a level in its parts."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or _torch.func_transforms_active()
 
 
 def _direct(

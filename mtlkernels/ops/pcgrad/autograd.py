@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from mtlkernels import _torch
 from mtlkernels._backends import register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import copies
@@ -27,15 +27,15 @@ def _register(direction: str, function: Callable[..., Any]) -> None:
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
         """Example by example; the public functions, which call the reference under vmap, do not come here."""
-        flat, spec = pytree.tree_flatten(args)
+        flat, spec = _torch.tree_flatten(args)
         dims = _spread(in_dims, args)
         columns = [
             copies(value, dim, info.batch_size) if isinstance(value, Tensor) else [value] * info.batch_size
             for value, dim in zip(flat, dims, strict=True)
         ]
-        found = [operator(*pytree.tree_unflatten(row, spec)) for row in zip(*columns, strict=True)]
-        out = pytree.tree_map(lambda *examples: torch.stack(examples), *found)
-        return out, pytree.tree_map(lambda _: 0, out)
+        found = [operator(*_torch.tree_unflatten(row, spec)) for row in zip(*columns, strict=True)]
+        out = _torch.tree_map(lambda *examples: torch.stack(examples), *found)
+        return out, _torch.tree_map(lambda _: 0, out)
 
     torch.library.register_vmap(f"mtlkernels::{_OP}_{direction}", rule)
 

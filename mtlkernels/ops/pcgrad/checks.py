@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlkernels import _torch
 from mtlkernels.ops._checks import DTYPES, as_sequence, shape_of
 
 Column = tuple[Tensor | None, ...]
@@ -128,7 +129,7 @@ def check_order(order: Any, num_tasks: int) -> Tensor:
         raise ValueError(f"order must have shape {list(shapes[0])} or {list(shapes[1])}, got {shape_of(order)}")
     if order.numel() and (order.is_floating_point() or order.is_complex() or order.dtype == torch.bool):
         raise TypeError(f"order must hold integers, got {order.dtype}")
-    if order.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if order.is_cpu and not torch.compiler.is_compiling() and not _torch.func_transforms_active():
         for i, row in enumerate(order.tolist()):
             if any(not 0 <= j < num_tasks for j in row):
                 raise ValueError(f"order[{i}] must hold tasks in [0, {num_tasks}), got {row}")

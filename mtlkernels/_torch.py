@@ -1,0 +1,43 @@
+"""The private parts of PyTorch that this package uses, each under a name of its own: nothing else may name them.
+
+``tests/test_private_torch.py`` says which of them a version of PyTorch no longer has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+tree_flatten, tree_unflatten, tree_map = pytree.tree_flatten, pytree.tree_unflatten, pytree.tree_map
+# Transforms of torch.func.
+func_transforms_active = torch._C._are_functorch_transforms_active
+unwrap_dead_wrappers = torch._functorch.utils.unwrap_dead_wrappers
+# vmap of torch.autograd.grad(..., is_grads_batched=True), which is not torch.func's.
+is_legacy_batched_tensor = torch._C._functorch.is_legacy_batchedtensor
+remove_batch_dim = torch._remove_batch_dim
+add_batch_dim = torch._add_batch_dim
+# The dispatcher.
+dispatch_stack_length = torch._C._len_torch_dispatch_stack
+below_autograd = torch._C._AutoDispatchBelowAutograd
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
+
+
+def legacy_vmap_level() -> int:
+    """The number of the innermost level of ``is_grads_batched``."""
+    level = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    return level - 1
+
+
+def apply_unbound(function: Any, *args: Any) -> Any:
+    """``function.apply(*args)`` without binding the arguments to the signature, which takes longer than a small op."""
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
+
+
+def has_amx() -> bool:
+    """Whether the processor has AMX's tiles."""
+    return bool(torch.cpu._is_amx_tile_supported())
