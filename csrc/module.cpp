@@ -8,9 +8,9 @@
 #include <map>
 #include <string>
 
+#include "cpu/kept_weights.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
-#include "cpu/prepared_weights.h"
 #include "serve.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -29,9 +29,11 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "release_memory",
       [] {
-        mtlk::PreparedWeights::instance().release();  // into the pool
+        mtlk::KeptWeights::instance().release();  // into the pool
         return mtlk::MemoryPool::instance().release();
       },
       "Lets go of the memory that the kernels keep for later calls; the number of bytes.");
+  module.def("keep_prepared", &mtlk::keep_prepared_from_python,
+             "Keeps what is prepared of each of these weights, which nobody writes to any more.");
   module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
 }

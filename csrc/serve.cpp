@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/expert_mixture.h"
+#include "cpu/kept_weights.h"
 
 namespace mtlk {
 namespace {
@@ -58,16 +59,32 @@ void append_gates(PyObject* gates, at::IntArrayRef sizes, std::vector<at::Tensor
   }
 }
 
+at::Tensor optional_tensor_of(PyObject* object) { return object == Py_None ? at::Tensor() : tensor_of(object); }
+
+// (mean, variance, weight or None, bias or None, eps), or None.
+NormTensors norm_of(PyObject* object) {
+  if (object == Py_None) return {};
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 5) throw std::invalid_argument("five parts were expected");
+  const auto part = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(object, i); };
+  return {tensor_of(part(0)), tensor_of(part(1)), optional_tensor_of(part(2)), optional_tensor_of(part(3)),
+          py::handle(part(4)).cast<double>()};
+}
+
 void check_layers(const std::vector<at::Tensor>& tensors, size_t experts, size_t layers) {
   if (tensors.size() != experts * layers) throw std::invalid_argument("a tensor an expert and a layer was expected");
 }
 
 }  // namespace
 
+void keep_prepared_from_python(py::handle weights) {
+  for_each(weights.ptr(), [](PyObject* weight) { KeptWeights::instance().declare(tensor_of(weight)); });
+}
+
 py::object serve_expert_mixture_from_python(py::handle inputs, py::handle weights, py::handle biases,
                                             py::handle gate_logits, py::handle gate_weights, py::handle gate_biases,
                                             const py::tuple& expert_inputs, const py::tuple& gate_experts,
-                                            const py::tuple& gate_sizes, py::handle activations) {
+                                            const py::tuple& gate_sizes, py::handle activations, py::handle norms,
+                                            py::handle gate_norms, py::handle slopes, py::handle dice_eps) {
   ServeArgs args;
   args.expert_inputs = integers_of(expert_inputs);
   args.gate_experts = integers_of(gate_experts);
@@ -104,13 +121,28 @@ py::object serve_expert_mixture_from_python(py::handle inputs, py::handle weight
     } else if (THPVariable_Check(gate_biases.ptr())) {
       append_gates(gate_biases.ptr(), args.gate_sizes, args.gate_biases);
     } else {
-      for_each(gate_biases.ptr(),
-               [&](PyObject* bias) { args.gate_biases.push_back(bias == Py_None ? at::Tensor() : tensor_of(bias)); });
+      for_each(gate_biases.ptr(), [&](PyObject* bias) { args.gate_biases.push_back(optional_tensor_of(bias)); });
     }
   } else if (THPVariable_Check(gate_logits.ptr())) {
     args.gate_logits = tensor_of(gate_logits.ptr()).split_with_sizes(args.gate_sizes, 1);
   } else {
     append(gate_logits.ptr(), args.gate_logits);
+  }
+  if (!norms.is_none()) {
+    for_each(norms.ptr(), [&](PyObject* layer) {
+      if (layer == Py_None) return args.norms.resize(args.norms.size() + experts);
+      for_each(layer, [&](PyObject* norm) { args.norms.push_back(norm_of(norm)); });
+    });
+  }
+  if (!gate_norms.is_none()) {
+    for_each(gate_norms.ptr(), [&](PyObject* norm) { args.gate_norms.push_back(norm_of(norm)); });
+  }
+  if (!slopes.is_none()) {
+    for_each(slopes.ptr(), [&](PyObject* layer) {
+      if (layer == Py_None) return args.slopes.resize(args.slopes.size() + experts);
+      append(layer, args.slopes);
+    });
+    for (const py::handle eps : dice_eps) args.dice_eps.push_back(eps.cast<double>());
   }
   std::vector<at::Tensor> outputs;
   {

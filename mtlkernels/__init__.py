@@ -4,6 +4,7 @@ from mtlkernels import _library, nn, optim  # noqa: F401  (_library defines the 
 from mtlkernels._backends import backends, use_backend
 from mtlkernels._config import show_config
 from mtlkernels._convert import ConversionReport, convert, revert
+from mtlkernels._prepare import prepare
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import gated_mixture
 from mtlkernels.ops.hard_concrete import hard_concrete, l0_penalty
@@ -28,6 +29,7 @@ __all__ = [
     "optim",
     "pcgrad",
     "pcgrad_weights",
+    "prepare",
     "revert",
     "show_config",
     "snr_aver",

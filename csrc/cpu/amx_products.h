@@ -63,10 +63,11 @@ class PairProducts {
       if (a.both) _tile_loadd(2, out0 + kGroup * ld, ld * sizeof(float));
       if (a.both && b.both) _tile_loadd(3, out1 + kGroup * ld, ld * sizeof(float));
     }
+    const int64_t a_row = a.row * static_cast<int64_t>(sizeof(BFloat16));
     Fetcher fetcher(ahead, steps);
     for (int64_t k = 0; k < steps; ++k) {
       fetcher.step();
-      _tile_loadd(4, a.first + k * a.step, 64);
+      _tile_loadd(4, a.first + k * a.step, a_row);
       _tile_loadd(6, b.first + k * b.step, 64);
       _tile_dpbf16ps(0, 4, 6);
       if (b.both) {
@@ -74,7 +75,7 @@ class PairProducts {
         _tile_dpbf16ps(1, 4, 7);
       }
       if (a.both) {
-        _tile_loadd(5, a.second + k * a.step, 64);
+        _tile_loadd(5, a.second + k * a.step, a_row);
         _tile_dpbf16ps(2, 5, 6);
         if (b.both) _tile_dpbf16ps(3, 5, 7);
       }

@@ -21,12 +21,12 @@ class PairProducts {
     const int64_t parts = (a.both ? 2 : 1) * kGroup / kRows;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t row = part * kRows;
-      const BFloat16* rows = (row < kGroup ? a.first : a.second) + row % kGroup * kPairStep;
+      const PairFactor rows{(row < kGroup ? a.first : a.second) + row % kGroup * a.row, nullptr, a.step, false, a.row};
       const Ahead share = ahead.share(part, 1, parts);
       if (b.both) {
-        rows_against<2>(rows, a.step, b, steps, out0 + row * ld, out1 + row * ld, ld, add, share);
+        rows_against<2>(rows, b, steps, out0 + row * ld, out1 + row * ld, ld, add, share);
       } else {
-        rows_against<1>(rows, a.step, b, steps, out0 + row * ld, nullptr, ld, add, share);
+        rows_against<1>(rows, b, steps, out0 + row * ld, nullptr, ld, add, share);
       }
     }
   }
@@ -35,7 +35,20 @@ class PairProducts {
   static constexpr int64_t kRows = 8;  // of a, beside two tiles of b and, of split factors, two sums each
 
   template <int Tiles>
-  static void rows_against(const BFloat16* a, int64_t a_step, const PairFactor& b, int64_t steps, float* out0,
+  static void rows_against(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1,
+                           int64_t ld, bool add, const Ahead& ahead) {
+    if (a.row == kPairStep)
+      return rows_against<Tiles>(a.first, PairStep{}, a.step, b, steps, out0, out1, ld, add, ahead);
+    if constexpr (Planes == 1) rows_against<Tiles>(a.first, a.row, a.step, b, steps, out0, out1, ld, add, ahead);
+  }
+
+  // The distance of a's rows, which addresses can hold where it is a constant.
+  struct PairStep {
+    constexpr operator int64_t() const { return kPairStep; }
+  };
+
+  template <int Tiles, typename Row>
+  static void rows_against(const BFloat16* a, Row row, int64_t a_step, const PairFactor& b, int64_t steps, float* out0,
                            float* out1, int64_t ld, bool add, const Ahead& ahead) {
     __m512 sums[kRows][Tiles] = {}, rest[kRows][Tiles] = {};
     const BFloat16 *first = b.first, *second = b.second;
@@ -45,7 +58,7 @@ class PairProducts {
       for (int p = 0; p < Planes; ++p) {
         for (int q = 0; p + q < Planes; ++q) {
           auto& to = p + q == 0 ? sums : rest;
-          multiply<Tiles>(a + p * kPairTile, first + q * kPairTile, second + q * kPairTile, to);
+          multiply<Tiles>(a + p * kPairTile, row, first + q * kPairTile, second + q * kPairTile, to);
         }
       }
     }
@@ -58,16 +71,18 @@ class PairProducts {
     }
   }
 
-  template <int Tiles>
-  MTLK_INLINE static void multiply(const BFloat16* a, const BFloat16* first, const BFloat16* second,
+  template <int Tiles, typename Row>
+  MTLK_INLINE static void multiply(const BFloat16* a, Row row, const BFloat16* first, const BFloat16* second,
                                    __m512 (&sums)[kRows][Tiles]) {
+    const BFloat16* third[(kRows + 2) / 3];  // a pointer for every third row: addresses hold one and two distances
+    for (int64_t i = 0; i < kRows; i += 3) third[i / 3] = a + i * row;
     for (int64_t pair = 0; pair < kPairStep / 2; ++pair) {
       const __m512bh b0 = (__m512bh)_mm512_loadu_si512(first + pair * 2 * kGroup);
       const __m512bh b1 = Tiles == 1 ? b0 : (__m512bh)_mm512_loadu_si512(second + pair * 2 * kGroup);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kRows; ++i) {
         int32_t both;
-        std::memcpy(&both, a + i * kPairStep + pair * 2, sizeof(both));
+        std::memcpy(&both, third[i / 3] + i % 3 * row + pair * 2, sizeof(both));
         const __m512bh value = (__m512bh)_mm512_set1_epi32(both);
         sums[i][0] = _mm512_dpbf16_ps(sums[i][0], value, b0);
         if constexpr (Tiles == 2) sums[i][1] = _mm512_dpbf16_ps(sums[i][1], value, b1);

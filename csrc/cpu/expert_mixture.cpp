@@ -16,32 +16,13 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-// The kernels for a call with these inputs.
-const ExpertMixtureKernels& kernels_for(const at::Tensor& inputs) {
+// The kernels for a call with these inputs; `kept` tells that what they prepare of the weights stays for others.
+const ExpertMixtureKernels& kernels_for(const at::Tensor& inputs, bool kept = false) {
   const int dtype = static_cast<int>(dtype_of(inputs));
-  const bool few = inputs.size(0) < kernels().expert_mixture[dtype].least_rows;
+  const int64_t least = kernels().expert_mixture[dtype].least_rows;
+  const bool few = inputs.size(0) < (kept ? std::min(least, kLeastRowsKept) : least);
   return few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype];
 }
-
-// The kernels for a call that saves nothing, and what was prepared of its weights before. Where they may stay the same
-// from call to call, kernels that want them prepared pay for fewer rows; which ones serve does not depend on what came
-// before, so that equal calls give equal bits.
-struct Serving {
-  Serving(const at::Tensor& inputs, at::TensorList weights) : table(kernels_for(inputs)) {
-    const ExpertMixtureKernels& prepared = kernels().expert_mixture[static_cast<int>(dtype_of(inputs))];
-    if (prepared.form != WeightForm::kPrepared || inputs.size(0) < prepared.least_rows_kept) return;
-    found = PreparedWeights::instance().find(weights, prepared.prepare);
-    if (found.told) table = prepared;
-  }
-
-  void keep(at::TensorList weights, const WeightForms& forms) const {
-    if (!found.again || found.memory) return;
-    PreparedWeights::instance().keep(weights, table.get().prepare, forms.prepared(), forms.bytes());
-  }
-
-  std::reference_wrapper<const ExpertMixtureKernels> table;
-  PreparedWeights::Found found;
-};
 
 void run_tiny(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
   const Level& level = args.level;
@@ -96,7 +77,8 @@ void run_experts(const ForwardArgs& args, const ExpertMixtureKernels& kernels, c
   const Level& level = args.level;
   // One piece of memory, which the backward pass can divide as it likes.
   const int64_t mixed_bytes = kernels.forward_mixed_bytes(level, level.rows);
-  const int64_t scratch_bytes = kernels.forward_bytes(level, level.rows, true), own = scratch_bytes + forms.bytes();
+  const int64_t scratch_bytes = kernels.forward_bytes(level, level.rows, args.saved != nullptr),
+                own = scratch_bytes + forms.bytes();
   const Scratch memory(1, cut.parts * (mixed_bytes + own));
   char* const sums = static_cast<char*>(memory[0]);
   char* const scratch = sums + cut.parts * mixed_bytes;
@@ -117,9 +99,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
                                                                          at::TensorList weights, bool save,
                                                                          F set_gates) {
   const Level& level = tables.level();
-  const std::optional<Serving> serving =
-      save ? std::nullopt : std::optional<Serving>(std::in_place, inputs[0], weights);
-  const ExpertMixtureKernels& table = serving ? serving->table.get() : kernels_for(inputs[0]);
+  const bool kept = !save && all_declared(weights);
+  const ExpertMixtureKernels& table = kernels_for(inputs[0], kept);
   const bool tiny = level.rows <= table.tiny_rows;
   set_gates(tiny ? WeightForm::kNatural : table.form);
   const auto options = inputs[0].options();
@@ -139,13 +120,12 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
   if (tiny) {
     tables.set_natural_weights(weights);
     run_tiny(args(), table);
-  } else if (save && table.form == WeightForm::kPrepared && cut.blocks == 1) {
+  } else if (table.form == WeightForm::kPrepared && cut.blocks == 1 && !kept && !all_fit_as_they_are(table, weights)) {
     GroupForms forms(weights, level.experts, table, false);
     tables.set_weights(forms);
     run_experts(args(), table, cut, forms);
   } else {
-    tables.set_weights(weights, table, false, serving ? serving->found.memory : nullptr, !save);
-    if (serving) serving->keep(weights, tables.weight_forms());
+    tables.set_weights(weights, table, false);
     run_blocks(args(), table, cut);
   }
   return {outputs, saved};
@@ -221,7 +201,7 @@ std::tuple<Tensors, Tensors, at::Tensor> level_forward(at::TensorList inputs, at
     if (save) {
       logits = tables.set_gate_products(inputs, gate_weights.vec(), of_list(gate_biases));
     } else {
-      tables.set_gate_layers(inputs, gate_weights.vec(), of_list(gate_biases), form);
+      tables.set_gate_layers(inputs, gate_weights.vec(), of_list(gate_biases), {}, kernels_for(inputs[0]), form);
     }
   });
   if (!save) logits = at::empty({0, tables.level().gates.columns}, inputs[0].options());
@@ -292,14 +272,17 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> level_backward(
 
 std::vector<at::Tensor> serve_expert_mixture(const ServeArgs& args) {
   RECORD_FUNCTION("mtlkernels::expert_mixture_serve", {});
+  if (!args.slopes.empty()) return serve_with_slopes(args);
   LevelTables tables(args.inputs, args.weights, args.expert_inputs, args.gate_experts, args.gate_sizes,
                      args.activations);
+  const ExpertMixtureKernels& table = kernels_for(args.inputs[0]);
   tables.set_biases(args.biases);
+  tables.set_norms(args.norms, table);
   return std::get<0>(run_forward(tables, args.inputs, args.weights, false, [&](WeightForm form) {
     if (args.gate_weights.empty()) {
       tables.set_logits(args.gate_logits);
     } else {
-      tables.set_gate_layers(args.inputs, args.gate_weights, args.gate_biases, form);
+      tables.set_gate_layers(args.inputs, args.gate_weights, args.gate_biases, args.gate_norms, table, form);
     }
   }));
 }

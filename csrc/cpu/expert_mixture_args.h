@@ -33,6 +33,20 @@ struct Gates {
   const int64_t* weight_ld;
   const void* const* biases;
   const int* streams;
+  const void* const* scales;  // as a level's
+  const void* const* shifts;
+};
+
+// A parameter or a statistic of a norm, contiguous; null for none.
+struct NormPart {
+  const void* values;
+  Dtype dtype;
+};
+
+// A batch norm that uses its running statistics.
+struct RunningNorm {
+  NormPart mean, variance, weight, bias;
+  double eps;
 };
 
 // A level of experts. Weights and biases are ordered by layer, then expert: number layer * experts + e.
@@ -47,8 +61,10 @@ struct Level {
   const void* const* inputs;  // [rows, widths[0]], unit column stride
   const int64_t* input_ld;
   const void* const* weights;  // see WeightForm
-  const int64_t* weight_ld;
-  const void* const* biases;  // of the storage type; null where there is none
+  const int64_t* weight_ld;    // 0 for prepared ones
+  const void* const* biases;   // of the storage type; null where there is none
+  const void* const* scales;   // of batch norms by running statistics, of the compute type, null where there is none
+  const void* const* shifts;   // of them, in the place of biases; both tables are null without such norms
   Gates gates;
 };
 

@@ -206,7 +206,7 @@ class BackwardBlock {
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1], size = Engine::panel_size(depth);
     const int64_t at = static_cast<int64_t>(l) * level_.experts + e, ld = args_.last_weight_ld[e];
     const auto* weight = static_cast<const typename Engine::Weight*>(args_.last_weights[e]);
-    const T* bias = static_cast<const T*>(level_.biases[at]);
+    const auto affine = Affine<T, C>::of(level_, at);
     constexpr int64_t tile_group = Engine::kRows * kGroup;
     const int64_t tiles = Engine::tiles(width);
     load_input(l - 1, e);
@@ -221,8 +221,8 @@ class BackwardBlock {
         Engine::tile(weight, ld, o, n, s_.input + g0 * size, depth, ng, s_.tile, tile_group,
                      ahead.share(g0, ng, groups_));
         for (int64_t g = g0; g < g0 + ng; ++g) {
-          bias_activation<T, C>(from_input(code) ? static_cast<int>(kNone) : code, s_.tile + (g - g0) * tile_group,
-                                bias ? bias + o : nullptr, n, s_.kept + (g * width + o) * kGroup, nullptr);
+          affine_activation<T, C>(from_input(code) ? static_cast<int>(kNone) : code, s_.tile + (g - g0) * tile_group,
+                                  affine.from(o), n, s_.kept + (g * width + o) * kGroup, nullptr);
         }
       }
     }

@@ -1,6 +1,7 @@
 // The forward pass of expert_mixture for a block of rows: every expert's layers, then every gate's sum, on chip.
 #pragma once
 
+#include "affine.h"
 #include "ahead.h"
 #include "gates.h"
 
@@ -13,15 +14,14 @@ inline int64_t widest_hidden(const Level& level) {
   return widest;
 }
 
-// out = activation(in + bias) for n features of one group, [n][16]; `before` (or null) receives in + bias.
+// out = activation(affine(in)) for n features of one group, [n][16]; `before` (or null) receives affine(in).
 template <typename T, typename C>
-void bias_activation(int code, const C* in, const T* bias, int64_t n, C* out, C* before) {
+void affine_activation(int code, const C* in, const Affine<T, C>& affine, int64_t n, C* out, C* before) {
   constexpr int L = Simd<C>::lanes;
   with_activation(code, [&](auto constant) {
     for (int64_t i = 0; i < n; ++i) {
-      const Vector<C> b = broadcast(bias ? static_cast<C>(to_compute(bias[i])) : static_cast<C>(0));
       for (int j = 0; j < kGroup; j += L) {
-        const Vector<C> x = load(in + i * kGroup + j) + b;
+        const Vector<C> x = affine(load(in + i * kGroup + j), i);
         if (before) store(before + i * kGroup + j, x);
         store(out + i * kGroup + j, activate<decltype(constant)::value, C>(x));
       }
@@ -153,7 +153,7 @@ class ForwardBlock {
   void gate_layer(int k) {
     const Gates& gates = level_.gates;
     const auto* weight = static_cast<const typename Engine::Weight*>(gates.weights[k]);
-    const T* bias = static_cast<const T*>(gates.biases[k]);
+    const auto affine = Affine<T, C>::of(gates.biases, gates.scales, gates.shifts, k);
     const int64_t depth = level_.widths[0], width = gates.sizes[k], in_size = Engine::panel_size(depth);
     constexpr int64_t tile_group = Engine::kRows * kGroup;
     for (int64_t t = 0; t < Engine::tiles(width); ++t) {
@@ -162,8 +162,8 @@ class ForwardBlock {
         const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
         Engine::tile(weight, gates.weight_ld[k], o, n, s_.input + g0 * in_size, depth, ng, s_.tile, tile_group, {});
         for (int64_t g = g0; g < g0 + ng; ++g) {
-          bias_activation<T, C>(kNone, s_.tile + (g - g0) * tile_group, bias ? bias + o : nullptr, n,
-                                probabilities(g) + (gates.begin[k] + o) * kGroup, nullptr);
+          affine_activation<T, C>(kNone, s_.tile + (g - g0) * tile_group, affine.from(o), n,
+                                  probabilities(g) + (gates.begin[k] + o) * kGroup, nullptr);
         }
       }
     }
@@ -201,6 +201,7 @@ class ForwardBlock {
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1];
     const int64_t at = number(l, e);
     const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
+    const auto of_layer = Affine<T, C>::of(level_, at);
     const bool last = l + 1 == level_.layers;
     const bool save = args_.saves(l);
     const bool save_before = save && from_input(level_.activations[l]);
@@ -211,7 +212,7 @@ class ForwardBlock {
     for (int64_t t = 0; t < Engine::tiles(width); ++t) {
       const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
       const Ahead ahead = t + 1 < Engine::tiles(width) ? weights_of(at, t + 1) : weights_of(next, 0);
-      const T* bias = level_.biases[at] ? static_cast<const T*>(level_.biases[at]) + o : nullptr;
+      const Affine<T, C> affine = of_layer.from(o);
       for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
         const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
         Engine::tile(weight, level_.weight_ld[at], o, n, in + g0 * in_size, depth, ng, s_.tile, tile_group,
@@ -219,17 +220,17 @@ class ForwardBlock {
         for (int64_t g = g0; g < g0 + ng; ++g) {
           C* tile = s_.tile + (g - g0) * tile_group;
           if (last && !save && uses(e) <= kFusedUses) {
-            mix_activated(e, g, o, n, tile, bias);
+            mix_activated(e, g, o, n, tile, affine);
             continue;
           }
           if (!last && (!save || (Engine::kSavesPanels && !save_before))) {
-            store_activated(l, tile, bias, n, out + g * out_size, o);
+            store_activated(l, tile, affine, n, out + g * out_size, o);
             if (save) keep_panel(e, l, g, o, n, out + g * out_size);
             continue;
           }
           C* before = save_before ? s_.before : nullptr;
           C* after = panel_out ? Engine::destination(out + g * out_size, o, tile) : tile;
-          bias_activation(level_.activations[l], tile, bias, n, after, before);
+          affine_activation(level_.activations[l], tile, affine, n, after, before);
           if (panel_out) Engine::store(out + g * out_size, o, n, after);
           if (save) keep(e, l, g, o, n, save_before ? before : after);
           if (last) mix(e, g, o, n, after);
@@ -241,35 +242,31 @@ class ForwardBlock {
     }
   }
 
-  // activation(values + bias) of n features, straight into the next layer's input.
-  void store_activated(int l, const C* values, const T* bias, int64_t n, Element* panel, int64_t o) {
+  // activation(affine(values)) of n features, straight into the next layer's input.
+  void store_activated(int l, const C* values, const Affine<T, C>& affine, int64_t n, Element* panel, int64_t o) {
     with_activation(level_.activations[l], [&](auto constant) {
       Engine::store_each(panel, o, n, [&](int64_t i, int j) {
-        return activate<decltype(constant)::value, C>(load(values + i * kGroup + j) + bias_at(bias, i));
+        return activate<decltype(constant)::value, C>(affine(load(values + i * kGroup + j), i));
       });
     });
   }
 
-  static Vector<C> bias_at(const T* bias, int64_t i) {
-    return broadcast(bias ? static_cast<C>(to_compute(bias[i])) : static_cast<C>(0));
-  }
-
-  // Adds activation(values + bias) of n features of expert e's last layer to every gate's sum, in one pass.
-  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const T* bias) {
+  // Adds activation(affine(values)) of n features of expert e's last layer to every gate's sum, in one pass.
+  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<T, C>& affine) {
     with_activation(level_.activations[level_.layers - 1], [&](auto constant) {
       switch (uses(e)) {
         case 1:
-          return mix_activated<decltype(constant)::value, 1>(e, g, o, n, values, bias);
+          return mix_activated<decltype(constant)::value, 1>(e, g, o, n, values, affine);
         case 2:
-          return mix_activated<decltype(constant)::value, 2>(e, g, o, n, values, bias);
+          return mix_activated<decltype(constant)::value, 2>(e, g, o, n, values, affine);
         case 3:
-          return mix_activated<decltype(constant)::value, 3>(e, g, o, n, values, bias);
+          return mix_activated<decltype(constant)::value, 3>(e, g, o, n, values, affine);
       }
     });
   }
 
   template <int Code, int Uses>
-  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const T* bias) {
+  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<T, C>& affine) {
     constexpr int L = Simd<C>::lanes;
     const Gates& gates = level_.gates;
     const GateUse* use = gates.uses + gates.use_begin[e];
@@ -279,7 +276,7 @@ class ForwardBlock {
       Vector<C> p[Uses];
       for (int u = 0; u < Uses; ++u) p[u] = load(probabilities(g) + use[u].column * kGroup + j);
       for (int64_t i = 0; i < n; ++i) {
-        const Vector<C> x = activate<Code, C>(load(values + i * kGroup + j) + bias_at(bias, i));
+        const Vector<C> x = activate<Code, C>(affine(load(values + i * kGroup + j), i));
 #pragma GCC unroll 3
         for (int u = 0; u < Uses; ++u) {
           C* place = sums[u] + i * kGroup + j;

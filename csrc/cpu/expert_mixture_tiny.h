@@ -91,13 +91,14 @@ class TinyForward {
     int stream = -1;
     for (int k = gates.count - 1; k >= 0; --k) {  // so that the first stream is the last to be loaded
       if (gates.streams[k] != stream) load_input(stream = gates.streams[k]);
-      const T* bias = static_cast<const T*>(gates.biases[k]);
+      const auto affine = Affine<T, C>::of(gates.biases, gates.scales, gates.shifts, k);
       product(static_cast<const T*>(gates.weights[k]), gates.weight_ld[k], gates.sizes[k], input_, level_.widths[0],
               hidden_[0]);
       C* panel = probabilities_ + gates.begin[k] * kGroup;
       for (int c = 0; c < gates.sizes[k]; ++c) {
-        const C b = bias ? static_cast<C>(to_compute(bias[c])) : static_cast<C>(0);
-        for (int r = 0; r < kGroup; ++r) panel[c * kGroup + r] = r < rows_ ? hidden_[0][r * widest_ + c] + b : 0;
+        for (int r = 0; r < kGroup; ++r) {
+          panel[c * kGroup + r] = r < rows_ ? affine(hidden_[0][r * widest_ + c], c) : static_cast<C>(0);
+        }
       }
       softmax_panel(panel, gates.sizes[k]);
     }
@@ -111,7 +112,7 @@ class TinyForward {
   void layer(int e, int l, const C* in, C* out) {
     const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
     const int64_t width = level_.widths[l + 1];
-    const T* bias = static_cast<const T*>(level_.biases[at]);
+    const auto affine = Affine<T, C>::of(level_, at);
     product(static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, in, level_.widths[l], out);
     constexpr int L = Simd<C>::lanes;
     const bool before = from_input(level_.activations[l]);
@@ -119,7 +120,11 @@ class TinyForward {
       for (int64_t r = 0; r < rows_; ++r) {
         C* row = out + r * widest_;
         T* saved = args_.saves(l) ? static_cast<T*>(args_.saved[l]) + (e * rows_ + r) * width : nullptr;
-        for (int64_t o = 0; bias && o < width; ++o) row[o] += static_cast<C>(to_compute(bias[o]));
+        if (affine.scale) {
+          for (int64_t o = 0; o < width; ++o) row[o] = row[o] * affine.scale[o] + affine.shift[o];
+        } else if (affine.bias) {
+          for (int64_t o = 0; o < width; ++o) row[o] += static_cast<C>(to_compute(affine.bias[o]));
+        }
         if (saved && before) narrow(row, saved, width);
         for (int64_t o = 0; o < width; o += L) store(row + o, activate<decltype(constant)::value, C>(load(row + o)));
         if (saved && !before) narrow(row, saved, width);

@@ -99,6 +99,12 @@ class GateTables {
     gates_.streams = streams.data();
   }
 
+  // Of norms behind those layers.
+  void set_norms(const void* const* scales, const void* const* shifts) {
+    gates_.scales = scales;
+    gates_.shifts = shifts;
+  }
+
   const Gates& gates() const { return gates_; }
 
  private:

@@ -95,8 +95,9 @@ ExpertMixtureKernels expert_mixture_kernels() {
   using C = typename Engine::C;
   ExpertMixtureKernels table{};
   table.least_rows = Engine::kLeastRows;
-  table.least_rows_kept = Engine::kLeastRowsKept;
   table.form = Engine::kForm;
+  table.natural_outputs = Engine::kNaturalOutputs;
+  table.fold_norm = fold_norm<T, C>;
   table.block_bytes = Engine::kBlockBytes;
   table.chunk_bytes = Engine::kChunkBytes;
   if constexpr (Engine::kForm == WeightForm::kPrepared) {

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <optional>
 
+#include "folded_norms.h"
 #include "gate_layers.h"
 #include "gates_args.h"
 #include "weight_forms.h"
@@ -62,6 +64,16 @@ class LevelTables {
     for (size_t i = 0; i < biases.size(); ++i) biases_[i] = bias_of(biases[i], widths_[i / experts_ + 1], "biases", i);
   }
 
+  // Batch norms by running statistics behind the experts' layers, after their biases; empty without any.
+  void set_norms(const std::vector<NormTensors>& norms, const ExpertMixtureKernels& table) {
+    if (norms.empty()) return;
+    std::vector<int64_t> widths;
+    for (size_t i = 0; i < biases_.size(); ++i) widths.push_back(widths_[i / experts_ + 1]);
+    norms_.emplace(norms, widths, biases_.data(), table, dtype_ == at::kDouble, "norms");
+    level_.scales = norms_->scales();
+    level_.shifts = norms_->shifts();
+  }
+
   void set_logits(at::TensorList logits) {
     gates_.set_logits(logits);
     check_gates(logits, gates_.gates(), level_.rows, dtype_);
@@ -70,10 +82,16 @@ class LevelTables {
 
   // Linear layers in the place of logits: gate k's reads stream k, or the only one. Kernels that want prepared weights
   // get logits after all, as so narrow a layer is nothing to prepare for.
+  // `norms` stand behind them, or it is empty.
   void set_gate_layers(at::TensorList inputs, const std::vector<at::Tensor>& weights,
-                       const std::vector<at::Tensor>& biases, WeightForm form) {
-    if (form == WeightForm::kPrepared) return static_cast<void>(set_gate_products(inputs, weights, biases));
+                       const std::vector<at::Tensor>& biases, const std::vector<NormTensors>& norms,
+                       const ExpertMixtureKernels& table, WeightForm form) {
     check_gate_layers(inputs, weights, biases);
+    if (!norms.empty()) fold_gates(norms, table);
+    if (form == WeightForm::kPrepared) {
+      if (norms.empty()) return set_joined_logits(gate_logits(inputs, weights, biases));
+      return set_joined_logits(normalized_logits(gate_logits(inputs, weights, {weights.size(), at::Tensor()}), biases));
+    }
     for (const at::Tensor& weight : weights) {
       rows_of(form == WeightForm::kCompute && dtype_ != at::kDouble ? weight.to(at::kFloat) : weight);
       gate_weights_.push_back(kept_.back().const_data_ptr());
@@ -156,16 +174,14 @@ class LevelTables {
     weights_.set_natural(weights);
     point_weights();
   }
-  void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
-                   PreparedWeights::Memory ready = nullptr, bool kept = false) {
-    weights_.set(weights, table, transposed, std::move(ready), kept);
+  void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
+    weights_.set(weights, table, transposed);
     point_weights();
   }
   void set_weights(const GroupForms& forms) {
     level_.weights = forms.pointers();
     level_.weight_ld = forms.ld();
   }
-  const WeightForms& weight_forms() const { return weights_; }
 
   // The last layer's weights as the forward pass wants them, after the backward pass's.
   void set_last_weights(at::TensorList weights, const ExpertMixtureKernels& table) {
@@ -180,6 +196,31 @@ class LevelTables {
   }
 
  private:
+  void fold_gates(const std::vector<NormTensors>& norms, const ExpertMixtureKernels& table) {
+    const Gates& gates = gates_.gates();
+    const std::vector<int64_t> widths(gates.sizes, gates.sizes + gates.count);
+    gate_norms_.emplace(norms, widths, gate_biases_.data(), table, dtype_ == at::kDouble, "gate norms");
+    gates_.set_norms(gate_norms_->scales(), gate_norms_->shifts());
+  }
+
+  // Logits of products: those of gates without a norm get their biases.
+  at::Tensor normalized_logits(const at::Tensor& products, const std::vector<at::Tensor>& biases) const {
+    const Gates& gates = gates_.gates();
+    const at::ScalarType compute = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
+    const auto options = products.options().dtype(compute);
+    const at::Tensor scale = at::ones({gates.columns}, options), shift = at::zeros({gates.columns}, options);
+    for (int k = 0; k < gates.count; ++k) {
+      const int64_t first = gates.begin[k], bytes = gates.sizes[k] * static_cast<int64_t>(scale.element_size());
+      if (gates.scales[k]) {
+        std::memcpy(scale.narrow(0, first, gates.sizes[k]).mutable_data_ptr(), gates.scales[k], bytes);
+        std::memcpy(shift.narrow(0, first, gates.sizes[k]).mutable_data_ptr(), gates.shifts[k], bytes);
+      } else if (biases[k].defined()) {
+        shift.narrow(0, first, gates.sizes[k]).copy_(biases[k]);
+      }
+    }
+    return at::addcmul(shift, products.to(compute), scale);
+  }
+
   // The address of a bias of `size` elements, null for none.
   const void* bias_of(const at::Tensor& bias, int64_t size, const char* name, size_t i) {
     if (!bias.defined()) return nullptr;
@@ -247,7 +288,8 @@ class LevelTables {
   WeightForms weights_;
   std::optional<WeightForms> last_weights_;
   at::ScalarType dtype_;
-  Level level_;
+  std::optional<FoldedNorms> norms_, gate_norms_;
+  Level level_{};
 };
 
 }  // namespace mtlk

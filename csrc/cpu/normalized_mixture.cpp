@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "expert_mixture.h"
 #include "level_args.h"
 #include "memory.h"
 #include "norm_tables.h"
@@ -76,18 +77,11 @@ void run_forward(NormalizedForwardArgs& args, const Tables& table) {
 
 using Tensors = std::vector<at::Tensor>;
 
-std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
-    at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& scales,
-    const OptionalTensors& shifts, const OptionalTensors& slopes, at::TensorList gate_logits,
-    at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
-    at::IntArrayRef activations, at::IntArrayRef norms, at::ArrayRef<double> eps, at::ArrayRef<double> dice_eps,
-    at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed) {
-  LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
-  tables.set_biases(biases);
-  tables.set_logits(gate_logits);
+// Outputs, pre-activations, means and variances.
+std::tuple<Tensors, Tensors, Tensors, Tensors> forward_of(LevelTables& tables, NormTables& norm_tables,
+                                                          at::TensorList weights, const at::Tensor& like) {
   const Level& level = tables.level();
-  const auto options = inputs[0].options();
-  NormTables norm_tables(level, inputs[0].scalar_type(), norms, eps, dice_eps, dropout, seed, scales, shifts, slopes);
+  const auto options = like.options();
   Tensors outputs, saved, means, variances;
   std::vector<void*> output_pointers;
   for (int k = 0; k < level.gates.count; ++k) {
@@ -110,7 +104,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
     }
     return {outputs, saved, means, variances};
   }
-  const Tables table = tables_for(inputs[0]);
+  const Tables table = tables_for(like);
   set_weights(tables, weights, table.engine, false);
   norm_tables.allocate(false);
   NormalizedForwardArgs args{};
@@ -121,6 +115,20 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
   args.outputs = output_pointers.data();
   run_forward(args, table);
   return {outputs, saved, means, variances};
+}
+
+std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
+    at::TensorList inputs, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& scales,
+    const OptionalTensors& shifts, const OptionalTensors& slopes, at::TensorList gate_logits,
+    at::IntArrayRef expert_inputs, at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
+    at::IntArrayRef activations, at::IntArrayRef norms, at::ArrayRef<double> eps, at::ArrayRef<double> dice_eps,
+    at::ArrayRef<double> dropout, const std::optional<at::Tensor>& seed) {
+  LevelTables tables(inputs, weights, expert_inputs, gate_experts, gate_sizes, activations);
+  tables.set_biases(biases);
+  tables.set_logits(gate_logits);
+  NormTables norm_tables(tables.level(), inputs[0].scalar_type(), norms, eps, dice_eps, dropout, seed, scales, shifts,
+                         slopes);
+  return forward_of(tables, norm_tables, weights, inputs[0]);
 }
 
 // The gradients dz of layer l, a chunk of rows at a time, and what follows from them.
@@ -243,6 +251,32 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backwa
 }
 
 }  // namespace
+
+std::vector<at::Tensor> serve_with_slopes(const ServeArgs& args) {
+  LevelTables tables(args.inputs, args.weights, args.expert_inputs, args.gate_experts, args.gate_sizes,
+                     args.activations);
+  const ExpertMixtureKernels& table = tables_for(args.inputs[0]).engine;
+  tables.set_biases(args.biases);
+  tables.set_norms(args.norms, table);
+  if (args.gate_weights.empty()) {
+    tables.set_logits(args.gate_logits);
+  } else {
+    tables.set_gate_layers(args.inputs, args.gate_weights, args.gate_biases, args.gate_norms, table,
+                           WeightForm::kPrepared);
+  }
+  const size_t layers = args.activations.size();
+  const std::vector<int64_t> no_norms(layers, kNoNorm);
+  const std::vector<double> zeros(layers, 0.0);
+  OptionalTensors slopes;
+  for (const at::Tensor& slope : args.slopes) {
+    slopes.push_back(slope.defined() ? std::optional<at::Tensor>(slope) : std::nullopt);
+  }
+  OptionalTensors nothing;
+  for (size_t i = 0; i < args.weights.size(); ++i) nothing.push_back(std::optional<at::Tensor>());
+  NormTables norm_tables(tables.level(), args.inputs[0].scalar_type(), no_norms, zeros, args.dice_eps, zeros,
+                         std::nullopt, nothing, nothing, slopes);
+  return std::get<0>(forward_of(tables, norm_tables, args.weights, args.inputs[0]));
+}
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("normalized_mixture_forward", TORCH_FN(forward));

@@ -198,23 +198,23 @@ class NormalizedForward {
 
   // What follows features [o, o + n) of expert e's layer.
   void complete(int l, int e, int64_t o, int64_t n) {
-    add_bias(l, e, o, n);
+    add_affine(l, e, o, n);
     if (args_.layers[l].norm != kBatchNorm) return;
     channel_moments(s_.values + o * kGroup, group_size(l), nrows_, n, partials_of<C>(args_, block_, e, 0) + o,
                     partials_of<C>(args_, block_, e, 1) + o);
   }
 
-  // Adds the bias and rounds to the storage type, so that the statistics are those of what readers find: of equal rows
-  // the deviations must be zero.
-  void add_bias(int l, int e, int64_t o, int64_t n) {
-    const void* const given = level_.biases[static_cast<int64_t>(l) * level_.experts + e];
-    const T* bias = given ? static_cast<const T*>(given) + o : nullptr;
-    if (!bias && __is_same(T, C)) return;
+  // Completes the product and rounds to the storage type, so that the statistics are those of what readers find: of
+  // equal rows the deviations must be zero.
+  void add_affine(int l, int e, int64_t o, int64_t n) {
+    const auto affine = Affine<T, C>::of(level_, static_cast<int64_t>(l) * level_.experts + e).from(o);
+    if (affine.nothing() && __is_same(T, C)) return;
     for (int64_t g = 0; g < groups_; ++g) {
       C* values = s_.values + g * group_size(l) + o * kGroup;
       for (int64_t i = 0; i < n; ++i) {
-        const C b = bias ? static_cast<C>(to_compute(bias[i])) : static_cast<C>(0);
-        for (int j = 0; j < kGroup; j += L) store(values + i * kGroup + j, load(values + i * kGroup + j) + b);
+        for (int j = 0; j < kGroup; j += L) {
+          store(values + i * kGroup + j, affine(load(values + i * kGroup + j), i));
+        }
         if constexpr (!__is_same(T, C)) {
           T narrow_values[kGroup];
           narrow(values + i * kGroup, narrow_values, kGroup);

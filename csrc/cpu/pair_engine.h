@@ -39,8 +39,7 @@ struct PairEngine {
   static constexpr int64_t kRows = 32;                      // two tiles of features by two groups of rows
   static constexpr int64_t kGroups = 2;
   static constexpr WeightForm kForm = WeightForm::kPrepared;
-  static constexpr int64_t kLeastRows = kPlanes == 1 ? 0 : 192;     // below, splitting the weights costs what it saves
-  static constexpr int64_t kLeastRowsKept = kPlanes == 1 ? 5 : 64;  // more planes are more to read than the weights
+  static constexpr int64_t kLeastRows = kPlanes == 1 ? 0 : 192;  // below, splitting the weights costs what it saves
   static constexpr int64_t kBlockBytes = Products::kCacheBytes / 2;
   static constexpr int64_t kChunkBytes = Products::kCacheBytes / 2;
 
@@ -138,15 +137,25 @@ struct PairEngine {
     }
   }
 
+  // One plane needs no preparing for a product: weights may come as they are, rows `ld` apart, where outputs fill their
+  // tiles; ld is 0 for prepared ones.
+  static constexpr int64_t kNaturalOutputs = kPlanes == 1 ? kGroup : 0;
+
   // Where the weights of a tile lie, for fetching them ahead.
-  static Ahead weight_rows(const Weight* w, int64_t, int64_t depth, int64_t feature, int64_t n) {
+  static Ahead weight_rows(const Weight* w, int64_t ld, int64_t depth, int64_t feature, int64_t n) {
+    if (ld != 0) {
+      return {reinterpret_cast<const char*>(w + feature * ld), n * ld * static_cast<int64_t>(sizeof(Weight))};
+    }
     const int64_t size = panel_size(depth);
     return {reinterpret_cast<const char*>(w + feature / kGroup * size),
             (n + kGroup - 1) / kGroup * size * static_cast<int64_t>(sizeof(Weight))};
   }
 
-  static void tile(const Weight* w, int64_t, int64_t feature, int64_t n, const Element* panels, int64_t depth,
+  static void tile(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                    int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
+    if constexpr (kNaturalOutputs > 0) {
+      if (ld != 0) return natural_tile(w + feature * ld, ld, n, panels, depth, groups, out, out_group, ahead);
+    }
     tile_back(w, 0, feature, n, panels, depth, groups, out, out_group, false, ahead);
   }
 
@@ -273,6 +282,26 @@ struct PairEngine {
   }
 
  private:
+  // The product with weights as they are. What the depth leaves of a last step is copied, as its tile wants zeros
+  // there.
+  static void natural_tile(const Weight* w, int64_t ld, int64_t n, const Element* panels, int64_t depth, int64_t groups,
+                           C* out, int64_t out_group, const Ahead& ahead) {
+    const int64_t size = panel_size(depth), whole = depth / kStep, rest = depth % kStep;
+    const bool both = n > kGroup;
+    const PairFactor b{panels, panels + size, kPlaneBlock, groups > 1};
+    if (whole > 0 || rest == 0)
+      Products::run({w, w + kGroup * ld, kStep, both, ld}, b, whole, out, out + out_group, kGroup, false, ahead);
+    if (rest == 0) return;
+    alignas(64) Weight last[2][kBlock];
+    const __mmask32 there = (__mmask32{1} << rest) - 1;
+    for (int64_t o = 0; o < n; ++o) {
+      const __m512i row = _mm512_maskz_loadu_epi16(there, w + o * ld + whole * kStep);
+      _mm512_store_si512(last[0] + o * kStep, row);
+    }
+    const PairFactor b_last{b.first + whole * kPlaneBlock, b.second + whole * kPlaneBlock, kPlaneBlock, b.both};
+    Products::run({last[0], last[1], kBlock, both}, b_last, 1, out, out + out_group, kGroup, whole > 0, {});
+  }
+
   static void store_pair(Element* panel, int64_t feature, const __m256i* even, const __m256i* odd) {
     Element* place = panel + feature / kStep * kPlaneBlock + feature % kStep * kGroup;
     for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, interleaved(even[p], odd[p]));

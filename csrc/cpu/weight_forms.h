@@ -3,13 +3,14 @@
 
 #include <ATen/ATen.h>
 
-#include <memory>
+#include <algorithm>
+#include <optional>
 #include <vector>
 
+#include "kept_weights.h"
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
-#include "prepared_weights.h"
 
 namespace mtlk {
 
@@ -21,6 +22,24 @@ inline at::Tensor preparable(const at::Tensor& weight, bool transposed) {
 
 inline void prepare_weight(const ExpertMixtureKernels& table, const at::Tensor& weight, void* memory) {
   table.prepare(weight.const_data_ptr(), weight.stride(0), weight.stride(1), weight.size(0), weight.size(1), memory);
+}
+
+// Whether kernels that want prepared weights take this one in its natural form.
+inline bool fits_as_it_is(const ExpertMixtureKernels& table, const at::Tensor& weight) {
+  return table.natural_outputs != 0 && weight.size(0) % table.natural_outputs == 0 && weight.stride(1) == 1 &&
+         weight.stride(0) > 0;
+}
+
+inline bool all_fit_as_they_are(const ExpertMixtureKernels& table, at::TensorList weights) {
+  return std::all_of(weights.begin(), weights.end(), [&](const at::Tensor& w) { return fits_as_it_is(table, w); });
+}
+
+// Rows of a call for which prepared weights pay that are kept, where more are needed to pay for preparing.
+constexpr int64_t kLeastRowsKept = 64;
+
+inline bool all_declared(at::TensorList weights) {
+  return std::all_of(weights.begin(), weights.end(),
+                     [](const at::Tensor& w) { return KeptWeights::instance().declared(w); });
 }
 
 // Owns whatever had to be copied to fit the kernels.
@@ -38,10 +57,8 @@ class WeightForms {
     }
   }
 
-  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared, `ready`
-  // is what was prepared of them before, and `kept` tells that somebody may keep it for later calls.
-  void set(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
-           PreparedWeights::Memory ready = nullptr, bool kept = false) {
+  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared.
+  void set(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
     if (table.form == WeightForm::kNatural) return set_natural(weights);
     if (table.form == WeightForm::kCompute) {
       std::vector<at::Tensor> wide(weights.size());
@@ -49,38 +66,44 @@ class WeightForms {
                      [&](int64_t i) { wide[i] = weights[i].to(at::kFloat).contiguous(); });
       return set_natural(wide);
     }
+    std::vector<size_t> numbers;  // of those to be prepared
     std::vector<int64_t> offsets{0};
-    for (const at::Tensor& weight : weights) {
-      const int64_t outputs = weight.size(transposed ? 1 : 0), inputs = weight.size(transposed ? 0 : 1);
-      offsets.push_back(offsets.back() + table.prepared_bytes(outputs, inputs));
-    }
-    bytes_ = offsets.back();
-    prepared_ = ready ? std::move(ready) : prepare(weights, table, transposed, offsets, kept);
     for (size_t i = 0; i < weights.size(); ++i) {
-      pointers_.push_back(static_cast<char*>((*prepared_)[0]) + offsets[i]);
+      const at::Tensor& weight = weights[i];
+      const bool natural = !transposed && fits_as_it_is(table, weight);
+      pointers_.push_back(natural ? weight.const_data_ptr() : nullptr);
+      ld_.push_back(natural ? weight.stride(0) : 0);
+      if (natural) continue;
+      if (!transposed && take_kept(table, weight)) continue;
+      const int64_t outputs = weight.size(transposed ? 1 : 0), inputs = weight.size(transposed ? 0 : 1);
+      numbers.push_back(i);
+      offsets.push_back(offsets.back() + table.prepared_bytes(outputs, inputs));
+      kept_.push_back(preparable(weight, transposed));
     }
-    ld_.assign(weights.size(), 0);
+    if (numbers.empty()) return;
+    char* memory = static_cast<char*>(prepared_.emplace(1, offsets.back())[0]);
+    for (size_t i = 0; i < numbers.size(); ++i) pointers_[numbers[i]] = memory + offsets[i];
+    parallel_tasks(at::get_num_threads(), numbers.size(),
+                   [&](int64_t i) { prepare_weight(table, kept_[i], memory + offsets[i]); });
   }
 
-  // What `set` has prepared, and its size.
-  const PreparedWeights::Memory& prepared() const { return prepared_; }
-  int64_t bytes() const { return bytes_; }
-
  private:
-  static PreparedWeights::Memory prepare(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed,
-                                         const std::vector<int64_t>& offsets, bool kept) {
-    auto prepared = std::make_shared<const Scratch>(1, offsets.back(), !kept);
-    char* memory = static_cast<char*>((*prepared)[0]);
-    std::vector<at::Tensor> plain;
-    for (const at::Tensor& weight : weights) plain.push_back(preparable(weight, transposed));
-    parallel_tasks(at::get_num_threads(), weights.size(),
-                   [&](int64_t i) { prepare_weight(table, plain[i], memory + offsets[i]); });
-    return prepared;
+  // Points to what is kept of a weight that was declared frozen.
+  bool take_kept(const ExpertMixtureKernels& table, const at::Tensor& weight) {
+    const KeptWeights::Memory memory = KeptWeights::instance().prepared(weight, table, [&] {
+      auto made = std::make_shared<const Scratch>(1, table.prepared_bytes(weight.size(0), weight.size(1)), false);
+      prepare_weight(table, preparable(weight, false), (*made)[0]);
+      return made;
+    });
+    if (!memory) return false;
+    pointers_.back() = (*memory)[0];
+    frozen_.push_back(memory);
+    return true;
   }
 
   std::vector<at::Tensor> kept_;
-  PreparedWeights::Memory prepared_;
-  int64_t bytes_ = 0;
+  std::vector<KeptWeights::Memory> frozen_;
+  std::optional<Scratch> prepared_;
   std::vector<const void*> pointers_;
   std::vector<int64_t> ld_;
 };

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from mtlkernels._convert.folding import forget
 from mtlkernels._convert.report import Line
 
 CLASS_ATTRIBUTE = "_mtlkernels_original"
@@ -38,11 +37,6 @@ class Converted:
 
     _mtlkernels_original: type
     _mtlkernels_plan: Any
-
-    def train(self: Any, mode: bool = True) -> Any:
-        """As the class does it; folded weights are made anew, should ``.data`` have been written to meanwhile."""
-        forget(self)
-        return super().train(mode)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles and copies by mix-in and original class: the class made of the two has no name to import it by."""

@@ -74,15 +74,14 @@ def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     gates, routing = parts.gates, parts.routing
     read = inputs if len(inputs) > 1 else list(inputs) * len(gates)
     if not parts.whole:
-        return _mix(_expert_outputs(parts, inputs), logits_of(gates, read[: len(gates)], parts.rows), gates, routing)
+        return _mix(_expert_outputs(parts, inputs), logits_of(gates, read[: len(gates)]), gates, routing)
     weights, biases, options = join(parts.layers)  # type: ignore[arg-type]
     single = all(x is inputs[0] for x in inputs)
     streams = inputs[0] if single else list(inputs[: routing.num_inputs])
     linear = linear_gates(gates, parts.rows) if single or len(inputs) == routing.num_inputs else None
     if linear is not None:
-        layers = dict(zip(("gate_weights", "gate_biases"), linear, strict=True))
-        return expert_mixture(streams, weights, biases, None, routing, **options, **layers)
-    logits = logits_of(gates, read[: len(gates)], parts.rows)
+        return expert_mixture(streams, weights, biases, None, routing, **options, **linear)
+    logits = logits_of(gates, read[: len(gates)])
     return expert_mixture(streams, weights, biases, logits, routing, **options)
 
 

@@ -1,16 +1,13 @@
-"""Norms of an existing model that follow linear layers, and folding of batch norms."""
+"""Norms of an existing model that follow linear layers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mtlkernels.nn.level import linear_parameters
 from mtlkernels.ops import _folding
-from mtlkernels.ops._folding import forget, may_cache
-
-__all__ = ["fold", "forget", "may_cache", "norm_refusal", "wants_gradient"]
 
 
 def norm_refusal(linear: Any, norm: Any) -> str | None:
@@ -25,8 +22,3 @@ def norm_refusal(linear: Any, norm: Any) -> str | None:
 def wants_gradient(linear: nn.Module, norm: Any) -> bool:
     """Whether a tensor that would be folded requires a gradient."""
     return _folding.wants_gradient(*linear_parameters(linear), norm)
-
-
-def fold(linear: nn.Module, norm: Any, cache: bool) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one linear layer that ``norm(linear(x))`` is in evaluation."""
-    return _folding.fold(*linear_parameters(linear), norm, cache)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, read_chain
-from mtlkernels._convert.folding import may_cache
-from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds, parameters
+from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds
 from mtlkernels.nn.level import linear_parameters
 
 # Measured with gates of (64,) and without hidden layers, on 416 features: on fewer rows than this, putting the gates'
@@ -52,26 +51,30 @@ def read_gate(chain: Chain) -> Gate | str:
     return Gate(None if isinstance(layers, str) else layers, modules, dropout)
 
 
-def linear_gates(gates: Sequence[Gate], rows: Rows) -> Any:
-    """Weights and biases of gates that are one linear layer each now; None where one is more."""
-    cache = may_cache()
-    pairs = []
+def linear_gates(gates: Sequence[Gate], rows: Rows) -> dict[str, Any] | None:
+    """What ``expert_mixture`` takes of gates that are one linear layer each now; None where one is more."""
+    layers: list[Layer] = []
     for gate in gates:
         if gate.layers is None or len(gate.layers) != 1:
             return None
         (layer,) = gate.layers
         if layer.activation != "none" or drops(layer.dropout) or not folds(layer, rows):
             return None
-        pairs.append(parameters(layer, cache))
-    return zip(*pairs, strict=True)
+        layers.append(layer)
+    weights, biases = zip(*(linear_parameters(layer.linear) for layer in layers), strict=True)
+    norms = [layer.norm for layer in layers]
+    return {
+        "gate_weights": weights,
+        "gate_biases": biases,
+        "gate_norms": norms if any(norm is not None for norm in norms) else None,
+    }
 
 
-def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], rows: Rows) -> list[Tensor]:
+def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Each gate's logits, from its own input."""
-    cache = may_cache()
     first: list[Any] = [None] * len(gates)
     for members in _sharing(gates, inputs):
-        pairs = [_product(gates[k].layers[0], rows, cache) for k in members]  # type: ignore[index]
+        pairs = [linear_parameters(gates[k].layers[0].linear) for k in members]  # type: ignore[index]
         weights, biases = [w for w, _ in pairs], [b for _, b in pairs if b is not None]
         x = inputs[members[0]]
         if len(members) == 1 or len(biases) not in (0, len(pairs)):
@@ -81,7 +84,7 @@ def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], rows: Rows) -> li
             products = list(joined.split([len(w) for w in weights], dim=1))
         for k, z in zip(members, products, strict=True):
             first[k] = z
-    return [_rest(gate, x, z, rows, cache) for gate, x, z in zip(gates, inputs, first, strict=True)]
+    return [_rest(gate, x, z) for gate, x, z in zip(gates, inputs, first, strict=True)]
 
 
 def _sharing(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[list[int]]:
@@ -95,20 +98,15 @@ def _sharing(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[list[int]]
     return list(found.values())
 
 
-def _product(layer: Layer, rows: Rows, cache: bool) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer's product, with its batch norm in them where that can be folded."""
-    return parameters(layer, cache) if folds(layer, rows) else linear_parameters(layer.linear)
-
-
-def _rest(gate: Gate, x: Tensor, z: Tensor | None, rows: Rows, cache: bool) -> Tensor:
+def _rest(gate: Gate, x: Tensor, z: Tensor | None) -> Tensor:
     """The logits from the first layer's product, or by modules where layers are not known."""
     if gate.layers is None or z is None:
         for module in gate.modules:
             x = module(x)
         return x
     for i, layer in enumerate(gate.layers):
-        x = F.linear(x, *_product(layer, rows, cache)) if i else z
-        if not folds(layer, rows):
+        x = F.linear(x, *linear_parameters(layer.linear)) if i else z
+        if layer.norm is not None:
             x = layer.norm(x)
         x = activate(layer, x)
         if drops(layer.dropout):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtlkernels._convert.folding import fold, may_cache, wants_gradient
+from mtlkernels._convert.folding import wants_gradient
 from mtlkernels.nn.level import linear_parameters
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import FOLD_ROWS
@@ -76,8 +76,8 @@ def activate(layer: Layer, x: Tensor) -> Tensor:
 class Rows(NamedTuple):
     """What the number of rows of a call allows.
 
-    ``fold``: folding batch norm also where gradients flow through what is folded. Then nothing that is folded is kept,
-    and autograd follows it: work in proportion to the weights, at each call. ``normalize``: norms and dropout in the
+    ``fold``: folding batch norm also where gradients flow through what is folded, which autograd follows: work in
+    proportion to the weights. ``normalize``: norms and dropout in the
     fused operator; the statistics of one row are an error, which the modules raise.
     """
 
@@ -109,21 +109,15 @@ def drops(dropout: Any) -> bool:
     return dropout is not None and dropout.p > 0 and dropout.training
 
 
-def parameters(layer: Layer, cache: bool) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer, its batch norm folded into them."""
-    return linear_parameters(layer.linear) if layer.norm is None else fold(layer.linear, layer.norm, cache)
-
-
 def kind_of(layers: Sequence[Layer]) -> tuple[Any, ...]:
-    """What experts must have in common to be evaluated together; a folded layer always has a bias."""
+    """What experts must have in common to be evaluated together."""
     found: list[Any] = []
     for layer in layers:
         norm = layer.norm
         weight, bias = linear_parameters(layer.linear)
-        folded = running(norm)
-        own = None if norm is None or folded else (type(norm), norm.eps)
+        own = None if norm is None else (type(norm), norm.eps, running(norm))
         rate = layer.dropout.p if drops(layer.dropout) else 0.0
-        found.append((weight.shape, bias is None and not folded, layer.activation, _dice_eps(layer), own, rate))
+        found.append((weight.shape, bias is None, layer.activation, _dice_eps(layer), own, rate))
     return tuple(found)
 
 
@@ -153,21 +147,21 @@ class Experts(NamedTuple):
 
 def join(experts: Sequence[Sequence[Layer]]) -> Experts:
     """Experts of one kind."""
-    cache = may_cache()
     weights: list[Sequence[Tensor]] = []
     biases: list[Any] = []
     norms: list[Any] = []
     for layers in zip(*experts, strict=True):
-        own = layers[0].norm is not None and not running(layers[0].norm)
-        pairs = [linear_parameters(layer.linear) if own else parameters(layer, cache) for layer in layers]
+        pairs = [linear_parameters(layer.linear) for layer in layers]
         weights.append([weight for weight, _ in pairs])
         biases.append(None if pairs[0][1] is None else [bias for _, bias in pairs])
-        norms.append([layer.norm for layer in layers] if own else None)
+        norms.append(None if layers[0].norm is None else [layer.norm for layer in layers])
     names = [layer.activation for layer in experts[0]]
     options: dict[str, Any] = {"activation": names[0] if len(set(names)) == 1 else names}
     rates = [layer.dropout.p if drops(layer.dropout) else 0.0 for layer in experts[0]]
-    if any(rates) or any(norm is not None for norm in norms):
-        options |= {"norms": norms, "dropout": rates}
+    if any(rates):
+        options["dropout"] = rates
+    if any(norm is not None for norm in norms):
+        options["norms"] = norms
     slopes = [
         None if layers[0].sloped is None else list(map(slopes_of, layers)) for layers in zip(*experts, strict=True)
     ]

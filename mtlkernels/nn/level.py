@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mtlkernels.nn._arguments import Style
 from mtlkernels.ops import activations as act
-from mtlkernels.ops._folding import few_rows
+from mtlkernels.ops._folding import few_rows, uses_running
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import gated_mixture
-from mtlkernels.ops.normalized_mixture.norms import alike, uses_running
+from mtlkernels.ops.normalized_mixture.norms import alike
 from mtlkernels.routing import Routing
 
 # PyTorch's, and deepctr-torch's; torch-rechub draws that of Dice, whose eps is this.

@@ -20,7 +20,7 @@ from mtlkernels.ops._call import (
     traced_under_func,
     under_autocast,
 )
-from mtlkernels.ops._checks import check_logits, check_routing
+from mtlkernels.ops._checks import check_logits, check_routing, numbers_by_layer
 from mtlkernels.ops.activations import CODES, has_slopes
 from mtlkernels.ops.expert_level import expert_level
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
@@ -32,6 +32,7 @@ from mtlkernels.ops.expert_mixture.checks import (
     check_slopes,
     check_weights,
 )
+from mtlkernels.ops.expert_mixture.running import fold_gate_norms, running_gates, running_norms
 from mtlkernels.ops.normalized_mixture import normalized_mixture
 from mtlkernels.ops.normalized_mixture.norms import check_dropout, check_norms, fold_running
 from mtlkernels.routing import Routing, Wiring
@@ -49,6 +50,7 @@ def expert_mixture(
     activation: str | Sequence[str] = "relu",
     gate_weights: Tensor | Sequence[Tensor] | None = None,
     gate_biases: Tensor | Sequence[Tensor | None] | None = None,
+    gate_norms: Sequence[nn.Module | None] | None = None,
     norms: Sequence[Sequence[nn.Module] | None] | None = None,
     dropout: float | Sequence[float] = 0.0,
     slopes: Sequence[PerExpert | None] | None = None,
@@ -63,15 +65,12 @@ def expert_mixture(
     gradients are zero. The softmax and the sums are in float32 (float64 for float64 inputs).
 
     With ``norms`` or ``dropout`` a layer is ``x <- dropout(activation(norm(x W^T + b)))``. Where a batch norm uses its
-    running statistics, it is folded into weight and bias. Otherwise, and where an activation has ``slopes``, the
-    pre-activations are stored once, and whoever reads them normalizes, activates and drops; what is dropped is not
-    stored but drawn again for the gradients.
+    running statistics, it is a scale and a shift behind the product, or folded into weight and bias. Otherwise, and
+    where an activation has ``slopes``, the pre-activations are stored once, and whoever reads them normalizes,
+    activates and drops; what is dropped is not stored but drawn again for the gradients.
 
-    On a CPU with AMX, or in bfloat16 with AVX-512 dot products, weights that come to calls without gradients again and
-    again are prepared once and kept (up to 256 MiB), until one of them is another tensor, has another version, or has
-    other values in a sample of 64: a write to single values of its ``.data``, which no version counts, may go unseen.
-    Weights in memory that others can write to (shared, mapped from a file, NumPy's) and inference tensors are prepared
-    at each call.
+    Each call uses the values that are in memory then, whoever wrote them: nothing made of a parameter or a statistic is
+    kept from one call to the next.
 
     Args:
         inputs: [B, D], which every expert reads, or a sequence of G tensors [B, D], of which expert e reads number
@@ -88,6 +87,8 @@ def expert_mixture(
         gate_weights: K tensors [N_k, D] (``nn.Linear``'s), or one [sum N_k, D], in the place of logits that are a
             linear layer of the input: gate k reads ``inputs[k]``, or the only input. A level is then one call.
         gate_biases: beside ``gate_weights``, K tensors [N_k] or None, or one [sum N_k]; None for no bias.
+        gate_norms: beside ``gate_weights``, K modules ``nn.BatchNorm1d`` of N_k features behind the linear layers, or
+            None; each uses its running statistics. Gates that take a batch's give their logits.
         norms: an entry a layer: E modules ``nn.BatchNorm1d`` or E ``nn.LayerNorm``, or None; of one kind and eps
             within a layer. Modes and parameters are read from the modules, and running statistics are brought up to
             date as the modules themselves do, except those of an expert that no gate mixes.
@@ -106,8 +107,11 @@ def expert_mixture(
         ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, an activation is
             unknown, a rate is not in [0, 1], or a batch norm is to take the statistics of fewer than two rows.
     """
-    if norms is None and slopes is None and isinstance(dropout, float) and not dropout:
-        outputs = _direct(inputs, weights, biases, gate_logits, routing, activation, gate_weights, gate_biases)
+    if isinstance(dropout, float) and not dropout:
+        gate_layers = (gate_weights, gate_biases, gate_norms)
+        outputs = _direct(
+            inputs, weights, biases, gate_logits, routing, activation, gate_layers, norms, slopes, dice_eps
+        )
         if outputs is not None:
             return outputs
     check_routing(routing)
@@ -125,15 +129,17 @@ def expert_mixture(
         starts = range(0, len(bias_list), routing.num_experts)
         folded = [bias_list[at : at + routing.num_experts] for at in starts]
         offsets = [None if entry[0] is None else entry for entry in folded]
-        options = {"activation": activation, "gate_weights": gate_weights, "gate_biases": gate_biases}
+        options: dict[str, Any] = {"activation": activation, "gate_weights": gate_weights, "gate_biases": gate_biases}
+        options["gate_norms"] = gate_norms
         return expert_mixture(inputs, layers, offsets, gate_logits, routing, **options)  # type: ignore[arg-type]
     gates = check_gate_layers(gate_logits, gate_weights, gate_biases, streams, routing)
+    gates = fold_gate_norms(gate_norms, gates, x)
     whole = gates is not None and not active and not _transformed()
     if gates is not None and not whole:
         gate_logits = _gate_logits(streams, *gates)
     logits = [] if whole else check_logits(gate_logits, routing, x.shape[0], x)
     flat_weights = [w for layer in layers for w in layer]
-    streams, flat_weights, bias_list, gate_layers = under_autocast(x, streams, flat_weights, bias_list, gates or ())
+    streams, flat_weights, bias_list, whole_gates = under_autocast(x, streams, flat_weights, bias_list, gates or ())
 
     wiring = routing.wiring
     unused: list[Tensor] = []
@@ -149,7 +155,7 @@ def expert_mixture(
         return normalized_mixture(streams, flat_weights, bias_list, logits, *own, wiring, flat, unused)
     backend = _backends.forced()
     if whole:
-        return expert_level(streams, flat_weights, bias_list, gate_layers[0], gate_layers[1], flat, unused)
+        return expert_level(streams, flat_weights, bias_list, whole_gates[0], whole_gates[1], flat, unused)
     if traced_under_func("expert_mixture"):
         backend = "reference"
     elif needs_function(streams, flat_weights, bias_list, logits, unused):
@@ -166,7 +172,16 @@ def _transformed() -> bool:
 
 
 def _direct(
-    inputs: Any, weights: Any, biases: Any, gate_logits: Any, routing: Any, activation: Any, *gates: Any
+    inputs: Any,
+    weights: Any,
+    biases: Any,
+    gate_logits: Any,
+    routing: Any,
+    activation: Any,
+    gates: Any,
+    norms: Any,
+    slopes: Any,
+    dice_eps: Any,
 ) -> tuple[Tensor, ...] | None:
     """A call on a CPU, where the way through checks and dispatcher would take as long as a small batch.
 
@@ -180,16 +195,22 @@ def _direct(
         wiring = routing.wiring
         if wiring.idle or (several and len(inputs) != routing.num_inputs):
             return None
-        if gates[0] is None if gate_logits is None else gates != (None, None):
+        if gates[0] is None if gate_logits is None else gates != (None, None, None):
             return None
-        code = CODES[activation]
-        if has_slopes(code):
+        names = (activation,) * len(weights) if isinstance(activation, str) else activation
+        codes = tuple([CODES[name] for name in names])
+        sloped = [False] * len(codes) if slopes is None else [entry is not None for entry in slopes]
+        if [has_slopes(code) for code in codes] != sloped:
             return None
-        codes = (code,) * len(weights)
         if torch.is_grad_enabled():
+            if norms is not None or slopes is not None or gates[2] is not None:
+                return None
             return _train(inputs, weights, biases, gate_logits, gates, wiring, codes)
         flat = (wiring.expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
-        served: tuple[Tensor, ...] = serve("expert_mixture", inputs, weights, biases, gate_logits, *gates, *flat)
+        epsilons = None if slopes is None else numbers_by_layer("dice_eps", "number", dice_eps, len(codes))
+        extras = (running_norms(norms), running_gates(gates[2]), slopes, epsilons)
+        args = (inputs, weights, biases, gate_logits, *gates[:2], *flat, *extras)
+        served: tuple[Tensor, ...] = serve("expert_mixture", *args)
         return served
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
         return None

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtlkernels.ops import _folding
 from mtlkernels.ops._checks import as_sequence, check_parameter, numbers_by_layer, shape_of
+from mtlkernels.ops._folding import fold, uses_running
 from mtlkernels.ops.normalized_mixture.reference import BATCH_NORM, LAYER_NORM
 from mtlkernels.routing import Routing
 
@@ -62,7 +62,7 @@ def _check_layer(name: str, entry: Any, width: int, routing: Routing, x: Tensor)
         if type(module) is not type(modules[0]):
             first = type(modules[0]).__name__
             raise TypeError(f"{name}[{e}] must be of the kind of {name}[0], {first}, got {type(module).__name__}")
-        _check_module(f"{name}[{e}]", module, width, x)
+        check_module(f"{name}[{e}]", module, width, x)
         if module.eps != modules[0].eps:
             raise ValueError(f"{name}[{e}] must have the eps of {name}[0], {modules[0].eps}, got {module.eps}")
         if uses_running(module) != uses_running(modules[0]):
@@ -77,7 +77,8 @@ def alike(modules: Sequence[Any]) -> bool:
     return len({(type(module), module.eps, uses_running(module)) for module in modules}) == 1
 
 
-def _check_module(name: str, module: Any, width: int, x: Tensor) -> None:
+def check_module(name: str, module: Any, width: int, x: Tensor) -> None:
+    """A norm of ``width`` features, with parameters that go with the input."""
     shape = (module.num_features,) if type(module) is nn.BatchNorm1d else module.normalized_shape
     if tuple(shape) != (width,):
         raise ValueError(f"{name} must normalize the {width} features of its layer, got {list(shape)}")
@@ -88,11 +89,6 @@ def _check_module(name: str, module: Any, width: int, x: Tensor) -> None:
         if tensor.shape != (width,):
             raise ValueError(f"{name}.{part} must have shape [{width}], got {shape_of(tensor)}")
         check_parameter(f"{name}.{part}", tensor, "inputs", x)
-
-
-def uses_running(module: Any) -> bool:
-    """Whether a norm uses running statistics, as PyTorch decides it."""
-    return type(module) is nn.BatchNorm1d and not (module.training or module.running_mean is None)
 
 
 def check_dropout(dropout: Any, num_layers: int) -> tuple[float, ...]:
@@ -113,13 +109,11 @@ def fold_running(
     norms: Sequence[Norm | None], layers: list[list[Tensor]], biases: list[Tensor | None]
 ) -> list[Norm | None]:
     """Makes norms with running statistics a part of weights and biases, in place; returns the other norms."""
-    cache = _folding.may_cache()
     for i, norm in enumerate(norms):
         if norm is None or not norm.running:
             continue
-        at = i * len(norm.modules)
-        for e, module in enumerate(norm.modules):
-            layers[i][e], biases[at + e] = _folding.fold(layers[i][e], biases[at + e], module, cache)
+        part = slice(i * len(norm.modules), (i + 1) * len(norm.modules))
+        layers[i], biases[part] = fold(layers[i], biases[part], norm.modules)
     return [None if norm is None or norm.running else norm for norm in norms]
 
 
