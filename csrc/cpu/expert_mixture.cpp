@@ -120,7 +120,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
   if (tiny) {
     tables.set_natural_weights(weights);
     run_tiny(args(), table);
-  } else if (table.form == WeightForm::kPrepared && cut.blocks == 1 && !kept && !all_fit_as_they_are(table, weights)) {
+  } else if (table.form == WeightForm::kPrepared && cut.blocks == 1 && !kept &&
+             !all_fit_as_they_are(table, weights, level.rows)) {
     GroupForms forms(weights, level.experts, table, false);
     tables.set_weights(forms);
     run_experts(args(), table, cut, forms);

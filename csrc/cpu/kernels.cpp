@@ -97,6 +97,7 @@ ExpertMixtureKernels expert_mixture_kernels() {
   table.least_rows = Engine::kLeastRows;
   table.form = Engine::kForm;
   table.natural_outputs = Engine::kNaturalOutputs;
+  table.most_natural_rows = Engine::kMostNaturalRows;
   table.fold_norm = fold_norm<T, C>;
   table.block_bytes = Engine::kBlockBytes;
   table.chunk_bytes = Engine::kChunkBytes;

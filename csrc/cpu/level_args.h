@@ -175,7 +175,7 @@ class LevelTables {
     point_weights();
   }
   void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
-    weights_.set(weights, table, transposed);
+    weights_.set(weights, table, transposed, level_.rows);
     point_weights();
   }
   void set_weights(const GroupForms& forms) {
@@ -186,7 +186,7 @@ class LevelTables {
   // The last layer's weights as the forward pass wants them, after the backward pass's.
   void set_last_weights(at::TensorList weights, const ExpertMixtureKernels& table) {
     if (!table.backward_transposed) return;
-    last_weights_.emplace().set(weights.slice(weights.size() - experts_), table, false);
+    last_weights_.emplace().set(weights.slice(weights.size() - experts_), table, false, level_.rows);
   }
   const void* const* last_weights() const {
     return last_weights_ ? last_weights_->pointers() : weights_.pointers() + (activations_.size() - 1) * experts_;

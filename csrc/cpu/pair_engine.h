@@ -140,6 +140,7 @@ struct PairEngine {
   // One plane needs no preparing for a product: weights may come as they are, rows `ld` apart, where outputs fill their
   // tiles; ld is 0 for prepared ones.
   static constexpr int64_t kNaturalOutputs = kPlanes == 1 ? kGroup : 0;
+  static constexpr int64_t kMostNaturalRows = Products::kMostNaturalRows;
 
   // Where the weights of a tile lie, for fetching them ahead.
   static Ahead weight_rows(const Weight* w, int64_t ld, int64_t depth, int64_t feature, int64_t n) {
@@ -352,8 +353,7 @@ struct PairEngine {
     planes[0] = (__m256i)_mm512_cvtneps_pbh(value);
     for (int p = 1; p < kPlanes; ++p) {
       const __m512 taken = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(planes[p - 1]), 16));
-      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
-      value = _mm512_maskz_sub_ps(finite, value, taken);
+      value = _mm512_maskz_sub_ps(finite(taken), value, taken);
       planes[p] = (__m256i)_mm512_cvtneps_pbh(value);
     }
   }
@@ -366,9 +366,9 @@ struct PairEngine {
     }
     if (column_stride == 1 && width == kStep) {  // straight from whole rows
       for (int64_t r = 0; r < kGroup; ++r) {
-        for (int64_t j = 0; j < kStep; j += kGroup) {
-          split_to(r < nrows ? load_wide(rows + r * row_stride + j) : _mm512_setzero_ps(), out + r * kStep + j);
-        }
+        const T* row = rows + r * row_stride;
+        const __m512 zero = _mm512_setzero_ps();
+        split_row(r < nrows ? load_wide(row) : zero, r < nrows ? load_wide(row + kGroup) : zero, out + r * kStep);
       }
       return;
     }
@@ -388,7 +388,9 @@ struct PairEngine {
       }
       for (int64_t c = 0; c < kStep; c += kGroup) transpose16(turned + c * kGroup, kGroup, wide + c, kStep);
     }
-    for (int64_t i = 0; i < kBlock; i += kGroup) split_to(_mm512_load_ps(wide + i), out + i);
+    for (int64_t i = 0; i < kBlock; i += kStep) {
+      split_row(_mm512_load_ps(wide + i), _mm512_load_ps(wide + i + kGroup), out + i);
+    }
   }
 
   // 16 rows of 32 bfloat16 as they are.
@@ -406,11 +408,28 @@ struct PairEngine {
     transpose16(pairs, kGroup, out, kStep / 2);
   }
 
-  // 16 values to 16 elements of each plane.
-  static void split_to(__m512 value, BFloat16* out) {
-    __m256i planes[kPlanes];
-    split(value, planes);
-    for (int p = 0; p < kPlanes; ++p) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock), planes[p]);
+  // 32 values to a row of each plane, as split makes them, whose conversions there and back take longer.
+  MTLK_INLINE static void split_row(__m512 low, __m512 high, BFloat16* out) {
+    for (int p = 0; p < kPlanes; ++p, out += kBlock) {
+      if (p == kPlanes - 1) {
+        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        return;
+      }
+      const __m512 first = leading(low), second = leading(high);
+      _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+      low = _mm512_maskz_sub_ps(finite(first), low, first);
+      high = _mm512_maskz_sub_ps(finite(second), high, second);
+    }
+  }
+
+  // Rounded to the bits of a bfloat16; of a NaN it may be anything, as what is left of it is a NaN.
+  MTLK_INLINE static __m512 leading(__m512 value) {
+    const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000u)));
+  }
+  MTLK_INLINE static __mmask16 finite(__m512 value) {
+    constexpr int kInfinities = 0x18;
+    return _knot_mask16(_mm512_fpclass_ps_mask(value, kInfinities));
   }
 };
 

@@ -25,13 +25,14 @@ inline void prepare_weight(const ExpertMixtureKernels& table, const at::Tensor& 
 }
 
 // Whether kernels that want prepared weights take this one in its natural form.
-inline bool fits_as_it_is(const ExpertMixtureKernels& table, const at::Tensor& weight) {
-  return table.natural_outputs != 0 && weight.size(0) % table.natural_outputs == 0 && weight.stride(1) == 1 &&
-         weight.stride(0) > 0;
+inline bool fits_as_it_is(const ExpertMixtureKernels& table, const at::Tensor& weight, int64_t rows) {
+  return table.natural_outputs != 0 && rows <= table.most_natural_rows && weight.size(0) % table.natural_outputs == 0 &&
+         weight.stride(1) == 1 && weight.stride(0) > 0;
 }
 
-inline bool all_fit_as_they_are(const ExpertMixtureKernels& table, at::TensorList weights) {
-  return std::all_of(weights.begin(), weights.end(), [&](const at::Tensor& w) { return fits_as_it_is(table, w); });
+inline bool all_fit_as_they_are(const ExpertMixtureKernels& table, at::TensorList weights, int64_t rows) {
+  return std::all_of(weights.begin(), weights.end(),
+                     [&](const at::Tensor& w) { return fits_as_it_is(table, w, rows); });
 }
 
 // Rows of a call for which prepared weights pay that are kept, where more are needed to pay for preparing.
@@ -57,8 +58,9 @@ class WeightForms {
     }
   }
 
-  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared.
-  void set(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
+  // Weights in the form that the kernels want for so many rows; `transposed` swaps inputs and outputs where they are
+  // prepared.
+  void set(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed, int64_t rows) {
     if (table.form == WeightForm::kNatural) return set_natural(weights);
     if (table.form == WeightForm::kCompute) {
       std::vector<at::Tensor> wide(weights.size());
@@ -70,7 +72,7 @@ class WeightForms {
     std::vector<int64_t> offsets{0};
     for (size_t i = 0; i < weights.size(); ++i) {
       const at::Tensor& weight = weights[i];
-      const bool natural = !transposed && fits_as_it_is(table, weight);
+      const bool natural = !transposed && fits_as_it_is(table, weight, rows);
       pointers_.push_back(natural ? weight.const_data_ptr() : nullptr);
       ld_.push_back(natural ? weight.stride(0) : 0);
       if (natural) continue;

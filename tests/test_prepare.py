@@ -1,0 +1,153 @@
+"""mk.prepare: a serving copy that keeps prepared weights, refuses training, and notices what is counted."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtlkernels as mk
+from mtlkernels import _extension
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = (1, 16, 64, 100, 200, 300)
+
+
+def trunk(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return mk.nn.PLE(40, 2, (48, 40), num_specific=1, num_shared=1, num_levels=2, **options).to(dtype)
+
+
+def serve(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return list(model(x))
+
+
+@pytest.mark.parametrize("kind", DTYPES, ids=str)
+@pytest.mark.parametrize("batch_norm", (False, True))
+def test_serves_the_models_numbers(batch_norm: bool, kind: torch.dtype) -> None:
+    model = trunk(kind, batch_norm=batch_norm).eval()
+    prepared = mk.prepare(model)
+    assert type(prepared) is type(model)
+    for isa in _extension.instruction_sets() or ("",):
+        for rows in ROWS:
+            x = torch.randn(rows, 40).to(kind)
+            exact = serve(copy.deepcopy(model).double(), x.double())
+            if isa:
+                with _extension.instruction_set(isa):
+                    found = [serve(prepared, x) for _ in range(3)][-1]
+                    plain = serve(model, x)
+            else:
+                found, plain = serve(prepared, x), serve(model, x)
+            for y, other, true in zip(found, plain, exact, strict=True):
+                error, baseline = ((z.double() - true).norm() for z in (y, other))
+                assert error <= 3 * baseline + 8 * torch.finfo(kind).eps * true.norm()
+
+
+def test_what_trains_the_model_does_not_reach_it() -> None:
+    model = trunk()
+    prepared = mk.prepare(model)
+    x = torch.randn(200, 40)
+    before = serve(prepared, x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    assert all(torch.equal(a, b) for a, b in zip(serve(prepared, x), before, strict=True))
+    assert not any(p.requires_grad for p in prepared.parameters())
+    assert all(p.requires_grad for p in model.parameters()) and model.training
+
+
+def test_refuses_training() -> None:
+    prepared: Any = mk.prepare(trunk())
+    x = torch.randn(5, 40)
+    prepared.train()
+    with pytest.raises(RuntimeError, match="serves only, got a call in training mode"):
+        prepared(x)
+    prepared.eval()
+    serve(prepared, x)
+    prepared.levels[1].train()
+    with pytest.raises(RuntimeError, match="serves only"):
+        prepared(x)
+
+
+@pytest.mark.skipif("amx" not in _extension.instruction_sets(), reason="nothing is kept without AMX")
+@pytest.mark.parametrize("how", ("in place", "load_state_dict", "to"))
+def test_notices_what_is_counted(how: str) -> None:
+    prepared: Any = mk.prepare(trunk())
+    x = torch.randn(200, 40)
+    serve(prepared, x)
+    if how == "in place":
+        with torch.no_grad():
+            prepared.levels[0].experts[1].linears[0].weight[3, 4] += 1
+    elif how == "load_state_dict":
+        prepared.load_state_dict(prepared.state_dict())
+    else:
+        prepared.double().float()
+    with pytest.raises(RuntimeError, match="changed after mtlkernels.prepare.*prepare the model again"):
+        prepared(x)
+    again = mk.prepare(prepared)
+    expected = serve(copy.deepcopy(prepared), x)
+    for y, other in zip(serve(again, x), expected, strict=True):
+        torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_and_pickles_are_models_like_any_other() -> None:
+    """They own their weights, of which nothing is kept, and go on refusing to train."""
+    prepared = mk.prepare(trunk().eval())
+    x = torch.randn(200, 40)
+    for other in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        serve(other, x)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(0.5)
+        expected = serve(copy.deepcopy(other), x)
+        assert all(torch.equal(a, b) for a, b in zip(serve(other, x), expected, strict=True))
+        with pytest.raises(RuntimeError, match="serves only"):
+            other.train()(x)
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+def test_what_is_kept_goes_with_the_copy() -> None:
+    """Another model at the addresses of a copy that is gone is served from its own weights."""
+    x = torch.randn(200, 40)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        prepared = mk.prepare(trunk())
+        first = serve(prepared, x)
+        fresh = copy.deepcopy(prepared)
+        for y, other in zip(first, serve(fresh, x), strict=True):
+            torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-5)
+        del prepared, fresh
+        gc.collect()
+
+
+def test_a_converted_model() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(40, 48), nn.ReLU()) for _ in range(3))
+            self.gates = nn.ModuleList(nn.Linear(40, 3) for _ in range(2))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            hidden = torch.stack([expert(x) for expert in self.experts], dim=1)
+            return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
+
+    mk.convert.register(
+        Gated, experts=lambda m: m.experts, gates=lambda m: m.gates, routing=lambda m: mk.Routing.mmoe(3, 2)
+    )
+    model = nn.Sequential(Gated()).eval()
+    with pytest.raises(ValueError, match="model must have a trunk of mtlkernels.nn, or parts that mtlkernels.convert"):
+        mk.prepare(model)
+    expected = serve(model, torch.ones(200, 40))
+    mk.convert(model)
+    for y, other in zip(serve(mk.prepare(model), torch.ones(200, 40)), expected, strict=True):
+        torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
+        mk.prepare(3)  # type: ignore[arg-type]
