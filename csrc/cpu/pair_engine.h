@@ -348,14 +348,26 @@ struct PairEngine {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
 
-  // value = the sum of the planes. Behind an infinite leading plane the others are zero, so that its sign survives.
+  // value = the sum of the planes. Behind an infinite leading plane the others are zero, so that its sign survives; a
+  // finite number that would round to it is cut.
   static void split(__m512 value, __m256i* planes) {
     planes[0] = (__m256i)_mm512_cvtneps_pbh(value);
     for (int p = 1; p < kPlanes; ++p) {
-      const __m512 taken = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(planes[p - 1]), 16));
-      value = _mm512_maskz_sub_ps(finite(taken), value, taken);
+      __m512 taken = plane_values(planes[p - 1]);
+      __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+      if (kPlanes == 3 && p == 1 && __builtin_expect(finite != 0xffff, 0)) {
+        const __m512i cut = _mm512_srli_epi32(_mm512_castps_si512(value), 16);
+        planes[0] = _mm512_mask_cvtepi32_epi16(planes[0], static_cast<__mmask16>(~finite), cut);
+        taken = plane_values(planes[0]);
+        finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+      }
+      value = _mm512_maskz_sub_ps(finite, value, taken);
       planes[p] = (__m256i)_mm512_cvtneps_pbh(value);
     }
+  }
+
+  static __m512 plane_values(__m256i plane) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(plane), 16));
   }
 
   // Up to 16 rows of up to 32 values into planes [16][32], zeros in the margins.
@@ -410,16 +422,20 @@ struct PairEngine {
 
   // 32 values to a row of each plane, as split makes them, whose conversions there and back take longer.
   MTLK_INLINE static void split_row(__m512 low, __m512 high, BFloat16* out) {
-    for (int p = 0; p < kPlanes; ++p, out += kBlock) {
-      if (p == kPlanes - 1) {
-        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        return;
+    if constexpr (kPlanes > 1) {
+      constexpr int kInfinities = 0x18;
+      const __mmask16 infinite = _mm512_fpclass_ps_mask(leading(low), kInfinities);
+      if (__builtin_expect((infinite | _mm512_fpclass_ps_mask(leading(high), kInfinities)) != 0, 0)) {
+        return split_row_of_extremes(low, high, out);
       }
+    }
+    for (int p = 0; p < kPlanes - 1; ++p, out += kBlock) {
       const __m512 first = leading(low), second = leading(high);
       _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-      low = _mm512_maskz_sub_ps(finite(first), low, first);
-      high = _mm512_maskz_sub_ps(finite(second), high, second);
+      low = _mm512_sub_ps(low, first);
+      high = _mm512_sub_ps(high, second);
     }
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
 
   // Rounded to the bits of a bfloat16; of a NaN it may be anything, as what is left of it is a NaN.
@@ -427,9 +443,15 @@ struct PairEngine {
     const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
     return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000u)));
   }
-  MTLK_INLINE static __mmask16 finite(__m512 value) {
-    constexpr int kInfinities = 0x18;
-    return _knot_mask16(_mm512_fpclass_ps_mask(value, kInfinities));
+
+  __attribute__((noinline, cold)) static void split_row_of_extremes(__m512 low, __m512 high, BFloat16* out) {
+    __m256i first[kPlanes], second[kPlanes];
+    split(low, first);
+    split(high, second);
+    for (int p = 0; p < kPlanes; ++p) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock), first[p]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock + kGroup), second[p]);
+    }
   }
 };
 
