@@ -100,8 +100,10 @@ class PreparedWeights {
       return {true, true, at->memory};
     }
     if (at != entries_.end()) entries_.erase(at);
-    entries_.push_front({prepare, {}, nullptr, 0});
-    for (const at::Tensor& weight : weights) entries_.front().weights.emplace_back(weight);
+    std::list<Entry> noted;  // on its own until it is whole: there may be no memory for it
+    noted.push_front({prepare, {}, nullptr, 0});
+    for (const at::Tensor& weight : weights) noted.front().weights.emplace_back(weight);
+    entries_.splice(entries_.begin(), noted);
     trim();
     return {true, false, nullptr};
   }
@@ -123,7 +125,14 @@ class PreparedWeights {
     entries_.clear();
   }
 
+  std::mutex& mutex() { return mutex_; }
+
  private:
+  PreparedWeights() {
+    MemoryPool::instance();  // whose lock is taken under this one
+    stay_free_across_forks<PreparedWeights>();
+  }
+
   struct Entry {
     Prepare prepare;
     std::vector<WeightIdentity> weights;
