@@ -15,6 +15,8 @@
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels of mtlkernels";
+  mtlk::kernels();  // made here, once and by one thread, and known to forks from now on
+  mtlk::KeptWeights::instance();
   module.def("build_facts", [] {
     return std::map<std::string, std::string>{
         {"compiler", MTLK_COMPILER},

@@ -91,6 +91,7 @@ py::object serve_expert_mixture_from_python(py::handle inputs, py::handle weight
   args.gate_sizes = integers_of(gate_sizes);
   args.activations = integers_of(activations);
   const size_t experts = args.expert_inputs.size(), layers = args.activations.size();
+  if (experts == 0) throw std::invalid_argument("an expert was expected");
   if (THPVariable_Check(inputs.ptr())) {
     args.inputs.push_back(tensor_of(inputs.ptr()));
     args.expert_inputs.assign(experts, 0);
@@ -151,7 +152,9 @@ py::object serve_expert_mixture_from_python(py::handle inputs, py::handle weight
   }
   py::tuple result(outputs.size());
   for (size_t k = 0; k < outputs.size(); ++k) {
-    result[k] = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(outputs[k])));
+    PyObject* const wrapped = THPVariable_Wrap(std::move(outputs[k]));
+    if (!wrapped) throw py::error_already_set();
+    PyTuple_SET_ITEM(result.ptr(), k, wrapped);
   }
   return result;
 }

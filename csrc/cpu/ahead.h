@@ -29,8 +29,10 @@ MTLK_INLINE void fetch_rows(const T* row, int64_t n) {
 // Fetches a share of what will be needed with every step.
 class Fetcher {
  public:
-  Fetcher(const Ahead& ahead, int64_t steps)
-      : next_(ahead.first), end_(ahead.first + ahead.bytes), lines_((ahead.bytes / 64 + steps - 1) / steps) {}
+  Fetcher(const Ahead& ahead, int64_t steps)  // of a product without depth there are none
+      : next_(ahead.first),
+        end_(ahead.first + ahead.bytes),
+        lines_(steps > 0 ? (ahead.bytes / 64 + steps - 1) / steps : 0) {}
   void step() {
     for (int64_t i = 0; i < lines_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
   }

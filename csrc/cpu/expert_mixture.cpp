@@ -114,7 +114,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
     saved.push_back(pooled({level.experts, level.rows, level.widths[l + 1]}, options));
     saved_pointers.push_back(saved.back().mutable_data_ptr());
   }
-  if (level.rows == 0 || level.widths[level.layers] == 0) return {outputs, saved};
+  if (level.rows == 0) return {outputs, saved};
   const auto args = [&] { return ForwardArgs{level, output_pointers.data(), save ? saved_pointers.data() : nullptr}; };
   const Cut cut = Cut::of(level, table.block_bytes, table.forward_bytes(level, kLeastRows, save) / kLeastRows);
   if (tiny) {
@@ -232,7 +232,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> backward(at::TensorList grad_outp
   args.grad_output_ld = tables.grad_output_ld();
   args.saved = tables.saved();
   results.point(args);
-  if (level.rows == 0 || level.widths[level.layers] == 0) {
+  if (level.rows == 0) {
     results.zero();
   } else if (tiny) {
     tables.set_natural_weights(weights);

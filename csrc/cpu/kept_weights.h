@@ -57,6 +57,8 @@ class KeptWeights {
     return entry->memory;
   }
 
+  std::mutex& mutex() { return mutex_; }
+
   // Lets go of what was prepared; it is made again when it is needed.
   void release() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -64,6 +66,11 @@ class KeptWeights {
   }
 
  private:
+  KeptWeights() {
+    MemoryPool::instance();  // whose lock is taken under this one
+    stay_free_across_forks<KeptWeights>();
+  }
+
   using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
   struct Entry {
     WeakTensor weight;

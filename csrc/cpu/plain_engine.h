@@ -22,9 +22,10 @@ struct PlainEngine {
   static constexpr int64_t kBlockBytes = 640 * 1024;  // with an expert's weights beside it in the second-level cache
   static constexpr int64_t kChunkBytes = 512 * 1024;
 
-  // Features are divided evenly among as few tiles as will do; tile t begins at tile_begin(features, t).
+  // Features are divided evenly among as few tiles as will do; tile t begins at tile_begin(features, t). A layer
+  // without features has no tile, and where its first would begin is asked all the same, to fetch its weights ahead.
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
-  static int64_t tile_begin(int64_t features, int64_t t) { return features * t / tiles(features); }
+  static int64_t tile_begin(int64_t features, int64_t t) { return features > 0 ? features * t / tiles(features) : 0; }
 
   // Elements of one group's panel.
   static int64_t panel_size(int64_t features) { return features * kGroup; }

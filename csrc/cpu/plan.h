@@ -16,10 +16,10 @@ constexpr int64_t kMostRows = 256;
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of a block, a multiple of 32: as many as fit `block_bytes`, but so that no thread gets much more than its share,
-// unless that is too little.
+// unless that is too little. A row may take nothing.
 inline int64_t block_rows(int64_t rows, int64_t block_bytes, int64_t bytes_of_a_row) {
   const int64_t threads = at::get_num_threads();
-  const int64_t most = std::clamp(block_bytes / bytes_of_a_row, kLeastRows, kMostRows);
+  const int64_t most = std::clamp(block_bytes / std::max<int64_t>(bytes_of_a_row, 1), kLeastRows, kMostRows);
   const auto of_a_thread = [&](int64_t size) { return divide_up(divide_up(rows, size), threads) * size; };
   int64_t least = of_a_thread(kLeastRows), best = kLeastRows;
   for (int64_t size = kLeastRows; size <= most; size += 32) least = std::min(least, of_a_thread(size));

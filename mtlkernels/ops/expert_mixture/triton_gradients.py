@@ -234,7 +234,7 @@ def weight_gradient(
     members = tl.load(entry + 1).to(tl.int32)
     height = whole(tl.load(entry + 2).to(tl.int32), ALIGNED)
     width = whole(tl.load(entry + 3).to(tl.int32), ALIGNED)
-    blocks = tl.cdiv(width, COLUMNS) if NEED_WEIGHTS else 1
+    blocks = tl.cdiv(tl.maximum(width, 1), COLUMNS) if NEED_WEIGHTS else 1
     first_column = (tile % blocks).to(tl.int64) * COLUMNS
     tile = tile // blocks
     e = tile % members

@@ -112,8 +112,8 @@ def input_sums(tile: Tile, members: Sequence[int], rows: int, columns: int, dept
 
 
 def weight_blocks(tile: Tile, experts: int, height: int, width: int) -> int:
-    """Into how many blocks ``weight_gradient`` divides a layer's weights [E, height, width]."""
-    return experts * int(triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns))
+    """Into how many blocks ``weight_gradient`` divides a layer's weights [E, height, width]; biases want one at least."""
+    return experts * int(triton.cdiv(height, tile.rows) * triton.cdiv(max(width, 1), tile.columns))
 
 
 def weight_sums(tile: Tile, blocks: int, rows: int, itemsize: int) -> Sums:

@@ -1,0 +1,178 @@
+"""Layers of no features and batches of no rows, against the definitions; ``test_zero_widths.py`` runs this.
+
+``python -m tests.ops.zero_widths NAME`` runs the cases of an instruction set, or of the reference, in a process of its
+own: a division by zero kills it, and what it printed last is the case that did.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import itertools
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+import mtlkernels as mk
+from mtlkernels import _extension
+from mtlkernels.testing import DTYPES, Case, CaseFactory
+from tests.ops import definition, normalized, snr_cases, test_gate_layers
+
+# The inputs' width, then the layers': none in the inputs, in the middle, at the end, and in several places.
+WIDTHS = ((0, 3), (37, 0), (0, 0), (0, 20, 3), (4, 0, 3), (4, 33, 0), (4, 0, 0), (0, 0, 0), (4, 0, 5, 3), (40, 5, 0, 3))
+ROWS = (0, 1, 4, 5, 33, 300)  # nothing; few; a group and less; kernels that want their weights prepared
+ROUTING = test_gate_layers.ROUTING
+NORMS: dict[str, dict[str, Any]] = {
+    "batch": {"kind": "batch", "activation": "relu"},
+    "layer": {"kind": "layer", "activation": "gelu"},
+    "dropout": {"kind": "none", "activation": "relu", "dropout": 0.4},
+    "prelu": {"kind": "layer", "activation": "prelu", "dropout": 0.2},
+    "dice": {"kind": "none", "activation": "dice"},
+    "batch and dice": {"kind": "batch", "activation": "dice", "dropout": 0.3},
+}
+
+Check = Callable[[], None]
+
+
+def with_gate_layers(make: CaseFactory, rows: int, widths: tuple[int, ...]) -> Case:
+    """A call whose gates are linear layers, of D = 0 too."""
+    arguments = dict(make.expert_mixture(rows, widths, ROUTING, activation="silu").arguments)
+    del arguments["gate_logits"]
+    sizes = [len(gate) for gate in ROUTING.gate_experts]
+    layers = {"gate_weights": [make.leaf(size, widths[0]) for size in sizes], "gate_biases": [make.leaf(3), None, None]}
+    return Case({**arguments, **layers}, make.dtype)
+
+
+def formulas_by_logits(**arguments: Any) -> Any:
+    """The definition of a call with gate layers."""
+    logits = [
+        x @ weight.transpose(0, 1) + (0 if bias is None else bias)
+        for x, weight, bias in zip(
+            arguments["inputs"], arguments.pop("gate_weights"), arguments.pop("gate_biases"), strict=True
+        )
+    ]
+    return definition.expert_mixture(gate_logits=logits, **arguments)
+
+
+def levels(make: CaseFactory, rows: int, widths: tuple[int, ...], threads: int) -> Iterator[tuple[str, Check]]:
+    """Experts without norms: gates of logits and of layers, with gradients and without."""
+    plain = make.expert_mixture(rows, widths, ROUTING, activation="gelu", biases=[True] * (len(widths) - 2) + [False])
+    biased = make.expert_mixture(rows, widths, ROUTING, activation="leaky_relu", streams=False, stacked=True)
+    layers = with_gate_layers(make, rows, widths)
+    for name, case in (("logits", plain), ("stacked", biased), ("gate layers", layers)):
+        by_layers = name == "gate layers"
+        op = test_gate_layers.by_layers if by_layers else mk.expert_mixture
+        formulas = formulas_by_logits if by_layers else definition.expert_mixture
+        for grad in (True, False):
+            call = case if grad else case.map(torch.Tensor.detach)
+            run = functools.partial(definition.assert_agrees, op, call, formulas, threads, formulas)
+            yield f"{name}, {'training' if grad else 'serving'}", run
+
+
+def norms(make: CaseFactory, rows: int, widths: tuple[int, ...], threads: int) -> Iterator[tuple[str, Check]]:
+    """Experts with norms, dropout and slopes."""
+    layers = len(widths) - 1
+    for name, options in NORMS.items():
+        if options["kind"] == "batch" and rows < 2:
+            continue  # refused, as torch does
+        case = normalized.case(
+            make,
+            rows,
+            widths,
+            ROUTING,
+            [options["kind"]] * layers,
+            activation=options["activation"],
+            dropout=[options.get("dropout", 0.0)] * layers,
+            eps=[0.1] * layers,
+            one_slope=[layer % 2 == 1 for layer in range(layers)],
+        )
+        run = functools.partial(
+            definition.assert_agrees,
+            normalized.fused,
+            case,
+            normalized.definition if options["kind"] == "batch" else normalized.by_pytorch,  # torch's has no [B, 0]
+            threads,
+            normalized.definition,
+            5.0,
+        )
+        yield name, run
+
+
+def mixtures(make: CaseFactory, rows: int, threads: int) -> Iterator[tuple[str, Check]]:
+    """gated_mixture without features, SNR without features on either side."""
+    checks: list[tuple[str, Any, Case]] = [
+        ("gated_mixture", mk.gated_mixture, make.gated_mixture(rows, 0, ROUTING)),
+        ("snr_aver", mk.snr_aver, snr_cases.snr_aver(make, rows, 0, 3, 2, share=0.8)),
+    ]
+    for ins, outs in (((0, 0), (3,)), ((4, 0), (0, 5)), ((7,), (0, 0)), ((0,), (0,)), ((0, 40), (33, 0, 2))):
+        case = snr_cases.snr_trans(make, rows, ins, outs, share=0.8)
+        checks.append((f"snr_trans {ins} to {outs}", mk.snr_trans, case))
+    for ins, outs in ((0, 3), (3, 0), (0, 0)):
+        case = snr_cases.snr_trans(make, rows, [ins] * 2, [outs] * 3, stacked=True, stacked_inputs=True)
+        checks.append((f"stacked snr_trans {ins} to {outs}", mk.snr_trans, case))
+    for name, op, case in checks:
+        yield name, functools.partial(definition.assert_agrees, op, case, None, threads)
+
+
+def check_pcgrad(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    """Parameters without elements, alone and among others."""
+    make = CaseFactory(0, dtype)
+    grads = [[make.leaf(size, requires_grad=False) for size in sizes] for _ in range(3)]
+    order = torch.tensor([[1, 2], [2, 0], [0, 1]])
+    for options in ({}, {"normalize": True, "max_norm": 0.5}, {"reduction": "mean", "project": False}):
+        definition.assert_pcgrad_agrees(grads, order, **options)
+    if len(sizes) == 1:
+        definition.assert_pcgrad_agrees([[grad] for (grad,) in grads], order)
+        joined = mk.pcgrad(torch.stack([grad for (grad,) in grads]), order=order)
+        assert joined.shape == sizes and joined.dtype == dtype
+    assert mk.gram(grads).shape == (3, 3)
+
+
+def cases(dtypes: tuple[torch.dtype, ...] = DTYPES, rows: tuple[int, ...] = ROWS) -> Iterator[tuple[str, Check]]:
+    """Every check, by a name that tells what it does; the dtypes take turns, so that each meets all widths."""
+    for number, count in enumerate(rows):
+        for index, widths in enumerate(WIDTHS):
+            dtype = dtypes[(number + index) % len(dtypes)]
+            threads = (1, 3)[(number // 2 + index) % 2]  # three share the experts among them
+            make = CaseFactory(count, dtype)
+            for name, check in itertools.chain(
+                levels(make, count, widths, threads), norms(make, count, widths, threads)
+            ):
+                yield f"{name}, {dtype}, {count} rows, widths {widths}, {threads} threads", check
+        for dtype in dtypes:
+            for name, check in mixtures(CaseFactory(count, dtype), count, 1 + 2 * (number % 2)):
+                yield f"{name}, {dtype}, {count} rows", check
+    for dtype in dtypes:
+        for sizes in ((0,), (0, 0), (0, 5, 0), (5, 0)):
+            yield f"pcgrad, {dtype}, parameters of {sizes}", functools.partial(check_pcgrad, dtype, sizes)
+
+
+def main(name: str) -> None:
+    faulthandler.enable()
+    warnings.simplefilter("error")
+    with ExitStack() as stack:
+        if name == "reference":
+            stack.enter_context(mk.use_backend("reference"))
+        else:
+            stack.enter_context(_extension.instruction_set(name))
+            stack.enter_context(mk.use_backend("cpp"))
+        torch.set_num_threads(1)
+        count, failed = 0, 0
+        for case, check in cases():
+            print(case, flush=True)
+            count += 1
+            try:
+                check()
+            except Exception:
+                failed += 1
+                traceback.print_exc(limit=-3, file=sys.stdout)
+    print(f"{count} checks, {failed} failed", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
