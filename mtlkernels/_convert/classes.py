@@ -38,6 +38,7 @@ class Converted:
 
     _mtlkernels_original: type
     _mtlkernels_plan: Any
+    _mtlkernels_force = False
 
     def train(self: Any, mode: bool = True) -> Any:
         """As the class does it; folded weights are made anew, should ``.data`` have been written to meanwhile."""
