@@ -104,8 +104,13 @@ class CMakeBuild(build_ext):
             *([f"-DMTLK_OUTPUT_NAME={path.name}"] if cuda else options_for_cpp()),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
-        for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
-            run(command)
+        try:
+            run(configure)
+        except CompileError:
+            shutil.rmtree(build, ignore_errors=True)  # cmake would go on with the compiler that it has found
+            raise
+        run(["cmake", "--build", str(build)])
+        run(["cmake", "--install", str(build)])
 
 
 def run(command: list[str]) -> None:

@@ -62,7 +62,7 @@ def _cuda() -> str:
 
 
 def _told(name: str, error: str) -> str:
-    """Why an extension is missing and what to do; of a build that failed, lines of their own with what it said."""
+    """Why an extension is missing and what to do; of a build that failed, the end of its output on lines of its own."""
     from mtlkernels import _diagnosis
 
     found = _diagnosis.missing(name, error)

@@ -46,21 +46,14 @@ def missing(name: str, error: str, folder: Path = _extension.FOLDER) -> Diagnosi
     rebuild = f"{_needs(name)}: {build_command(folder)}"
     if has_file(name, folder):
         return Diagnosis(_why_it_does_not_load(name, error, folder), rebuild)
+    cause, output = _why_there_is_none(name, folder)
     other = next((found for found in _other_packages(folder) if has_file(name, found)), None)
     if other is not None:
-        cause = f"the folder {folder}, where Python looks first, shadows {other}, which has the kernels"
-        return Diagnosis(cause, f"run Python in another working directory and with no such PYTHONPATH, or {rebuild}")
-    build = _extension.record(name, folder)
-    foreign = sorted(file.name for file in folder.glob(f"{name}.*.so"))
-    if foreign:
-        return Diagnosis(f"{foreign[0]} is built for another Python than this {sys.implementation.cache_tag}", rebuild)
-    if build.get("outcome") == "failed":
-        return Diagnosis(f"the kernels' build for torch {build['torch']} failed", rebuild, tuple(build["output"]))
-    if build.get("outcome") == "skipped":
-        return Diagnosis(f"the kernels were left out of this install, as {build['reason']}", rebuild)
-    if sys.platform != "linux":
+        cause = f"the folder {folder}, where Python looks first, shadows {other}, which has the kernels; here {cause}"
+        rebuild = f"run Python in another working directory and with no such PYTHONPATH, or {rebuild}"
+    elif sys.platform != "linux":
         rebuild = f"they are built on Linux only, not on {sys.platform}"
-    return Diagnosis("the kernels were never built here", rebuild)
+    return Diagnosis(cause, rebuild, output)
 
 
 def no_kernels(device: str, dtype: torch.dtype) -> str:
@@ -94,6 +87,19 @@ def _needs(name: str) -> str:
     if os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++"))):
         return f"to build them, with {needed}"
     return f"to build them, once {needed} is installed, as by `apt-get install g++`"
+
+
+def _why_there_is_none(name: str, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Why a package has no extension for this Python, and what its build said if it failed."""
+    build = _extension.record(name, folder)
+    foreign = sorted(file.name for file in folder.glob(f"{name}.*.so"))
+    if foreign:
+        return f"{foreign[0]} is built for another Python than this {sys.implementation.cache_tag}", ()
+    if build.get("outcome") == "failed":
+        return f"the kernels' build for torch {build['torch']} failed", tuple(build["output"])
+    if build.get("outcome") == "skipped":
+        return f"the kernels were left out of the install, as {build['reason']}", ()
+    return "the kernels were never built", ()
 
 
 def _why_it_does_not_load(name: str, error: str, folder: Path) -> str:
