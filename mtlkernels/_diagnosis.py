@@ -85,8 +85,8 @@ def has_file(name: str, folder: Path) -> bool:
 def _needs(name: str) -> str:
     needed = "a C++20 compiler and nvcc" if name == "_cuda" else "a C++20 compiler"
     if os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return f"to build them, with {needed}"
-    return f"to build them, once {needed} is installed, as by `apt-get install g++`"
+        return f"build them, with {needed}"
+    return f"build them, once {needed} is installed, as by `apt-get install g++`"
 
 
 def _why_there_is_none(name: str, folder: Path) -> tuple[str, tuple[str, ...]]:

@@ -29,7 +29,10 @@ def other_torch(name: str, folder: Path = FOLDER) -> str | None:
 
     Some of these load all the same, and would read structures as they no longer are.
     """
-    built = record(name, folder).get("torch")
+    return _differs(record(name, folder).get("torch"))
+
+
+def _differs(built: str | None) -> str | None:
     if built is None or built.split(".")[:2] == torch.__version__.split(".")[:2]:
         return None
     return f"built for torch {built}, this is torch {torch.__version__}"
@@ -100,6 +103,11 @@ def load_error() -> str | None:
 def build_facts() -> dict[str, str]:
     """What the extension was built with; empty without one."""
     return dict(_module.build_facts()) if _module is not None else {}
+
+
+def foreign() -> str | None:
+    """What to say of an extension that is loaded, as nothing was recorded of its build, but is for another PyTorch."""
+    return _differs(build_facts().get("torch"))
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -69,7 +69,7 @@ class Distribution:
 def test_never_built(tmp_path: Path) -> None:
     found = _diagnosis.missing("_C", NOT_FOUND, package(tmp_path))
     assert found.cause == "the kernels were never built"
-    assert found.remedy.startswith("to build them, with a C++20 compiler: `") or "apt-get install g++" in found.remedy
+    assert found.remedy.startswith("build them, with a C++20 compiler: `") or "apt-get install g++" in found.remedy
 
 
 def test_left_out(tmp_path: Path) -> None:
