@@ -218,6 +218,7 @@ def test_what_is_fast(kernels: bool, lose: Any, monkeypatch: pytest.MonkeyPatch)
     lose()
     if kernels:
         monkeypatch.setattr(_extension, "_module", object())
+        monkeypatch.setattr(_backends, "_without_cpp", set())
         monkeypatch.setattr(_backends, "has_triton", lambda: True)
     places = [(device, dtype) for device in ("cpu", "cuda", "meta", "mps", "xpu") for dtype in KEPT.values()]
     fast = {place for place in places if _backends.fast("expert_mixture", *place)}
