@@ -22,7 +22,7 @@ def pays(module: Any, rows: Tensor) -> bool:
     """
     if rows.is_cpu and _extension.loaded():  # at once, as in most calls
         return True
-    if getattr(module, FORCE) or _backends.forced() is not None:
+    if getattr(module, FORCE, False) or _backends.forced() is not None:
         return True
     # The input may be codes, so the weights tell the dtype.
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
