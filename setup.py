@@ -1,24 +1,39 @@
 """Builds the C++ and CUDA kernels with CMake and ninja where that is possible; otherwise the install does without.
 
-Everything else about the package is in pyproject.toml.
+What became of each is written into the package, to ``mtlkernels/_build.json``, from which ``mtlkernels.show_config()``
+tells why kernels are missing. Everything else about the package is in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CPP, CUDA = "mtlkernels._C", "mtlkernels._cuda"
+RECORD = "_build.json"
+# Of a failed build: enough for a compiler's message and what cmake says around it.
+KEPT_LINES = 20
+
+# cmake and ninja from PyPI lie beside the interpreter, also where its environment is not activated.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+# For each extension that was built, failed or was left out, what mtlkernels/_diagnosis.py reads.
+outcomes: dict[str, dict[str, Any]] = {}
 
 
 def what_is_missing() -> str | None:
@@ -50,7 +65,29 @@ def what_is_missing_for_cuda() -> str | None:
 class CMakeBuild(build_ext):
     """Runs CMake, once an extension; after a failure the install does without that extension, and says so."""
 
+    def run(self) -> None:
+        super().run()
+        if self.inplace:
+            for name, outcome in outcomes.items():
+                if outcome["outcome"] == "failed":
+                    Path(self.get_ext_fullpath(f"mtlkernels.{name}")).unlink(missing_ok=True)
+            write_record(ROOT / "mtlkernels")
+
     def build_extension(self, ext: Extension) -> None:
+        import torch
+
+        name = ext.name.rpartition(".")[2]
+        against = {"torch": str(torch.__version__), "python": sys.implementation.cache_tag}
+        try:
+            self.run_cmake(ext)
+        except CompileError as error:
+            outcomes[name] = {"outcome": "failed", "output": str(error).splitlines(), **against}
+            # What an earlier build left would be installed in the place of the one that failed; likewise in run().
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            raise
+        outcomes[name] = {"outcome": "built", **against}
+
+    def run_cmake(self, ext: Extension) -> None:
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -67,11 +104,81 @@ class CMakeBuild(build_ext):
             *([f"-DMTLK_OUTPUT_NAME={path.name}"] if cuda else options_for_cpp()),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
-        for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
-            try:
-                subprocess.run(command, check=True)
-            except subprocess.CalledProcessError as error:
-                raise CompileError(str(error)) from error
+        try:
+            run(configure)
+        except CompileError:
+            shutil.rmtree(build, ignore_errors=True)  # cmake would go on with the compiler that it has found
+            raise
+        run(["cmake", "--build", str(build)])
+        run(["cmake", "--install", str(build)])
+
+
+def run(command: list[str]) -> None:
+    """Runs a command and shows what it prints; where it fails, the error is the end of that."""
+    printed = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            sys.stdout.write(line)
+            printed.append(line.rstrip())
+    if job.returncode:
+        raise CompileError("\n".join([*end_of(printed), f"{command[0]} failed with exit status {job.returncode}"]))
+
+
+def end_of(printed: list[str]) -> list[str]:
+    """The last lines, without ninja's progress and commands; the first error before them, should it not be there."""
+    lines = []
+    for previous, line in zip(["", *printed], printed, strict=False):
+        if line.strip() and not re.match(r"\[\d+/\d+\]", line) and not previous.startswith("FAILED:"):
+            lines.append(line[:300])
+    last = lines[-KEPT_LINES:]
+    if any(re.search(r"\berror\b", line) for line in last):
+        return last
+    return [line for line in lines[:-KEPT_LINES] if re.search(r"\berror\b", line)][:1] + last
+
+
+class BuildRecord(Command):
+    """Writes what became of each extension into the package that is built, or in place into this folder's."""
+
+    description = f"write mtlkernels/{RECORD}"
+    user_options: list[Any] = []
+    editable_mode = False
+    build_lib: Any = None
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        write_record(ROOT / "mtlkernels" if self.editable_mode else Path(self.build_lib, "mtlkernels"))
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib, "mtlkernels", RECORD))]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {self.get_outputs()[0]: str(Path("mtlkernels", RECORD))} if self.editable_mode else {}
+
+
+def write_record(folder: Path) -> None:
+    """Keeps what is known of an extension that an earlier build left here, and that this one could not build again."""
+    file = folder / RECORD
+    try:
+        earlier = json.loads(file.read_text())
+    except (OSError, ValueError):
+        earlier = {}
+    record = dict(outcomes)
+    for name, outcome in earlier.items():
+        if record.get(name, {}).get("outcome", "skipped") == "skipped" and any(folder.glob(f"{name}.*")):
+            record[name] = outcome
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def options_for_cpp() -> list[str]:
@@ -93,5 +200,7 @@ for name, reason in ((CPP, missing), (CUDA, missing or what_is_missing_for_cuda(
         extensions.append(Extension(name, sources=[], optional=True))
     else:
         print(f"mtlkernels: installing without {name}: {reason}", file=sys.stderr)
+        outcomes[name.rpartition(".")[2]] = {"outcome": "skipped", "reason": reason}
 
-setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
+build.sub_commands = [*build.sub_commands, ("build_record", None)]
+setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild, "build_record": BuildRecord})

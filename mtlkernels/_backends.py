@@ -28,9 +28,13 @@ _without_cpp: set[str] = set()
 _references: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
+# Looked up once: torch.compile, which traces fast(), cannot look.
+_triton_is_there = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether Triton can be imported; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    return _triton_is_there
 
 
 def has_cpp(op: str) -> bool:
@@ -41,6 +45,18 @@ def has_cpp(op: str) -> bool:
 def has_cuda(op: str) -> bool:
     """Whether this install has CUDA C++ kernels for an op."""
     return op in _CUDA and _extension.cuda_loaded()
+
+
+def fast(op: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether this install has kernels of an op for a type of device and a dtype.
+
+    Otherwise the reference serves them, which is slower than modules that compute the same. Tensors on "meta" are going
+    to be elsewhere: there it is enough that some device has kernels.
+    """
+    on_cuda = has_cuda(op) or (has_triton() and not (dtype == torch.float64 and op in _TRITON_WITHOUT_FLOAT64))
+    if device == "meta":
+        return has_cpp(op) or on_cuda
+    return has_cpp(op) if device == "cpu" else device == "cuda" and on_cuda
 
 
 def interpreting() -> bool:

@@ -9,11 +9,6 @@ import torch
 
 from mtlkernels import _backends, _extension, _torch
 
-_BUILD = "then `pip install --no-build-isolation mtlkernels`"
-_BUILD_HINT = f"install a C++ compiler, cmake, ninja and pybind11, {_BUILD}"
-_CUDA_HINT = f"install nvcc besides what the C++ kernels need, {_BUILD}"
-_TRITON_HINT = "`pip install triton`, on Linux"
-
 
 def show_config() -> str:
     """Versions, compiled targets, CPU capability, GPU, the implementations a device, and how to get what is missing.
@@ -41,7 +36,9 @@ def show_config() -> str:
 
 def _triton() -> str:
     if not _backends.has_triton():
-        return f"missing, so GPUs run the reference; {_TRITON_HINT}"
+        from mtlkernels import _diagnosis
+
+        return f"missing, so GPUs run the reference; {_diagnosis.TRITON}"
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # a build that was not installed by pip
@@ -50,8 +47,16 @@ def _triton() -> str:
 
 def _extension_facts() -> str:
     if not _extension.loaded():
-        return f"missing ({_extension.load_error()}), so CPUs run the reference; {_BUILD_HINT}"
-    return ", ".join(f"{name} {value}" for name, value in _extension.build_facts().items())
+        error = _extension.load_error() or ""
+        return f"missing ({error}), so CPUs run the reference: {_told('_C', error)}"
+    facts = ", ".join(f"{name} {value}" for name, value in _extension.build_facts().items())
+    foreign = _extension.foreign()
+    if foreign is None:
+        return facts
+    from mtlkernels import _diagnosis
+
+    command = _diagnosis.build_command(_extension.FOLDER)
+    return f"{facts}: {foreign}, and may read its structures wrongly; build it again: {command}"
 
 
 def _cuda() -> str:
@@ -60,7 +65,15 @@ def _cuda() -> str:
     reason = _extension.cuda_load_error()
     if torch.version.cuda is None:
         return f"no CUDA C++ kernels ({reason})"
-    return f"no CUDA C++ kernels ({reason}), so PCGrad runs by Triton or the reference; {_CUDA_HINT}"
+    return f"no CUDA C++ kernels ({reason}), so PCGrad runs by Triton or the reference: {_told('_cuda', reason or '')}"
+
+
+def _told(name: str, error: str) -> str:
+    """Why an extension is missing and what to do; of a build that failed, the end of its output on lines of its own."""
+    from mtlkernels import _diagnosis
+
+    found = _diagnosis.missing(name, error)
+    return "\n".join([str(found), *(f"  | {line}" for line in found.output)])
 
 
 def _cpu() -> str:

@@ -3,26 +3,61 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch  # its libraries must be loaded before the extension's
 
-_module: ModuleType | None
-_error: str | None
-
-try:
-    _module = importlib.import_module("mtlkernels._C")
-    _error = None
-except ImportError as error:
-    _module = None
-    _error = str(error)
+FOLDER = Path(__file__).parent
 
 
-def _load_cuda(folder: Path = Path(__file__).parent) -> str | None:
+def record(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """What setup.py says about the build of an extension; nothing where it did not run."""
+    try:
+        return dict(json.loads((folder / "_build.json").read_text()).get(name, {}))
+    except (OSError, ValueError):
+        return {}
+
+
+def other_torch(name: str, folder: Path = FOLDER) -> str | None:
+    """Says so where an extension was built for another minor version of PyTorch, whose C++ interface is another.
+
+    Some of these load all the same, and would read structures as they no longer are.
+    """
+    return _differs(record(name, folder).get("torch"))
+
+
+def _differs(built: str | None) -> str | None:
+    if built is None or built.split(".")[:2] == torch.__version__.split(".")[:2]:
+        return None
+    return f"built for torch {built}, this is torch {torch.__version__}"
+
+
+def _load_cpp(folder: Path = FOLDER) -> tuple[ModuleType | None, str | None]:
+    """The module with the C++ kernels, or why there is none.
+
+    Only that of this folder: an editable install of another checkout would find the one over there.
+    """
+    if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return None, "No module named 'mtlkernels._C'"
+    refusal = other_torch("_C", folder)
+    if refusal is not None:
+        return None, refusal
+    try:
+        return importlib.import_module("mtlkernels._C"), None
+    except ImportError as error:
+        return None, str(error)
+
+
+_module, _error = _load_cpp()
+
+
+def _load_cuda(folder: Path = FOLDER) -> str | None:
     """Registers the operators of ``mtlkernels_cuda``; returns why that is not possible, or None."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
@@ -68,6 +103,11 @@ def load_error() -> str | None:
 def build_facts() -> dict[str, str]:
     """What the extension was built with; empty without one."""
     return dict(_module.build_facts()) if _module is not None else {}
+
+
+def foreign() -> str | None:
+    """What to say of an extension that is loaded, as nothing was recorded of its build, but is for another PyTorch."""
+    return _differs(build_facts().get("torch"))
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,12 @@ def test_build_facts_of_the_extension() -> None:
         pytest.skip("this install is pure Python")
     for name, value in _extension.build_facts().items():
         assert f"{name} {value}" in line("extension")
+
+
+def test_an_extension_for_another_torch_without_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "_module", SimpleNamespace(build_facts=lambda: {"torch": "2.1.0"}))
+    assert f"built for torch 2.1.0, this is torch {torch.__version__}" in line("extension")
+    assert "pip install --no-build-isolation" in line("extension")
 
 
 def test_missing_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,9 +198,9 @@ def statistics(module: Any) -> dict[str, Tensor]:
 
 
 def converted(module: Any) -> Any:
-    """A converted copy."""
+    """A converted copy, also where only the reference is there to be timed."""
     other = copy.deepcopy(module)
-    report = mk.convert(other)
+    report = mk.convert(other, force=True)
     if report.left_alone or not report.replaced:
         raise ValueError(f"not all was replaced: {report}")
     return other

@@ -6,11 +6,13 @@ The package has an underscore because ``mtlkernels.convert`` is what one calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from mtlkernels._convert.classes import CLASS_ATTRIBUTE, PLAN, converted_class, original_class
+from mtlkernels._convert.kernels import FORCE, slower
 from mtlkernels._convert.level import Level
 from mtlkernels._convert.registry import find_converter, known_names, register_level
 from mtlkernels._convert.report import ConversionReport, Line
@@ -52,31 +54,50 @@ class Convert:
     A class that is known by its structure or registered is first tried: a copy with random weights in float64 has to
     give the same results fused as by its own code.
 
+    Where no kernels serve the device and dtype of a module's parameters (a CPU without the C++ extension, an NVIDIA
+    GPU without Triton or in float64, any other device), fused evaluation would be slower than the module's own code. It
+    is left alone then, and the report says how to get the kernels; on "meta", from where it is going to be moved, only
+    if this install has kernels for no device at all. A converted module that is moved to such a device, or loaded in
+    an install without kernels, runs its own code there. ``force=True``, which copies and pickles keep, and
+    :func:`mtlkernels.use_backend` around ``convert`` or around a call choose fused evaluation all the same.
+
     Args:
         model: any module; those in it that are not known are not touched.
+        force: whether to convert, and to evaluate fused, also where that is slower for want of kernels.
 
     Returns:
         The report: ``print(report)`` says, a line each, what was replaced and what was left alone and why.
 
     Raises:
-        TypeError: ``model`` is not a ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``, or ``force`` is not a bool.
     """
 
-    def __call__(self, model: nn.Module) -> ConversionReport:
+    def __call__(self, model: nn.Module, *, force: bool = False) -> ConversionReport:
         """See :class:`Convert`."""
         _check_module(model)
+        if not isinstance(force, bool):
+            raise TypeError(f"force must be a bool, got {type(force).__name__}")
         lines: list[Line] = []
         for path, module in model.named_modules():
             if original_class(type(module)) is not None:
-                lines.append(Line("left alone", path, type(module).__name__, "already converted"))
+                if force:
+                    setattr(module, FORCE, True)
+                words = "already converted" + (", forced from now on" if force else "")
+                lines.append(Line("left alone", path, type(module).__name__, words))
                 continue
             converter = find_converter(module)
             if converter is None:
                 continue
             plan, found = converter.plan(module, path)
+            reason = None if force or plan is None else slower(module)
+            if reason is not None:
+                lines += [line if line.action == "left alone" else _left_alone(line, reason) for line in found]
+                continue
             lines += found
             if plan is not None:
                 setattr(module, PLAN, plan)
+                if force:
+                    setattr(module, FORCE, True)
                 module.__class__ = converted_class(converter.mixin, type(module))
         if not lines:
             reason = f"nothing in it is known; known are {', '.join(known_names())}"
@@ -177,10 +198,15 @@ def revert(model: nn.Module) -> ConversionReport:
             continue
         module.__class__ = original
         delattr(module, PLAN)
+        vars(module).pop(FORCE, None)
         lines.append(Line("reverted", path, name, f"{original.__name__} again"))
     if not lines:
         lines.append(Line("left alone", "", type(model).__name__, "nothing in it is converted"))
     return ConversionReport(tuple(lines))
+
+
+def _left_alone(line: Line, reason: str) -> Line:
+    return replace(line, action="left alone", detail=reason)
 
 
 def _check_module(model: object) -> None:

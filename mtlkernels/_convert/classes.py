@@ -37,6 +37,7 @@ class Converted:
 
     _mtlkernels_original: type
     _mtlkernels_plan: Any
+    _mtlkernels_force = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles and copies by mix-in and original class: the class made of the two has no name to import it by."""

@@ -22,10 +22,10 @@ def check_gradients_are_the_mean_of_all_ranks() -> None:
             model = make()
             original = copy.deepcopy(model)
             if not wrap_first:
-                assert mk.convert(model).replaced
+                assert mk.convert(model, force=True).replaced
             wrapped: Any = DistributedDataParallel(model)
             if wrap_first:
-                assert mk.convert(wrapped).replaced
+                assert mk.convert(wrapped, force=True).replaced
             wrapped(by_name(features(ROWS, dist.get_rank()).float())).square().sum().backward()
             for rank in range(dist.get_world_size()):
                 (original(by_name(features(ROWS, rank).float())).square().sum() / dist.get_world_size()).backward()
@@ -38,7 +38,7 @@ def check_training_keeps_ranks_alike() -> None:
     """Parameters stay the same on all ranks, and the optimizer made before the conversion goes on."""
     model = rechub_ple()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    mk.convert(model)
+    mk.convert(model, force=True)
     wrapped: Any = DistributedDataParallel(model)
     before = [p.detach().clone() for p in model.parameters()]
     for step in range(3):
