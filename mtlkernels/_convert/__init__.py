@@ -44,9 +44,8 @@ class Convert:
     deepctr-torch's last shared gate, whose output nobody reads, is not evaluated any more; statistics of its batch norm
     stay as they were.
 
-    Batch norm is folded into copies of the weights in front of it, made anew when a weight or statistic has changed; a
-    write that PyTorch does not count (to ``.data``, by NumPy, by a replayed CUDA graph) is seen after the next
-    ``train()`` or ``eval()``. A level with a hook is left alone. The experts' modules are not called where they are
+    Batch norm in evaluation is a scale and a shift behind the product, or folded into copies of the weights, made anew at
+    each call: a write to a weight or a statistic is seen at once, whoever makes it. A level with a hook is left alone. The experts' modules are not called where they are
     fused, so a hook that is put on one later makes its level run the original code; hooks for all modules
     (``torch.nn.modules.module.register_module_forward_hook``) do not see experts. Where a user's own ``forward`` leaves
     a task's output unused, gradients of that task's experts are zero instead of None.
