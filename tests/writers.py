@@ -66,7 +66,7 @@ def a_detached_view(tensor: Tensor) -> None:
 
 @writer
 def numpy_view(tensor: Tensor) -> None:
-    bits(tensor)[..., 0] = bits(torch.tensor(4.0, dtype=tensor.dtype))
+    bits(tensor)[...] = bits(torch.tensor(4.0, dtype=tensor.dtype))
 
 
 @writer
@@ -151,10 +151,10 @@ def _grown(value: Tensor) -> Tensor:
 def _optimizer(kind: Any, **options: Any) -> Callable[[Any], None]:
     def step(module: Any) -> None:
         parameters = list(module.parameters())
-        optimizer = kind(parameters, lr=0.05, **options)
+        optimizer = kind(parameters, lr=0.5, **options)
         for p in parameters:
             p.grad = torch.zeros_like(p)
-            p.grad[-1] = 1.0  # a loss on one output
+            p.grad[-1] = -1.0  # a loss on one output, which grows
         optimizer.step()
         optimizer.zero_grad()
 

@@ -131,6 +131,10 @@ struct PairEngine {
                       Weight* out) {
     for (int64_t o = 0; o < outputs; o += kGroup) {
       for (int64_t i = 0; i < inputs; i += kStep, out += kPlaneBlock) {
+        // The rows of the next tile: no hardware prefetcher follows so many at once.
+        for (int64_t r = 0; column_stride == 1 && r < kGroup; ++r) {
+          fetch_rows(w + (o + kGroup + r) * row_stride + i, kStep);
+        }
         split_rows(w + o * row_stride + i * column_stride, row_stride, column_stride,
                    outputs - o < kGroup ? outputs - o : kGroup, inputs - i < kStep ? inputs - i : kStep, out);
       }
