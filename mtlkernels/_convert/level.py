@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, flatten, path_of
 from mtlkernels._convert.classes import Converted
 from mtlkernels._convert.evaluation import Parts, describe, evaluate, left_to_modules, read_parts
@@ -19,6 +17,7 @@ from mtlkernels._convert.gates import Gate, read_gate
 from mtlkernels._convert.kernels import pays
 from mtlkernels._convert.mlp import Rows, rows_of
 from mtlkernels._convert.report import Line
+from mtlkernels._convert.trial import disagreement
 from mtlkernels.nn.level import watched
 from mtlkernels.routing import Routing
 
@@ -124,10 +123,9 @@ def plan_level(level: Level, base: type, module: nn.Module, path: str) -> tuple[
         routing = examine(level, base, module)
     except Exception as error:  # of a description that does not fit; it goes into the report
         routing = f"its description does not fit: {type(error).__name__}: {error}"
-    if not isinstance(routing, str):
-        routing = trial(level, module, routing)
-    if isinstance(routing, str):
-        return None, [Line("left alone", path, name, routing)]
+    reason = routing if isinstance(routing, str) else trial(level, module, routing)
+    if reason is not None:
+        return None, [Line("left alone", path, name, reason)]
     return routing, [replaced_line(level, module, path)]
 
 
@@ -164,47 +162,24 @@ def examine_parts(level: Level, module: Any, routing: Routing) -> Routing | str:
     return routing
 
 
-def trial(level: Level, module: nn.Module, routing: Routing) -> Routing | str:
-    """Runs a copy in evaluation, with random weights in float64 on the CPU, by its own code and fused.
+def trial(level: Level, module: nn.Module, routing: Routing) -> str | None:
+    """What is wrong with evaluating the level otherwise, as a trial of copies tells; None where nothing is."""
 
-    Returns:
-        The routing where both agree, otherwise what is wrong.
-    """
-    try:
-        found, expected = _both_ways(level, module, routing)
-    except Exception as error:  # of code that is not ours; it goes into the report
-        return f"it fails in a trial: {type(error).__name__}: {error}"
-    if not agree(found, expected):
-        return "in a trial its forward gave other results than its experts, gates and routing"
-    return routing
+    def parts(other: Any) -> Parts:
+        gates: list[Any] = [read_gate(chain) for chain in level.gates(other)]
+        return read_parts(list(level.experts(other)), gates, routing, Rows(True, True))
 
+    def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
+        # Without shared experts, a shared gate alone reads the last stream.
+        count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
+        shape = (rows, _width(parts(other)))
+        streams = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+        return level.arguments(other, streams)
 
-def random_copy(module: nn.Module, generator: torch.Generator, without: Sequence[str] = ()) -> Any:
-    """A copy in evaluation with random weights in float64 on the CPU; the parts ``without`` are identities in it."""
-    memo: dict[int, Any] = {id(getattr(module, name)): nn.Identity() for name in without}
-    other = copy.deepcopy(module, memo).to_empty(device="cpu").double().eval()
-    for tensor in (*other.parameters(), *other.buffers()):
-        if tensor.is_floating_point():
-            # Positive, for variances, and of a size that keeps softmax away from 0 and 1.
-            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1)
-            if tensor.dim() > 1:
-                tensor.sub_(0.6).mul_(3 * tensor.shape[-1] ** -0.5)
-    return other
+    def fused(other: Any, *args: Any) -> Any:
+        return level.outputs(other, evaluate(parts(other), level.inputs(other, *args) or ()))
 
-
-@torch.no_grad()
-def _both_ways(level: Level, module: nn.Module, routing: Routing) -> tuple[Any, Any]:
-    """The results of a copy of the module, fused and by its own code."""
-    generator = torch.Generator().manual_seed(0)
-    other = random_copy(module, generator)
-    gates: list[Any] = [read_gate(chain) for chain in level.gates(other)]
-    parts = read_parts(list(level.experts(other)), gates, routing, Rows(True, True))
-    # Without shared experts, a shared gate alone reads the last stream.
-    count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
-    streams = [torch.randn(5, _width(parts), generator=generator, dtype=torch.float64) for _ in range(count)]
-    arguments = level.arguments(other, streams)
-    inputs = level.inputs(other, *arguments)
-    return level.outputs(other, evaluate(parts, inputs or ())), other(*arguments)
+    return disagreement(module, fused, arguments)
 
 
 def _width(parts: Parts) -> int:
@@ -214,18 +189,3 @@ def _width(parts: Parts) -> int:
     ]
     matrices = (p for module in modules for p in module.parameters() if p.dim() == 2)
     return int(next(matrices).shape[1])
-
-
-def agree(found: Any, expected: Any) -> bool:
-    """Whether two results, tensors within lists, tuples and dicts, are the same within rounding."""
-    leaves, structure = _torch.tree_flatten(found)
-    others, other_structure = _torch.tree_flatten(expected)
-    return structure == other_structure and all(map(_equal, leaves, others))
-
-
-def _equal(found: Any, expected: Any) -> bool:
-    if not isinstance(expected, Tensor):
-        return bool(found == expected)
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return False
-    return torch.allclose(found, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
