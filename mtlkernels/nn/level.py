@@ -12,7 +12,7 @@ from mtlkernels.nn._arguments import Style
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import few_rows
 from mtlkernels.ops.expert_mixture import expert_mixture
-from mtlkernels.ops.gated_mixture import gated_mixture
+from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.normalized_mixture.norms import alike, uses_running
 from mtlkernels.routing import Routing
 
@@ -174,7 +174,7 @@ class Level(nn.Module):
             expert(streams[0 if single else stream])
             for expert, stream in zip(self.experts, self.routing.expert_inputs, strict=True)
         ]
-        return gated_mixture(torch.stack(hidden, dim=1), logits, self.routing)
+        return mix_list(hidden, logits, self.routing)
 
     def _gate_logits(self, streams: Sequence[Tensor]) -> Sequence[Tensor]:
         if self._one_gemm:

@@ -21,6 +21,7 @@ from mtlkernels.ops._call import (
     under_autocast,
 )
 from mtlkernels.ops._checks import check_logits, check_routing
+from mtlkernels.ops._linears import joint_linear
 from mtlkernels.ops.activations import CODES, has_slopes
 from mtlkernels.ops.expert_level import expert_level
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
@@ -234,13 +235,10 @@ def _per_gate(value: Any, sizes: Sequence[int]) -> list[Any]:
     return list(value.split(sizes) if isinstance(value, Tensor) else value)
 
 
-def _gate_logits(
-    streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> Tensor | list[Tensor]:
+def _gate_logits(streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """The logits of gates that are linear layers: one product where they read one stream."""
     if len(streams) == 1 and all((bias is None) == (biases[0] is None) for bias in biases):
-        offsets = [bias for bias in biases if bias is not None]
-        return F.linear(streams[0], torch.cat(list(weights)), torch.cat(offsets) if offsets else None)
+        return joint_linear(streams[0], weights, [bias for bias in biases if bias is not None])
     rows = streams if len(streams) > 1 else [streams[0]] * len(weights)
     return [F.linear(x, weight, bias) for x, weight, bias in zip(rows, weights, biases, strict=False)]
 

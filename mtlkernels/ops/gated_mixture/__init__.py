@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from mtlkernels import _backends
+from mtlkernels import _backends, _torch
 from mtlkernels.ops._autograd import apply
 from mtlkernels.ops._call import distinct, needs_function, run_forward, traced_under_func, under_autocast
 from mtlkernels.ops._checks import check_logits, check_routing, check_tensor, shape_of
-from mtlkernels.ops.gated_mixture.autograd import GatedMixture, Plan
+from mtlkernels.ops.gated_mixture.autograd import GatedMixture, ListMixture, Plan
 from mtlkernels.routing import Routing
 
 
@@ -49,3 +50,19 @@ def gated_mixture(experts: Tensor, gate_logits: Tensor | Sequence[Tensor], routi
     if needs_function((experts,), logits):
         return tuple(apply(GatedMixture, Plan(flat, sizes, backend), *distinct(experts, *logits)))
     return tuple(run_forward("gated_mixture", backend, experts, experts, logits, flat, sizes))
+
+
+def mix_list(experts: Sequence[Tensor], gate_logits: Sequence[Tensor], routing: Routing) -> tuple[Tensor, ...]:
+    """:func:`gated_mixture` of the stack of ``experts``, where one that only unused outputs read keeps no gradient.
+
+    In eager PyTorch, that is; elsewhere such a gradient is zero, as that of a stack is.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if traced or _torch.func_transforms_active() or not needs_function(experts, gate_logits):
+        return gated_mixture(torch.stack(list(experts), dim=1), gate_logits, routing)
+    logits = check_logits(gate_logits, routing, experts[0].shape[0], experts[0])
+    # Experts of different dtypes, as autocast may leave them, stack to the widest.
+    (cast,) = under_autocast(experts[0], experts)
+    flat = tuple(e for gate in routing.gate_experts for e in gate)
+    plan = Plan(flat, routing.wiring.gate_sizes, _backends.forced())
+    return tuple(apply(ListMixture, plan, len(cast), *cast, *logits)[:-1])
