@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
-from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, join, kind_of, rows_of
+from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, in_trial, join, kind_of, rows_of
 from mtlkernels.ops.expert_mixture import expert_mixture
-from mtlkernels.ops.gated_mixture import gated_mixture
+from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.routing import Routing
 
 # Measured with torch-rechub's and deepctr-torch's PLE: on fewer rows than this, one operator for all mixing saves
@@ -63,7 +63,7 @@ def left_to_modules(chains: Iterable[Chain], rows: Tensor) -> bool:
 
     What the compiler makes of the library's own mixing is as fast at any size.
     """
-    if not torch.compiler.is_compiling() and rows.shape[0] >= MIXING_ROWS:
+    if in_trial() or (not torch.compiler.is_compiling() and rows.shape[0] >= MIXING_ROWS):
         return False
     layers = read_chain(next(iter(chains)))
     return isinstance(layers, str) or not fusible(layers, rows_of(rows))
@@ -129,7 +129,7 @@ def _mix(
 ) -> tuple[Tensor, ...]:
     """The mixtures of experts' outputs."""
     if not any_drops(gates):
-        return gated_mixture(torch.stack(outputs, dim=1), logits, routing)
+        return mix_list(outputs, logits, routing)
     mixed = []
     for x, gate, seen in zip(logits, gates, routing.gate_experts, strict=True):
         shares = x.softmax(dim=1)

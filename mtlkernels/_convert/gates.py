@@ -13,6 +13,7 @@ from mtlkernels._convert.chains import Chain, flatten, read_chain
 from mtlkernels._convert.folding import may_cache
 from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds, parameters
 from mtlkernels.nn.level import linear_parameters
+from mtlkernels.ops._linears import joint_linear
 
 # Measured with gates of (64,) and without hidden layers, on 416 features: on fewer rows than this, putting the gates'
 # weights together takes longer than one product saves.
@@ -77,8 +78,7 @@ def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], rows: Rows) -> li
         if len(members) == 1 or len(biases) not in (0, len(pairs)):
             products = [F.linear(x, *pair) for pair in pairs]
         else:
-            joined = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
-            products = list(joined.split([len(w) for w in weights], dim=1))
+            products = joint_linear(x, weights, biases)
         for k, z in zip(members, products, strict=True):
             first[k] = z
     return [_rest(gate, x, z, rows, cache) for gate, x, z in zip(gates, inputs, first, strict=True)]

@@ -7,7 +7,6 @@ gate is there, and not evaluated.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.classes import PLAN, Converted, converted_class
-from mtlkernels._convert.evaluation import MIXING_ROWS, evaluate
-from mtlkernels._convert.kernels import FORCE
+from mtlkernels._convert.evaluation import evaluate
 from mtlkernels._convert.level import Level, examine_parts, prepare, replaced_line
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import disagreement
@@ -86,15 +84,18 @@ def _trial(mixin: type[FusedModel], model: Any, plan: tuple[Any, ...]) -> str | 
     def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
         width = model.numerical_layer.out_features
         count = model.embed_output_dim // width
-        x = torch.randn(max(rows, MIXING_ROWS), count, width, generator=generator, dtype=torch.float64)
+        x = torch.randn(rows, count, width, generator=generator, dtype=torch.float64)
         return x[:, :-1], x[:, -1]
 
     def fused(other: Any, *args: Any) -> Any:
-        found = copy.copy(other)
-        setattr(found, PLAN, plan)
-        setattr(found, FORCE, True)  # not its own code again where the CPU has no kernels
-        found.__class__ = converted_class(mixin, type(other))
-        return found(*args)
+        setattr(other, PLAN, plan)
+        kind = type(other)
+        other.__class__ = converted_class(mixin, kind)
+        try:
+            return other(*args)
+        finally:
+            other.__class__ = kind
+            delattr(other, PLAN)
 
     return disagreement(model, fused, arguments, without=_FRONT)
 

@@ -95,7 +95,7 @@ def without_gates(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (SharedFirst, "in a trial its forward gave other results than its experts and gates"),
+        (SharedFirst, "in evaluation its outputs differ from those of its experts and gates"),
         (lambda: own_forward(doubles.PLEModel()), "its forward is not that of PLEModel"),
         (lambda: without_gates(doubles.MMoEModel()), "its description does not fit: ValueError: num_tasks must be"),
     ],
