@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,11 +29,9 @@ def random_copy(module: nn.Module, generator: torch.Generator | None, without: S
     No weight of the module is copied on the way, and nothing is made where it is.
     """
     memo: dict[int, Any] = {}
-    for name in without:
-        part = getattr(module, name, None)
-        if part is not None:
-            memo[id(part)] = First() if isinstance(part, nn.Module) else None
-    left_out = {id(m) for name in without for m in _modules_of(getattr(module, name, None))}
+    dropped = [operator.attrgetter(name)(module) for name in without]
+    memo |= {id(part): First() if isinstance(part, nn.Module) else None for part in dropped}
+    left_out = {id(inner) for part in dropped if isinstance(part, nn.Module) for inner in part.modules()}
     for part in module.modules():
         if id(part) in left_out:
             continue
@@ -43,10 +42,6 @@ def random_copy(module: nn.Module, generator: torch.Generator | None, without: S
     if generator is not None:
         randomize(other, generator)
     return other.eval()
-
-
-def _modules_of(part: Any) -> Iterator[nn.Module]:
-    yield from part.modules() if isinstance(part, nn.Module) else ()
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

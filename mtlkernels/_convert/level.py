@@ -172,7 +172,7 @@ def trial(level: Level, module: nn.Module, routing: Routing) -> str | None:
     def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
         # Without shared experts, a shared gate alone reads the last stream.
         count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
-        shape = (rows, _width(parts(other)))
+        shape = (rows, width_of(level, other))
         streams = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
         return level.arguments(other, streams)
 
@@ -182,10 +182,8 @@ def trial(level: Level, module: nn.Module, routing: Routing) -> str | None:
     return disagreement(module, fused, arguments)
 
 
-def _width(parts: Parts) -> int:
+def width_of(level: Level, module: Any) -> int:
     """The features of a level's input: its first matrix has as many columns."""
-    modules = [
-        module for chain in (*parts.chains, *(gate.modules for gate in parts.gates)) for module in flatten(chain)
-    ]
-    matrices = (p for module in modules for p in module.parameters() if p.dim() == 2)
+    modules = [part for chain in (*level.experts(module), *level.gates(module)) for part in flatten(chain)]
+    matrices = (p for part in modules for p in part.parameters() if p.dim() == 2)
     return int(next(matrices).shape[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from mtlkernels import _torch
 from mtlkernels._convert.copies import Pairs, agree, align, close, difference, largest, pairs_of, random_copy, randomize
 from mtlkernels._convert.mlp import at_any_size
+from mtlkernels._convert.shared_state import SharedState
 
 # Enough for batch statistics, few enough for a trial to take no time.
 ROWS = 5
@@ -82,6 +84,7 @@ class Trial:
     arguments: Callable[[Any, int, torch.Generator], tuple[Any, ...]]
     pairs: Pairs
     generator: torch.Generator
+    shared: SharedState
 
     def __post_init__(self) -> None:
         self.names = [name for name, p in self.copies[0].named_parameters() if p.requires_grad]
@@ -110,23 +113,28 @@ def disagreement(
             go the fused way, as :func:`mtlkernels._convert.level.prepare` does in a trial.
         arguments: from a copy, a number of rows and a generator, arguments with float64 tensors of so many rows.
         original: from a copy and arguments, what the module returns.
-        without: attributes of the module that neither way needs, and that may be large, such as embeddings: a module
-            is a :class:`mtlkernels._convert.copies.First` in the copies, anything else None.
+        without: attributes of the module, or of its sub-modules by dotted names, that neither way needs, and that may
+            be large, such as embeddings: a module is a :class:`mtlkernels._convert.copies.First` in the copies,
+            anything else None.
         ignored: sub-modules whose statistics and attributes may differ afterwards.
 
     Returns:
         None where both agree, otherwise the reason, in the report's words.
     """
-    with _kept_random_state(), torch.enable_grad():
+    shared = SharedState(module)
+    with _kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of code that is not ours, in a call that nobody made
         try:
             generator = torch.Generator().manual_seed(0)
             copies = random_copy(module, generator, without), random_copy(module, None, without)
             align(copies[1], copies[0])
             pairs = pairs_of(copies[1], copies[0], ignored)
-            trial = Trial(copies, (original, fused), arguments, pairs, generator)
+            trial = Trial(copies, (original, fused), arguments, pairs, generator, shared)
             return _first_difference(trial)
         except Exception as error:  # of code that is not ours; it goes into the report
             return f"it fails in a trial: {type(error).__name__}: {error}"
+        finally:
+            shared.restore()
 
 
 def _first_difference(trial: Trial) -> str | None:
@@ -138,15 +146,17 @@ def _first_difference(trial: Trial) -> str | None:
         if reason is not None:
             return reason
     if any(rates):
+        _set_rates(dropouts, rates)
+        drawn = _draws_beside(trial, dropouts[0])
+        align(trial.copies[1], trial.copies[0])
+        if drawn:
+            return "its forward draws random numbers of its own"
         # What is dropped where: a rate of 1 draws nothing and shows.
         for first in (0, 1):
             _set_rates(dropouts, [float(i % 2 == first) if rate else 0.0 for i, rate in enumerate(rates)])
             reason = _compare(trial, Situation("in training with dropout", True), draws=False)
             if reason is not None:
                 return reason
-        _set_rates(dropouts, rates)
-        if _draws_beside(trial, dropouts[0]):
-            return "its forward draws random numbers of its own"
     return None
 
 
@@ -183,6 +193,9 @@ def _compare(trial: Trial, situation: Situation, draws: bool = True) -> str | No
             raise
         align(trial.copies[0], trial.copies[1])  # what it did before it failed is of no interest
         return None
+    changed = trial.shared.change()
+    if changed is not None:
+        return f"its forward changes {changed}, which is not its own"
     found = _run(trial, 1, given, situation)
     if draws and expected.random_state != found.random_state:
         return "its forward draws random numbers of its own"
