@@ -18,6 +18,8 @@ unwrap_dead_wrappers = torch._functorch.utils.unwrap_dead_wrappers
 is_legacy_batched_tensor = torch._C._functorch.is_legacy_batchedtensor
 remove_batch_dim = torch._remove_batch_dim
 add_batch_dim = torch._add_batch_dim
+# Stand-ins for tensors while the compiler and torch.export trace.
+TRACED = (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor)
 # The dispatcher.
 dispatch_stack_length = torch._C._len_torch_dispatch_stack
 below_autograd = torch._C._AutoDispatchBelowAutograd

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
-from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, in_trial, join, kind_of, rows_of
+from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, in_trial, join, kind_of, odd_weight, rows_of
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.routing import Routing
@@ -66,7 +66,7 @@ def left_to_modules(chains: Iterable[Chain], rows: Tensor) -> bool:
     if in_trial() or (not torch.compiler.is_compiling() and rows.shape[0] >= MIXING_ROWS):
         return False
     layers = read_chain(next(iter(chains)))
-    return isinstance(layers, str) or not fusible(layers, rows_of(rows))
+    return isinstance(layers, str) or not fusible(layers, rows_of(rows)) or kind_of(layers) is None
 
 
 def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -145,6 +145,8 @@ def describe(model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], 
     odd = []
     for chain in chains:
         found = read_chain(chain)
+        if not isinstance(found, str):
+            found = odd_weight(found) or found
         if isinstance(found, str):
             odd.append(found + path_of(model, chain))
         else:

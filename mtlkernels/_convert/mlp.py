@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels._convert.folding import fold, may_cache, wants_gradient
-from mtlkernels.nn.level import linear_parameters
+from mtlkernels.nn.level import linear_parameters, plain
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import FOLD_ROWS
 
@@ -53,6 +53,12 @@ def activation_name(module: Any) -> str | None:
         return "prelu"
     kind = type(module)
     return "dice" if f"{kind.__module__}.{kind.__qualname__}" == _DICE and module.epsilon > 0 else None
+
+
+def odd_weight(layers: Sequence[Layer]) -> str | None:
+    """The kind of a weight that its own module has to multiply with, None where all are plain."""
+    weights = [linear_parameters(layer.linear)[0] for layer in layers]
+    return next((f"a weight of class {type(weight).__name__}" for weight in weights if not plain(weight)), None)
 
 
 def slopes_refusal(linear: Any, module: Any) -> str | None:
@@ -134,12 +140,17 @@ def parameters(layer: Layer, cache: bool) -> tuple[Tensor, Tensor | None]:
     return linear_parameters(layer.linear) if layer.norm is None else fold(layer.linear, layer.norm, cache)
 
 
-def kind_of(layers: Sequence[Layer]) -> tuple[Any, ...]:
-    """What experts must have in common to be evaluated together; a folded layer always has a bias."""
+def kind_of(layers: Sequence[Layer]) -> tuple[Any, ...] | None:
+    """What experts must have in common to be evaluated together; a folded layer always has a bias.
+
+    None where a weight is of a kind that its own module has to multiply with, such as a quantized one.
+    """
     found: list[Any] = []
     for layer in layers:
         norm = layer.norm
         weight, bias = linear_parameters(layer.linear)
+        if type(weight) is not nn.Parameter and not plain(weight):
+            return None
         folded = running(norm)
         own = None if norm is None or folded else (type(norm), norm.eps)
         rate = layer.dropout.p if drops(layer.dropout) else 0.0

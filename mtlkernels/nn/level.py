@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from mtlkernels import _torch
 from mtlkernels.nn._arguments import Style
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import few_rows
@@ -70,6 +72,28 @@ def linear_parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, own.get("bias")
 
 
+def plain(weight: Any) -> bool:
+    """Whether a weight is its numbers and nothing more, unlike a quantized or a distributed tensor."""
+    return type(weight) in (nn.Parameter, Tensor) or isinstance(weight, _torch.TRACED)
+
+
+def _plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that is ``F.linear`` by plain tensors, None for any other.
+
+    Layers may have been exchanged, as LoRA and dynamic quantization do it, or have got weights of another kind.
+    """
+    own = layer._parameters
+    weight = own.get("weight")
+    if type(layer) is nn.Linear and type(weight) is nn.Parameter:
+        return weight, own.get("bias")
+    if type(layer) is not nn.Linear and not parametrize.is_parametrized(layer):
+        return None
+    if type(layer).forward is not nn.Linear.forward or (weight is None and watched(layer)):
+        return None  # a hook that makes the weight, as that of nn.utils.weight_norm
+    weight, bias = linear_parameters(layer)
+    return (weight, bias) if plain(weight) else None
+
+
 def watched(module: Any) -> bool:
     """Whether calling a module does more than its class's forward."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
@@ -77,13 +101,20 @@ def watched(module: Any) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]]:
-    """For each layer the weights and biases (or None) of ``module.experts``, read now, so that they are never stale."""
-    rows = [
-        [linear_parameters(layer) for layer in expert._modules["linears"]._modules.values()]  # type: ignore
-        for expert in module._modules["experts"]._modules.values()  # type: ignore[union-attr]
-    ]
-    layers = list(zip(*rows, strict=True))
+def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]] | None:
+    """For each layer the weights and biases (or None) of ``module.experts``, read now, so that they are never stale.
+
+    None where an expert is another module than it was made as.
+    """
+    rows = []
+    for expert in module._modules["experts"]._modules.values():  # type: ignore[union-attr]
+        if type(expert) is not Expert:
+            return None
+        row = [_plain_parameters(layer) for layer in expert._modules["linears"]._modules.values()]  # type: ignore
+        if any(pair is None for pair in row):
+            return None
+        rows.append(row)
+    layers: list[Any] = list(zip(*rows, strict=True))
     return [[w for w, _ in layer] for layer in layers], [
         None if layer[0][1] is None else [b for _, b in layer] for layer in layers
     ]
@@ -101,8 +132,9 @@ class Level(nn.Module):
 
     The experts, batch norm and dropout included, and all mixing are one :func:`mtlkernels.expert_mixture`; the experts'
     modules are then not called, so hooks on them do not run. They are called, and their outputs mixed by
-    :func:`mtlkernels.gated_mixture`, where they differ (some in training, a norm exchanged for another kind), and where
-    folding batch norm into weights that want gradients would take longer.
+    :func:`mtlkernels.gated_mixture`, where they differ (some in training, a norm exchanged for another kind), where a
+    layer or its weight is no longer a plain one (LoRA, quantization), and where folding batch norm into weights that
+    want gradients would take longer.
 
     Args:
         in_features: D, the width of every input stream.
@@ -142,13 +174,16 @@ class Level(nn.Module):
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
         streams = (inputs,) if isinstance(inputs, Tensor) else inputs
         extras: dict[str, Any] = {}
+        parameters = expert_parameters(self)
+        if parameters is None:
+            return self._by_modules(streams)
         if self.batch_norm or self.dropout > 0:
             found = self._norms_and_dropout(streams[0])
             if found is None:
                 return self._by_modules(streams)
             extras = found
         extras |= expert_slopes(self.experts)
-        weights, biases = expert_parameters(self)
+        weights, biases = parameters
         gates = self._gate_parameters(len(streams))
         logits = self._gate_logits(streams) if gates is None else None
         return expert_mixture(
@@ -188,13 +223,20 @@ class Level(nn.Module):
         gates: Any = self._modules["gates"]
         if self._one_gemm:
             # Of several streams all gates read one, which is not what the op's gates do.
-            return linear_parameters(gates)[0] if num_streams == 1 and not watched(gates) else None
+            if num_streams > 1 or watched(gates):
+                return None
+            joint = _plain_parameters(gates)
+            return None if joint is None or joint[1] is not None else joint[0]
         layers = list(gates._modules.values())
         if num_streams > 1 and self._gate_inputs != tuple(range(len(layers))):
             return None
         if any(type(layer) is not nn.Linear or watched(layer) for layer in layers):
             return None
-        return [linear_parameters(layer)[0] for layer in layers]
+        found = [_plain_parameters(layer) for layer in layers]
+        # They were made without biases.
+        return (
+            None if any(pair is None or pair[1] is not None for pair in found) else [pair[0] for pair in found if pair]
+        )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, batch_norm={self.batch_norm}, dropout={self.dropout}"

@@ -47,13 +47,14 @@ class SubNetworks(nn.Module):
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every sub-network reads, or one for each → a tensor [B, H] for each."""
         count = len(self.experts)
-        if not self.fused():
+        parameters = expert_parameters(self) if self.fused() else None
+        if parameters is None:
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
         routing = self._routings[not isinstance(inputs, Tensor)]
         alone = x.new_zeros(1, count).expand(x.shape[0], count)  # the softmax of one logit is 1
-        weights, biases = expert_parameters(self)
+        weights, biases = parameters
         options = {"activation": self._style.activation, **expert_slopes(self.experts)}
         return expert_mixture(inputs, weights, biases, alone, routing, **options)
 
