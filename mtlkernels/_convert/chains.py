@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from mtlkernels._convert.folding import norm_refusal
-from mtlkernels._convert.mlp import Layer, activation_name, slopes_refusal
+from mtlkernels._convert.mlp import Layer, Reason, activation_name, setting_of, slopes_refusal
 from mtlkernels.ops.activations import WITH_SLOPES
 
 # One module, an nn.Sequential, or a sequence of these.
@@ -43,37 +43,40 @@ def read_chain(chain: Chain) -> list[Layer] | str:
         elif kind is nn.Identity:
             continue
         elif linear is None:
-            return f"{kind.__name__} before the first Linear"
+            return Reason(f"{kind.__name__} before the first Linear", module)
         elif kind is nn.BatchNorm1d or kind is nn.LayerNorm:
             if norm is not None or activation is not None or dropout is not None:
-                return f"{kind.__name__} that does not follow a Linear"
+                return Reason(f"{kind.__name__} that does not follow a Linear", module)
             reason = norm_refusal(linear, module)
             if reason is not None:
-                return reason
+                return Reason(reason, module)
             norm = module
         elif kind is nn.Dropout:
             if dropout is not None:
-                return "two dropouts in one layer"
+                return Reason("two dropouts in one layer", module)
             dropout = module
         else:
             name = activation_name(module)
             if name is None:
-                return kind.__name__
+                return Reason(setting_of(module), module)
             if activation is not None or dropout is not None:
-                return f"{kind.__name__} after another activation or a dropout"
+                return Reason(f"{kind.__name__} after another activation or a dropout", module)
             activation = name
             if name in WITH_SLOPES:
                 sloped = module
                 reason = slopes_refusal(linear, module)
                 if reason is not None:
-                    return reason
+                    return Reason(reason, module)
     if linear is None:
         return "no Linear"
     layers.append(Layer(linear, norm, activation or "none", dropout, sloped))
     return layers
 
 
-def path_of(model: nn.Module, chain: Chain) -> str:
-    """The name in ``model`` of a chain's first module, in parentheses; nothing where it has none."""
-    first = next(iter(flatten(chain)), None)
+def path_of(model: nn.Module, chain: Chain, reason: str = "") -> str:
+    """The name in ``model``, in parentheses, of the module that a reason is about, or of a chain's first one.
+
+    Nothing where it has no name.
+    """
+    first = reason.module if isinstance(reason, Reason) else next(iter(flatten(chain)), None)
     return next((f" ({name})" for name, module in model.named_modules() if module is first), "")

@@ -139,8 +139,10 @@ def _mix(
     return tuple(mixed)
 
 
-def describe(model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], gates: Sequence[Gate]) -> str:
-    """The report's words for a level that is replaced."""
+def describe(
+    model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], gates: Sequence[Gate]
+) -> tuple[bool, str]:
+    """Whether some experts of a level are fused, and the report's words for what becomes of it."""
     groups: dict[Any, list[list[Layer]]] = {}
     odd = []
     for chain in chains:
@@ -148,7 +150,7 @@ def describe(model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], 
         if not isinstance(found, str):
             found = odd_weight(found) or found
         if isinstance(found, str):
-            odd.append(found + path_of(model, chain))
+            odd.append(found + path_of(model, chain, found))
         else:
             groups.setdefault(kind_of(found), []).append(found)
     fused = [_experts(len(group)) + _layers(group) for group in groups.values()]
@@ -161,10 +163,13 @@ def describe(model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], 
         words = ", ".join([*parts, f"{count} in one gated_mixture"])
     for k, (gate, chain) in enumerate(zip(gates, gate_chains, strict=True)):
         if gate.layers is None:
-            words += f"; gate {k} as modules{path_of(model, chain)}"
+            reason = read_chain(gate.modules)
+            if not isinstance(reason, str):
+                reason = odd_weight(reason) or ""
+            words += f"; gate {k} as modules, because of {reason}{path_of(model, chain, reason)}"
         if gate.dropout is not None and gate.dropout.p > 0:
             words += f"; gate {k} with dropout {gate.dropout.p} of its shares, mixed by itself in training"
-    return words
+    return bool(fused), words
 
 
 def _experts(count: int) -> str:

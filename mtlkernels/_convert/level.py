@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtlkernels._convert.chains import Chain, flatten, path_of
+from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain
 from mtlkernels._convert.classes import Converted
 from mtlkernels._convert.evaluation import Parts, describe, evaluate, left_to_modules, read_parts
 from mtlkernels._convert.gates import Gate, read_gate
 from mtlkernels._convert.kernels import pays
-from mtlkernels._convert.mlp import Rows, rows_of
+from mtlkernels._convert.mlp import Rows, odd_weight, rows_of
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import disagreement
 from mtlkernels.nn.level import watched
@@ -58,6 +58,7 @@ class Level:
         arguments: the inverse: from an instance and streams, the arguments of ``forward``.
         outputs: from an instance and the K mixtures, what ``forward`` returns.
         parts: from an instance, the modules that are not called any more, on which a hook may be.
+        streams: from an instance, how many streams ``arguments`` takes; None for as many as experts and gates read.
     """
 
     experts: Callable[[Any], Iterable[Chain]]
@@ -67,6 +68,7 @@ class Level:
     arguments: Callable[[Any, Sequence[Tensor]], tuple[Any, ...]] = one_argument
     outputs: Callable[[Any, Sequence[Tensor]], Any] = as_list
     parts: Callable[[Any], Iterable[Any]] = children
+    streams: Callable[[Any], int] | None = None
 
 
 class FusedLevel(Converted):
@@ -90,6 +92,17 @@ class FusedLevel(Converted):
         if parts is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return level.outputs(self, evaluate(parts, streams))
+
+
+def watched_part(model: nn.Module, parts: Iterable[Any]) -> str | None:
+    """The report's words for a part that does more than its class's forward, and that would not be called."""
+    inner = [module for part in parts if part is not None for module in part.modules()]
+    found = next((module for module in inner if watched(module)), None)
+    if found is None:
+        return None
+    what = "a forward of its own" if "forward" in vars(found) else "a hook"
+    name = next((name for name, module in model.named_modules() if module is found), "")
+    return f"{name or type(found).__name__} has {what}, and would not be called"
 
 
 def any_watched(modules: Iterable[Any]) -> bool:
@@ -130,10 +143,10 @@ def plan_level(level: Level, base: type, module: nn.Module, path: str) -> tuple[
 
 
 def replaced_line(level: Level, module: nn.Module, path: str, part: str = "") -> Line:
-    """The report's line for a level that is replaced."""
+    """The report's line for a level that is replaced, or of which only the mixing is."""
     gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
-    detail = describe(module, list(level.experts(module)), level.gates(module), gates)
-    return Line("replaced", path, part or type(module).__name__, detail)
+    fused, detail = describe(module, list(level.experts(module)), level.gates(module), gates)
+    return Line("replaced" if fused else "mixing fused", path, part or type(module).__name__, detail)
 
 
 def examine(level: Level, base: Any, module: Any) -> Routing | str:
@@ -148,12 +161,18 @@ def examine_parts(level: Level, module: Any, routing: Routing) -> Routing | str:
     chains = list(level.experts(module))
     if not chains:
         return "it has no experts"
-    if any_watched(level.parts(module)):
-        return "a hook"
+    heard = watched_part(module, level.parts(module))
+    if heard is not None:
+        return heard
+    for chain in chains:
+        layers = read_chain(chain)
+        odd = None if isinstance(layers, str) else odd_weight(layers)
+        if odd is not None:
+            return odd + path_of(module, chain, odd)
     gates = [read_gate(chain) for chain in level.gates(module)]
     for gate, chain in zip(gates, level.gates(module), strict=True):
         if isinstance(gate, str):
-            return gate + path_of(module, chain)
+            return gate + path_of(module, chain, gate)
     if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
         return f"it has {len(chains)} experts and {len(gates)} gates, but its routing {routing}"
     for k, (found, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
@@ -172,6 +191,8 @@ def trial(level: Level, module: nn.Module, routing: Routing) -> str | None:
     def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
         # Without shared experts, a shared gate alone reads the last stream.
         count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
+        if level.streams is not None:
+            count = level.streams(other)
         shape = (rows, width_of(level, other))
         streams = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
         return level.arguments(other, streams)

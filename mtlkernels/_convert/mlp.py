@@ -55,10 +55,41 @@ def activation_name(module: Any) -> str | None:
     return "dice" if f"{kind.__module__}.{kind.__qualname__}" == _DICE and module.epsilon > 0 else None
 
 
-def odd_weight(layers: Sequence[Layer]) -> str | None:
-    """The kind of a weight that its own module has to multiply with, None where all are plain."""
-    weights = [linear_parameters(layer.linear)[0] for layer in layers]
-    return next((f"a weight of class {type(weight).__name__}" for weight in weights if not plain(weight)), None)
+def setting_of(module: Any) -> str:
+    """A module's class and what of its settings keeps it from being fused, in the report's words."""
+    kind = type(module)
+    if kind is nn.LeakyReLU:
+        return f"LeakyReLU with slope {module.negative_slope:g}"
+    if kind is nn.GELU:
+        return f"GELU with approximate={module.approximate!r}"
+    if kind.__name__ == "Dice":
+        if any(isinstance(part, nn.BatchNorm1d) for part in module.children()):
+            return "Dice over the batch"
+        return f"Dice with epsilon {module.epsilon:g}" if f"{kind.__module__}.Dice" == _DICE else "Dice"
+    if kind.__module__ == nn.ReLU.__module__ and kind is not nn.Softmax and module.extra_repr():
+        return f"{kind.__name__} with {module.extra_repr()}"
+    return kind.__name__
+
+
+class Reason(str):
+    """Why something is not fused, and which module it is about."""
+
+    module: Any
+
+    def __new__(cls, words: str, module: Any) -> Reason:
+        """The words, with the module beside them."""
+        found = super().__new__(cls, words)
+        found.module = module
+        return found
+
+
+def odd_weight(layers: Sequence[Layer]) -> Reason | None:
+    """A weight of a kind that its own module has to multiply with, None where all are plain."""
+    for layer in layers:
+        weight = linear_parameters(layer.linear)[0]
+        if not plain(weight):
+            return Reason(f"a weight of class {type(weight).__name__}", layer.linear)
+    return None
 
 
 def slopes_refusal(linear: Any, module: Any) -> str | None:

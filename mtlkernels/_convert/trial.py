@@ -56,7 +56,7 @@ SITUATIONS = (
     Situation("in evaluation", False, gradients=True),
     Situation("in training", True, gradients=True),
     Situation("in training on 2 rows", True, rows=2, needed=False),
-    Situation("in evaluation on 1 row", False, rows=1),
+    Situation("in evaluation on 1 row", False, rows=1, needed=False),
     Situation("in training on 1 row", True, rows=1, needed=False),
     Situation("in evaluation on no rows", False, rows=0, needed=False),
     Situation("in training with small inputs", True, scale=1e-3),
