@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from mtlkernels._convert.folding import norm_refusal
-from mtlkernels._convert.mlp import Layer, Reason, activation_name, setting_of, slopes_refusal
+from mtlkernels._convert.mlp import Layer, activation_name, odd_weight, setting_of, slopes_refusal
 from mtlkernels.ops.activations import WITH_SLOPES
 
 # One module, an nn.Sequential, or a sequence of these.
@@ -43,40 +43,49 @@ def read_chain(chain: Chain) -> list[Layer] | str:
         elif kind is nn.Identity:
             continue
         elif linear is None:
-            return Reason(f"{kind.__name__} before the first Linear", module)
+            return f"{kind.__name__} before the first Linear"
         elif kind is nn.BatchNorm1d or kind is nn.LayerNorm:
             if norm is not None or activation is not None or dropout is not None:
-                return Reason(f"{kind.__name__} that does not follow a Linear", module)
+                return f"{kind.__name__} that does not follow a Linear"
             reason = norm_refusal(linear, module)
             if reason is not None:
-                return Reason(reason, module)
+                return reason
             norm = module
         elif kind is nn.Dropout:
             if dropout is not None:
-                return Reason("two dropouts in one layer", module)
+                return "two dropouts in one layer"
             dropout = module
         else:
             name = activation_name(module)
             if name is None:
-                return Reason(setting_of(module), module)
+                return setting_of(module)
             if activation is not None or dropout is not None:
-                return Reason(f"{kind.__name__} after another activation or a dropout", module)
+                return f"{kind.__name__} after another activation or a dropout"
             activation = name
             if name in WITH_SLOPES:
                 sloped = module
                 reason = slopes_refusal(linear, module)
                 if reason is not None:
-                    return Reason(reason, module)
+                    return reason
     if linear is None:
         return "no Linear"
     layers.append(Layer(linear, norm, activation or "none", dropout, sloped))
     return layers
 
 
+def refusal(chain: Chain) -> str | None:
+    """Why the modules of a chain have to be called, None where they need not be."""
+    layers = read_chain(chain)
+    return layers if isinstance(layers, str) else odd_weight(layers)
+
+
 def path_of(model: nn.Module, chain: Chain, reason: str = "") -> str:
-    """The name in ``model``, in parentheses, of the module that a reason is about, or of a chain's first one.
+    """The name in ``model``, in parentheses, of the module because of which a chain is refused, or of its first one.
 
     Nothing where it has no name.
     """
-    first = reason.module if isinstance(reason, Reason) else next(iter(flatten(chain)), None)
-    return next((f" ({name})" for name, module in model.named_modules() if module is first), "")
+    modules = flatten(chain)
+    # The last of the fewest modules that are refused for this reason.
+    ends = (n for n in range(1, len(modules) + 1) if refusal(modules[:n]) == reason)
+    culprit = modules[next(ends, 1) - 1] if modules else None
+    return next((f" ({name})" for name, module in model.named_modules() if module is culprit), "")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain
+from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain, refusal
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
 from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, in_trial, join, kind_of, odd_weight, rows_of
 from mtlkernels.ops.expert_mixture import expert_mixture
@@ -66,7 +66,7 @@ def left_to_modules(chains: Iterable[Chain], rows: Tensor) -> bool:
     if in_trial() or (not torch.compiler.is_compiling() and rows.shape[0] >= MIXING_ROWS):
         return False
     layers = read_chain(next(iter(chains)))
-    return isinstance(layers, str) or not fusible(layers, rows_of(rows)) or kind_of(layers) is None
+    return isinstance(layers, str) or not fusible(layers, rows_of(rows))
 
 
 def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -163,9 +163,7 @@ def describe(
         words = ", ".join([*parts, f"{count} in one gated_mixture"])
     for k, (gate, chain) in enumerate(zip(gates, gate_chains, strict=True)):
         if gate.layers is None:
-            reason = read_chain(gate.modules)
-            if not isinstance(reason, str):
-                reason = odd_weight(reason) or ""
+            reason = refusal(gate.modules) or ""
             words += f"; gate {k} as modules, because of {reason}{path_of(model, chain, reason)}"
         if gate.dropout is not None and gate.dropout.p > 0:
             words += f"; gate {k} with dropout {gate.dropout.p} of its shares, mixed by itself in training"

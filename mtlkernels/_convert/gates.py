@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, read_chain
 from mtlkernels._convert.folding import may_cache
-from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds, parameters
-from mtlkernels.nn.level import linear_parameters, plain
+from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds, odd_weight, parameters
+from mtlkernels.nn.level import linear_parameters
 from mtlkernels.ops._linears import joint_linear
 
 # Measured with gates of (64,) and without hidden layers, on 416 features: on fewer rows than this, putting the gates'
@@ -50,8 +50,8 @@ def read_gate(chain: Chain) -> Gate | str:
     if any(type(module) is nn.Softmax for module in modules):
         return "Softmax"
     layers = read_chain(modules)
-    if not isinstance(layers, str) and any(not plain(linear_parameters(layer.linear)[0]) for layer in layers):
-        layers = "a weight of another class"  # which its module has to multiply with
+    if not isinstance(layers, str):
+        layers = odd_weight(layers) or layers
     return Gate(None if isinstance(layers, str) else layers, modules, dropout)
 
 

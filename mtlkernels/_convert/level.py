@@ -166,7 +166,7 @@ def examine_parts(level: Level, module: Any, routing: Routing) -> Routing | str:
         return heard
     for chain in chains:
         layers = read_chain(chain)
-        odd = None if isinstance(layers, str) else odd_weight(layers)
+        odd = None if isinstance(layers, str) else odd_weight(layers)  # which copies for a trial would not have
         if odd is not None:
             return odd + path_of(module, chain, odd)
     gates = [read_gate(chain) for chain in level.gates(module)]

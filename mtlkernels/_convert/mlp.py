@@ -29,6 +29,8 @@ _DICE = "torch_rechub.basic.activation.Dice"
 # Of torch-rechub's and deepctr-torch's PLE: on fewer rows than this, training with batch norm is as fast by modules.
 NORM_ROWS = 16
 
+_Parameter = nn.Parameter  # attribute look-ups show when one row is served
+
 
 class Layer(NamedTuple):
     """``dropout(activation(norm(linear(x))))``; ``sloped`` is the activation's module where it has learned slopes."""
@@ -71,24 +73,12 @@ def setting_of(module: Any) -> str:
     return kind.__name__
 
 
-class Reason(str):
-    """Why something is not fused, and which module it is about."""
-
-    module: Any
-
-    def __new__(cls, words: str, module: Any) -> Reason:
-        """The words, with the module beside them."""
-        found = super().__new__(cls, words)
-        found.module = module
-        return found
-
-
-def odd_weight(layers: Sequence[Layer]) -> Reason | None:
+def odd_weight(layers: Sequence[Layer]) -> str | None:
     """A weight of a kind that its own module has to multiply with, None where all are plain."""
     for layer in layers:
-        weight = linear_parameters(layer.linear)[0]
-        if not plain(weight):
-            return Reason(f"a weight of class {type(weight).__name__}", layer.linear)
+        weight = layer.linear._parameters.get("weight")
+        if type(weight) is not _Parameter and not plain(weight := linear_parameters(layer.linear)[0]):
+            return f"a weight of class {type(weight).__name__}"
     return None
 
 
@@ -180,7 +170,7 @@ def kind_of(layers: Sequence[Layer]) -> tuple[Any, ...] | None:
     for layer in layers:
         norm = layer.norm
         weight, bias = linear_parameters(layer.linear)
-        if type(weight) is not nn.Parameter and not plain(weight):
+        if type(weight) is not _Parameter and not plain(weight):
             return None
         folded = running(norm)
         own = None if norm is None or folded else (type(norm), norm.eps)

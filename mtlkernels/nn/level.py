@@ -22,6 +22,9 @@ from mtlkernels.routing import Routing
 _FIRST_SLOPE = {"prelu": 0.25, "dice": 0.0}
 DICE_EPS = 1e-3
 
+# Attribute look-ups show when one row is served.
+_Linear, _Parameter = nn.Linear, nn.Parameter
+
 
 class Expert(nn.Module):
     """An MLP, [Linear → (BatchNorm1d) → activation → (Dropout)] a layer; also the hidden layers of a gate.
@@ -84,7 +87,7 @@ def _plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
     """
     own = layer._parameters
     weight = own.get("weight")
-    if type(layer) is nn.Linear and type(weight) is nn.Parameter:
+    if type(layer) is _Linear and type(weight) is _Parameter:
         return weight, own.get("bias")
     if type(layer) is not nn.Linear and not parametrize.is_parametrized(layer):
         return None
@@ -110,8 +113,15 @@ def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]]
     for expert in module._modules["experts"]._modules.values():  # type: ignore[union-attr]
         if type(expert) is not Expert:
             return None
-        row = [_plain_parameters(layer) for layer in expert._modules["linears"]._modules.values()]  # type: ignore
-        if any(pair is None for pair in row):
+        row: list[Any] = []
+        for layer in expert._modules["linears"]._modules.values():  # type: ignore[union-attr]
+            own = layer._parameters  # type: ignore[union-attr]
+            weight = own.get("weight")
+            if type(layer) is _Linear and type(weight) is _Parameter:  # as _plain_parameters, without a call
+                row.append((weight, own.get("bias")))
+            else:
+                row.append(_plain_parameters(layer))
+        if None in row:
             return None
         rows.append(row)
     layers: list[Any] = list(zip(*rows, strict=True))
@@ -230,13 +240,15 @@ class Level(nn.Module):
         layers = list(gates._modules.values())
         if num_streams > 1 and self._gate_inputs != tuple(range(len(layers))):
             return None
-        if any(type(layer) is not nn.Linear or watched(layer) for layer in layers):
+        if any(type(layer) is not _Linear or watched(layer) for layer in layers):
             return None
-        found = [_plain_parameters(layer) for layer in layers]
-        # They were made without biases.
-        return (
-            None if any(pair is None or pair[1] is not None for pair in found) else [pair[0] for pair in found if pair]
-        )
+        found = []
+        for layer in layers:
+            pair = _plain_parameters(layer)
+            if pair is None or pair[1] is not None:  # they were made without biases
+                return None
+            found.append(pair[0])
+        return found
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, batch_norm={self.batch_norm}, dropout={self.dropout}"
