@@ -85,8 +85,7 @@ class Convert:
         lines: list[Line] = []
         for path, module in model.named_modules():
             if isinstance(module, (MMoE, CGC, PLE, SNR)):
-                reason = "fused already: mtlkernels' own"
-                lines.append(Line("left alone", path, type(module).__name__, reason))
+                lines.append(Line("left alone", path, type(module).__name__, "fused already: mtlkernels' own"))
                 continue
             if original_class(type(module)) is not None:
                 if force:

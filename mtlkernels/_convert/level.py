@@ -15,7 +15,7 @@ from mtlkernels._convert.classes import Converted
 from mtlkernels._convert.evaluation import Parts, describe, evaluate, left_to_modules, read_parts
 from mtlkernels._convert.gates import Gate, read_gate
 from mtlkernels._convert.kernels import pays
-from mtlkernels._convert.mlp import Rows, odd_weight, rows_of
+from mtlkernels._convert.mlp import Rows, in_trial, odd_weight, rows_of
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import disagreement
 from mtlkernels.nn.level import watched
@@ -118,7 +118,7 @@ def prepare(level: Level, module: Any, routing: Routing, rows: Tensor) -> Parts 
 
     ``rows`` is any tensor with as many rows as the input, which may not be there yet.
     """
-    if not pays(module, rows) or left_to_modules(level.experts(module), rows):
+    if not (in_trial() or pays(module, rows)) or left_to_modules(level.experts(module), rows):
         return None
     chains = list(level.experts(module))
     gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
