@@ -35,7 +35,7 @@ AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
 
 
 def in_dual_level() -> bool:
-    """Whether tensors may carry tangents: within ``torch.autograd.forward_ad.dual_level``, and in forward transforms."""
+    """Whether tensors may carry tangents: within ``torch.autograd.forward_ad.dual_level``, and forward transforms."""
     return torch.autograd.forward_ad._current_level >= 0
 
 

@@ -79,7 +79,7 @@ def _is_flop_counter(mode: Any) -> bool:
 
 
 def _function_modes() -> bool:
-    """Whether a torch-function mode is on, other than that of ``torch.set_default_device``, which only makes tensors."""
+    """Whether a torch-function mode is on but that of ``torch.set_default_device``, which only makes tensors."""
     modes = (_torch.function_mode_at(i) for i in range(_torch.function_stack_length()))
     return any(not isinstance(mode, _torch.DefaultDevice) for mode in modes)
 

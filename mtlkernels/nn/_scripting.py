@@ -11,6 +11,6 @@ class NotScriptable:
     def __prepare_scriptable__(self) -> NoReturn:
         name = type(self).__name__
         raise RuntimeError(
-            f"mtlkernels.nn's {name} must be traced, not scripted: call torch.jit.trace(module, example), whose graph needs"
-            " no mtlkernels where it is loaded and can be part of a script, or torch.export.export"
+            f"mtlkernels.nn's {name} must be traced, not scripted: call torch.jit.trace(module, example), whose graph"
+            " needs no mtlkernels where it is loaded and can be part of a script, or torch.export.export"
         )

@@ -1,4 +1,4 @@
-"""``torch.export``, AOTInductor and ``make_fx`` keep the operators, and are plain under ``use_backend("reference")``."""
+"""``torch.export``, AOTInductor and ``make_fx`` keep the operators; all is plain under ``use_backend("reference")``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import mtlkernels as mk
 from mtlkernels import _tracing
 from tests.ways_out.kinds import ALL, CONVERTED, MIXTURES, ROUTES, SNRS, TRUNKS, assert_same, names_of, parameters_of
 
-# A converted level that runs its own code is not fused in a graph either.
-KINDS = {**CONVERTED, **TRUNKS, **MIXTURES, **ROUTES, **{name: kind for name, kind in SNRS.items()}}
+KINDS = {**CONVERTED, **TRUNKS, **MIXTURES, **ROUTES, **SNRS}
 ROWS = torch.export.Dim("rows", min=2)
 
 

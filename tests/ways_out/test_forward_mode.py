@@ -94,7 +94,7 @@ def test_jacobians_and_forward_over_reverse(name: str) -> None:
 
 
 def test_a_closed_route() -> None:
-    """Its z has a tangent, as it has a gradient, unless ``closed_grad`` is False; what is not finite stays out of it."""
+    """Its z has a tangent, as it has a gradient, unless ``closed_grad`` is False; what is not finite stays out."""
     z = Z.clone()
     z[0, 0] = 0.0
     u = U.clone()

@@ -26,7 +26,14 @@ pytestmark = [
 ]
 
 # One exporter run takes seconds: of what is alike, one.
-NEW = ["deepctr PLE", "rechub PLE", "PLE with batch norm", "expert_mixture with norms", "SNR Trans", "compact SNR Trans"]
+NEW = [
+    "deepctr PLE",
+    "rechub PLE",
+    "PLE with batch norm",
+    "expert_mixture with norms",
+    "SNR Trans",
+    "compact SNR Trans",
+]
 
 
 def computed(path: Path, *feeds: torch.Tensor) -> list[torch.Tensor]:
