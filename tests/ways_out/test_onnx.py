@@ -1,4 +1,4 @@
-"""``torch.onnx.export``, old and new: what ONNX Runtime makes of the file, for other numbers of rows than the example's."""
+"""``torch.onnx.export``, old and new: ONNX Runtime gives the model's numbers, for other rows too."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ NEW = [
     "PLE with batch norm",
     "expert_mixture with norms",
     "SNR Trans",
-    "compact SNR Trans",
 ]
 
 

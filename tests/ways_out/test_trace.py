@@ -59,10 +59,9 @@ def parameters(module: Any) -> list[Any]:
 
 def assert_plain(module: Any) -> None:
     """Only operators that PyTorch itself has, and nothing that makes memory without filling it."""
-    kinds = {node.kind() for node in module.inlined_graph.nodes()}
-    kinds |= {
-        inner.kind() for node in module.inlined_graph.nodes() for block in node.blocks() for inner in block.nodes()
-    }
+    nodes = list(module.inlined_graph.nodes())
+    nodes += [inner for node in nodes for block in node.blocks() for inner in block.nodes()]
+    kinds = {node.kind() for node in nodes}
     assert {kind.partition("::")[0] for kind in kinds} <= {"aten", "prim"}
     assert not kinds & {"aten::empty", "aten::empty_strided", "prim::PythonOp"}
 
