@@ -16,6 +16,8 @@ from mtlkernels import _tracing
 from tests.ways_out.kinds import ALL, CONVERTED, MIXTURES, ROUTES, SNRS, TRUNKS, assert_same, names_of, parameters_of
 
 KINDS = {**CONVERTED, **TRUNKS, **MIXTURES, **ROUTES, **SNRS}
+# Of torch.jit.trace, and of forward-mode differentiation, which is made of torch.jit.script.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 ROWS = torch.export.Dim("rows", min=2)
 
 
