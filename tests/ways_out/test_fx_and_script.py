@@ -61,7 +61,8 @@ class Model(nn.Module):
         self.level = Scripts()
         self.towers = nn.ModuleList(nn.Linear(5, 1) for _ in range(2))
 
-    def forward(self, x):  # type: ignore[no-untyped-def]  # a graph of torch.fx cannot be scripted with names of types
+    # A graph of torch.fx whose arguments have names of types for annotations cannot be scripted.
+    def forward(self, x):
         mixed = self.level(x)
         return torch.cat([self.towers[0](mixed[0]), self.towers[1](mixed[1])], 1)
 
