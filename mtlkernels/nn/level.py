@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mtlkernels import _torch
+from mtlkernels import _torch, _tracing
 from mtlkernels.nn._arguments import Style
+from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import few_rows
 from mtlkernels.ops.expert_mixture import expert_mixture
@@ -137,14 +138,14 @@ def expert_slopes(experts: Any) -> dict[str, Any]:
     return {"slopes": list(zip(*(expert.slopes for expert in experts), strict=True)), "dice_eps": DICE_EPS}
 
 
-class Level(nn.Module):
+class Level(NotScriptable, nn.Module):
     """Experts and gates of one level: ``y_k = sum_e softmax(gate_k(x))_e * expert_e(x)``.
 
     The experts, batch norm and dropout included, and all mixing are one :func:`mtlkernels.expert_mixture`; the experts'
     modules are then not called, so hooks on them do not run. They are called, and their outputs mixed by
     :func:`mtlkernels.gated_mixture`, where they differ (some in training, a norm exchanged for another kind), where a
-    layer or its weight is no longer a plain one (LoRA, quantization), and where folding batch norm into weights that
-    want gradients would take longer.
+    layer or its weight is no longer a plain one (LoRA, quantization), where folding batch norm into weights that want
+    gradients would take longer, and where a tracer can see nothing else.
 
     Args:
         in_features: D, the width of every input stream.
@@ -182,7 +183,9 @@ class Level(nn.Module):
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
-        streams = (inputs,) if isinstance(inputs, Tensor) else inputs
+        streams = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
+        if _tracing.needs_plain(streams):
+            return self._by_modules(streams)
         extras: dict[str, Any] = {}
         parameters = expert_parameters(self)
         if parameters is None:
@@ -221,9 +224,9 @@ class Level(nn.Module):
         ]
         return mix_list(hidden, logits, self.routing)
 
-    def _gate_logits(self, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _gate_logits(self, streams: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
         if self._one_gemm:
-            logits: tuple[Tensor, ...] = self.gates(streams[self._gate_inputs[0]]).split(self._sizes, dim=1)
+            logits: Tensor = self.gates(streams[self._gate_inputs[0]])
             return logits
         gates: Any = self.gates
         return [gate(streams[stream]) for gate, stream in zip(gates, self._gate_inputs, strict=True)]

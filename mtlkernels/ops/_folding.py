@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtlkernels import _torch
+from mtlkernels import _tracing
 
 # Measured with experts of (256, 128): on fewer rows than this, folding with gradients takes as long as not fusing.
 FOLD_ROWS = 128
@@ -38,7 +38,7 @@ _folded: weakref.WeakKeyDictionary[nn.Module, _Folded] = weakref.WeakKeyDictiona
 
 def may_cache() -> bool:
     """Whether tensors are what they seem: nothing traces or transforms the call."""
-    return not (torch.compiler.is_compiling() or _torch.func_transforms_active() or _torch.dispatch_stack_length() > 0)
+    return not _tracing.observed()
 
 
 def few_rows(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtlkernels import _torch
+from mtlkernels import _tracing
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
@@ -20,13 +20,7 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     """
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    plain = (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or _torch.func_transforms_active()
-        or not torch.is_grad_enabled()
-    )
-    if plain or autocast:  # which sees further into plain operators
+    if autocast or _tracing.observed() or not torch.is_grad_enabled():  # who looks on sees into plain operators
         return _forward(x, weights, biases)
     return list(_JointLinear.apply(len(weights), x, *weights, *biases))
 

@@ -15,26 +15,22 @@ from mtlkernels.ops._call import (
     direct_to_cpp,
     distinct,
     needs_function,
+    needs_plain,
     run_forward,
     serve,
     traced_under_func,
     under_autocast,
 )
-from mtlkernels.ops._checks import check_logits, check_routing
+from mtlkernels.ops._checks import check_logits
 from mtlkernels.ops._linears import joint_linear
 from mtlkernels.ops.activations import CODES, has_slopes
 from mtlkernels.ops.expert_level import expert_level
+from mtlkernels.ops.expert_mixture import plain
+from mtlkernels.ops.expert_mixture.arguments import check_arguments
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
-from mtlkernels.ops.expert_mixture.checks import (
-    activation_codes,
-    check_biases,
-    check_gate_layers,
-    check_inputs,
-    check_slopes,
-    check_weights,
-)
+from mtlkernels.ops.expert_mixture.checks import check_gate_layers
 from mtlkernels.ops.normalized_mixture import normalized_mixture
-from mtlkernels.ops.normalized_mixture.norms import check_dropout, check_norms, fold_running
+from mtlkernels.ops.normalized_mixture.norms import fold_running
 from mtlkernels.routing import Routing, Wiring
 
 PerExpert = Tensor | Sequence[Tensor]
@@ -111,15 +107,11 @@ def expert_mixture(
         outputs = _direct(inputs, weights, biases, gate_logits, routing, activation, gate_weights, gate_biases)
         if outputs is not None:
             return outputs
-    check_routing(routing)
-    streams = check_inputs(inputs, routing)
+    parts = (inputs, weights, biases, routing, activation, norms, dropout, slopes, dice_eps)
+    if needs_plain("expert_mixture", inputs, weights, biases, gate_logits, gate_weights, gate_biases, slopes):
+        return plain.expert_mixture(*parts, gate_logits, gate_weights, gate_biases)
+    streams, layers, bias_list, codes, layer_norms, rates, slope_list, epsilons = check_arguments(*parts)
     x = streams[0]
-    layers = check_weights(weights, routing, x)
-    bias_list = check_biases(biases, layers, routing, x)
-    codes = activation_codes(activation, len(layers))
-    layer_norms = check_norms(norms, layers, routing, x)
-    rates = check_dropout(dropout, len(layers))
-    slope_list, epsilons = check_slopes(slopes, dice_eps, codes, layers, routing, x)
     layer_norms = fold_running(layer_norms, layers, bias_list)
     active = any(rates) or any(part is not None for part in (*layer_norms, *slope_list))
     if norms is not None and not active:
