@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mtlkernels import _extension, _torch
+from mtlkernels import _extension, _torch, _tracing
 
 OPS = ("gated_mixture", "expert_mixture", "expert_level", "normalized_mixture", "pcgrad", "snr_trans", "snr_aver")
 # Ops whose Triton kernels leave float64 to the reference.
@@ -164,9 +164,11 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
         RuntimeError: this install has no such implementation for that device and dtype.
     """
     operator: Callable[..., Any] = getattr(torch.ops.mtlkernels, f"{op}_{direction}").default
+    device = like.device.type
+    if backend is None and _tracing.counts_flops():  # of whose passes forward came before: it counts the reference
+        return _outside_autocast(reference_implementation(op, direction), device)
     if backend is None:
         return operator
-    device = like.device.type
     found = backends()[op]
     names = found.get(device, found["other"])
     if backend == "triton" and op in _TRITON_WITHOUT_FLOAT64 and like.dtype == torch.float64:

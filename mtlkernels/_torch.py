@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils._device
 from torch.utils import _pytree as pytree
 
 tree_flatten, tree_unflatten, tree_map = pytree.tree_flatten, pytree.tree_unflatten, pytree.tree_map
@@ -18,12 +19,26 @@ unwrap_dead_wrappers = torch._functorch.utils.unwrap_dead_wrappers
 is_legacy_batched_tensor = torch._C._functorch.is_legacy_batchedtensor
 remove_batch_dim = torch._remove_batch_dim
 add_batch_dim = torch._add_batch_dim
+# Stand-ins for tensors while the compiler and torch.export trace.
+TRACED = (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor)
+# Who looks on while a call is made.
+is_jit_tracing = torch._C._is_tracing
+is_fx_symbolic_tracing = torch.fx._symbolic_trace.is_fx_symbolic_tracing
+function_stack_length = torch._C._len_torch_function_stack
+function_mode_at = torch._C._get_function_stack_at
+dispatch_mode_at = torch._C._get_dispatch_stack_at
+DefaultDevice = torch.utils._device.DeviceContext
 # The dispatcher.
 dispatch_stack_length = torch._C._len_torch_dispatch_stack
 below_autograd = torch._C._AutoDispatchBelowAutograd
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
+
+
+def in_dual_level() -> bool:
+    """Whether tensors may carry tangents: within ``torch.autograd.forward_ad.dual_level``, and forward transforms."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def legacy_vmap_level() -> int:

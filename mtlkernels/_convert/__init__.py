@@ -16,6 +16,7 @@ from mtlkernels._convert.kernels import FORCE, slower
 from mtlkernels._convert.level import Level
 from mtlkernels._convert.registry import find_converter, known_names, register_level
 from mtlkernels._convert.report import ConversionReport, Line
+from mtlkernels.nn import CGC, PLE, SNR, MMoE
 from mtlkernels.routing import Routing
 
 __all__ = ["ConversionReport", "convert", "revert"]
@@ -37,21 +38,25 @@ class Convert:
     LayerNorm) → activation → (Dropout)] a layer, in training and in evaluation. Running statistics are kept as
     PyTorch keeps them; fused dropout draws from torch's generator, so it is reproducible, by other random numbers than
     the library's. Other levels are evaluated in parts: experts that are alike in one ``expert_mixture``, what is not
-    known (an activation of your own, another norm, a layer's subclass) by the experts' own modules, and all mixing in
-    one :func:`mtlkernels.gated_mixture`. Where a level's own code is as fast it runs: on few rows with norms or dropout
-    in training, or with batch norm whose gradients are wanted (serve under ``torch.no_grad()``), or where experts stay
-    modules; these also in ``torch.compile``. Gates that read one stream are one product where rows are many.
+    known (an activation of your own, another norm, a layer's subclass, a quantized weight) by the experts' own modules,
+    and all mixing in one :func:`mtlkernels.gated_mixture`; the report says "mixing fused" where that is all. Where a
+    level's own code is as fast it runs: on few rows with norms or dropout in training, or with batch norm whose
+    gradients are wanted (serve under ``torch.no_grad()``), or where experts stay modules; these also in
+    ``torch.compile``. Gates that read one stream are one product where rows are many.
     deepctr-torch's last shared gate, whose output nobody reads, is not evaluated any more; statistics of its batch norm
     stay as they were.
 
-    Batch norm in evaluation is a scale and a shift behind the product, or folded into copies of the weights, made anew at
-    each call: a write to a weight or a statistic is seen at once, whoever makes it. A level with a hook is left alone. The experts' modules are not called where they are
-    fused, so a hook that is put on one later makes its level run the original code; hooks for all modules
-    (``torch.nn.modules.module.register_module_forward_hook``) do not see experts. Where a user's own ``forward`` leaves
-    a task's output unused, gradients of that task's experts are zero instead of None.
+    Batch norm in evaluation is a scale and a shift behind the product, or folded into copies of the weights, made anew
+    at each call: a write to a weight or a statistic is seen at once, whoever makes it. A level with a hook is left
+    alone. The experts' modules are not called where they are fused, so a hook that is put on one later makes its level
+    run the original code; hooks for all modules
+    (``torch.nn.modules.module.register_module_forward_hook``) do not see experts. What only unused outputs depend on
+    keeps no gradient, as before; under ``torch.compile`` its gradient is zero.
 
-    A class that is known by its structure or registered is first tried: a copy with random weights in float64 has to
-    give the same results fused as by its own code.
+    A class may have been edited, so each module is first tried: a copy with random weights in float64 has to do the
+    same fused as by its own code. Outputs in training and evaluation, gradients, random numbers that are drawn,
+    statistics, and attributes that the forward sets are compared; a module in which one of them differs is left alone,
+    and the report says which.
 
     Where no kernels serve the device and dtype of a module's parameters (a CPU without the C++ extension, an NVIDIA
     GPU without Triton or in float64, any other device), fused evaluation would be slower than the module's own code. It
@@ -65,7 +70,8 @@ class Convert:
         force: whether to convert, and to evaluate fused, also where that is slower for want of kernels.
 
     Returns:
-        The report: ``print(report)`` says, a line each, what was replaced and what was left alone and why.
+        The report: ``print(report)`` says, a line each, what was replaced, of what only the mixing is fused,
+        and what was left alone and why.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``, or ``force`` is not a bool.
@@ -78,6 +84,9 @@ class Convert:
             raise TypeError(f"force must be a bool, got {type(force).__name__}")
         lines: list[Line] = []
         for path, module in model.named_modules():
+            if isinstance(module, (MMoE, CGC, PLE, SNR)):
+                lines.append(Line("left alone", path, type(module).__name__, "fused already: mtlkernels' own"))
+                continue
             if original_class(type(module)) is not None:
                 if force:
                     setattr(module, FORCE, True)

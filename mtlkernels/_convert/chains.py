@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from mtlkernels._convert.folding import norm_refusal
-from mtlkernels._convert.mlp import Layer, activation_name, slopes_refusal
+from mtlkernels._convert.mlp import Layer, activation_name, odd_weight, setting_of, slopes_refusal
 from mtlkernels.ops.activations import WITH_SLOPES
 
 # One module, an nn.Sequential, or a sequence of these.
@@ -58,7 +58,7 @@ def read_chain(chain: Chain) -> list[Layer] | str:
         else:
             name = activation_name(module)
             if name is None:
-                return kind.__name__
+                return setting_of(module)
             if activation is not None or dropout is not None:
                 return f"{kind.__name__} after another activation or a dropout"
             activation = name
@@ -73,7 +73,19 @@ def read_chain(chain: Chain) -> list[Layer] | str:
     return layers
 
 
-def path_of(model: nn.Module, chain: Chain) -> str:
-    """The name in ``model`` of a chain's first module, in parentheses; nothing where it has none."""
-    first = next(iter(flatten(chain)), None)
-    return next((f" ({name})" for name, module in model.named_modules() if module is first), "")
+def refusal(chain: Chain) -> str | None:
+    """Why the modules of a chain have to be called, None where they need not be."""
+    layers = read_chain(chain)
+    return layers if isinstance(layers, str) else odd_weight(layers)
+
+
+def path_of(model: nn.Module, chain: Chain, reason: str = "") -> str:
+    """The name in ``model``, in parentheses, of the module because of which a chain is refused, or of its first one.
+
+    Nothing where it has no name.
+    """
+    modules = flatten(chain)
+    # The last of the fewest modules that are refused for this reason.
+    ends = (n for n in range(1, len(modules) + 1) if refusal(modules[:n]) == reason)
+    culprit = modules[next(ends, 1) - 1] if modules else None
+    return next((f" ({name})" for name, module in model.named_modules() if module is culprit), "")

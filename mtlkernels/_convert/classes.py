@@ -6,16 +6,21 @@ pickle. A subclass, as ``torch.nn.utils.parametrize`` and FSDP2 make them, leave
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from mtlkernels import _tracing
 from mtlkernels._convert.report import Line
 
 CLASS_ATTRIBUTE = "_mtlkernels_original"
 PLAN = "_mtlkernels_plan"
+_UNSCRIPTED = "__jit_unused_properties__"
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,35 @@ def converted_class(mixin: type[Converted], original: type) -> Any:
     """The subclass of ``original`` with the methods of ``mixin``, always the same one."""
     if (mixin, original) in _classes:
         return _classes[mixin, original]
-    namespace = {CLASS_ATTRIBUTE: original, "__doc__": original.__doc__, "__module__": mixin.__module__}
+    namespace: dict[str, Any] = {CLASS_ATTRIBUTE: original, "__doc__": original.__doc__, "__module__": mixin.__module__}
+    # By this name torch.jit.script looks for properties that it shall not compile.
+    namespace[_UNSCRIPTED] = unscripted = list(getattr(original, _UNSCRIPTED, ()))
+    for base in mixin.__mro__[: mixin.__mro__.index(Converted)]:
+        for name, fused in vars(base).items():
+            if isinstance(fused, property):
+                unscripted.append(name)
+            elif inspect.isfunction(fused) and hasattr(original, name) and name not in namespace:
+                namespace[name] = _either(fused, original, name)
     return _classes.setdefault((mixin, original), type(f"Fused{original.__name__}", (mixin, original), namespace))
+
+
+def _either(fused: Callable[..., Any], original: type, name: str) -> Any:
+    """The method of a converted class: the fused one, or the original's where a tracer can see nothing else.
+
+    To whoever reads it, it is the original's: ``torch.jit.script`` compiles the source of what a function wraps, with
+    the function's own globals, and ``torch.fx`` and ``torch.export`` take names of arguments from what it wraps.
+    """
+    own = getattr(original, name)
+    needs_plain = _tracing.needs_plain
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if needs_plain(args, kwargs):
+            return getattr(original, name)(self, *args, **kwargs)
+        return fused(self, *args, **kwargs)
+
+    if inspect.isfunction(own):
+        method = types.FunctionType(method.__code__, own.__globals__, name, None, method.__closure__)
+    return functools.wraps(own)(method)
 
 
 def original_class(kind: type) -> type | None:

@@ -6,8 +6,9 @@ one by one.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.classes import Converted, Converter
 from mtlkernels._convert.evaluation import evaluate
-from mtlkernels._convert.level import Level, examine_parts, prepare, replaced_line
+from mtlkernels._convert.level import Level, examine_parts, prepare, replaced_line, width_of
 from mtlkernels._convert.report import Line
+from mtlkernels._convert.trial import disagreement
 from mtlkernels.routing import Routing
 
 _VERSIONS = ("0.3.0",)
@@ -72,12 +74,13 @@ def _ple_gates(model: Any, level: int, shared_gate: bool) -> list[Chain]:
     return [[dnn, final] for dnn, final in zip(hidden, finals, strict=True)]
 
 
+_SHARED_GATE = ("shared_gate_dnn", "shared_gate_dnn_final_layer")
+_PLE_PARTS = ("specific_experts", "shared_experts", "specific_gate_dnn", "specific_gate_dnn_final_layer", *_SHARED_GATE)
+
+
 def _ple_parts(model: Any, level: int) -> Iterator[Any]:
     """The modules of a level."""
-    for name in ("specific_experts", "shared_experts", "specific_gate_dnn", "specific_gate_dnn_final_layer"):
-        if name in model._modules:
-            yield model._modules[name]._modules[str(level)]
-    for name in ("shared_gate_dnn", "shared_gate_dnn_final_layer"):
+    for name in _PLE_PARTS:
         if name in model._modules:
             yield model._modules[name]._modules[str(level)]
 
@@ -138,13 +141,17 @@ class FusedMMOE(Converted):
             original: Tensor = super().forward(X)  # type: ignore[misc]
             return original
         x = combined_dnn_input(*self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict))
-        mixed = evaluate(parts, [x])
-        towers = self.tower_dnn if len(self.tower_dnn_hidden_units) > 0 else [None] * self.num_tasks
-        predictions = [
-            out(final(hidden if tower is None else tower(hidden)))
-            for hidden, tower, final, out in zip(mixed, towers, self.tower_dnn_final_layer, self.out, strict=True)
-        ]
-        return torch.cat(predictions, -1)
+        return _predictions(self, evaluate(parts, [x]))
+
+
+def _predictions(model: Any, mixed: Sequence[Tensor]) -> Tensor:
+    """What MMOE makes of the gates' mixtures."""
+    towers = model.tower_dnn if len(model.tower_dnn_hidden_units) > 0 else [None] * model.num_tasks
+    predictions = [
+        out(final(hidden if tower is None else tower(hidden)))
+        for hidden, tower, final, out in zip(mixed, towers, model.tower_dnn_final_layer, model.out, strict=True)
+    ]
+    return torch.cat(predictions, -1)
 
 
 def _refusal(model: nn.Module, library_class: type, method: str) -> str | None:
@@ -157,11 +164,73 @@ def _refusal(model: nn.Module, library_class: type, method: str) -> str | None:
     return None
 
 
-def _plan_level(level: Level, model: nn.Module, path: str, part: str) -> tuple[Routing | None, Line]:
+def _plain(value: Any) -> bool:
+    """Whether an attribute is a setting, and no table of features, optimizer or the like."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _left_out(model: Any, parts: Iterable[str]) -> list[str]:
+    """What a trial does without: all modules but ``parts``, and all that is no setting."""
+    settings = (name for name, value in vars(model).items() if name[0] != "_" and name != "training")
+    names = [name for name in settings if not _plain(getattr(model, name))]
+    return names + [name for name, part in model._modules.items() if part is not None and name not in parts]
+
+
+def _trial_ple(level: Level, number: int, model: nn.Module, routing: Routing) -> str | None:
+    """What a trial of one level finds wrong."""
+
+    def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
+        shape = (rows, width_of(level, other))
+        streams = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(other.num_tasks + 1)]
+        return (streams,)
+
+    def original(other: Any, streams: list[Tensor]) -> Any:
+        return other.cgc_net(streams, number)[: routing.num_gates]
+
+    def fused(other: Any, streams: list[Tensor]) -> list[Tensor]:
+        return list(evaluate(prepare(level, other, routing, streams[0]), streams))  # type: ignore[arg-type]
+
+    lists = [name for name in _PLE_PARTS if name in model._modules]
+    others = [f"{name}.{i}" for name in lists for i in model._modules[name]._modules if i != str(number)]  # type: ignore
+    # The statistics of a shared gate that nobody reads are not brought up to date.
+    ignored = [f"{name}.{number}" for name in _SHARED_GATE] if routing.num_gates == model.num_tasks else []
+    without = [*_left_out(model, _PLE_PARTS), *others]
+    return disagreement(model, fused, arguments, original=original, without=without, ignored=ignored)
+
+
+def _trial_mmoe(model: nn.Module, routing: Routing) -> str | None:
+    """What a trial finds wrong, of copies that take the network's input itself."""
+
+    def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
+        return (torch.randn(rows, width_of(_MMOE_LEVEL, other), generator=generator, dtype=torch.float64),)
+
+    def original(other: Any, x: Tensor) -> Any:
+        vars(other)["input_from_feature_columns"] = _dense
+        return other(x)
+
+    def fused(other: Any, x: Tensor) -> Tensor:
+        vars(other)["input_from_feature_columns"] = _dense
+        return _predictions(other, evaluate(prepare(_MMOE_LEVEL, other, routing, x), [x]))  # type: ignore[arg-type]
+
+    parts = (*_MMOE_PARTS, "tower_dnn", "tower_dnn_final_layer", "out")
+    return disagreement(model, fused, arguments, original=original, without=_left_out(model, parts))
+
+
+def _dense(x: Tensor, *columns: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """In the place of ``input_from_feature_columns``: no embeddings, one dense feature."""
+    return [], [x]
+
+
+def _plan_level(
+    level: Level, model: nn.Module, path: str, part: str, tried: Callable[[nn.Module, Routing], str | None]
+) -> tuple[Routing | None, Line]:
     """What becomes of one level."""
     routing = examine_parts(level, model, level.routing(model))
-    if isinstance(routing, str):
-        return None, Line("left alone", path, part, routing)
+    reason = routing if isinstance(routing, str) else tried(model, routing)
+    if isinstance(routing, str) or reason is not None:
+        return None, Line("left alone", path, part, str(reason))
     return routing, replaced_line(level, model, path, part)
 
 
@@ -181,7 +250,13 @@ def _plan_ple(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
     lines = []
     for level in range(model.num_levels):
         described = _ple_level(level, needs_last or level < model.num_levels - 1)
-        routing, line = _plan_level(described, model, path, f"{type(model).__name__} level {level}")
+        routing, line = _plan_level(
+            described,
+            model,
+            path,
+            f"{type(model).__name__} level {level}",
+            functools.partial(_trial_ple, described, level),
+        )
         lines.append(line)
         routings.append(routing)
     return (tuple(routings) if any(routings) else None), lines
@@ -192,7 +267,7 @@ def _plan_mmoe(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
     refusal = _refusal(model, MMOE, "forward")
     if refusal is not None:
         return None, [Line("left alone", path, type(model).__name__, refusal)]
-    routing, line = _plan_level(_MMOE_LEVEL, model, path, type(model).__name__)
+    routing, line = _plan_level(_MMOE_LEVEL, model, path, type(model).__name__, _trial_mmoe)
     return routing, [line]
 
 

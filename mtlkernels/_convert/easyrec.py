@@ -38,8 +38,14 @@ def _ple_routing(module: Any) -> Routing:
     return Routing.cgc(len(specific), specific, len(module._shared_layers), shared_gate=shared_gate)
 
 
-def _ple_inputs(module: Any, extraction_network_fea: Sequence[Tensor], shared_expert_fea: Tensor) -> list[Tensor]:
-    return [*extraction_network_fea, shared_expert_fea]
+def _ple_inputs(
+    module: Any, extraction_network_fea: Sequence[Tensor], shared_expert_fea: Tensor | None
+) -> list[Tensor] | None:
+    if shared_expert_fea is not None:
+        return [*extraction_network_fea, shared_expert_fea]
+    # Without shared experts, nobody reads it at the last level.
+    unread = len(module._shared_layers) == 0 and module._shared_gate is None
+    return list(extraction_network_fea) if unread else None
 
 
 def _ple_outputs(module: Any, mixed: Sequence[Tensor]) -> Any:
@@ -64,6 +70,7 @@ class FusedExtractionNet(FusedLevel):
         inputs=_ple_inputs,
         arguments=lambda module, streams: (list(streams[:-1]), streams[-1]),
         outputs=_ple_outputs,
+        streams=lambda module: len(module._task_gates) + 1,
     )
 
 

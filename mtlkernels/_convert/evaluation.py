@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain
+from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain, refusal
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
-from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, join, kind_of, rows_of
+from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, in_trial, join, kind_of, odd_weight, rows_of
 from mtlkernels.ops.expert_mixture import expert_mixture
-from mtlkernels.ops.gated_mixture import gated_mixture
+from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.routing import Routing
 
 # Measured with torch-rechub's and deepctr-torch's PLE: on fewer rows than this, one operator for all mixing saves
@@ -63,7 +63,7 @@ def left_to_modules(chains: Iterable[Chain], rows: Tensor) -> bool:
 
     What the compiler makes of the library's own mixing is as fast at any size.
     """
-    if not torch.compiler.is_compiling() and rows.shape[0] >= MIXING_ROWS:
+    if in_trial() or (not torch.compiler.is_compiling() and rows.shape[0] >= MIXING_ROWS):
         return False
     layers = read_chain(next(iter(chains)))
     return isinstance(layers, str) or not fusible(layers, rows_of(rows))
@@ -128,7 +128,7 @@ def _mix(
 ) -> tuple[Tensor, ...]:
     """The mixtures of experts' outputs."""
     if not any_drops(gates):
-        return gated_mixture(torch.stack(outputs, dim=1), logits, routing)
+        return mix_list(outputs, logits, routing)
     mixed = []
     for x, gate, seen in zip(logits, gates, routing.gate_experts, strict=True):
         shares = x.softmax(dim=1)
@@ -138,14 +138,18 @@ def _mix(
     return tuple(mixed)
 
 
-def describe(model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], gates: Sequence[Gate]) -> str:
-    """The report's words for a level that is replaced."""
+def describe(
+    model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], gates: Sequence[Gate]
+) -> tuple[bool, str]:
+    """Whether some experts of a level are fused, and the report's words for what becomes of it."""
     groups: dict[Any, list[list[Layer]]] = {}
     odd = []
     for chain in chains:
         found = read_chain(chain)
+        if not isinstance(found, str):
+            found = odd_weight(found) or found
         if isinstance(found, str):
-            odd.append(found + path_of(model, chain))
+            odd.append(found + path_of(model, chain, found))
         else:
             groups.setdefault(kind_of(found), []).append(found)
     fused = [_experts(len(group)) + _layers(group) for group in groups.values()]
@@ -158,10 +162,11 @@ def describe(model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], 
         words = ", ".join([*parts, f"{count} in one gated_mixture"])
     for k, (gate, chain) in enumerate(zip(gates, gate_chains, strict=True)):
         if gate.layers is None:
-            words += f"; gate {k} as modules{path_of(model, chain)}"
+            reason = refusal(gate.modules) or ""
+            words += f"; gate {k} as modules, because of {reason}{path_of(model, chain, reason)}"
         if gate.dropout is not None and gate.dropout.p > 0:
             words += f"; gate {k} with dropout {gate.dropout.p} of its shares, mixed by itself in training"
-    return words
+    return bool(fused), words
 
 
 def _experts(count: int) -> str:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, read_chain
-from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds
+from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds, odd_weight
 from mtlkernels.nn.level import linear_parameters
+from mtlkernels.ops._linears import joint_linear
 
 # Measured with gates of (64,) and without hidden layers, on 416 features: on fewer rows than this, putting the gates'
 # weights together takes longer than one product saves.
@@ -48,6 +49,8 @@ def read_gate(chain: Chain) -> Gate | str:
     if any(type(module) is nn.Softmax for module in modules):
         return "Softmax"
     layers = read_chain(modules)
+    if not isinstance(layers, str):
+        layers = odd_weight(layers) or layers
     return Gate(None if isinstance(layers, str) else layers, modules, dropout)
 
 
@@ -80,8 +83,7 @@ def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[Tensor]:
         if len(members) == 1 or len(biases) not in (0, len(pairs)):
             products = [F.linear(x, *pair) for pair in pairs]
         else:
-            joined = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
-            products = list(joined.split([len(w) for w in weights], dim=1))
+            products = joint_linear(x, weights, biases)
         for k, z in zip(members, products, strict=True):
             first[k] = z
     return [_rest(gate, x, z) for gate, x, z in zip(gates, inputs, first, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtlkernels import _torch
-from mtlkernels._convert.chains import Chain, flatten, path_of
+from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain
 from mtlkernels._convert.classes import Converted
 from mtlkernels._convert.evaluation import Parts, describe, evaluate, left_to_modules, read_parts
 from mtlkernels._convert.gates import Gate, read_gate
 from mtlkernels._convert.kernels import pays
-from mtlkernels._convert.mlp import Rows, rows_of
+from mtlkernels._convert.mlp import Rows, in_trial, odd_weight, rows_of
 from mtlkernels._convert.report import Line
+from mtlkernels._convert.trial import disagreement
 from mtlkernels.nn.level import watched
 from mtlkernels.routing import Routing
 
@@ -59,6 +58,7 @@ class Level:
         arguments: the inverse: from an instance and streams, the arguments of ``forward``.
         outputs: from an instance and the K mixtures, what ``forward`` returns.
         parts: from an instance, the modules that are not called any more, on which a hook may be.
+        streams: from an instance, how many streams ``arguments`` takes; None for as many as experts and gates read.
     """
 
     experts: Callable[[Any], Iterable[Chain]]
@@ -68,6 +68,7 @@ class Level:
     arguments: Callable[[Any, Sequence[Tensor]], tuple[Any, ...]] = one_argument
     outputs: Callable[[Any, Sequence[Tensor]], Any] = as_list
     parts: Callable[[Any], Iterable[Any]] = children
+    streams: Callable[[Any], int] | None = None
 
 
 class FusedLevel(Converted):
@@ -93,6 +94,17 @@ class FusedLevel(Converted):
         return level.outputs(self, evaluate(parts, streams))
 
 
+def watched_part(model: nn.Module, parts: Iterable[Any]) -> str | None:
+    """The report's words for a part that does more than its class's forward, and that would not be called."""
+    inner = [module for part in parts if part is not None for module in part.modules()]
+    found = next((module for module in inner if watched(module)), None)
+    if found is None:
+        return None
+    what = "a forward of its own" if "forward" in vars(found) else "a hook"
+    name = next((name for name, module in model.named_modules() if module is found), "")
+    return f"{name or type(found).__name__} has {what}, and would not be called"
+
+
 def any_watched(modules: Iterable[Any]) -> bool:
     """Whether one of the modules, or one below, has a hook."""
     for module in modules:
@@ -106,7 +118,7 @@ def prepare(level: Level, module: Any, routing: Routing, rows: Tensor) -> Parts 
 
     ``rows`` is any tensor with as many rows as the input, which may not be there yet.
     """
-    if not pays(module, rows) or left_to_modules(level.experts(module), rows):
+    if not (in_trial() or pays(module, rows)) or left_to_modules(level.experts(module), rows):
         return None
     chains = list(level.experts(module))
     gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
@@ -124,18 +136,17 @@ def plan_level(level: Level, base: type, module: nn.Module, path: str) -> tuple[
         routing = examine(level, base, module)
     except Exception as error:  # of a description that does not fit; it goes into the report
         routing = f"its description does not fit: {type(error).__name__}: {error}"
-    if not isinstance(routing, str):
-        routing = trial(level, module, routing)
-    if isinstance(routing, str):
-        return None, [Line("left alone", path, name, routing)]
+    reason = routing if isinstance(routing, str) else trial(level, module, routing)
+    if reason is not None:
+        return None, [Line("left alone", path, name, reason)]
     return routing, [replaced_line(level, module, path)]
 
 
 def replaced_line(level: Level, module: nn.Module, path: str, part: str = "") -> Line:
-    """The report's line for a level that is replaced."""
+    """The report's line for a level that is replaced, or of which only the mixing is."""
     gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
-    detail = describe(module, list(level.experts(module)), level.gates(module), gates)
-    return Line("replaced", path, part or type(module).__name__, detail)
+    fused, detail = describe(module, list(level.experts(module)), level.gates(module), gates)
+    return Line("replaced" if fused else "mixing fused", path, part or type(module).__name__, detail)
 
 
 def examine(level: Level, base: Any, module: Any) -> Routing | str:
@@ -150,12 +161,18 @@ def examine_parts(level: Level, module: Any, routing: Routing) -> Routing | str:
     chains = list(level.experts(module))
     if not chains:
         return "it has no experts"
-    if any_watched(level.parts(module)):
-        return "a hook"
+    heard = watched_part(module, level.parts(module))
+    if heard is not None:
+        return heard
+    for chain in chains:
+        layers = read_chain(chain)
+        odd = None if isinstance(layers, str) else odd_weight(layers)  # which copies for a trial would not have
+        if odd is not None:
+            return odd + path_of(module, chain, odd)
     gates = [read_gate(chain) for chain in level.gates(module)]
     for gate, chain in zip(gates, level.gates(module), strict=True):
         if isinstance(gate, str):
-            return gate + path_of(module, chain)
+            return gate + path_of(module, chain, gate)
     if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
         return f"it has {len(chains)} experts and {len(gates)} gates, but its routing {routing}"
     for k, (found, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
@@ -164,68 +181,30 @@ def examine_parts(level: Level, module: Any, routing: Routing) -> Routing | str:
     return routing
 
 
-def trial(level: Level, module: nn.Module, routing: Routing) -> Routing | str:
-    """Runs a copy in evaluation, with random weights in float64 on the CPU, by its own code and fused.
+def trial(level: Level, module: nn.Module, routing: Routing) -> str | None:
+    """What is wrong with evaluating the level otherwise, as a trial of copies tells; None where nothing is."""
 
-    Returns:
-        The routing where both agree, otherwise what is wrong.
-    """
-    try:
-        found, expected = _both_ways(level, module, routing)
-    except Exception as error:  # of code that is not ours; it goes into the report
-        return f"it fails in a trial: {type(error).__name__}: {error}"
-    if not agree(found, expected):
-        return "in a trial its forward gave other results than its experts, gates and routing"
-    return routing
+    def parts(other: Any) -> Parts:
+        gates: list[Any] = [read_gate(chain) for chain in level.gates(other)]
+        return read_parts(list(level.experts(other)), gates, routing, Rows(True, True))
 
+    def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
+        # Without shared experts, a shared gate alone reads the last stream.
+        count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
+        if level.streams is not None:
+            count = level.streams(other)
+        shape = (rows, width_of(level, other))
+        streams = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+        return level.arguments(other, streams)
 
-def random_copy(module: nn.Module, generator: torch.Generator, without: Sequence[str] = ()) -> Any:
-    """A copy in evaluation with random weights in float64 on the CPU; the parts ``without`` are identities in it."""
-    memo: dict[int, Any] = {id(getattr(module, name)): nn.Identity() for name in without}
-    other = copy.deepcopy(module, memo).to_empty(device="cpu").double().eval()
-    for tensor in (*other.parameters(), *other.buffers()):
-        if tensor.is_floating_point():
-            # Positive, for variances, and of a size that keeps softmax away from 0 and 1.
-            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1)
-            if tensor.dim() > 1:
-                tensor.sub_(0.6).mul_(3 * tensor.shape[-1] ** -0.5)
-    return other
+    def fused(other: Any, *args: Any) -> Any:
+        return level.outputs(other, evaluate(parts(other), level.inputs(other, *args) or ()))
+
+    return disagreement(module, fused, arguments)
 
 
-@torch.no_grad()
-def _both_ways(level: Level, module: nn.Module, routing: Routing) -> tuple[Any, Any]:
-    """The results of a copy of the module, fused and by its own code."""
-    generator = torch.Generator().manual_seed(0)
-    other = random_copy(module, generator)
-    gates: list[Any] = [read_gate(chain) for chain in level.gates(other)]
-    parts = read_parts(list(level.experts(other)), gates, routing, Rows(True, True))
-    # Without shared experts, a shared gate alone reads the last stream.
-    count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
-    streams = [torch.randn(5, _width(parts), generator=generator, dtype=torch.float64) for _ in range(count)]
-    arguments = level.arguments(other, streams)
-    inputs = level.inputs(other, *arguments)
-    return level.outputs(other, evaluate(parts, inputs or ())), other(*arguments)
-
-
-def _width(parts: Parts) -> int:
+def width_of(level: Level, module: Any) -> int:
     """The features of a level's input: its first matrix has as many columns."""
-    modules = [
-        module for chain in (*parts.chains, *(gate.modules for gate in parts.gates)) for module in flatten(chain)
-    ]
-    matrices = (p for module in modules for p in module.parameters() if p.dim() == 2)
+    modules = [part for chain in (*level.experts(module), *level.gates(module)) for part in flatten(chain)]
+    matrices = (p for part in modules for p in part.parameters() if p.dim() == 2)
     return int(next(matrices).shape[1])
-
-
-def agree(found: Any, expected: Any) -> bool:
-    """Whether two results, tensors within lists, tuples and dicts, are the same within rounding."""
-    leaves, structure = _torch.tree_flatten(found)
-    others, other_structure = _torch.tree_flatten(expected)
-    return structure == other_structure and all(map(_equal, leaves, others))
-
-
-def _equal(found: Any, expected: Any) -> bool:
-    if not isinstance(expected, Tensor):
-        return bool(found == expected)
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return False
-    return torch.allclose(found, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))

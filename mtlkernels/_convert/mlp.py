@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mtlkernels._convert.folding import wants_gradient
-from mtlkernels.nn.level import linear_parameters
+from mtlkernels.nn.level import linear_parameters, plain
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import FOLD_ROWS
 
@@ -27,6 +28,8 @@ _DICE = "torch_rechub.basic.activation.Dice"
 
 # Of torch-rechub's and deepctr-torch's PLE: on fewer rows than this, training with batch norm is as fast by modules.
 NORM_ROWS = 16
+
+_Parameter = nn.Parameter  # attribute look-ups show when one row is served
 
 
 class Layer(NamedTuple):
@@ -52,6 +55,31 @@ def activation_name(module: Any) -> str | None:
         return "prelu"
     kind = type(module)
     return "dice" if f"{kind.__module__}.{kind.__qualname__}" == _DICE and module.epsilon > 0 else None
+
+
+def setting_of(module: Any) -> str:
+    """A module's class and what of its settings keeps it from being fused, in the report's words."""
+    kind = type(module)
+    if kind is nn.LeakyReLU:
+        return f"LeakyReLU with slope {module.negative_slope:g}"
+    if kind is nn.GELU:
+        return f"GELU with approximate={module.approximate!r}"
+    if kind.__name__ == "Dice":
+        if any(isinstance(part, nn.BatchNorm1d) for part in module.children()):
+            return "Dice over the batch"
+        return f"Dice with epsilon {module.epsilon:g}" if f"{kind.__module__}.Dice" == _DICE else "Dice"
+    if kind.__module__ == nn.ReLU.__module__ and kind is not nn.Softmax and module.extra_repr():
+        return f"{kind.__name__} with {module.extra_repr()}"
+    return kind.__name__
+
+
+def odd_weight(layers: Sequence[Layer]) -> str | None:
+    """A weight of a kind that its own module has to multiply with, None where all are plain."""
+    for layer in layers:
+        weight = layer.linear._parameters.get("weight")
+        if type(weight) is not _Parameter and not plain(weight := linear_parameters(layer.linear)[0]):
+            return f"a weight of class {type(weight).__name__}"
+    return None
 
 
 def slopes_refusal(linear: Any, module: Any) -> str | None:
@@ -85,9 +113,28 @@ class Rows(NamedTuple):
     normalize: bool
 
 
+_any_size = False
+
+
+@contextlib.contextmanager
+def at_any_size() -> Iterator[None]:
+    """Fused evaluation on however few rows: for trials, which want to see it. Other threads get right numbers too."""
+    global _any_size
+    before, _any_size = _any_size, True
+    try:
+        yield
+    finally:
+        _any_size = before
+
+
+def in_trial() -> bool:
+    """Whether :func:`at_any_size` is at work."""
+    return _any_size
+
+
 def rows_of(x: Tensor) -> Rows:
     """Of a call with such a tensor."""
-    if torch.compiler.is_compiling():
+    if _any_size or torch.compiler.is_compiling():
         return Rows(True, True)
     rows = x.shape[0]
     return Rows(rows >= FOLD_ROWS or not torch.is_grad_enabled(), rows >= NORM_ROWS)
@@ -109,12 +156,17 @@ def drops(dropout: Any) -> bool:
     return dropout is not None and dropout.p > 0 and dropout.training
 
 
-def kind_of(layers: Sequence[Layer]) -> tuple[Any, ...]:
-    """What experts must have in common to be evaluated together."""
+def kind_of(layers: Sequence[Layer]) -> tuple[Any, ...] | None:
+    """What experts must have in common to be evaluated together.
+
+    None where a weight is of a kind that its own module has to multiply with, such as a quantized one.
+    """
     found: list[Any] = []
     for layer in layers:
         norm = layer.norm
         weight, bias = linear_parameters(layer.linear)
+        if type(weight) is not _Parameter and not plain(weight):
+            return None
         own = None if norm is None else (type(norm), norm.eps, running(norm))
         rate = layer.dropout.p if drops(layer.dropout) else 0.0
         found.append((weight.shape, bias is None, layer.activation, _dice_eps(layer), own, rate))

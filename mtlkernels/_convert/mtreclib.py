@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.classes import PLAN, Converted, converted_class
-from mtlkernels._convert.evaluation import MIXING_ROWS, evaluate
-from mtlkernels._convert.kernels import FORCE
-from mtlkernels._convert.level import Level, agree, examine_parts, prepare, random_copy, replaced_line
+from mtlkernels._convert.evaluation import evaluate
+from mtlkernels._convert.level import Level, examine_parts, prepare, replaced_line
 from mtlkernels._convert.report import Line
+from mtlkernels._convert.trial import disagreement
 from mtlkernels.routing import Routing
 
 _FRONT = ("embedding", "numerical_layer")
@@ -68,28 +68,36 @@ def _plan(mixin: type[FusedModel], base: Any, module: nn.Module, path: str) -> t
         levels = mixin.levels(model)
         plan = [examine_parts(level, model, level.routing(model)) for level in levels]
         reason = next((found for found in plan if isinstance(found, str)), None)
-        if reason is None and not _tried(mixin, model, tuple(plan)):
-            reason = "in a trial its forward gave other results than its experts, gates and towers"
-    except Exception as error:  # of code that is not ours; it goes into the report
-        reason = f"it fails in a trial: {type(error).__name__}: {error}"
+    except Exception as error:  # of a structure that does not fit; it goes into the report
+        reason = f"its description does not fit: {type(error).__name__}: {error}"
+    if reason is None:
+        reason = _trial(mixin, model, tuple(plan))
     if reason is not None:
         return None, [Line("left alone", path, name, reason)]
     parts = [f"{name} level {i}" if len(levels) > 1 else name for i in range(len(levels))]
     return tuple(plan), [replaced_line(level, model, path, part) for level, part in zip(levels, parts, strict=True)]
 
 
-@torch.no_grad()
-def _tried(mixin: type[FusedModel], model: Any, plan: tuple[Any, ...]) -> bool:
-    """Whether a copy with random weights, and without what is in front of its experts, gives the same either way."""
-    generator = torch.Generator().manual_seed(0)
-    other: Any = random_copy(model, generator, without=_FRONT)
-    width = model.numerical_layer.out_features
-    x = torch.randn(MIXING_ROWS, model.embed_output_dim // width, width, generator=generator, dtype=torch.float64)
-    expected = other(x[:, :-1], x[:, -1])
-    setattr(other, PLAN, plan)
-    setattr(other, FORCE, True)  # not its own code again where the CPU has no kernels
-    other.__class__ = converted_class(mixin, type(other))
-    return agree(other(x[:, :-1], x[:, -1]), expected)
+def _trial(mixin: type[FusedModel], model: Any, plan: tuple[Any, ...]) -> str | None:
+    """What a trial finds wrong, of copies without what is in front of the experts."""
+
+    def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
+        width = model.numerical_layer.out_features
+        count = model.embed_output_dim // width
+        x = torch.randn(rows, count, width, generator=generator, dtype=torch.float64)
+        return x[:, :-1], x[:, -1]
+
+    def fused(other: Any, *args: Any) -> Any:
+        setattr(other, PLAN, plan)
+        kind = type(other)
+        other.__class__ = converted_class(mixin, kind)
+        try:
+            return other(*args)
+        finally:
+            other.__class__ = kind
+            delattr(other, PLAN)
+
+    return disagreement(model, fused, arguments, without=_FRONT)
 
 
 def _ple_level(i: int, last: bool) -> Level:

@@ -7,6 +7,7 @@ gate has one such layer, with a softmax.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch_rechub.models.multi_task.ple import CGC
 from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.classes import Converted, Converter
 from mtlkernels._convert.evaluation import evaluate
-from mtlkernels._convert.level import FusedLevel, Level, examine, plan_level, prepare, replaced_line
+from mtlkernels._convert.level import FusedLevel, Level, examine, plan_level, prepare, replaced_line, width_of
 from mtlkernels._convert.report import Line
+from mtlkernels._convert.trial import disagreement
 from mtlkernels.routing import Routing
 
 _VERSIONS = ("0.9.0",)
@@ -75,9 +77,13 @@ class FusedMMOE(Converted):
         if parts is None:
             original: Tensor = super().forward(x)  # type: ignore[misc]
             return original
-        mixed = evaluate(parts, [self.embedding(x, self.features, squeeze_dim=True)])
-        heads = zip(mixed, self.towers, self.predict_layers, strict=True)
-        return torch.cat([predict(tower(hidden)) for hidden, tower, predict in heads], dim=1)
+        return _predictions(self, evaluate(parts, [self.embedding(x, self.features, squeeze_dim=True)]))
+
+
+def _predictions(model: Any, mixed: Sequence[Tensor]) -> Tensor:
+    """What MMOE makes of the gates' mixtures."""
+    heads = zip(mixed, model.towers, model.predict_layers, strict=True)
+    return torch.cat([predict(tower(hidden)) for hidden, tower, predict in heads], dim=1)
 
 
 def _version_line(module: nn.Module, path: str) -> Line | None:
@@ -103,9 +109,23 @@ def _plan_mmoe(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
     if line is not None:
         return None, [line]
     routing = examine(MMOE_LEVEL, MMOE, module)
-    if isinstance(routing, str):
-        return None, [Line("left alone", path, type(module).__name__, routing)]
+    reason = routing if isinstance(routing, str) else _trial_mmoe(module, routing)
+    if reason is not None:
+        return None, [Line("left alone", path, type(module).__name__, reason)]
     return routing, [replaced_line(MMOE_LEVEL, module, path)]
+
+
+def _trial_mmoe(module: nn.Module, routing: Routing) -> str | None:
+    """What a trial finds wrong, of copies that take the features' embeddings themselves."""
+
+    def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
+        return (torch.randn(rows, width_of(MMOE_LEVEL, other), generator=generator, dtype=torch.float64),)
+
+    def fused(other: Any, x: Tensor) -> Tensor:
+        return _predictions(other, evaluate(prepare(MMOE_LEVEL, other, routing, x), [x]))  # type: ignore[arg-type]
+
+    # Features keep their embeddings.
+    return disagreement(module, fused, arguments, without=("embedding", "features"))
 
 
 CONVERTERS = {

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 class Line:
     """One line of a report.
 
-    ``action`` is "replaced", "left alone" or "reverted"; ``path`` the module's name in the model, empty for the model
-    itself; ``part`` what of it; ``detail`` by what it was replaced, or why it was left alone.
+    ``action`` is "replaced" where a fused operator evaluates experts, all or some of them; "mixing fused" where every
+    expert runs as a module, and only their mixing is a fused operator; "left alone" or "reverted". ``path`` is the
+    module's name in the model, empty for the model itself; ``part`` what of it; ``detail`` what evaluates it now, or
+    why it was left alone.
     """
 
     action: str
@@ -30,8 +32,13 @@ class ConversionReport:
 
     @property
     def replaced(self) -> tuple[Line, ...]:
-        """The parts that are evaluated by fused operators now."""
+        """The parts whose experts, all or some of them, are evaluated by fused operators now."""
         return self._of("replaced")
+
+    @property
+    def mixing_fused(self) -> tuple[Line, ...]:
+        """The parts whose experts run as modules, mixed by a fused operator."""
+        return self._of("mixing fused")
 
     @property
     def left_alone(self) -> tuple[Line, ...]:

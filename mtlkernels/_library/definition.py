@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlkernels import _backends, _torch
+from mtlkernels import _backends, _torch, _tracing
 
 _library = torch.library.Library("mtlkernels", "DEF")
 
@@ -65,8 +65,11 @@ def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None
     torch.compile of torch.func.vmap, which traces past autograd Functions.
     """
     overload = getattr(torch.ops.mtlkernels, operator).default
+    op, _, direction = operator.rpartition("_")
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if _torch.in_dual_level() or _tracing.counts_flops():
+            return _backends.reference_implementation(op, direction)(*args)
         if torch.is_grad_enabled() and any(_requires_grad(arg) for arg in args):
             return differentiable(*args)
         with _torch.below_autograd():

@@ -7,18 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from mtlkernels import _torch, _tracing
 from mtlkernels.nn._arguments import Style
+from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import few_rows, uses_running
 from mtlkernels.ops.expert_mixture import expert_mixture
-from mtlkernels.ops.gated_mixture import gated_mixture
+from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.normalized_mixture.norms import alike
 from mtlkernels.routing import Routing
 
 # PyTorch's, and deepctr-torch's; torch-rechub draws that of Dice, whose eps is this.
 _FIRST_SLOPE = {"prelu": 0.25, "dice": 0.0}
 DICE_EPS = 1e-3
+
+# Attribute look-ups show when one row is served.
+_Linear, _Parameter = nn.Linear, nn.Parameter
 
 
 class Expert(nn.Module):
@@ -70,6 +76,28 @@ def linear_parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, own.get("bias")
 
 
+def plain(weight: Any) -> bool:
+    """Whether a weight is its numbers and nothing more, unlike a quantized or a distributed tensor."""
+    return type(weight) in (nn.Parameter, Tensor) or isinstance(weight, _torch.TRACED)
+
+
+def _plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that is ``F.linear`` by plain tensors, None for any other.
+
+    Layers may have been exchanged, as LoRA and dynamic quantization do it, or have got weights of another kind.
+    """
+    own = layer._parameters
+    weight = own.get("weight")
+    if type(layer) is _Linear and type(weight) is _Parameter:
+        return weight, own.get("bias")
+    if type(layer) is not nn.Linear and not parametrize.is_parametrized(layer):
+        return None
+    if type(layer).forward is not nn.Linear.forward or (weight is None and watched(layer)):
+        return None  # a hook that makes the weight, as that of nn.utils.weight_norm
+    weight, bias = linear_parameters(layer)
+    return (weight, bias) if plain(weight) else None
+
+
 def watched(module: Any) -> bool:
     """Whether calling a module does more than its class's forward."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
@@ -77,13 +105,27 @@ def watched(module: Any) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]]:
-    """For each layer the weights and biases (or None) of ``module.experts``, read now, so that they are never stale."""
-    rows = [
-        [linear_parameters(layer) for layer in expert._modules["linears"]._modules.values()]  # type: ignore
-        for expert in module._modules["experts"]._modules.values()  # type: ignore[union-attr]
-    ]
-    layers = list(zip(*rows, strict=True))
+def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]] | None:
+    """For each layer the weights and biases (or None) of ``module.experts``, read now, so that they are never stale.
+
+    None where an expert is another module than it was made as.
+    """
+    rows = []
+    for expert in module._modules["experts"]._modules.values():  # type: ignore[union-attr]
+        if type(expert) is not Expert:
+            return None
+        row: list[Any] = []
+        for layer in expert._modules["linears"]._modules.values():  # type: ignore[union-attr]
+            own = layer._parameters  # type: ignore[union-attr]
+            weight = own.get("weight")
+            if type(layer) is _Linear and type(weight) is _Parameter:  # as _plain_parameters, without a call
+                row.append((weight, own.get("bias")))
+            else:
+                row.append(_plain_parameters(layer))
+        if None in row:
+            return None
+        rows.append(row)
+    layers: list[Any] = list(zip(*rows, strict=True))
     return [[w for w, _ in layer] for layer in layers], [
         None if layer[0][1] is None else [b for _, b in layer] for layer in layers
     ]
@@ -96,13 +138,14 @@ def expert_slopes(experts: Any) -> dict[str, Any]:
     return {"slopes": list(zip(*(expert.slopes for expert in experts), strict=True)), "dice_eps": DICE_EPS}
 
 
-class Level(nn.Module):
+class Level(NotScriptable, nn.Module):
     """Experts and gates of one level: ``y_k = sum_e softmax(gate_k(x))_e * expert_e(x)``.
 
     The experts, batch norm and dropout included, and all mixing are one :func:`mtlkernels.expert_mixture`; the experts'
     modules are then not called, so hooks on them do not run. They are called, and their outputs mixed by
-    :func:`mtlkernels.gated_mixture`, where they differ (some in training, a norm exchanged for another kind), and where
-    folding batch norm into weights that want gradients would take longer.
+    :func:`mtlkernels.gated_mixture`, where they differ (some in training, a norm exchanged for another kind), where a
+    layer or its weight is no longer a plain one (LoRA, quantization), where folding batch norm into weights that want
+    gradients would take longer, and where a tracer can see nothing else.
 
     Args:
         in_features: D, the width of every input stream.
@@ -140,15 +183,20 @@ class Level(nn.Module):
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
-        streams = (inputs,) if isinstance(inputs, Tensor) else inputs
+        streams = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
+        if _tracing.needs_plain(streams):
+            return self._by_modules(streams)
         extras: dict[str, Any] = {}
+        parameters = expert_parameters(self)
+        if parameters is None:
+            return self._by_modules(streams)
         if self.batch_norm or self.dropout > 0:
             found = self._norms_and_dropout(streams[0])
             if found is None:
                 return self._by_modules(streams)
             extras = found
         extras |= expert_slopes(self.experts)
-        weights, biases = expert_parameters(self)
+        weights, biases = parameters
         gates = self._gate_parameters(len(streams))
         logits = self._gate_logits(streams) if gates is None else None
         return expert_mixture(
@@ -174,11 +222,11 @@ class Level(nn.Module):
             expert(streams[0 if single else stream])
             for expert, stream in zip(self.experts, self.routing.expert_inputs, strict=True)
         ]
-        return gated_mixture(torch.stack(hidden, dim=1), logits, self.routing)
+        return mix_list(hidden, logits, self.routing)
 
-    def _gate_logits(self, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _gate_logits(self, streams: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
         if self._one_gemm:
-            logits: tuple[Tensor, ...] = self.gates(streams[self._gate_inputs[0]]).split(self._sizes, dim=1)
+            logits: Tensor = self.gates(streams[self._gate_inputs[0]])
             return logits
         gates: Any = self.gates
         return [gate(streams[stream]) for gate, stream in zip(gates, self._gate_inputs, strict=True)]
@@ -188,13 +236,22 @@ class Level(nn.Module):
         gates: Any = self._modules["gates"]
         if self._one_gemm:
             # Of several streams all gates read one, which is not what the op's gates do.
-            return linear_parameters(gates)[0] if num_streams == 1 and not watched(gates) else None
+            if num_streams > 1 or watched(gates):
+                return None
+            joint = _plain_parameters(gates)
+            return None if joint is None or joint[1] is not None else joint[0]
         layers = list(gates._modules.values())
         if num_streams > 1 and self._gate_inputs != tuple(range(len(layers))):
             return None
-        if any(type(layer) is not nn.Linear or watched(layer) for layer in layers):
+        if any(type(layer) is not _Linear or watched(layer) for layer in layers):
             return None
-        return [linear_parameters(layer)[0] for layer in layers]
+        found = []
+        for layer in layers:
+            pair = _plain_parameters(layer)
+            if pair is None or pair[1] is not None:  # they were made without biases
+                return None
+            found.append(pair[0])
+        return found
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, batch_norm={self.batch_norm}, dropout={self.dropout}"

@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtlkernels import _tracing
 from mtlkernels.nn._arguments import Style, positive, units
+from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.nn.level import Expert, expert_parameters, expert_slopes
 from mtlkernels.nn.routes import RouteMap
 from mtlkernels.ops._checks import as_sequence, check_tensor, shape_of
@@ -42,18 +45,21 @@ class SubNetworks(nn.Module):
 
     def fused(self) -> bool:
         """Whether a call now takes the fused path."""
+        if _tracing.needs_plain():
+            return False
         return not self._style.batch_norm and not (self._style.dropout > 0 and self.training)
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every sub-network reads, or one for each → a tensor [B, H] for each."""
         count = len(self.experts)
-        if not self.fused():
+        parameters = expert_parameters(self) if self.fused() else None
+        if parameters is None:
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
         routing = self._routings[not isinstance(inputs, Tensor)]
         alone = x.new_zeros(1, count).expand(x.shape[0], count)  # the softmax of one logit is 1
-        weights, biases = expert_parameters(self)
+        weights, biases = parameters
         options = {"activation": self._style.activation, **expert_slopes(self.experts)}
         return expert_mixture(inputs, weights, biases, alone, routing, **options)
 
@@ -81,7 +87,7 @@ class Joint(nn.Module):
         return snr_trans(u, self.weight, z, closed_grad=closed_grad)
 
 
-class SNR(nn.Module):
+class SNR(NotScriptable, nn.Module):
     """Sub-network routing (Ma et al., AAAI 2019): ``v_i = sum_j z_ij W_ij u_j`` (Trans) or ``sum_j z_ij u_j`` (Aver).
 
     Every sub-network of the first level reads x, one above it what its open routes bring from the level below; the
@@ -176,9 +182,7 @@ class SNR(nn.Module):
             TypeError: an argument is of the wrong kind or dtype.
             ValueError: a shape or a number of tensors is wrong.
         """
-        check_tensor("x", x, 2, f"[B, {self.in_features}]")
-        if x.shape[1] != self.in_features:
-            raise ValueError(f"x must have shape [B, {self.in_features}], got {shape_of(x)}")
+        _tracing.quietly(_check_features, x, self.in_features)
         coding = self.sample(noise)
         streams: Any = x
         for level, joint, z in zip(self.levels, self.joints, coding, strict=True):
@@ -237,7 +241,7 @@ class SNR(nn.Module):
         )
 
 
-class CompactSNR(nn.Module):
+class CompactSNR(NotScriptable, nn.Module):
     """What is left of an :class:`SNR` when closed routes and unread sub-networks are gone; see :meth:`SNR.compact`."""
 
     def __init__(self, model: SNR) -> None:
@@ -259,9 +263,7 @@ class CompactSNR(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""
-        check_tensor("x", x, 2, f"[B, {self.in_features}]")
-        if x.shape[1] != self.in_features:
-            raise ValueError(f"x must have shape [B, {self.in_features}], got {shape_of(x)}")
+        _tracing.quietly(_check_features, x, self.in_features)
         streams: Any = x
         first = len(self.joints) - len(self.levels)  # 1 where the lowest joint has no open route
         joints: list[Any] = list(self.joints)
@@ -294,11 +296,27 @@ class OpenJoint(nn.Module):
             return snr_aver(u, self.z, closed_grad=False)
         # An attribute look-up each would cost more than a row does.
         matrices: list[Any] = list(self.weights._parameters.values())
+        if _tracing.needs_plain():
+            return self._plain(u, matrices)
         nothing = matrices[0].new_zeros(1, 1).expand(self._shape)  # of a closed route only the shape is looked at
         weight = [[nothing] * len(u) for _ in range(self.num_outputs)]
         for (i, j), matrix in zip(self._open, matrices, strict=True):
             weight[i][j] = matrix
         return snr_trans(u, weight, self.z, closed_grad=False)
+
+    def _plain(self, u: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The open routes alone by PyTorch's own operators: what is traced has nothing of the closed ones either."""
+        assert self._shape is not None
+        outputs = [u[0].new_zeros(u[0].shape[0], self._shape[0]) for _ in range(self.num_outputs)]
+        for (i, j), matrix in zip(self._open, matrices, strict=True):
+            outputs[i] = outputs[i] + self.z[i, j].to(u[j].dtype) * F.linear(u[j], matrix)
+        return tuple(outputs)
+
+
+def _check_features(x: Any, width: int) -> None:
+    check_tensor("x", x, 2, f"[B, {width}]")
+    if x.shape[1] != width:
+        raise ValueError(f"x must have shape [B, {width}], got {shape_of(x)}")
 
 
 def _mode(mode: Any) -> str:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtlkernels import _tracing
 from mtlkernels.nn._arguments import Style, positive, units
+from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.nn.level import Level
 from mtlkernels.ops._checks import check_tensor, shape_of
 from mtlkernels.routing import Routing
 
 
-class _Trunk(nn.Module):
+class _Trunk(NotScriptable, nn.Module):
     """What the trunks share: the arguments, checked, and the check of the input."""
 
     def __init__(
@@ -36,6 +38,8 @@ class _Trunk(nn.Module):
         return Level(in_features, self.expert_units, self.gate_units, routing, gate_inputs, self._style)
 
     def _check(self, x: Any) -> None:
+        if _tracing.holds_proxy(x):  # whose shape is not known yet
+            return
         check_tensor("x", x, 2, f"[B, {self.in_features}]")
         if x.shape[1] != self.in_features:
             raise ValueError(f"x must have shape [B, {self.in_features}], got {shape_of(x)}")
@@ -92,7 +96,7 @@ class MMoE(_Trunk):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""
-        self._check(x)
+        _tracing.quietly(self._check, x)
         outputs: tuple[Tensor, ...] = self.level(x)
         return outputs
 
@@ -136,7 +140,7 @@ class CGC(_Trunk):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""
-        self._check(x)
+        _tracing.quietly(self._check, x)
         outputs: tuple[Tensor, ...] = self.level(x)
         return outputs
 
@@ -192,7 +196,7 @@ class PLE(_Trunk):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""
-        self._check(x)
+        _tracing.quietly(self._check, x)
         streams: Any = x
         for level in self.levels:
             streams = level(streams)

@@ -119,11 +119,12 @@ class _Examples:
 def call(function: Any, *args: Any) -> Any:
     """Applies a backward Function, or runs it plainly where nobody will differentiate it again.
 
-    While compiling it is traced plainly: compiled code has no second derivatives.
+    While compiling it is traced plainly: compiled code has no second derivatives. Of gradients that carry tangents
+    PyTorch says that a Function has none, where plainly run operators would drop them.
     """
     if torch.compiler.is_compiling():
         return function.forward(*args)
-    if not torch.is_grad_enabled() and not _torch.func_transforms_active():
+    if not (torch.is_grad_enabled() or _torch.func_transforms_active() or _torch.in_dual_level()):
         return function.forward(*args)
     return function.apply(*args)
 

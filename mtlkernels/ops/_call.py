@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlkernels import _backends, _extension, _torch
+from mtlkernels import _backends, _extension, _torch, _tracing
 from mtlkernels._backends import implementation
 from mtlkernels._library import cast_floats
 
@@ -48,6 +48,22 @@ def traced_under_func(op: str) -> bool:
     return True
 
 
+def needs_plain(op: str, *args: Any) -> bool:
+    """Whether the call has to be plain PyTorch, see :func:`mtlkernels._tracing.needs_plain`.
+
+    Raises:
+        RuntimeError: :func:`mtlkernels.use_backend` asks for another implementation than the reference.
+    """
+    if not _tracing.needs_plain(*args):
+        return False
+    if _backends.forced() not in (None, "reference"):
+        raise RuntimeError(
+            f"{op} has only the reference for torch.jit.trace, torch.fx.symbolic_trace, torch.onnx.export,"
+            f" FlopCounterMode and forward-mode differentiation, but use_backend asks for {_backends.forced()!r}"
+        )
+    return True
+
+
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors, each object once: torch.compile does not trace a Function that gets one twice. Views stand in."""
     if not torch.compiler.is_compiling():
@@ -80,10 +96,8 @@ def direct_to_cpp(like: Any) -> bool:
         and like.is_cpu
         and _extension.loaded()
         and _backends.forced() in (None, "cpp")
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and not _torch.func_transforms_active()
-        and _torch.dispatch_stack_length() == 0
+        and not _tracing.observed()
     )
 
 

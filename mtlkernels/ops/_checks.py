@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlkernels import _tracing
 from mtlkernels.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -20,6 +21,7 @@ def shape_of(tensor: Tensor) -> str:
 def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
     """``value`` is a floating-point tensor of ``dim`` dimensions, written ``shape`` in the message."""
     if not isinstance(value, Tensor):
+        _tracing.refuse_proxies(name, value)
         raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
@@ -59,6 +61,7 @@ def check_routing(routing: Any) -> None:
 
 def as_sequence(name: str, value: Any, what: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple, torch.nn.ParameterList)):
+        _tracing.refuse_proxies(name, value)
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
     return list(value)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
@@ -25,6 +26,7 @@ from mtlkernels.ops._autograd import (
 )
 from mtlkernels.ops._call import direct_to_cpp, run_cpp
 from mtlkernels.ops._checks import as_sequence, check_like, check_tensor, shape_of
+from mtlkernels.ops.gated_mixture.reference import accumulation_dtype
 
 # op -> the forward pass that second derivatives are taken of: a function of the groups of tensors.
 _formulas: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
@@ -188,6 +190,28 @@ def traced(op: str, closed_grad: bool, *groups: Any) -> tuple[Tensor, ...]:
     if not closed_grad:
         z = torch.where(z != 0, z, z.detach())
     return _formulas[op](*lists, z)
+
+
+def plain(
+    closed_grad: bool, u: Sequence[Tensor], matrices: Sequence[Tensor] | None, z: Tensor, num_outputs: int
+) -> tuple[Tensor, ...]:
+    """Every route by PyTorch's own operators, which z alone opens and closes, so that a graph holds for any z.
+
+    Where a route is closed, what is not finite is left out; its z has a derivative, unless ``closed_grad`` is False.
+    """
+    acc, count = accumulation_dtype(u[0]), len(u)
+    is_open = z != 0
+    if not closed_grad:
+        z = torch.where(is_open, z, z.detach())
+    outputs = []
+    for i in range(num_outputs):
+        total: Any = 0
+        for j, x in enumerate(u):
+            term = (x if matrices is None else F.linear(x, matrices[i * count + j])).to(acc)
+            term = torch.where(is_open[i, j] | torch.isfinite(term), term, torch.zeros_like(term))
+            total = total + z[i, j].to(acc) * term
+        outputs.append(total.to(u[0].dtype))
+    return tuple(outputs)
 
 
 def check_inputs(u: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlkernels import _tracing
 from mtlkernels.ops._checks import DTYPES, shape_of
 
 
@@ -40,11 +41,7 @@ def hard_concrete(
     check_interval(beta, gamma, zeta)
     x = _wide(log_alpha)
     if noise is not None:
-        _check_tensor("noise", noise)
-        if noise.shape != log_alpha.shape:
-            raise ValueError(f"noise must have the shape of log_alpha, {shape_of(log_alpha)}, got {shape_of(noise)}")
-        if noise.device != log_alpha.device:
-            raise ValueError(f"noise must be on the device of log_alpha, {log_alpha.device}, got {noise.device}")
+        _tracing.quietly(_check_noise, noise, log_alpha)
         u = _wide(noise).to(x.dtype)
         info = torch.finfo(u.dtype)
         u = u.clamp(info.tiny, 1 - info.eps / 2)
@@ -86,8 +83,17 @@ def check_interval(beta: Any, gamma: Any, zeta: Any) -> None:
         raise ValueError(f"zeta must be above 1 and finite, got {zeta}")
 
 
+def _check_noise(noise: Any, log_alpha: Tensor) -> None:
+    _check_tensor("noise", noise)
+    if noise.shape != log_alpha.shape:
+        raise ValueError(f"noise must have the shape of log_alpha, {shape_of(log_alpha)}, got {shape_of(noise)}")
+    if noise.device != log_alpha.device:
+        raise ValueError(f"noise must be on the device of log_alpha, {log_alpha.device}, got {noise.device}")
+
+
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
+        _tracing.refuse_proxies(name, value)
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")

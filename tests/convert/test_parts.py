@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert import gates
+from mtlkernels._convert.mlp import in_trial
+from mtlkernels.ops.gated_mixture import mix_list
 from tests.convert import doubles
 from tests.convert.agreement import Inputs, assert_converts, tensors
 from tests.convert.models import by_name, features, fill, mmoe, ple, rechub_mmoe, rechub_ple
@@ -92,7 +94,7 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
     "rechub PLE with an activation of its own": (
         lambda: rechub_ple(activation=Wobble),
         rechub_inputs,
-        "8 experts as modules, because of Wobble (experts_specific.0.mlp.0), 3 gates in one gated_mixture",
+        "8 experts as modules, because of Wobble (experts_specific.0.mlp.2), 3 gates in one gated_mixture",
         [],
     ),
     "rechub PLE with an exchanged expert": (
@@ -117,16 +119,17 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
     "deepctr PLE with an activation of its own": (
         lambda: ple(dnn_activation=Wobble),
         deepctr_inputs,
-        "8 experts as modules, because of Wobble (specific_experts.1.0.0.linears.0), 3 gates in one gated_mixture; "
-        "gate 0 as modules (specific_gate_dnn.1.0.0.linears.0); "
-        "gate 1 as modules (specific_gate_dnn.1.1.0.linears.0); "
-        "gate 2 as modules (specific_gate_dnn.1.2.0.linears.0)",
+        "8 experts as modules, because of Wobble (specific_experts.1.0.0.activation_layers.0), "
+        "3 gates in one gated_mixture; "
+        "gate 0 as modules, because of Wobble (specific_gate_dnn.1.0.0.activation_layers.0); "
+        "gate 1 as modules, because of Wobble (specific_gate_dnn.1.1.0.activation_layers.0); "
+        "gate 2 as modules, because of Wobble (specific_gate_dnn.1.2.0.activation_layers.0)",
         [],
     ),
     "deepctr MMOE with an activation of its own": (
         lambda: mmoe(dnn_activation=Wobble, gate_dnn_hidden_units=()),
         deepctr_inputs,
-        "4 experts as modules, because of Wobble (expert_dnn.0.linears.0), 3 gates in one gated_mixture",
+        "4 experts as modules, because of Wobble (expert_dnn.0.activation_layers.0), 3 gates in one gated_mixture",
         [],
     ),
     "deepctr PLE with a parametrized expert": (
@@ -140,7 +143,7 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
         lambda: own_expert(ple()),
         deepctr_inputs,
         "7 experts of 2 layers in one expert_mixture, 1 expert as modules, because of Wobble "
-        "(specific_experts.1.1.0.0), 3 gates in one gated_mixture",
+        "(specific_experts.1.1.0.1), 3 gates in one gated_mixture",
         [8, 7],
     ),
     "deepctr PLE with unequal activations": (
@@ -187,7 +190,7 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
     "MMoE_Layer with an expert of group norm": (
         lambda: grouped_block(level(doubles.MMoE_Layer)),
         one_tensor,
-        "3 experts of 2 layers in one expert_mixture, 1 expert as modules, because of GroupNorm (experts.2.mlp.0), "
+        "3 experts of 2 layers in one expert_mixture, 1 expert as modules, because of GroupNorm (experts.2.mlp.3.0), "
         "3 gates in one gated_mixture",
         [3],
     ),
@@ -226,7 +229,9 @@ def check(
     """A model trains and serves as before, its report ends so, and its calls when it serves have so many experts."""
     report = assert_converts(make(), inputs, serve=serve)
     assert not report.left_alone
-    assert report.replaced[-1].detail == detail
+    assert report.lines[-1].detail == detail
+    only_mixing = " as modules" in detail and "expert_mixture" not in detail
+    assert report.lines[-1].action == ("mixing fused" if only_mixing else "replaced")
     model = make().eval()
     mk.convert(model)
     for count in (20, 300):
@@ -279,14 +284,15 @@ def test_gates_of_many_rows_are_one_product(name: str, monkeypatch: pytest.Monke
 
 
 def mixings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of experts of each call of ``gated_mixture``."""
+    """The number of experts of each call of ``mix_list``."""
     calls: list[int] = []
 
     def counted(experts: Any, *args: Any) -> Any:
-        calls.append(experts.shape[1])
-        return mk.gated_mixture(experts, *args)
+        if not in_trial():
+            calls.append(len(experts))
+        return mix_list(experts, *args)
 
-    monkeypatch.setattr(mk._convert.evaluation, "gated_mixture", counted)
+    monkeypatch.setattr(mk._convert.evaluation, "mix_list", counted)
     return calls
 
 

@@ -35,7 +35,7 @@ class _GELU(torch.autograd.Function):
 
 
 class GELU(nn.GELU):
-    """PyTorch's, which makes NaN of +Inf in a float32 vector but Inf in float64 or of one element, or by the formula."""
+    """PyTorch's, which makes NaN of +Inf in a float32 vector but Inf in float64 or of one element; or the formula."""
 
     by_formula = False
 

@@ -14,6 +14,7 @@ from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import call, example_by_example, grads_are_batched
 from mtlkernels.ops._call import run_cpp, run_forward
+from mtlkernels.ops._reach import keep, reach_of
 from mtlkernels.ops.expert_level import reference
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixtureBackward
 from mtlkernels.ops.expert_mixture.autograd import Plan as MixturePlan
@@ -82,9 +83,14 @@ class ExpertLevel(torch.autograd.Function):
         *saved, logits = stored[-ctx.num_kept :]
         run = _by_parts if torch.is_grad_enabled() or grads_are_batched(grad_outputs) else _by_operator
         found = run(plan, needs, grad_outputs, groups, saved, logits) if any(needs) else [()] * len(groups)
+        reach = reach_of(grads[:gates], len(inputs), *plan.mixture.routing[:3], gates_read=True)
+        reached = (None,) * 5
+        if reach is not None:
+            reached = (reach.inputs, reach.experts, reach.experts, reach.gates, reach.gates)  # type: ignore[assignment]
         result: list[Tensor | None] = [None]
-        for group, need, part in zip(groups, needs, found, strict=True):
-            result += part if need else [None] * len(group)
+        for group, need, part, some in zip(groups, needs, found, reached, strict=True):
+            grads_of = part if need else [None] * len(group)
+            result += grads_of if some is None else keep(grads_of, some)
         for tensor, need in zip(idle, idle_flags, strict=True):
             result.append(torch.zeros_like(tensor) if tensor is not None and need else None)
         return tuple(result)

@@ -15,26 +15,23 @@ from mtlkernels.ops._call import (
     direct_to_cpp,
     distinct,
     needs_function,
+    needs_plain,
     run_forward,
     serve,
     traced_under_func,
     under_autocast,
 )
-from mtlkernels.ops._checks import check_logits, check_routing, numbers_by_layer
+from mtlkernels.ops._checks import check_logits, numbers_by_layer
+from mtlkernels.ops._linears import joint_linear
 from mtlkernels.ops.activations import CODES, has_slopes
 from mtlkernels.ops.expert_level import expert_level
+from mtlkernels.ops.expert_mixture import plain
+from mtlkernels.ops.expert_mixture.arguments import check_arguments
 from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
-from mtlkernels.ops.expert_mixture.checks import (
-    activation_codes,
-    check_biases,
-    check_gate_layers,
-    check_inputs,
-    check_slopes,
-    check_weights,
-)
+from mtlkernels.ops.expert_mixture.checks import check_gate_layers
 from mtlkernels.ops.expert_mixture.running import fold_gate_norms, running_gates, running_norms
 from mtlkernels.ops.normalized_mixture import normalized_mixture
-from mtlkernels.ops.normalized_mixture.norms import check_dropout, check_norms, fold_running
+from mtlkernels.ops.normalized_mixture.norms import fold_running
 from mtlkernels.routing import Routing, Wiring
 
 PerExpert = Tensor | Sequence[Tensor]
@@ -114,15 +111,11 @@ def expert_mixture(
         )
         if outputs is not None:
             return outputs
-    check_routing(routing)
-    streams = check_inputs(inputs, routing)
+    parts = (inputs, weights, biases, routing, activation, norms, dropout, slopes, dice_eps)
+    if needs_plain("expert_mixture", inputs, weights, biases, gate_logits, gate_weights, gate_biases, slopes):
+        return plain.expert_mixture(*parts, gate_logits, gate_weights, gate_biases, gate_norms)
+    streams, layers, bias_list, codes, layer_norms, rates, slope_list, epsilons = check_arguments(*parts)
     x = streams[0]
-    layers = check_weights(weights, routing, x)
-    bias_list = check_biases(biases, layers, routing, x)
-    codes = activation_codes(activation, len(layers))
-    layer_norms = check_norms(norms, layers, routing, x)
-    rates = check_dropout(dropout, len(layers))
-    slope_list, epsilons = check_slopes(slopes, dice_eps, codes, layers, routing, x)
     layer_norms = fold_running(layer_norms, layers, bias_list)
     active = any(rates) or any(part is not None for part in (*layer_norms, *slope_list))
     if norms is not None and not active:
@@ -255,13 +248,10 @@ def _per_gate(value: Any, sizes: Sequence[int]) -> list[Any]:
     return list(value.split(sizes) if isinstance(value, Tensor) else value)
 
 
-def _gate_logits(
-    streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> Tensor | list[Tensor]:
+def _gate_logits(streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """The logits of gates that are linear layers: one product where they read one stream."""
     if len(streams) == 1 and all((bias is None) == (biases[0] is None) for bias in biases):
-        offsets = [bias for bias in biases if bias is not None]
-        return F.linear(streams[0], torch.cat(list(weights)), torch.cat(offsets) if offsets else None)
+        return joint_linear(streams[0], weights, [bias for bias in biases if bias is not None])
     rows = streams if len(streams) > 1 else [streams[0]] * len(weights)
     return [F.linear(x, weight, bias) for x, weight, bias in zip(rows, weights, biases, strict=False)]
 

@@ -21,6 +21,7 @@ from mtlkernels.ops._autograd import (
     grads_are_batched,
 )
 from mtlkernels.ops._call import run_cpp, run_forward
+from mtlkernels.ops._reach import keep, reach_of
 from mtlkernels.ops.expert_mixture import reference
 
 _OP = "expert_mixture"
@@ -106,9 +107,12 @@ class ExpertMixture(torch.autograd.Function):
         grad_outputs = [inputs[0].new_zeros(shape) if grad is None else grad for grad in grads[: len(plan.gate_sizes)]]
         used = [tensor for group in groups for tensor in group]
         found = iter(call(ExpertMixtureBackward, plan, needs, *grad_outputs, *used, *saved) if any(needs) else ())
+        reach = reach_of(grads[: len(plan.gate_sizes)], plan.num_inputs, *plan.routing[:3])
+        reached = (None,) * 4 if reach is None else (reach.inputs, reach.experts, reach.experts, reach.gates)
         result: list[Tensor | None] = [None]
-        for group, need in zip(groups, needs, strict=True):
-            result += [next(found) if need and tensor is not None else None for tensor in group]
+        for group, need, some in zip(groups, needs, reached, strict=True):
+            part = [next(found) if need and tensor is not None else None for tensor in group]
+            result += part if some is None else keep(part, some)
         result += [
             torch.zeros_like(t) if t is not None and need else None for t, need in zip(idle, idle_flags, strict=True)
         ]

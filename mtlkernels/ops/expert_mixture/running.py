@@ -37,10 +37,10 @@ def _parts(norm: Any) -> tuple[Any, ...]:
     return buffers["running_mean"], buffers["running_var"], own["weight"], own["bias"], norm.eps
 
 
-def fold_gate_norms(norms: Any, gates: GateLayers | None, x: Tensor) -> GateLayers | None:
-    """The gates' linear layers with their batch norms in them, differentiably; as they are without norms."""
+def check_gate_norms(norms: Any, gates: GateLayers | None, x: Tensor) -> list[Any]:
+    """An entry a gate, a module or None; empty where no gate has a norm."""
     if norms is None:
-        return gates
+        return []
     if gates is None:
         raise ValueError("gate_norms must be None without gate_weights, got norms")
     modules = list(as_sequence("gate_norms", norms, "None or a sequence with an entry a gate"))
@@ -54,6 +54,14 @@ def fold_gate_norms(norms: Any, gates: GateLayers | None, x: Tensor) -> GateLaye
         check_module(f"gate_norms[{k}]", module, len(weight), x)
         if not uses_running(module):
             raise ValueError(f"gate_norms[{k}] must use its running statistics; with a batch's, pass gate_logits")
+    return modules
+
+
+def fold_gate_norms(norms: Any, gates: GateLayers | None, x: Tensor) -> GateLayers | None:
+    """The gates' linear layers with their batch norms in them, differentiably; as they are without norms."""
+    modules = check_gate_norms(norms, gates, x)
+    if gates is None or not modules:
+        return gates
     pairs = [
         (weight, bias) if module is None else tuple(part[0] for part in fold([weight], [bias], [module]))
         for weight, bias, module in zip(*gates, modules, strict=True)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from mtlkernels import _backends
+from mtlkernels import _backends, _tracing
 from mtlkernels.ops._autograd import apply
-from mtlkernels.ops._call import distinct, needs_function, run_forward, traced_under_func, under_autocast
+from mtlkernels.ops._call import (
+    distinct,
+    needs_function,
+    needs_plain,
+    run_forward,
+    traced_under_func,
+    under_autocast,
+)
 from mtlkernels.ops._checks import check_logits, check_routing, check_tensor, shape_of
-from mtlkernels.ops.gated_mixture.autograd import GatedMixture, Plan
+from mtlkernels.ops.gated_mixture.autograd import GatedMixture, ListMixture, Plan
+from mtlkernels.ops.gated_mixture.plain import logits_by_gate, mix
 from mtlkernels.routing import Routing
 
 
@@ -34,18 +44,43 @@ def gated_mixture(experts: Tensor, gate_logits: Tensor | Sequence[Tensor], routi
         ValueError: shapes or devices do not agree with each other or with ``routing``.
     """
     check_routing(routing)
-    check_tensor("experts", experts, 3, "[B, E, H]")
-    if experts.shape[1] != routing.num_experts:
-        raise ValueError(
-            f"experts must have shape [B, {routing.num_experts}, H] for this routing, got {shape_of(experts)}"
-        )
-    logits = check_logits(gate_logits, routing, experts.shape[0], experts)
-    (experts,) = under_autocast(experts, experts)
     flat = tuple(e for gate in routing.gate_experts for e in gate)
     sizes = routing.wiring.gate_sizes
+    if needs_plain("gated_mixture", experts, gate_logits):
+        if _tracing.holds_proxy((experts, gate_logits)):
+            return mix(experts, logits_by_gate(gate_logits, sizes), flat, sizes)
+        return mix(experts, _tracing.quietly(_check, experts, gate_logits, routing), flat, sizes)
+    logits = _check(experts, gate_logits, routing)
+    (experts,) = under_autocast(experts, experts)
     backend = _backends.forced()
     if traced_under_func("gated_mixture"):
         return tuple(run_forward("gated_mixture", "reference", experts, experts, logits, flat, sizes))
     if needs_function((experts,), logits):
         return tuple(apply(GatedMixture, Plan(flat, sizes, backend), *distinct(experts, *logits)))
     return tuple(run_forward("gated_mixture", backend, experts, experts, logits, flat, sizes))
+
+
+def mix_list(experts: Sequence[Tensor], gate_logits: Tensor | Sequence[Tensor], routing: Routing) -> tuple[Tensor, ...]:
+    """:func:`gated_mixture` of the stack of ``experts``, where one that only unused outputs read keeps no gradient.
+
+    In eager PyTorch, that is; elsewhere such a gradient is zero, as that of a stack is.
+    """
+    traced = _tracing.observed() or _tracing.needs_plain(experts, gate_logits)
+    if traced or not needs_function(experts, (gate_logits,) if isinstance(gate_logits, Tensor) else gate_logits):
+        return gated_mixture(torch.stack(list(experts), dim=1), gate_logits, routing)
+    logits = check_logits(gate_logits, routing, experts[0].shape[0], experts[0])
+    # Experts of different dtypes, as autocast may leave them, stack to the widest.
+    (cast,) = under_autocast(experts[0], experts)
+    flat = tuple(e for gate in routing.gate_experts for e in gate)
+    plan = Plan(flat, routing.wiring.gate_sizes, _backends.forced())
+    return tuple(apply(ListMixture, plan, len(cast), *cast, *logits)[:-1])
+
+
+def _check(experts: Tensor, gate_logits: Any, routing: Routing) -> list[Tensor]:
+    """The gates' logits, once both arguments have been checked."""
+    check_tensor("experts", experts, 3, "[B, E, H]")
+    if experts.shape[1] != routing.num_experts:
+        raise ValueError(
+            f"experts must have shape [B, {routing.num_experts}, H] for this routing, got {shape_of(experts)}"
+        )
+    return check_logits(gate_logits, routing, experts.shape[0], experts)

@@ -12,6 +12,7 @@ from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import batched_backward, by_example, call, differentiate_twice, front, grads_are_batched
 from mtlkernels.ops._call import run_forward
+from mtlkernels.ops._reach import keep, reach_of
 from mtlkernels.ops.gated_mixture import reference
 
 _OP = "gated_mixture"
@@ -36,20 +37,67 @@ class GatedMixture(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.plan, *tensors = inputs
+        if not torch.compiler.is_compiling():  # which does not trace it
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         needs = (ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:]))
-        found = iter(call(GatedMixtureBackward, ctx.plan, needs, *grads, *ctx.saved_tensors))
-        grad_experts = next(found) if needs[0] else None
-        grad_logits = tuple(found) if needs[1] else (None,) * len(grads)
+        grad_experts, grad_logits = _gradients(ctx.plan, needs, grads, ctx.saved_tensors)
         return (None, grad_experts, *grad_logits)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Tensor) -> Any:
         out = GatedMixture.apply(plan, *_as_rows(tensors, in_dims[1:], info.batch_size))
         return tuple(by_example(y, 0, info.batch_size) for y in out), (0,) * len(out)
+
+
+def _gradients(plan: Plan, needs: tuple[bool, bool], grads: Any, tensors: Any) -> tuple[Tensor | None, list[Any]]:
+    """Of the experts and of each gate's logits, None where none is wanted or a gate's output was not used."""
+    experts, *logits = tensors
+    if all(grad is None for grad in grads):
+        return None, [None] * len(logits)
+    shape = (experts.shape[0], experts.shape[2])
+    filled = [experts.new_zeros(shape) if grad is None else grad for grad in grads]
+    found = iter(call(GatedMixtureBackward, plan, needs, *filled, *tensors))
+    grad_experts = next(found) if needs[0] else None
+    if not needs[1]:
+        return grad_experts, [None] * len(logits)
+    return grad_experts, keep(list(found), [grad is not None for grad in grads])
+
+
+class ListMixture(torch.autograd.Function):
+    """``apply(plan, num_experts, *experts, *gate_logits)`` -> K outputs, then the experts [B, E, H].
+
+    Of experts in a list, so that one that only unused outputs read keeps no gradient. Eager only, not for torch.func.
+    """
+
+    @staticmethod
+    def forward(plan: Plan, num_experts: int, *tensors: Tensor) -> Any:
+        experts, logits = torch.stack(tensors[:num_experts], dim=1), tensors[num_experts:]
+        outputs = run_forward(_OP, plan.backend, experts, experts, logits, plan.gate_experts, plan.gate_sizes)
+        return (*outputs, experts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan, ctx.num_experts, *tensors = inputs
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        plan, count = ctx.plan, ctx.num_experts
+        *tensors, stacked = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients' own derivatives reach the experts
+            stacked = torch.stack(tensors[:count], dim=1)
+        flags = ctx.needs_input_grad[2:]
+        needs = (any(flags[:count]), any(flags[count:]))
+        grad_experts, grad_logits = _gradients(plan, needs, grads[:-1], (stacked, *tensors[count:]))
+        each: list[Any] = [None] * count if grad_experts is None else list(grad_experts.unbind(1))
+        reach = reach_of(grads[:-1], 0, range(count), plan.gate_experts, plan.gate_sizes)
+        return (None, None, *(each if reach is None else keep(each, reach.experts)), *grad_logits)
 
 
 class GatedMixtureBackward(torch.autograd.Function):

@@ -18,6 +18,7 @@ from mtlkernels.ops._autograd import (
     grads_are_batched,
 )
 from mtlkernels.ops._call import run_forward
+from mtlkernels.ops._reach import keep, reach_of
 from mtlkernels.ops.normalized_mixture import reference
 
 _OP = "normalized_mixture"
@@ -100,9 +101,13 @@ class NormalizedMixture(torch.autograd.Function):
         used = [tensor for group in groups for tensor in group]
         run = (NormalizedMixtureBackward, plan, needs, *grad_outputs, *used, seed, *kept)
         found = iter(call(*run) if any(needs) else ())
+        routing = (plan.expert_inputs, plan.gate_experts, plan.gate_sizes)
+        reach = reach_of(grads[: len(plan.gate_sizes)], plan.num_inputs, *routing)
+        reached = (None,) * 7 if reach is None else (reach.inputs, *[reach.experts] * 5, reach.gates)
         result: list[Tensor | None] = [None]
-        for group, need in zip(groups, _by_group(needs), strict=True):
-            result += [next(found) if need and tensor is not None else None for tensor in group]
+        for group, need, some in zip(groups, _by_group(needs), reached, strict=True):
+            part = [next(found) if need and tensor is not None else None for tensor in group]
+            result += part if some is None else keep(part, some)
         result += [None]
         result += [
             torch.zeros_like(t) if t is not None and need else None for t, need in zip(idle, idle_flags, strict=True)

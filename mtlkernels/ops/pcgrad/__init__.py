@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import needs_function, traced_under_func
+from mtlkernels.ops._call import needs_function, needs_plain, traced_under_func
 from mtlkernels.ops.pcgrad import autograd, reference  # noqa: F401  (autograd registers the operators' rules)
 from mtlkernels.ops.pcgrad.checks import (
     check_gram,
@@ -197,7 +197,7 @@ def draw_order(
 
 def solve(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """The projected gradients' coefficients [T, T], and the result's [T]; ``options`` as in ``reference.weights``."""
-    if traced_under_func("pcgrad") or needs_function((gram,)):
+    if traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_function((gram,)):
         return reference.weights(gram, order, *options)
     run = _backends.implementation("pcgrad", "weights", _backends.forced(), gram)
     rows, coefficients = run(gram, order, *options)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import direct_to_cpp, needs_function, run_cpp, run_operator, traced_under_func
+from mtlkernels.ops._call import direct_to_cpp, needs_function, needs_plain, run_cpp, run_operator, traced_under_func
 from mtlkernels.ops.pcgrad.checks import check_columns, columns_of
 from mtlkernels.ops.pcgrad.sparse import SparseColumn, is_sparse
 
@@ -62,7 +62,7 @@ class Parameters:
             elif any(grad is not None for grad in column):
                 self.dense.append(p)
         self._flat: list[Tensor | None] = [grad for p in self.dense for grad in self.columns[p]]
-        self._in_pytorch = traced_under_func("pcgrad") or needs_function(self._flat)
+        self._in_pytorch = traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_function(self._flat)
 
     @property
     def device(self) -> torch.device:

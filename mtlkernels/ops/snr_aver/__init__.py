@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from mtlkernels import _backends
-from mtlkernels.ops._call import distinct, needs_function, run_forward, traced_under_func, under_autocast
+from mtlkernels import _backends, _tracing
+from mtlkernels.ops._call import (
+    distinct,
+    needs_function,
+    needs_plain,
+    run_forward,
+    traced_under_func,
+    under_autocast,
+)
 from mtlkernels.ops._checks import shape_of
-from mtlkernels.ops._snr import Plan, Routes, check_closed_grad, check_inputs, check_z, direct, register, traced
+from mtlkernels.ops._snr import (
+    Plan,
+    Routes,
+    check_closed_grad,
+    check_inputs,
+    check_z,
+    direct,
+    plain,
+    register,
+    traced,
+)
 from mtlkernels.ops.snr_aver import reference
 
 register("snr_aver", reference)
@@ -39,16 +57,25 @@ def snr_aver(u: Tensor | Sequence[Tensor], z: Tensor, *, closed_grad: bool = Tru
     served = direct("snr_aver", u, z)
     if served is not None:
         return served
-    inputs = check_inputs(u)
-    for j, x in enumerate(inputs):
-        if x.shape[1] != inputs[0].shape[1]:
-            raise ValueError(f"u[{j}] must have the width of u[0], {inputs[0].shape[1]}, got {shape_of(x)}")
-    check_z(z, None, inputs)
+    if needs_plain("snr_aver", u, z):
+        inputs, num_outputs = _tracing.quietly(_check, u, z)
+        return plain(closed_grad, inputs, None, z, num_outputs)
+    inputs, num_outputs = _check(u, z)
     (inputs,) = under_autocast(inputs[0], inputs)
     backend = _backends.forced()
     if traced_under_func("snr_aver"):
         return traced("snr_aver", closed_grad, inputs, z)
     if needs_function(inputs, (z,)):
-        plan = Plan("snr_aver", len(inputs), 0, z.shape[0], closed_grad, backend)
+        plan = Plan("snr_aver", len(inputs), 0, num_outputs, closed_grad, backend)
         return tuple(Routes.apply(plan, *distinct(*inputs, z)))
     return tuple(run_forward("snr_aver", backend, inputs[0], inputs, z))
+
+
+def _check(u: Any, z: Any) -> tuple[list[Tensor], int]:
+    """The inputs as the operator takes them, and I."""
+    inputs = check_inputs(u)
+    for j, x in enumerate(inputs):
+        if x.shape[1] != inputs[0].shape[1]:
+            raise ValueError(f"u[{j}] must have the width of u[0], {inputs[0].shape[1]}, got {shape_of(x)}")
+    check_z(z, None, inputs)
+    return inputs, int(z.shape[0])

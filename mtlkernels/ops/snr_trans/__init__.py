@@ -7,9 +7,26 @@ from typing import Any
 
 from torch import Tensor
 
-from mtlkernels import _backends
-from mtlkernels.ops._call import distinct, needs_function, run_forward, traced_under_func, under_autocast
-from mtlkernels.ops._snr import Plan, Routes, check_closed_grad, check_inputs, check_z, direct, register, traced
+from mtlkernels import _backends, _tracing
+from mtlkernels.ops._call import (
+    distinct,
+    needs_function,
+    needs_plain,
+    run_forward,
+    traced_under_func,
+    under_autocast,
+)
+from mtlkernels.ops._snr import (
+    Plan,
+    Routes,
+    check_closed_grad,
+    check_inputs,
+    check_z,
+    direct,
+    plain,
+    register,
+    traced,
+)
 from mtlkernels.ops.snr_trans import reference
 from mtlkernels.ops.snr_trans.checks import check_weight
 
@@ -52,9 +69,10 @@ def snr_trans(
     served = _serve(u, weight, z)
     if served is not None:
         return served
-    inputs = check_inputs(u)
-    weights, num_outputs = check_weight(weight, inputs)
-    check_z(z, num_outputs, inputs)
+    if needs_plain("snr_trans", u, weight, z):
+        inputs, weights, num_outputs = _tracing.quietly(_check, u, weight, z)
+        return plain(closed_grad, inputs, reference.matrices(weights), z, num_outputs)
+    inputs, weights, num_outputs = _check(u, weight, z)
     inputs, weights = under_autocast(inputs[0], inputs, weights)
     backend = _backends.forced()
     if traced_under_func("snr_trans"):
@@ -63,6 +81,14 @@ def snr_trans(
         plan = Plan("snr_trans", len(inputs), len(weights), num_outputs, closed_grad, backend)
         return tuple(Routes.apply(plan, *distinct(*inputs, *weights, z)))
     return tuple(run_forward("snr_trans", backend, inputs[0], inputs, weights, z))
+
+
+def _check(u: Any, weight: Any, z: Any) -> tuple[list[Tensor], list[Tensor], int]:
+    """The inputs and weights as the operator takes them, and I."""
+    inputs = check_inputs(u)
+    weights, num_outputs = check_weight(weight, inputs)
+    check_z(z, num_outputs, inputs)
+    return inputs, weights, int(num_outputs)
 
 
 def _serve(u: Any, weight: Any, z: Any) -> tuple[Tensor, ...] | None:

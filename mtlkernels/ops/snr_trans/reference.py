@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtlkernels import _torch
+from mtlkernels import _tracing
 from mtlkernels.ops.gated_mixture.reference import accumulation_dtype
 
 
@@ -25,7 +25,7 @@ def routes(z: Tensor) -> list[tuple[int, int]]:
     """The routes (i, j) to evaluate: those that are open where that can be read at no cost, otherwise all of them."""
     num_outputs, num_inputs = z.shape
     every = [(i, j) for i in range(num_outputs) for j in range(num_inputs)]
-    if not z.is_cpu or torch.compiler.is_compiling() or _torch.func_transforms_active():
+    if not z.is_cpu or _tracing.observed():
         return every
     is_open = (z != 0).tolist()
     return [(i, j) for i, j in every if is_open[i][j]]

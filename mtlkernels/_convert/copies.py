@@ -1,0 +1,214 @@
+"""Copies of modules for trials, and what two copies have become."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlkernels import _torch
+
+
+class First(nn.Module):
+    """Stands for a part that a trial leaves out: returns its first argument."""
+
+    def forward(self, first: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns ``first``."""
+        return first
+
+
+def random_copy(module: nn.Module, generator: torch.Generator | None, without: Sequence[str] = ()) -> Any:
+    """A copy in evaluation with random weights, or zeros, in float64 on the CPU; ``without`` some parts.
+
+    No weight of the module is copied on the way, and nothing is made where it is.
+    """
+    memo: dict[int, Any] = {}
+    dropped = [operator.attrgetter(name)(module) for name in without]
+    memo |= {id(part): First() if isinstance(part, nn.Module) else None for part in dropped}
+    left_out = {id(inner) for part in dropped if isinstance(part, nn.Module) for inner in part.modules()}
+    for part in module.modules():
+        if id(part) in left_out:
+            continue
+        for tensor in _tensors_in(vars(part)):
+            if id(tensor) not in memo and type(tensor) in (Tensor, nn.Parameter):
+                memo[id(tensor)] = _stand_in(tensor)
+    other: Any = copy.deepcopy(module, memo)
+    if generator is not None:
+        randomize(other, generator)
+    return other.eval()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors that a module keeps, within containers, and those of no sub-module."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors_in(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors_in(part)
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of its shape in float64 on the CPU; of other kinds, of its values, which may be indices."""
+    if not tensor.is_floating_point():
+        other = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu().clone()
+    else:
+        other = torch.zeros(tensor.shape, dtype=torch.float64)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(other, requires_grad=tensor.requires_grad)
+    return other
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, generator: torch.Generator, scale: float = 1.0) -> None:
+    """Fills parameters and buffers: matrices with numbers around 0, times ``scale``; others with positive ones."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            # Positive, for variances, and of a size that keeps softmax away from 0 and 1.
+            values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            if tensor.dim() > 1:
+                values.sub_(0.5).mul_(3 * scale * tensor.shape[-1] ** -0.5)
+            else:
+                values.add_(0.1)
+            tensor.copy_(values)
+
+
+@torch.no_grad()
+def align(module: nn.Module, other: nn.Module) -> None:
+    """Gives ``module`` the values of ``other``, a copy of the same."""
+    for tensor, value in zip(_values(module), _values(other), strict=True):
+        tensor.copy_(value)
+
+
+def _values(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float, size: float | None = None) -> bool:
+    """Whether two tensors are the same within ``tolerance`` times the largest number, or times ``size``."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    if not expected.numel():
+        return True
+    if size is None:
+        size = largest([expected])
+    off = (found.detach() - expected.detach()).abs_().max().item()
+    if math.isfinite(off):
+        return off <= tolerance * size
+    return torch.allclose(found, expected, rtol=0, atol=tolerance * size, equal_nan=True)
+
+
+def largest(tensors: Sequence[Tensor | None]) -> float:
+    """The largest finite number in some tensors."""
+    found = 0.0
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            low, high = torch.aminmax(tensor.detach())
+            size = max(-low.item(), high.item())
+            finite = math.isfinite(size)
+            found = max(found, size if finite else tensor.detach().abs().nan_to_num(0, 0, 0).max().item())
+    return found
+
+
+def agree(found: Any, expected: Any, tolerance: float) -> bool:
+    """Whether two results, tensors within lists, tuples and dicts, are the same within rounding."""
+    leaves, structure = _torch.tree_flatten(found)
+    others, other_structure = _torch.tree_flatten(expected)
+    if structure != other_structure:
+        return False
+    size = largest([leaf for leaf in others if isinstance(leaf, Tensor) and leaf.is_floating_point()])
+    for leaf, other in zip(leaves, others, strict=True):
+        if isinstance(other, Tensor):
+            if not isinstance(leaf, Tensor) or leaf.requires_grad != other.requires_grad:
+                return False
+            if not close(leaf, other, tolerance, size):
+                return False
+        elif not same(leaf, other, tolerance, set()):
+            return False
+    return True
+
+
+def same(found: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
+    """Whether two attributes of copies are the same; objects whose parts cannot be seen pass."""
+    if type(found) is not type(expected):
+        return False
+    if found is expected or (id(found), id(expected)) in seen or isinstance(expected, nn.Module):
+        return True
+    seen.add((id(found), id(expected)))
+    if isinstance(expected, Tensor):
+        return close(found, expected, tolerance)
+    if isinstance(expected, Mapping):
+        pairs = [(found[key], value) for key, value in expected.items() if key in found]
+        return len(found) == len(expected) == len(pairs) and all(same(a, b, tolerance, seen) for a, b in pairs)
+    if isinstance(expected, float):
+        return bool(abs(found - expected) <= tolerance * abs(expected) or found == expected or expected != expected)
+    if isinstance(expected, (str, bytes, int, type(None), types.FunctionType, types.BuiltinFunctionType)):
+        return bool(found == expected)
+    if isinstance(expected, (set, frozenset)):
+        return len(found) == len(expected)  # of copies, whose members may be compared by identity
+    if hasattr(expected, "__len__") and hasattr(expected, "__iter__"):
+        parts = list(zip(found, expected, strict=False))
+        return len(found) == len(expected) and all(same(a, b, tolerance, seen) for a, b in parts)
+    if isinstance(expected, types.MethodType):
+        return bool(found.__func__ is expected.__func__)
+    return same(vars(found), vars(expected), tolerance, seen) if hasattr(expected, "__dict__") else True
+
+
+Pairs = Sequence[tuple[str, nn.Module, nn.Module]]
+
+
+def pairs_of(found: nn.Module, expected: nn.Module, ignored: Sequence[str]) -> Pairs:
+    """The parts of two copies of a module by their names, without the parts of ``ignored``."""
+    named = zip(expected.named_modules(), found.modules(), strict=True)
+    return [
+        (f"{path}." if path else "", other, part)
+        for (path, part), other in named
+        if not any(path == name or path.startswith(f"{name}.") for name in ignored)
+    ]
+
+
+def difference(pairs: Pairs, tolerance: float) -> str | None:
+    """The first thing that copies of one module do not have in common any more, in the report's words."""
+    for prefix, other, part in pairs:
+        reason = _difference(vars(other), vars(part), prefix, tolerance)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _difference(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str, tolerance: float) -> str | None:
+    """The same for one module's attributes."""
+    for name in ("_parameters", "_buffers", "_modules"):
+        if found[name].keys() != expected[name].keys():
+            odd = next(iter(found[name].keys() ^ expected[name].keys()))
+            return f"its forward sets {prefix}{odd}"
+    for name, parameter in expected["_parameters"].items():
+        other = found["_parameters"][name]
+        if parameter is None or other is None:
+            continue
+        written = other._version != parameter._version  # it counts every write
+        if other.requires_grad != parameter.requires_grad or (written and not close(other, parameter, tolerance)):
+            return f"its forward writes to {prefix}{name}"
+    for name, buffer in expected["_buffers"].items():
+        if buffer is not None and not close(found["_buffers"][name], buffer, tolerance):
+            return f"its forward leaves another {prefix}{name} behind than its parts do"
+    for name, value in expected.items():
+        other = found.get(name)
+        if value is other or name in ("_parameters", "_buffers", "_modules"):
+            continue
+        if isinstance(value, dict) and not value and isinstance(other, dict) and not other:
+            continue  # most are: those of hooks
+        if name not in found or not same(other, value, tolerance, set()):
+            return f"its forward sets {prefix}{name}"
+    odd = next((name for name in found if name not in expected), None)
+    return None if odd is None else f"its forward sets {prefix}{odd}"

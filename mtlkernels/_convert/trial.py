@@ -1,0 +1,322 @@
+"""A conversion is tried before it is made: copies with random weights run by the original code and fused.
+
+A class that is known by its name or registered may have been edited. What a user may have added to a forward pass, such
+as noise, a detached expert or gates kept for a loss, is found by comparing all that a forward and a backward pass do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlkernels import _torch
+from mtlkernels._convert.copies import Pairs, agree, align, close, difference, largest, pairs_of, random_copy, randomize
+from mtlkernels._convert.mlp import at_any_size
+from mtlkernels._convert.shared_state import SharedState
+
+# Enough for batch statistics, few enough for a trial to take no time.
+ROWS = 5
+# Multiplications of a forward pass that is to show what happens in a large batch.
+LARGE_WORK, LARGE_ROWS = 2e8, 1100
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """How both ways are run once: in training or not, with how many rows, of what size, and whether with gradients.
+
+    ``scale`` is that of the inputs, ``weights`` that of the matrices; ``needed`` is False where the original may fail.
+    """
+
+    words: str
+    training: bool
+    rows: int = ROWS
+    scale: float = 1.0
+    weights: float | None = None
+    gradients: bool = False
+    autocast: bool = False
+    needed: bool = True
+
+    @property
+    def tolerance(self) -> float:
+        """Relative to the largest number; sums of large logits round more."""
+        return 1e-9 if self.scale <= 1 and self.weights in (None, 1.0) else 1e-6
+
+
+# In this order, so that the report names the most ordinary situation in which there is a difference.
+SITUATIONS = (
+    Situation("in evaluation", False, gradients=True),
+    Situation("in training", True, gradients=True),
+    Situation("in training on 2 rows", True, rows=2, needed=False),
+    Situation("in evaluation on 1 row", False, rows=1, needed=False),
+    Situation("in training on 1 row", True, rows=1, needed=False),
+    Situation("in evaluation on no rows", False, rows=0, needed=False),
+    Situation("in training with small inputs", True, scale=1e-3),
+    Situation("in evaluation with large inputs", False, scale=1e3),
+    Situation("in training with large inputs", True, scale=30.0, gradients=True),
+    Situation("under autocast", True, autocast=True),
+    Situation("in evaluation with large weights", False, scale=3.0, weights=20.0),
+    Situation("in training with large weights", True, scale=3.0, weights=20.0),
+    Situation("in evaluation on many rows", False, rows=LARGE_ROWS, weights=1.0),
+    Situation("in training on many rows", True, rows=LARGE_ROWS),
+)
+
+
+def call(module: Any, *args: Any) -> Any:
+    """What ``module(*args)`` returns."""
+    return module(*args)
+
+
+@dataclass
+class Trial:
+    """Two copies of a module, one for each way, and how they are run."""
+
+    copies: tuple[Any, Any]
+    ways: tuple[Callable[..., Any], Callable[..., Any]]
+    arguments: Callable[[Any, int, torch.Generator], tuple[Any, ...]]
+    pairs: Pairs
+    generator: torch.Generator
+    shared: SharedState
+
+    def __post_init__(self) -> None:
+        self.names = [name for name, p in self.copies[0].named_parameters() if p.requires_grad]
+        self.size = sum(p.numel() for p in self.copies[0].parameters())
+
+
+def disagreement(
+    module: nn.Module,
+    fused: Callable[..., Any],
+    arguments: Callable[[Any, int, torch.Generator], tuple[Any, ...]],
+    *,
+    original: Callable[..., Any] = call,
+    without: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+) -> str | None:
+    """Tries a conversion: the one place where it is decided whether fused evaluation is the same as a class's own code.
+
+    The module itself is not touched or called; two copies of it in float64 on the CPU are, with random weights.
+    Compared are outputs in training and evaluation, for inputs and weights of several sizes and on several numbers of
+    rows; gradients of parameters and inputs; random numbers drawn; arguments, statistics and attributes afterwards.
+    The user's random state stays as it is.
+
+    Args:
+        module: what is to be converted.
+        fused: from a copy and arguments, what the converted module would return. However few rows there are it has to
+            go the fused way, as :func:`mtlkernels._convert.level.prepare` does in a trial.
+        arguments: from a copy, a number of rows and a generator, arguments with float64 tensors of so many rows.
+        original: from a copy and arguments, what the module returns.
+        without: attributes of the module, or of its sub-modules by dotted names, that neither way needs, and that may
+            be large, such as embeddings: a module is a :class:`mtlkernels._convert.copies.First` in the copies,
+            anything else None.
+        ignored: sub-modules whose statistics and attributes may differ afterwards.
+
+    Returns:
+        None where both agree, otherwise the reason, in the report's words.
+    """
+    shared = SharedState(module)
+    with _kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of code that is not ours, in a call that nobody made
+        try:
+            generator = torch.Generator().manual_seed(0)
+            copies = random_copy(module, generator, without), random_copy(module, None, without)
+            align(copies[1], copies[0])
+            pairs = pairs_of(copies[1], copies[0], ignored)
+            trial = Trial(copies, (original, fused), arguments, pairs, generator, shared)
+            return _first_difference(trial)
+        except Exception as error:  # of code that is not ours; it goes into the report
+            return f"it fails in a trial: {type(error).__name__}: {error}"
+        finally:
+            shared.restore()
+
+
+def _first_difference(trial: Trial) -> str | None:
+    dropouts = [[m for m in other.modules() if isinstance(m, DROPOUTS)] for other in trial.copies]
+    rates = [module.p for module in dropouts[0]]
+    _set_rates(dropouts, [0.0] * len(rates))
+    for situation in SITUATIONS:
+        reason = _compare(trial, situation)
+        if reason is not None:
+            return reason
+    if any(rates):
+        _set_rates(dropouts, rates)
+        drawn = _draws_beside(trial, dropouts[0])
+        align(trial.copies[1], trial.copies[0])
+        if drawn:
+            return "its forward draws random numbers of its own"
+        # What is dropped where: a rate of 1 draws nothing and shows.
+        for first in (0, 1):
+            _set_rates(dropouts, [float(i % 2 == first) if rate else 0.0 for i, rate in enumerate(rates)])
+            reason = _compare(trial, Situation("in training with dropout", True), draws=False)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _set_rates(dropouts: Sequence[Sequence[Any]], rates: Sequence[float]) -> None:
+    for modules in dropouts:
+        for module, rate in zip(modules, rates, strict=True):
+            module.p = rate
+
+
+@dataclass
+class _Run:
+    """What one way has done."""
+
+    outputs: Any
+    leaves: list[Tensor]
+    arguments: Any
+    random_state: Any
+
+
+def _compare(trial: Trial, situation: Situation, draws: bool = True) -> str | None:
+    """The first difference between both ways in one situation."""
+    words = situation.words
+    rows = min(situation.rows, max(ROWS, int(LARGE_WORK / max(1, trial.size))))
+    if situation.weights is not None:
+        randomize(trial.copies[0], trial.generator, situation.weights)
+        align(trial.copies[1], trial.copies[0])
+    for other in trial.copies:
+        other.train(situation.training)
+    given = trial.arguments(trial.copies[0], rows, trial.generator)
+    try:
+        expected = _run(trial, 0, given, situation)
+    except Exception:
+        if situation.needed:
+            raise
+        align(trial.copies[0], trial.copies[1])  # what it did before it failed is of no interest
+        return None
+    changed = trial.shared.change()
+    if changed is not None:
+        return f"its forward changes {changed}, which is not its own"
+    try:
+        found = _run(trial, 1, given, situation)
+    except Exception:
+        if rows:
+            raise
+        align(trial.copies[1], trial.copies[0])
+        return None  # converted modules leave so few rows to modules
+    if draws and expected.random_state != found.random_state:
+        return "its forward draws random numbers of its own"
+    if not agree(found.outputs, expected.outputs, situation.tolerance):
+        return f"{words} its outputs differ from those of its experts and gates"
+    if not agree(found.arguments, expected.arguments, situation.tolerance):
+        return "its forward changes its arguments"
+    reason = difference(trial.pairs, situation.tolerance)
+    if reason is None and situation.gradients:
+        reason = _compare_gradients(trial, found, expected, situation)
+    return reason
+
+
+def _run(trial: Trial, way: int, given: Any, situation: Situation) -> _Run:
+    """One way with tensors of its own, which want gradients."""
+    flat, structure = _torch.tree_flatten(given)
+    leaves, values = [], []
+    for value in flat:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            leaf = (value.detach() * situation.scale).requires_grad_()
+            leaves.append(leaf)
+            value = leaf * 1  # not a leaf, which nothing may be written into
+        elif isinstance(value, Tensor):
+            value = value.clone()
+        values.append(value)
+    arguments = _torch.tree_unflatten(values, structure)
+    _seed()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(situation.gradients or situation.training))
+        if situation.autocast:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        if way == 1:
+            stack.enter_context(at_any_size())
+        outputs = trial.ways[way](trial.copies[way], *arguments)
+    return _Run(outputs, leaves, arguments, _random_state())
+
+
+def _compare_gradients(trial: Trial, found: _Run, expected: _Run, situation: Situation) -> str | None:
+    """Gradients of all outputs, then of every other one: those of an unused output reach nothing."""
+    generator = torch.Generator().manual_seed(1)
+    outputs = [[t for t in _tensors(run.outputs) if t.requires_grad] for run in (expected, found)]
+    factors = [torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5 for t in outputs[0]]
+    inputs = ["its input"] if len(found.leaves) == 1 else [f"input {i}" for i in range(len(found.leaves))]
+    names = [*trial.names, *inputs]
+    subsets = [range(len(factors)), range(0, len(factors), 2), range(1, len(factors), 2)]
+    for subset in subsets if situation.training and situation.scale == 1 and len(factors) > 1 else subsets[:1]:
+        if not subset:
+            continue
+        both = []
+        for other, run, ys in zip(trial.copies, (expected, found), outputs, strict=True):
+            wanted = [p for p in other.parameters() if p.requires_grad] + run.leaves
+            loss = sum((ys[i] * factors[i]).sum() for i in subset)
+            both.append(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True))  # type: ignore
+        theirs, ours = both
+        size = 1e-3 * largest(theirs)  # sums of nearly nothing are as wrong as others, not as they are small
+        for name, a, b in zip(names, ours, theirs, strict=True):
+            if (a is None) != (b is None):
+                which = "its own code" if b is None else "the fused way"
+                return f"{situation.words} gradients of {name} differ: {which} gives none"
+            if a is not None and not close(a, b, situation.tolerance, max(size, largest([b]))):
+                return f"{situation.words} gradients of {name} differ"
+    return None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in _torch.tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def _draws_beside(trial: Trial, dropouts: Sequence[nn.Module]) -> bool:
+    """Whether the original draws, in training, more random numbers than its dropout modules."""
+    other = trial.copies[0].train()
+    states: list[Any] = []
+    handles = []
+    for module in dropouts:
+        handles += [
+            module.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state())),
+            module.register_forward_hook(lambda *_: torch.set_rng_state(states.pop())),
+        ]
+    _set_seed = _seed()
+    trial.ways[0](other, *trial.arguments(other, ROWS, trial.generator))
+    for handle in handles:
+        handle.remove()
+    return bool(_random_state() != _set_seed)
+
+
+def _seed() -> Any:
+    """Sets the generators that a forward may draw from; the state that they have then."""
+    torch.default_generator.manual_seed(0)
+    random.seed(0)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(0)
+    return _random_state()
+
+
+def _random_state() -> Any:
+    """Of PyTorch's default generator, Python's and NumPy's, to be compared."""
+    numpy = sys.modules.get("numpy")
+    of_numpy = None
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        of_numpy = (kind, keys.tobytes(), *rest)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), of_numpy
+
+
+@contextlib.contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """The user's generators are afterwards as they were."""
+    numpy = sys.modules.get("numpy")
+    of_torch, of_python = torch.get_rng_state(), random.getstate()
+    of_numpy = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)

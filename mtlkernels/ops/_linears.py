@@ -1,0 +1,58 @@
+"""Linear layers of one input as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtlkernels import _tracing
+
+
+def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    """``F.linear(x, w, b)`` for each pair, by one product; ``biases`` has one a weight, or none.
+
+    In eager PyTorch, outside autocast, a layer whose result nobody uses keeps no gradient, as if it had been called by
+    itself.
+    """
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast or _tracing.observed() or not torch.is_grad_enabled():  # who looks on sees into plain operators
+        return _forward(x, weights, biases)
+    return list(_JointLinear.apply(len(weights), x, *weights, *biases))
+
+
+def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    joined = F.linear(x, torch.cat(list(weights)), torch.cat(list(biases)) if biases else None)
+    return list(joined.split([len(w) for w in weights], dim=1))
+
+
+class _JointLinear(torch.autograd.Function):
+    """``apply(count, x, *weights, *biases)`` -> a result a weight."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, x: Tensor, *layers: Tensor) -> Any:
+        ctx.count = count
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *layers[:count])
+        return tuple(_forward(x, layers[:count], layers[count:]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, *weights = ctx.saved_tensors
+        used = [k for k, grad in enumerate(grads) if grad is not None]
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
+        sizes = [len(weights[k]) for k in used]
+        joined = torch.cat([grads[k] for k in used], dim=1)
+        need_x, flags = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        grad_x = joined @ torch.cat([weights[k] for k in used]) if need_x else None
+        grad_layers: list[Any] = [None] * len(flags)
+        parts = (joined.t() @ x, joined.sum(0)) if any(flags) else ()
+        for at, part in zip(range(0, len(flags), ctx.count), parts, strict=False):
+            for k, grad in zip(used, part.split(sizes), strict=True):
+                grad_layers[at + k] = grad
+        return (None, grad_x, *grad_layers)

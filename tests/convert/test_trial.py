@@ -1,0 +1,228 @@
+"""Copies of library classes that users have edited: what differs from experts, gates and mixing is left alone, with
+the reason."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+import mtlkernels as mk
+from mtlkernels._convert import registry
+from tests.convert import doubles
+from tests.convert.doubles import mixed
+from tests.convert.edits import (
+    LOSSES,
+    WIDTH,
+    ALoss,
+    Clamped,
+    ClampedExperts,
+    ClassLosses,
+    Counts,
+    DeadZone,
+    DetachedGate,
+    DetachedOutput,
+    DroppedElsewhere,
+    DroppedLogits,
+    Edited,
+    GateNoise,
+    GatesInAList,
+    GatesInANestedContainer,
+    GatesInAnObject,
+    GlobalLosses,
+    InPlace,
+    LastGates,
+    Load,
+    MomentumTwice,
+    NumpyNoise,
+    OneRow,
+    OtherwiseUnderAutocast,
+    OtherwiseWithoutGradients,
+    PythonNoise,
+    Residual,
+    ScaledGradient,
+    SetsOnAnExpert,
+    Stem,
+    StraightThrough,
+    Temperature,
+    TopKOfManyRows,
+    Tuples,
+    TwoRows,
+    UnusedGate,
+    WithoutGradients,
+    WritesWeights,
+)
+from tests.convert.models import fill
+
+OUTPUTS = "its outputs differ from those of its experts and gates"
+EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
+    "detached experts": (Stem, "in evaluation gradients of experts.0.0.weight differ"),
+    "detached input of gates": (DetachedGate, "in evaluation gradients of its input differ"),
+    "noise on gates in training": (GateNoise, "its forward draws random numbers of its own"),
+    "noise of NumPy": (NumpyNoise, "its forward draws random numbers of its own"),
+    "noise of Python": (PythonNoise, "its forward draws random numbers of its own"),
+    "dropout of a function": (lambda: DroppedLogits(rate=0.3), "its forward draws random numbers of its own"),
+    "dropout at another place": (lambda: DroppedElsewhere(rate=0.3), f"in training with dropout {OUTPUTS}"),
+    "gates kept": (LastGates, "its forward sets last_gates"),
+    "losses in a list": (GatesInAList, "its forward sets losses"),
+    "losses in nested containers": (GatesInANestedContainer, "its forward sets kept"),
+    "losses in an object": (GatesInAnObject, "its forward sets tracker"),
+    "outputs kept on experts": (SetsOnAnExpert, "its forward sets experts.0.last_output"),
+    "a buffer": (Load, "its forward leaves another load behind than its parts do"),
+    "a count of steps": (Counts, "its forward sets steps"),
+    "losses of the class": (ClassLosses, "its forward changes ClassLosses.everyone, which is not its own"),
+    "losses in a global list": (GlobalLosses, "its forward changes LOSSES, which is not its own"),
+    "a temperature in training": (Temperature, f"in training {OUTPUTS}"),
+    "a residual": (Residual, f"in evaluation {OUTPUTS}"),
+    "a hook on a tensor": (ScaledGradient, "in evaluation gradients of experts.0.0.weight differ"),
+    "a straight-through estimator": (StraightThrough, "in evaluation gradients of gates.0.weight differ"),
+    "clamped logits": (Clamped, f"in evaluation with large inputs {OUTPUTS}"),
+    "clamped experts": (ClampedExperts, f"in evaluation with large inputs {OUTPUTS}"),
+    "small inputs are zero": (DeadZone, f"in training with small inputs {OUTPUTS}"),
+    "the best experts of many rows": (TopKOfManyRows, f"in evaluation on many rows {OUTPUTS}"),
+    "one row": (OneRow, f"in evaluation on 1 row {OUTPUTS}"),
+    "two rows": (TwoRows, f"in training on 2 rows {OUTPUTS}"),
+    "an expert without gradients": (
+        WithoutGradients,
+        "in evaluation gradients of experts.1.0.weight differ: its own code gives none",
+    ),
+    "otherwise without gradients": (OtherwiseWithoutGradients, f"in evaluation on 1 row {OUTPUTS}"),
+    "otherwise under autocast": (OtherwiseUnderAutocast, f"under autocast {OUTPUTS}"),
+    "its input is changed": (InPlace, "its forward changes its arguments"),
+    "a tuple": (Tuples, f"in evaluation {OUTPUTS}"),
+    "another result": (ALoss, f"in evaluation {OUTPUTS}"),
+    "outputs without gradients": (DetachedOutput, f"in evaluation {OUTPUTS}"),
+    "another gate": (UnusedGate, f"in evaluation {OUTPUTS}"),
+    "statistics twice": (
+        lambda: MomentumTwice(norm=True),
+        "its forward leaves another experts.0.1.running_mean behind than its parts do",
+    ),
+    "weights clamped": (WritesWeights, "in training its outputs differ"),
+}
+
+
+def described(kind: type) -> None:
+    mk.convert.register(
+        kind,
+        experts=lambda level: level.experts,
+        gates=lambda level: level.gates,
+        routing=lambda level: mk.Routing.mmoe(len(level.experts), len(level.gates)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers is forgotten afterwards."""
+    monkeypatch.setattr(registry, "_registered", {})
+    described(Edited)
+    yield
+    LOSSES.clear()
+    ClassLosses.everyone.clear()
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_is_left_alone(name: str) -> None:
+    make, reason = EDITS[name]
+    model = make()
+    report = mk.convert(model)
+    assert not report.replaced
+    (line,) = report.left_alone
+    assert line.detail.startswith(reason)
+    assert type(model) is type(make())
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": True}, {"rate": 0.3}, {"norm": True, "rate": 0.3}])
+def test_without_an_edit_it_is_converted(options: dict[str, Any]) -> None:
+    assert mk.convert(Edited(**options)).replaced
+
+
+def test_frozen_experts_keep_no_gradient() -> None:
+    model = Edited()
+    model.experts[1].requires_grad_(False)
+    model.gates[0].weight.requires_grad_(False)
+    assert mk.convert(model).replaced
+    torch.stack(model(torch.randn(7, WIDTH))).sum().backward()
+    frozen = {name for name, p in model.named_parameters() if p.grad is None}
+    assert frozen == {"gates.0.weight", *(f"experts.1.{i}.{part}" for i in (0, 4) for part in ("weight", "bias"))}
+
+
+def test_what_the_user_has_stays() -> None:
+    """Weights, modes, attributes, and the state of every generator, whatever the forward does."""
+    for make, _ in EDITS.values():
+        model = make()
+        model.experts[0].eval()
+        before = copy.deepcopy(model)
+        draws = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+        threads = torch.get_num_threads()
+        mk.convert(model)
+        after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+        assert torch.equal(after[0], draws[0])
+        assert after[1:] == draws[1:]
+        assert torch.get_num_threads() == threads
+        assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+        assert vars(model).keys() == vars(before).keys()
+        torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
+        assert not model.losses
+        assert not LOSSES
+        assert not ClassLosses.everyone
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_module_that_has_run_is_tried() -> None:
+    """What it keeps of its last call cannot be copied as it is."""
+    model = LastGates()
+    model(torch.randn(3, WIDTH))
+    assert mk.convert(model).left_alone[0].detail == "its forward sets last_gates"
+    plain = Edited()
+    plain.note = plain.gates[0](torch.randn(3, WIDTH))
+    assert mk.convert(plain).replaced
+
+
+def test_a_trial_draws_no_weights_where_they_are() -> None:
+    """On the meta device every copy of a weight would be one more without values."""
+    assert mk.convert(Edited(norm=True).to("meta")).replaced
+
+
+# Each edit of a copied library class by its name; the lines are those of the libraries' own code.
+
+
+class DetachingLayer(doubles.CGC_Layer):
+    """FuxiCTR's layer with STEM's gates."""
+
+    def forward(self, x: list[Tensor], require_gate: bool = False) -> Any:
+        shared = [expert(x[-1]) for expert in self.shared_experts]
+        weights = [self.gate_activation(gate(stream)) for gate, stream in zip(self.gate, x, strict=True)]
+        seen = [
+            [expert(s) for expert in task] + [y.detach() for y in shared]
+            for s, task in zip(x, self.specific_experts, strict=False)
+        ]
+        outputs = [mixed(w, experts) for w, experts in zip(weights, [*seen, shared], strict=True)]
+        return (outputs, [w.mean(0) for w in weights]) if require_gate else outputs
+
+
+DetachingLayer.__name__ = "CGC_Layer"
+
+
+def test_a_library_class_with_detached_experts() -> None:
+    (line,) = mk.convert(DetachingLayer(WIDTH, (5, 4))).left_alone
+    assert line.detail == "in evaluation gradients of shared_experts.0.mlp.0.weight differ"
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_last_shared_gate_keeps_no_gradient(norm: bool) -> None:
+    """FuxiCTR's last level mixes for its shared gate too, and its model drops the result."""
+    models = [fill(doubles.CGC_Layer(WIDTH, (5, 4), norm=norm)) for _ in range(2)]
+    assert mk.convert(models[1]).replaced
+    generator = torch.Generator().manual_seed(0)
+    streams = [torch.randn(300, WIDTH, generator=generator) for _ in range(4)]
+    found = []
+    for model in models:
+        sum(y.square().sum() for y in model(streams)[:-1]).backward()
+        found.append({name for name, p in model.named_parameters() if p.grad is None})
+    assert found[0] == found[1] == {name for name, _ in models[0].named_parameters() if name.startswith("gate.3.")}

@@ -1,0 +1,262 @@
+"""The report's words: what happened, and the layer and setting because of which it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtlkernels as mk
+from tests.convert import doubles
+from tests.convert.models import fill, rechub_mmoe, rechub_ple
+
+WIDTH = 10
+
+
+class Dice(nn.Module):
+    """deepctr-torch's, by statistics of the batch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(width)
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.bn(x).sigmoid()
+        return share * x + (1 - share) * self.alpha * x
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "LeakyReLU with slope 0.2": lambda: nn.LeakyReLU(0.2),
+    "GELU with approximate='tanh'": lambda: nn.GELU(approximate="tanh"),
+    "ELU with alpha=0.5": lambda: nn.ELU(0.5),
+    "Hardtanh with min_val=-1.0, max_val=1.0": nn.Hardtanh,
+    "Softplus with beta=1.0, threshold=20.0": nn.Softplus,
+    "PReLU of 12 slopes after 7": lambda: nn.PReLU(12),
+    "Dice over the batch": lambda: Dice(7),
+}
+
+
+@pytest.mark.parametrize("words", ACTIVATIONS)
+def test_a_layer_and_its_setting(words: str) -> None:
+    """Of one expert, the layer by its name in the model; and of all, so that only the mixing is fused."""
+    if words.startswith("PReLU"):  # whose forward fails
+        level = doubles.MMoE_Layer(WIDTH, (12, 7))
+        level.experts[1].mlp[3] = ACTIVATIONS[words]()  # type: ignore[index, union-attr]
+        assert "PReLU of 12 slopes after 7" in str(mk._convert.chains.read_chain(level.experts[1].mlp))  # type: ignore
+        return
+    for experts, action in (([1], "replaced"), (range(4), "mixing fused")):
+        level = fill(doubles.MMoE_Layer(WIDTH, (12, 7)))  # type: ignore[assignment]
+        for e in experts:
+            level.experts[e].mlp[3] = ACTIVATIONS[words]()  # type: ignore[index, union-attr]
+        report = mk.convert(level)
+        (line,) = report.lines
+        assert line.action == action
+        assert f"because of {words} (experts.{experts[0]}.mlp.3)" in line.detail
+        assert report.replaced == ((line,) if action == "replaced" else ())
+        assert report.mixing_fused == ((line,) if action != "replaced" else ())
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("last", [False, True])
+def test_easyrec_without_shared_experts(last: bool, shared: int) -> None:
+    model = fill(doubles.ExtractionNet(WIDTH, (12, 7), shared=shared, last=last)).eval()
+    streams = list(torch.randn(4, 300, WIDTH))
+    given = streams[:-1], streams[-1]
+    expected = model(*given)
+    (line,) = mk.convert(model).replaced
+    assert line.detail == f"{6 + shared} experts of 2 layers and {3 + (not last)} gates in one expert_mixture"
+    torch.testing.assert_close(model(*given), expected)
+    if last and not shared:
+        torch.testing.assert_close(model(streams[:-1], None), expected)
+
+
+@pytest.mark.parametrize("kind", ["MMoE", "CGC", "PLE", "SNR"])
+def test_mtlkernels_own_trunks(kind: str) -> None:
+    sizes: dict[str, Any] = {"num_subnets": (2, 2), "subnet_units": (4,)} if kind == "SNR" else {"expert_units": (4,)}
+    trunk = getattr(mk.nn, kind)(5, 2, **sizes)
+    report = mk.convert(nn.ModuleDict({"trunk": trunk, "tower": nn.Linear(4, 1)}))
+    assert str(report) == f"left alone  trunk  {kind}: fused already: mtlkernels' own"
+
+
+def test_hooks_and_forwards_of_instances() -> None:
+    model = rechub_ple(levels=2)
+    expert = model.cgc_layers[0].experts_specific[1]
+    expert.mlp[0].register_forward_hook(lambda *_: None)
+    gate = model.cgc_layers[1].gates_specific[0]
+    gate.forward = gate.forward
+    assert [line.detail for line in mk.convert(model).left_alone] == [
+        "experts_specific.1.mlp.0 has a hook, and would not be called",
+        "gates_specific.0 has a forward of its own, and would not be called",
+    ]
+
+
+class Mixed(torch.Tensor):
+    """A weight that knows how to multiply itself, twice as large as its numbers say, as quantized ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            x, weight, *rest = args
+            bias = rest[0] if rest else (kwargs or {}).get("bias")
+            return nn.functional.linear(x, 2 * weight.as_subclass(Tensor), bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """As torchao's ``quantize_`` does it: each linear layer gets another weight in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.weight = nn.Parameter(module.weight.detach().as_subclass(Mixed), requires_grad=False)
+    return model
+
+
+class Adapted(nn.Module):
+    """As peft's LoRA has it: in the place of a linear layer, which stays beneath."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x.sum(1, keepdim=True)
+
+
+class Noisy(nn.Linear):
+    """A subclass with a forward of its own, as those of quantization-aware training."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).round(decimals=1)
+
+
+def exchanged(model: nn.Module, change: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, change(child))
+    return model
+
+
+def noisy(layer: nn.Linear) -> nn.Module:
+    other = Noisy(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+def hooked_norm(model: nn.Module) -> nn.Module:
+    """The older weight norm makes its weight in a hook."""
+    for module in list(model.modules()):
+        if type(module) is nn.Linear:
+            nn.utils.weight_norm(module)
+            with torch.no_grad():
+                module.weight_g.mul_(1.5)  # type: ignore[operator]
+    return model
+
+
+def parametrized(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        if type(module) is nn.Linear:
+            nn.utils.parametrizations.weight_norm(module)
+            with torch.no_grad():
+                module.parametrizations.weight.original0.mul_(1.5)  # type: ignore[union-attr, operator]
+    return model
+
+
+CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "quantized": quantized,
+    "quantized by torch.ao": lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}),
+    "LoRA": lambda model: exchanged(model, Adapted),
+    "a subclass": lambda model: exchanged(model, noisy),
+    "weight norm by hooks": hooked_norm,
+    "weight norm": parametrized,
+}
+TRUNKS: dict[str, Callable[[], nn.Module]] = {
+    "MMoE": lambda: mk.nn.MMoE(WIDTH, 2, (6, 5), num_experts=3),
+    "MMoE with batch norm": lambda: mk.nn.MMoE(WIDTH, 2, (6, 5), num_experts=3, batch_norm=True),
+    "PLE": lambda: mk.nn.PLE(WIDTH, 2, (6, 5), num_specific=2, num_shared=1, gate_units=(4,)),
+    "SNR": lambda: mk.nn.SNR(WIDTH, 2, (6, 5), (3, 2)),
+}
+
+
+def plain(trunk: Any, x: Tensor) -> Any:
+    """A trunk's levels by the modules of their experts and gates."""
+    streams: Any = x
+    for level in trunk.levels if hasattr(trunk, "levels") else [trunk.level]:
+        streams = level._by_modules((streams,) if isinstance(streams, Tensor) else streams)
+    return streams
+
+
+# Older weight norm and torch.ao's quantization are deprecated, and still met.
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:torch.ao.*")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", TRUNKS)
+def test_trunks_whose_layers_change(name: str, change: str) -> None:
+    trunk = TRUNKS[name]().eval()
+    x = torch.randn(40, WIDTH)
+    before = trunk(x)
+    trunk = CHANGES[change](trunk)
+    found = trunk(x)
+    if name == "SNR":
+        level = trunk.levels[0]  # type: ignore[index, union-attr]
+        torch.testing.assert_close(list(level(x)), [expert(x) for expert in level.experts])  # type: ignore
+    else:
+        torch.testing.assert_close(found, plain(trunk, x))
+    assert not torch.allclose(found[0], before[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:torch.ao.*")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@torch.no_grad()
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_converted_models_whose_layers_change(change: str, first: bool) -> None:
+    """Before their conversion too: then it is left alone, or right."""
+    models = [fill(doubles.ExtractionNet(WIDTH, (12, 7), norm="batch")).eval() for _ in range(2)]
+    for rows in (3, 300):
+        streams = list(torch.randn(4, rows, WIDTH))
+        results = []
+        for i, model in enumerate(models):
+            if rows == 3:
+                if i and not first:
+                    assert mk.convert(model).replaced
+                models[i] = CHANGES[change](model)
+                if i and first:
+                    mk.convert(models[i])
+            results.append(models[i](streams[:-1], streams[-1]))
+        torch.testing.assert_close(results[1], results[0])
+
+
+def test_a_quantized_model_says_so() -> None:
+    (line,) = mk.convert(quantized(fill(doubles.MMoE_Layer(WIDTH, (12, 7))))).left_alone
+    assert line.detail == "a weight of class Mixed (experts.0.mlp.0)"
+
+
+def test_a_library_model_is_tried_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch-rechub's class, whose code was edited where it is installed."""
+    model = rechub_mmoe()
+    original = type(model).forward
+
+    def forward(self: Any, x: Any) -> Tensor:
+        y: Tensor = original(self, x)
+        return y * 0.5 if self.training else y
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    (line,) = mk.convert(model).left_alone
+    assert line.detail == "in training its outputs differ from those of its experts and gates"

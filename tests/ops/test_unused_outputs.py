@@ -1,0 +1,148 @@
+"""Where an output is not used, what it alone depends on keeps no gradient, as in modules called one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtlkernels as mk
+from mtlkernels.ops._linears import joint_linear
+from mtlkernels.ops.gated_mixture import mix_list
+
+ROUTING = mk.Routing.cgc(2, 2, 1, shared_gate=True)
+EXPERTS, GATES, STREAMS = ROUTING.num_experts, ROUTING.num_gates, ROUTING.num_inputs
+# The last one is FuxiCTR's last level, where nobody reads what the shared gate mixes.
+USED = [(0,), (1,), (2,), (0, 1)]
+# A gate that sees one shared expert only: with it unused, that expert still has gradients from the others.
+SHARED_ONLY = mk.Routing(ROUTING.expert_inputs, (*ROUTING.gate_experts[:2], (EXPERTS - 1,)))
+
+
+class Case:
+    """A level of one layer an expert, its tensors by name, and its outputs by plain PyTorch."""
+
+    def __init__(self, routing: mk.Routing, norm: bool, gate_weights: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+        self.routing, self.gate_weights = routing, gate_weights
+        self.norms = [nn.BatchNorm1d(4, dtype=torch.float64) for _ in range(EXPERTS)] if norm else None
+        self.tensors = {f"x {g}": random(6, 3) for g in range(STREAMS)}
+        self.tensors |= {f"weight {e}": random(4, 3) for e in range(EXPERTS)}
+        self.tensors |= {f"bias {e}": random(4) for e in range(EXPERTS)}
+        for k, seen in enumerate(routing.gate_experts):
+            self.tensors[f"gate {k}"] = random(len(seen), 3) if gate_weights else random(6, len(seen))
+        parameters = enumerate(self.norms or ())
+        self.tensors |= {f"{name} of norm {e}": p for e, norm in parameters for name, p in norm.named_parameters()}
+
+    def named(self, name: str, count: int) -> list[Tensor]:
+        return [self.tensors[f"{name} {i}"] for i in range(count)]
+
+    def plain(self) -> list[Tensor]:
+        x, gates = self.named("x", STREAMS), self.named("gate", GATES)
+        hidden = []
+        for e, (w, b) in enumerate(zip(self.named("weight", EXPERTS), self.named("bias", EXPERTS), strict=True)):
+            y = nn.functional.linear(x[self.routing.expert_inputs[e]], w, b)
+            hidden.append(torch.relu(y if self.norms is None else self.norms[e](y)))
+        logits = [x[k] @ gate.t() if self.gate_weights else gate for k, gate in enumerate(gates)]
+        return [
+            torch.einsum("be,beh->bh", z.softmax(1), torch.stack([hidden[e] for e in seen], 1))
+            for z, seen in zip(logits, self.routing.gate_experts, strict=True)
+        ]
+
+    def fused(self) -> tuple[Tensor, ...]:
+        gates = self.named("gate", GATES)
+        options: dict[str, Any] = {} if self.norms is None else {"norms": [self.norms]}
+        if self.gate_weights:
+            options["gate_weights"] = gates
+        weights, biases = [self.named("weight", EXPERTS)], [self.named("bias", EXPERTS)]
+        logits = None if self.gate_weights else gates
+        return mk.expert_mixture(self.named("x", STREAMS), weights, biases, logits, self.routing, **options)
+
+
+def gradients(outputs: Any, used: tuple[int, ...], tensors: dict[str, Tensor], twice: bool) -> dict[str, Any]:
+    loss = sum(outputs[k].pow(3).sum() for k in used)
+    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True, create_graph=twice)
+    return dict(zip(tensors, found, strict=True))
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert {name for name, g in found.items() if g is None} == {name for name, g in expected.items() if g is None}
+    for name, gradient in expected.items():
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("routing", [ROUTING, SHARED_ONLY], ids=["cgc", "shared only"])
+@pytest.mark.parametrize(("norm", "gate_weights"), [(False, False), (False, True), (True, False), (True, True)])
+def test_expert_mixture(
+    norm: bool, gate_weights: bool, routing: mk.Routing, used: tuple[int, ...], twice: bool, backend: str
+) -> None:
+    case = Case(routing, norm, gate_weights)
+    with mk.use_backend(backend):
+        found = gradients(case.fused(), used, case.tensors, twice)
+    assert_same(found, gradients(case.plain(), used, case.tensors, twice))
+
+
+def mixing() -> tuple[dict[str, Tensor], Callable[[], Any], Callable[[], Any]]:
+    case = Case(SHARED_ONLY, False, False)
+    experts = {f"expert {e}": torch.randn(6, 4, dtype=torch.float64).requires_grad_() for e in range(EXPERTS)}
+    logits = case.named("gate", GATES)
+    tensors = experts | {f"gate {k}": z for k, z in enumerate(logits)}
+
+    def plain() -> list[Tensor]:
+        each = list(experts.values())
+        return [
+            torch.einsum("be,beh->bh", z.softmax(1), torch.stack([each[e] for e in seen], 1))
+            for z, seen in zip(logits, SHARED_ONLY.gate_experts, strict=True)
+        ]
+
+    return tensors, plain, lambda: mix_list(list(experts.values()), logits, SHARED_ONLY)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("used", USED)
+def test_mixing_of_modules(used: tuple[int, ...], twice: bool) -> None:
+    tensors, plain, fused = mixing()
+    found, expected = (gradients(run(), used, tensors, twice) for run in (fused, plain))
+    assert_same(found, expected)
+    if twice:
+        again = []
+        for grads in (found, expected):
+            loss = sum(g.square().sum() for g in grads.values() if g is not None)
+            second = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+            again.append(dict(zip(tensors, second, strict=True)))
+        reached = {name for name, gradient in expected.items() if gradient is not None}
+        assert_same(*({name: grads[name] for name in reached} for grads in again))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("used", USED)
+def test_joint_gates(used: tuple[int, ...], biased: bool) -> None:
+    case = Case(ROUTING, False, True)
+    x, weights = case.tensors["x 0"], case.named("gate", GATES)
+    biases = [torch.randn(len(w), dtype=torch.float64).requires_grad_() for w in weights] if biased else []
+    tensors = (
+        {"x": x} | {f"weight {k}": w for k, w in enumerate(weights)} | {f"bias {k}": b for k, b in enumerate(biases)}
+    )
+    plain = [nn.functional.linear(x, w, biases[k] if biased else None) for k, w in enumerate(weights)]
+    found = gradients(joint_linear(x, weights, biases), used, tensors, False)
+    assert_same(found, gradients(plain, used, tensors, False))
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_trunk(batch_norm: bool) -> None:
+    """A task without a loss leaves its own experts and gate without gradients."""
+    trunk = mk.nn.PLE(5, 2, (4,), num_specific=2, num_shared=1, num_levels=2, gate_units=(3,), batch_norm=batch_norm)
+    trunk(torch.randn(7, 5))[0].square().sum().backward()
+    without = {name for name, p in trunk.named_parameters() if p.grad is None}
+    assert "levels.1.experts.2.linears.0.weight" in without
+    assert "levels.1.gates.1.1.weight" in without
+    assert all(p.grad is not None for name, p in trunk.named_parameters() if name.startswith("levels.0.experts"))
