@@ -54,7 +54,9 @@ MTLK_HOST_DEVICE inline void project_row(const double* gram, const double* scale
     const double square = scale[j] * gram[j * tasks + j] * scale[j];
     if (square == 0) continue;
     double inner = 0;
-    for (int k = 0; k < tasks; ++k) inner += row[k] * (scale[k] * gram[j * tasks + k] * scale[j]);
+    for (int k = 0; k < tasks; ++k) {  // a task that has no part in it must not make it NaN
+      if (row[k] != 0) inner += row[k] * (scale[k] * gram[j * tasks + k] * scale[j]);
+    }
     if (inner < 0) row[j] -= inner / (square + options.eps);
   }
   for (int k = 0; k < tasks; ++k) row[k] *= scale[k];

@@ -123,13 +123,10 @@ MTLK_INLINE Vector<C> activate_with_slope(Vector<C> x, Vector<C> slope, Vector<C
   return activate<Code, C>(x);
 }
 
-// From the activation's input where from_input says so, otherwise from its output.
+// Of the smooth activations, from their input where from_input says so, otherwise from their output.
 template <int Code, typename C>
 MTLK_INLINE Vector<C> derivative(Vector<C> s) {
-  const Vector<C> zero{};
   const Vector<C> one = broadcast(static_cast<C>(1));
-  if constexpr (Code == kRelu) return s > zero ? one : zero;
-  if constexpr (Code == kLeakyRelu) return s > zero ? one : broadcast(static_cast<C>(kLeakySlope));
   if constexpr (Code == kGelu) {
     const Vector<C> cdf = static_cast<C>(0.5) * (one + verf(s * static_cast<C>(0.70710678118654752440)));
     return cdf + s * vexp(s * s * static_cast<C>(-0.5)) * static_cast<C>(0.39894228040143267794);
@@ -139,8 +136,19 @@ MTLK_INLINE Vector<C> derivative(Vector<C> s) {
     return sigmoid * (one + s * (one - sigmoid));
   }
   if constexpr (Code == kTanh) return one - s * s;
-  if constexpr (Code == kSigmoid) return s * (one - s);
-  return one;
+  return s * (one - s);
+}
+
+// The gradient of the activation's input from that of its output; s as for its derivative. What is not finite goes the
+// way that it goes in PyTorch: relu chooses, so that nothing of the gradient comes through where the unit is off, and all
+// of it where s is NaN; the others multiply.
+template <int Code, typename C>
+MTLK_INLINE Vector<C> activation_gradient(Vector<C> grad, Vector<C> s) {
+  const Vector<C> zero{};
+  if constexpr (Code == kNone) return grad;
+  if constexpr (Code == kRelu) return s <= zero ? zero : grad;
+  if constexpr (Code == kLeakyRelu) return s > zero ? grad : grad * static_cast<C>(kLeakySlope);
+  return grad * derivative<Code, C>(s);
 }
 
 // Calls f with the code as a compile-time constant.

@@ -95,16 +95,13 @@ class PairProducts {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    if (add) {
-      _tile_loadd(0, out, ld * sizeof(float));
-      if constexpr (Both) _tile_loadd(2, out + kGroup * ld, ld * sizeof(float));
-    }
     Fetcher fetcher(ahead, steps);
-    for (int64_t k = 0; k < steps; ++k, b += b_step) {
+    for (int64_t k = 0; k < steps; ++k) {
       fetcher.step();
-      _tile_loadd(5, b, 64);
-      _tile_loadd(6, b + kPairTile, 64);
-      if constexpr (Planes == 3) _tile_loadd(7, b + 2 * kPairTile, 64);
+      const BFloat16* right = b + k * b_step;
+      _tile_loadd(5, right, 64);
+      _tile_loadd(6, right + kPairTile, 64);
+      if constexpr (Planes == 3) _tile_loadd(7, right + 2 * kPairTile, 64);
       const BFloat16* first = a.first + k * a.step;
       _tile_loadd(4, first, 64);
       _tile_dpbf16ps(0, 4, 5);
@@ -131,20 +128,14 @@ class PairProducts {
         _tile_dpbf16ps(3, 4, 5);
       }
     }
-    alignas(64) float rest[kGroup * kGroup];
-    const auto store_sum = [&](float* place) {
-      for (int64_t i = 0; i < kGroup; ++i) {
-        const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(place + i * ld), _mm512_load_ps(rest + i * kGroup));
-        _mm512_storeu_ps(place + i * ld, sum);
-      }
-    };
-    _tile_stored(0, out, ld * sizeof(float));
+    __m512 lead[kGroup], rest[kGroup];
+    _tile_stored(0, lead, kGroup * sizeof(float));
     _tile_stored(1, rest, kGroup * sizeof(float));
-    store_sum(out);
+    store_sums<Planes, kGroup>(a.first, a.step, b, b_step, steps, lead, rest, out, ld, add);
     if constexpr (!Both) return;
-    _tile_stored(2, out + kGroup * ld, ld * sizeof(float));
+    _tile_stored(2, lead, kGroup * sizeof(float));
     _tile_stored(3, rest, kGroup * sizeof(float));
-    store_sum(out + kGroup * ld);
+    store_sums<Planes, kGroup>(a.second, a.step, b, b_step, steps, lead, rest, out + kGroup * ld, ld, add);
   }
 };
 

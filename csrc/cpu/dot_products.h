@@ -49,11 +49,21 @@ class PairProducts {
         }
       }
     }
-    for (int64_t i = 0; i < kRows; ++i) {
-      for (int t = 0; t < Tiles; ++t) {
-        float* place = (t == 0 ? out0 : out1) + i * ld;
-        const __m512 sum = Planes == 1 ? sums[i][t] : _mm512_add_ps(sums[i][t], rest[i][t]);
-        _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sum) : sum);
+    for (int t = 0; t < Tiles; ++t) {
+      float* const out = t == 0 ? out0 : out1;
+      if constexpr (Planes > 1) {
+        __m512 lead[kRows], small[kRows];
+        for (int64_t i = 0; i < kRows; ++i) {
+          lead[i] = sums[i][t];
+          small[i] = rest[i][t];
+        }
+        const BFloat16* tile = t == 0 ? b.first : b.second;
+        store_sums<Planes, kRows>(a - steps * a_step, a_step, tile, b.step, steps, lead, small, out, ld, add);
+        continue;
+      }
+      for (int64_t i = 0; i < kRows; ++i) {
+        float* place = out + i * ld;
+        _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sums[i][t]) : sums[i][t]);
       }
     }
   }

@@ -223,6 +223,7 @@ class BackwardBlock {
         for (int64_t g = g0; g < g0 + ng; ++g) {
           bias_activation<T, C>(from_input(code) ? static_cast<int>(kNone) : code, s_.tile + (g - g0) * tile_group,
                                 bias ? bias + o : nullptr, n, s_.kept + (g * width + o) * kGroup, nullptr);
+          clear_absent(group_rows(g), n, s_.kept + (g * width + o) * kGroup);
         }
       }
     }
@@ -243,7 +244,7 @@ class BackwardBlock {
       start_panels(l - 1);
       multiply_below<Engine>(
           level_, l, e, panels(l), groups_, s_.tile,
-          [&](int64_t g, int64_t o, int64_t n, const C* tile) { hidden_gradients(l - 1, g, o, n, tile); });
+          [&](int64_t g, int64_t o, int64_t n, C* tile) { hidden_gradients(l - 1, g, o, n, tile); });
     }
     if (!args_.grad_inputs) return;
     add_to_stream<Engine>(level_, e, panels(0), groups_, stream_, !fresh_);
@@ -257,7 +258,8 @@ class BackwardBlock {
 
   // The gradients of n pre-activations from those of their activations. What the derivative follows from lies in
   // s_.kept or s_.input.
-  void hidden_gradients(int l, int64_t g, int64_t o, int64_t n, const C* grad) {
+  void hidden_gradients(int l, int64_t g, int64_t o, int64_t n, C* grad) {
+    clear_absent(group_rows(g), n, grad);  // where an infinite weight has made NaN of their zeros
     const int64_t width = level_.widths[l + 1], size = Engine::panel_size(width);
     with_activation(level_.activations[l], [&](auto constant) {
       constexpr int kCode = decltype(constant)::value;
@@ -265,7 +267,7 @@ class BackwardBlock {
       const Element* const panel = s_.input + g * size;
       Engine::store_gradients(panels(l) + g * size, gradients(l), width, g, o, n, [&](int64_t i, int j) {
         const Vector<C> s = from_input(kCode) ? load(kept + i * kGroup + j) : Engine::load_panel(panel, o + i, j);
-        return load(grad + i * kGroup + j) * derivative<kCode, C>(s);
+        return activation_gradient<kCode, C>(load(grad + i * kGroup + j), s);
       });
     });
   }
@@ -292,7 +294,7 @@ class BackwardBlock {
     with_activation(code, [&](auto constant) {
       Engine::store_gradients(panels(l) + g * size, gradients(l), features(), g, 0, features(), [&](int64_t i, int j) {
         const int64_t at = i * kGroup + j;
-        return load(s_.whole + at) * derivative<decltype(constant)::value, C>(load(kept + at));
+        return activation_gradient<decltype(constant)::value, C>(load(s_.whole + at), load(kept + at));
       });
     });
   }

@@ -162,7 +162,7 @@ class TinyBackward {
     load_kept(last, e);
     mix_back(e, inner);
     if (!args_.need_chain()) return;
-    times_derivative(last);
+    through_activation(last);
     for (int l = last; l >= 0; --l) {
       const int64_t width = level_.widths[l], outputs = level_.widths[l + 1];
       const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
@@ -188,7 +188,7 @@ class TinyBackward {
       if (l > 0) std::memset(into, 0, kTinyRows * widest_ * sizeof(C));
       add_transposed_rows<T, C>(rows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, gradient,
                                 widest_, outputs, into, ld);
-      if (l > 0) times_derivative(l - 1);
+      if (l > 0) through_activation(l - 1);
     }
   }
 
@@ -223,14 +223,17 @@ class TinyBackward {
     }
   }
 
-  // Of layer l, from kept_.
-  void times_derivative(int l) {
+  // From the gradient of layer l's activation that of its input, in its place, by kept_.
+  void through_activation(int l) {
     C* gradient = gradient_[l % 2];
+    const int64_t size = rows_ * widest_;
     with_activation(level_.activations[l], [&](auto constant) {
-      for (int64_t i = 0; i < kTinyRows * widest_; i += Simd<C>::lanes) {
-        store(gradient + i, load(gradient + i) * derivative<decltype(constant)::value, C>(load(kept_ + i)));
+      for (int64_t i = 0; i < size; i += Simd<C>::lanes) {
+        store(gradient + i, activation_gradient<decltype(constant)::value, C>(load(gradient + i), load(kept_ + i)));
       }
     });
+    // An infinite weight makes NaN of the zeros of rows that are not there, and these are summed as well.
+    std::memset(gradient + size, 0, (kTinyRows * widest_ - size) * sizeof(C));
   }
 
   const BackwardArgs& args_;

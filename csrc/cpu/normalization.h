@@ -100,7 +100,7 @@ class LayerReader {
           store(out + i * kGroup + j, x * f + s);
         }
       }
-      return out;
+      return present(nrows, n, out, centred);
     }
     C mean[kGroup], rstd[kGroup];
     copy_rows(layer_.mean, row, nrows, mean);
@@ -113,7 +113,7 @@ class LayerReader {
         store(out + i * kGroup + j, x * factor[i] + shift[i]);
       }
     }
-    return out;
+    return present(nrows, n, out, centred);
   }
 
   // values(i, j) of the activation of normalised values, with dropout where `kept` is not null: given to f.
@@ -157,6 +157,13 @@ class LayerReader {
   }
 
  private:
+  // Rows that are not there must be finite, as they are multiplied by the zeros of their gradients.
+  static const C* present(int64_t nrows, int64_t n, C* out, C* centred) {
+    clear_absent(nrows, n, out);
+    if (centred) clear_absent(nrows, n, centred);
+    return out;
+  }
+
   const NormLayer& layer_;
   const int64_t rows_, width_, expert_;
   const int code_;

@@ -202,6 +202,7 @@ class NormalizedBackward {
   void normalized_values(const LayerReader<T>& reader, int e, int64_t g, int64_t o, int64_t n, C* grad, const C* values,
                          const uint16_t* kept) {
     const C by = reader.scale();
+    clear_absent(group_rows(g), n, grad);  // where an infinite weight has made NaN of their zeros
     for (int64_t i = 0; kept && i < n; ++i) {
       for (int j = 0; j < kGroup; j += L) {
         store(grad + i * kGroup + j, kept_lanes<C>(load(grad + i * kGroup + j), kept[i] >> j, by));
@@ -214,7 +215,7 @@ class NormalizedBackward {
     } else {
       with_activation(reader.code(), [&](auto constant) {
         for (int64_t v = 0; v < n * kGroup; v += L) {
-          store(grad + v, load(grad + v) * derivative_of_input<decltype(constant)::value, C>(load(values + v)));
+          store(grad + v, gradient_by_input<decltype(constant)::value, C>(load(grad + v), load(values + v)));
         }
       });
     }
@@ -232,9 +233,9 @@ class NormalizedBackward {
   int reader_layer(const LayerReader<T>& reader) const { return static_cast<int>(&reader.layer() - args_.layers); }
 
   template <int Code, typename V>
-  static MTLK_INLINE Vector<V> derivative_of_input(Vector<V> x) {
-    if constexpr (Code == kTanh || Code == kSigmoid) return derivative<Code, V>(activate<Code, V>(x));
-    return derivative<Code, V>(x);
+  static MTLK_INLINE Vector<V> gradient_by_input(Vector<V> grad, Vector<V> x) {
+    if constexpr (Code == kTanh || Code == kSigmoid) x = activate<Code, V>(x);
+    return activation_gradient<Code, V>(grad, x);
   }
 
   void sum_rows(const LayerReader<T>& reader, int64_t g, int64_t o, int64_t n, const C* grad) {

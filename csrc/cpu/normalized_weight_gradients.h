@@ -36,13 +36,28 @@ class NormalizedWeightGradients {
       make_operand(chunk, e, column, n, s.operand);
       weight_columns<Engine>(args_, chunk, l_, at, column, n, gradient, s.operand, Engine::rounded(n), 0, s.sums);
     }
-    if (args_.need_biases && column == 0 && args_.layers[l_].norm != kBatchNorm) {
-      whole_bias<Engine>(args_, chunk, l_, at, gradient);
+    if (args_.need_biases && column == 0) {
+      if (args_.layers[l_].norm == kBatchNorm) {
+        unmoved_bias(at, e);
+      } else {
+        whole_bias<Engine>(args_, chunk, l_, at, gradient);
+      }
     }
   }
 
  private:
   static constexpr int L = Simd<C>::lanes;
+
+  // A constant does not move what a batch norm gives: zeros, and NaN where the gradients of the channel are.
+  void unmoved_bias(int64_t at, int e) const {
+    const NormLayer& layer = args_.layers[l_];
+    const C* const slope = static_cast<const C*>(layer.slope) + e * layer.ld;
+    const C* const level = static_cast<const C*>(layer.level) + e * layer.ld;
+    const C zero = 0;
+    for (int64_t o = 0; o < level_.widths[l_ + 1]; ++o) {
+      from_compute(slope[o] * zero + level[o] * zero, static_cast<T*>(args_.grad_biases[at]) + o);
+    }
+  }
 
   void make_operand(const BackwardChunk& chunk, int e, int64_t column, int64_t n, Operand* out) const {
     if (l_ == 0) {

@@ -318,15 +318,26 @@ struct PairEngine {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
 
-  // value = the sum of the planes. Behind an infinite leading plane the others are zero, so that its sign survives.
+  // value = the sum of the planes. Behind an infinite leading plane the others are zero, so that its sign survives; a finite
+  // number that would round to it is cut.
   static void split(__m512 value, __m256i* planes) {
     planes[0] = (__m256i)_mm512_cvtneps_pbh(value);
     for (int p = 1; p < kPlanes; ++p) {
-      const __m512 taken = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(planes[p - 1]), 16));
-      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+      __m512 taken = plane_values(planes[p - 1]);
+      __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+      if (kPlanes == 3 && p == 1 && __builtin_expect(finite != 0xffff, 0)) {
+        const __m512i cut = _mm512_srli_epi32(_mm512_castps_si512(value), 16);
+        planes[0] = _mm512_mask_cvtepi32_epi16(planes[0], static_cast<__mmask16>(~finite), cut);
+        taken = plane_values(planes[0]);
+        finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+      }
       value = _mm512_maskz_sub_ps(finite, value, taken);
       planes[p] = (__m256i)_mm512_cvtneps_pbh(value);
     }
+  }
+
+  static __m512 plane_values(__m256i plane) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(plane), 16));
   }
 
   // Up to 16 rows of up to 32 values into planes [16][32], zeros in the margins.

@@ -18,5 +18,53 @@ struct PairFactor {
   bool both;
 };
 
+// out[i][16] = the product of a tile row by row, by multiply-adds of the numbers that the planes stand for. Where a factor
+// is infinite, products of single planes may have either sign, and add up to NaN where their sum is an infinity.
+template <int Planes, int Rows>
+__attribute__((noinline, cold)) void product_of_whole_numbers(const BFloat16* a, int64_t a_step, const BFloat16* b,
+                                                              int64_t b_step, int64_t steps, float* out) {
+  __m512 sums[Rows] = {};
+  for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
+    for (int64_t pair = 0; pair < kPairStep / 2; ++pair) {
+      __m512 even = _mm512_setzero_ps(), odd = even;
+      for (int p = Planes - 1; p >= 0; --p) {
+        const __m512i both = _mm512_loadu_si512(b + p * kPairTile + pair * 2 * kGroup);
+        even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
+        odd = _mm512_add_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000u))));
+      }
+      for (int i = 0; i < Rows; ++i) {
+        float left[2] = {};
+        for (int p = Planes - 1; p >= 0; --p) {
+          for (int j = 0; j < 2; ++j) left[j] += to_compute(a[p * kPairTile + i * kPairStep + pair * 2 + j]);
+        }
+        sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(left[0]), even, sums[i]);
+        sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(left[1]), odd, sums[i]);
+      }
+    }
+  }
+  for (int i = 0; i < Rows; ++i) _mm512_storeu_ps(out + i * kGroup, sums[i]);
+}
+
+// out = lead + rest, on top of what is there if `add`: sums of products of planes for Rows rows of a and a tile of b.
+template <int Planes, int Rows>
+MTLK_INLINE void store_sums(const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, int64_t steps,
+                            const __m512* lead, const __m512* rest, float* out, int64_t ld, bool add) {
+  __m512 sums[Rows];
+  __mmask16 unordered = 0;
+  for (int i = 0; i < Rows; ++i) sums[i] = _mm512_add_ps(lead[i], rest[i]);
+  for (int i = 0; i < Rows; i += 2) {
+    unordered = static_cast<__mmask16>(unordered | _mm512_cmp_ps_mask(sums[i], sums[i + 1], _CMP_UNORD_Q));
+  }
+  if (__builtin_expect(unordered != 0, 0)) {
+    alignas(64) float whole[Rows * kGroup];
+    product_of_whole_numbers<Planes, Rows>(a, a_step, b, b_step, steps, whole);
+    for (int i = 0; i < Rows; ++i) sums[i] = _mm512_load_ps(whole + i * kGroup);
+  }
+  for (int i = 0; i < Rows; ++i) {
+    float* place = out + i * ld;
+    _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sums[i]) : sums[i]);
+  }
+}
+
 }  // namespace MTLK_ISA
 }  // namespace mtlk

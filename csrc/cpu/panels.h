@@ -129,6 +129,13 @@ void pack_panel(const T* rows, int64_t ld, int64_t nrows, int64_t features, C* p
   }
 }
 
+// Zeroes the rows of a plain panel that are not there.
+template <typename C>
+void clear_absent(int64_t nrows, int64_t features, C* panel) {
+  if (nrows == kGroup) return;
+  for (int64_t i = 0; i < features; ++i) std::memset(panel + i * kGroup + nrows, 0, (kGroup - nrows) * sizeof(C));
+}
+
 // A plain panel back to rows.
 template <typename T, typename C>
 void unpack_panel(const C* panel, int64_t features, T* rows, int64_t ld, int64_t nrows) {

@@ -154,19 +154,21 @@ struct LaneBits {
   }
 };
 
-// x * scale in the lanes whose bits are set, zero in the others.
+// x * scale in the lanes whose bits are set, x * 0 in the others: like PyTorch's, dropout lets NaN through, and makes it of
+// an infinity.
 template <typename C>
 MTLK_INLINE Vector<C> kept_lanes(Vector<C> x, uint32_t bits, C scale) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(C) == 4) {
-    return (Vector<C>)_mm512_maskz_mul_ps(static_cast<__mmask16>(bits), (__m512)x, _mm512_set1_ps(scale));
+    return x * (Vector<C>)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), _mm512_set1_ps(scale));
   } else {
-    return (Vector<C>)_mm512_maskz_mul_pd(static_cast<__mmask8>(bits), (__m512d)x, _mm512_set1_pd(scale));
+    return x * (Vector<C>)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), _mm512_set1_pd(scale));
   }
 #else
   using Int = typename IntOf<sizeof(C)>::type;
   using Lanes = LaneBits<Int>;
-  return (Vector<C>)((typename Lanes::Vector)(x * scale) & ((Lanes::lanes() & static_cast<Int>(bits)) != 0));
+  const auto kept = (Lanes::lanes() & static_cast<Int>(bits)) != 0;
+  return x * (Vector<C>)((typename Lanes::Vector)(scale - Vector<C>{}) & kept);
 #endif
 }
 

@@ -41,7 +41,7 @@ void dice_gradient(const LayerReader<T>& reader, int64_t row, int64_t nrows, con
     const auto parts = [&](int64_t i, auto f) {
       const Vector<C> x = load(values + i * kGroup + j), dy = load(grad + i * kGroup + j), slope = reader.slope(i);
       const Vector<C> u = (x - mean) * rate, p = activate<kSigmoid, C>(u), closed = dy * x * (one - p);
-      f(closed, dy * (p + (one - p) * slope), u, closed * (one - slope) * p);
+      f(closed, dy * (p + (one - p) * slope), u, (closed - closed * slope) * p);
     };
     Vector<C> sum{}, product{};
     for (int64_t i = 0; i < width; ++i) {

@@ -57,23 +57,27 @@ def activate(x, CODE: tl.constexpr):
 
 
 @triton.jit
-def derivative(saved, CODE: tl.constexpr):
-    """The derivative, from the activation's input for gelu and silu, otherwise from its output."""
+def activation_gradient(grad, saved, CODE: tl.constexpr):
+    """From the gradient of the activation that of its input; ``saved`` is the input of gelu and silu, else the output.
+
+    relu chooses, so that what is not finite does not pass where the unit is off, and all passes where ``saved`` is NaN;
+    the others multiply, as in PyTorch.
+    """
     if CODE == 1:
-        saved = tl.where(saved > 0.0, 1.0, 0.0)
+        grad = tl.where(saved <= 0.0, 0.0, grad)
     elif CODE == 2:
-        saved = tl.where(saved > 0.0, 1.0, 0.01)
+        grad = tl.where(saved > 0.0, grad, 0.01 * grad)
     elif CODE == 3:
         cdf = 0.5 * (1.0 + tl.math.erf(saved * 0.7071067811865476))
-        saved = cdf + saved * tl.exp(-0.5 * saved * saved) * 0.3989422804014327
+        grad = grad * (cdf + saved * tl.exp(-0.5 * saved * saved) * 0.3989422804014327)
     elif CODE == 4:
         s = 1.0 / (1.0 + tl.exp(-saved))
-        saved = s * (1.0 + saved * (1.0 - s))
+        grad = grad * (s * (1.0 + saved * (1.0 - s)))
     elif CODE == 5:
-        saved = 1.0 - saved * saved
+        grad = grad * (1.0 - saved * saved)
     elif CODE == 6:
-        saved = saved * (1.0 - saved)
-    return saved
+        grad = grad * (saved * (1.0 - saved))
+    return grad
 
 
 @triton.jit

@@ -69,20 +69,33 @@ def gradients_with_slopes(code: int, grad: Tensor, x: Tensor, slopes: Any, eps: 
     u, factor = _dice_input(x, eps)
     p = torch.sigmoid(u)
     # u's gradient; u has mean 0 and a fixed length but for eps, so what would change these is taken out.
-    w = grad * x * (1 - slopes) * p * (1 - p)
+    w = (grad * x - grad * x * slopes) * p * (1 - p)
     through = factor * (w - w.mean(-1, keepdim=True) - u * (w * u).sum(-1, keepdim=True))
     return grad * (p + (1 - p) * slopes) + through, grad * x * (1 - p)
 
 
-def derivative(code: int, saved: Tensor) -> Tensor:
-    """The derivative, from the activation's input where :func:`from_input` says so, otherwise from its output."""
+def gradient(code: int, grad: Tensor, saved: Tensor) -> Tensor:
+    """From the gradient of :func:`activate` that of its input.
+
+    Args:
+        code: of an activation without slopes.
+        grad: the gradient of the output.
+        saved: the activation's input where :func:`from_input` says so, otherwise its output.
+
+    What is not finite goes the way that it goes in PyTorch: relu chooses (a NaN or an infinity in ``grad`` stays behind
+    where the unit is off, and ``grad`` passes where ``saved`` is NaN), the others multiply.
+    """
     name = ACTIVATIONS[code]
     if name == "none":
-        return torch.ones_like(saved)
+        return grad
     if name == "relu":
-        return (saved > 0).to(saved.dtype)
+        return torch.where(saved <= 0, 0, grad)
     if name == "leaky_relu":
-        return torch.where(saved > 0, torch.ones_like(saved), LEAKY_SLOPE)
+        return torch.where(saved > 0, grad, grad * LEAKY_SLOPE)
+    return grad * _derivative(name, saved)
+
+
+def _derivative(name: str, saved: Tensor) -> Tensor:
     if name == "gelu":
         cdf = 0.5 * (1 + torch.erf(saved * math.sqrt(0.5)))
         return cdf + saved * torch.exp(-0.5 * saved * saved) / math.sqrt(2 * math.pi)

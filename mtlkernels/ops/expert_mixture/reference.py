@@ -79,7 +79,7 @@ def backward(
         grad = grad_experts[0][:, e]
         for layer in reversed(range(num_layers)):
             at = layer * num_experts + e
-            grad = grad * act.derivative(activations[layer], saved[layer][e])
+            grad = act.gradient(activations[layer], grad, saved[layer][e])
             below = after[layer - 1][e] if layer else inputs[stream]
             if need_weights:
                 grad_weights[at] = grad.t() @ below

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
     activate,
-    derivative,
+    activation_gradient,
     parts_to_add,
     pointer,
     product,
@@ -175,7 +175,7 @@ def input_gradient(
     if CODE or ACTIVATED:
         saved = tl.load(pointer(table, kept + group, DTYPE, ALIGNED) + corner + offsets, mask=mask, other=0.0)
         saved = saved.to(tl.float32)
-        acc = acc * derivative(saved, CODE)
+        acc = activation_gradient(acc, saved, CODE)
         if ACTIVATED:
             out = pointer(table, activated + group, DTYPE, ALIGNED) + corner
             tl.store(out + offsets, activate(saved, CODE).to(DTYPE), mask=mask)

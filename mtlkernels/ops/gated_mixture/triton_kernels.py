@@ -12,7 +12,7 @@ import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
     activate,
-    derivative,
+    activation_gradient,
     gate_logits,
     pointer,
     probability,
@@ -163,7 +163,7 @@ def mix_backward(
                     weight = tl.load(weights + member * stride, mask=inside, other=0.0)
                     grad += weight[:, None] * dy
             if NEED_EXPERTS:
-                grad = grad * derivative(kept, CODE) if CODE else grad
+                grad = activation_gradient(grad, kept, CODE)
                 tl.store(grads + e * grad_expert_stride + columns[None, :], grad.to(DTYPE), mask=mask)
 
     if NEED_LOGITS:

@@ -205,7 +205,7 @@ def backward(
             grad_slopes[at] = elements.sum(1).unbind(0)
         else:
             kept = layer.normalized if act.from_input(activations[i]) else layer.activated
-            g = g * act.derivative(activations[i], kept)
+            g = act.gradient(activations[i], g, kept)
         if stat is not None:
             s = layer.standardized
             grad_scales[at], grad_shifts[at] = (g * s).sum(1).unbind(0), g.sum(1).unbind(0)
@@ -216,8 +216,8 @@ def backward(
         below = layers[i - 1].hidden if i else [inputs[stream] for stream in expert_inputs]
         if need_weights:
             grad_weights[at] = [dz[e].t() @ below[e] for e in range(experts)]
-        if need_biases:  # a constant does not move what a batch norm gives
-            grad_biases[at] = [dz.new_zeros(dz.shape[2:]) if norm == BATCH_NORM else part.sum(0) for part in dz]
+        if need_biases:  # a constant does not move what a batch norm gives; a NaN stays
+            grad_biases[at] = [part.sum(0) * 0 if norm == BATCH_NORM else part.sum(0) for part in dz]
         if i or need_inputs:
             grad = torch.stack([dz[e] @ weight for e, weight in enumerate(weights[at])])
     grad_inputs = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs] if need_inputs else []

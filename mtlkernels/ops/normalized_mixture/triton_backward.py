@@ -120,10 +120,10 @@ def backward(
     if need_weights or need_biases:
         runs.append(parameters_gradient(level, table, at_grads, read, grad_weights, grad_biases))
     execute(table, x, runs)
-    # A constant does not move what a batch norm gives.
+    # A constant does not move what a batch norm gives; a NaN stays.
     unmoved = [grad for i, grad in enumerate(grad_biases) if norms[i // num_experts] == 1]
     if unmoved:
-        torch._foreach_zero_(unmoved)
+        torch._foreach_mul_(unmoved, 0.0)
     grad_shifts, grad_scales, grad_slopes = (
         [grad.to(p.dtype) for grad, p in zip(grads, parts, strict=True) if grad is not None and p is not None]
         for grads, parts in zip(found, (shifts, scales, slopes), strict=True)

@@ -143,7 +143,7 @@ def dice_gradient_rows(
         if DROPS:
             start = tl.zeros((), tl.int64) + k
             stays = kept(table, seed, layer, e, first, start, threshold, ROWS, COLUMNS)
-            grad = tl.where(stays, grad * factor, 0.0)
+            grad = grad * tl.where(stays, factor, 0.0)
         _, x = normalized(z, table, norm, e, num_experts, k + columns, there, of_norm, eps, SCALES, NORM, COLUMNS)
         slope = slopes_of(table, norm, e, num_experts, k + columns, there, SCALES, COLUMNS)
         u, _, _, w = dice_gradient(grad, x, slope[None, :], there, of_dice)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mtlkernels.ops._triton_functions import activate, derivative, pointer
+from mtlkernels.ops._triton_functions import activate, activation_gradient, pointer
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def dice_gradient(grad, x, slope, inside, of_dice):
     """Dice's ``u`` and ``p``; from the gradient of its output those of its slope at each value, and of ``u``."""
     u, p = dice_gate(x, inside, of_dice)
     slopes = grad * x * (1.0 - p)
-    return u, p, slopes, slopes * p * (1.0 - slope)
+    return u, p, slopes, (slopes - slopes * slope) * p
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def hidden(
         z = activate(z, CODE)
     if DROPS:
         mask = kept(table, seed, layer, e, first, first_column, threshold, ROWS, COLUMNS)
-        z = tl.where(mask, z * factor, 0.0)
+        z = z * tl.where(mask, factor, 0.0)
     return z
 
 
@@ -223,7 +223,7 @@ def norm_gradient(
     s, z = normalized(z, table, norm, e, num_experts, columns, inside, of_norm, eps, SCALES, NORM, COLUMNS)
     if DROPS:
         mask = kept(table, seed, layer, e, first, first_column, threshold, ROWS, COLUMNS)
-        grad = tl.where(mask, grad * factor, 0.0)
+        grad = grad * tl.where(mask, factor, 0.0)
     slopes = grad
     if CODE == 7:
         slope = slopes_of(table, norm, e, num_experts, columns, inside, SCALES, COLUMNS)[None, :]
@@ -235,5 +235,5 @@ def norm_gradient(
         through = of_dice[1][:, None] * (w - of_dice[2][:, None] - u * of_dice[3][:, None])
         grad = grad * (p + (1.0 - p) * slope) + through
     elif CODE:
-        grad = grad * derivative(z if FROM_INPUT else activate(z, CODE), CODE)
+        grad = activation_gradient(grad, z if FROM_INPUT else activate(z, CODE), CODE)
     return grad, s, slopes

@@ -82,13 +82,14 @@ def _project(rows: Tensor, gram: Tensor, others: Tensor, include_self: bool, eps
     valid = (others >= 0) & (others < num_tasks)
     others = torch.where(valid, others, 0)
     square = gram.diagonal()[others]
-    inner = (rows * gram[others]).sum(1)
+    inner = torch.where(rows != 0, rows * gram[others], 0).sum(1)  # who has no part in it must not make it NaN
     applies = (inner < 0) & (square != 0)
     if not include_self:
         applies = applies & (others != torch.arange(num_tasks, device=gram.device))
     step = torch.where(applies, inner / torch.where(square + eps == 0, 1, square + eps), 0)
     step = torch.where(valid, step, torch.nan)
-    return rows - step.unsqueeze(1) * torch.nn.functional.one_hot(others, num_tasks)
+    taken = others.unsqueeze(1) == torch.arange(num_tasks, device=gram.device)
+    return rows - torch.where(taken | ~valid.unsqueeze(1), step.unsqueeze(1), 0)
 
 
 def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:

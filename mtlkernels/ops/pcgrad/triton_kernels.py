@@ -68,14 +68,14 @@ def project_tasks(
         original = tl.load(gram + other[:, None] * num_tasks + k[None, :], mask=inside, other=0.0)
         scaled = tl.sum(tl.where(hot, scale[None, :], 0.0), 1)[:, None] * original * scale[None, :]
         denominator = tl.sum(tl.where(hot, scaled, 0.0), 1)
-        inner = tl.sum(taken * scaled, 1)
+        inner = tl.sum(tl.where(taken != 0.0, taken * scaled, 0.0), 1)  # who has no part in it must not make it NaN
         applies = (inner < 0.0) & (denominator != 0.0)
         if not INCLUDE_SELF:
             applies = applies & (other != i)
         denominator += eps.to(tl.int64).to(tl.float64, bitcast=True)
         factor = tl.where(applies, inner / tl.where(denominator == 0.0, 1.0, denominator), 0.0)
         factor = tl.where(valid, factor, float("nan"))
-        taken -= factor[:, None] * hot.to(tl.float64)
+        taken -= tl.where(hot | (valid == 0)[:, None], factor[:, None], 0.0)
     taken = tl.where(inside, taken * scale[None, :], 0.0)
     tl.store(rows + i[:, None] * num_tasks + k[None, :], taken, mask=inside)
     total = tl.sum(taken, 0)
