@@ -140,8 +140,8 @@ MTLK_INLINE Vector<C> derivative(Vector<C> s) {
 }
 
 // The gradient of the activation's input from that of its output; s as for its derivative. What is not finite goes the
-// way that it goes in PyTorch: relu chooses, so that nothing of the gradient comes through where the unit is off, and all
-// of it where s is NaN; the others multiply.
+// way that it goes in PyTorch: relu chooses, so that nothing of the gradient comes through where the unit is off, and
+// all of it where s is NaN; the others multiply.
 template <int Code, typename C>
 MTLK_INLINE Vector<C> activation_gradient(Vector<C> grad, Vector<C> s) {
   const Vector<C> zero{};

@@ -242,9 +242,8 @@ class BackwardBlock {
         load_input(l - 1, e);
       }
       start_panels(l - 1);
-      multiply_below<Engine>(
-          level_, l, e, panels(l), groups_, s_.tile,
-          [&](int64_t g, int64_t o, int64_t n, C* tile) { hidden_gradients(l - 1, g, o, n, tile); });
+      multiply_below<Engine>(level_, l, e, panels(l), groups_, s_.tile,
+                             [&](int64_t g, int64_t o, int64_t n, C* tile) { hidden_gradients(l - 1, g, o, n, tile); });
     }
     if (!args_.grad_inputs) return;
     add_to_stream<Engine>(level_, e, panels(0), groups_, stream_, !fresh_);

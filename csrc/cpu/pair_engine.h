@@ -5,9 +5,9 @@
 // before: three planes hold all 24 bits of a float32, two those of a float16. A product of split numbers keeps the
 // terms up to the last plane's weight, six for float32: what is dropped is below its rounding error, as is the error of
 // the sum, whose leading terms have an accumulator of their own. On a processor with AMX that is about twice as fast as
-// float32 multiply-adds. A tile with a NaN, which products of an infinity and a plane of the other sign leave, is computed
-// again from whole numbers. A limit: beneath 2^-110 or so, where the last plane leaves bfloat16's normal range, precision
-// falls off.
+// float32 multiply-adds. A tile with a NaN, which products of an infinity and a plane of the other sign leave, is
+// computed again from whole numbers. A limit: beneath 2^-110 or so, where the last plane leaves bfloat16's normal
+// range, precision falls off.
 #pragma once
 
 #include "expert_mixture_args.h"
@@ -319,8 +319,8 @@ struct PairEngine {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
 
-  // value = the sum of the planes. Behind an infinite leading plane the others are zero, so that its sign survives; a finite
-  // number that would round to it is cut.
+  // value = the sum of the planes. Behind an infinite leading plane the others are zero, so that its sign survives; a
+  // finite number that would round to it is cut.
   static void split(__m512 value, __m256i* planes) {
     planes[0] = (__m256i)_mm512_cvtneps_pbh(value);
     for (int p = 1; p < kPlanes; ++p) {

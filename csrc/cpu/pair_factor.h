@@ -18,8 +18,8 @@ struct PairFactor {
   bool both;
 };
 
-// out[i][16] = the product of a tile row by row, by multiply-adds of the numbers that the planes stand for. Where a factor
-// is infinite, products of single planes may have either sign, and add up to NaN where their sum is an infinity.
+// out[i][16] = the product of a tile row by row, by multiply-adds of the numbers that the planes stand for. Where a
+// factor is infinite, products of single planes may have either sign, and add up to NaN where their sum is an infinity.
 template <int Planes, int Rows>
 __attribute__((noinline, cold)) void product_of_whole_numbers(const BFloat16* a, int64_t a_step, const BFloat16* b,
                                                               int64_t b_step, int64_t steps, float* out) {

@@ -154,8 +154,8 @@ struct LaneBits {
   }
 };
 
-// x * scale in the lanes whose bits are set, x * 0 in the others: like PyTorch's, dropout lets NaN through, and makes it of
-// an infinity.
+// x * scale in the lanes whose bits are set, x * 0 in the others: like PyTorch's, dropout lets NaN through, and makes
+// it of an infinity.
 template <typename C>
 MTLK_INLINE Vector<C> kept_lanes(Vector<C> x, uint32_t bits, C scale) {
 #if defined(__AVX512F__)

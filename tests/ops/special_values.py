@@ -35,7 +35,7 @@ class _GELU(torch.autograd.Function):
 
 
 class GELU(nn.GELU):
-    """PyTorch's, or by the formula: of +Inf the former makes NaN in a float32 vector, Inf in float64 or of one element."""
+    """PyTorch's, whose float32 kernels make NaN of +Inf in a vector, though Inf of one element; or by the formula."""
 
     by_formula = False
 
