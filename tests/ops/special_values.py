@@ -35,7 +35,7 @@ class _GELU(torch.autograd.Function):
 
 
 class GELU(nn.GELU):
-    """PyTorch's, which makes NaN of +Inf in a float32 vector but Inf in float64 or of one element; or the formula."""
+    """PyTorch's, whose float32 kernels make NaN of +Inf in a vector, though Inf of one element; or by the formula."""
 
     by_formula = False
 
@@ -207,6 +207,8 @@ def _difference(name: str, got: Tensor, expected: Tensor, style: Style, value: s
     if not torch.equal(found, right):
         at = tuple((found != right).nonzero()[0].tolist())
         return f"{name}{list(at)} is {got[at].item()}, PyTorch has {expected[at].item()}"
+    if tolerance > 1e-3:  # rounded between any two modules, and on either side of a kink
+        return None
     finite = expected.isfinite()
     got, expected = got[finite], expected[finite]
     if not expected.numel():

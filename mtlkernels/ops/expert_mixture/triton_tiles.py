@@ -112,7 +112,7 @@ def input_sums(tile: Tile, members: Sequence[int], rows: int, columns: int, dept
 
 
 def weight_blocks(tile: Tile, experts: int, height: int, width: int) -> int:
-    """Into how many blocks ``weight_gradient`` divides a layer's weights [E, height, width]; one at least, for biases."""
+    """The blocks of a layer's weights [E, height, width] in ``weight_gradient``; biases want at least one."""
     return experts * int(triton.cdiv(height, tile.rows) * triton.cdiv(max(width, 1), tile.columns))
 
 
