@@ -112,7 +112,7 @@ def input_sums(tile: Tile, members: Sequence[int], rows: int, columns: int, dept
 
 
 def weight_blocks(tile: Tile, experts: int, height: int, width: int) -> int:
-    """Into how many blocks ``weight_gradient`` divides a layer's weights [E, height, width]; biases want one at least."""
+    """Into how many blocks ``weight_gradient`` divides a layer's weights [E, height, width]; its biases want one."""
     return experts * int(triton.cdiv(height, tile.rows) * triton.cdiv(max(width, 1), tile.columns))
 
 
