@@ -12,7 +12,7 @@ import itertools
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -74,10 +74,13 @@ def levels(make: CaseFactory, rows: int, widths: tuple[int, ...], threads: int) 
             yield f"{name}, {'training' if grad else 'serving'}", run
 
 
-def norms(make: CaseFactory, rows: int, widths: tuple[int, ...], threads: int) -> Iterator[tuple[str, Check]]:
+def norms(
+    make: CaseFactory, rows: int, widths: tuple[int, ...], threads: int, names: Sequence[str]
+) -> Iterator[tuple[str, Check]]:
     """Experts with norms, dropout and slopes."""
     layers = len(widths) - 1
-    for name, options in NORMS.items():
+    for name in names:
+        options = NORMS[name]
         if options["kind"] == "batch" and rows < 2:
             continue  # refused, as torch does
         case = normalized.case(
@@ -134,14 +137,15 @@ def check_pcgrad(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
 
 
 def cases(dtypes: tuple[torch.dtype, ...] = DTYPES, rows: tuple[int, ...] = ROWS) -> Iterator[tuple[str, Check]]:
-    """Every check, by a name that tells what it does; the dtypes take turns, so that each meets all widths."""
+    """Every check, by a name that tells what it does; dtypes, threads and norms take turns."""
     for number, count in enumerate(rows):
         for index, widths in enumerate(WIDTHS):
-            dtype = dtypes[(number + index) % len(dtypes)]
-            threads = (1, 3)[(number // 2 + index) % 2]  # three share the experts among them
+            dtype = dtypes[(number // 2 + index) % len(dtypes)]
+            threads = (1, 3)[(number + index // 2) % 2]  # three share the experts among them
             make = CaseFactory(count, dtype)
+            names = list(NORMS)[(number + index) % 2 :: 2]
             for name, check in itertools.chain(
-                levels(make, count, widths, threads), norms(make, count, widths, threads)
+                levels(make, count, widths, threads), norms(make, count, widths, threads, names)
             ):
                 yield f"{name}, {dtype}, {count} rows, widths {widths}, {threads} threads", check
         for dtype in dtypes:

@@ -9,7 +9,7 @@ import torch
 
 from mtlkernels import Routing, expert_mixture, use_backend
 from mtlkernels._backends import interpreting
-from tests.ops import test_gate_layers
+from tests.ops import test_gate_layers, zero_widths
 from tests.triton import levels, snr
 from tests.triton.cases import Case, cases, check_expert_mixture, check_gated_mixture
 
@@ -106,3 +106,11 @@ def test_snr(name: str) -> None:
 
 def test_closed_routes_take_no_part() -> None:
     snr.check_closed_routes_take_no_part("cpu")
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_layers_of_no_features(rows: int) -> None:
+    """Every fourth check, so that no kind of call is left out and the interpreter is done within a minute."""
+    with use_backend("triton"):
+        for _, check in itertools.islice(zero_widths.cases((torch.float32,), (rows,)), rows % 4, None, 4):
+            check()
