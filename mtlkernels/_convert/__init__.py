@@ -5,30 +5,27 @@ The package has an underscore because ``mtlkernels.convert`` is what one calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mtlkernels._convert.classes import CLASS_ATTRIBUTE, PLAN, converted_class, original_class
 from mtlkernels._convert.kernels import FORCE, slower
-from mtlkernels._convert.level import Level
-from mtlkernels._convert.registry import find_converter, known_names, register_level
+from mtlkernels._convert.registration import Registration
+from mtlkernels._convert.registry import find_converter, known_names
 from mtlkernels._convert.report import ConversionReport, Line
 from mtlkernels.nn import CGC, PLE, SNR, MMoE
-from mtlkernels.routing import Routing
 
 __all__ = ["ConversionReport", "convert", "revert"]
 
 
-class Convert:
+class Convert(Registration):
     """Replaces, in place, the parts of ``model`` that are known by fused evaluation; :func:`revert` undoes it.
 
-    Known, wherever they are in ``model``, are ``PLE`` and ``MMOE`` of deepctr-torch 0.3.0 and of torch-rechub 0.9.0; by
-    their structure ``ExtractionNet`` and ``MMoE`` of TorchEasyRec, ``CGC_Layer`` and ``MMoE_Layer`` of FuxiCTR, ``CGC``
-    and ``MMoE`` of LibMTL with encoders that are an ``nn.Sequential``, ``PLEModel`` and ``MMoEModel`` of MTReclib; and
-    what :meth:`register` adds. A converted
+    Known, wherever they are in ``model``, are ``PLE`` and ``MMOE`` of deepctr-torch 0.3.0, of torch-rechub 0.9.0 and of
+    nextrec 0.6.14; by their structure ``ExtractionNet`` and ``MMoE`` of TorchEasyRec, ``CGC_Layer`` and ``MMoE_Layer``
+    of FuxiCTR, ``CGC`` and ``MMoE`` of LibMTL with encoders that are an ``nn.Sequential``, ``PLEModel`` and
+    ``MMoEModel`` of MTReclib; and what :meth:`register` adds. A converted
     module keeps its parameters, the same objects under the same ``state_dict`` keys, and all of its sub-modules: only
     its class changes, to a subclass whose one replaced method reads the weights where they are. So optimizers, made
     before or after, checkpoints, ``load_state_dict``, ``.to()``, ``copy.deepcopy``, ``pickle``, ``torch.save`` and
@@ -106,80 +103,11 @@ class Convert:
                 setattr(module, PLAN, plan)
                 if force:
                     setattr(module, FORCE, True)
-                module.__class__ = converted_class(converter.mixin, type(module))
+                module.__class__ = converted_class(converter.mixin, type(module), converter.method)
         if not lines:
             reason = f"nothing in it is known; known are {', '.join(known_names())}"
             lines.append(Line("left alone", "", type(model).__name__, reason))
         return ConversionReport(tuple(lines))
-
-    def register(
-        self,
-        kind: type[nn.Module],
-        *,
-        experts: Callable[[Any], Sequence[Any]],
-        gates: Callable[[Any], Sequence[Any]],
-        routing: Callable[[Any], Routing],
-        inputs: Callable[..., Sequence[Tensor] | None] | None = None,
-        arguments: Callable[[Any, Sequence[Tensor]], tuple[Any, ...]] | None = None,
-        outputs: Callable[[Any, Sequence[Tensor]], Any] | None = None,
-    ) -> None:
-        """Teaches :func:`convert` a class of your own whose ``forward`` is one level of experts, gates and mixing.
-
-        An expert is given as its modules in the order in which they are applied, [Linear → (BatchNorm1d) →
-        (activation) → (Dropout)] a layer: one module, an ``nn.Sequential``, or a sequence of these. A gate likewise,
-        up to its logits; an ``nn.Softmax`` and a dropout may follow. A whole example::
-
-            class MyMMoE(nn.Module):
-                def __init__(self, width, hidden, num_experts, num_tasks):
-                    super().__init__()
-                    self.experts = nn.ModuleList(
-                        nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.1))
-                        for _ in range(num_experts)
-                    )
-                    self.gates = nn.ModuleList(nn.Linear(width, num_experts) for _ in range(num_tasks))
-
-                def forward(self, x):
-                    hidden = torch.stack([expert(x) for expert in self.experts], dim=1)
-                    return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
-
-            mk.convert.register(
-                MyMMoE,
-                experts=lambda level: level.experts,
-                gates=lambda level: level.gates,
-                routing=lambda level: mk.Routing.mmoe(len(level.experts), len(level.gates)),
-            )
-            print(mk.convert(model))  # any model with a MyMMoE in it
-
-        Subclasses are converted too unless they have a ``forward`` of their own. A class that is registered again gets
-        the new description, also where it is converted already. To use a pickled converted model fused, register its
-        class in that process too.
-
-        Args:
-            kind: the class.
-            experts: from an instance, its experts in the order of the routing; asked at every call.
-            gates: from an instance, its gates in the order of the routing; asked at every call.
-            routing: from an instance, its :class:`mtlkernels.Routing`; asked once, by ``convert``.
-            inputs: from an instance and the arguments of ``forward``, the G input streams [B, D]; None leaves that call
-                to the original code. By default ``forward`` takes one tensor, or a sequence of G.
-            arguments: the inverse, with which the class is tried: from an instance and G streams, the arguments of
-                ``forward``, a tuple. Needed beside ``inputs``.
-            outputs: from an instance and the K mixtures [B, H], what ``forward`` returns. By default a list of them.
-
-        Raises:
-            TypeError: ``kind`` is not a subclass of ``torch.nn.Module``, or another argument is not callable.
-            ValueError: one of ``inputs`` and ``arguments`` is given without the other.
-        """
-        _check_kind(kind)
-        needed = {"experts": experts, "gates": gates, "routing": routing}
-        optional = {"inputs": inputs, "arguments": arguments, "outputs": outputs}
-        given: dict[str, Any] = {**needed, **{name: f for name, f in optional.items() if f is not None}}
-        for name, function in given.items():
-            if not callable(function):
-                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-        if (inputs is None) != (arguments is None):
-            missing, other = ("inputs", "arguments") if inputs is None else ("arguments", "inputs")
-            raise ValueError(f"{missing} must be given beside {other}, of which it is the inverse, got None")
-        register_level(kind, Level(**given))
 
 
 convert = Convert()
@@ -220,9 +148,3 @@ def _left_alone(line: Line, reason: str) -> Line:
 def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _check_kind(kind: object) -> None:
-    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-        found = kind.__name__ if isinstance(kind, type) else f"an instance of {type(kind).__name__}"
-        raise TypeError(f"kind must be a subclass of torch.nn.Module, got {found}")

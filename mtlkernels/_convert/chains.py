@@ -1,33 +1,47 @@
-"""Layers from modules in the order in which they are applied."""
+"""Layers from modules in the order in which they are applied, or from the tensors and functions that stand for them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mtlkernels._convert.folding import norm_refusal
-from mtlkernels._convert.mlp import Layer, activation_name, odd_weight, setting_of, slopes_refusal
+from mtlkernels._convert.mlp import Layer, activation_name, name_of, odd_weight, setting_of, slopes_refusal
+from mtlkernels._convert.products import Product, function_of
 from mtlkernels.ops.activations import WITH_SLOPES
 
-# One module, an nn.Sequential, or a sequence of these.
+# One module, tensor, function or name of an activation, an nn.Sequential, or a sequence of these.
 Chain = Any
 
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, list, tuple)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ParameterList, list, tuple)
 
 
 def flatten(chain: Chain) -> list[Any]:
-    """The modules of a chain one by one."""
-    if type(chain) not in _CONTAINERS:
+    """What a chain calls one by one: modules, functions, and a :class:`Product` for weights without a module."""
+    if isinstance(chain, nn.Module) and type(chain) not in _CONTAINERS:
         return [chain]
-    modules: list[Any] = []
-    for part in chain._modules.values() if isinstance(chain, nn.Module) else chain:
-        if type(part) in _CONTAINERS:
-            modules += flatten(part)
+    steps: list[Any] = []
+    _collect(chain, steps)
+    return steps
+
+
+def _collect(chain: Chain, steps: list[Any]) -> None:
+    kind = type(chain)
+    if kind in _CONTAINERS:
+        for part in chain._modules.values() if kind in (nn.Sequential, nn.ModuleList) else chain:
+            _collect(part, steps)
+    elif isinstance(chain, nn.Module):
+        steps.append(chain)
+    elif isinstance(chain, Tensor):
+        last = steps[-1] if steps else None
+        if type(last) is Product and last.takes(chain):
+            steps[-1] = last.plus(chain)
         else:
-            modules.append(part)
-    return modules
+            steps.append(Product(chain))
+    elif chain is not None:  # an optional module that an instance does not have
+        steps.append(function_of(chain))
 
 
 def read_chain(chain: Chain) -> list[Layer] | str:
@@ -36,14 +50,14 @@ def read_chain(chain: Chain) -> list[Layer] | str:
     linear = norm = activation = dropout = sloped = None
     for module in flatten(chain):
         kind = type(module)
-        if kind is nn.Linear:
+        if kind is nn.Linear or kind is Product:
             if linear is not None:
                 layers.append(Layer(linear, norm, activation or "none", dropout, sloped))
             linear, norm, activation, dropout, sloped = module, None, None, None, None
         elif kind is nn.Identity:
             continue
         elif linear is None:
-            return f"{kind.__name__} before the first Linear"
+            return f"{name_of(module)} before the first Linear"
         elif kind is nn.BatchNorm1d or kind is nn.LayerNorm:
             if norm is not None or activation is not None or dropout is not None:
                 return f"{kind.__name__} that does not follow a Linear"
@@ -60,7 +74,7 @@ def read_chain(chain: Chain) -> list[Layer] | str:
             if name is None:
                 return setting_of(module)
             if activation is not None or dropout is not None:
-                return f"{kind.__name__} after another activation or a dropout"
+                return f"{name_of(module)} after another activation or a dropout"
             activation = name
             if name in WITH_SLOPES:
                 sloped = module

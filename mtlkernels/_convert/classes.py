@@ -31,10 +31,12 @@ class Converter:
         plan: looks at an instance, given its path in the model, and returns what the fused method needs to know, which
             must be picklable, and the lines of the report; None where nothing of it can be fused.
         mixin: a subclass of :class:`Converted` with the fused method.
+        method: the fused method's name where the mix-in has it to be made for any name.
     """
 
     plan: Callable[[nn.Module, str], tuple[Any, list[Line]]]
     mixin: type[Converted]
+    method: str = "forward"
 
 
 class Converted:
@@ -43,6 +45,7 @@ class Converted:
     _mtlkernels_original: type
     _mtlkernels_plan: Any
     _mtlkernels_force = False
+    _mtlkernels_method = "forward"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles and copies by mix-in and original class: the class made of the two has no name to import it by."""
@@ -50,31 +53,40 @@ class Converted:
         kind = type(self)
         if CLASS_ATTRIBUTE not in vars(kind):
             return reduced
-        return (_rebuild, (kind.__bases__[0], kind._mtlkernels_original), *reduced[2:])
+        method = () if kind._mtlkernels_method == "forward" else (kind._mtlkernels_method,)
+        return (_rebuild, (kind.__bases__[0], kind._mtlkernels_original, *method), *reduced[2:])
+
+    @classmethod
+    def _mtlkernels_fused(cls, name: str) -> Callable[..., Any]:
+        """The fused method of that name, of a mix-in that does not have it for one name only."""
+        raise NotImplementedError
 
 
-def _rebuild(mixin: type[Converted], original: type) -> Any:
-    kind = converted_class(mixin, original)
+def _rebuild(mixin: type[Converted], original: type, method: str = "forward") -> Any:
+    kind = converted_class(mixin, original, method)
     return kind.__new__(kind)
 
 
-_classes: dict[tuple[type, type], Any] = {}
+_classes: dict[tuple[type, type, str], Any] = {}
 
 
-def converted_class(mixin: type[Converted], original: type) -> Any:
+def converted_class(mixin: type[Converted], original: type, method: str = "forward") -> Any:
     """The subclass of ``original`` with the methods of ``mixin``, always the same one."""
-    if (mixin, original) in _classes:
-        return _classes[mixin, original]
+    key = (mixin, original, method)
+    if key in _classes:
+        return _classes[key]
     namespace: dict[str, Any] = {CLASS_ATTRIBUTE: original, "__doc__": original.__doc__, "__module__": mixin.__module__}
     # By this name torch.jit.script looks for properties that it shall not compile.
     namespace[_UNSCRIPTED] = unscripted = list(getattr(original, _UNSCRIPTED, ()))
+    if method != "forward":
+        namespace |= {method: _either(mixin._mtlkernels_fused(method), original, method), "_mtlkernels_method": method}
     for base in mixin.__mro__[: mixin.__mro__.index(Converted)]:
         for name, fused in vars(base).items():
             if isinstance(fused, property):
                 unscripted.append(name)
             elif inspect.isfunction(fused) and hasattr(original, name) and name not in namespace:
                 namespace[name] = _either(fused, original, name)
-    return _classes.setdefault((mixin, original), type(f"Fused{original.__name__}", (mixin, original), namespace))
+    return _classes.setdefault(key, type(f"Fused{original.__name__}", (mixin, original), namespace))
 
 
 def _either(fused: Callable[..., Any], original: type, name: str) -> Any:

@@ -16,22 +16,49 @@ from mtlkernels import _torch
 
 
 class First(nn.Module):
-    """Stands for a part that a trial leaves out: returns its first argument."""
+    """Stands for a part that a trial leaves out: returns its first argument, which may come by name."""
 
-    def forward(self, first: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns ``first``."""
-        return first
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the first of them."""
+        return next(iter((*args, *kwargs.values())))
+
+
+# Numbers in a table of embeddings that copies have in full.
+TABLE_SIZE = 2**20
+
+
+class FewRows(nn.Module):
+    """Stands for a large table of embeddings, or one with sparse gradients: a small one, by codes modulo its rows."""
+
+    def __init__(self, table: nn.Embedding | nn.EmbeddingBag) -> None:
+        super().__init__()
+        rows = max(1, min(table.num_embeddings, TABLE_SIZE // max(1, table.embedding_dim)))
+        options: dict[str, Any] = {"mode": table.mode} if isinstance(table, nn.EmbeddingBag) else {}
+        self.table = type(table)(rows, table.embedding_dim, dtype=torch.float64, **options)
+
+    def forward(self, codes: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the table's."""
+        return self.table(codes % self.table.num_embeddings, *args, **kwargs)
+
+
+def _is_large_table(module: nn.Module) -> bool:
+    if type(module) is not nn.Embedding and type(module) is not nn.EmbeddingBag:
+        return False
+    return module.sparse or module.num_embeddings * module.embedding_dim > TABLE_SIZE
 
 
 def random_copy(module: nn.Module, generator: torch.Generator | None, without: Sequence[str] = ()) -> Any:
     """A copy in evaluation with random weights, or zeros, in float64 on the CPU; ``without`` some parts.
 
-    No weight of the module is copied on the way, and nothing is made where it is.
+    No weight of the module is copied on the way, and nothing is made where it is. Large tables of embeddings are small.
     """
     memo: dict[int, Any] = {}
     dropped = [operator.attrgetter(name)(module) for name in without]
     memo |= {id(part): First() if isinstance(part, nn.Module) else None for part in dropped}
     left_out = {id(inner) for part in dropped if isinstance(part, nn.Module) for inner in part.modules()}
+    tables = [part for part in module.modules() if id(part) not in left_out and _is_large_table(part)]
+    memo |= {id(part): FewRows(part) for part in tables}  # type: ignore[arg-type]
+    left_out |= set(map(id, tables))
     for part in module.modules():
         if id(part) in left_out:
             continue

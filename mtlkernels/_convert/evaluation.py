@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain, refusal
-from mtlkernels._convert.gates import Gate, linear_gates, logits_of
+from mtlkernels._convert.gates import EQUAL, Gate, linear_gates, logits_of
 from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, in_trial, join, kind_of, odd_weight, rows_of
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import mix_list
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
     """What a level is made of now.
 
     ``kinds`` has for each expert what :func:`kind_of` says, or None where its modules have to be called; ``rows`` is
-    what :func:`rows_of` says.
+    what :func:`rows_of` says; ``gate_inputs`` the number of each gate's stream, None where gate k reads stream k.
     """
 
     chains: Sequence[Chain]
@@ -38,6 +38,7 @@ class Parts(NamedTuple):
     gates: Sequence[Gate]
     routing: Routing
     rows: Rows
+    gate_inputs: Sequence[int] | None = None
 
     @property
     def whole(self) -> bool:
@@ -51,11 +52,17 @@ def any_drops(gates: Sequence[Gate]) -> bool:
     return any(drops(gate.dropout) for gate in gates)
 
 
-def read_parts(chains: Sequence[Chain], gates: Sequence[Gate], routing: Routing, rows: Rows) -> Parts:
+def read_parts(
+    chains: Sequence[Chain],
+    gates: Sequence[Gate],
+    routing: Routing,
+    rows: Rows,
+    gate_inputs: Sequence[int] | None = None,
+) -> Parts:
     """The parts of a level from its experts' chains and its gates."""
     layers = [read_chain(chain) for chain in chains]
     kinds = [kind_of(x) if not isinstance(x, str) and fusible(x, rows) else None for x in layers]
-    return Parts(chains, layers, kinds, gates, routing, rows)
+    return Parts(chains, layers, kinds, gates, routing, rows, gate_inputs)
 
 
 def left_to_modules(chains: Iterable[Chain], rows: Tensor) -> bool:
@@ -70,18 +77,23 @@ def left_to_modules(chains: Iterable[Chain], rows: Tensor) -> bool:
 
 
 def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The level's K outputs. Gate k reads ``inputs[k]``, or the only one; inputs that no expert reads come last."""
+    """The level's K outputs; inputs that no expert reads come last."""
     gates, routing = parts.gates, parts.routing
-    read = inputs if len(inputs) > 1 else list(inputs) * len(gates)
+    if len(inputs) == 1:
+        read = list(inputs) * len(gates)
+    else:
+        read = list(inputs[: len(gates)] if parts.gate_inputs is None else [inputs[i] for i in parts.gate_inputs])
+    sizes = routing.wiring.gate_sizes
     if not parts.whole:
-        return _mix(_expert_outputs(parts, inputs), logits_of(gates, read[: len(gates)]), gates, routing)
+        return _mix(_expert_outputs(parts, inputs), logits_of(gates, read, sizes), gates, routing)
     weights, biases, options = join(parts.layers)  # type: ignore[arg-type]
     single = all(x is inputs[0] for x in inputs)
     streams = inputs[0] if single else list(inputs[: routing.num_inputs])
-    linear = linear_gates(gates, parts.rows) if single or len(inputs) == routing.num_inputs else None
+    own = parts.gate_inputs is None and len(inputs) == routing.num_inputs
+    linear = linear_gates(gates, parts.rows) if single or own else None
     if linear is not None:
         return expert_mixture(streams, weights, biases, None, routing, **options, **linear)
-    logits = logits_of(gates, read[: len(gates)])
+    logits = logits_of(gates, read, sizes)
     return expert_mixture(streams, weights, biases, logits, routing, **options)
 
 
@@ -153,7 +165,8 @@ def describe(
         else:
             groups.setdefault(kind_of(found), []).append(found)
     fused = [_experts(len(group)) + _layers(group) for group in groups.values()]
-    count = f"{len(gates)} gates"
+    equal = gates.count(EQUAL)
+    count = f"{len(gates) - equal} gates" + (f" and {equal} means" if equal else "")
     if len(fused) == 1 and not odd:
         words = f"{fused[0]} and {count} in one expert_mixture"
     else:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, read_chain
 from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds, odd_weight
+from mtlkernels._convert.products import Product
 from mtlkernels.nn.level import linear_parameters
 from mtlkernels.ops._linears import joint_linear
 
+_SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 # Measured with gates of (64,) and without hidden layers, on 416 features: on fewer rows than this, putting the gates'
 # weights together takes longer than one product saves.
 JOINT_ROWS = 1024
@@ -22,7 +24,8 @@ JOINT_ROWS = 1024
 class Gate(NamedTuple):
     """``dropout(softmax(logits))``.
 
-    ``layers`` are those up to the logits, the last one's result; None where ``modules`` have to be called instead.
+    ``layers`` are those up to the logits, the last one's result; None where ``modules`` have to be called instead, and
+    none at all for equal shares.
     """
 
     layers: list[Layer] | None
@@ -30,13 +33,21 @@ class Gate(NamedTuple):
     dropout: Any
 
     @property
-    def size(self) -> int:
-        """How many logits a gate of known layers has."""
-        return 0 if self.layers is None else len(self.layers[-1].linear.weight)
+    def size(self) -> int | None:
+        """How many logits a gate has, None where that is not known or as many as there are experts."""
+        return len(self.layers[-1].linear.weight) if self.layers else None
+
+
+EQUAL = Gate([], (), None)
 
 
 def read_gate(chain: Chain) -> Gate | str:
-    """A gate from a chain that ends with its logits, or with their softmax and perhaps a dropout; or what it has."""
+    """A gate from a chain that ends with its logits, or with their softmax and perhaps a dropout; or what it has.
+
+    None stands for a gate without logits: equal shares, so that one expert alone is given as it is.
+    """
+    if chain is None:
+        return EQUAL
     modules = flatten(chain)
     dropout = None
     behind = 1 if len(modules) > 1 and type(modules[-1]) is nn.Dropout else 0
@@ -48,6 +59,8 @@ def read_gate(chain: Chain) -> Gate | str:
         return "a gate without layers"
     if any(type(module) is nn.Softmax for module in modules):
         return "Softmax"
+    if any(module in _SOFTMAX for module in modules if not isinstance(module, (nn.Module, Product))):
+        return "a function softmax, which is left out of a gate that ends with its logits"
     layers = read_chain(modules)
     if not isinstance(layers, str):
         layers = odd_weight(layers) or layers
@@ -73,8 +86,8 @@ def linear_gates(gates: Sequence[Gate], rows: Rows) -> dict[str, Any] | None:
     }
 
 
-def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Each gate's logits, from its own input."""
+def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Each gate's logits, from its own input; ``sizes`` tells how many experts each one sees."""
     first: list[Any] = [None] * len(gates)
     for members in _sharing(gates, inputs):
         pairs = [linear_parameters(gates[k].layers[0].linear) for k in members]  # type: ignore[index]
@@ -86,12 +99,19 @@ def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[Tensor]:
             products = joint_linear(x, weights, biases)
         for k, z in zip(members, products, strict=True):
             first[k] = z
-    return [_rest(gate, x, z) for gate, x, z in zip(gates, inputs, first, strict=True)]
+    zeros: dict[int, Tensor] = {}
+    for k, gate in enumerate(gates):
+        if gate is EQUAL:
+            size, x = sizes[k], inputs[k]
+            first[k] = zeros[size] = zeros[size] if size in zeros else x.new_zeros(x.shape[0], size)
+        else:
+            first[k] = _rest(gate, inputs[k], first[k])
+    return first
 
 
 def _sharing(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[list[int]]:
     """The gates with known layers, those together that read one tensor of many rows."""
-    known = [k for k, gate in enumerate(gates) if gate.layers is not None]
+    known = [k for k, gate in enumerate(gates) if gate.layers]
     if torch.compiler.is_compiling() or inputs[0].shape[0] < JOINT_ROWS:
         return [[k] for k in known]
     found: dict[int, list[int]] = {}

@@ -15,18 +15,22 @@ FORCE = "_mtlkernels_force"
 _OP = "expert_mixture"
 
 
-def pays(module: Any, rows: Tensor) -> bool:
+def pays(module: Any, rows: Tensor | None) -> bool:
     """Whether a converted module is evaluated fused in a call with the tensor ``rows``, one of its inputs.
+
+    Without one the module's parameters tell the device.
 
     Also where someone asks for an implementation by its name: they get that one or an error.
     """
-    if rows.is_cpu and _extension.loaded():  # at once, as in most calls
+    if rows is not None and rows.is_cpu and _extension.loaded():  # at once, as in most calls
         return True
     if getattr(module, FORCE, False) or _backends.forced() is not None:
         return True
     # The input may be codes, so the weights tell the dtype.
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return _backends.fast(_OP, rows.device.type, dtype)
+    first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    dtype = torch.float32 if first is None else first.dtype
+    place = rows if rows is not None else first
+    return place is not None and _backends.fast(_OP, place.device.type, dtype)
 
 
 def slower(module: nn.Module) -> str | None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain
 from mtlkernels._convert.classes import Converted
 from mtlkernels._convert.evaluation import Parts, describe, evaluate, left_to_modules, read_parts
-from mtlkernels._convert.gates import Gate, read_gate
+from mtlkernels._convert.gates import EQUAL, Gate, read_gate
 from mtlkernels._convert.kernels import pays
 from mtlkernels._convert.mlp import Rows, in_trial, odd_weight, rows_of
+from mtlkernels._convert.products import Product
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import disagreement
 from mtlkernels.nn.level import watched
@@ -52,13 +53,17 @@ class Level:
 
     Args:
         experts: from an instance, its experts' chains, in the order of the routing.
-        gates: from an instance, the chains that give each gate's logits, perhaps with a softmax and a dropout behind.
+        gates: from an instance, the chains that give each gate's logits, perhaps with a softmax and a dropout behind;
+            None for equal shares.
         routing: from an instance, who reads what; asked for once.
         inputs: from an instance and the arguments of ``forward``, the input streams; None for a call to leave alone.
         arguments: the inverse: from an instance and streams, the arguments of ``forward``.
         outputs: from an instance and the K mixtures, what ``forward`` returns.
         parts: from an instance, the modules that are not called any more, on which a hook may be.
         streams: from an instance, how many streams ``arguments`` takes; None for as many as experts and gates read.
+        gate_inputs: from an instance, the number of the stream that each gate reads; None: gate k reads stream k.
+        level_outputs: among several levels in one method: from an instance, the K mixtures and the streams that the
+            level read, the streams behind it; None: the mixtures.
     """
 
     experts: Callable[[Any], Iterable[Chain]]
@@ -69,6 +74,22 @@ class Level:
     outputs: Callable[[Any, Sequence[Tensor]], Any] = as_list
     parts: Callable[[Any], Iterable[Any]] = children
     streams: Callable[[Any], int] | None = None
+    gate_inputs: Callable[[Any], Sequence[int]] | None = None
+    level_outputs: Callable[[Any, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] | None = None
+
+    def read_gate_inputs(self, module: Any, gates: Sequence[Any], routing: Routing) -> Sequence[int] | None:
+        """The stream of each gate; gates of equal shares read none, and have any."""
+        if self.gate_inputs is not None:
+            return tuple(self.gate_inputs(module))
+        if EQUAL in gates and routing.num_inputs > 1:
+            return [0 if gate is EQUAL else k for k, gate in enumerate(gates)]
+        return None
+
+    def read(self, module: Any, routing: Routing, rows: Rows) -> Parts:
+        """All parts of an instance."""
+        gates: list[Any] = [read_gate(chain) for chain in self.gates(module)]
+        at = self.read_gate_inputs(module, gates, routing)
+        return read_parts(list(self.experts(module)), gates, routing, rows, at)
 
 
 class FusedLevel(Converted):
@@ -77,7 +98,7 @@ class FusedLevel(Converted):
     _mtlkernels_level: Level | None
 
     @classmethod
-    def planner(cls, base: type) -> Callable[[nn.Module, str], tuple[Any, list[Line]]]:
+    def _mtlkernels_planner(cls, base: type) -> Callable[[nn.Module, str], tuple[Any, list[Line]]]:
         """How :class:`Converter` plans for an instance of ``base``."""
         assert cls._mtlkernels_level is not None
         return functools.partial(plan_level, cls._mtlkernels_level, base)
@@ -113,12 +134,12 @@ def any_watched(modules: Iterable[Any]) -> bool:
     return False
 
 
-def prepare(level: Level, module: Any, routing: Routing, rows: Tensor) -> Parts | None:
+def prepare(level: Level, module: Any, routing: Routing, rows: Tensor | None) -> Parts | None:
     """The parts of a level as :func:`evaluate` takes them, None where the module's own code has to run.
 
-    ``rows`` is any tensor with as many rows as the input, which may not be there yet.
+    ``rows`` is any tensor with as many rows as the input, which may not be there yet; None where none tells.
     """
-    if not (in_trial() or pays(module, rows)) or left_to_modules(level.experts(module), rows):
+    if not (in_trial() or pays(module, rows)) or (rows is not None and left_to_modules(level.experts(module), rows)):
         return None
     chains = list(level.experts(module))
     gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
@@ -126,7 +147,8 @@ def prepare(level: Level, module: Any, routing: Routing, rows: Tensor) -> Parts 
         return None
     if any(isinstance(gate, str) for gate in gates) or any_watched(level.parts(module)):
         return None
-    return read_parts(chains, gates, routing, rows_of(rows))
+    allowed = Rows(True, True) if rows is None else rows_of(rows)
+    return read_parts(chains, gates, routing, allowed, level.read_gate_inputs(module, gates, routing))
 
 
 def plan_level(level: Level, base: type, module: nn.Module, path: str) -> tuple[Any, list[Line]]:
@@ -176,8 +198,11 @@ def examine_parts(level: Level, module: Any, routing: Routing) -> Routing | str:
     if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
         return f"it has {len(chains)} experts and {len(gates)} gates, but its routing {routing}"
     for k, (found, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
-        if isinstance(found, Gate) and found.layers is not None and found.size != len(mixed):
+        if isinstance(found, Gate) and found.size not in (None, len(mixed)):
             return f"gate {k} has {found.size} logits for {len(mixed)} experts"
+    at = level.read_gate_inputs(module, gates, routing)
+    if at is not None and len(at) != len(gates):
+        return f"its gate_inputs have {len(at)} entries for {len(gates)} gates"
     return routing
 
 
@@ -185,17 +210,10 @@ def trial(level: Level, module: nn.Module, routing: Routing) -> str | None:
     """What is wrong with evaluating the level otherwise, as a trial of copies tells; None where nothing is."""
 
     def parts(other: Any) -> Parts:
-        gates: list[Any] = [read_gate(chain) for chain in level.gates(other)]
-        return read_parts(list(level.experts(other)), gates, routing, Rows(True, True))
+        return level.read(other, routing, Rows(True, True))
 
     def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
-        # Without shared experts, a shared gate alone reads the last stream.
-        count = 1 if routing.num_inputs == 1 else max(routing.num_inputs, routing.num_gates)
-        if level.streams is not None:
-            count = level.streams(other)
-        shape = (rows, width_of(level, other))
-        streams = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
-        return level.arguments(other, streams)
+        return level.arguments(other, random_streams(level, other, routing, rows, generator))
 
     def fused(other: Any, *args: Any) -> Any:
         return level.outputs(other, evaluate(parts(other), level.inputs(other, *args) or ()))
@@ -203,8 +221,24 @@ def trial(level: Level, module: nn.Module, routing: Routing) -> str | None:
     return disagreement(module, fused, arguments)
 
 
+def random_streams(level: Level, module: Any, routing: Routing, rows: int, generator: torch.Generator) -> list[Tensor]:
+    """Input streams for a trial of a level."""
+    count = routing.num_inputs
+    gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
+    at = level.read_gate_inputs(module, gates, routing)
+    if at is not None:
+        count = max(count, *(i + 1 for i, gate in zip(at, gates, strict=True) if gate is not EQUAL))
+    elif level.streams is not None:
+        count = level.streams(module)
+    elif count > 1:  # without shared experts, a shared gate alone reads the last stream
+        count = max(count, routing.num_gates)
+    shape = (rows, width_of(level, module))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
 def width_of(level: Level, module: Any) -> int:
     """The features of a level's input: its first matrix has as many columns."""
-    modules = [part for chain in (*level.experts(module), *level.gates(module)) for part in flatten(chain)]
-    matrices = (p for part in modules for p in part.parameters() if p.dim() == 2)
+    chains = [chain for chain in (*level.experts(module), *level.gates(module)) if chain is not None]
+    steps = [step for chain in chains for step in flatten(chain) if isinstance(step, (nn.Module, Product))]
+    matrices = (p for step in steps for p in step.parameters() if p.dim() == 2)
     return int(next(matrices).shape[1])

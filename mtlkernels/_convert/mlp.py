@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels._convert.folding import wants_gradient
+from mtlkernels._convert.products import Product, function_name
 from mtlkernels.nn.level import linear_parameters, plain
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import FOLD_ROWS
@@ -44,6 +45,8 @@ class Layer(NamedTuple):
 
 def activation_name(module: Any) -> str | None:
     """The operators' name of an activation, None where they have none."""
+    if not isinstance(module, nn.Module):
+        return function_name(module)
     name = ACTIVATIONS.get(type(module))
     if name is not None:
         return name
@@ -57,9 +60,16 @@ def activation_name(module: Any) -> str | None:
     return "dice" if f"{kind.__module__}.{kind.__qualname__}" == _DICE and module.epsilon > 0 else None
 
 
+def name_of(step: Any) -> str:
+    """What a reason calls a module or a function: its class, or its own name."""
+    return type(step).__name__ if isinstance(step, nn.Module) else getattr(step, "__name__", type(step).__name__)
+
+
 def setting_of(module: Any) -> str:
     """A module's class and what of its settings keeps it from being fused, in the report's words."""
     kind = type(module)
+    if not isinstance(module, nn.Module):
+        return name_of(module)
     if kind is nn.LeakyReLU:
         return f"LeakyReLU with slope {module.negative_slope:g}"
     if kind is nn.GELU:
@@ -105,12 +115,14 @@ class Rows(NamedTuple):
     """What the number of rows of a call allows.
 
     ``fold``: folding batch norm also where gradients flow through what is folded, which autograd follows: work in
-    proportion to the weights. ``normalize``: norms and dropout in the
-    fused operator; the statistics of one row are an error, which the modules raise.
+    proportion to the weights. ``normalize``: norms and dropout in the fused operator; the statistics of one row are an
+    error, which the modules raise. ``turn``: weights that lie across, as ``x @ matrix`` has them; kernels read them
+    along, so that each call copies them.
     """
 
     fold: bool
     normalize: bool
+    turn: bool = True
 
 
 _any_size = False
@@ -137,7 +149,8 @@ def rows_of(x: Tensor) -> Rows:
     if _any_size or torch.compiler.is_compiling():
         return Rows(True, True)
     rows = x.shape[0]
-    return Rows(rows >= FOLD_ROWS or not torch.is_grad_enabled(), rows >= NORM_ROWS)
+    many = rows >= FOLD_ROWS
+    return Rows(many or not torch.is_grad_enabled(), rows >= NORM_ROWS, many)
 
 
 def running(norm: Any) -> bool:
@@ -182,6 +195,8 @@ def fusible(layers: Sequence[Layer], rows: Rows) -> bool:
     """Whether the fused operators evaluate an expert now."""
     for layer in layers:
         plain = folds(layer, rows)
+        if not rows.turn and type(layer.linear) is Product and layer.linear.lies_across:
+            return False
         if not plain and (running(layer.norm) or not rows.normalize):
             return False
         if drops(layer.dropout) and not rows.normalize:

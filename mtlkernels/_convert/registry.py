@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from mtlkernels._convert.classes import Converter
-from mtlkernels._convert.level import FusedLevel, Level, plan_level
+from mtlkernels._convert.trunk import FusedTrunk, Trunk, plan_trunk
 
 # Class -> the module with its converter in ``CONVERTERS``. That module may import the library: it is there already.
 _MODULES = {
     "deepctr_torch.models.multitask.ple.PLE": "mtlkernels._convert.deepctr",
     "deepctr_torch.models.multitask.mmoe.MMOE": "mtlkernels._convert.deepctr",
+    "nextrec.models.multitask.mmoe.MMOE": "mtlkernels._convert.nextrec",
+    "nextrec.models.multitask.ple.CGCLayer": "mtlkernels._convert.nextrec",
     "torch_rechub.models.multi_task.ple.CGC": "mtlkernels._convert.rechub",
     "torch_rechub.models.multi_task.mmoe.MMOE": "mtlkernels._convert.rechub",
 }
@@ -34,28 +36,29 @@ _STRUCTURES = (
     ),
     ("MMoEModel", ("expert", "gate", "tower", "numerical_layer"), "mtlkernels._convert.mtreclib"),
 )
-_registered: dict[type, Level] = {}
+_registered: dict[type, Trunk] = {}
 
 
-class FusedRegistered(FusedLevel):
-    """A level of a class that the user has registered."""
+class FusedRegistered(FusedTrunk):
+    """A trunk of a class that the user has registered."""
 
     @property
-    def _mtlkernels_level(self: Any) -> Level | None:  # type: ignore[override]
+    def _mtlkernels_trunk(self: Any) -> Trunk | None:  # type: ignore[override]
         """None in a process that unpickled the module and has not registered its class."""
         return next((_registered[base] for base in self._mtlkernels_original.__mro__ if base in _registered), None)
 
 
-def register_level(kind: type, level: Level) -> None:
+def register_trunk(kind: type, trunk: Trunk) -> None:
     """Makes a class known by its description."""
-    _registered[kind] = level
+    _registered[kind] = trunk
 
 
 def find_converter(module: nn.Module) -> Converter | None:
     """The converter for a module's class or the nearest of its bases."""
     for base in type(module).__mro__:
         if base in _registered:
-            return Converter(functools.partial(plan_level, _registered[base], base), FusedRegistered)
+            trunk = _registered[base]
+            return Converter(functools.partial(plan_trunk, trunk, base), FusedRegistered, trunk.method)
         name = f"{base.__module__}.{base.__qualname__}"
         if name in _MODULES:
             converter: Converter = importlib.import_module(_MODULES[name]).CONVERTERS[name]
@@ -63,7 +66,7 @@ def find_converter(module: nn.Module) -> Converter | None:
         for known, attributes, source in _STRUCTURES:
             if base.__name__ == known and all(hasattr(module, attribute) for attribute in attributes):
                 mixin = importlib.import_module(source).MIXINS[known]
-                return Converter(mixin.planner(base), mixin)
+                return Converter(mixin._mtlkernels_planner(base), mixin)
     return None
 
 

@@ -122,7 +122,7 @@ def disagreement(
         None where both agree, otherwise the reason, in the report's words.
     """
     shared = SharedState(module)
-    with _kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
+    with kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of code that is not ours, in a call that nobody made
         try:
             generator = torch.Generator().manual_seed(0)
@@ -308,7 +308,7 @@ def _random_state() -> Any:
 
 
 @contextlib.contextmanager
-def _kept_random_state() -> Iterator[None]:
+def kept_random_state() -> Iterator[None]:
     """The user's generators are afterwards as they were."""
     numpy = sys.modules.get("numpy")
     of_torch, of_python = torch.get_rng_state(), random.getstate()
