@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 
 def activation_name(module: Any) -> str | None:
     """The operators' name of an activation, None where they have none."""
-    if not isinstance(module, nn.Module):
+    if not issubclass(type(module), nn.Module):
         return function_name(module)
     name = ACTIVATIONS.get(type(module))
     if name is not None:

@@ -142,7 +142,7 @@ class Registration:
         if not isinstance(method, str) or not callable(getattr(kind, method, None)):
             raise ValueError(f"method must be the name of a method of {kind.__name__}, got {method!r}")
         found: dict[str, Any] = {name: f for name, f in per_level.items() if f is not None}
-        given = {name: f for name, f in optional.items() if f is not None}
+        given: dict[str, Any] = {name: f for name, f in optional.items() if f is not None}
         register_trunk(kind, Trunk(_levels(found, levels, level_outputs), method=method, **given))
 
 
