@@ -84,11 +84,13 @@ def _project(rows: Tensor, gram: Tensor, others: Tensor, include_self: bool, eps
     square = gram.diagonal()[others]
     inner = (rows * gram[others]).sum(1)
     applies = (inner < 0) & (square != 0)
+    tasks = torch.arange(num_tasks, device=gram.device)
     if not include_self:
-        applies = applies & (others != torch.arange(num_tasks, device=gram.device))
+        applies = applies & (others != tasks)
     step = torch.where(applies, inner / torch.where(square + eps == 0, 1, square + eps), 0)
     step = torch.where(valid, step, torch.nan)
-    return rows - step.unsqueeze(1) * torch.nn.functional.one_hot(others, num_tasks)
+    # Not one_hot, which torch 2.10 cannot compile inside torch.func's transforms.
+    return rows - step.unsqueeze(1) * (others.unsqueeze(1) == tasks)
 
 
 def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
