@@ -187,7 +187,7 @@ def autocast_enabled(device: str) -> bool:
     # torch.compile traces is_autocast_available from torch 2.11 on, and compiles nothing for a device without autocast
     # but meta tensors.
     compiling = torch.compiler.is_compiling()
-    available = device != "meta" if compiling else torch.amp.is_autocast_available(device)
+    available = device != "meta" if compiling else torch.amp.autocast_mode.is_autocast_available(device)
     return available and torch.is_autocast_enabled(device)
 
 
