@@ -39,11 +39,12 @@ class Parts(NamedTuple):
     routing: Routing
     rows: Rows
 
-    @property
-    def whole(self) -> bool:
-        """Whether one ``expert_mixture`` evaluates all of it."""
-        kinds = self.kinds
-        return kinds[0] is not None and kinds.count(kinds[0]) == len(kinds) and not any_drops(self.gates)
+
+def is_whole(parts: Parts) -> bool:
+    """Whether one ``expert_mixture`` evaluates all of it."""
+    # No property: torch 2.10 compiles none of a NamedTuple.
+    kinds = parts.kinds
+    return kinds[0] is not None and kinds.count(kinds[0]) == len(kinds) and not any_drops(parts.gates)
 
 
 def any_drops(gates: Sequence[Gate]) -> bool:
@@ -73,7 +74,7 @@ def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The level's K outputs. Gate k reads ``inputs[k]``, or the only one; inputs that no expert reads come last."""
     gates, routing = parts.gates, parts.routing
     read = inputs if len(inputs) > 1 else list(inputs) * len(gates)
-    if not parts.whole:
+    if not is_whole(parts):
         return _mix(_expert_outputs(parts, inputs), logits_of(gates, read[: len(gates)], parts.rows), gates, routing)
     weights, biases, options = join(parts.layers)  # type: ignore[arg-type]
     single = all(x is inputs[0] for x in inputs)
