@@ -211,7 +211,7 @@ def test_export_with_a_dynamic_batch(training: bool) -> None:
 
 @pytest.mark.xfail(
     torch.__version__.startswith("2.10."),
-    reason="torch 2.10 cannot save a program with an operator that returns a list of which some tensor is not used",
+    reason="torch 2.10 cannot save a program with an operator of whose lists of results one is not used",
     strict=True,
 )
 def test_exported_program_decomposes_saves_and_loads(tmp_path: Any) -> None:
