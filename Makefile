@@ -22,11 +22,12 @@ DEVICE ?= cpu
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench bench-guard readme aot clean
+.PHONY: help demo test matrix check bench bench-guard readme aot clean
 
 help:
 	@echo "make demo    train two libraries' PLE on real data, before and after mk.convert"
 	@echo "make test    check, then the whole test suite"
+	@echo "make matrix  build and test the last commit with other Pythons and PyTorches; ARGS='--pairs 3.10:2.10'"
 	@echo "make check   formatting, lint and types; with nvcc, what the CUDA kernels use"
 	@echo "make bench   benchmarks; SUITE=name DEVICE=cpu|cuda ARGS='--json FILE --plot DIR'"
 	@echo "make bench-guard    instructions of small calls against the baseline, under valgrind; ARGS=--update keeps them"
@@ -58,6 +59,9 @@ demo: $(VENV)/.installed
 
 test: check
 	$(PY) -m pytest $(REQUIRED) $(ARGS)
+
+matrix:
+	$(PYTHON) tests/matrix.py $(ARGS)
 
 # Takes longer than all of the other checks, so it is done again only where something has changed.
 $(VENV)/.cuda-report: $(VENV)/.installed $(CUDA_SOURCES)

@@ -182,9 +182,18 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
     return operator
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a kind of device; never for one that has none."""
+    # torch.compile traces is_autocast_available from torch 2.11 on, and compiles nothing for a device without autocast
+    # but meta tensors.
+    compiling = torch.compiler.is_compiling()
+    available = device != "meta" if compiling else torch.amp.autocast_mode.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
+
+
 def _outside_autocast(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """Keeps autocast out of an implementation, as the dispatcher does for operators."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return function
 
     def run(*args: Any) -> Any:

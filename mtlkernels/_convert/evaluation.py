@@ -40,11 +40,12 @@ class Parts(NamedTuple):
     rows: Rows
     gate_inputs: Sequence[int] | None = None
 
-    @property
-    def whole(self) -> bool:
-        """Whether one ``expert_mixture`` evaluates all of it."""
-        kinds = self.kinds
-        return kinds[0] is not None and kinds.count(kinds[0]) == len(kinds) and not any_drops(self.gates)
+
+def is_whole(parts: Parts) -> bool:
+    """Whether one ``expert_mixture`` evaluates all of it."""
+    # No property: torch 2.10 compiles none of a NamedTuple.
+    kinds = parts.kinds
+    return kinds[0] is not None and kinds.count(kinds[0]) == len(kinds) and not any_drops(parts.gates)
 
 
 def any_drops(gates: Sequence[Gate]) -> bool:
@@ -84,7 +85,7 @@ def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     else:
         read = list(inputs[: len(gates)] if parts.gate_inputs is None else [inputs[i] for i in parts.gate_inputs])
     sizes = routing.wiring.gate_sizes
-    if not parts.whole:
+    if not is_whole(parts):
         return _mix(_expert_outputs(parts, inputs), logits_of(gates, read, sizes), gates, routing)
     weights, biases, options = join(parts.layers)  # type: ignore[arg-type]
     single = all(x is inputs[0] for x in inputs)

@@ -57,7 +57,8 @@ class SubNetworks(nn.Module):
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
-        routing = self._routings[not isinstance(inputs, Tensor)]
+        one, several = self._routings
+        routing = one if isinstance(inputs, Tensor) else several
         alone = x.new_zeros(1, count).expand(x.shape[0], count)  # the softmax of one logit is 1
         weights, biases = parameters
         options = {"activation": self._style.activation, **expert_slopes(self.experts)}

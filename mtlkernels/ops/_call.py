@@ -16,7 +16,7 @@ from mtlkernels._library import cast_floats
 def under_autocast(like: Tensor, *groups: Any) -> Any:
     """The groups of tensors as autocast wants them: a differentiable cast, or the same objects outside autocast."""
     device = like.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _backends.autocast_enabled(device):
         return groups
     dtype = torch.get_autocast_dtype(device)
     return tuple(cast_floats(group, dtype) for group in groups)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _tracing
+from mtlkernels._backends import autocast_enabled
 from mtlkernels.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,10 +34,7 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
 
 def _same_under_autocast(a: Tensor, b: Tensor) -> bool:
     """Whether autocast is about to cast both tensors to one dtype, as it leaves activations and parameters apart."""
-    device = a.device.type
-    if torch.float64 in (a.dtype, b.dtype) or not torch.amp.is_autocast_available(device):
-        return False
-    return torch.is_autocast_enabled(device)
+    return torch.float64 not in (a.dtype, b.dtype) and autocast_enabled(a.device.type)
 
 
 def check_like(name: str, value: Tensor, like_name: str, like: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels import _tracing
+from mtlkernels._backends import autocast_enabled
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
@@ -19,7 +20,7 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     itself.
     """
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = autocast_enabled(device)
     if autocast or _tracing.observed() or not torch.is_grad_enabled():  # who looks on sees into plain operators
         return _forward(x, weights, biases)
     return list(_JointLinear.apply(len(weights), x, *weights, *biases))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ import mtlkernels as mk
 # float32 results that differ by less than a few roundings are the same.
 FLOOR = 8 * torch.finfo(torch.float32).eps
 STEPS = 3
+# Copies of a library's model that are a rounding away from it.
+NUDGED = 3
 
 # From rows, a seed and a dtype, the arguments of the model.
 Inputs = Callable[[int, int, torch.dtype], tuple[Any, ...]]
@@ -58,26 +60,55 @@ def train_and_serve(model: Any, inputs: Inputs, rows: int, serve: tuple[int, ...
     return found
 
 
-def assert_within(found: Any, original: Any, exact: Any) -> None:
-    """Errors are at most three times the library's own, and roundings.
+def nudged(model: Any, seed: int) -> Any:
+    """A copy, each of its parameters off by at most half a rounding."""
+    random = torch.Generator().manual_seed(seed)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            off = torch.rand(parameter.shape, generator=random, dtype=torch.float64) - 0.5
+            parameter.copy_(parameter * (1 + torch.finfo(parameter.dtype).eps * off))
+    return copied
+
+
+def assert_agrees(found: Any, originals: Iterator[Any], exact: Any) -> None:
+    """The errors are within those of some of the library's own results.
+
+    Where batch norm magnifies a rounding, two runs of the library differ from float64 by more than three times one
+    another, so that one of them is no measure. Hence the next result is only asked for where those before it are not
+    enough.
+    """
+    seen: list[Any] = []
+    for original in originals:
+        seen.append(original)
+        try:
+            return assert_within(found, seen, exact)
+        except AssertionError as error:
+            failure = error
+    raise failure
+
+
+def assert_within(found: Any, originals: Sequence[Any], exact: Any) -> None:
+    """Errors are at most three times the largest of the library's own, and roundings.
 
     Statistics of deepctr-torch's last shared gate, which nobody reads and which is no longer evaluated, are left out.
     """
     for part, expected in exact.items():
-        assert found[part].keys() == original[part].keys() == expected.keys()
+        assert found[part].keys() == expected.keys()
+        assert all(original[part].keys() == expected.keys() for original in originals)
         sizes = [value.double().norm().item() for value in expected.values() if value is not None]
         # A gradient that is a sum of nearly nothing is as wrong as the others are, not as it is small.
         slack = FLOOR * max(sizes) if part in ("gradients", "optimizer") else 0.0
         for key, value in expected.items():
-            ours, theirs = found[part][key], original[part][key]
+            ours, theirs = found[part][key], [original[part][key] for original in originals]
             if key.startswith("shared_gate_dnn.1.bn."):
                 continue
             if value is None:
-                assert ours is None and theirs is None, key
+                assert ours is None and theirs[0] is None, key
                 continue
-            assert ours.shape == theirs.shape, key
-            assert ours.dtype == theirs.dtype, key
-            off, allowed = ((x.double() - value).norm().item() for x in (ours, theirs))
+            assert ours.shape == theirs[0].shape, key
+            assert ours.dtype == theirs[0].dtype, key
+            off, allowed = (max((x.double() - value).norm().item() for x in xs) for xs in ([ours], theirs))
             assert off <= 3 * allowed + FLOOR * value.double().norm().item() + slack, f"{part}: {key}"
 
 
@@ -91,6 +122,8 @@ def assert_converts(
     assert report.replaced or report.mixing_fused, report
     assert list(converted.state_dict()) == keys
     assert list(map(id, converted.parameters())) == parameters
-    expected, theirs, ours = (train_and_serve(m, inputs, rows, serve) for m in (exact, model, converted))
-    assert_within(ours, theirs, expected)
+    # The library's own, as it is and with parameters that are a rounding away; made before it is trained.
+    originals = [copy.deepcopy(model), *(nudged(model, seed) for seed in range(NUDGED))]
+    expected, ours = (train_and_serve(m, inputs, rows, serve) for m in (exact, converted))
+    assert_agrees(ours, (train_and_serve(m, inputs, rows, serve) for m in originals), expected)
     return report

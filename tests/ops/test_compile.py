@@ -209,6 +209,11 @@ def test_export_with_a_dynamic_batch(training: bool) -> None:
         torch.testing.assert_close(program.module()(x), module(x))
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.10."),
+    reason="torch 2.10 cannot save a program with an operator of whose lists of results one is not used",
+    strict=True,
+)
 def test_exported_program_decomposes_saves_and_loads(tmp_path: Any) -> None:
     module = Level().eval()
     x = torch.randn(9, 6)

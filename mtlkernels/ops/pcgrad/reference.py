@@ -84,12 +84,14 @@ def _project(rows: Tensor, gram: Tensor, others: Tensor, include_self: bool, eps
     square = gram.diagonal()[others]
     inner = torch.where(rows != 0, rows * gram[others], 0).sum(1)  # who has no part in it must not make it NaN
     applies = (inner < 0) & (square != 0)
+    tasks = torch.arange(num_tasks, device=gram.device)
     if not include_self:
-        applies = applies & (others != torch.arange(num_tasks, device=gram.device))
+        applies = applies & (others != tasks)
     step = torch.where(applies, inner / torch.where(square + eps == 0, 1, square + eps), 0)
     step = torch.where(valid, step, torch.nan)
-    taken = others.unsqueeze(1) == torch.arange(num_tasks, device=gram.device)
-    return rows - torch.where(taken | ~valid.unsqueeze(1), step.unsqueeze(1), 0)
+    # Not one_hot, which torch 2.10 cannot compile inside torch.func's transforms.
+    taken = (others.unsqueeze(1) == tasks) | ~valid.unsqueeze(1)
+    return rows - torch.where(taken, step.unsqueeze(1), 0)
 
 
 def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:

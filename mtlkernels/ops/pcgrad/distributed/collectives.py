@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def all_gather(mine: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     """Starts to gather [n] of every rank; the result waits, and returns [ranks, n]."""
     found = mine.new_empty(group.size(), *mine.shape)
-    work = _ALL_GATHER(found.view(-1), mine.view(-1), group=group, async_op=True)
+    # Any, as torch 2.15 knows that there is no work for a rank outside the group, which does not come here.
+    work: Any = _ALL_GATHER(found.view(-1), mine.view(-1), group=group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
@@ -39,6 +41,7 @@ def mean_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Callable[[], Tens
     A reduce-scatter adds up gradients that are divided beforehand, as DistributedDataParallel does.
     """
     own = exchanges(stacked)
+    work: Any
     if own:
         found = torch.empty_like(stacked)
         work = dist.all_to_all_single(found, stacked, group=group, async_op=True)
