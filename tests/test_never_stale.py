@@ -129,6 +129,8 @@ def test_writes_to_a_norm(writer: str, name: str, part: str) -> None:
 @pytest.mark.parametrize("how", CHANGES)
 def test_changes_to_a_linear_layer(how: str, name: str) -> None:
     for kind in (torch.float32, torch.bfloat16):
+        if how == "SGD_fused" and kind == torch.bfloat16:
+            continue  # PyTorch's own changes nothing there
         model = make(name, kind)
         check(model, kind, lambda m=model: CHANGES[how](linears(m)[1]))
 
