@@ -28,23 +28,18 @@ def prepare(model: nn.Module) -> nn.Module:
     the copy. What is kept goes with the copy.
 
     Args:
-        model: a module with trunks of :mod:`mtlkernels.nn`, or one that :func:`mtlkernels.convert` has converted.
+        model: a module with trunks of :mod:`mtlkernels.nn`, one that :func:`mtlkernels.convert` has converted, or one
+            that calls :func:`mtlkernels.expert_mixture` with its own parameters.
 
     Returns:
         The copy, of the model's class.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: nothing in it is fused.
         RuntimeError: raised by calls of the copy, as said above.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not _fused(model):
-        raise ValueError(
-            "model must have a trunk of mtlkernels.nn, or parts that mtlkernels.convert has converted, got a"
-            f" {type(model).__name__} with neither"
-        )
     prepared = copy.deepcopy(model).eval().requires_grad_(False)
     _declare(prepared)
     prepared.register_forward_pre_hook(functools.partial(_refuse_training, _fused(prepared)))

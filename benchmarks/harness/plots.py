@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; mtlkernels gets the strongest of it.
-COLOURS = {"compile": "#E69F00", "graph": "#CC79A7", "batched": "#56B4E9", OURS: "#0072B2"}
-MARKERS = {"compile": "s", "graph": "D", "batched": "^", OURS: "*"}
+COLOURS = {"compile": "#E69F00", "graph": "#CC79A7", "batched": "#56B4E9", "prepared": "#009E73", OURS: "#0072B2"}
+MARKERS = {"compile": "s", "graph": "D", "batched": "^", "prepared": "P", OURS: "*"}
 BASELINE_COLOUR, BASELINE_MARKER = "#777777", "o"
 OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442")
 OTHER_MARKERS = ("v", "P", "X", "<")

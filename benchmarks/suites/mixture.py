@@ -117,6 +117,10 @@ def build(shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, devi
         trunk = fused_trunk(shape, source)
         return TrunkStep(trunk, trunk, trunk.gradients, x, cotangents)
 
+    def prepared() -> Step:
+        trunk: nn.Module = mk.prepare(fused_trunk(shape, source))
+        return TrunkStep(trunk, trunk, dict, x, None)
+
     backend = mk.backends()["expert_mixture"][device.type][0]
     contenders = [
         Contender(BASELINE, "per-expert modules, eager", eager),
@@ -124,6 +128,8 @@ def build(shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, devi
         Contender("batched", "hand-batched: one linear + bmm", batched),
         Contender(OURS, f"mtlkernels ({backend})", ours),
     ]
+    if device.type == "cpu" and not training:
+        contenders.append(Contender("prepared", "mtlkernels, a copy by mk.prepare", prepared))
     if device.type == "cuda":
         graph = Contender("graph", "torch.compile under CUDA graphs", lambda: compile_modules(True))
         contenders.insert(2, graph)

@@ -84,10 +84,17 @@ void run_experts(const ForwardArgs& args, const ExpertMixtureKernels& kernels, c
   char* const scratch = sums + cut.parts * mixed_bytes;
   parallel_threads(cut.parts, [&](int64_t p) {
     const int part = static_cast<int>(p), first = part_begin(level, part, cut.parts);
+    const int last = part_begin(level, part + 1, cut.parts);
     char* const mine = scratch + p * own;
-    for (int i = first; i < part_begin(level, part + 1, cut.parts); ++i) {
-      for (int64_t l = 0; l < forms.layers(); ++l) forms.prepare(l, level.order[i], mine + scratch_bytes);
-      kernels.forward(args, 0, level.rows, i, i + 1, mine, sums + p * mixed_bytes, i > first);
+    std::vector<Upcoming> upcoming(forms.layers());
+    ForwardArgs of_expert = args;
+    of_expert.upcoming = upcoming.data();
+    for (int i = first; i < last; ++i) {
+      for (int64_t l = 0; l < forms.layers(); ++l) {
+        forms.prepare(l, level.order[i], mine + scratch_bytes);
+        upcoming[l] = i + 1 < last ? forms.natural(l, level.order[i + 1]) : Upcoming{nullptr, 0};
+      }
+      kernels.forward(of_expert, 0, level.rows, i, i + 1, mine, sums + p * mixed_bytes, i > first);
     }
   });
   kernels.forward_finish(args, 0, level.rows, sums, cut.parts, scratch);

@@ -72,10 +72,17 @@ struct Level {
 // product in place of the memory that they would take.
 inline int saved_layers(const Level& level) { return level.layers > 1 ? level.layers - 1 : level.layers; }
 
+// Memory that will be needed soon, to be fetched meanwhile.
+struct Upcoming {
+  const void* first;
+  int64_t bytes;
+};
+
 struct ForwardArgs {
   Level level;
-  void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
-  void* const* saved;    // a contiguous [experts, rows, width] for each of the saved layers, or null
+  void* const* outputs;                // a contiguous [rows, widths[layers]] for each gate
+  void* const* saved;                  // a contiguous [experts, rows, width] for each of the saved layers, or null
+  const Upcoming* upcoming = nullptr;  // for each layer what to fetch during it, in the place of the next weights
 
   bool saves(int layer) const { return saved != nullptr && layer < saved_layers(level); }
 };

@@ -196,6 +196,16 @@ class ForwardBlock {
     return Engine::weight_rows(weight, level_.weight_ld[at], depth, o, Engine::tile_begin(width, t + 1) - o);
   }
 
+  // What to fetch during tile t of a layer; the weights of number `next` come after it.
+  Ahead ahead_of(int l, int64_t at, int64_t t, int64_t next) const {
+    const int64_t tiles = Engine::tiles(level_.widths[l + 1]);
+    if (args_.upcoming) {
+      const Upcoming& all = args_.upcoming[l];
+      return Ahead{static_cast<const char*>(all.first), all.bytes}.share(t, 1, tiles);
+    }
+    return t + 1 < tiles ? weights_of(at, t + 1) : weights_of(next, 0);
+  }
+
   // One layer of expert e; the weights of number `next` are those that will be needed after it.
   void layer(int e, int l, const Element* in, Element* out, int64_t next) {
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1];
@@ -211,7 +221,7 @@ class ForwardBlock {
     for (int64_t g = 0; g < groups_ && panel_out; ++g) Engine::clear_margin(out + g * out_size, width);
     for (int64_t t = 0; t < Engine::tiles(width); ++t) {
       const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
-      const Ahead ahead = t + 1 < Engine::tiles(width) ? weights_of(at, t + 1) : weights_of(next, 0);
+      const Ahead ahead = ahead_of(l, at, t, next);
       const Affine<T, C> affine = of_layer.from(o);
       for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
         const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;

@@ -12,6 +12,7 @@
 
 #include "expert_mixture_args.h"
 #include "panels.h"
+#include "planes.h"
 #if defined(__AMX_BF16__)
 #include "amx_products.h"
 #else
@@ -21,11 +22,6 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
-template <typename T>
-constexpr int planes_of() {
-  return __is_same(T, float) ? 3 : __is_same(T, Half) ? 2 : 1;
-}
-
 template <typename T_>
 struct PairEngine {
   using T = T_;
@@ -34,6 +30,7 @@ struct PairEngine {
   using Weight = BFloat16;
   static constexpr int kPlanes = planes_of<T>();
   using Products = PairProducts<kPlanes>;
+  using Split = Planes<T>;
   static constexpr int64_t kStep = kPairStep;               // features of one tile product
   static constexpr int64_t kBlock = kPairTile;              // elements of a tile
   static constexpr int64_t kPlaneBlock = kPlanes * kBlock;  // and of its planes, which lie one after another
@@ -63,7 +60,7 @@ struct PairEngine {
         transpose16(rows + f, ld / 2, panel, kGroup);
         continue;
       }
-      split_rows(rows + f, ld, 1, nrows, width, block);
+      Split::split_rows(rows + f, ld, 1, nrows, width, block);
       for (int p = 0; p < kPlanes; ++p) transpose16(block + p * kBlock, kStep / 2, panel + p * kBlock, kGroup);
     }
   }
@@ -117,8 +114,8 @@ struct PairEngine {
   MTLK_INLINE static void store_each(Element* panel, int64_t feature, int64_t n, F value) {
     for (int64_t i = 0; i < n; i += 2) {
       __m256i even[kPlanes], odd[kPlanes];
-      split(reinterpret_cast<__m512>(value(i, 0)), even);
-      split(i + 1 < n ? reinterpret_cast<__m512>(value(i + 1, 0)) : _mm512_setzero_ps(), odd);
+      Split::split(reinterpret_cast<__m512>(value(i, 0)), even);
+      Split::split(i + 1 < n ? reinterpret_cast<__m512>(value(i + 1, 0)) : _mm512_setzero_ps(), odd);
       store_pair(panel, feature + i, even, odd);
     }
   }
@@ -136,8 +133,8 @@ struct PairEngine {
         for (int64_t r = 0; column_stride == 1 && r < kGroup; ++r) {
           fetch_rows(w + (o + kGroup + r) * row_stride + i, kStep);
         }
-        split_rows(w + o * row_stride + i * column_stride, row_stride, column_stride,
-                   outputs - o < kGroup ? outputs - o : kGroup, inputs - i < kStep ? inputs - i : kStep, out);
+        Split::split_rows(w + o * row_stride + i * column_stride, row_stride, column_stride,
+                          outputs - o < kGroup ? outputs - o : kGroup, inputs - i < kStep ? inputs - i : kStep, out);
       }
     }
   }
@@ -188,7 +185,7 @@ struct PairEngine {
                              const C* values) {
     for (int64_t i = 0; i < n; ++i) {
       __m256i planes[kPlanes];
-      split(_mm512_loadu_ps(values + i * kGroup), planes);
+      Split::split(_mm512_loadu_ps(values + i * kGroup), planes);
       place_gradient(base, features, group, feature + i, planes);
     }
   }
@@ -198,10 +195,10 @@ struct PairEngine {
                                           int64_t feature, int64_t n, F value) {
     for (int64_t i = 0; i < n; i += 2) {
       __m256i even[kPlanes], odd[kPlanes] = {};
-      split(reinterpret_cast<__m512>(value(i, 0)), even);
+      Split::split(reinterpret_cast<__m512>(value(i, 0)), even);
       place_gradient(base, features, group, feature + i, even);
       if (i + 1 < n) {
-        split(reinterpret_cast<__m512>(value(i + 1, 0)), odd);
+        Split::split(reinterpret_cast<__m512>(value(i + 1, 0)), odd);
         place_gradient(base, features, group, feature + i + 1, odd);
       }
       store_pair(panel, feature + i, even, odd);
@@ -235,10 +232,11 @@ struct PairEngine {
         }
         for (int64_t j = 0; j < kStep; j += kGroup) {
           __m256i even[kPlanes], odd[kPlanes];
-          split(_mm512_load_ps(wide[0] + j), even);
-          split(_mm512_load_ps(wide[1] + j), odd);
+          Split::split(_mm512_load_ps(wide[0] + j), even);
+          Split::split(_mm512_load_ps(wide[1] + j), odd);
           Operand* place = out + ((column + j) / kGroup * steps(nrows) + m / kStep) * kPlaneBlock + m % kStep * kGroup;
-          for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, interleaved(even[p], odd[p]));
+          for (int p = 0; p < kPlanes; ++p)
+            _mm512_storeu_si512(place + p * kBlock, Split::interleaved(even[p], odd[p]));
         }
       }
     }
@@ -310,7 +308,7 @@ struct PairEngine {
 
   static void store_pair(Element* panel, int64_t feature, const __m256i* even, const __m256i* odd) {
     Element* place = panel + feature / kStep * kPlaneBlock + feature % kStep * kGroup;
-    for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, interleaved(even[p], odd[p]));
+    for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, Split::interleaved(even[p], odd[p]));
   }
 
   static void place_gradient(Gradient* base, int64_t features, int64_t group, int64_t feature, const __m256i* planes) {
@@ -346,116 +344,6 @@ struct PairEngine {
       }
       _mm512_storeu_si512(out + m * kGroup, _mm512_permutex2var_epi16(even, low, odd));
       _mm512_storeu_si512(second + m * kGroup, _mm512_permutex2var_epi16(even, high, odd));
-    }
-  }
-
-  static __m512i interleaved(__m256i even, __m256i odd) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-  }
-
-  // value = the sum of the planes. Behind an infinite leading plane the others are zero, so that its sign survives; a
-  // finite number that would round to it is cut.
-  static void split(__m512 value, __m256i* planes) {
-    planes[0] = (__m256i)_mm512_cvtneps_pbh(value);
-    for (int p = 1; p < kPlanes; ++p) {
-      __m512 taken = plane_values(planes[p - 1]);
-      __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
-      if (kPlanes == 3 && p == 1 && __builtin_expect(finite != 0xffff, 0)) {
-        const __m512i cut = _mm512_srli_epi32(_mm512_castps_si512(value), 16);
-        planes[0] = _mm512_mask_cvtepi32_epi16(planes[0], static_cast<__mmask16>(~finite), cut);
-        taken = plane_values(planes[0]);
-        finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
-      }
-      value = _mm512_maskz_sub_ps(finite, value, taken);
-      planes[p] = (__m256i)_mm512_cvtneps_pbh(value);
-    }
-  }
-
-  static __m512 plane_values(__m256i plane) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(plane), 16));
-  }
-
-  // Up to 16 rows of up to 32 values into planes [16][32], zeros in the margins.
-  static void split_rows(const T* rows, int64_t row_stride, int64_t column_stride, int64_t nrows, int64_t width,
-                         BFloat16* out) {
-    if constexpr (kPlanes == 1) {
-      if (width == kStep && nrows == kGroup) return copy_block(rows, row_stride, column_stride, out);
-    }
-    if (column_stride == 1 && width == kStep) {  // straight from whole rows
-      for (int64_t r = 0; r < kGroup; ++r) {
-        const T* row = rows + r * row_stride;
-        const __m512 zero = _mm512_setzero_ps();
-        split_row(r < nrows ? load_wide(row) : zero, r < nrows ? load_wide(row + kGroup) : zero, out + r * kStep);
-      }
-      return;
-    }
-    alignas(64) float wide[kBlock];
-    if (nrows < kGroup || width < kStep) std::memset(wide, 0, sizeof(wide));
-    if (column_stride == 1) {
-      for (int64_t r = 0; r < nrows; ++r) widen(rows + r * row_stride, wide + r * kStep, width);
-    } else {  // columns are contiguous: read them as rows, and turn them
-      alignas(64) float turned[kStep * kGroup];
-      if (nrows < kGroup || width < kStep) std::memset(turned, 0, sizeof(turned));
-      for (int64_t c = 0; c < width; ++c) {
-        if (nrows == kGroup) {
-          _mm512_store_ps(turned + c * kGroup, load_wide(rows + c * column_stride));
-        } else {
-          widen(rows + c * column_stride, turned + c * kGroup, nrows);
-        }
-      }
-      for (int64_t c = 0; c < kStep; c += kGroup) transpose16(turned + c * kGroup, kGroup, wide + c, kStep);
-    }
-    for (int64_t i = 0; i < kBlock; i += kStep) {
-      split_row(_mm512_load_ps(wide + i), _mm512_load_ps(wide + i + kGroup), out + i);
-    }
-  }
-
-  // 16 rows of 32 bfloat16 as they are.
-  static void copy_block(const T* rows, int64_t row_stride, int64_t column_stride, BFloat16* out) {
-    if (column_stride == 1) {
-      for (int64_t r = 0; r < kGroup; ++r) std::memcpy(out + r * kStep, rows + r * row_stride, kStep * sizeof(T));
-      return;
-    }
-    alignas(64) BFloat16 pairs[kBlock];  // of columns, which are contiguous
-    for (int64_t c = 0; c < kStep; c += 2) {
-      const auto* even = reinterpret_cast<const __m256i*>(rows + c * column_stride);
-      const auto* odd = reinterpret_cast<const __m256i*>(rows + (c + 1) * column_stride);
-      _mm512_store_si512(pairs + c * kGroup, interleaved(_mm256_loadu_si256(even), _mm256_loadu_si256(odd)));
-    }
-    transpose16(pairs, kGroup, out, kStep / 2);
-  }
-
-  // 32 values to a row of each plane, as split makes them, whose conversions there and back take longer.
-  MTLK_INLINE static void split_row(__m512 low, __m512 high, BFloat16* out) {
-    if constexpr (kPlanes > 1) {
-      constexpr int kInfinities = 0x18;
-      const __mmask16 infinite = _mm512_fpclass_ps_mask(leading(low), kInfinities);
-      if (__builtin_expect((infinite | _mm512_fpclass_ps_mask(leading(high), kInfinities)) != 0, 0)) {
-        return split_row_of_extremes(low, high, out);
-      }
-    }
-    for (int p = 0; p < kPlanes - 1; ++p, out += kBlock) {
-      const __m512 first = leading(low), second = leading(high);
-      _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-      low = _mm512_sub_ps(low, first);
-      high = _mm512_sub_ps(high, second);
-    }
-    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-  }
-
-  // Rounded to the bits of a bfloat16; of a NaN it may be anything, as what is left of it is a NaN.
-  MTLK_INLINE static __m512 leading(__m512 value) {
-    const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
-    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000u)));
-  }
-
-  __attribute__((noinline, cold)) static void split_row_of_extremes(__m512 low, __m512 high, BFloat16* out) {
-    __m256i first[kPlanes], second[kPlanes];
-    split(low, first);
-    split(high, second);
-    for (int p = 0; p < kPlanes; ++p) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock), first[p]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kBlock + kGroup), second[p]);
     }
   }
 };

@@ -131,6 +131,12 @@ class GroupForms {
   int64_t bytes() const { return bytes_; }
   int64_t layers() const { return static_cast<int64_t>(offsets_.size()); }
 
+  // Where a weight lies that is still to be prepared.
+  Upcoming natural(int64_t layer, int expert) const {
+    const at::Tensor& weight = weights_[layer * experts_ + expert];
+    return {weight.const_data_ptr(), weight.is_contiguous() ? static_cast<int64_t>(weight.nbytes()) : 0};
+  }
+
   void prepare(int64_t layer, int expert, char* memory) {
     const size_t i = layer * experts_ + expert;
     prepare_weight(table_, weights_[i], memory + offsets_[layer]);
