@@ -29,29 +29,16 @@ class PairProducts {
     if constexpr (Planes == 1) {
       product_2x2(a, b, steps, out0, out1, ld, add, ahead);
     } else {
-      // Short depths find their factors near, and run fastest with a register for each plane; long ones wait for the
-      // second-level cache, and read b once for both tiles of a.
-      const bool together = a.both && steps >= kLongDepth;
-      const int64_t parts = (a.both && !together ? 2 : 1) * (b.both ? 2 : 1);
-      int64_t part = 0;
-      const auto next = [&] { return ahead.share(part++, 1, parts); };
-      if (together) {
-        product_split<true>(a, b.first, b.step, steps, out0, ld, add, next());
-        if (b.both) product_split<true>(a, b.second, b.step, steps, out1, ld, add, next());
-        return;
+      const int64_t parts = (a.both ? 2 : 1) * (b.both ? 2 : 1);
+      for (int64_t part = 0; part < parts; ++part) {
+        const bool second_a = part * 2 >= parts && a.both, second_b = b.both && part % 2 != 0;
+        product_split(second_a ? a.second : a.first, a.step, second_b ? b.second : b.first, b.step, steps,
+                      (second_b ? out1 : out0) + (second_a ? kGroup * ld : 0), ld, add, ahead.share(part, 1, parts));
       }
-      product_split<false>(a, b.first, b.step, steps, out0, ld, add, next());
-      if (b.both) product_split<false>(a, b.second, b.step, steps, out1, ld, add, next());
-      if (!a.both) return;
-      const PairFactor second{a.second, nullptr, a.step, false};
-      product_split<false>(second, b.first, b.step, steps, out0 + kGroup * ld, ld, add, next());
-      if (b.both) product_split<false>(second, b.second, b.step, steps, out1 + kGroup * ld, ld, add, next());
     }
   }
 
  private:
-  static constexpr int64_t kLongDepth = 20;  // steps
-
   static void product_2x2(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1, int64_t ld,
                           bool add, const Ahead& ahead) {
     _tile_zero(0);
@@ -87,57 +74,38 @@ class PairProducts {
     if (a.both && b.both) _tile_stored(3, out1 + kGroup * ld, ld * sizeof(float));
   }
 
-  // Tiles 0 and 2 sum the leading planes' products with the first and, for `Both`, the second tile of a, 1 and 3 the
-  // rest, which is too small to lose anything to rounding. Tile numbers are part of an instruction's text, so both
-  // halves are written out.
-  template <bool Both>
-  static void product_split(const PairFactor& a, const BFloat16* b, int64_t b_step, int64_t steps, float* out,
-                            int64_t ld, bool add, const Ahead& ahead) {
+  // Tile 0 sums the leading planes' products, tile 1 the rest, which is too small to lose anything to rounding.
+  static void product_split(const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, int64_t steps,
+                            float* out, int64_t ld, bool add, const Ahead& ahead) {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
     Fetcher fetcher(ahead, steps);
-    for (int64_t k = 0; k < steps; ++k) {
+    const BFloat16 *left = a, *right = b;
+    for (int64_t k = 0; k < steps; ++k, left += a_step, right += b_step) {
       fetcher.step();
-      const BFloat16* right = b + k * b_step;
       _tile_loadd(5, right, 64);
       _tile_loadd(6, right + kPairTile, 64);
       if constexpr (Planes == 3) _tile_loadd(7, right + 2 * kPairTile, 64);
-      const BFloat16* first = a.first + k * a.step;
-      _tile_loadd(4, first, 64);
+      _tile_loadd(4, left, 64);
       _tile_dpbf16ps(0, 4, 5);
       _tile_dpbf16ps(1, 4, 6);
       if constexpr (Planes == 3) _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(4, first + kPairTile, 64);
+      _tile_loadd(4, left + kPairTile, 64);
       _tile_dpbf16ps(1, 4, 5);
       if constexpr (Planes == 3) {
         _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(4, first + 2 * kPairTile, 64);
+        _tile_loadd(4, left + 2 * kPairTile, 64);
         _tile_dpbf16ps(1, 4, 5);
       }
-      if constexpr (!Both) continue;
-      const BFloat16* second = a.second + k * a.step;
-      _tile_loadd(4, second, 64);
-      _tile_dpbf16ps(2, 4, 5);
-      _tile_dpbf16ps(3, 4, 6);
-      if constexpr (Planes == 3) _tile_dpbf16ps(3, 4, 7);
-      _tile_loadd(4, second + kPairTile, 64);
-      _tile_dpbf16ps(3, 4, 5);
-      if constexpr (Planes == 3) {
-        _tile_dpbf16ps(3, 4, 6);
-        _tile_loadd(4, second + 2 * kPairTile, 64);
-        _tile_dpbf16ps(3, 4, 5);
-      }
     }
-    __m512 lead[kGroup], rest[kGroup];
-    _tile_stored(0, lead, kGroup * sizeof(float));
+    alignas(64) float rest[kGroup * kGroup], lead[kGroup * kGroup];
+    if (add) {
+      _tile_stored(0, lead, kGroup * sizeof(float));
+    } else {
+      _tile_stored(0, out, ld * sizeof(float));
+    }
     _tile_stored(1, rest, kGroup * sizeof(float));
-    store_sums<Planes, kGroup>(a.first, a.step, b, b_step, steps, lead, rest, out, ld, add);
-    if constexpr (!Both) return;
-    _tile_stored(2, lead, kGroup * sizeof(float));
-    _tile_stored(3, rest, kGroup * sizeof(float));
-    store_sums<Planes, kGroup>(a.second, a.step, b, b_step, steps, lead, rest, out + kGroup * ld, ld, add);
+    store_sums<Planes, kGroup>(a, a_step, b, b_step, steps, add ? lead : out, add ? kGroup : ld, rest, out, ld, add);
   }
 };
 

@@ -66,13 +66,13 @@ class PairProducts {
     for (int t = 0; t < Tiles; ++t) {
       float* const out = t == 0 ? out0 : out1;
       if constexpr (Planes > 1) {
-        __m512 lead[kRows], small[kRows];
+        alignas(64) float lead[kRows * kGroup], small[kRows * kGroup];
         for (int64_t i = 0; i < kRows; ++i) {
-          lead[i] = sums[i][t];
-          small[i] = rest[i][t];
+          _mm512_store_ps(lead + i * kGroup, sums[i][t]);
+          _mm512_store_ps(small + i * kGroup, rest[i][t]);
         }
         const BFloat16* tile = t == 0 ? b.first : b.second;
-        store_sums<Planes, kRows>(a - steps * a_step, a_step, tile, b.step, steps, lead, small, out, ld, add);
+        store_sums<Planes, kRows>(a - steps * a_step, a_step, tile, b.step, steps, lead, kGroup, small, out, ld, add);
         continue;
       }
       for (int64_t i = 0; i < kRows; ++i) {

@@ -48,23 +48,30 @@ __attribute__((noinline, cold)) void product_of_whole_numbers(const BFloat16* a,
 }
 
 // out = lead + rest, on top of what is there if `add`: sums of products of planes for Rows rows of a and a tile of b.
+// Rows of lead are lead_ld apart, and may be those of out itself where nothing is added.
 template <int Planes, int Rows>
 MTLK_INLINE void store_sums(const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, int64_t steps,
-                            const __m512* lead, const __m512* rest, float* out, int64_t ld, bool add) {
-  __m512 sums[Rows];
+                            const float* lead, int64_t lead_ld, const float* rest, float* out, int64_t ld, bool add) {
+  const auto sum = [&](int i) {
+    return _mm512_add_ps(_mm512_loadu_ps(lead + i * lead_ld), _mm512_load_ps(rest + i * kGroup));
+  };
   __mmask16 unordered = 0;
-  for (int i = 0; i < Rows; ++i) sums[i] = _mm512_add_ps(lead[i], rest[i]);
   for (int i = 0; i < Rows; i += 2) {
-    unordered = static_cast<__mmask16>(unordered | _mm512_cmp_ps_mask(sums[i], sums[i + 1], _CMP_UNORD_Q));
+    const __m512 even = sum(i), odd = sum(i + 1);
+    unordered = static_cast<__mmask16>(unordered | _mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q));
+    if (add) continue;
+    _mm512_storeu_ps(out + i * ld, even);
+    _mm512_storeu_ps(out + (i + 1) * ld, odd);
   }
   if (__builtin_expect(unordered != 0, 0)) {
     alignas(64) float whole[Rows * kGroup];
     product_of_whole_numbers<Planes, Rows>(a, a_step, b, b_step, steps, whole);
-    for (int i = 0; i < Rows; ++i) sums[i] = _mm512_load_ps(whole + i * kGroup);
-  }
-  for (int i = 0; i < Rows; ++i) {
-    float* place = out + i * ld;
-    _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sums[i]) : sums[i]);
+    for (int i = 0; i < Rows; ++i) {
+      const __m512 value = _mm512_load_ps(whole + i * kGroup);
+      _mm512_storeu_ps(out + i * ld, add ? _mm512_add_ps(_mm512_loadu_ps(out + i * ld), value) : value);
+    }
+  } else if (add) {
+    for (int i = 0; i < Rows; ++i) _mm512_storeu_ps(out + i * ld, _mm512_add_ps(_mm512_loadu_ps(out + i * ld), sum(i)));
   }
 }
 

@@ -15,24 +15,33 @@ constexpr int planes_of() {
 template <typename T>
 struct Planes {
   static constexpr int kPlanes = planes_of<T>();
+  static constexpr int kInfinities = 0x18;  // a class of numbers
 
   static __m512i interleaved(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
 
-  // value = the sum of the planes. Behind an infinite leading plane the others are zero, so that its sign survives; a
-  // finite number that would round to it is cut.
-  static void split(__m512 value, __m256i* planes) {
+  // value = the sum of the planes.
+  MTLK_INLINE static void split(__m512 value, __m256i* planes) {
     planes[0] = (__m256i)_mm512_cvtneps_pbh(value);
+    if constexpr (kPlanes > 1) {
+      const __m512 leading = plane_values(planes[0]);
+      if (__builtin_expect(_mm512_fpclass_ps_mask(leading, kInfinities) != 0, 0)) return split_extremes(value, planes);
+      value = _mm512_sub_ps(value, leading);
+      planes[1] = (__m256i)_mm512_cvtneps_pbh(value);
+    }
+    if constexpr (kPlanes > 2) planes[2] = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(value, plane_values(planes[1])));
+  }
+
+  // The same. Behind an infinite leading plane the others are zero, so that its sign survives; a finite number that
+  // would round to it is cut.
+  __attribute__((noinline, cold)) static void split_extremes(__m512 value, __m256i* planes) {
+    const __mmask16 infinite = _mm512_fpclass_ps_mask(plane_values((__m256i)_mm512_cvtneps_pbh(value)), kInfinities);
+    const __m512i cut = _mm512_srli_epi32(_mm512_castps_si512(value), 16);
+    planes[0] = _mm512_mask_cvtepi32_epi16((__m256i)_mm512_cvtneps_pbh(value), infinite, cut);
     for (int p = 1; p < kPlanes; ++p) {
-      __m512 taken = plane_values(planes[p - 1]);
-      __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
-      if (kPlanes == 3 && p == 1 && __builtin_expect(finite != 0xffff, 0)) {
-        const __m512i cut = _mm512_srli_epi32(_mm512_castps_si512(value), 16);
-        planes[0] = _mm512_mask_cvtepi32_epi16(planes[0], static_cast<__mmask16>(~finite), cut);
-        taken = plane_values(planes[0]);
-        finite = _mm512_cmp_ps_mask(_mm512_abs_ps(taken), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
-      }
+      const __m512 taken = plane_values(planes[p - 1]);
+      const __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(taken, kInfinities));
       value = _mm512_maskz_sub_ps(finite, value, taken);
       planes[p] = (__m256i)_mm512_cvtneps_pbh(value);
     }
@@ -96,7 +105,6 @@ struct Planes {
   // 32 values to a row of each plane, as split makes them, whose conversions there and back take longer.
   MTLK_INLINE static void split_row(__m512 low, __m512 high, BFloat16* out) {
     if constexpr (kPlanes > 1) {
-      constexpr int kInfinities = 0x18;
       const __mmask16 infinite = _mm512_fpclass_ps_mask(leading(low), kInfinities);
       if (__builtin_expect((infinite | _mm512_fpclass_ps_mask(leading(high), kInfinities)) != 0, 0)) {
         return split_row_of_extremes(low, high, out);
