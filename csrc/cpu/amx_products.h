@@ -32,7 +32,8 @@ class PairProducts {
       const int64_t parts = (a.both ? 2 : 1) * (b.both ? 2 : 1);
       for (int64_t part = 0; part < parts; ++part) {
         const bool second_a = part * 2 >= parts && a.both, second_b = b.both && part % 2 != 0;
-        product_split(second_a ? a.second : a.first, a.step, second_b ? b.second : b.first, b.step, steps,
+        product_split(second_a ? a.second : a.first, a.step, second_a ? a.rows - kGroup : a.rows,
+                      second_b ? b.second : b.first, b.step, steps,
                       (second_b ? out1 : out0) + (second_a ? kGroup * ld : 0), ld, add, ahead.share(part, 1, parts));
       }
     }
@@ -75,8 +76,8 @@ class PairProducts {
   }
 
   // Tile 0 sums the leading planes' products, tile 1 the rest, which is too small to lose anything to rounding.
-  static void product_split(const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, int64_t steps,
-                            float* out, int64_t ld, bool add, const Ahead& ahead) {
+  static void product_split(const BFloat16* a, int64_t a_step, int64_t rows, const BFloat16* b, int64_t b_step,
+                            int64_t steps, float* out, int64_t ld, bool add, const Ahead& ahead) {
     _tile_zero(0);
     _tile_zero(1);
     Fetcher fetcher(ahead, steps);
@@ -105,7 +106,8 @@ class PairProducts {
       _tile_stored(0, out, ld * sizeof(float));
     }
     _tile_stored(1, rest, kGroup * sizeof(float));
-    store_sums<Planes, kGroup>(a, a_step, b, b_step, steps, add ? lead : out, add ? kGroup : ld, rest, out, ld, add);
+    store_sums<Planes, kGroup>(a, a_step, b, b_step, steps, add ? lead : out, add ? kGroup : ld, rest, rows, out, ld,
+                               add);
   }
 };
 

@@ -22,7 +22,8 @@ class PairProducts {
     const int64_t parts = (a.both ? 2 : 1) * kGroup / kRows;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t row = part * kRows;
-      const PairFactor rows{(row < kGroup ? a.first : a.second) + row % kGroup * a.row, nullptr, a.step, false, a.row};
+      const PairFactor rows{
+          (row < kGroup ? a.first : a.second) + row % kGroup * a.row, nullptr, a.step, false, a.row, a.rows - row};
       const Ahead share = ahead.share(part, 1, parts);
       if (b.both) {
         rows_against<2>(rows, b, steps, out0 + row * ld, out1 + row * ld, ld, add, share);
@@ -39,8 +40,9 @@ class PairProducts {
   static void rows_against(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1,
                            int64_t ld, bool add, const Ahead& ahead) {
     if (a.row == kPairStep)
-      return rows_against<Tiles>(a.first, PairStep{}, a.step, b, steps, out0, out1, ld, add, ahead);
-    if constexpr (Planes == 1) rows_against<Tiles>(a.first, a.row, a.step, b, steps, out0, out1, ld, add, ahead);
+      return rows_against<Tiles>(a.first, PairStep{}, a.step, a.rows, b, steps, out0, out1, ld, add, ahead);
+    if constexpr (Planes == 1)
+      rows_against<Tiles>(a.first, a.row, a.step, a.rows, b, steps, out0, out1, ld, add, ahead);
   }
 
   // The distance of a's rows, which addresses can hold where it is a constant.
@@ -49,8 +51,8 @@ class PairProducts {
   };
 
   template <int Tiles, typename Row>
-  static void rows_against(const BFloat16* a, Row row, int64_t a_step, const PairFactor& b, int64_t steps, float* out0,
-                           float* out1, int64_t ld, bool add, const Ahead& ahead) {
+  static void rows_against(const BFloat16* a, Row row, int64_t a_step, int64_t a_rows, const PairFactor& b,
+                           int64_t steps, float* out0, float* out1, int64_t ld, bool add, const Ahead& ahead) {
     __m512 sums[kRows][Tiles] = {}, rest[kRows][Tiles] = {};
     const BFloat16 *first = b.first, *second = b.second;
     Fetcher fetcher(ahead, steps);
@@ -72,7 +74,8 @@ class PairProducts {
           _mm512_store_ps(small + i * kGroup, rest[i][t]);
         }
         const BFloat16* tile = t == 0 ? b.first : b.second;
-        store_sums<Planes, kRows>(a - steps * a_step, a_step, tile, b.step, steps, lead, kGroup, small, out, ld, add);
+        store_sums<Planes, kRows>(a - steps * a_step, a_step, tile, b.step, steps, lead, kGroup, small, a_rows, out, ld,
+                                  add);
         continue;
       }
       for (int64_t i = 0; i < kRows; ++i) {

@@ -219,6 +219,7 @@ class NormalizedBackward {
         }
       });
     }
+    if (reader.layer().alpha) clear_absent(group_rows(g), n, grad);  // a slope that is not finite likewise
     narrow(grad, normalized_gradient(reader_layer(reader), e, g) + o * kGroup, n * kGroup);
     if (reader.norm() == kNoNorm) return;
     C *sum = s_.sums[0] + o * kGroup, *product = s_.sums[1] + o * kGroup;

@@ -251,7 +251,7 @@ struct PairEngine {
     for (int64_t o = 0; o < outputs; o += kRows) {
       const int64_t n = outputs - o < kRows ? outputs - o : kRows;
       const Gradient* a = gradient + o / kGroup * kPlaneBlock;
-      const PairFactor left{a, a + kPlaneBlock, gradient_size(outputs), n > kGroup};
+      const PairFactor left{a, a + kPlaneBlock, gradient_size(outputs), n > kGroup, kPairStep, n};
       const PairFactor right{b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true};
       if (n % kGroup == 0) {
         Products::run(left, right, steps(nrows), grad + o * ld, grad + o * ld + kGroup, ld, add, {});

@@ -18,6 +18,7 @@ struct PairFactor {
   int64_t step;
   bool both;
   int64_t row = kPairStep;
+  int64_t rows = 2 * kGroup;  // of the tiles that are there; others may hold anything
 };
 
 // out[i][16] = the product of a tile row by row, by multiply-adds of the numbers that the planes stand for. Where a
@@ -47,18 +48,22 @@ __attribute__((noinline, cold)) void product_of_whole_numbers(const BFloat16* a,
   for (int i = 0; i < Rows; ++i) _mm512_storeu_ps(out + i * kGroup, sums[i]);
 }
 
-// out = lead + rest, on top of what is there if `add`: sums of products of planes for Rows rows of a and a tile of b.
-// Rows of lead are lead_ld apart, and may be those of out itself where nothing is added.
+// out = lead + rest, on top of what is there if `add`: sums of products of planes for Rows rows of a, of which `rows`
+// are there, and a tile of b. Rows of lead are lead_ld apart, and may be those of out itself where nothing is added.
 template <int Planes, int Rows>
 MTLK_INLINE void store_sums(const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, int64_t steps,
-                            const float* lead, int64_t lead_ld, const float* rest, float* out, int64_t ld, bool add) {
+                            const float* lead, int64_t lead_ld, const float* rest, int64_t rows, float* out, int64_t ld,
+                            bool add) {
   const auto sum = [&](int i) {
     return _mm512_add_ps(_mm512_loadu_ps(lead + i * lead_ld), _mm512_load_ps(rest + i * kGroup));
   };
   __mmask16 unordered = 0;
   for (int i = 0; i < Rows; i += 2) {
     const __m512 even = sum(i), odd = sum(i + 1);
-    unordered = static_cast<__mmask16>(unordered | _mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q));
+    if (i < rows) {
+      const __mmask16 found = _mm512_cmp_ps_mask(even, i + 1 < rows ? odd : even, _CMP_UNORD_Q);
+      unordered = static_cast<__mmask16>(unordered | found);
+    }
     if (add) continue;
     _mm512_storeu_ps(out + i * ld, even);
     _mm512_storeu_ps(out + (i + 1) * ld, odd);
