@@ -95,7 +95,8 @@ def test_export_of_rechubs_trainer(dynamo: bool | None, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for count in (1, 3, 40):
         given = models.by_name(models.features(count, count).float())
-        feeds = {value.name: given[value.name].numpy() for value in session.get_inputs()}
+        # The library's own example has a column for each number.
+        feeds = {x.name: given[x.name].numpy().reshape(count, *[1] * (len(x.shape) - 1)) for x in session.get_inputs()}
         (found,) = session.run(None, feeds)
         model.eval()
         assert_same(torch.from_numpy(found), model(given), f"{count} rows")
