@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain, refusal
-from mtlkernels._convert.gates import EQUAL, Gate, linear_gates, logits_of
+from mtlkernels._convert.gates import Gate, has_equal_shares, linear_gates, logits_of
 from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, in_trial, join, kind_of, odd_weight, rows_of
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import mix_list
@@ -166,7 +166,7 @@ def describe(
         else:
             groups.setdefault(kind_of(found), []).append(found)
     fused = [_experts(len(group)) + _layers(group) for group in groups.values()]
-    equal = gates.count(EQUAL)
+    equal = sum(map(has_equal_shares, gates))
     count = f"{len(gates) - equal} gates" + (f" and {equal} means" if equal else "")
     if len(fused) == 1 and not odd:
         words = f"{fused[0]} and {count} in one expert_mixture"

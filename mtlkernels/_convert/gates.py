@@ -41,6 +41,11 @@ class Gate(NamedTuple):
 EQUAL = Gate([], (), None)
 
 
+def has_equal_shares(gate: Gate | str) -> bool:
+    """Whether a gate is :data:`EQUAL`: torch 2.10 does not compile ``is`` of a NamedTuple."""
+    return not isinstance(gate, str) and gate.layers is not None and len(gate.layers) == 0
+
+
 def read_gate(chain: Chain) -> Gate | str:
     """A gate from a chain that ends with its logits, or with their softmax and perhaps a dropout; or what it has.
 
@@ -101,7 +106,7 @@ def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], sizes: Sequence[i
             first[k] = z
     zeros: dict[int, Tensor] = {}
     for k, gate in enumerate(gates):
-        if gate is EQUAL:
+        if has_equal_shares(gate):
             size, x = sizes[k], inputs[k]
             first[k] = zeros[size] = zeros[size] if size in zeros else x.new_zeros(x.shape[0], size)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain
 from mtlkernels._convert.classes import Converted
 from mtlkernels._convert.evaluation import Parts, describe, evaluate, left_to_modules, read_parts
-from mtlkernels._convert.gates import EQUAL, Gate, read_gate
+from mtlkernels._convert.gates import Gate, has_equal_shares, read_gate
 from mtlkernels._convert.kernels import pays
 from mtlkernels._convert.mlp import Rows, in_trial, odd_weight, rows_of
 from mtlkernels._convert.products import Product
@@ -81,8 +81,8 @@ class Level:
         """The stream of each gate; gates of equal shares read none, and have any."""
         if self.gate_inputs is not None:
             return tuple(self.gate_inputs(module))
-        if EQUAL in gates and routing.num_inputs > 1:
-            return [0 if gate is EQUAL else k for k, gate in enumerate(gates)]
+        if any(map(has_equal_shares, gates)) and routing.num_inputs > 1:
+            return [0 if has_equal_shares(gate) else k for k, gate in enumerate(gates)]
         return None
 
     def read(self, module: Any, routing: Routing, rows: Rows) -> Parts:
@@ -227,7 +227,7 @@ def random_streams(level: Level, module: Any, routing: Routing, rows: int, gener
     gates: list[Any] = [read_gate(chain) for chain in level.gates(module)]
     at = level.read_gate_inputs(module, gates, routing)
     if at is not None:
-        count = max(count, *(i + 1 for i, gate in zip(at, gates, strict=True) if gate is not EQUAL))
+        count = max(count, *(i + 1 for i, gate in zip(at, gates, strict=True) if not has_equal_shares(gate)))
     elif level.streams is not None:
         count = level.streams(module)
     elif count > 1:  # without shared experts, a shared gate alone reads the last stream
