@@ -75,9 +75,9 @@ def dice_rows(
             distance = x - mean[:, None]
             total += tl.where(mask, distance * distance if squares else distance, 0.0)
         if squares:
-            of_dice = mean, tl.where(inside, 1.0 / tl.sqrt_rn(tl.sum(total, 1) + width * dice_eps), 0.0)
+            of_dice = mean, tl.where(inside, 1.0 / tl.sqrt_rn(tl.sum(total, 1) + tl.maximum(width, 1) * dice_eps), 0.0)
         else:
-            mean = tl.sum(total, 1) / width
+            mean = tl.sum(total, 1) / tl.maximum(width, 1)
     at = pointer(table, norm + 6 * num_experts + e, tl.float32, False) + first + rows
     tl.store(at, of_dice[0], mask=inside)
     at = pointer(table, norm + 7 * num_experts + e, tl.float32, False) + first + rows
@@ -150,6 +150,6 @@ def dice_gradient_rows(
         level += tl.where(mask, w, 0.0)
         along += tl.where(mask, w * u, 0.0)
     at = pointer(table, norm + 8 * num_experts + e, tl.float32, False) + first + rows
-    tl.store(at, tl.sum(level, 1) / width, mask=inside)
+    tl.store(at, tl.sum(level, 1) / tl.maximum(width, 1), mask=inside)
     at = pointer(table, norm + 9 * num_experts + e, tl.float32, False) + first + rows
     tl.store(at, tl.sum(along, 1), mask=inside)

@@ -198,14 +198,14 @@ def layer_statistics(
     for k in range(0, width, COLUMNS):
         mask = inside[:, None] & (columns < width - k)[None, :]
         total += tl.load(z + k, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(total, 1) / width
+    mean = tl.sum(total, 1) / tl.maximum(width, 1)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, width, COLUMNS):
         mask = inside[:, None] & (columns < width - k)[None, :]
         distance = tl.load(z + k, mask=mask, other=0.0).to(tl.float32) - mean[:, None]
         total += tl.where(mask, distance * distance, 0.0)
     tl.store(pointer(table, norm + e, tl.float32, False) + first + rows, mean, mask=inside)
-    variance = tl.sum(total, 1) / width
+    variance = tl.sum(total, 1) / tl.maximum(width, 1)
     tl.store(pointer(table, norm + num_experts + e, tl.float32, False) + first + rows, variance, mask=inside)
 
 
