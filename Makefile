@@ -16,6 +16,9 @@ CUDA_SOURCES := $(shell find csrc/cuda csrc/common -type f) tests/cuda/compile.p
 # With a compiler the C++ kernels must be there, so that they cannot vanish without a test failing.
 REQUIRED := $(if $(COMPILER),--require-backend cpp)
 
+# A process a core, up to four; tests that want several threads share them, so that threads must not spin while they wait.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 # Arguments of the targets below, as in `make bench SUITE=mixture DEVICE=cuda`.
 SUITE ?=
 DEVICE ?= cpu
@@ -58,7 +61,7 @@ demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo $(ARGS)
 
 test: check
-	$(PY) -m pytest $(REQUIRED) $(ARGS)
+	$(PYTEST) $(REQUIRED) $(ARGS)
 
 matrix:
 	$(PYTHON) tests/matrix.py $(ARGS)

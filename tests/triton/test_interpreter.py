@@ -18,7 +18,8 @@ FILES = ("interpreted.py", "interpreted_norms.py", "interpreted_launches.py", "i
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_agree_with_the_reference(name: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/triton/{name}"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert run.returncode == 0, run.stdout[-10000:]
-    assert re.search(r"\d+ passed", run.stdout) and "skipped" not in run.stdout, run.stdout[-2000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/{name}"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = run.stdout.decode(errors="replace")
+    assert run.returncode == 0, output[-10000:]
+    assert re.search(r"\d+ passed", output) and "skipped" not in output, output[-2000:]
