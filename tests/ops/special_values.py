@@ -222,10 +222,18 @@ def _difference(name: str, got: Tensor, expected: Tensor, style: Style, value: s
     return None if error <= tolerance * max(scale, 1e-2) else f"{name} is off by {error}, of {scale}"
 
 
-def differences(style: Style, dtype: torch.dtype, values: tuple[str, ...], grads: tuple[bool, ...]) -> Iterator[str]:
+def differences(
+    style: Style,
+    dtype: torch.dtype,
+    values: tuple[str, ...],
+    grads: tuple[bool, ...],
+    places: tuple[str, ...] | None = None,
+) -> Iterator[str]:
     """What is not as in PyTorch with each of the values in one element of each place."""
     level = Level(style, dtype)
     for place, tensor in level.places().items():
+        if places is not None and place not in places:
+            continue
         flat = tensor.data.view(-1)
         at = min(1, flat.numel() - 1)
         kept = flat[at].item()

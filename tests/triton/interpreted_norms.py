@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mtlkernels import use_backend
 from mtlkernels._backends import interpreting
+from tests.ops import special_values
+from tests.ops.special_values import Style
 from tests.triton import norms
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
@@ -25,3 +28,17 @@ def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...], activa
 def test_running_statistics() -> None:
     for found, expected in zip(*norms.statistics("cpu"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# A few of tests/ops/test_special_values.py's: each of their calls takes a second here.
+@pytest.mark.filterwarnings(
+    "ignore:.* encountered in:RuntimeWarning"
+)  # from NumPy, which the interpreter computes with
+@pytest.mark.parametrize(
+    "style", [Style("relu", linear_gates=True), Style("prelu"), Style("dice"), Style("relu", "layer")], ids=str
+)
+def test_special_values(style: Style) -> None:
+    places = ("x", "upstream", "expert.0.weight")
+    with use_backend("triton"):
+        found = list(special_values.differences(style, torch.float32, ("nan",), (True,), places))
+    assert not found, "\n".join(found[:10])
