@@ -30,10 +30,9 @@ def test_running_statistics() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-# A few of tests/ops/test_special_values.py's: each of their calls takes a second here.
-@pytest.mark.filterwarnings(
-    "ignore:.* encountered in:RuntimeWarning"
-)  # from NumPy, which the interpreter computes with
+# A few of tests/ops/test_special_values.py's: each of their calls takes a second here. NumPy, which the interpreter
+# computes with, warns of what is tested.
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize(
     "style", [Style("relu", linear_gates=True), Style("prelu"), Style("dice"), Style("relu", "layer")], ids=str
 )
