@@ -6,6 +6,8 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
+class Fetcher;
+
 // Memory that will be needed next. A tile fetches it little by little between its products: fetched at once, it would
 // hold up what the products wait for, and the hardware's prefetchers lose the trail where a dozen rows are read at
 // once.
@@ -17,6 +19,18 @@ struct Ahead {
   Ahead share(int64_t g, int64_t n, int64_t groups) const {
     return {first + bytes * g / groups, bytes * (g + n) / groups - bytes * g / groups};
   }
+
+  // It, spread over the steps of a product.
+  inline Fetcher over(int64_t steps) const;
+};
+
+// In its place: work for which a product has a turn at every step.
+template <typename Maker>
+struct MakeAhead {
+  Maker* maker;
+
+  MakeAhead share(int64_t, int64_t, int64_t) const { return *this; }
+  Maker& over(int64_t) const { return *maker; }
 };
 
 // Rows that are strips of wider ones are fetched this far ahead: no hardware prefetcher crosses the gaps.
@@ -41,6 +55,8 @@ class Fetcher {
   const char *next_, *end_;
   const int64_t lines_;
 };
+
+inline Fetcher Ahead::over(int64_t steps) const { return {*this, steps}; }
 
 }  // namespace MTLK_ISA
 }  // namespace mtlk

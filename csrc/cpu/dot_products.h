@@ -16,33 +16,38 @@ class PairProducts {
   static void begin() {}
   static void end() {}
 
+  // How often a run takes a turn at what is to be done meanwhile, for each step of the depth.
+  static constexpr int64_t turns(bool both_a, bool) { return parts(both_a); }
+
   // out0[i * ld] and out1 = rows of both tiles of a against the first and the second tile of b, or this added to them.
+  template <typename Meanwhile>
   static void run(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1, int64_t ld,
-                  bool add, const Ahead& ahead) {
-    const int64_t parts = (a.both ? 2 : 1) * kGroup / kRows;
-    for (int64_t part = 0; part < parts; ++part) {
+                  bool add, const Meanwhile& meanwhile) {
+    const int64_t all = parts(a.both);
+    for (int64_t part = 0; part < all; ++part) {
       const int64_t row = part * kRows;
       const PairFactor rows{
           (row < kGroup ? a.first : a.second) + row % kGroup * a.row, nullptr, a.step, false, a.row, a.rows - row};
-      const Ahead share = ahead.share(part, 1, parts);
+      auto&& work = meanwhile.share(part, 1, all).over(steps);
       if (b.both) {
-        rows_against<2>(rows, b, steps, out0 + row * ld, out1 + row * ld, ld, add, share);
+        rows_against<2>(rows, b, steps, out0 + row * ld, out1 + row * ld, ld, add, work);
       } else {
-        rows_against<1>(rows, b, steps, out0 + row * ld, nullptr, ld, add, share);
+        rows_against<1>(rows, b, steps, out0 + row * ld, nullptr, ld, add, work);
       }
     }
   }
 
  private:
+  static constexpr int64_t parts(bool both_a) { return (both_a ? 2 : 1) * kGroup / kRows; }
+
   static constexpr int64_t kRows = 8;  // of a, beside two tiles of b and, of split factors, two sums each
 
-  template <int Tiles>
+  template <int Tiles, typename Work>
   static void rows_against(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1,
-                           int64_t ld, bool add, const Ahead& ahead) {
+                           int64_t ld, bool add, Work& work) {
     if (a.row == kPairStep)
-      return rows_against<Tiles>(a.first, PairStep{}, a.step, a.rows, b, steps, out0, out1, ld, add, ahead);
-    if constexpr (Planes == 1)
-      rows_against<Tiles>(a.first, a.row, a.step, a.rows, b, steps, out0, out1, ld, add, ahead);
+      return rows_against<Tiles>(a.first, PairStep{}, a.step, a.rows, b, steps, out0, out1, ld, add, work);
+    if constexpr (Planes == 1) rows_against<Tiles>(a.first, a.row, a.step, a.rows, b, steps, out0, out1, ld, add, work);
   }
 
   // The distance of a's rows, which addresses can hold where it is a constant.
@@ -50,14 +55,13 @@ class PairProducts {
     constexpr operator int64_t() const { return kPairStep; }
   };
 
-  template <int Tiles, typename Row>
+  template <int Tiles, typename Row, typename Work>
   static void rows_against(const BFloat16* a, Row row, int64_t a_step, int64_t a_rows, const PairFactor& b,
-                           int64_t steps, float* out0, float* out1, int64_t ld, bool add, const Ahead& ahead) {
+                           int64_t steps, float* out0, float* out1, int64_t ld, bool add, Work& work) {
     __m512 sums[kRows][Tiles] = {}, rest[kRows][Tiles] = {};
     const BFloat16 *first = b.first, *second = b.second;
-    Fetcher fetcher(ahead, steps);
     for (int64_t k = 0; k < steps; ++k, a += a_step, first += b.step, second += b.step) {
-      fetcher.step();
+      work.step();
       for (int p = 0; p < Planes; ++p) {
         for (int q = 0; p + q < Planes; ++q) {
           auto& to = p + q == 0 ? sums : rest;

@@ -16,11 +16,15 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-// The kernels for a call with these inputs; `kept` tells that what they prepare of the weights stays for others.
-const ExpertMixtureKernels& kernels_for(const at::Tensor& inputs, bool kept = false) {
+// The kernels for a backward pass with these inputs, and for a forward pass.
+const ExpertMixtureKernels& kernels_for(const at::Tensor& inputs) {
   const int dtype = static_cast<int>(dtype_of(inputs));
-  const int64_t least = kernels().expert_mixture[dtype].least_rows;
-  const bool few = inputs.size(0) < (kept ? std::min(least, kLeastRowsKept) : least);
+  const bool few = inputs.size(0) < kernels().expert_mixture[dtype].least_rows;
+  return few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype];
+}
+const ExpertMixtureKernels& forward_kernels_for(const at::Tensor& inputs) {
+  const int dtype = static_cast<int>(dtype_of(inputs));
+  const bool few = inputs.size(0) < kernels().expert_mixture[dtype].least_forward_rows;
   return few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype];
 }
 
@@ -72,34 +76,6 @@ void run_blocks(const ForwardArgs& args, const ExpertMixtureKernels& kernels, co
   }
 }
 
-// All rows are one block: each thread takes its part of the experts one by one, and prepares the weights of one.
-void run_experts(const ForwardArgs& args, const ExpertMixtureKernels& kernels, const Cut& cut, GroupForms& forms) {
-  const Level& level = args.level;
-  // One piece of memory, which the backward pass can divide as it likes.
-  const int64_t mixed_bytes = kernels.forward_mixed_bytes(level, level.rows);
-  const int64_t scratch_bytes = kernels.forward_bytes(level, level.rows, args.saved != nullptr),
-                own = scratch_bytes + forms.bytes();
-  const Scratch memory(1, cut.parts * (mixed_bytes + own));
-  char* const sums = static_cast<char*>(memory[0]);
-  char* const scratch = sums + cut.parts * mixed_bytes;
-  parallel_threads(cut.parts, [&](int64_t p) {
-    const int part = static_cast<int>(p), first = part_begin(level, part, cut.parts);
-    const int last = part_begin(level, part + 1, cut.parts);
-    char* const mine = scratch + p * own;
-    std::vector<Upcoming> upcoming(forms.layers());
-    ForwardArgs of_expert = args;
-    of_expert.upcoming = upcoming.data();
-    for (int i = first; i < last; ++i) {
-      for (int64_t l = 0; l < forms.layers(); ++l) {
-        forms.prepare(l, level.order[i], mine + scratch_bytes);
-        upcoming[l] = i + 1 < last ? forms.natural(l, level.order[i + 1]) : Upcoming{nullptr, 0};
-      }
-      kernels.forward(of_expert, 0, level.rows, i, i + 1, mine, sums + p * mixed_bytes, i > first);
-    }
-  });
-  kernels.forward_finish(args, 0, level.rows, sums, cut.parts, scratch);
-}
-
 // Evaluates a level whose gates `set_gates(form of the weights)` describes.
 template <typename F>
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTables& tables, at::TensorList inputs,
@@ -107,7 +83,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
                                                                          F set_gates) {
   const Level& level = tables.level();
   const bool kept = !save && all_declared(weights);
-  const ExpertMixtureKernels& table = kernels_for(inputs[0], kept);
+  const ExpertMixtureKernels& table = forward_kernels_for(inputs[0]);
   const bool tiny = level.rows <= table.tiny_rows;
   set_gates(tiny ? WeightForm::kNatural : table.form);
   const auto options = inputs[0].options();
@@ -123,19 +99,20 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
   }
   if (level.rows == 0) return {outputs, saved};
   const auto args = [&] { return ForwardArgs{level, output_pointers.data(), save ? saved_pointers.data() : nullptr}; };
-  const Cut cut = Cut::of(level, table.block_bytes, table.forward_bytes(level, kLeastRows, save) / kLeastRows);
   if (tiny) {
     tables.set_natural_weights(weights);
     run_tiny(args(), table);
-  } else if (table.form == WeightForm::kPrepared && cut.blocks == 1 && !kept &&
-             !all_fit_as_they_are(table, weights, level.rows)) {
-    GroupForms forms(weights, level.experts, table, false);
-    tables.set_weights(forms);
-    run_experts(args(), table, cut, forms);
+    return {outputs, saved};
+  }
+  if (table.makes_tiles && !kept) {
+    tables.set_weights_to_be_made(weights, table);
   } else {
     tables.set_weights(weights, table, false);
-    run_blocks(args(), table, cut);
   }
+  const int64_t bytes = table.forward_bytes(level, kLeastRows, save);
+  const int64_t bytes_of_a_row = (table.forward_bytes(level, 2 * kLeastRows, save) - bytes) / kLeastRows;
+  const auto cut = tables.makes_weights() ? Cut::of_makers : Cut::of;
+  run_blocks(args(), table, cut(level, table.forward_block_bytes, bytes_of_a_row));
   return {outputs, saved};
 }
 
@@ -209,7 +186,8 @@ std::tuple<Tensors, Tensors, at::Tensor> level_forward(at::TensorList inputs, at
     if (save) {
       logits = tables.set_gate_products(inputs, gate_weights.vec(), of_list(gate_biases));
     } else {
-      tables.set_gate_layers(inputs, gate_weights.vec(), of_list(gate_biases), {}, kernels_for(inputs[0]), form);
+      tables.set_gate_layers(inputs, gate_weights.vec(), of_list(gate_biases), {}, forward_kernels_for(inputs[0]),
+                             form);
     }
   });
   if (!save) logits = at::empty({0, tables.level().gates.columns}, inputs[0].options());
@@ -283,7 +261,7 @@ std::vector<at::Tensor> serve_expert_mixture(const ServeArgs& args) {
   if (!args.slopes.empty()) return serve_with_slopes(args);
   LevelTables tables(args.inputs, args.weights, args.expert_inputs, args.gate_experts, args.gate_sizes,
                      args.activations);
-  const ExpertMixtureKernels& table = kernels_for(args.inputs[0]);
+  const ExpertMixtureKernels& table = forward_kernels_for(args.inputs[0]);
   tables.set_biases(args.biases);
   tables.set_norms(args.norms, table);
   return std::get<0>(run_forward(tables, args.inputs, args.weights, false, [&](WeightForm form) {

@@ -62,9 +62,13 @@ struct Level {
   const int64_t* input_ld;
   const void* const* weights;  // see WeightForm
   const int64_t* weight_ld;    // 0 for prepared ones
-  const void* const* biases;   // of the storage type; null where there is none
-  const void* const* scales;   // of batch norms by running statistics, of the compute type, null where there is none
-  const void* const* shifts;   // of them, in the place of biases; both tables are null without such norms
+
+  // Not 0 for a weight of the storage type that is in no form which products want, so that the forward pass makes it,
+  // tile by tile: elements from one input to the next, as weight_ld is from one output to the next. Null without any.
+  const int64_t* weight_columns;
+  const void* const* biases;  // of the storage type; null where there is none
+  const void* const* scales;  // of batch norms by running statistics, of the compute type, null where there is none
+  const void* const* shifts;  // of them, in the place of biases; both tables are null without such norms
   Gates gates;
 };
 
@@ -72,17 +76,10 @@ struct Level {
 // product in place of the memory that they would take.
 inline int saved_layers(const Level& level) { return level.layers > 1 ? level.layers - 1 : level.layers; }
 
-// Memory that will be needed soon, to be fetched meanwhile.
-struct Upcoming {
-  const void* first;
-  int64_t bytes;
-};
-
 struct ForwardArgs {
   Level level;
-  void* const* outputs;                // a contiguous [rows, widths[layers]] for each gate
-  void* const* saved;                  // a contiguous [experts, rows, width] for each of the saved layers, or null
-  const Upcoming* upcoming = nullptr;  // for each layer what to fetch during it, in the place of the next weights
+  void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
+  void* const* saved;    // a contiguous [experts, rows, width] for each of the saved layers, or null
 
   bool saves(int layer) const { return saved != nullptr && layer < saved_layers(level); }
 };

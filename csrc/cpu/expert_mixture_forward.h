@@ -2,7 +2,7 @@
 #pragma once
 
 #include "affine.h"
-#include "ahead.h"
+#include "forward_weights.h"
 #include "gates.h"
 
 namespace mtlk {
@@ -51,6 +51,7 @@ struct ForwardScratch {
   using Element = typename Engine::Element;
   Element *input, *hidden[2], *kept;
   C *probabilities, *tile, *before, *mixed;
+  typename Engine::Weight* weights;
 
   static int64_t bytes(const Level& level, int64_t groups, bool save) {
     const int64_t hidden = Engine::panel_size(widest_hidden(level)) * groups;
@@ -58,7 +59,8 @@ struct ForwardScratch {
     return Arena::bytes<Element>(Engine::panel_size(level.widths[0]) * groups) + 2 * Arena::bytes<Element>(hidden) +
            (save ? Arena::bytes<Element>(hidden) : 0) + Arena::bytes<C>(level.gates.columns * groups * kGroup) +
            2 * Arena::bytes<C>(tile) +
-           Arena::bytes<C>(level.gates.count * groups * level.widths[level.layers] * kGroup);
+           Arena::bytes<C>(level.gates.count * groups * level.widths[level.layers] * kGroup) +
+           Arena::bytes<typename Engine::Weight>(2 * ForwardWeights<Engine>::made_size(level));
   }
 
   ForwardScratch(const Level& level, int64_t groups, bool save, void* memory) {
@@ -73,6 +75,7 @@ struct ForwardScratch {
     tile = arena.take<C>(tile_size);
     before = arena.take<C>(tile_size);
     mixed = arena.take<C>(level.gates.count * groups * level.widths[level.layers] * kGroup);
+    weights = arena.take<typename Engine::Weight>(2 * ForwardWeights<Engine>::made_size(level));
   }
 };
 
@@ -89,7 +92,8 @@ class ForwardBlock {
         row_(row),
         nrows_(nrows),
         groups_((nrows + kGroup - 1) / kGroup),
-        s_(args.level, groups_, args.saved != nullptr, memory) {}
+        s_(args.level, groups_, args.saved != nullptr, memory),
+        weights_(level_, s_.weights) {}
 
   // Adds experts order[first] up to order[last] to the gates' sums, s_.mixed[gate][group][feature][16].
   void run(int first, int last) {
@@ -105,7 +109,7 @@ class ForwardBlock {
       for (int l = 0; l < level_.layers; ++l) {
         Element* out = s_.hidden[l % 2];
         const int following = l + 1 < level_.layers ? e : level_.order[i + 1 < last ? i + 1 : first];
-        layer(e, l, in, out, number((l + 1) % level_.layers, following));
+        layer(e, l, in, out, number((l + 1) % level_.layers, following), l + 1 == level_.layers && i + 1 == last);
         in = out;
       }
     }
@@ -188,67 +192,59 @@ class ForwardBlock {
 
   int64_t number(int l, int e) const { return static_cast<int64_t>(l) * level_.experts + e; }
 
-  // The weights of tile t of a layer.
-  Ahead weights_of(int64_t at, int64_t t) const {
-    const int64_t depth = level_.widths[at / level_.experts], width = level_.widths[at / level_.experts + 1];
-    const int64_t o = Engine::tile_begin(width, t);
-    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
-    return Engine::weight_rows(weight, level_.weight_ld[at], depth, o, Engine::tile_begin(width, t + 1) - o);
-  }
-
-  // What to fetch during tile t of a layer; the weights of number `next` come after it.
-  Ahead ahead_of(int l, int64_t at, int64_t t, int64_t next) const {
-    const int64_t tiles = Engine::tiles(level_.widths[l + 1]);
-    if (args_.upcoming) {
-      const Upcoming& all = args_.upcoming[l];
-      return Ahead{static_cast<const char*>(all.first), all.bytes}.share(t, 1, tiles);
+  // One layer of expert e; the weights of number `next` are those that will be needed after it, unless the pass ends.
+  void layer(int e, int l, const Element* in, Element* out, int64_t next, bool ends) {
+    const int64_t width = level_.widths[l + 1], at = number(l, e), tiles = Engine::tiles(width);
+    const auto affine = Affine<T, C>::of(level_, at);
+    for (int64_t g = 0; g < groups_ && panel_out(l); ++g) {
+      Engine::clear_margin(out + g * Engine::panel_size(width), width);
     }
-    return t + 1 < tiles ? weights_of(at, t + 1) : weights_of(next, 0);
-  }
-
-  // One layer of expert e; the weights of number `next` are those that will be needed after it.
-  void layer(int e, int l, const Element* in, Element* out, int64_t next) {
-    const int64_t depth = level_.widths[l], width = level_.widths[l + 1];
-    const int64_t at = number(l, e);
-    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
-    const auto of_layer = Affine<T, C>::of(level_, at);
-    const bool last = l + 1 == level_.layers;
-    const bool save = args_.saves(l);
-    const bool save_before = save && from_input(level_.activations[l]);
-    const int64_t in_size = Engine::panel_size(depth), out_size = Engine::panel_size(width);
-    constexpr int64_t tile_group = Engine::kRows * kGroup;
-    const bool panel_out = !last || (save && !Engine::kSavesTiles);
-    for (int64_t g = 0; g < groups_ && panel_out; ++g) Engine::clear_margin(out + g * out_size, width);
-    for (int64_t t = 0; t < Engine::tiles(width); ++t) {
-      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
-      const Ahead ahead = ahead_of(l, at, t, next);
-      const Affine<T, C> affine = of_layer.from(o);
-      for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
-        const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
-        Engine::tile(weight, level_.weight_ld[at], o, n, in + g0 * in_size, depth, ng, s_.tile, tile_group,
-                     ahead.share(g0, ng, groups_));
-        for (int64_t g = g0; g < g0 + ng; ++g) {
-          C* tile = s_.tile + (g - g0) * tile_group;
-          if (last && !save && uses(e) <= kFusedUses) {
-            mix_activated(e, g, o, n, tile, affine);
-            continue;
-          }
-          if (!last && (!save || (Engine::kSavesPanels && !save_before))) {
-            store_activated(l, tile, affine, n, out + g * out_size, o);
-            if (save) keep_panel(e, l, g, o, n, out + g * out_size);
-            continue;
-          }
-          C* before = save_before ? s_.before : nullptr;
-          C* after = panel_out ? Engine::destination(out + g * out_size, o, tile) : tile;
-          affine_activation(level_.activations[l], tile, affine, n, after, before);
-          if (panel_out) Engine::store(out + g * out_size, o, n, after);
-          if (save) keep(e, l, g, o, n, save_before ? before : after);
-          if (last) mix(e, g, o, n, after);
-        }
-      }
+    for (int64_t t = 0; t < tiles; ++t) {
+      const TileWeights<Engine> weights = weights_.get({at, t});
+      const bool last = t + 1 == tiles;
+      weights_.during({at, t}, last ? WeightTile{next, 0} : WeightTile{at, t + 1}, groups_, last && ends,
+                      [&](const auto& meanwhile) { tile(e, l, t, weights, affine, in, out, meanwhile); });
     }
     if constexpr (!Engine::kSavesTiles) {
-      if (save) write_saved(e, l, save_before ? s_.kept : out);
+      if (args_.saves(l)) write_saved(e, l, saves_before(l) ? s_.kept : out);
+    }
+  }
+
+  bool saves_before(int l) const { return args_.saves(l) && from_input(level_.activations[l]); }
+  bool panel_out(int l) const { return l + 1 < level_.layers || (args_.saves(l) && !Engine::kSavesTiles); }
+
+  // Tile t of a layer, for all rows.
+  template <typename Meanwhile>
+  MTLK_INLINE void tile(int e, int l, int64_t t, const TileWeights<Engine>& weights, const Affine<T, C>& of_layer,
+                        const Element* in, Element* out, const Meanwhile& meanwhile) {
+    const int64_t depth = level_.widths[l], width = level_.widths[l + 1];
+    const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+    const bool last = l + 1 == level_.layers, save = args_.saves(l), save_before = saves_before(l);
+    const int64_t in_size = Engine::panel_size(depth), out_size = Engine::panel_size(width);
+    constexpr int64_t tile_group = Engine::kRows * kGroup;
+    const Affine<T, C> affine = of_layer.from(o);
+    for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
+      const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
+      Engine::tile(weights.weight, weights.ld, weights.feature, n, in + g0 * in_size, depth, ng, s_.tile, tile_group,
+                   meanwhile.share(g0, ng, groups_));
+      for (int64_t g = g0; g < g0 + ng; ++g) {
+        C* values = s_.tile + (g - g0) * tile_group;
+        if (last && !save && uses(e) <= kFusedUses) {
+          mix_activated(e, g, o, n, values, affine);
+          continue;
+        }
+        if (!last && (!save || (Engine::kSavesPanels && !save_before))) {
+          store_activated(l, values, affine, n, out + g * out_size, o);
+          if (save) keep_panel(e, l, g, o, n, out + g * out_size);
+          continue;
+        }
+        C* before = save_before ? s_.before : nullptr;
+        C* after = panel_out(l) ? Engine::destination(out + g * out_size, o, values) : values;
+        affine_activation(level_.activations[l], values, affine, n, after, before);
+        if (panel_out(l)) Engine::store(out + g * out_size, o, n, after);
+        if (save) keep(e, l, g, o, n, save_before ? before : after);
+        if (last) mix(e, g, o, n, after);
+      }
     }
   }
 
@@ -343,6 +339,7 @@ class ForwardBlock {
   const Level& level_;
   const int64_t row_, nrows_, groups_;
   ForwardScratch<Engine> s_;
+  ForwardWeights<Engine> weights_;
 };
 
 }  // namespace MTLK_ISA

@@ -95,11 +95,14 @@ ExpertMixtureKernels expert_mixture_kernels() {
   using C = typename Engine::C;
   ExpertMixtureKernels table{};
   table.least_rows = Engine::kLeastRows;
+  table.least_forward_rows = Engine::kLeastForwardRows;
   table.form = Engine::kForm;
   table.natural_outputs = Engine::kNaturalOutputs;
   table.most_natural_rows = Engine::kMostNaturalRows;
+  table.makes_tiles = Engine::kMakesTiles;
   table.fold_norm = fold_norm<T, C>;
   table.block_bytes = Engine::kBlockBytes;
+  table.forward_block_bytes = Engine::kForwardBlockBytes;
   table.chunk_bytes = Engine::kChunkBytes;
   if constexpr (Engine::kForm == WeightForm::kPrepared) {
     table.prepared_bytes = [](int64_t outputs, int64_t inputs) {

@@ -14,7 +14,8 @@ namespace mtlk {
 
 // Kernels for one storage type. Scratch is bytes that the caller provides, aligned to a cache line.
 struct ExpertMixtureKernels {
-  int64_t least_rows;  // of a call for which these kernels pay
+  int64_t least_rows;          // of a call for which these kernels pay
+  int64_t least_forward_rows;  // the same of a forward pass of expert_mixture, which makes weights ready as it goes
 
   // Weights: the form that the blocks want, and how to prepare one that has `outputs` x `inputs` elements of the
   // storage type, o * row_stride + i * column_stride apart, one of the strides 1. Where natural_outputs is not 0,
@@ -22,13 +23,15 @@ struct ExpertMixtureKernels {
   // most_natural_rows that pays.
   WeightForm form;
   int64_t natural_outputs, most_natural_rows;
+  bool makes_tiles;  // see Level::weight_columns
   int64_t (*prepared_bytes)(int64_t outputs, int64_t inputs);
   void (*prepare)(const void* weight, int64_t row_stride, int64_t column_stride, int64_t outputs, int64_t inputs,
                   void* prepared);
   // A batch norm by running statistics behind a product with `bias`, or null: scale and shift of `channels`.
   void (*fold_norm)(const RunningNorm&, const void* bias, int64_t channels, void* scale, void* shift);
-  int64_t block_bytes, chunk_bytes;  // that a block's intermediates and a chunk's gradients may take
-  bool stores_compute;               // the storage type is the compute type
+  // That a block's intermediates and a chunk's gradients may take.
+  int64_t block_bytes, forward_block_bytes, chunk_bytes;
+  bool stores_compute;  // the storage type is the compute type
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each
   // part leaves its sums, forward_mixed(...) values of the compute type, in `mixed`, or adds them to what it left there

@@ -178,6 +178,14 @@ class LevelTables {
     weights_.set(weights, table, transposed, level_.rows);
     point_weights();
   }
+  void set_weights_to_be_made(at::TensorList weights, const ExpertMixtureKernels& table) {
+    weights_.set_to_be_made(weights, table, level_.rows);
+    point_weights();
+  }
+  bool makes_weights() const {
+    const int64_t* const columns = weights_.columns();
+    return columns && std::any_of(columns, columns + biases_.size(), [](int64_t column) { return column != 0; });
+  }
   void set_weights(const GroupForms& forms) {
     level_.weights = forms.pointers();
     level_.weight_ld = forms.ld();
@@ -273,6 +281,7 @@ class LevelTables {
   void point_weights() {
     level_.weights = weights_.pointers();
     level_.weight_ld = weights_.ld();
+    level_.weight_columns = weights_.columns();
   }
 
   GateTables gates_;

@@ -2,7 +2,7 @@
 // products.
 //
 // A bfloat16 is one tile operand. Wider types are split into a sum of bfloat16 planes, each the rounded rest of those
-// before: three planes hold all 24 bits of a float32, two those of a float16. A product of split numbers keeps the
+// before (of weights the rest cut, which is quicker): three planes hold all 24 bits of a float32, two those of a float16. A product of split numbers keeps the
 // terms up to the last plane's weight, six for float32: what is dropped is below its rounding error, as is the error of
 // the sum, whose leading terms have an accumulator of their own. On a processor with AMX that is about twice as fast as
 // float32 multiply-adds. A tile with a NaN, which products of an infinity and a plane of the other sign leave, is
@@ -13,6 +13,7 @@
 #include "expert_mixture_args.h"
 #include "panels.h"
 #include "planes.h"
+#include "tile_maker.h"
 #if defined(__AMX_BF16__)
 #include "amx_products.h"
 #else
@@ -38,7 +39,10 @@ struct PairEngine {
   static constexpr int64_t kGroups = 2;
   static constexpr WeightForm kForm = WeightForm::kPrepared;
   static constexpr int64_t kLeastRows = kPlanes == 1 ? 0 : 192;  // below, splitting the weights costs what it saves
+  static constexpr int64_t kLeastForwardRows = kPlanes == 1 ? 0 : 64;  // which splits them beside its products
   static constexpr int64_t kBlockBytes = Products::kCacheBytes / 2;
+  // Of a forward pass: weights are split again for every block, so that larger ones pay.
+  static constexpr int64_t kForwardBlockBytes = kPlanes == 1 ? kBlockBytes : Products::kCacheBytes;
   static constexpr int64_t kChunkBytes = Products::kCacheBytes / 2;
 
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
@@ -60,7 +64,7 @@ struct PairEngine {
         transpose16(rows + f, ld / 2, panel, kGroup);
         continue;
       }
-      Split::split_rows(rows + f, ld, 1, nrows, width, block);
+      Split::template split_rows<false>(rows + f, ld, 1, nrows, width, block);
       for (int p = 0; p < kPlanes; ++p) transpose16(block + p * kBlock, kStep / 2, panel + p * kBlock, kGroup);
     }
   }
@@ -133,8 +137,9 @@ struct PairEngine {
         for (int64_t r = 0; column_stride == 1 && r < kGroup; ++r) {
           fetch_rows(w + (o + kGroup + r) * row_stride + i, kStep);
         }
-        Split::split_rows(w + o * row_stride + i * column_stride, row_stride, column_stride,
-                          outputs - o < kGroup ? outputs - o : kGroup, inputs - i < kStep ? inputs - i : kStep, out);
+        Split::template split_rows<true>(w + o * row_stride + i * column_stride, row_stride, column_stride,
+                                         outputs - o < kGroup ? outputs - o : kGroup,
+                                         inputs - i < kStep ? inputs - i : kStep, out);
       }
     }
   }
@@ -154,23 +159,35 @@ struct PairEngine {
             (n + kGroup - 1) / kGroup * size * static_cast<int64_t>(sizeof(Weight))};
   }
 
+  template <typename Meanwhile>
   static void tile(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
-                   int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
+                   int64_t groups, C* out, int64_t out_group, const Meanwhile& meanwhile) {
     if constexpr (kNaturalOutputs > 0) {
-      if (ld != 0) return natural_tile(w + feature * ld, ld, n, panels, depth, groups, out, out_group, ahead);
+      if (ld != 0) return natural_tile(w + feature * ld, ld, n, panels, depth, groups, out, out_group, meanwhile);
     }
-    tile_back(w, 0, feature, n, panels, depth, groups, out, out_group, false, ahead);
+    tile_back(w, 0, feature, n, panels, depth, groups, out, out_group, false, meanwhile);
+  }
+
+  // Weights in any other form are made ready tile by tile, where the forward pass wants them: elements of a tile, and
+  // the turns that its products for `groups` groups of rows take at it.
+  static constexpr bool kMakesTiles = true;
+  using Maker = TileMaker<T>;
+  static int64_t made_size(int64_t depth) { return kRows / kGroup * panel_size(depth); }
+  static int64_t turns(int64_t n, int64_t groups, int64_t depth) {
+    const int64_t pairs = groups / 2 * Products::turns(n > kGroup, true);
+    return steps(depth) * (pairs + (groups % 2 != 0 ? Products::turns(n > kGroup, false) : 0));
   }
 
   // The backward pass gets its weights transposed, so that it is the same product; sums of several have room for
   // sum_features.
   static constexpr bool kBackwardTransposed = true;
+  template <typename Meanwhile>
   static void tile_back(const Weight* w, int64_t, int64_t feature, int64_t n, const Element* panels, int64_t depth,
-                        int64_t groups, C* out, int64_t out_group, bool add, const Ahead& ahead) {
+                        int64_t groups, C* out, int64_t out_group, bool add, const Meanwhile& meanwhile) {
     const int64_t size = panel_size(depth);
     const Weight* a = w + feature / kGroup * size;
     Products::run({a, a + size, kPlaneBlock, n > kGroup}, {panels, panels + size, kPlaneBlock, groups > 1},
-                  steps(depth), out, out + out_group, kGroup, add, ahead);
+                  steps(depth), out, out + out_group, kGroup, add, meanwhile);
   }
 
   static int64_t sum_features(int64_t features) { return (features + kGroup - 1) / kGroup * kGroup; }
@@ -254,10 +271,10 @@ struct PairEngine {
       const PairFactor left{a, a + kPlaneBlock, gradient_size(outputs), n > kGroup, kPairStep, n};
       const PairFactor right{b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true};
       if (n % kGroup == 0) {
-        Products::run(left, right, steps(nrows), grad + o * ld, grad + o * ld + kGroup, ld, add, {});
+        Products::run(left, right, steps(nrows), grad + o * ld, grad + o * ld + kGroup, ld, add, Ahead{});
         continue;
       }
-      Products::run(left, right, steps(nrows), sums[0], sums[1], kGroup, false, {});
+      Products::run(left, right, steps(nrows), sums[0], sums[1], kGroup, false, Ahead{});
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < kGroups; ++j) {
           C* place = grad + (o + i) * ld + j * kGroup;
@@ -288,13 +305,14 @@ struct PairEngine {
  private:
   // The product with weights as they are. What the depth leaves of a last step is copied, as its tile wants zeros
   // there.
+  template <typename Meanwhile>
   static void natural_tile(const Weight* w, int64_t ld, int64_t n, const Element* panels, int64_t depth, int64_t groups,
-                           C* out, int64_t out_group, const Ahead& ahead) {
+                           C* out, int64_t out_group, const Meanwhile& meanwhile) {
     const int64_t size = panel_size(depth), whole = depth / kStep, rest = depth % kStep;
     const bool both = n > kGroup;
     const PairFactor b{panels, panels + size, kPlaneBlock, groups > 1};
     if (whole > 0 || rest == 0)
-      Products::run({w, w + kGroup * ld, kStep, both, ld}, b, whole, out, out + out_group, kGroup, false, ahead);
+      Products::run({w, w + kGroup * ld, kStep, both, ld}, b, whole, out, out + out_group, kGroup, false, meanwhile);
     if (rest == 0) return;
     alignas(64) Weight last[2][kBlock];
     const __mmask32 there = (__mmask32{1} << rest) - 1;
@@ -303,7 +321,7 @@ struct PairEngine {
       _mm512_store_si512(last[0] + o * kStep, row);
     }
     const PairFactor b_last{b.first + whole * kPlaneBlock, b.second + whole * kPlaneBlock, kPlaneBlock, b.both};
-    Products::run({last[0], last[1], kBlock, both}, b_last, 1, out, out + out_group, kGroup, whole > 0, {});
+    Products::run({last[0], last[1], kBlock, both}, b_last, 1, out, out + out_group, kGroup, whole > 0, Ahead{});
   }
 
   static void store_pair(Element* panel, int64_t feature, const __m256i* even, const __m256i* odd) {

@@ -17,9 +17,10 @@ struct PlainEngine {
   static constexpr int64_t kRows = TileShape<C>::rows;      // features of a tile
   static constexpr int64_t kGroups = TileShape<C>::groups;  // groups of rows of a tile
   static constexpr WeightForm kForm = __is_same(T, C) ? WeightForm::kNatural : WeightForm::kCompute;
-  static constexpr int64_t kLeastRows = 0;
+  static constexpr int64_t kLeastRows = 0, kLeastForwardRows = 0;
   static constexpr int64_t kNaturalOutputs = 0, kMostNaturalRows = 0;  // there is no other form
   static constexpr int64_t kBlockBytes = 640 * 1024;  // with an expert's weights beside it in the second-level cache
+  static constexpr int64_t kForwardBlockBytes = kBlockBytes;
   static constexpr int64_t kChunkBytes = 512 * 1024;
 
   // Features are divided evenly among as few tiles as will do; tile t begins at tile_begin(features, t). A layer
@@ -67,6 +68,9 @@ struct PlainEngine {
                    int64_t groups, C* out, int64_t out_group, const Ahead& ahead) {
     panel_gemm<C>(w + feature * ld, ld, 1, panels, panel_size(depth), depth, n, groups, out, out_group, false, ahead);
   }
+
+  static constexpr bool kMakesTiles = false;  // weights come in the form that products want
+  static int64_t made_size(int64_t) { return 0; }
 
   // Backward: the same with the weight transposed, n of its columns against gradient panels of `depth` features; sums
   // of several have room for sum_features.

@@ -44,6 +44,16 @@ struct Cut {
     const int64_t blocks = divide_up(level.rows, rows);
     return {rows, blocks, parts_of(level, blocks)};
   }
+
+  // The same where every block makes the weights ready anew: if all rows can be one block, threads share the experts.
+  static Cut of_makers(const Level& level, int64_t block_bytes, int64_t bytes_of_a_row) {
+    const int64_t threads = at::get_num_threads(), rows = divide_up(level.rows, 32) * 32;
+    if (rows <= std::min(block_bytes / std::max<int64_t>(bytes_of_a_row, 1), kMostRows) &&
+        level.experts % threads == 0) {
+      return {rows, 1, static_cast<int>(threads)};
+    }
+    return of(level, block_bytes, bytes_of_a_row);
+  }
 };
 
 // Rows that go through the backward pass together, in chunks of equal size: the gradients of one expert's

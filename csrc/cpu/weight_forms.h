@@ -30,14 +30,6 @@ inline bool fits_as_it_is(const ExpertMixtureKernels& table, const at::Tensor& w
          weight.stride(1) == 1 && weight.stride(0) > 0;
 }
 
-inline bool all_fit_as_they_are(const ExpertMixtureKernels& table, at::TensorList weights, int64_t rows) {
-  return std::all_of(weights.begin(), weights.end(),
-                     [&](const at::Tensor& w) { return fits_as_it_is(table, w, rows); });
-}
-
-// Rows of a call for which prepared weights pay that are kept, where more are needed to pay for preparing.
-constexpr int64_t kLeastRowsKept = 64;
-
 inline bool all_declared(at::TensorList weights) {
   return std::all_of(weights.begin(), weights.end(),
                      [](const at::Tensor& w) { return KeptWeights::instance().declared(w); });
@@ -48,6 +40,7 @@ class WeightForms {
  public:
   const void* const* pointers() const { return pointers_.data(); }
   const int64_t* ld() const { return ld_.data(); }
+  const int64_t* columns() const { return columns_.empty() ? nullptr : columns_.data(); }
 
   // Weights as they are, for kernels that read rows of the storage type.
   void set_natural(at::TensorList weights) {
@@ -55,6 +48,17 @@ class WeightForms {
       kept_.push_back(weight.stride(1) == 1 ? weight : weight.contiguous());
       pointers_.push_back(kept_.back().const_data_ptr());
       ld_.push_back(kept_.back().stride(0));
+    }
+  }
+
+  // Weights for a forward pass that makes what is in no fitting form.
+  void set_to_be_made(at::TensorList weights, const ExpertMixtureKernels& table, int64_t rows) {
+    for (const at::Tensor& weight : weights) {
+      const bool repeats = weight.stride(1) == 0 && weight.size(1) > 1;
+      const at::Tensor& kept = kept_.emplace_back(repeats ? weight.contiguous() : preparable(weight, false));
+      pointers_.push_back(kept.const_data_ptr());
+      ld_.push_back(kept.stride(0));
+      columns_.push_back(fits_as_it_is(table, kept, rows) ? 0 : std::max<int64_t>(kept.stride(1), 1));
     }
   }
 
@@ -107,7 +111,7 @@ class WeightForms {
   std::vector<KeptWeights::Memory> frozen_;
   std::optional<Scratch> prepared_;
   std::vector<const void*> pointers_;
-  std::vector<int64_t> ld_;
+  std::vector<int64_t> ld_, columns_;
 };
 
 // Prepared weights of a few experts at a time, where all rows are done with them at once: in memory that the next ones
@@ -130,12 +134,6 @@ class GroupForms {
   // Of an expert.
   int64_t bytes() const { return bytes_; }
   int64_t layers() const { return static_cast<int64_t>(offsets_.size()); }
-
-  // Where a weight lies that is still to be prepared.
-  Upcoming natural(int64_t layer, int expert) const {
-    const at::Tensor& weight = weights_[layer * experts_ + expert];
-    return {weight.const_data_ptr(), weight.is_contiguous() ? static_cast<int64_t>(weight.nbytes()) : 0};
-  }
 
   void prepare(int64_t layer, int expert, char* memory) {
     const size_t i = layer * experts_ + expert;
