@@ -374,7 +374,7 @@ def test_versions_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # torch.compile's backend uses torch.jit.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @torch.no_grad()
 def test_compiles(fresh_compiler: None) -> None:
     case = CASES["rechub PLE"]

@@ -138,7 +138,7 @@ def test_optimizers_made_before_go_on(make_model: Any) -> None:
 
 # torch.compile itself instantiates an autograd Function as it traces it, and its backend uses torch.jit.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.parametrize("make_model", [ple, mmoe])
 def test_compiles_and_exports(make_model: Any, fresh_compiler: None) -> None:
     model = make_model()

@@ -267,7 +267,7 @@ def test_a_wrong_model_is_found_out_without_kernels_too(lose: Any, monkeypatch: 
     assert "in evaluation its outputs differ" in line.detail
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_compiles_without_kernels(lose: Any, fresh_compiler: None, fused_calls: list[int]) -> None:
     model = fill(Own())
     mk.convert(model)

@@ -358,7 +358,7 @@ def test_a_gate_without_a_layer_is_left_alone() -> None:
     assert line.detail == "a gate without layers (gates_specific.0.0)"
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_compiles(fresh_compiler: None) -> None:
     """Groups stay fused; a level whose experts are modules is left to the compiler."""
     for make, inputs, _, _ in (

@@ -17,7 +17,7 @@ from tests.ways_out.kinds import ALL, CONVERTED, MIXTURES, ROUTES, SNRS, TRUNKS,
 
 KINDS = {**CONVERTED, **TRUNKS, **MIXTURES, **ROUTES, **SNRS}
 # Of torch.jit.trace, and of forward-mode differentiation, which is made of torch.jit.script.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
 ROWS = torch.export.Dim("rows", min=2)
 
 

@@ -15,7 +15,7 @@ import mtlkernels as mk
 from tests.ways_out.kinds import ALL, SNRS, Kind
 
 # Forward-mode differentiation is itself made of torch.jit.script.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
 
 
 def double(*shape: int) -> Tensor:

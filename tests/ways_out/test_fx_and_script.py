@@ -27,7 +27,7 @@ from tests.ways_out.kinds import (
 )
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
     # Of torch.nn's own annotations.
     pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support:UserWarning"),
 ]

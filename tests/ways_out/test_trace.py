@@ -20,7 +20,7 @@ from tests.ways_out.kinds import ALL, CONVERTED, Kind, Mixture, assert_same, cha
 ROOT = Path(__file__).parents[2]
 # torch.jit is deprecated and there; library code and trunks compare shapes, which the tracer warns of.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
