@@ -88,6 +88,7 @@ def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def take() -> None:
         monkeypatch.setattr(_backends, "fast", FAST)
         monkeypatch.setattr(_backends, "has_triton", lambda: False)
+        monkeypatch.setattr(_backends, "has_cuda", lambda op: False)
         monkeypatch.setattr(_extension, "_module", None)
         monkeypatch.setattr(_extension, "_error", "no such file")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import textwrap
 import weakref
@@ -249,8 +250,8 @@ def test_generator_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_example_of_the_docstring() -> None:
-    text = (mk.optim.PCGrad.__doc__ or "").partition("::\n\n")[2]
-    lines = itertools.takewhile(lambda line: not line or line.startswith(" " * 8), text.splitlines())
+    text = inspect.cleandoc(mk.optim.PCGrad.__doc__ or "").partition("::\n\n")[2]
+    lines = itertools.takewhile(lambda line: not line or line.startswith(" " * 4), text.splitlines())
     code = textwrap.dedent("\n".join(lines))
     batches = [(torch.randn(7, 64), [torch.randn(7, 1) for _ in range(2)]) for _ in range(3)]
     names: dict[str, Any] = {"mk": mk, "torch": torch, "batches": batches}
