@@ -41,7 +41,7 @@ def measure(step: Step, launches: Sequence[Launch]) -> list[KernelTime]:
     """Profiles some calls of a step on a GPU, of which ``launches`` are the kernels of ours in their order."""
     step()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
         for _ in range(CALLS):
             step()
         torch.cuda.synchronize()

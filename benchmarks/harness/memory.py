@@ -43,7 +43,7 @@ def _call_cuda(step: Step) -> tuple[int, int]:
 
 def _call_cpu(step: Step) -> tuple[int, int]:
     """The CPU's allocator keeps no statistics, but it reports each allocation and release to the profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         step()
     results = found.profiler.kineto_results if found.profiler else None
     assert results is not None
