@@ -16,16 +16,14 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-// The kernels for a backward pass with these inputs, and for a forward pass.
-const ExpertMixtureKernels& kernels_for(const at::Tensor& inputs) {
+// The kernels for a pass with these inputs, of which `least` says for how many rows they pay.
+const ExpertMixtureKernels& kernels_for(const at::Tensor& inputs, int64_t ExpertMixtureKernels::* least) {
   const int dtype = static_cast<int>(dtype_of(inputs));
-  const bool few = inputs.size(0) < kernels().expert_mixture[dtype].least_rows;
+  const bool few = inputs.size(0) < kernels().expert_mixture[dtype].*least;
   return few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype];
 }
 const ExpertMixtureKernels& forward_kernels_for(const at::Tensor& inputs) {
-  const int dtype = static_cast<int>(dtype_of(inputs));
-  const bool few = inputs.size(0) < kernels().expert_mixture[dtype].least_forward_rows;
-  return few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype];
+  return kernels_for(inputs, &ExpertMixtureKernels::least_forward_rows);
 }
 
 void run_tiny(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
@@ -104,7 +102,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
     run_tiny(args(), table);
     return {outputs, saved};
   }
-  if (table.makes_tiles && !kept) {
+  if (table.form == WeightForm::kPrepared && !kept) {
     tables.set_weights_to_be_made(weights, table);
   } else {
     tables.set_weights(weights, table, false);
@@ -205,7 +203,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> backward(at::TensorList grad_outp
   tables.set_biases(biases);
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
-  const ExpertMixtureKernels& table = kernels_for(inputs[0]);
+  const ExpertMixtureKernels& table = kernels_for(inputs[0], &ExpertMixtureKernels::least_rows);
   tables.set_grad_outputs(grad_outputs);
   tables.set_saved(saved, saved_layers(level));
   const bool tiny = level.rows <= table.tiny_rows;

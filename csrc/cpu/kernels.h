@@ -23,7 +23,6 @@ struct ExpertMixtureKernels {
   // most_natural_rows that pays.
   WeightForm form;
   int64_t natural_outputs, most_natural_rows;
-  bool makes_tiles;  // see Level::weight_columns
   int64_t (*prepared_bytes)(int64_t outputs, int64_t inputs);
   void (*prepare)(const void* weight, int64_t row_stride, int64_t column_stride, int64_t outputs, int64_t inputs,
                   void* prepared);
