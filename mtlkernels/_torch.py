@@ -35,10 +35,12 @@ has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
 
+_forward_ad = torch.autograd.forward_ad
+
 
 def in_dual_level() -> bool:
     """Whether tensors may carry tangents: within ``torch.autograd.forward_ad.dual_level``, and forward transforms."""
-    return torch.autograd.forward_ad._current_level >= 0
+    return _forward_ad._current_level >= 0
 
 
 def legacy_vmap_level() -> int:

@@ -43,7 +43,7 @@ def needs_plain(*args: Any) -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    if _torch.is_jit_tracing() or _torch.in_dual_level() or counts_flops():
+    if _torch.is_jit_tracing() or _torch.in_dual_level() or (_torch.dispatch_stack_length() > 0 and counts_flops()):
         return True
     return _torch.is_fx_symbolic_tracing() and holds_proxy(args)
 

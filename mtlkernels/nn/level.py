@@ -133,9 +133,10 @@ def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]]
 
 def expert_slopes(experts: Any) -> dict[str, Any]:
     """What the op takes of the slopes of the experts' activation, which may have none."""
-    if experts[0].slopes is None:
+    modules: list[Any] = list(experts._modules.values())
+    if modules[0].slopes is None:
         return {}
-    return {"slopes": list(zip(*(expert.slopes for expert in experts), strict=True)), "dice_eps": DICE_EPS}
+    return {"slopes": list(zip(*(expert.slopes for expert in modules), strict=True)), "dice_eps": DICE_EPS}
 
 
 class Level(NotScriptable, nn.Module):
@@ -195,7 +196,7 @@ class Level(NotScriptable, nn.Module):
             if found is None:
                 return self._by_modules(streams)
             extras = found
-        extras |= expert_slopes(self.experts)
+        extras |= expert_slopes(self._modules["experts"])
         weights, biases = parameters
         gates = self._gate_parameters(len(streams))
         logits = self._gate_logits(streams) if gates is None else None
