@@ -9,7 +9,6 @@ namespace MTLK_ISA {
 template <int Planes>
 class PairProducts {
  public:
-  static constexpr int64_t kMostNaturalRows = INT64_MAX;   // a tile is loaded row by row in any case
   static constexpr int64_t kCacheBytes = 2 * 1024 * 1024;  // of the second level, on every processor with AMX
 
   // Eight full tiles: 16 rows of 64 bytes.

@@ -9,9 +9,8 @@ namespace MTLK_ISA {
 template <int Planes>
 class PairProducts {
  public:
-  static constexpr int64_t kMostNaturalRows = 63;  // above, putting rows together costs less than to walk apart
-  static constexpr int64_t kCacheBytes =
-      1024 * 1024;  // of the second level: the least of the processors that have them
+  // Of the second level: the least of the processors that have them.
+  static constexpr int64_t kCacheBytes = 1024 * 1024;
 
   static void begin() {}
   static void end() {}

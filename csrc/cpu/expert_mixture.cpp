@@ -102,15 +102,10 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
     run_tiny(args(), table);
     return {outputs, saved};
   }
-  if (table.form == WeightForm::kPrepared && !kept) {
-    tables.set_weights_to_be_made(weights, table);
-  } else {
-    tables.set_weights(weights, table, false);
-  }
+  tables.set_forward_weights(weights, table, kept);
   const int64_t bytes = table.forward_bytes(level, kLeastRows, save);
   const int64_t bytes_of_a_row = (table.forward_bytes(level, 2 * kLeastRows, save) - bytes) / kLeastRows;
-  const auto cut = tables.makes_weights() ? Cut::of_makers : Cut::of;
-  run_blocks(args(), table, cut(level, table.forward_block_bytes, bytes_of_a_row));
+  run_blocks(args(), table, Cut::of(level, table.forward_block_bytes, bytes_of_a_row));
   return {outputs, saved};
 }
 

@@ -63,8 +63,9 @@ struct Level {
   const void* const* weights;  // see WeightForm
   const int64_t* weight_ld;    // 0 for prepared ones
 
-  // Not 0 for a weight of the storage type that is in no form which products want, so that the forward pass makes it,
-  // tile by tile: elements from one input to the next, as weight_ld is from one output to the next. Null without any.
+  // Not 0 for a weight of the storage type that the forward pass has to make ready, tile by tile, where a tile is in no
+  // form which products want: elements from one input to the next, as weight_ld is from one output to the next. Null
+  // without any.
   const int64_t* weight_columns;
   const void* const* biases;  // of the storage type; null where there is none
   const void* const* scales;  // of batch norms by running statistics, of the compute type, null where there is none

@@ -42,7 +42,7 @@ class ForwardWeights {
   // The weights of a tile. They stay until those of the tile after the next are made.
   TileWeights<Engine> get(const WeightTile& tile) {
     const int64_t o = begin(tile);
-    if (!makes(tile.at)) {
+    if (!makes(tile)) {
       return {static_cast<const typename Engine::Weight*>(level_.weights[tile.at]), level_.weight_ld[tile.at], o};
     }
     if constexpr (Engine::kMakesTiles) {
@@ -57,10 +57,9 @@ class ForwardWeights {
   template <typename F>
   void during(const WeightTile& tile, const WeightTile& next, int64_t groups, bool ends, F f) {
     if constexpr (Engine::kMakesTiles) {
-      if (!ends && makes(next.at)) {
-        const int64_t n = begin({tile.at, tile.t + 1}) - begin(tile);
+      if (!ends && makes(next)) {
         flip_ = !flip_;
-        auto made = maker(next, Engine::turns(n, groups, depth(tile.at)));
+        auto made = maker(next, Engine::turns(outputs(tile), groups, depth(tile.at)));
         f(MakeAhead<decltype(made)>{&made});
         made.finish();
         ready_ = next;
@@ -76,24 +75,33 @@ class ForwardWeights {
     return Engine::tile_begin(level_.widths[tile.at / level_.experts + 1], tile.t);
   }
 
-  bool makes(int64_t at) const { return level_.weight_columns && level_.weight_columns[at] != 0; }
+  int64_t outputs(const WeightTile& tile) const { return begin({tile.at, tile.t + 1}) - begin(tile); }
+
+  // Tiles that are full need no making where products take rows as they are.
+  bool makes(const WeightTile& tile) const {
+    const int64_t column = level_.weight_columns ? level_.weight_columns[tile.at] : 0;
+    if (column == 0) return false;
+    if constexpr (Engine::kNaturalOutputs > 0) {
+      return column != 1 || level_.weight_ld[tile.at] <= 0 || outputs(tile) % Engine::kNaturalOutputs != 0;
+    }
+    return true;
+  }
 
   // Where the weights of a tile lie.
   Ahead rows_of(const WeightTile& tile) const {
     const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[tile.at]);
-    const int64_t o = begin(tile), n = begin({tile.at, tile.t + 1}) - o;
-    if (makes(tile.at)) return {};
-    return Engine::weight_rows(weight, level_.weight_ld[tile.at], depth(tile.at), o, n);
+    if (makes(tile)) return {};
+    return Engine::weight_rows(weight, level_.weight_ld[tile.at], depth(tile.at), begin(tile), outputs(tile));
   }
 
   typename Engine::Weight* buffer() const { return made_ + (flip_ ? size_ : 0); }
 
   auto maker(const WeightTile& tile, int64_t turns) const {
     using T = typename Engine::T;
-    const int64_t o = begin(tile), row = level_.weight_ld[tile.at];
-    const T* const weight = static_cast<const T*>(level_.weights[tile.at]) + o * row;
-    return typename Engine::Maker({weight, row, level_.weight_columns[tile.at]}, begin({tile.at, tile.t + 1}) - o,
-                                  depth(tile.at), turns, buffer());
+    const int64_t row = level_.weight_ld[tile.at];
+    const T* const weight = static_cast<const T*>(level_.weights[tile.at]) + begin(tile) * row;
+    return typename Engine::Maker({weight, row, level_.weight_columns[tile.at]}, outputs(tile), depth(tile.at), turns,
+                                  buffer());
   }
 
   const Level& level_;

@@ -98,7 +98,6 @@ ExpertMixtureKernels expert_mixture_kernels() {
   table.least_forward_rows = Engine::kLeastForwardRows;
   table.form = Engine::kForm;
   table.natural_outputs = Engine::kNaturalOutputs;
-  table.most_natural_rows = Engine::kMostNaturalRows;
   table.fold_norm = fold_norm<T, C>;
   table.block_bytes = Engine::kBlockBytes;
   table.forward_block_bytes = Engine::kForwardBlockBytes;

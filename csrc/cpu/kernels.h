@@ -19,10 +19,9 @@ struct ExpertMixtureKernels {
 
   // Weights: the form that the blocks want, and how to prepare one that has `outputs` x `inputs` elements of the
   // storage type, o * row_stride + i * column_stride apart, one of the strides 1. Where natural_outputs is not 0,
-  // blocks that want prepared weights take those in natural form too whose outputs are a multiple of it; for up to
-  // most_natural_rows that pays.
+  // blocks that want prepared weights take those in natural form too whose outputs are a multiple of it.
   WeightForm form;
-  int64_t natural_outputs, most_natural_rows;
+  int64_t natural_outputs;
   int64_t (*prepared_bytes)(int64_t outputs, int64_t inputs);
   void (*prepare)(const void* weight, int64_t row_stride, int64_t column_stride, int64_t outputs, int64_t inputs,
                   void* prepared);
@@ -89,7 +88,7 @@ struct GatedMixtureKernels {
 struct NormalizedMixtureKernels {
   int64_t (*forward_bytes)(const Level&, int64_t nrows);
   void (*layer)(const NormalizedForwardArgs&, int64_t block, int l, int first, int last, void* scratch);
-  void (*mix)(const NormalizedForwardArgs&, int64_t block, void* scratch);
+  void (*mix)(const NormalizedForwardArgs&, int64_t block, int64_t part, int64_t parts, void* scratch);
 
   // What readers of expert e's layer apply: from the blocks' partial statistics, or from statistics that are there.
   void (*combine_moments)(const NormalizedArgs&, int l, int e);

@@ -175,16 +175,15 @@ class LevelTables {
     point_weights();
   }
   void set_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
-    weights_.set(weights, table, transposed, level_.rows);
+    weights_.set(weights, table, transposed);
     point_weights();
   }
-  void set_weights_to_be_made(at::TensorList weights, const ExpertMixtureKernels& table) {
-    weights_.set_to_be_made(weights, table, level_.rows);
+  // Weights for a forward pass, which makes those ready as it goes that are in no fitting form, unless all are `kept`
+  // in one.
+  void set_forward_weights(at::TensorList weights, const ExpertMixtureKernels& table, bool kept) {
+    if (kept || table.form != WeightForm::kPrepared) return set_weights(weights, table, false);
+    weights_.set_to_be_made(weights, table);
     point_weights();
-  }
-  bool makes_weights() const {
-    const int64_t* const columns = weights_.columns();
-    return columns && std::any_of(columns, columns + biases_.size(), [](int64_t column) { return column != 0; });
   }
   void set_weights(const GroupForms& forms) {
     level_.weights = forms.pointers();
@@ -194,7 +193,7 @@ class LevelTables {
   // The last layer's weights as the forward pass wants them, after the backward pass's.
   void set_last_weights(at::TensorList weights, const ExpertMixtureKernels& table) {
     if (!table.backward_transposed) return;
-    last_weights_.emplace().set(weights.slice(weights.size() - experts_), table, false, level_.rows);
+    last_weights_.emplace().set(weights.slice(weights.size() - experts_), table, false);
   }
   const void* const* last_weights() const {
     return last_weights_ ? last_weights_->pointers() : weights_.pointers() + (activations_.size() - 1) * experts_;

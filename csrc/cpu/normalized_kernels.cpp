@@ -23,8 +23,8 @@ NormalizedMixtureKernels normalized_mixture_kernels() {
     NormalizedForward<Engine>(args, block, scratch).layer(l, first, last);
     Engine::end();
   };
-  table.mix = [](const NormalizedForwardArgs& args, int64_t block, void* scratch) {
-    NormalizedForward<Engine>(args, block, scratch).mix();
+  table.mix = [](const NormalizedForwardArgs& args, int64_t block, int64_t part, int64_t parts, void* scratch) {
+    NormalizedForward<Engine>(args, block, scratch).mix(part, parts);
   };
   table.combine_moments = combine_moments<C>;
   table.prepare = prepare_norm<C>;

@@ -26,11 +26,8 @@ Tables tables_for(const at::Tensor& inputs) {
           few ? kernels().expert_mixture_few[dtype] : kernels().expert_mixture[dtype]};
 }
 
-// Weights as the kernels want them for so many rows.
-void set_weights(LevelTables& tables, at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
-  if (tables.level().rows <= table.tiny_rows) return tables.set_natural_weights(weights);
-  tables.set_weights(weights, table, transposed);
-}
+// Few rows, which are multiplied with weights as they are.
+bool tiny(const Level& level, const ExpertMixtureKernels& table) { return level.rows <= table.tiny_rows; }
 
 // f(expert) for all of them, for work that is small.
 template <typename F>
@@ -52,7 +49,9 @@ Scratch partials_for(const NormalizedArgs& args) {
 void run_forward(NormalizedForwardArgs& args, const Tables& table) {
   const Level& level = args.level;
   const int64_t threads = at::get_num_threads();
-  const Cut cut = Cut::of(level, table.engine.block_bytes, table.norm.forward_bytes(level, kLeastRows) / kLeastRows);
+  const int64_t bytes = table.norm.forward_bytes(level, kLeastRows);
+  const int64_t bytes_of_a_row = (table.norm.forward_bytes(level, 2 * kLeastRows) - bytes) / kLeastRows;
+  const Cut cut = Cut::of(level, table.engine.forward_block_bytes, bytes_of_a_row);
   args.block_rows = cut.block_rows;
   args.blocks = cut.blocks;
   args.partial_ld = partial_ld(level);
@@ -71,8 +70,9 @@ void run_forward(NormalizedForwardArgs& args, const Tables& table) {
       table.norm.prepare(args, l, e);
     });
   }
-  parallel_tasks_on(threads, cut.blocks,
-                    [&](int64_t block, int64_t thread) { table.norm.mix(args, block, scratch[thread]); });
+  parallel_tasks_on(threads, cut.blocks * cut.parts, [&](int64_t task, int64_t thread) {
+    table.norm.mix(args, task / cut.parts, task % cut.parts, cut.parts, scratch[thread]);
+  });
 }
 
 using Tensors = std::vector<at::Tensor>;
@@ -105,7 +105,11 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward_of(LevelTables& tables, N
     return {outputs, saved, means, variances};
   }
   const Tables table = tables_for(like);
-  set_weights(tables, weights, table.engine, false);
+  if (tiny(level, table.engine)) {
+    tables.set_natural_weights(weights);
+  } else {
+    tables.set_forward_weights(weights, table.engine, all_declared(weights));
+  }
   norm_tables.allocate(false);
   NormalizedForwardArgs args{};
   args.level = level;
@@ -230,7 +234,11 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backwa
   if (level.rows == 0) {
     results.zero();
   } else {
-    if (args.need_chain) set_weights(tables, weights, table.engine, table.engine.backward_transposed);
+    if (args.need_chain && tiny(level, table.engine)) {
+      tables.set_natural_weights(weights);
+    } else if (args.need_chain) {
+      tables.set_weights(weights, table.engine, table.engine.backward_transposed);
+    }
     norm_tables.allocate(true);
     args.level = level;
     args.layers = norm_tables.layers();

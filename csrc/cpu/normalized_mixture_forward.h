@@ -34,6 +34,7 @@ struct NormalizedForwardScratch {
   C *rows_in, *rows_out;  // of few rows: [kTinyRows][rows_ld]
   int64_t rows_ld;
   uint16_t* kept;
+  typename Engine::Weight* weights;
   int64_t total;
 
   NormalizedForwardScratch(const Level& level, int64_t groups, void* memory) {
@@ -48,6 +49,7 @@ struct NormalizedForwardScratch {
     probabilities = arena.take<C>(level.gates.columns * kGroup);
     mixed = arena.take<C>(level.gates.count * level.widths[level.layers] * kGroup);
     kept = arena.take<uint16_t>(widest);
+    weights = arena.take<typename Engine::Weight>(2 * ForwardWeights<Engine>::made_size(level));
     total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
   }
 };
@@ -66,7 +68,8 @@ class NormalizedForward {
         row_(block * args.block_rows),
         nrows_(rows_of_block(args, block)),
         groups_((nrows_ + kGroup - 1) / kGroup),
-        s_(args.level, (args.block_rows + kGroup - 1) / kGroup, memory) {}
+        s_(args.level, (args.block_rows + kGroup - 1) / kGroup, memory),
+        weights_(level_, s_.weights) {}
 
   // Layer l of experts order[first] up to order[last]: pre-activations and the block's part of their statistics.
   void layer(int l, int first, int last) {
@@ -79,17 +82,17 @@ class NormalizedForward {
         stream = level_.expert_inputs[e];
         load_input(stream);
       }
-      product(l, e, level_.order[i + 1 < last ? i + 1 : i]);
+      product(l, e, level_.order[i + 1 < last ? i + 1 : i], i + 1 == last);
       finish(l, e);
     }
   }
 
-  // Every gate's sum of the experts' outputs.
-  void mix() {
+  // Every gate's sum of the experts' outputs, for one of several parts of the rows.
+  void mix(int64_t part, int64_t parts) {
     const Gates& gates = level_.gates;
     const int l = level_.layers - 1;
     const int64_t features = level_.widths[level_.layers];
-    for (int64_t g = 0; g < groups_; ++g) {
+    for (int64_t g = groups_ * part / parts; g < groups_ * (part + 1) / parts; ++g) {
       gate_probabilities(gates, row(g), group_rows(g), s_.probabilities);
       std::memset(s_.mixed, 0, gates.count * features * kGroup * sizeof(C));
       for (int e = 0; e < level_.experts; ++e) {
@@ -165,34 +168,37 @@ class NormalizedForward {
 
   int64_t group_size(int l) const { return padded(level_.widths[l + 1]) * kGroup; }
 
-  // Weights of tile t of expert e's layer.
-  Ahead weights_of(int l, int e, int64_t t) const {
-    const int64_t width = level_.widths[l + 1], o = Engine::tile_begin(width, t);
-    const int64_t at = static_cast<int64_t>(l) * level_.experts + e;
-    return Engine::weight_rows(static_cast<const typename Engine::Weight*>(level_.weights[at]), level_.weight_ld[at],
-                               level_.widths[l], o, Engine::tile_begin(width, t + 1) - o);
-  }
+  int64_t number(int l, int e) const { return static_cast<int64_t>(l) * level_.experts + e; }
 
-  void product(int l, int e, int next) {
-    const int64_t depth = level_.widths[l], width = level_.widths[l + 1], in_size = Engine::panel_size(depth);
-    const int64_t at = static_cast<int64_t>(l) * level_.experts + e, tiles = Engine::tiles(width);
+  // The weights of expert `next` are those that will be needed after it, unless the pass ends.
+  void product(int l, int e, int next, bool ends) {
+    const int64_t depth = level_.widths[l], width = level_.widths[l + 1], at = number(l, e);
+    const int64_t tiles = Engine::tiles(width);
     if (tiny(level_)) {
       multiply_rows<T, C>(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, s_.rows_in,
                           depth, s_.rows_out, s_.rows_ld);
       panel_of_rows(s_.rows_out, s_.rows_ld, nrows_, width, s_.values);
       return complete(l, e, 0, width);
     }
-    const auto* weight = static_cast<const typename Engine::Weight*>(level_.weights[at]);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
-      const Ahead ahead = t + 1 < tiles ? weights_of(l, e, t + 1) : weights_of(l, next, 0);
-      C* const values = s_.values + o * kGroup;
-      for (int64_t g = 0; g < groups_; g += Engine::kGroups) {
-        const int64_t ng = groups_ - g < Engine::kGroups ? groups_ - g : Engine::kGroups;
-        Engine::tile(weight, level_.weight_ld[at], o, n, s_.input + g * in_size, depth, ng, values + g * group_size(l),
-                     group_size(l), ahead.share(g, ng, groups_));
-      }
+      const TileWeights<Engine> weights = weights_.get({at, t});
+      const bool last = t + 1 == tiles;
+      weights_.during({at, t}, last ? WeightTile{number(l, next), 0} : WeightTile{at, t + 1}, groups_, last && ends,
+                      [&](const auto& meanwhile) { tile(l, o, n, weights, meanwhile); });
       complete(l, e, o, n);
+    }
+  }
+
+  // Features [o, o + n) of a layer, for all rows.
+  template <typename Meanwhile>
+  MTLK_INLINE void tile(int l, int64_t o, int64_t n, const TileWeights<Engine>& weights, const Meanwhile& meanwhile) {
+    const int64_t depth = level_.widths[l], in_size = Engine::panel_size(depth);
+    C* const values = s_.values + o * kGroup;
+    for (int64_t g = 0; g < groups_; g += Engine::kGroups) {
+      const int64_t ng = groups_ - g < Engine::kGroups ? groups_ - g : Engine::kGroups;
+      Engine::tile(weights.weight, weights.ld, weights.feature, n, s_.input + g * in_size, depth, ng,
+                   values + g * group_size(l), group_size(l), meanwhile.share(g, ng, groups_));
     }
   }
 
@@ -207,7 +213,7 @@ class NormalizedForward {
   // Completes the product and rounds to the storage type, so that the statistics are those of what readers find: of
   // equal rows the deviations must be zero.
   void add_affine(int l, int e, int64_t o, int64_t n) {
-    const auto affine = Affine<T, C>::of(level_, static_cast<int64_t>(l) * level_.experts + e).from(o);
+    const auto affine = Affine<T, C>::of(level_, number(l, e)).from(o);
     if (affine.nothing() && __is_same(T, C)) return;
     for (int64_t g = 0; g < groups_; ++g) {
       C* values = s_.values + g * group_size(l) + o * kGroup;
@@ -244,6 +250,7 @@ class NormalizedForward {
   const Level& level_;
   const int64_t block_, row_, nrows_, groups_;
   NormalizedForwardScratch<Engine> s_;
+  ForwardWeights<Engine> weights_;
 };
 
 }  // namespace MTLK_ISA

@@ -147,7 +147,6 @@ struct PairEngine {
   // One plane needs no preparing for a product: weights may come as they are, rows `ld` apart, where outputs fill their
   // tiles; ld is 0 for prepared ones.
   static constexpr int64_t kNaturalOutputs = kPlanes == 1 ? kGroup : 0;
-  static constexpr int64_t kMostNaturalRows = Products::kMostNaturalRows;
 
   // Where the weights of a tile lie, for fetching them ahead.
   static Ahead weight_rows(const Weight* w, int64_t ld, int64_t depth, int64_t feature, int64_t n) {

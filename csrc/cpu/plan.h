@@ -35,24 +35,26 @@ inline int parts_of(const Level& level, int64_t blocks) {
   return static_cast<int>(std::min<int64_t>(level.experts, blocks < threads ? divide_up(threads, blocks) : 1));
 }
 
+// Whether every block makes weights ready anew: if all rows can be one block, threads had better share the experts.
+inline bool makes_weights(const Level& level) {
+  const int64_t *const columns = level.weight_columns, count = static_cast<int64_t>(level.layers) * level.experts;
+  return columns && std::any_of(columns, columns + count, [](int64_t column) { return column != 0; });
+}
+
 struct Cut {
   int64_t block_rows, blocks;
   int parts;
 
+  // Of a forward pass.
   static Cut of(const Level& level, int64_t block_bytes, int64_t bytes_of_a_row) {
+    const int64_t threads = at::get_num_threads(), all = divide_up(level.rows, 32) * 32;
+    const int64_t most = std::min(block_bytes / std::max<int64_t>(bytes_of_a_row, 1), kMostRows);
+    if (makes_weights(level) && all <= most && level.experts % threads == 0) {
+      return {all, 1, static_cast<int>(threads)};
+    }
     const int64_t rows = mtlk::block_rows(level.rows, block_bytes, bytes_of_a_row);
     const int64_t blocks = divide_up(level.rows, rows);
     return {rows, blocks, parts_of(level, blocks)};
-  }
-
-  // The same where every block makes the weights ready anew: if all rows can be one block, threads share the experts.
-  static Cut of_makers(const Level& level, int64_t block_bytes, int64_t bytes_of_a_row) {
-    const int64_t threads = at::get_num_threads(), rows = divide_up(level.rows, 32) * 32;
-    if (rows <= std::min(block_bytes / std::max<int64_t>(bytes_of_a_row, 1), kMostRows) &&
-        level.experts % threads == 0) {
-      return {rows, 1, static_cast<int>(threads)};
-    }
-    return of(level, block_bytes, bytes_of_a_row);
   }
 };
 

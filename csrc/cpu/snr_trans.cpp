@@ -104,7 +104,7 @@ std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMat
     work += call.rows * used.back().numel();
   }
   WeightForms weights;
-  weights.set(used, engine, transposed && engine.backward_transposed, call.rows);
+  weights.set(used, engine, transposed && engine.backward_transposed);
   for (size_t r = 0; r < used.size(); ++r) {
     sums.routes()[r].weight = weights.pointers()[r];
     sums.routes()[r].weight_ld = weights.ld()[r];

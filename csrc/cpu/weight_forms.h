@@ -25,9 +25,9 @@ inline void prepare_weight(const ExpertMixtureKernels& table, const at::Tensor& 
 }
 
 // Whether kernels that want prepared weights take this one in its natural form.
-inline bool fits_as_it_is(const ExpertMixtureKernels& table, const at::Tensor& weight, int64_t rows) {
-  return table.natural_outputs != 0 && rows <= table.most_natural_rows && weight.size(0) % table.natural_outputs == 0 &&
-         weight.stride(1) == 1 && weight.stride(0) > 0;
+inline bool fits_as_it_is(const ExpertMixtureKernels& table, const at::Tensor& weight) {
+  return table.natural_outputs != 0 && weight.size(0) % table.natural_outputs == 0 && weight.stride(1) == 1 &&
+         weight.stride(0) > 0;
 }
 
 inline bool all_declared(at::TensorList weights) {
@@ -52,19 +52,18 @@ class WeightForms {
   }
 
   // Weights for a forward pass that makes what is in no fitting form.
-  void set_to_be_made(at::TensorList weights, const ExpertMixtureKernels& table, int64_t rows) {
+  void set_to_be_made(at::TensorList weights, const ExpertMixtureKernels& table) {
     for (const at::Tensor& weight : weights) {
       const bool repeats = weight.stride(1) == 0 && weight.size(1) > 1;
       const at::Tensor& kept = kept_.emplace_back(repeats ? weight.contiguous() : preparable(weight, false));
       pointers_.push_back(kept.const_data_ptr());
       ld_.push_back(kept.stride(0));
-      columns_.push_back(fits_as_it_is(table, kept, rows) ? 0 : std::max<int64_t>(kept.stride(1), 1));
+      columns_.push_back(fits_as_it_is(table, kept) ? 0 : std::max<int64_t>(kept.stride(1), 1));
     }
   }
 
-  // Weights in the form that the kernels want for so many rows; `transposed` swaps inputs and outputs where they are
-  // prepared.
-  void set(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed, int64_t rows) {
+  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared.
+  void set(at::TensorList weights, const ExpertMixtureKernels& table, bool transposed) {
     if (table.form == WeightForm::kNatural) return set_natural(weights);
     if (table.form == WeightForm::kCompute) {
       std::vector<at::Tensor> wide(weights.size());
@@ -76,7 +75,7 @@ class WeightForms {
     std::vector<int64_t> offsets{0};
     for (size_t i = 0; i < weights.size(); ++i) {
       const at::Tensor& weight = weights[i];
-      const bool natural = !transposed && fits_as_it_is(table, weight, rows);
+      const bool natural = !transposed && fits_as_it_is(table, weight);
       pointers_.push_back(natural ? weight.const_data_ptr() : nullptr);
       ld_.push_back(natural ? weight.stride(0) : 0);
       if (natural) continue;

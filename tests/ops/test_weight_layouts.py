@@ -10,6 +10,7 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import LAYOUTS, CaseFactory
+from tests.ops import normalized
 from tests.ops.definition import assert_agrees, reference_op
 
 PLE = mk.Routing.cgc(2, 2, 2, shared_gate=True)
@@ -17,21 +18,48 @@ PLE = mk.Routing.cgc(2, 2, 2, shared_gate=True)
 pytestmark = pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
 
 
-@pytest.mark.parametrize("isa", _extension.instruction_sets())
-@pytest.mark.parametrize("layout", [*LAYOUTS, "repeated columns", "mixed"])
-@pytest.mark.parametrize("widths", [(64, 48, 32), (33, 70, 1), (1, 17, 40, 31)], ids=str)
-@pytest.mark.parametrize("rows", [64, 101, 300])
-def test_every_layout(rows: int, widths: tuple[int, ...], layout: str, isa: str, dtype: torch.dtype) -> None:
+EVERY_SET = pytest.mark.parametrize("isa", _extension.instruction_sets())
+EVERY_LAYOUT = pytest.mark.parametrize("layout", [*LAYOUTS, "repeated columns", "mixed"])
+EVERY_WIDTH = pytest.mark.parametrize("widths", [(64, 48, 32), (33, 70, 1), (1, 17, 40, 31)], ids=str)
+
+
+def _factory(seed: int, layout: str, isa: str, dtype: torch.dtype) -> CaseFactory:
     if dtype == torch.float64 and isa != _extension.instruction_sets()[-1]:
         pytest.skip("no kernels in float64 make weights ready: one set of them is enough")
     if layout == "repeated columns":
-        case = CaseFactory(rows, dtype).expert_mixture(rows, widths, PLE, activation="silu")
-        case = case.map(lambda t: (t.detach()[..., :1].expand_as(t) if t.dim() == 2 else t.detach()).requires_grad_())
-    else:
-        case = CaseFactory(rows, dtype, layouts=LAYOUTS if layout == "mixed" else [layout]).expert_mixture(
-            rows, widths, PLE, activation="silu"
-        )
+        return CaseFactory(seed, dtype)
+    return CaseFactory(seed, dtype, layouts=LAYOUTS if layout == "mixed" else [layout])
+
+
+def _repeated(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix that repeats its first column without keeping more than that."""
+    own = tensor.detach()
+    return (own[..., :1].expand_as(own) if own.dim() == 2 else own).requires_grad_()
+
+
+@EVERY_SET
+@EVERY_LAYOUT
+@EVERY_WIDTH
+@pytest.mark.parametrize("rows", [64, 101, 300])
+def test_every_layout(rows: int, widths: tuple[int, ...], layout: str, isa: str, dtype: torch.dtype) -> None:
+    case = _factory(rows, layout, isa, dtype).expert_mixture(rows, widths, PLE, activation="silu")
+    if layout == "repeated columns":
+        case = case.map(_repeated)
     with _extension.instruction_set(isa), mk.use_backend("cpp"):
         assert_agrees(
             mk.expert_mixture, case, functools.partial(reference_op, mk.expert_mixture), 2 if rows == 101 else 1
         )
+
+
+@EVERY_SET
+@EVERY_LAYOUT
+@EVERY_WIDTH
+def test_layers_that_store_their_inputs(widths: tuple[int, ...], layout: str, isa: str, dtype: torch.dtype) -> None:
+    """A layer at a time, in a part of the experts a thread and, of so many rows, in several blocks."""
+    kinds = ["none"] * (len(widths) - 1)
+    options = {"activation": "prelu", "dropout": [0.1] * len(kinds)}
+    case = normalized.case(_factory(7, layout, isa, dtype), 300, widths, PLE, kinds, **options)
+    if layout == "repeated columns":
+        case = case.map(_repeated)
+    with _extension.instruction_set(isa), mk.use_backend("cpp"):
+        assert_agrees(normalized.fused, case, normalized.by_reference, 2, normalized.definition)
