@@ -8,9 +8,9 @@
 #include <map>
 #include <string>
 
-#include "cpu/kept_weights.h"
-#include "cpu/kernels.h"
-#include "cpu/memory.h"
+#include "cpu/gemm/kept_weights.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/memory.h"
 #include "serve.h"
 
 PYBIND11_MODULE(_C, module) {

@@ -6,8 +6,8 @@
 
 #include <stdexcept>
 
-#include "cpu/expert_mixture.h"
-#include "cpu/kept_weights.h"
+#include "cpu/gemm/kept_weights.h"
+#include "cpu/level/expert_mixture.h"
 
 namespace mtlk {
 namespace {

@@ -56,8 +56,8 @@ def fused_launches(
     shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, device: torch.device
 ) -> list[Launch]:
     """What each of the operator's launches has to do in one step on a GPU."""
+    from benchmarks.peers import triton_work
     from mtlkernels.ops import _triton, _triton_splits
-    from mtlkernels.ops.expert_mixture import triton_work
 
     levels = []
     for level in range(shape.num_levels):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The position is the code that operators take; csrc/cpu/activations.h and the Triton kernels use the same numbers.
+# The position is the code that operators take; csrc/cpu/simd/activations.h and the Triton kernels use the same numbers.
 ACTIVATIONS = ("none", "relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid")
 # Those with a learned slope, one or one a channel, of which only normalized_mixture knows.
 WITH_SLOPES = ("prelu", "dice")

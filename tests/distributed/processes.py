@@ -25,7 +25,9 @@ def run(modules: list[str], ranks: int, folder: Path, *, timeout: float = 60.0) 
         timeout: the process group's, in seconds.
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "error", "-m", "tests.distributed.worker", str(ranks), str(timeout), str(folder)]
+    own = "ignore:Sparse invariant checks are implicitly disabled:UserWarning"  # as in pyproject.toml
+    worker = ["-m", "tests.distributed.worker", str(ranks), str(timeout), str(folder)]
+    command = [sys.executable, "-W", "error", "-W", own, *worker]
     logs = [(folder / f"log{rank}").open("w+") for rank in range(ranks)]
     processes = [
         subprocess.Popen([*command, str(rank), *modules], env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)

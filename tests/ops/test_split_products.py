@@ -1,4 +1,4 @@
-"""float32 and float16 by AMX: products of numbers that are split into bfloat16 planes (csrc/cpu/pair_engine.h)."""
+"""float32 and float16 by AMX: products of numbers that are split into bfloat16 planes (csrc/cpu/gemm/pair_engine.h)."""
 
 from __future__ import annotations
 

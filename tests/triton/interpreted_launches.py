@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import triton_work
 from benchmarks.peers.fused import fused_launches, fused_trunk
 from benchmarks.peers.per_expert import PerExpertTrunk
 from benchmarks.peers.shape import TrunkShape
+from benchmarks.peers.triton_work import Shape, Work
 from mtlkernels import use_backend
 from mtlkernels._backends import interpreting
-from mtlkernels.ops.expert_mixture import triton_work
-from mtlkernels.ops.expert_mixture.triton_work import Shape, Work
 from mtlkernels.testing import evaluate
 from tests.ops import normalized
 from tests.triton import norms

@@ -1,0 +1,38 @@
+// An engine evaluates products for one storage type: float panels, or bfloat16 planes by AMX tiles or dot products.
+// Here is what the host code of every operator that is built on it has to know.
+#pragma once
+
+#include <cstdint>
+
+namespace mtlk {
+
+// How an engine wants weights.
+enum class WeightForm {
+  kNatural,   // [out, in] of the storage type, unit column stride
+  kCompute,   // [out, in] of the compute type
+  kPrepared,  // as EngineTable::prepare writes them
+};
+
+struct EngineTable {
+  int64_t min_call_rows;     // of a call for which this engine pays
+  int64_t min_forward_rows;  // the same of a forward pass of expert_mixture, which makes weights ready as it goes
+  int64_t tiny_rows;         // up to which products read weights in natural form, row by row, whatever the form
+
+  // Weights: the form, and how to prepare one that has `outputs` x `inputs` elements of the storage type, o *
+  // row_stride
+  // + i * column_stride apart, one of the strides 1. Where natural_outputs is not 0, an engine that wants prepared
+  // weights takes those in natural form too whose outputs are a multiple of it.
+  WeightForm form;
+  int64_t natural_outputs;
+  int64_t (*prepared_bytes)(int64_t outputs, int64_t inputs);
+  void (*prepare)(const void* weight, int64_t row_stride, int64_t column_stride, int64_t outputs, int64_t inputs,
+                  void* prepared);
+  bool backward_transposed;  // the backward pass wants its weights transposed
+
+  // That a block's intermediates and a chunk's gradients may take.
+  int64_t block_bytes, forward_block_bytes, chunk_bytes;
+  int64_t weight_sum_multiple, gradient_bytes_each;
+  bool stores_compute;  // the storage type is the compute type
+};
+
+}  // namespace mtlk

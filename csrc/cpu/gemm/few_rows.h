@@ -1,0 +1,163 @@
+// Products of a few rows, which lie beside each other, with weights that are read once, as they are.
+#pragma once
+
+#include "gemm/panels.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+constexpr int kTinyRows = 4;
+
+// out[i] = the sum of the lanes of partial[i], for 16 vectors.
+template <typename C>
+MTLK_INLINE void sum_lanes(const C* partial, C* out) {
+  constexpr int L = Simd<C>::lanes;
+  if constexpr (L == kGroup && sizeof(C) == 4) {
+    alignas(64) C columns[kGroup * kGroup];
+    transpose16(partial, kGroup, columns, kGroup);
+    Vector<C> sum[4] = {};
+    for (int i = 0; i < kGroup; ++i) sum[i % 4] += load(columns + i * kGroup);
+    store(out, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  } else {
+    for (int i = 0; i < kGroup; ++i) {
+      C sum = 0;
+      for (int lane = 0; lane < L; ++lane) sum += partial[i * L + lane];
+      out[i] = sum;
+    }
+  }
+}
+
+// partial[r][o] = the lanes of <x row r, w row o> over whole vectors of `depth`, for R rows and O outputs.
+template <typename T, typename C, int R, int O>
+MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int64_t depth, C* partial) {
+  constexpr int L = Simd<C>::lanes;
+  Vector<C> acc[O][R] = {};
+  for (int64_t k = 0; k + L <= depth; k += L) {
+    Vector<C> row[R];
+    for (int r = 0; r < R; ++r) row[r] = load(x + r * ldx + k);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const Vector<C> weight = load_as<T, C>(w + o * ldw + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[o][r] += weight * row[r];
+    }
+  }
+  for (int o = 0; o < O; ++o) {
+    for (int r = 0; r < R; ++r) store(partial + (r * kGroup + o) * L, acc[o][r]);
+  }
+}
+
+// out[r * ld_out + o] = <x row r, w row o>; out is written in whole groups of 16 outputs.
+template <typename T, typename C, int R>
+void dot_rows(const T* w, int64_t ldw, int64_t outputs, const C* x, int64_t ldx, int64_t depth, C* out,
+              int64_t ld_out) {
+  constexpr int L = Simd<C>::lanes;
+  constexpr int O = kRegisters >= 32 && R * 8 <= 32 - R - 1 ? 8 : kRegisters >= 32 ? 4 : R == 1 ? 4 : 2;
+  alignas(64) C partial[R * kGroup * L];
+  const int64_t tail = depth / L * L;
+  for (int64_t o = 0; o < outputs; o += kGroup) {
+    const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);
+    const T* rows = w + o * ldw;
+    int i = 0;
+    for (; i + O <= n; i += O) dot_tile<T, C, R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
+    for (; i < n; ++i) dot_tile<T, C, R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
+    for (int r = 0; r < R; ++r) {
+      C* place = out + r * ld_out + o;
+      if (n < kGroup) std::memset(partial + (r * kGroup + n) * L, 0, (kGroup - n) * L * sizeof(C));
+      sum_lanes(partial + r * kGroup * L, place);
+      for (int64_t k = tail; k < depth; ++k) {
+        for (int j = 0; j < n; ++j) place[j] += static_cast<C>(to_compute(rows[j * ldw + k])) * x[r * ldx + k];
+      }
+    }
+  }
+}
+
+// acc row r += the sum over O rows of w of factor[r][o] * w row o, over whole vectors of `width`.
+template <typename T, typename C, int R, int O>
+MTLK_INLINE void add_rows_tile(const T* w, int64_t ldw, const C* factor, int64_t ld_factor, int64_t width, C* acc,
+                               int64_t ld_acc) {
+  constexpr int L = Simd<C>::lanes;
+  Vector<C> f[O][R];
+  for (int o = 0; o < O; ++o) {
+    for (int r = 0; r < R; ++r) f[o][r] = broadcast(factor[r * ld_factor + o]);
+  }
+  for (int64_t i = 0; i + L <= width; i += L) {
+    Vector<C> sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = load(acc + r * ld_acc + i);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const Vector<C> weight = load_as<T, C>(w + o * ldw + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r] += f[o][r] * weight;
+    }
+    for (int r = 0; r < R; ++r) store(acc + r * ld_acc + i, sum[r]);
+  }
+  for (int64_t i = width / L * L; i < width; ++i) {
+    for (int r = 0; r < R; ++r) {
+      for (int o = 0; o < O; ++o) {
+        acc[r * ld_acc + i] += factor[r * ld_factor + o] * static_cast<C>(to_compute(w[o * ldw + i]));
+      }
+    }
+  }
+}
+
+// acc row r += the sum over all rows of w.
+template <typename T, typename C, int R>
+void add_rows(const T* w, int64_t ldw, int64_t outputs, const C* factor, int64_t ld_factor, int64_t width, C* acc,
+              int64_t ld_acc) {
+  constexpr int O = R == 1 ? 8 : kRegisters >= 32 ? 4 : 2;
+  int64_t o = 0;
+  for (; o + O <= outputs; o += O) {
+    add_rows_tile<T, C, R, O>(w + o * ldw, ldw, factor + o, ld_factor, width, acc, ld_acc);
+  }
+  for (; o < outputs; ++o) {
+    add_rows_tile<T, C, R, 1>(w + o * ldw, ldw, factor + o, ld_factor, width, acc, ld_acc);
+  }
+}
+
+template <int N>
+struct RowsConstant {
+  static constexpr int value = N;
+};
+
+// f(constant rows) for as many rows as are computed: those that are not there are too, from what lies in their place.
+template <typename F>
+void with_rows(int64_t rows, F f) {
+  if (rows == 1) return f(RowsConstant<1>{});
+  if (rows == 2) return f(RowsConstant<2>{});
+  f(RowsConstant<kTinyRows>{});
+}
+
+// out[row][o] = <in[row], w row o>, rows ld apart.
+template <typename T, typename C>
+void multiply_rows(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out,
+                   int64_t ld) {
+  with_rows(rows,
+            [&](auto constant) { dot_rows<T, C, decltype(constant)::value>(w, ldw, width, in, ld, depth, out, ld); });
+}
+
+// Few rows into a plain panel, zeros beyond them, and back.
+template <typename C>
+void panel_of_rows(const C* rows, int64_t ld, int64_t nrows, int64_t features, C* panel) {
+  for (int64_t i = 0; i < features; ++i) {
+    for (int r = 0; r < kGroup; ++r) panel[i * kGroup + r] = r < nrows ? rows[r * ld + i] : 0;
+  }
+}
+template <typename C>
+void rows_of_panel(const C* panel, int64_t features, C* rows, int64_t ld, int64_t nrows) {
+  for (int64_t i = 0; i < features; ++i) {
+    for (int64_t r = 0; r < nrows; ++r) rows[r * ld + i] = panel[i * kGroup + r];
+  }
+}
+
+// out[row] += the sum over o < outputs of in[row][o] * w row o.
+template <typename T, typename C>
+void add_transposed_rows(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t ld, int64_t outputs,
+                         C* out, int64_t ld_out) {
+  with_rows(rows, [&](auto constant) {
+    add_rows<T, C, decltype(constant)::value>(w, ldw, outputs, in, ld, width, out, ld_out);
+  });
+}
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

@@ -1,0 +1,169 @@
+// Panels: how activations lie inside the kernels.
+//
+// The batch is cut into groups of 16 rows. Within a group the 16 values of one feature lie side by side, so a feature
+// is one vector (or a few), weights are read in their natural layout as broadcast operands, and the output of one layer
+// is the input of the next without any repacking. A plain panel is [feature][16] of the compute type; a paired panel,
+// for AMX, is [feature / 2][16][2] of bfloat16.
+#pragma once
+
+#include "simd/simd.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+// 16 x 16 transpose of 32-bit elements: rows of `in`, `ld_in` apart, become columns of `out`.
+MTLK_INLINE void transpose16(const void* in, int64_t ld_in, void* out, int64_t ld_out) {
+  const uint32_t* a = static_cast<const uint32_t*>(in);
+  uint32_t* b = static_cast<uint32_t*>(out);
+#if defined(__AVX512F__)
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(a + i * ld_in);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(b + (i + 0) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(b + (i + 4) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    _mm512_storeu_si512(b + (i + 8) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    _mm512_storeu_si512(b + (i + 12) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) b[j * ld_out + i] = a[i * ld_in + j];
+  }
+#endif
+}
+
+template <typename C>
+MTLK_INLINE void transpose_block(const C* in, int64_t ld_in, C* out, int64_t ld_out) {
+  if constexpr (sizeof(C) == 4) {
+    transpose16(in, ld_in, out, ld_out);
+  } else {
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 16; ++j) out[j * ld_out + i] = in[i * ld_in + j];
+    }
+  }
+}
+
+// What completes an operand's values where there is nothing to complete.
+struct Unchanged {
+  template <typename C>
+  void operator()(C*, int64_t, int64_t, int64_t) const {}
+};
+
+// Pairs of bfloat16 are elements of 32 bits, so that one transpose turns 32 features of 16 whole rows.
+constexpr int kPairs = 2 * kGroup;
+
+#if defined(__AVX512F__)
+MTLK_INLINE void pack_pairs(const BFloat16* rows, int64_t ld, float* panel) {
+  alignas(64) uint32_t pairs[kGroup * kGroup];
+  alignas(64) BFloat16 block[kGroup * kPairs];
+  if (ld % 2 != 0) {
+    for (int r = 0; r < kGroup; ++r) std::memcpy(block + r * kPairs, rows + r * ld, sizeof(BFloat16) * kPairs);
+  }
+  transpose16(ld % 2 != 0 ? block : rows, ld % 2 != 0 ? kGroup : ld / 2, pairs, kGroup);
+  for (int i = 0; i < kGroup; ++i) {
+    const __m512i pair = _mm512_load_si512(pairs + i * kGroup);
+    _mm512_storeu_si512(panel + 2 * i * kGroup, _mm512_slli_epi32(pair, 16));
+    _mm512_storeu_si512(panel + (2 * i + 1) * kGroup, _mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000u)));
+  }
+}
+#endif
+
+#if defined(__AVX512BF16__)
+MTLK_INLINE void unpack_pairs(const float* panel, BFloat16* rows, int64_t ld) {
+  alignas(64) uint32_t pairs[kGroup * kGroup];
+  for (int i = 0; i < kGroup; ++i) {
+    const __m256i even = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(panel + 2 * i * kGroup));
+    const __m256i odd = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(panel + (2 * i + 1) * kGroup));
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+    _mm512_store_si512(pairs + i * kGroup, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
+  }
+  if (ld % 2 == 0) return transpose16(pairs, kGroup, rows, ld / 2);
+  alignas(64) BFloat16 block[kGroup * kPairs];
+  transpose16(pairs, kGroup, block, kGroup);
+  for (int r = 0; r < kGroup; ++r) std::memcpy(rows + r * ld, block + r * kPairs, sizeof(BFloat16) * kPairs);
+}
+#endif
+
+// One group of rows [nrows][features] into a plain panel; absent rows become zero.
+template <typename T, typename C>
+void pack_panel(const T* rows, int64_t ld, int64_t nrows, int64_t features, C* panel) {
+  alignas(64) C block[kGroup * kGroup];
+  int64_t f = 0;
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, BFloat16) && sizeof(C) == 4) {
+    for (; nrows == kGroup && f + kPairs <= features; f += kPairs) pack_pairs(rows + f, ld, panel + f * kGroup);
+  }
+#endif
+  for (; f < features; f += kGroup) {
+    const int64_t width = features - f < kGroup ? features - f : kGroup;
+    if constexpr (__is_same(T, C)) {
+      if (width == kGroup && nrows == kGroup) {
+        transpose_block(rows + f, ld, panel + f * kGroup, kGroup);
+        continue;
+      }
+    }
+    if (width < kGroup || nrows < kGroup) std::memset(block, 0, sizeof(block));
+    for (int64_t r = 0; r < nrows; ++r) widen(rows + r * ld + f, block + r * kGroup, width);
+    if (width == kGroup) {
+      transpose_block(block, kGroup, panel + f * kGroup, kGroup);
+    } else {
+      for (int64_t j = 0; j < width; ++j) {
+        for (int r = 0; r < kGroup; ++r) panel[(f + j) * kGroup + r] = block[r * kGroup + j];
+      }
+    }
+  }
+}
+
+// Zeroes the rows of a plain panel that are not there.
+template <typename C>
+void clear_absent(int64_t nrows, int64_t features, C* panel) {
+  if (nrows == kGroup) return;
+  for (int64_t i = 0; i < features; ++i) std::memset(panel + i * kGroup + nrows, 0, (kGroup - nrows) * sizeof(C));
+}
+
+// A plain panel back to rows.
+template <typename T, typename C>
+void unpack_panel(const C* panel, int64_t features, T* rows, int64_t ld, int64_t nrows) {
+  alignas(64) C block[kGroup * kGroup];
+  int64_t f = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(T, BFloat16) && sizeof(C) == 4) {
+    for (; nrows == kGroup && f + kPairs <= features; f += kPairs) unpack_pairs(panel + f * kGroup, rows + f, ld);
+  }
+#endif
+  for (; f < features; f += kGroup) {
+    const int64_t width = features - f < kGroup ? features - f : kGroup;
+    if (width == kGroup) {
+      if constexpr (__is_same(T, C)) {
+        if (nrows == kGroup) {
+          transpose_block(panel + f * kGroup, kGroup, rows + f, ld);
+          continue;
+        }
+      }
+      transpose_block(panel + f * kGroup, kGroup, block, kGroup);
+    } else {
+      for (int64_t j = 0; j < width; ++j) {
+        for (int r = 0; r < kGroup; ++r) block[r * kGroup + j] = panel[(f + j) * kGroup + r];
+      }
+    }
+    for (int64_t r = 0; r < nrows; ++r) narrow(block + r * kGroup, rows + r * ld + f, width);
+  }
+}
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

@@ -1,0 +1,400 @@
+// The backward pass of expert_mixture.
+//
+// The chain runs over blocks of rows, in cache: gradients of the outputs -> of the gates' logits and the last
+// pre-activations -> down the layers -> of the inputs, summed over the experts that read them. It leaves the gradients
+// of the pre-activations of a chunk of rows; the weights' gradients then take the batch as the depth of their GEMM.
+#pragma once
+
+#include "level/expert_mixture_forward.h"
+#include "level/products_below.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+// Where the gradients of a chunk lie: layer by layer, those of each expert together.
+template <typename Engine>
+struct BackwardLayout {
+  const Level& level;
+  int64_t chunk_rows;  // of a full chunk
+  int experts;         // of the chunk's group
+
+  int64_t gradient_block(int l) const {
+    return (chunk_rows + Engine::kGradientRows - 1) / Engine::kGradientRows *
+           Engine::gradient_size(level.widths[l + 1]);
+  }
+  // Of the group's expert number `index`.
+  int64_t gradient_offset(int l, int index) const {
+    int64_t offset = 0;
+    for (int i = 0; i < l; ++i) offset += experts * gradient_block(i);
+    return offset + index * gradient_block(l);
+  }
+  int64_t gradients() const {
+    int64_t size = 0;
+    for (int l = 0; l < level.layers; ++l) size += experts * gradient_block(l);
+    return size;
+  }
+};
+
+inline int stream_count(const Level& level) {
+  int count = 0;
+  for (int e = 0; e < level.experts; ++e) {
+    count = level.expert_inputs[e] >= count ? level.expert_inputs[e] + 1 : count;
+  }
+  return count;
+}
+
+template <typename Engine>
+struct BackwardScratch {
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+  C *grad_outputs, *probabilities, *inner, *kept, *after, *whole, *below, *tile;
+  Element *panel[2], *input;
+  int64_t total;
+
+  BackwardScratch(const Level& level, int64_t groups, void* memory) {
+    Arena arena(memory);
+    const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
+    int64_t read = 0;
+    for (int l = 1; l < level.layers; ++l) read = level.widths[l] > read ? level.widths[l] : read;
+    grad_outputs = arena.take<C>(level.gates.count * groups * features * kGroup);
+    probabilities = arena.take<C>(level.gates.columns * groups * kGroup);
+    inner = arena.take<C>(level.gates.columns * groups * kGroup);
+    kept = arena.take<C>(widest * groups * kGroup);
+    after = arena.take<C>(features * kGroup);
+    whole = arena.take<C>(features * kGroup);
+    below = arena.take<C>(stream_sums<Engine>(level, groups));
+    tile = arena.take<C>(Engine::kRows * Engine::kGroups * kGroup);
+    const int64_t panels = Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups;
+    panel[0] = arena.take<Element>(panels);
+    panel[1] = arena.take<Element>(panels);
+    input = arena.take<Element>(Engine::panel_size(read) * groups);
+    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+  }
+};
+
+template <typename Engine>
+class BackwardBlock {
+ public:
+  using T = typename Engine::T;
+  using C = typename Engine::C;
+  using Element = typename Engine::Element;
+  using Gradient = typename Engine::Gradient;
+
+  // Rows [row, row + nrows) of the batch, which lie in the chunk.
+  BackwardBlock(const BackwardArgs& args, const BackwardChunk& chunk, const BackwardLayout<Engine>& layout, int64_t row,
+                int64_t nrows, void* memory)
+      : args_(args),
+        level_(args.level),
+        chunk_(chunk),
+        layout_(layout),
+        row_(row),
+        nrows_(nrows),
+        groups_(group_count(nrows)),
+        s_(args.level, groups_, memory) {}
+
+  // What the parts of a block leave for finish: each its sums of the divided streams' gradients, below[stream][group]
+  // [feature][16], all of them inner[column], in the block's own scratch where there is one part.
+  int64_t below_size() const { return args_.divided_count * stream_size(); }
+
+  // Experts order[first] up to order[last]; with one part and one group, null for what parts leave.
+  void run(int first, int last, C* below, C* inner, bool add) {
+    const Gates& gates = level_.gates;
+    below_ = below;
+    if (inner) s_.inner = inner;
+    if (below && !add) clear_others(first, last);
+    for (int64_t g = 0; g < groups_; ++g) {
+      gate_probabilities(gates, row_ + g * kGroup, group_rows(g), s_.probabilities + g * gates.columns * kGroup);
+      for (int k = 0; k < gates.count; ++k) {
+        const int64_t ld = args_.grad_output_ld[k];
+        const T* rows = static_cast<const T*>(args_.grad_outputs[k]) + (row_ + g * kGroup) * ld;
+        pack_panel(rows, ld, group_rows(g), features(), s_.grad_outputs + (k * groups_ + g) * features() * kGroup);
+      }
+    }
+    int stream = -1;
+    for (int i = first; i < last; ++i) {
+      const int e = level_.order[i];
+      if (level_.expert_inputs[e] != stream) {
+        if (stream >= 0) leave_inputs(stream);
+        stream = level_.expert_inputs[e];
+        stream_ = divided(stream) ? below + args_.divided[stream] * stream_size() : s_.below;
+        fresh_ = !add || !divided(stream);
+      }
+      index_ = i - chunk_.first;
+      expert(e);
+    }
+    leave_inputs(stream);
+    if (!below && args_.grad_logits) write_logits();
+  }
+
+  // Sums the inputs' gradients of `parts` parts in their order.
+  void finish(const C* below, int parts, C* inner) {
+    if (args_.grad_logits) {
+      for (int64_t g = 0; g < groups_; ++g) {
+        C* panel = s_.probabilities + g * level_.gates.columns * kGroup;
+        gate_probabilities(level_.gates, row_ + g * kGroup, group_rows(g), panel);
+      }
+      s_.inner = inner;
+      write_logits();
+    }
+    int stream = -1;
+    for (int i = 0; args_.grad_inputs && i < level_.experts; ++i) {
+      if (level_.expert_inputs[level_.order[i]] == stream) continue;
+      stream = level_.expert_inputs[level_.order[i]];
+      if (args_.divided[stream] < 0) continue;
+      const C* const sums = below + args_.divided[stream] * stream_size();
+      for (int64_t at = 0; parts > 1 && at < stream_size(); at += Simd<C>::lanes) {
+        Vector<C> sum = load(sums + at);
+        for (int p = 1; p < parts; ++p) sum += load(sums + p * below_size() + at);
+        mtlk::MTLK_ISA::store(s_.below + at, sum);
+      }
+      write_inputs(stream, parts > 1 ? s_.below : sums);
+    }
+  }
+
+ private:
+  int64_t features() const { return level_.widths[level_.layers]; }
+  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
+
+  // Of the expert whose turn it is.
+  Gradient* gradients(int l) const {
+    return static_cast<Gradient*>(chunk_.gradients) + layout_.gradient_offset(l, index_) +
+           (row_ - chunk_.row) / Engine::kGradientRows * Engine::gradient_size(level_.widths[l + 1]);
+  }
+  // The panels of a layer's gradients, which the next step down reads.
+  Element* panels(int l) const {
+    if constexpr (Engine::kGradientIsPanel) {
+      return gradients(l);
+    } else {
+      return s_.panel[l % 2];
+    }
+  }
+
+  void load_kept(int l, int e) {
+    const int64_t width = level_.widths[l + 1];
+    const T* rows = static_cast<const T*>(args_.saved[l]) + (e * level_.rows + row_) * width;
+    for (int64_t g = 0; g < groups_; ++g) {
+      pack_panel(rows + g * kGroup * width, width, group_rows(g), width, s_.kept + g * width * kGroup);
+    }
+  }
+
+  // What a saved layer's activation gave.
+  void load_input(int l, int e) {
+    const int64_t width = level_.widths[l + 1], size = Engine::panel_size(width);
+    if (!from_input(level_.activations[l])) {
+      const T* rows = static_cast<const T*>(args_.saved[l]) + (e * level_.rows + row_) * width;
+      for (int64_t g = 0; g < groups_; ++g) {
+        if (g + 1 < groups_) fetch_rows(rows + (g + 1) * kGroup * width, group_rows(g + 1) * width);
+        Engine::pack(rows + g * kGroup * width, width, group_rows(g), width, s_.input + g * size);
+      }
+      return;
+    }
+    load_kept(l, e);
+    with_activation(level_.activations[l], [&](auto constant) {
+      for (int64_t g = 0; g < groups_; ++g) {
+        const C* kept = s_.kept + g * width * kGroup;
+        Engine::clear_margin(s_.input + g * size, width);
+        Engine::store_each(s_.input + g * size, 0, width, [&](int64_t i, int j) {
+          return activate<decltype(constant)::value, C>(load(kept + i * kGroup + j));
+        });
+      }
+    });
+  }
+
+  // What would have been saved of the last layer, from the one below.
+  void compute_kept(int e) {
+    const int l = level_.layers - 1, code = level_.activations[l];
+    const int64_t depth = level_.widths[l], width = level_.widths[l + 1], size = Engine::panel_size(depth);
+    const int64_t at = weight_number(level_, l, e), ld = args_.last_weight_ld[e];
+    const auto* weight = static_cast<const typename Engine::Weight*>(args_.last_weights[e]);
+    const auto affine = Affine<T, C>::of(level_, at);
+    constexpr int64_t tile_group = Engine::kRows * kGroup;
+    const int64_t tiles = Engine::tiles(width);
+    load_input(l - 1, e);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+      Prefetch ahead;
+      if (t + 1 < tiles) {
+        ahead = Engine::weight_rows(weight, ld, depth, o + n, Engine::tile_begin(width, t + 2) - o - n);
+      }
+      for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
+        const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
+        Engine::tile(weight, ld, o, n, s_.input + g0 * size, depth, ng, s_.tile, tile_group,
+                     ahead.share(g0, ng, groups_));
+        for (int64_t g = g0; g < g0 + ng; ++g) {
+          affine_activation<T, C>(from_input(code) ? static_cast<int>(kNone) : code, s_.tile + (g - g0) * tile_group,
+                                  affine.from(o), n, s_.kept + (g * width + o) * kGroup, nullptr);
+          clear_absent(group_rows(g), n, s_.kept + (g * width + o) * kGroup);
+        }
+      }
+    }
+  }
+
+  void expert(int e) {
+    const int last = level_.layers - 1;
+    last < saved_layers(level_) ? load_kept(last, e) : compute_kept(e);
+    for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
+    if (!args_.need_chain()) return;
+    for (int l = last; l > 0; --l) {
+      // Where the last layer was computed again, what it read is there.
+      if (from_input(level_.activations[l - 1])) {
+        load_kept(l - 1, e);
+      } else if (l < saved_layers(level_)) {
+        load_input(l - 1, e);
+      }
+      start_panels(l - 1);
+      multiply_below<Engine>(level_, l, e, panels(l), groups_, s_.tile,
+                             [&](int64_t g, int64_t o, int64_t n, C* tile) { hidden_gradients(l - 1, g, o, n, tile); });
+    }
+    if (!args_.grad_inputs) return;
+    add_to_stream<Engine>(level_, e, panels(0), groups_, stream_, !fresh_);
+    fresh_ = false;
+  }
+
+  void start_panels(int l) {
+    const int64_t width = level_.widths[l + 1];
+    for (int64_t g = 0; g < groups_; ++g) Engine::clear_margin(panels(l) + g * Engine::panel_size(width), width);
+  }
+
+  // The gradients of n pre-activations from those of their activations. What the derivative follows from lies in
+  // s_.kept or s_.input.
+  void hidden_gradients(int l, int64_t g, int64_t o, int64_t n, C* grad) {
+    clear_absent(group_rows(g), n, grad);  // where an infinite weight has made NaN of their zeros
+    const int64_t width = level_.widths[l + 1], size = Engine::panel_size(width);
+    with_activation(level_.activations[l], [&](auto constant) {
+      constexpr int kCode = decltype(constant)::value;
+      const C* const kept = s_.kept + (g * width + o) * kGroup;
+      const Element* const panel = s_.input + g * size;
+      Engine::store_gradients(panels(l) + g * size, gradients(l), width, g, o, n, [&](int64_t i, int j) {
+        const Vector<C> s = from_input(kCode) ? load(kept + i * kGroup + j) : Engine::load_panel(panel, o + i, j);
+        return activation_gradient<kCode, C>(load(grad + i * kGroup + j), s);
+      });
+    });
+  }
+
+  // One group of an expert's outputs: <dy, output> for every gate that mixes it, and the last layer's gradient.
+  void last_layer(int e, int64_t g) {
+    constexpr int L = Simd<C>::lanes;
+    const int l = level_.layers - 1, code = level_.activations[l];
+    const int64_t values = features() * kGroup;
+    const C* kept = s_.kept + g * values;
+    const C* after = kept;
+    if (from_input(code)) {
+      with_activation(code, [&](auto constant) {
+        for (int64_t i = 0; i < values; i += L) {
+          mtlk::MTLK_ISA::store(s_.after + i, activate<decltype(constant)::value, C>(load(kept + i)));
+        }
+      });
+      after = s_.after;
+    }
+    weigh(e, g, after);
+    if (!args_.need_chain()) return;
+    const int64_t size = Engine::panel_size(features());
+    if (g == 0) start_panels(l);
+    with_activation(code, [&](auto constant) {
+      Engine::store_gradients(panels(l) + g * size, gradients(l), features(), g, 0, features(), [&](int64_t i, int j) {
+        const int64_t at = i * kGroup + j;
+        return activation_gradient<decltype(constant)::value, C>(load(s_.whole + at), load(kept + at));
+      });
+    });
+  }
+
+  // For every gate that mixes expert e, <dy, output> of a group; and the outputs' gradient, s_.whole.
+  void weigh(int e, int64_t g, const C* outputs) {
+    const int begin = level_.gates.use_begin[e], end = level_.gates.use_begin[e + 1];
+    if (begin == end) std::memset(s_.whole, 0, features() * kGroup * sizeof(C));
+    for (int u = begin; u < end; u += 2) {
+      if (u + 1 < end) {
+        weigh_some<2>(u, u == begin, g, outputs);
+      } else {
+        weigh_some<1>(u, u == begin, g, outputs);
+      }
+    }
+  }
+
+  template <int Uses>
+  void weigh_some(int first, bool fresh, int64_t g, const C* outputs) {
+    constexpr int L = Simd<C>::lanes;
+    constexpr int kSums = 4;  // of each inner product, so that none waits for the one before
+    const GateUse* const use = level_.gates.uses + first;
+    for (int j = 0; j < kGroup; j += L) {
+      const C* grad[Uses];
+      C* inner[Uses];
+      Vector<C> p[Uses], sum[Uses][kSums] = {};
+      for (int u = 0; u < Uses; ++u) {
+        const int64_t column = (g * level_.gates.columns + use[u].column) * kGroup + j;
+        grad[u] = s_.grad_outputs + (use[u].gate * groups_ + g) * features() * kGroup + j;
+        inner[u] = s_.inner + column;
+        p[u] = load(s_.probabilities + column);
+      }
+      const auto step = [&](int64_t i, int k) {
+        const int64_t at = i * kGroup;
+        const Vector<C> out = load(outputs + at + j);
+        Vector<C> whole = fresh ? Vector<C>{} : load(s_.whole + at + j);
+#pragma GCC unroll 2
+        for (int u = 0; u < Uses; ++u) {
+          const Vector<C> dy = load(grad[u] + at);
+          whole += p[u] * dy;
+          sum[u][k] += dy * out;
+        }
+        mtlk::MTLK_ISA::store(s_.whole + at + j, whole);
+      };
+      int64_t i = 0;
+      for (; i + kSums <= features(); i += kSums) {
+#pragma GCC unroll 4
+        for (int k = 0; k < kSums; ++k) step(i + k, k);
+      }
+      for (; i < features(); ++i) step(i, 0);
+      for (int u = 0; u < Uses; ++u) {
+        mtlk::MTLK_ISA::store(inner[u], (sum[u][0] + sum[u][1]) + (sum[u][2] + sum[u][3]));
+      }
+    }
+  }
+
+  int64_t stream_size() const { return stream_sums<Engine>(level_, groups_); }
+
+  // Whether the stream's sums are of several parts.
+  bool divided(int stream) const { return below_ && args_.grad_inputs && args_.divided[stream] >= 0; }
+
+  // Zeroes the sums of the divided streams that none of experts order[first, last) reads.
+  void clear_others(int first, int last) {
+    for (int stream = 0; args_.grad_inputs && stream < stream_count(level_); ++stream) {
+      bool reads = false;
+      for (int i = first; i < last; ++i) reads = reads || level_.expert_inputs[level_.order[i]] == stream;
+      if (reads || args_.divided[stream] < 0) continue;
+      std::memset(below_ + args_.divided[stream] * stream_size(), 0, stream_size() * sizeof(C));
+    }
+  }
+
+  void leave_inputs(int stream) {
+    if (args_.grad_inputs && !divided(stream)) write_inputs(stream, s_.below);
+  }
+
+  void write_inputs(int stream, const C* sums) {
+    write_stream<Engine>(level_, sums, row_, nrows_, args_.grad_inputs[stream]);
+  }
+
+  void write_logits() {
+    const Gates& gates = level_.gates;
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t at = g * gates.columns * kGroup;
+      for (int k = 0; k < gates.count; ++k) {
+        write_logit_gradient(gates, k, s_.probabilities + at, s_.inner + at, row_ + g * kGroup, group_rows(g),
+                             args_.grad_logits[k]);
+      }
+    }
+  }
+
+  const BackwardArgs& args_;
+  const Level& level_;
+  const BackwardChunk& chunk_;
+  const BackwardLayout<Engine>& layout_;
+  const int64_t row_, nrows_, groups_;
+  BackwardScratch<Engine> s_;
+  C* below_ = nullptr;
+  C* stream_ = nullptr;  // the sums that the experts' input gradients go to
+  bool fresh_ = true;    // nothing is in them yet
+  int index_ = 0;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

@@ -1,0 +1,206 @@
+// How a backward call of expert_mixture is cut into chunks of rows, groups of experts, blocks of rows and parts of
+// experts.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "gemm/weight_forms.h"
+#include "level/blocking.h"
+#include "runtime/kernels.h"
+#include "runtime/memory.h"
+
+namespace mtlk {
+
+// The experts of a chunk go in groups, one after another, so that what lies between the chain and the weights'
+// gradients is of one group only. All threads work on a group; or, where the rows are few, each is a lane of its own,
+// which takes its share of the experts one by one and waits for nobody.
+struct BackwardPlan {
+  int64_t capacity, block_rows, blocks;  // of a full chunk
+  int lanes, group;                      // experts of a group
+  int parts;                             // of a group, where there are fewer blocks than threads
+  bool sums;                             // the inputs' gradients are sums of what several parts or groups leave
+
+  static BackwardPlan of(const BackwardArgs& args, const EngineKernels& kernels) {
+    const ExpertMixtureKernels& table = kernels.expert_mixture;
+    constexpr int64_t kExperts = 4;  // of a group: with fewer, the outputs' gradients are read too often
+    constexpr int64_t kTasks = 8;    // of a thread: with fewer, it waits too long for the others
+    const Level& level = args.level;
+    const int64_t threads = at::get_num_threads(), experts = level.experts;
+    BackwardPlan plan{};
+    plan.capacity = chunk_rows(level, kernels.engine);
+    const int64_t row_bytes = table.backward_bytes(level, kMinBlockRows) / kMinBlockRows;
+    plan.block_rows = std::min(plan.capacity, mtlk::block_rows(plan.capacity, kernels.engine.block_bytes, row_bytes));
+    plan.blocks = divide_up(std::min(plan.capacity, level.rows), plan.block_rows);
+    const bool even = divide_up(experts, threads) * threads * 8 <= experts * 9;
+    if (level.rows <= kMaxBlockRows && even) {
+      plan.lanes = static_cast<int>(threads);
+      plan.group = plan.parts = 1;
+    } else {
+      BackwardChunk one_expert{};
+      one_expert.last = 1;
+      const int64_t tasks = table.weight_tasks(args, one_expert), waiting = divide_up(threads, plan.blocks);
+      const int64_t least = std::max({kExperts, divide_up(kTasks * threads, tasks), waiting});
+      plan.lanes = 1;
+      plan.group = static_cast<int>(divide_up(experts, divide_up(experts, least)));
+      plan.parts = static_cast<int>(std::min<int64_t>(plan.group, waiting));
+    }
+    plan.sums = plan.lanes * plan.parts > 1 || plan.group < experts;
+    return plan;
+  }
+};
+
+class BackwardRun {
+ public:
+  // `forms` prepare what args.level and args.last_weights point to, a group at a time; none where all is ready.
+  BackwardRun(const BackwardArgs& args, const ExpertMixtureKernels& table, const BackwardPlan& plan,
+              std::vector<GroupForms*> forms)
+      : args_(args),
+        level_(args_.level),
+        table_(table),
+        plan_(plan),
+        threads_(at::get_num_threads()),
+        forms_(std::move(forms)),
+        scratch_(threads_, std::max(table.backward_bytes(level_, plan.block_rows),
+                                    args.need_weights ? table.weight_bytes(level_, plan.capacity) : 0)),
+        gradients_(plan.lanes, args.need_chain() ? table.gradient_bytes(level_, plan.capacity, plan.group) : 0),
+        operands_(1, args.need_weights ? table.operand_bytes(level_, plan.capacity) : 0),
+        prepared_(plan.lanes, plan.group * expert_bytes()),
+        divided_(args.grad_inputs ? divided() : std::vector<int>()),
+        below_(plan.blocks, plan.sums ? plan.lanes * plan.parts * below_bytes(plan.block_rows) : 0),
+        inner_(plan.blocks, plan.sums ? table.backward_inner_bytes(level_, plan.block_rows) : 0) {
+    args_.divided = divided_.data();
+    args_.divided_count = divided_count();
+  }
+
+  void run() const {
+    for (int64_t row = 0; row < level_.rows; row += plan_.capacity) {
+      const int64_t rows = std::min(plan_.capacity, level_.rows - row);
+      const BackwardChunk all{row, rows, plan_.capacity, 0, level_.experts, nullptr, operands_[0]};
+      if (plan_.lanes > 1) {
+        parallel_tasks(threads_, operands(), [&](int64_t task) { table_.make_operand(args_, all, task); });
+      }
+      parallel_threads(plan_.lanes, [&](int64_t lane) {
+        BackwardChunk chunk = all;
+        chunk.gradients = gradients_[lane];
+        each_group(lane, [&](int first, int last, bool later) {
+          chunk.first = first;
+          chunk.last = last;
+          prepare(chunk, lane);
+          chain(chunk, lane, later);
+          weights(chunk, lane);
+        });
+      });
+      if (plan_.sums && plan_.lanes * plan_.parts > 1) {
+        parallel_tasks_on(threads_, blocks(all),
+                          [&](int64_t block, int64_t thread) { finish(all, block, scratch_[thread]); });
+      }
+    }
+  }
+
+ private:
+  int64_t expert_bytes() const {
+    int64_t bytes = 0;
+    for (const GroupForms* forms : forms_) bytes += forms->bytes();
+    return bytes;
+  }
+  int64_t below_bytes(int64_t nrows) const { return divided_count() * table_.backward_below_bytes(level_, nrows); }
+
+  // f(first, last, whether the lane had some before) for each group of a lane: experts order[first, last).
+  template <typename F>
+  void each_group(int64_t lane, F f) const {
+    const int begin = part_begin(level_, static_cast<int>(lane), plan_.lanes);
+    const int end = part_begin(level_, static_cast<int>(lane) + 1, plan_.lanes);
+    for (int first = begin; first < end; first += plan_.group) {
+      f(first, std::min(first + plan_.group, end), first > begin);
+    }
+  }
+
+  // Where part begins among a group's experts.
+  int part_of(int first, int last, int part) const { return first + (last - first) * part / plan_.parts; }
+
+  // Number the streams that a group's or a part's bounds divide.
+  std::vector<int> divided() const {
+    const auto stream = [&](int position) { return level_.expert_inputs[level_.order[position]]; };
+    std::vector<int> numbers(stream(level_.experts - 1) + 1, -1);
+    int count = 0;
+    for (int64_t lane = 0; lane < plan_.lanes; ++lane) {
+      each_group(lane, [&](int first, int last, bool) {
+        for (int part = 0; part < plan_.parts; ++part) {
+          const int at = part_of(first, last, part);
+          if (at > 0 && stream(at - 1) == stream(at) && numbers[stream(at)] < 0) numbers[stream(at)] = count++;
+        }
+      });
+    }
+    return numbers;
+  }
+  int divided_count() const { return divided_.empty() ? 0 : 1 + *std::max_element(divided_.begin(), divided_.end()); }
+
+  int64_t blocks(const BackwardChunk& chunk) const { return divide_up(chunk.rows, plan_.block_rows); }
+  int64_t row(const BackwardChunk& chunk, int64_t block) const { return chunk.row + block * plan_.block_rows; }
+  int64_t rows(const BackwardChunk& chunk, int64_t block) const {
+    return std::min(plan_.block_rows, chunk.rows - block * plan_.block_rows);
+  }
+
+  // f(task, scratch): by all threads, or in turn where this thread is a lane.
+  template <typename F>
+  void tasks(int64_t lane, int64_t count, F f) const {
+    parallel_tasks_on(plan_.lanes > 1 ? 1 : threads_, count,
+                      [&](int64_t task, int64_t thread) { f(task, scratch_[lane + thread]); });
+  }
+
+  void prepare(const BackwardChunk& chunk, int64_t lane) const {
+    char* memory = static_cast<char*>(prepared_[lane]);
+    for (GroupForms* forms : forms_) {
+      tasks(lane, (chunk.last - chunk.first) * forms->layers(), [&](int64_t task, void*) {
+        const int64_t index = task / forms->layers();
+        forms->prepare(task % forms->layers(), level_.order[chunk.first + index], memory + index * forms->bytes());
+      });
+      memory += plan_.group * forms->bytes();
+    }
+  }
+
+  int64_t operands() const { return args_.need_weights ? table_.operand_tasks(args_) : 0; }
+
+  // Threads wait for each other as seldom as can be: what the weights' gradients read of the streams is made along with
+  // the first group's chain, and where a block has no other parts its last group finishes it.
+  void chain(const BackwardChunk& chunk, int64_t lane, bool add) const {
+    const int64_t made = plan_.lanes == 1 && !add ? operands() : 0;
+    const bool finishes = plan_.sums && plan_.lanes * plan_.parts == 1 && chunk.last == level_.experts;
+    tasks(lane, made + blocks(chunk) * plan_.parts, [&](int64_t task, void* scratch) {
+      if (task < made) return table_.make_operand(args_, chunk, task);
+      task -= made;
+      const int64_t block = task / plan_.parts, nrows = rows(chunk, block);
+      const int part = static_cast<int>(task % plan_.parts);
+      const int first = part_of(chunk.first, chunk.last, part), last = part_of(chunk.first, chunk.last, part + 1);
+      if (first == last) return;  // of a last group, which is smaller
+      char* const below = static_cast<char*>(below_[block]) + (lane + part) * below_bytes(nrows);
+      table_.backward(args_, chunk, row(chunk, block), nrows, first, last, scratch, plan_.sums ? below : nullptr,
+                      plan_.sums ? inner_[block] : nullptr, add);
+      if (finishes) finish(chunk, block, scratch);
+    });
+  }
+
+  void weights(const BackwardChunk& chunk, int64_t lane) const {
+    if (!args_.need_weights && !args_.need_biases) return;
+    tasks(lane, table_.weight_tasks(args_, chunk),
+          [&](int64_t task, void* scratch) { table_.weight_gradient(args_, chunk, task, scratch); });
+  }
+
+  void finish(const BackwardChunk& chunk, int64_t block, void* scratch) const {
+    table_.backward_finish(args_, chunk, row(chunk, block), rows(chunk, block), below_[block],
+                           plan_.lanes * plan_.parts, inner_[block], scratch);
+  }
+
+  BackwardArgs args_;
+  const Level& level_;
+  const ExpertMixtureKernels& table_;
+  const BackwardPlan plan_;
+  const int64_t threads_;
+  const std::vector<GroupForms*> forms_;
+  const Scratch scratch_, gradients_, operands_, prepared_;
+  const std::vector<int> divided_;
+  const Scratch below_, inner_;
+};
+
+}  // namespace mtlk

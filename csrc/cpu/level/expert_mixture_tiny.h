@@ -1,0 +1,154 @@
+// The forward pass of expert_mixture for a few rows: dot products along the weights' rows, which are read once.
+#pragma once
+
+#include "gemm/few_rows.h"
+#include "level/expert_mixture_forward.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+template <typename T>
+class TinyForward {
+ public:
+  using C = Compute<T>;
+
+  static int64_t mixed_size(const Level& level) {
+    return level.gates.count * kTinyRows * padded_to_group(level.widths[level.layers]);
+  }
+
+  static int64_t bytes(const Level& level) {
+    const int64_t widest = widest_of(level);
+    return 3 * Arena::bytes<C>(kTinyRows * padded_to_group(widest)) + Arena::bytes<C>(level.gates.columns * kGroup) +
+           Arena::bytes<C>(mixed_size(level));
+  }
+
+  static int64_t widest_of(const Level& level) {
+    int64_t widest = 0;
+    for (int l = 0; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
+    for (int k = 0; k < level.gates.count; ++k) widest = level.gates.sizes[k] > widest ? level.gates.sizes[k] : widest;
+    return widest;
+  }
+
+  TinyForward(const ForwardArgs& args, void* memory) : args_(args), level_(args.level), rows_(args.level.rows) {
+    widest_ = padded_to_group(widest_of(level_));
+    Arena arena(memory);
+    input_ = arena.take<C>(kTinyRows * widest_);
+    hidden_[0] = arena.take<C>(kTinyRows * widest_);
+    hidden_[1] = arena.take<C>(kTinyRows * widest_);
+    probabilities_ = arena.take<C>(level_.gates.columns * kGroup);
+    mixed_ = arena.take<C>(mixed_size(level_));
+  }
+
+  const C* mixed() const { return mixed_; }
+
+  void run(int first, int last) {
+    std::memset(mixed_, 0, mixed_size(level_) * sizeof(C));
+    int stream = gates();
+    for (int i = first; i < last; ++i) {
+      const int e = level_.order[i];
+      if (level_.expert_inputs[e] != stream) load_input(stream = level_.expert_inputs[e]);
+      const C* in = input_;
+      for (int l = 0; l < level_.layers; ++l) {
+        layer(e, l, in, hidden_[l % 2]);
+        in = hidden_[l % 2];
+      }
+      mix(e, in);
+    }
+  }
+
+  void finish(const C* mixed, int parts, int64_t stride) {
+    const int64_t width = level_.widths[level_.layers], row = padded_to_group(width);
+    for (int p = 1; p < parts; ++p) {
+      for (int64_t i = 0; i < mixed_size(level_); ++i) {
+        mixed_[i] = (p == 1 ? mixed[i] : mixed_[i]) + mixed[p * stride + i];
+      }
+    }
+    if (parts > 1) mixed = mixed_;
+    for (int k = 0; k < level_.gates.count; ++k) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        narrow(mixed + (k * kTinyRows + r) * row, static_cast<T*>(args_.outputs[k]) + r * width, width);
+      }
+    }
+  }
+
+ private:
+  void load_input(int stream) {
+    const T* rows = static_cast<const T*>(level_.inputs[stream]);
+    for (int64_t r = 0; r < rows_; ++r) {
+      widen(rows + r * level_.input_ld[stream], input_ + r * widest_, level_.widths[0]);
+    }
+  }
+
+  // The gates' probabilities. Returns the stream whose input is loaded then, or -1.
+  int gates() {
+    const Gates& gates = level_.gates;
+    if (!gates.weights) {
+      gate_probabilities(gates, 0, rows_, probabilities_);
+      return -1;
+    }
+    int stream = -1;
+    for (int k = gates.count - 1; k >= 0; --k) {  // so that the first stream is the last to be loaded
+      if (gates.streams[k] != stream) load_input(stream = gates.streams[k]);
+      const auto affine = Affine<T, C>::of(gates.biases, gates.scales, gates.shifts, k);
+      product(static_cast<const T*>(gates.weights[k]), gates.weight_ld[k], gates.sizes[k], input_, level_.widths[0],
+              hidden_[0]);
+      C* panel = probabilities_ + gates.begin[k] * kGroup;
+      for (int c = 0; c < gates.sizes[k]; ++c) {
+        for (int r = 0; r < kGroup; ++r) {
+          panel[c * kGroup + r] = r < rows_ ? affine(hidden_[0][r * widest_ + c], c) : static_cast<C>(0);
+        }
+      }
+      softmax_panel(panel, gates.sizes[k]);
+    }
+    return stream;
+  }
+
+  void product(const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out) {
+    multiply_rows<T, C>(rows_, w, ldw, width, in, depth, out, widest_);
+  }
+
+  void layer(int e, int l, const C* in, C* out) {
+    const int64_t at = weight_number(level_, l, e);
+    const int64_t width = level_.widths[l + 1];
+    const auto affine = Affine<T, C>::of(level_, at);
+    product(static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, in, level_.widths[l], out);
+    constexpr int L = Simd<C>::lanes;
+    const bool before = from_input(level_.activations[l]);
+    with_activation(level_.activations[l], [&](auto constant) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        C* row = out + r * widest_;
+        T* saved = args_.saves(l) ? static_cast<T*>(args_.saved[l]) + (e * rows_ + r) * width : nullptr;
+        if (affine.scale) {
+          for (int64_t o = 0; o < width; ++o) row[o] = row[o] * affine.scale[o] + affine.shift[o];
+        } else if (affine.bias) {
+          for (int64_t o = 0; o < width; ++o) row[o] += static_cast<C>(to_compute(affine.bias[o]));
+        }
+        if (saved && before) narrow(row, saved, width);
+        for (int64_t o = 0; o < width; o += L) store(row + o, activate<decltype(constant)::value, C>(load(row + o)));
+        if (saved && !before) narrow(row, saved, width);
+      }
+    });
+  }
+
+  void mix(int e, const C* values) {
+    const Gates& gates = level_.gates;
+    const int64_t width = level_.widths[level_.layers], row = padded_to_group(width);
+    for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
+      const GateUse use = gates.uses[u];
+      for (int64_t r = 0; r < rows_; ++r) {
+        const C p = probabilities_[use.column * kGroup + r];
+        C* acc = mixed_ + (use.gate * kTinyRows + r) * row;
+        for (int64_t o = 0; o < width; ++o) acc[o] += p * values[r * widest_ + o];
+      }
+    }
+  }
+
+  const ForwardArgs& args_;
+  const Level& level_;
+  const int64_t rows_;
+  int64_t widest_;
+  C *input_, *hidden_[2], *probabilities_, *mixed_;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

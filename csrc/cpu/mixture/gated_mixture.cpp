@@ -1,0 +1,109 @@
+// The operator gated_mixture on CPUs.
+
+#include <torch/library.h>
+
+#include "level/gates_args.h"
+#include "runtime/kernels.h"
+#include "runtime/memory.h"
+#include "runtime/parallel.h"
+
+namespace mtlk {
+namespace {
+
+// Rows of a task: enough to hide the cost of taking it, few enough to share out evenly.
+constexpr int64_t kTaskRows = 64;
+
+void check_values(const at::Tensor& experts) {
+  TORCH_CHECK_VALUE(experts.dim() == 3 && experts.is_cpu() && experts.layout() == at::kStrided,
+                    "mtlkernels: experts must be a dense tensor [B, E, H] on the CPU, got ", experts.sizes());
+}
+
+GatedMixtureArgs make_args(const at::Tensor& experts, at::TensorList logits, const GateTables& tables) {
+  check_gates(logits, tables.gates(), experts.size(0), experts.scalar_type());
+  GatedMixtureArgs args{};
+  args.rows = experts.size(0);
+  args.experts = experts.size(1);
+  args.features = experts.size(2);
+  args.values = experts.const_data_ptr();
+  args.row_stride = experts.stride(0);
+  args.expert_stride = experts.stride(1);
+  args.gates = tables.gates();
+  return args;
+}
+
+void run(const GatedMixtureArgs& args, const GatedMixtureKernels& table, decltype(GatedMixtureKernels::forward) f) {
+  if (args.rows == 0) return;
+  const int64_t tasks = (args.rows + kTaskRows - 1) / kTaskRows;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
+  const Scratch scratch(threads, table.bytes(args));
+  parallel_tasks_on(threads, tasks, [&](int64_t task, int64_t thread) {
+    f(args, task * kTaskRows, std::min(args.rows, (task + 1) * kTaskRows), scratch[thread]);
+  });
+}
+
+at::Tensor with_unit_stride(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
+std::vector<at::Tensor> forward(const at::Tensor& experts, at::TensorList gate_logits, at::IntArrayRef gate_experts,
+                                at::IntArrayRef gate_sizes) {
+  check_values(experts);
+  const at::Tensor values = with_unit_stride(experts);
+  const GateTables tables(gate_logits, gate_experts, gate_sizes, experts.size(1));
+  GatedMixtureArgs args = make_args(values, gate_logits, tables);
+  std::vector<at::Tensor> outputs;
+  std::vector<void*> pointers;
+  for (size_t k = 0; k < gate_sizes.size(); ++k) {
+    outputs.push_back(pooled({args.rows, args.features}, experts.options()));
+    pointers.push_back(outputs.back().mutable_data_ptr());
+  }
+  args.outputs = pointers.data();
+  const GatedMixtureKernels& table = kernels().gated_mixture[static_cast<int>(dtype_of(experts))];
+  run(args, table, table.forward);
+  return outputs;
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
+    at::TensorList grad_outputs, const at::Tensor& experts, at::TensorList gate_logits, at::IntArrayRef gate_experts,
+    at::IntArrayRef gate_sizes, bool need_experts, bool need_logits) {
+  check_values(experts);
+  const at::Tensor values = with_unit_stride(experts);
+  const GateTables tables(gate_logits, gate_experts, gate_sizes, experts.size(1));
+  GatedMixtureArgs args = make_args(values, gate_logits, tables);
+  TORCH_CHECK_VALUE(grad_outputs.size() == gate_sizes.size(),
+                    "mtlkernels: grad_outputs must hold a tensor for each of ", gate_sizes.size(), " gates, got ",
+                    grad_outputs.size());
+  std::vector<at::Tensor> kept, grad_experts, grad_logits;
+  std::vector<const void*> grads;
+  std::vector<int64_t> grad_ld;
+  std::vector<void*> logit_pointers;
+  for (size_t k = 0; k < grad_outputs.size(); ++k) {
+    TORCH_CHECK_VALUE(grad_outputs[k].sizes() == at::IntArrayRef({args.rows, args.features}),
+                      "mtlkernels: grad_outputs[", k, "] must have shape [", args.rows, ", ", args.features, "], got ",
+                      grad_outputs[k].sizes());
+    TORCH_CHECK_TYPE(grad_outputs[k].scalar_type() == experts.scalar_type(), "mtlkernels: grad_outputs[", k,
+                     "] must have the experts' dtype, got ", grad_outputs[k].scalar_type());
+    kept.push_back(with_unit_stride(grad_outputs[k]));
+    grads.push_back(kept.back().const_data_ptr());
+    grad_ld.push_back(kept.back().stride(0));
+  }
+  for (size_t k = 0; need_logits && k < gate_logits.size(); ++k) {
+    grad_logits.push_back(at::empty(gate_logits[k].sizes(), gate_logits[k].options()));
+    logit_pointers.push_back(grad_logits.back().mutable_data_ptr());
+  }
+  if (need_experts) grad_experts.push_back(pooled(experts.sizes(), experts.options()));
+  args.grad_outputs = grads.data();
+  args.grad_output_ld = grad_ld.data();
+  args.grad_values = need_experts ? grad_experts[0].mutable_data_ptr() : nullptr;
+  args.grad_logits = need_logits ? logit_pointers.data() : nullptr;
+  const GatedMixtureKernels& table = kernels().gated_mixture[static_cast<int>(dtype_of(experts))];
+  run(args, table, table.backward);
+  return {grad_experts, grad_logits};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("gated_mixture_forward", TORCH_FN(forward));
+  m.impl("gated_mixture_backward", TORCH_FN(backward));
+}
+
+}  // namespace mtlk

@@ -1,0 +1,243 @@
+// Vectors of the width that this translation unit is compiled for, and conversions between storage and compute types.
+//
+// The kernels are compiled once for each instruction set (see CMakeLists.txt), each time in a namespace of its own,
+// and include no header whose inline functions could leak into the portable parts of the library.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef MTLK_ISA
+#error "MTLK_ISA names the namespace of the instruction set"
+#endif
+
+#define MTLK_INLINE inline __attribute__((always_inline))
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 16;
+#endif
+
+// Rows of the batch are handled in groups of 16: a group's values of one feature lie side by side, see panels.h.
+constexpr int kGroup = 16;
+inline int64_t group_count(int64_t n) { return (n + kGroup - 1) / kGroup; }
+inline int64_t padded_to_group(int64_t n) { return group_count(n) * kGroup; }
+
+template <typename C>
+struct Simd {
+  static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(C));
+  static constexpr int per_group = kGroup / lanes;
+  typedef C Vector __attribute__((vector_size(kVectorBytes)));
+};
+
+template <typename C>
+using Vector = typename Simd<C>::Vector;
+
+template <typename C>
+MTLK_INLINE Vector<C> load(const C* p) {
+  Vector<C> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <typename C>
+MTLK_INLINE void store(C* p, Vector<C> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+template <typename C>
+MTLK_INLINE Vector<C> broadcast(C value) {
+  return value - Vector<C>{};  // exact, and keeps the sign of zero
+}
+
+// Storage types. bfloat16 and float16 are kept as bits.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeOf<T>::type;
+
+MTLK_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+MTLK_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+MTLK_INLINE float to_compute(float value) { return value; }
+MTLK_INLINE double to_compute(double value) { return value; }
+MTLK_INLINE float to_compute(BFloat16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
+
+MTLK_INLINE float to_compute(Half value) {
+#if defined(__F16C__)
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(value.bits)));
+#else
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  if (magnitude < 0x400u) {  // subnormal: magnitude * 2^-24
+    const float small = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    return sign ? -small : small;
+  }
+  return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
+#endif
+}
+
+MTLK_INLINE void from_compute(float value, float* out) { *out = value; }
+MTLK_INLINE void from_compute(double value, double* out) { *out = value; }
+
+MTLK_INLINE void from_compute(float value, BFloat16* out) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    out->bits = 0x7fc0;  // a NaN, whatever its payload
+  } else {
+    out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+}
+
+MTLK_INLINE void from_compute(float value, Half* out) {
+#if defined(__F16C__)
+  out->bits = static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT)));
+#else
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    out->bits = static_cast<uint16_t>(sign | 0x7e00u);
+  } else if (magnitude >= 0x477ff000u) {  // rounds to infinity
+    out->bits = static_cast<uint16_t>(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 lets the adder round to multiples of 2^-24
+    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+    out->bits = static_cast<uint16_t>(sign | rounded);
+  } else {
+    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
+    out->bits = static_cast<uint16_t>(sign | (rounded >> 13));
+  }
+#endif
+}
+
+#if defined(__AVX512F__)
+// 16 values as float.
+MTLK_INLINE __m512 load_wide(const float* p) { return _mm512_loadu_ps(p); }
+MTLK_INLINE __m512 load_wide(const BFloat16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+MTLK_INLINE __m512 load_wide(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#endif
+
+// Contiguous runs. The loops vectorise; float16 and AVX-512 have instructions that the compiler does not find.
+template <typename T, typename C>
+MTLK_INLINE void widen(const T* in, C* out, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2 && sizeof(C) == 4) {
+    for (; i + 16 <= n; i += 16) {
+      _mm512_storeu_ps(out + i, load_wide(in + i));
+    }
+  }
+#elif defined(__F16C__)
+  if constexpr (__is_same(T, Half) && sizeof(C) == 4) {
+    for (; i + 8 <= n; i += 8) {
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+    }
+  }
+#endif
+  for (; i < n; ++i) out[i] = to_compute(in[i]);
+}
+
+// L lanes of the compute type from storage.
+template <typename T, typename C>
+MTLK_INLINE Vector<C> load_as(const T* p) {
+  if constexpr (__is_same(T, C)) {
+    return load(p);
+  } else {
+    alignas(64) C wide[Simd<C>::lanes];
+    widen(p, wide, Simd<C>::lanes);
+    return load(wide);
+  }
+}
+
+template <typename T, typename C>
+MTLK_INLINE void narrow(const C* in, T* out, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(T, BFloat16)) {
+    for (; i + 16 <= n; i += 16) {
+      const __m256bh raw = _mm512_cvtneps_pbh(_mm512_loadu_ps(in + i));
+      std::memcpy(out + i, &raw, sizeof(raw));
+    }
+  }
+#endif
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, Half) && sizeof(C) == 4) {
+    for (; i + 16 <= n; i += 16) {
+      const __m256i raw = _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), raw);
+    }
+  }
+#elif defined(__F16C__)
+  if constexpr (__is_same(T, Half) && sizeof(C) == 4) {
+    for (; i + 8 <= n; i += 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+#endif
+  for (; i < n; ++i) from_compute(in[i], out + i);
+}
+
+// A bump allocator over a caller's buffer; every piece starts on a cache line.
+class Arena {
+ public:
+  explicit Arena(void* memory) : next_(static_cast<char*>(memory)) {}
+  template <typename U>
+  U* take(int64_t count) {
+    U* piece = reinterpret_cast<U*>(next_);
+    next_ += bytes<U>(count);
+    return piece;
+  }
+  template <typename U>
+  static int64_t bytes(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+  }
+
+ private:
+  char* next_;
+};
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk
