@@ -206,7 +206,8 @@ def norm_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -
                 yield Variant("normalize", values, (*styles, ("NORM", norm), ("CODE", code)))
             for code in backward_codes:
                 what = (*styles, ("CODE", code), ("FROM_INPUT", from_input(code)))
-                yield Variant("norm_sums", sums, (*what, ("NORM", norm)))
+                if norm != 0 or has_slopes(code):  # without either there are no sums
+                    yield Variant("norm_sums", sums, (*what, ("NORM", norm)))
                 if norm == 2:
                     yield Variant("layer_norm_gradient", values, what)
                 else:
