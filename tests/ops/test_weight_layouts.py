@@ -54,11 +54,14 @@ def test_every_layout(rows: int, widths: tuple[int, ...], layout: str, isa: str,
 @EVERY_SET
 @EVERY_LAYOUT
 @EVERY_WIDTH
-def test_layers_that_store_their_inputs(widths: tuple[int, ...], layout: str, isa: str, dtype: torch.dtype) -> None:
-    """A layer at a time, in a part of the experts a thread and, of so many rows, in several blocks."""
+@pytest.mark.parametrize("rows", [101, 300])
+def test_layers_that_store_their_inputs(
+    rows: int, widths: tuple[int, ...], layout: str, isa: str, dtype: torch.dtype
+) -> None:
+    """A layer at a time: rows that are one block, where two threads share the experts, and several blocks."""
     kinds = ["none"] * (len(widths) - 1)
     options = {"activation": "prelu", "dropout": [0.1] * len(kinds)}
-    case = normalized.case(_factory(7, layout, isa, dtype), 300, widths, PLE, kinds, **options)
+    case = normalized.case(_factory(7, layout, isa, dtype), rows, widths, PLE, kinds, **options)
     if layout == "repeated columns":
         case = case.map(_repeated)
     with _extension.instruction_set(isa), mk.use_backend("cpp"):

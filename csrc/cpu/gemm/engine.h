@@ -18,10 +18,9 @@ struct EngineTable {
   int64_t min_forward_rows;  // the same of a forward pass of expert_mixture, which makes weights ready as it goes
   int64_t tiny_rows;         // up to which products read weights in natural form, row by row, whatever the form
 
-  // Weights: the form, and how to prepare one that has `outputs` x `inputs` elements of the storage type, o *
-  // row_stride
-  // + i * column_stride apart, one of the strides 1. Where natural_outputs is not 0, an engine that wants prepared
-  // weights takes those in natural form too whose outputs are a multiple of it.
+  // Weights: the form, and how to prepare one that has `outputs` x `inputs` elements of the storage type, rows
+  // row_stride and columns column_stride apart, one of the strides 1. Where natural_outputs is not 0, an engine that
+  // wants prepared weights takes those in natural form too whose outputs are a multiple of it.
   WeightForm form;
   int64_t natural_outputs;
   int64_t (*prepared_bytes)(int64_t outputs, int64_t inputs);
