@@ -27,8 +27,13 @@ def cast_floats(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def define(schema: str, fake: Callable[..., Any], autocast: Sequence[int] = ()) -> None:
-    """Defines an operator, its fake kernel, and the positions of the arguments that autocast casts.
+def cast_first(count: int) -> Callable[..., Any]:
+    """For :func:`define`: casts the first ``count`` arguments."""
+    return lambda args, dtype: (*(cast_floats(arg, dtype) for arg in args[:count]), *args[count:])
+
+
+def define(schema: str, fake: Callable[..., Any], cast: Callable[..., Any] | None = None) -> None:
+    """Defines an operator, its fake kernel, and how autocast casts its arguments: ``cast(args, dtype)``, if at all.
 
     Autocast never reaches into an implementation, also not where it casts nothing.
     """
@@ -49,13 +54,12 @@ def define(schema: str, fake: Callable[..., Any], autocast: Sequence[int] = ()) 
         _library.impl(name, cuda, "CUDA")
     for device in ("cpu", "cuda"):
 
-        def cast(*args: Any, device: str = device) -> Any:
-            dtype = torch.get_autocast_dtype(device)
-            ready = [cast_floats(arg, dtype) if i in autocast else arg for i, arg in enumerate(args)]
+        def autocast(*args: Any, device: str = device) -> Any:
+            ready = cast(args, torch.get_autocast_dtype(device)) if cast else args
             with torch.autocast(device, enabled=False):
                 return getattr(torch.ops.mtlkernels, name).default(*ready)
 
-        _library.impl(name, cast, f"Autocast{device.upper()}")
+        _library.impl(name, autocast, f"Autocast{device.upper()}")
 
 
 def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mtlkernels._library.definition import define, empty
+from mtlkernels._library.definition import cast_first, define, empty
 
 
 def _snr_trans_forward(u: list[Tensor], weights: list[Tensor], z: Tensor) -> list[Tensor]:
@@ -42,13 +42,13 @@ def _snr_aver_backward(
     return [empty(x, x.shape) for x in u] if need_u else [], [empty(z, z.shape)] if need_z else []
 
 
-define("snr_trans_forward(Tensor[] u, Tensor[] weights, Tensor z) -> Tensor[]", _snr_trans_forward, autocast=(0, 1))
+define("snr_trans_forward(Tensor[] u, Tensor[] weights, Tensor z) -> Tensor[]", _snr_trans_forward, cast_first(2))
 define(
     "snr_trans_backward(Tensor[] grad_outputs, Tensor[] u, Tensor[] weights, Tensor z, bool need_u, bool need_weights,"
     " bool need_z, bool closed_grad) -> (Tensor[], Tensor[], Tensor[])",
     _snr_trans_backward,
 )
-define("snr_aver_forward(Tensor[] u, Tensor z) -> Tensor[]", _snr_aver_forward, autocast=(0,))
+define("snr_aver_forward(Tensor[] u, Tensor z) -> Tensor[]", _snr_aver_forward, cast_first(1))
 define(
     "snr_aver_backward(Tensor[] grad_outputs, Tensor[] u, Tensor z, bool need_u, bool need_z, bool closed_grad)"
     " -> (Tensor[], Tensor[])",

@@ -6,6 +6,8 @@ layer), and the column modulo 4 chooses one of the four words that come out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,24 +46,24 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
     return c0, c1, c2, c3
 
 
-def dropout_factors(seed: Tensor, layer: int, shape: tuple[int, int, int], rate: float, dtype: torch.dtype) -> Tensor:
+def dropout_factors(
+    seed: Tensor, layer: int, experts: Sequence[int], shape: tuple[int, int], rate: float, dtype: torch.dtype
+) -> Tensor:
     """For values [E, B, H] of a layer: 0 where one is dropped, 1 / (1 - rate) where it is kept.
 
     Args:
         seed: one int64.
         layer: the number of the layer.
-        shape: E, B and H.
+        experts: the numbers of the E experts.
+        shape: B and H.
         rate: the probability of being dropped.
         dtype: of the result.
     """
-    experts, rows, width = shape
+    rows, width = shape
     key = (seed & _WORD, (seed >> 32) & _WORD)
-
-    def count(n: int, *shape: int) -> Tensor:
-        return torch.arange(n, device=seed.device).view(shape)
-
-    zeros = torch.zeros(experts, rows, (width + 3) // 4, dtype=torch.int64, device=seed.device)
-    columns, lines = count(zeros.shape[2], 1, 1, -1), count(rows, 1, -1, 1)
-    words = philox((zeros + columns, zeros + lines, zeros + count(experts, -1, 1, 1), zeros + layer), key)
+    columns, lines = (torch.arange(count, device=seed.device) for count in ((width + 3) // 4, rows))
+    numbers = torch.tensor(experts, device=seed.device).view(-1, 1, 1)
+    zeros = torch.zeros(len(experts), rows, len(columns), dtype=torch.int64, device=seed.device)
+    words = philox((zeros + columns, zeros + lines.unsqueeze(1), zeros + numbers, zeros + layer), key)
     kept = torch.stack(words, dim=3).flatten(2)[:, :, :width] >= threshold(rate)
     return kept.to(dtype) * kept_scale(rate)

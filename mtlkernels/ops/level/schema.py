@@ -1,0 +1,84 @@
+"""The operators of a level: schema, fake kernel and autocast.
+
+A level's tensors travel in three lists, in the order of :class:`mtlkernels.ops.level.spec.Groups`: ``inputs``;
+``parameters``, which are those of the experts; and ``gates``, logits or linear layers. Everything else about it is
+``spec`` and ``numbers``, see :attr:`LevelSpec.encoded`. ``seed``, one int64, decides what is dropped, see
+:mod:`mtlkernels.ops._random`. ``saved`` is what :meth:`LevelSpec.split_saved` takes apart.
+
+``grad_outputs`` are None for outputs that nobody used, and the backward operator returns the gradients of what the
+others depend on, see :meth:`LevelSpec.returned`; ``needs`` is one for each kind of tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlkernels._library import cast_floats, define
+from mtlkernels.ops._layout import saved_layers
+from mtlkernels.ops.level.spec import LAYER_NORM, LevelSpec
+
+
+def _forward(
+    inputs: list[Tensor],
+    parameters: list[Tensor | None],
+    gates: list[Tensor | None],
+    spec: list[int],
+    numbers: list[float],
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    level, x = LevelSpec.decoded(spec, numbers), inputs[0]
+    rows, experts = x.shape[0], len(level.expert_inputs)
+    weights = level.split((*inputs, *parameters, *gates)).weights
+    widths = [weight.shape[0] for weight in weights[::experts]]
+    kept = len(widths) if level.stores_inputs else saved_layers(len(widths), x.device)
+    saved = [x.new_empty((experts, rows, width)) for width in widths[: kept * save]]
+    norms = [(layer.norm, width) for layer, width in zip(level.layers, widths, strict=True) if layer.norm]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for norm, width in norms * 2:
+        saved.append(x.new_empty((experts, rows if norm == LAYER_NORM else width), dtype=dtype))
+    if save and level.gate_inputs:
+        saved.append(x.new_empty((rows, sum(level.gate_sizes))))
+    return [x.new_empty((rows, widths[-1])) for _ in level.gate_sizes], saved
+
+
+def _backward(
+    grad_outputs: list[Tensor | None],
+    inputs: list[Tensor],
+    parameters: list[Tensor | None],
+    gates: list[Tensor | None],
+    saved: list[Tensor],
+    spec: list[int],
+    numbers: list[float],
+    seed: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    tensors: list[Any] = [*inputs, *parameters, *gates]
+    returned = LevelSpec.decoded(spec, numbers).returned(grad_outputs, tensors, needs)
+    return [tensor.new_empty(tensor.shape) for tensor, flag in zip(tensors, returned, strict=True) if flag]
+
+
+def _autocast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Casts what products take: inputs, weights and biases, and linear gates; norms, slopes and logits stay."""
+    inputs, parameters, gates, spec, numbers, *rest = args
+    level = LevelSpec.decoded(spec, numbers)
+    linear = level.sizes.weights + level.sizes.biases
+    cast_parameters = [*cast_floats(parameters[:linear], dtype), *parameters[linear:]]
+    return cast_floats(inputs, dtype), cast_parameters, cast_floats(gates, dtype) if level.gate_inputs else gates, \
+        spec, numbers, *rest
+
+
+define(
+    "level_forward(Tensor[] inputs, Tensor?[] parameters, Tensor?[] gates, int[] spec, float[] numbers, Tensor? seed,"
+    " bool save) -> (Tensor[] outputs, Tensor[] saved)",
+    _forward,
+    _autocast,
+)
+define(
+    "level_backward(Tensor?[] grad_outputs, Tensor[] inputs, Tensor?[] parameters, Tensor?[] gates, Tensor[] saved,"
+    " int[] spec, float[] numbers, Tensor? seed, bool[] needs) -> Tensor[] gradients",
+    _backward,
+)

@@ -1,0 +1,278 @@
+"""What is static about a level: who reads what, what its layers do, and the order in which its tensors travel.
+
+Everything about a level but its tensors is a :class:`LevelSpec`. Operators take one as a list of ints and a list of
+floats, and the level's tensors as flat lists whose order the spec knows; csrc/cpu/level/spec.h reads the same lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+from mtlkernels.ops.activations import CODES, has_slopes
+
+Item = TypeVar("Item")
+
+# The code of a norm is the dimension of the pre-activations [E, B, H] over which its statistics are taken.
+NO_NORM, BATCH_NORM, LAYER_NORM = 0, 1, 2
+
+
+class Layer(NamedTuple):
+    """What follows the product of an expert's layer.
+
+    ``activation`` is a code of :mod:`mtlkernels.ops.activations`; ``norm`` one of the codes above, with ``eps``;
+    ``dice_eps`` is that of the activation "dice"; ``dropout`` the rate.
+    """
+
+    activation: int
+    norm: int = NO_NORM
+    eps: float = 0.0
+    dice_eps: float = 0.0
+    dropout: float = 0.0
+
+
+class Groups(NamedTuple):
+    """One value for each kind of tensor that a level has, in the order in which they travel.
+
+    Parameters of experts are lists over layers, then experts: layer l of expert e stands at l * E + e. ``gates`` are K
+    logits [B, N_k] or, of linear gates, K weights [N_k, D], whose biases are ``gate_biases``.
+    """
+
+    inputs: Any
+    weights: Any
+    biases: Any
+    scales: Any
+    shifts: Any
+    slopes: Any
+    gates: Any
+    gate_biases: Any
+
+
+class Reached(NamedTuple):
+    """The part of a level on which some of its outputs depend.
+
+    ``spec`` is that of the part; ``inputs``, ``experts`` and ``gates`` are the numbers that its own have in the whole,
+    ``flags`` says of each of the whole level's tensors whether it is in the part.
+    """
+
+    spec: LevelSpec
+    inputs: tuple[int, ...]
+    experts: tuple[int, ...]
+    gates: tuple[int, ...]
+    flags: tuple[bool, ...]
+
+    def pick(self, groups: Groups) -> Groups:
+        """The part's tensors of those of the whole level."""
+        count = len(groups.weights) // len(self.spec.layers)
+        experts = [layer * count + e for layer in range(len(self.spec.layers)) for e in self.experts]
+        where = (self.inputs, *[experts] * 5, self.gates, self.gates)
+        return Groups(*([group[i] for i in at] if group else [] for group, at in zip(groups, where, strict=True)))
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """A level of experts and the gates that mix them.
+
+    Args:
+        num_inputs: G, the number of input streams.
+        expert_inputs: for each of the E experts, the stream that it reads.
+        gate_experts: the experts of all gates one after another, in the order of their logits.
+        gate_sizes: how many experts each of the K gates mixes.
+        layers: what follows each layer's product.
+        gate_inputs: of gates that are linear layers, the stream that each reads; empty where logits are given.
+        numbers: the experts' numbers in the level of which this one is a part, as dropout counts them and what is
+            saved is stacked; not part of the encoding, which is that of whole levels.
+
+    Raises:
+        ValueError: counts do not agree, or a stream, an expert, a code or a rate is not one.
+    """
+
+    num_inputs: int
+    expert_inputs: tuple[int, ...]
+    gate_experts: tuple[int, ...]
+    gate_sizes: tuple[int, ...]
+    layers: tuple[Layer, ...]
+    gate_inputs: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = field(default=(), repr=False)
+    _reached: dict[tuple[bool, ...], Reached] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        experts, gates = len(self.expert_inputs), len(self.gate_sizes)
+        _require(min(experts, gates, len(self.layers), *self.gate_sizes) > 0, "hold an expert, a layer and full gates")
+        _require(sum(self.gate_sizes) == len(self.gate_experts), "name an expert for each of its gates' logits")
+        _require(_within(self.gate_experts, experts), f"name experts in [0, {experts})")
+        _require(_within((*self.expert_inputs, *self.gate_inputs), self.num_inputs), "name streams that there are")
+        _require(len(self.gate_inputs) in (0, gates), f"name a stream for each of {gates} gates")
+        for layer in self.layers:
+            _require(0 <= layer.activation < len(CODES), f"hold codes of activations, not {layer.activation}")
+            _require(NO_NORM <= layer.norm <= LAYER_NORM, f"hold codes of norms, not {layer.norm}")
+            _require(0 <= layer.dropout <= 1, f"hold rates of dropout in [0, 1], not {layer.dropout}")
+        _require(not (self.stores_inputs and self.gate_inputs), "take the logits of a level with norms, dropout, slopes")
+        if not self.numbers:
+            object.__setattr__(self, "numbers", tuple(range(experts)))
+
+    # Layers ----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def stores_inputs(self) -> bool:
+        """Whether the pre-activations of all layers are stored, as statistics, masks and slopes want them."""
+        return any(layer.norm or layer.dropout > 0 or has_slopes(layer.activation) for layer in self.layers)
+
+    @cached_property
+    def has_norms(self) -> bool:
+        """Whether some layer has a norm."""
+        return any(layer.norm for layer in self.layers)
+
+    @cached_property
+    def has_slopes(self) -> bool:
+        """Whether the activation of some layer has learned slopes."""
+        return any(has_slopes(layer.activation) for layer in self.layers)
+
+    # Tensors ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def sizes(self) -> Groups:
+        """How many tensors of each kind there are; those of norms and slopes only where a layer has them."""
+        each, gates = len(self.layers) * len(self.expert_inputs), len(self.gate_sizes)
+        norms, slopes = each * self.has_norms, each * self.has_slopes
+        return Groups(self.num_inputs, each, each, norms, norms, slopes, gates, len(self.gate_inputs))
+
+    @cached_property
+    def num_tensors(self) -> int:
+        """How many tensors, or Nones in their places, a level has."""
+        return sum(self.sizes)
+
+    def split(self, tensors: Sequence[Any]) -> Groups:
+        """The groups of a flat sequence of all of a level's tensors, or of a value for each."""
+        return Groups(*_runs(tensors, self.sizes))
+
+    def operands(self, tensors: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """The same as operators take it: inputs, parameters, and gates."""
+        gates = self.num_tensors - self.sizes.gates - self.sizes.gate_biases
+        return tensors[: self.num_inputs], tensors[self.num_inputs : gates], tensors[gates : self.num_tensors]
+
+    def spread(self, values: Iterable[Item]) -> list[Item]:
+        """A value of each kind of tensor, repeated for each of its tensors."""
+        return [value for value, size in zip(values, self.sizes, strict=True) for _ in range(size)]
+
+    def split_saved(self, saved: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """What the forward pass saved: a tensor [E, B, H] a layer, then the statistics of norms, or linear gates' logits.
+
+        Statistics are the means of all layers that have a norm, then the variances; of what is without norms the
+        second part is empty. The third is the logits [B, sum N_k], in a list.
+        """
+        stats = sum(layer.norm > 0 for layer in self.layers)
+        end = len(saved) - 2 * stats - bool(self.gate_inputs)
+        return saved[:end], saved[end : end + 2 * stats], saved[end + 2 * stats :]
+
+    # Parts -----------------------------------------------------------------------------------------------------------
+
+    def reached(self, outputs: Iterable[bool]) -> Reached:
+        """The part of the level on which those outputs depend of which ``outputs`` is true."""
+        mask = tuple(outputs)
+        found = self._reached.get(mask)
+        if found is None:
+            found = self._reached[mask] = self._find_reached(mask)
+        return found
+
+    def _find_reached(self, mask: tuple[bool, ...]) -> Reached:
+        gates = tuple(k for k, used in enumerate(mask) if used)
+        members = list(_runs(self.gate_experts, self.gate_sizes))
+        experts = tuple(sorted({e for k in gates for e in members[k]}))
+        read = {self.expert_inputs[e] for e in experts} | {self.gate_inputs[k] for k in gates if self.gate_inputs}
+        inputs = tuple(sorted(read))
+        place = {e: i for i, e in enumerate(experts)}
+        part = replace(
+            self,
+            num_inputs=len(inputs),
+            expert_inputs=tuple(inputs.index(self.expert_inputs[e]) for e in experts),
+            gate_experts=tuple(place[e] for k in gates for e in members[k]),
+            gate_sizes=tuple(self.gate_sizes[k] for k in gates),
+            gate_inputs=tuple(inputs.index(self.gate_inputs[k]) for k in gates if self.gate_inputs),
+            numbers=tuple(self.numbers[e] for e in experts),
+        )
+        of_inputs = [i in inputs for i in range(self.num_inputs)]
+        of_experts = [e in place for e in range(len(self.expert_inputs))]
+        flags = [of_inputs, *[of_experts] * 5, list(mask), list(mask)]
+        whole = [flag * (size // len(flag)) for flag, size in zip(flags, self.sizes, strict=True)]
+        return Reached(part, inputs, experts, gates, tuple(value for group in whole for value in group))
+
+    def returned(self, grad_outputs: Sequence[Any], tensors: Sequence[Any], needs: Sequence[bool]) -> list[bool]:
+        """Of which of a level's tensors the backward operator returns the gradient.
+
+        Of one that there is, of a kind of which ``needs`` is true (one for each of :class:`Groups`), and on which an
+        output depends that has a gradient.
+        """
+        flags = self.reached(grad is not None for grad in grad_outputs).flags
+        wanted = zip(tensors, flags, self.spread(needs), strict=True)
+        return [tensor is not None and reached and need for tensor, reached, need in wanted]
+
+    def repeated(self, times: int, shared_inputs: bool) -> LevelSpec:
+        """``times`` independent copies side by side; with ``shared_inputs`` all read the same streams."""
+        streams, experts = (0 if shared_inputs else self.num_inputs), len(self.expert_inputs)
+        return replace(
+            self,
+            num_inputs=self.num_inputs if shared_inputs else self.num_inputs * times,
+            expert_inputs=tuple(s + v * streams for v in range(times) for s in self.expert_inputs),
+            gate_experts=tuple(e + v * experts for v in range(times) for e in self.gate_experts),
+            gate_sizes=self.gate_sizes * times,
+            gate_inputs=tuple(s + v * streams for v in range(times) for s in self.gate_inputs),
+            numbers=(),
+        )
+
+    # Encoding --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def encoded(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The ints and floats that operators take.
+
+        The ints are G, E, K, L and whether gates are linear; E streams, K sizes, L activations and L norms; K streams
+        of linear gates; and the gates' experts. The floats are L eps, L eps of Dice and L rates of dropout, or none
+        where all are zero.
+        """
+        counts = (self.num_inputs, len(self.expert_inputs), len(self.gate_sizes), len(self.layers))
+        activations, norms, *numbers = zip(*self.layers, strict=True)
+        wiring = (*self.expert_inputs, *self.gate_sizes, *activations, *norms, *self.gate_inputs, *self.gate_experts)
+        floats = tuple(value for run in numbers for value in run)
+        return (*counts, int(bool(self.gate_inputs)), *wiring), floats if any(floats) else ()
+
+    @staticmethod
+    def decoded(ints: Sequence[int], floats: Sequence[float]) -> LevelSpec:
+        """The spec of :attr:`encoded`.
+
+        Raises:
+            ValueError: the lists are not those of a spec.
+        """
+        return _decoded(tuple(ints), tuple(floats))
+
+
+@lru_cache(maxsize=1024)
+def _decoded(ints: tuple[int, ...], floats: tuple[float, ...]) -> LevelSpec:
+    _require(len(ints) >= 5 and min(ints) >= 0, "begin with four counts and a flag")
+    inputs, experts, gates, layers, linear = ints[:5]
+    sizes = (experts, gates, layers, layers, gates * linear)
+    _require(linear < 2 and len(ints) >= 5 + sum(sizes), "be as long as its counts say")
+    streams, gate_sizes, activations, norms, gate_inputs = _runs(ints[5:], sizes)
+    _require(len(floats) in (0, 3 * layers), f"come with {3 * layers} floats")
+    numbers = _runs(floats or (0.0,) * (3 * layers), (layers,) * 3)
+    of_layers = tuple(Layer(*values) for values in zip(activations, norms, *numbers, strict=True))
+    return LevelSpec(inputs, streams, ints[5 + sum(sizes) :], gate_sizes, of_layers, gate_inputs)
+
+
+def _runs(values: Sequence[Any], sizes: Iterable[int]) -> Iterable[Any]:
+    """The values in runs of these sizes."""
+    start = 0
+    for size in sizes:
+        yield values[start : start + size]
+        start += size
+
+
+def _within(values: Sequence[int], end: int) -> bool:
+    return not values or (min(values) >= 0 and max(values) < end)
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"spec must {what}")
