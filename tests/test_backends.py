@@ -202,3 +202,17 @@ def test_kept_memory_is_released() -> None:
         before = [trunk(rows)[0].clone() for _ in range(3)]  # weights are kept when they come again
         assert release() > 0 and release() == 0
         assert all(torch.equal(y, trunk(rows)[0]) for y in before)
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+def test_the_choice_of_an_instruction_set_ends_with_the_block() -> None:
+    best = _extension.instruction_sets()[-1]
+    with _extension.instruction_set("baseline"):
+        assert _extension.build_facts()["runs as"] == "baseline"
+    assert _extension.build_facts()["runs as"] == best
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+def test_an_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="name must be one of .* got 'mmx'"), _extension.instruction_set("mmx"):
+        pass
