@@ -44,7 +44,7 @@ def calls() -> dict[str, Callable[[], Results]]:
     add("gate layers", gate_layers.by_layers, gate_layers.with_layers(make, 64, WIDTHS))
     for kinds, activation in NORMS:
         case = normalized.case(make, 64, WIDTHS, ROUTING, kinds, activation=activation, dropout=[0.2, 0.0])
-        add(f"normalized_mixture, {kinds}, {activation}", normalized.fused, case)
+        add(f"norms, {kinds}, {activation}", normalized.fused, case)
     add("gated_mixture", mk.gated_mixture, make.gated_mixture(70, 90, ROUTING))
     add("snr_trans", mk.snr_trans, snr_trans(make, 70, [24, 33], [90, 7, 80]))
     add("stacked snr_trans", mk.snr_trans, snr_trans(make, 70, [24] * 2, [90] * 3, stacked=True))

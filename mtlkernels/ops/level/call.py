@@ -27,15 +27,20 @@ from mtlkernels.routing import Routing, Wiring
 
 
 def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_gates: bool) -> LevelSpec:
-    """The spec of the experts that some gate mixes; of one input everybody reads that. Kept with the wiring."""
+    """The spec of the experts that some gate mixes; of one input everybody reads that.
+
+    It is kept with the wiring, but not while the compiler traces, which would guard on what is kept.
+    """
     key = (num_inputs, layers, linear_gates)
-    spec = wiring.specs.get(key)
+    compiling = torch.compiler.is_compiling()
+    spec = None if compiling else wiring.specs.get(key)
     if spec is None:
         one, gates = num_inputs == 1, len(wiring.gate_sizes)
         streams = (0,) * len(wiring.live) if one else wiring.expert_inputs
         gate_inputs = ((0,) * gates if one else tuple(range(gates))) if linear_gates else ()
         spec = LevelSpec(num_inputs, streams, wiring.gate_experts, wiring.gate_sizes, layers, gate_inputs)
-        wiring.specs[key] = spec
+        if not compiling:
+            wiring.specs[key] = spec
     return spec
 
 
@@ -66,9 +71,9 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
         of_experts += [parameters(norms, part, everyone) for part in ("weight", "bias")]
     if spec.has_slopes:
         of_experts.append(given.slopes)
-    idle: list[Tensor] = []
+    idle = [streams[i] for i in spec.unread]
     if wiring.idle:
-        idle = [t for ts in of_experts for t in _of_experts(ts, wiring.idle, routing) if t is not None]
+        idle += [t for ts in of_experts for t in _of_experts(ts, wiring.idle, routing) if t is not None]
         of_experts = [_of_experts(ts, wiring.live, routing) for ts in of_experts]
     groups = (streams, *of_experts, *(cast_gates if linear else gates))
     tensors = [tensor for group in groups for tensor in group]
@@ -112,8 +117,8 @@ def _of_experts(tensors: Sequence[Any], experts: Sequence[int], routing: Routing
 
 
 def _with_zeros(outputs: Sequence[Tensor], idle: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs; ``idle``, the parameters of experts that no gate mixes, get gradients of zero from any of them."""
-    wanted = [tensor for tensor in idle if tensor.requires_grad] if torch.is_grad_enabled() else []
+    """The outputs; from any of them ``idle``, experts' parameters and inputs that it does without, get zeros."""
+    wanted = [tensor for tensor in idle if needs_function([tensor])]
     if not wanted:
         return tuple(outputs)
     zero = torch.stack([tensor[:0].sum().to(outputs[0].dtype) for tensor in wanted]).sum()

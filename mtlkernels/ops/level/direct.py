@@ -67,8 +67,8 @@ def direct(
     found = _extension.function("level")(
         inputs, weights, biases, *gates[:3], running, running_gates, slopes, epsilons, spec.encoded[0]
     )
-    if not isinstance(found, list):
-        return found  # type: ignore[no-any-return]
+    if not isinstance(found, list) or spec.unread:
+        return None if isinstance(found, list) else found
     out = apply(Level, Plan(spec, _backends.forced(), True), *found, None)
     return tuple(out[: len(spec.gate_sizes)])
 
@@ -81,7 +81,9 @@ def _parts(norms: Any) -> Any:
     if not isinstance(norms, (*_LISTS, nn.ModuleList)):
         return _NOT_MINE
     parts = [None if norm is None else running_parts(norm) for norm in norms]
-    return _NOT_MINE if any(part is None and norm is not None for part, norm in zip(parts, norms, strict=True)) else parts
+    return (
+        _NOT_MINE if any(part is None and norm is not None for part, norm in zip(parts, norms, strict=True)) else parts
+    )
 
 
 def _running(norms: Any) -> Any:

@@ -45,7 +45,9 @@ def expert_mixture(*arguments: Any) -> tuple[Tensor, ...]:
         layers = (_by_gate(gate_weights, sizes), offsets, list(gate_norms or ()))
     logits = [] if layers is not None else logits_by_gate(gate_logits, sizes)
     numbers = (check_dropout(dropout, count), numbers_by_layer("dice_eps", "number", dice_eps, count))
-    return _evaluate(streams, weights, *of_layers, layers, logits, routing, activation_codes(activation, count), *numbers)
+    return _evaluate(
+        streams, weights, *of_layers, layers, logits, routing, activation_codes(activation, count), *numbers
+    )
 
 
 def _evaluate(

@@ -25,14 +25,14 @@ def test_expert_mixture(seed: int, isa: str, dtype: torch.dtype) -> None:
 
 @LOWER
 @pytest.mark.parametrize("seed", range(1000, 1008))
-def test_normalized_mixture(seed: int, isa: str, dtype: torch.dtype) -> None:
+def test_norms(seed: int, isa: str, dtype: torch.dtype) -> None:
     with _extension.instruction_set(isa):
         normalized.check(normalized.random_case(seed, dtype), "cpp")
 
 
 @LOWER
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_normalized_mixture_of_few_rows(rows: int, isa: str, dtype: torch.dtype) -> None:
+def test_norms_of_few_rows(rows: int, isa: str, dtype: torch.dtype) -> None:
     make = CaseFactory(rows, dtype)
     case = normalized.case(make, rows, [33, 40, 17], PLE, ["layer", "none"], dropout=[0.3, 0.0], activation="prelu")
     with _extension.instruction_set(isa):

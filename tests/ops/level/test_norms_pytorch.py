@@ -52,7 +52,7 @@ def test_first_derivatives(kinds: Any, dropout: Any, activation: str, backend: s
 @STYLES
 @pytest.mark.parametrize(
     ("activation", "implementation"),
-    [("gelu", "reference"), ("prelu", "reference"), *(("dice", name) for name in cpu_backends("normalized_mixture"))],
+    [("gelu", "reference"), ("prelu", "reference"), *(("dice", name) for name in cpu_backends("expert_mixture"))],
 )
 def test_second_derivatives(kinds: Any, dropout: Any, activation: str, implementation: str) -> None:
     call, leaves = function_of_leaves(normalized.fused, small(kinds, dropout, activation=activation))

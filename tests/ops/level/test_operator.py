@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels import _extension
-from mtlkernels.ops.expert_level.autograd import ExpertLevel, Plan
-from mtlkernels.ops.expert_mixture.autograd import ExpertMixture
+from mtlkernels.ops import activations as act
+from mtlkernels.ops.level.autograd import Level, Plan
+from mtlkernels.ops.level.spec import LAYER_NORM, Layer, LevelSpec
 from mtlkernels.testing import Case, CaseFactory
 from tests.ops.level import operator
 from tests.ops.level.gate_layers import by_layers, by_logits, random_layers
@@ -41,62 +42,42 @@ DTYPES_ROWS = pytest.mark.parametrize(
 )
 
 
-@LEVELS
-def test_opcheck_forward(make: Any) -> None:
-    for save in (True, False):
-        torch.library.opcheck(OPS.expert_mixture_forward, (*operator.of_case(make()), save))
+def of_each_kind(dtype: torch.dtype, rows: int, requires_grad: bool) -> list[operator.Operands]:
+    return [make(dtype, rows, requires_grad) for make in (operator.with_gate_layers, operator.with_norms)]
 
 
-@LEVELS
-def test_opcheck_backward(make: Any) -> None:
-    arguments = operator.of_case(make().map(Tensor.detach))
-    inputs, weights, biases, logits, *routing = arguments
-    outputs, saved = OPS.expert_mixture_forward(*arguments, True)
-    tensors = ([torch.randn_like(y) for y in outputs], inputs, weights, biases, logits, saved)
-    for needs in ((True,) * 4, (False, True, False, False), (True, False, False, True), (False, False, True, False)):
-        torch.library.opcheck(OPS.expert_mixture_backward, (*tensors, *routing, *needs))
-
-
-@DTYPES_ROWS
-@pytest.mark.parametrize("save", [False, True])
-def test_opcheck_forward_with_gate_layers(kind: torch.dtype, rows: int, save: bool) -> None:
-    for requires_grad in (True, False):
-        arguments = (*operator.with_gate_layers(kind, rows, requires_grad), save)
-        torch.library.opcheck(OPS.expert_level_forward, arguments)
-
-
-@DTYPES_ROWS
-def test_opcheck_backward_with_gate_layers(kind: torch.dtype, rows: int) -> None:
-    arguments = operator.with_gate_layers(kind, rows, False)
-    inputs, weights, biases, gate_weights, _, *routing = arguments
-    outputs, saved, logits = OPS.expert_level_forward(*arguments, True)
-    tensors = ([torch.randn_like(y) for y in outputs], inputs, weights, biases, gate_weights, logits, saved)
-    for needs in ((True,) * 5, *(tuple(i == j for i in range(5)) for j in range(5))):
-        torch.library.opcheck(OPS.expert_level_backward, (*tensors, *routing, *needs))
-
-
-@DTYPES_ROWS
-def test_opcheck_forward_with_norms(kind: torch.dtype, rows: int) -> None:
-    for requires_grad in (True, False):
-        arguments = operator.with_norms(kind, rows, requires_grad)
-        torch.library.opcheck(OPS.normalized_mixture_forward, arguments)
-
-
-@DTYPES_ROWS
-def test_opcheck_backward_with_norms(kind: torch.dtype, rows: int) -> None:
-    arguments = operator.with_norms(kind, rows, False)
-    inputs, weights, _, *affine, logits = arguments[:7]
-    outputs, saved, means, variances = OPS.normalized_mixture_forward(*arguments)
+def check_backward(operands: operator.Operands) -> None:
+    outputs, saved = OPS.level_forward(*operands.forward(True))
     grads = [torch.randn_like(y) for y in outputs]
-    tensors = (grads, inputs, weights, *affine, logits, saved, means, variances)
-    for needs in ((True,) * 6, *(tuple(i == j for i in range(6)) for j in range(6))):
-        torch.library.opcheck(OPS.normalized_mixture_backward, (*tensors, *arguments[7:], *needs))
+    for needs in ([True] * 8, *([i == j for i in range(8)] for j in range(8))):
+        torch.library.opcheck(OPS.level_backward, operands.backward(grads, saved, needs))
+    for k in range(len(grads)):
+        some = [None if i == k else grad for i, grad in enumerate(grads)]
+        torch.library.opcheck(OPS.level_backward, operands.backward(some, saved, [True] * 8))
+    assert OPS.level_backward(*operands.backward([None] * len(grads), saved, [True] * 8)) == []
+
+
+@LEVELS
+def test_opcheck(make: Any) -> None:
+    for save in (True, False):
+        torch.library.opcheck(OPS.level_forward, operator.of_case(make()).forward(save))
+    check_backward(operator.of_case(make().map(Tensor.detach)))
+
+
+@DTYPES_ROWS
+def test_opcheck_of_each_kind(kind: torch.dtype, rows: int) -> None:
+    for requires_grad in (True, False):
+        for operands in of_each_kind(kind, rows, requires_grad):
+            for save in (True, False):
+                torch.library.opcheck(OPS.level_forward, operands.forward(save))
+    for operands in of_each_kind(kind, rows, False):
+        check_backward(operands)
 
 
 def test_no_zeros_are_made_for_what_is_saved(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     seen: list[Any] = []
-    usual = ExpertMixture.backward
-    monkeypatch.setattr(ExpertMixture, "backward", lambda ctx, *grads: seen.append(grads) or usual(ctx, *grads))
+    usual = Level.backward
+    monkeypatch.setattr(Level, "backward", lambda ctx, *grads: seen.append(grads) or usual(ctx, *grads))
     with mk.use_backend(backend):
         outputs = mk.expert_mixture(**level(torch.float32, 3, "tanh").arguments)
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
@@ -106,13 +87,12 @@ def test_no_zeros_are_made_for_what_is_saved(monkeypatch: pytest.MonkeyPatch, ba
 
 def test_the_functions_own_rule_for_vmap() -> None:
     """Whatever brings torch.func.vmap to it: the public function does not."""
-    inputs, *groups, experts, gate_experts, sizes, codes = operator.with_gate_layers(torch.float64, 5, False)
-    plan = Plan.of(2, None, tuple(map(tuple, (experts, gate_experts, sizes, codes))))
-    rest = [tensor for group in groups for tensor in group]
-    examples = torch.stack([inputs[0], 2 * inputs[0], inputs[1]])
+    operands = operator.with_gate_layers(torch.float64, 5, False)
+    first, second, *rest = operands.tensors
+    examples = torch.stack([first, 2 * first, second])
 
     def outputs(x: Tensor) -> Any:
-        return ExpertLevel.apply(plan, x, inputs[1], *rest)[:2]
+        return Level.apply(Plan(operands.spec, None), x, second, *rest, None)[:2]
 
     found = torch.func.vmap(outputs)(examples)
     for i, x in enumerate(examples):
@@ -128,20 +108,22 @@ def test_parts_of_what_a_layer_has_not(part: str, implementation: str, direction
     given: dict[str, list[torch.Tensor | None]] = {"scales": [None] * 4, "shifts": [None] * 4, "slopes": [None] * 4}
     given[part][3] = torch.ones(3)
     weights = [torch.randn(4, 5), torch.randn(4, 5), torch.randn(3, 4), torch.randn(3, 4)]
-    run: Any = getattr(OPS, f"normalized_mixture_{direction}")
+    # The first layer has a norm and slopes, the second neither.
+    spec = LevelSpec(1, (0, 0), (0, 1), (2,), (Layer(act.PRELU, LAYER_NORM, 1e-5), Layer(act.CODES["relu"])))
+    tensors = [torch.randn(6, 5), *weights, *[None] * 4, *(t for ts in given.values() for t in ts), torch.randn(6, 2)]
+    operands = operator.Operands(spec, tensors)
+    run: Any = getattr(OPS, f"level_{direction}")
     if implementation == "triton":
         pytest.importorskip("triton")
     if implementation != "operator":
-        run = getattr(importlib.import_module(f"mtlkernels.ops.normalized_mixture.{implementation}"), direction)
-    flat = ((0, 0), (0, 1), (2,), (1, 1), (0, 0), (0.0, 0.0), (1.0, 1.0), (0.0, 0.0), None)
+        run = getattr(importlib.import_module(f"mtlkernels.ops.level.{implementation}"), direction)
+    saved = [torch.randn(2, 6, 4), torch.randn(2, 6, 3), torch.randn(2, 6), torch.rand(2, 6)]
+    arguments = operands.forward(True)
+    if direction == "backward":
+        arguments = operands.backward([torch.randn(6, 3)], saved, [True] * 8)
     lack = "an activation without slopes" if part == "slopes" else "no norm"
     with pytest.raises(ValueError, match=rf"{part}\[3\] must be None, as its layer has {lack}"):
-        if direction == "forward":
-            run([torch.randn(6, 5)], weights, [None] * 4, *given.values(), [torch.randn(6, 2)], *flat)
-        else:
-            saved = [torch.randn(2, 6, 4), torch.randn(2, 6, 3)]
-            level = ([torch.randn(6, 3)], [torch.randn(6, 5)], weights, *given.values(), [torch.randn(6, 2)])
-            run(*level, saved, [], [], *flat, *[True] * 6)
+        run(*arguments)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -154,7 +136,7 @@ def test_serving_goes_straight_to_cpp(rows: int, threads: int, monkeypatch: pyte
     arguments = random_layers(3, torch.float32)
     arguments["inputs"] = torch.randn(rows, arguments["weights"][0][0].shape[1])
     expected = by_logits(**arguments)
-    monkeypatch.setattr("mtlkernels.ops.expert_mixture.check_arguments", None)
+    monkeypatch.setattr("mtlkernels.ops.level.check_arguments", None)
     with torch.no_grad():
         found = by_layers(**arguments)
     for got, want in zip(found, expected, strict=True):
@@ -163,5 +145,5 @@ def test_serving_goes_straight_to_cpp(rows: int, threads: int, monkeypatch: pyte
 
 def test_evaluation_is_one_call_of_the_op_without_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Experts(nn.BatchNorm1d).eval()
-    monkeypatch.setattr("mtlkernels.ops.expert_mixture.normalized_mixture", None)
+    monkeypatch.setattr("mtlkernels.ops.level.call.parameters", None)  # of norms that are not folded
     step(model.fused, model, 0)
