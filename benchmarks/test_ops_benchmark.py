@@ -94,7 +94,9 @@ def test_expert_mixture(benchmark: Benchmark, device: str, name: str, dtype: tor
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize(("device", "name"), implementations("expert_mixture"))
-def test_expert_mixture_with_gate_layers(benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, training: bool) -> None:
+def test_expert_mixture_with_gate_layers(
+    benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, training: bool
+) -> None:
     x, weights, biases = level(device, dtype)
     gates = [random(device, dtype, len(gate), WIDTH) for gate in ROUTING.gate_experts]
     leaves = [*leaves_of(x, weights, biases), *gates]

@@ -6,7 +6,6 @@ belong to each gate.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mtlkernels._library.definition import cast_first, define, empty

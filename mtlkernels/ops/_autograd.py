@@ -129,13 +129,6 @@ def call(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
-def apply(function: Any, *args: Any) -> Any:
-    """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
-    if torch.compiler.is_compiling() or _torch.func_transforms_active():
-        return function.apply(*args)
-    return _torch.apply_unbound(function, *args)
-
-
 def grads_are_batched(grads: Sequence[Tensor | None]) -> bool:
     """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` is at work, which is not torch.func's vmap."""
     if torch.compiler.is_compiling():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from mtlkernels import _torch
 from mtlkernels.ops._call import needs_plain
 from mtlkernels.ops.level import plain
 from mtlkernels.ops.level.call import evaluate
@@ -93,6 +94,6 @@ def expert_mixture(
             return outputs
     gates = (gate_logits, routing, activation, gate_weights, gate_biases, gate_norms)
     arguments = (inputs, weights, biases, *gates, norms, dropout, slopes, dice_eps)
-    if needs_plain("expert_mixture", inputs, weights, biases, gate_logits, gate_weights, gate_biases, slopes):
+    if needs_plain("expert_mixture", _torch.is_fx_symbolic_tracing() and arguments):
         return plain.expert_mixture(*arguments)
     return evaluate(check_arguments(*arguments), routing)

@@ -101,7 +101,7 @@ def _by_operator(plan: Plan, needs: Any, grad_outputs: Any, tensors: Any, saved:
 
 
 def _by_parts(plan: Plan, needs: Any, grad_outputs: Any, tensors: Any, saved: Any) -> list[Tensor | None]:
-    """The same, of a level with linear gates, by steps that have derivatives: its logits, and a level that takes them."""
+    """The same, of a level with linear gates, by steps that have derivatives: logits, and a level that takes them."""
     spec, groups = plan.spec, plan.spec.split(tensors[:-1])
     inner = replace(spec, gate_inputs=())
     logits = reference.gate_logits(spec, groups)

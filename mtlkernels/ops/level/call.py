@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels import _backends, _torch
-from mtlkernels.ops._autograd import apply
-from mtlkernels.ops._call import needs_function, run_forward, traced_under_func, under_autocast
+from mtlkernels.ops._call import apply, needs_function, run_forward, traced_under_func, under_autocast
 from mtlkernels.ops._linears import joint_linear
 from mtlkernels.ops.level.autograd import Level, Plan
 from mtlkernels.ops.level.checks import Arguments
@@ -64,39 +64,33 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
         gates = (_gate_logits(given.streams, *gates), ())
 
     weights = [weight for layer in layers for weight in layer]
-    streams, weights, biases, cast_gates = under_autocast(given.streams[0], given.streams, weights, biases, gates)
     of_experts = [weights, biases]
     if spec.has_norms:
         everyone = range(routing.num_experts)
         of_experts += [parameters(norms, part, everyone) for part in ("weight", "bias")]
     if spec.has_slopes:
         of_experts.append(given.slopes)
-    idle = [streams[i] for i in spec.unread]
+    check_rows(present, given.streams[0].shape[0])
+    streams, of_experts[:2], cast_gates = under_autocast(given.streams[0], given.streams, of_experts[:2], gates)
+    idle = list(map(streams.__getitem__, spec.unread))
     if wiring.idle:
         idle += [t for ts in of_experts for t in _of_experts(ts, wiring.idle, routing) if t is not None]
         of_experts = [_of_experts(ts, wiring.live, routing) for ts in of_experts]
-    groups = (streams, *of_experts, *(cast_gates if linear else gates))
-    tensors = [tensor for group in groups for tensor in group]
-    check_rows(present, streams[0])
-    outputs, saved = _run(spec, tensors)
-    if present:
-        update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
-    return _with_zeros(outputs, idle)
+    tensors = list(chain(streams, *of_experts, *(cast_gates if linear else gates)))
 
-
-def _run(spec: LevelSpec, tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Outputs, and statistics of norms at least."""
-    x, backend = tensors[0], _backends.forced()
-    drops = any(layer.dropout for layer in spec.layers)
-    seed = torch.randint(0, 2**63 - 1, (1,), device=x.device) if drops else None
+    drops, backend = any(given.dropout), _backends.forced()
+    seed = torch.randint(0, 2**63 - 1, (1,), device=streams[0].device) if drops else None
     traced = traced_under_func("expert_mixture")
     # The compiler differentiates the operator itself, and so sees which outputs nobody uses.
     if not torch.compiler.is_compiling() and needs_function(tensors):
-        out = apply(Level, Plan(spec, backend), *tensors, seed)
-        return out[: len(spec.gate_sizes)], out[len(spec.gate_sizes) :]
-    args = (*spec.operands(tensors), *spec.encoded, seed, False)
-    outputs, saved = run_forward("level", "reference" if traced else backend, x, *args)
-    return outputs, saved
+        results = apply(Level, Plan(spec, backend), *tensors, seed)
+        outputs, saved = results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
+    else:
+        args = (*spec.operands(tensors), *spec.encoded, seed, False)
+        outputs, saved = run_forward("level", "reference" if traced else backend, streams[0], *args)
+    if present:
+        update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
+    return _with_zeros(outputs, idle)
 
 
 def _transformed() -> bool:

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _extension
-from mtlkernels.ops._autograd import apply
-from mtlkernels.ops._call import direct_to_cpp
+from mtlkernels.ops._call import apply, unobserved
 from mtlkernels.ops.activations import CODES, has_slopes
 from mtlkernels.ops.level.autograd import Level, Plan
 from mtlkernels.ops.level.call import spec_of
@@ -39,7 +38,8 @@ def direct(
     not such as C++ takes, or do not fit each other. The checks in Python then find out why, in the caller's terms.
     """
     several = isinstance(inputs, _LISTS)
-    if not direct_to_cpp(inputs[0] if several and inputs else inputs):
+    first = inputs[0] if several and inputs else inputs
+    if not (type(first) is Tensor and first.is_cpu and unobserved()):
         return None
     if type(routing) is not Routing or not isinstance(weights, _LISTS) or routing.wiring.idle:
         return None

@@ -55,8 +55,8 @@ class Groups(NamedTuple):
 class Reached(NamedTuple):
     """The part of a level on which some of its outputs depend.
 
-    ``spec`` is that of the part, unless it is empty; ``inputs``, ``experts`` and ``gates`` are the numbers that its own have in the whole,
-    ``flags`` says of each of the whole level's tensors whether it is in the part.
+    ``spec`` is that of the part, unless it is empty; ``inputs``, ``experts`` and ``gates`` are the numbers that its own
+    have in the whole, ``flags`` says of each of the whole level's tensors whether it is in the part.
     """
 
     spec: LevelSpec
@@ -169,7 +169,7 @@ class LevelSpec:
         return [value for value, size in zip(values, self.sizes, strict=True) for _ in range(size)]
 
     def split_saved(self, saved: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """What the forward pass saved: a tensor [E, B, H] a layer, then the statistics of norms, or linear gates' logits.
+        """What the forward pass saved: a tensor [E, B, H] a layer; then statistics of norms, or linear gates' logits.
 
         Statistics are the means of all layers that have a norm, then the variances; of what is without norms the
         second part is empty. The third is the logits [B, sum N_k], in a list.
