@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,3 +40,10 @@ def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
     if all(tensor.stride() == tensors[0].stride() for tensor in tensors) and _is_dense(tensors[0]):
         return list(tensors)
     return [tensor.contiguous() for tensor in tensors]
+
+
+def by_parameter(grads: Sequence[Tensor | None], num_tasks: int) -> Iterator[dict[int, Tensor]]:
+    """For each parameter its gradients by task, laid out alike; that of task t is ``grads[p * T + t]``, or None."""
+    for start in range(0, len(grads), num_tasks):
+        column = {t: grad for t, grad in enumerate(grads[start : start + num_tasks]) if grad is not None}
+        yield dict(zip(column, alike(list(column.values())), strict=True))
