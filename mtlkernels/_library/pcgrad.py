@@ -33,7 +33,9 @@ def _pcgrad_weights(
 
 
 def _pcgrad_combine(grads: list[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
-    return [torch.empty_like(next(iter(column.values()))) for column in by_parameter(grads, num_tasks)]
+    return [
+        torch.empty_like(next(grad for grad in column if grad is not None)) for column in by_parameter(grads, num_tasks)
+    ]
 
 
 define("pcgrad_gram(Tensor?[] grads, int num_tasks) -> Tensor", _pcgrad_gram)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mtlkernels import _torch
 from mtlkernels.ops._checks import DTYPES, shape_of
+from mtlkernels.ops._layout import first_of
+from mtlkernels.ops.pcgrad.sparse import is_sparse
 
 
 class Options(NamedTuple):
@@ -26,40 +28,45 @@ class Options(NamedTuple):
 
 def check_gradients(grads: Sequence[Any], num_tasks: int, *, dense: bool = False) -> None:
     """Every gradient is a floating-point tensor, on one device, of its parameter's shape and dtype."""
-    first = next((grad for grad in grads if grad is not None), None)
+    first = first_of(grads)
+    device = first.device if isinstance(first, Tensor) else None
     for start in range(0, len(grads), num_tasks):
-        like = sparse = None
-        for t, grad in enumerate(grads[start : start + num_tasks]):
-            if grad is None:
+        column = grads[start : start + num_tasks]
+        like: Any = first_of(column)
+        known = isinstance(like, Tensor) and like.dtype in DTYPES
+        shape, dtype = (like.shape, like.dtype) if known else (None, None)
+        for t, grad in enumerate(column):
+            # Nearly all of them, which may be thousands, are told to be right here.
+            if grad is None or (
+                known
+                and isinstance(grad, Tensor)
+                and grad.layout == torch.strided
+                and grad.dtype == dtype
+                and grad.shape == shape
+                and grad.device == device
+            ):
                 continue
-            like = grad if like is None else like
-            error = _mistake(grad, first, like, sparse, dense)
+            error = _mistake(grad, device, column, dense)
             if error is not None:
-                kind, expected = error
-                raise kind(f"grads[{t}][{start // num_tasks}] must {expected}")
-            if sparse is None and grad.layout == torch.sparse_coo:
-                sparse = grad
+                raise error[0](f"grads[{t}][{start // num_tasks}] must {error[1]}")
 
 
-def _mistake(
-    grad: Any, first: Any, like: Tensor, sparse: Tensor | None, dense: bool
-) -> tuple[type[Exception], str] | None:
-    """What is wrong with a gradient, beside the call's first, its parameter's first, and its parameter's first sparse
-    one."""
+def _mistake(grad: Any, device: Any, column: Sequence[Any], dense: bool) -> tuple[type[Exception], str] | None:
+    """What is wrong with a gradient on its own, and beside the first ones of its parameter."""
     if not isinstance(grad, Tensor):
         return TypeError, f"be a tensor or None, got {type(grad).__name__}"
     if grad.dtype not in DTYPES:
         return TypeError, f"be float32, bfloat16, float16 or float64, got {grad.dtype}"
     if grad.layout != torch.strided and (dense or grad.layout != torch.sparse_coo):
         return TypeError, f"be dense{'' if dense else ' or sparse_coo'}, got layout {grad.layout}"
-    if grad.device != first.device:
-        return ValueError, f"be on {first.device} as the first gradient is, got {grad.device}"
+    if grad.device != device:
+        return ValueError, f"be on {device} as the first gradient is, got {grad.device}"
+    like: Any = first_of(column)
+    sparse = first_of(grad for grad in column if is_sparse(grad))
     if grad.shape != like.shape:
         return ValueError, f"have shape {shape_of(like)} as other tasks have, got {shape_of(grad)}"
     if grad.dtype != like.dtype:
         return TypeError, f"have dtype {like.dtype} as other tasks have, got {grad.dtype}"
-    if grad.layout == torch.strided:
-        return None
     if grad.sparse_dim() == 0:
         return ValueError, "have at least one sparse dimension, got none"
     if sparse is not None and grad.sparse_dim() != sparse.sparse_dim():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtlkernels import _backends
 from mtlkernels.ops._call import direct_to_cpp, needs_function, needs_plain, run_cpp, run_operator, traced_under_func
+from mtlkernels.ops._layout import first_of
 from mtlkernels.ops.pcgrad.checks import check_gradients
 from mtlkernels.ops.pcgrad.sparse import SparseColumn, is_sparse
 
@@ -44,7 +45,7 @@ class Parameters:
                 column = self.column(p)
                 if mixed and any(is_sparse(grad) for grad in column):
                     self.sparse[p] = SparseColumn(column)
-                elif any(grad is not None for grad in column):
+                elif first_of(column) is not None:
                     self._dense.append(p)
                     self._flat += column
         self._in_pytorch = traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_function(self._flat)

@@ -20,9 +20,10 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     device = next(grad.device for grad in grads if grad is not None)
     total = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device)
     for column in by_parameter(grads, num_tasks):
-        if column:
-            flat = torch.stack([grad.to(torch.float64).reshape(-1) for grad in column.values()])
-            at = torch.tensor(list(column), device=device)
+        tasks = [t for t, grad in enumerate(column) if grad is not None]
+        if tasks:
+            flat = torch.stack([grad.to(torch.float64).reshape(-1) for grad in column if grad is not None])
+            at = torch.tensor(tasks, device=device)
             total = total.index_put((at.unsqueeze(1), at.unsqueeze(0)), flat @ flat.T, accumulate=True)
     return total
 
@@ -93,9 +94,10 @@ def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor
     """
     results = []
     for column in by_parameter(grads, num_tasks):
-        like = next(iter(column.values()))
+        like = next(grad for grad in column if grad is not None)
         total = torch.zeros_like(like, dtype=torch.float64)
-        for task, grad in column.items():
-            total = total + coefficients[task] * grad.to(torch.float64)
+        for coefficient, grad in zip(coefficients, column, strict=True):
+            if grad is not None:
+                total = total + coefficient * grad.to(torch.float64)
         results.append(total.to(like.dtype, copy=True))
     return results

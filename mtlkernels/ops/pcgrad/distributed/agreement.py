@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtlkernels.ops._layout import first_of
 from mtlkernels.ops.pcgrad.parameters import Parameters
 
 Result = TypeVar("Result")
@@ -44,7 +45,7 @@ def facts_of(parameters: Parameters, options: dict[str, Any]) -> Facts:
 
 def _facts(column: Sequence[Tensor | None]) -> ColumnFacts:
     kinds = tuple(None if grad is None else 0 if grad.layout == torch.strided else grad.sparse_dim() for grad in column)
-    like = next((grad for grad in column if grad is not None), None)
+    like = first_of(column)
     return ColumnFacts(None, None, kinds) if like is None else ColumnFacts(tuple(like.shape), like.dtype, kinds)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtlkernels.ops._layout import first_of
 from mtlkernels.ops.pcgrad.distributed.agreement import ColumnFacts, agree, facts_of
 from mtlkernels.ops.pcgrad.distributed.buckets import Buckets
 from mtlkernels.ops.pcgrad.distributed.sparse import mean_column
@@ -95,7 +96,7 @@ def _alike(columns: Sequence[ColumnFacts]) -> dict[tuple[torch.dtype, tuple[int 
 
 def _laid_out(result: Tensor, column: Sequence[Tensor | None]) -> Tensor:
     """The result in the memory format of this rank's gradients, where these have one."""
-    first = next((grad for grad in column if grad is not None), None)
+    first = first_of(column)
     if first is None or any(grad.stride() != first.stride() for grad in column if grad is not None):
         return result
     like = torch.empty_like(first)

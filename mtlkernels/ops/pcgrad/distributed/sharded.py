@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mtlkernels.ops._checks import shape_of
+from mtlkernels.ops._layout import first_of
 from mtlkernels.ops.pcgrad.checks import check_gradients
 from mtlkernels.ops.pcgrad.parameters import Parameters
 
@@ -33,12 +34,13 @@ class Sharded:
         self._like = [_like(p, grads[start : start + num_tasks]) for p, start in enumerate(starts)]
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
         check_gradients(local, num_tasks)
-        self.device = next((grad.device for grad in local if grad is not None), torch.device("cpu"))
+        first = first_of(local)
+        self.device = torch.device("cpu") if first is None else first.device
         # The parameters by what their inner products are summed over.
         members: dict[tuple[str, ...], list[int]] = {}
         self._groups: dict[tuple[str, ...], list[dist.ProcessGroup]] = {}
         for p, like in enumerate(self._like):
-            if all(grad is None for grad in local[p * num_tasks : (p + 1) * num_tasks]):
+            if first_of(local[p * num_tasks : (p + 1) * num_tasks]) is None:
                 continue
             groups = [] if like is None else _sharding_groups(like)
             key = tuple(group.group_name for group in groups)
