@@ -11,14 +11,7 @@ from torch import Tensor
 from mtlkernels import _backends
 from mtlkernels.ops._call import needs_function, needs_plain, traced_under_func
 from mtlkernels.ops.pcgrad import autograd, reference  # noqa: F401  (autograd registers the operators' rules)
-from mtlkernels.ops.pcgrad.checks import (
-    Options,
-    check_generator,
-    check_gram,
-    check_group,
-    check_options,
-    check_order,
-)
+from mtlkernels.ops.pcgrad.checks import Options, check_generator, check_gram, check_group, check_options, check_order
 from mtlkernels.ops.pcgrad.gradients import Gradients, fail_together, flattened, gradients_of, mean_over_ranks
 
 if TYPE_CHECKING:
