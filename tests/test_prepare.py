@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels import _extension
+from tests import requires
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 16, 64, 100, 200, 300)
@@ -74,7 +75,7 @@ def test_refuses_training() -> None:
         prepared(x)
 
 
-@pytest.mark.skipif("amx" not in _extension.instruction_sets(), reason="nothing is kept without AMX")
+@requires.amx  # without it nothing is kept
 @pytest.mark.parametrize("how", ("in place", "load_state_dict", "to"))
 def test_notices_what_is_counted(how: str) -> None:
     prepared: Any = mk.prepare(trunk())
@@ -110,7 +111,7 @@ def test_copies_and_pickles_are_models_like_any_other() -> None:
             other.train()(x)
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+@requires.cpp_kernels
 def test_what_is_kept_goes_with_the_copy() -> None:
     """Another model at the addresses of a copy that is gone is served from its own weights."""
     x = torch.randn(200, 40)

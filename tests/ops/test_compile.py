@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels.testing import CaseFactory, evaluate
+from tests import requires
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -155,9 +156,8 @@ def test_torch_func_inside_compile(function: Any, shapes: Any, transform: str) -
         torch.compiler.reset()
 
 
+@requires.cpp_kernels
 def test_torch_func_inside_compile_substitutes_nothing_silently() -> None:
-    if "cpp" not in mk.backends()["gated_mixture"]["cpu"]:
-        pytest.skip("no other implementation to ask for")
     with mk.use_backend("cpp"), pytest.raises(Exception, match="only the reference for torch.func transforms"):
         torch.compile(torch.func.grad(lambda *a: _gates(*a)[0].sum()), fullgraph=True, backend="aot_eager")(
             torch.randn(5, 3, 4), torch.randn(5, 3), torch.randn(5, 3)
