@@ -72,6 +72,19 @@ def assert_agrees(
         note_second_trial("within the budget where units beside a kink may fall on either side of it")
 
 
+def assert_as_exact(found: Any, exact: Any, usual: Any) -> None:
+    """Each tensor of a nested result is as close to float64 as PyTorch's in its dtype, within the budget.
+
+    Args:
+        found: of what is tested.
+        exact: the same in float64.
+        usual: the same by PyTorch in the dtype of ``found``.
+    """
+    trees = (found, exact, usual)
+    leaves = [[y.detach() for y in torch.utils._pytree.tree_leaves(tree) if isinstance(y, Tensor)] for tree in trees]
+    assert_within_budget(*({f"result {i}": [y] for i, y in enumerate(each)} for each in leaves))
+
+
 def reference_op(op: Callable[..., Any], **arguments: Any) -> Any:
     """The op by its reference implementation, whatever the block around asks for."""
     with mk.use_backend("reference"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import mtlkernels as mk
 from mtlkernels.testing import CaseFactory, evaluate
 from tests import requires
+from tests.ops.agreement import assert_as_exact
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -152,7 +154,8 @@ def test_torch_func_inside_compile(function: Any, shapes: Any, transform: str) -
             transformed = torch.func.vmap(inner, tuple(0 if i in batched else None for i in range(len(args))))
             args = tuple(torch.randn((2, *shape) if i in batched else shape) for i, shape in enumerate(shapes))
         compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*args), transformed(*args), rtol=1e-4, atol=1e-5)
+        exact = transformed(*(a.double() for a in args))
+        assert_as_exact(compiled(*args), exact, transformed(*args))
         torch.compiler.reset()
 
 
@@ -179,8 +182,8 @@ def test_autocast_inside_compile() -> None:
 
     got, expected = gradients(module, compiled, x), gradients(module, eager, x)
     assert [t.dtype for t in got] == [t.dtype for t in expected] == [torch.bfloat16] + [torch.float32] * 15
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+    wide = copy.deepcopy(module).double()
+    assert_as_exact(got, gradients(wide, wide, x.double()), expected)
 
 
 def test_use_backend_is_guarded() -> None:
