@@ -81,4 +81,5 @@ def test_the_librarys_own_fit(make: Any, capsys: pytest.CaptureFixture[str]) -> 
         model.compile("adam", loss=["binary_crossentropy"] * 3)
         model.fit(dict(inputs), labels, batch_size=16, epochs=2, verbose=0, shuffle=False)
         predictions.append(model.predict(dict(inputs), batch_size=64))
+    # Probabilities after eight steps; agreement.py has the budget of training.
     torch.testing.assert_close(*map(torch.from_numpy, predictions), rtol=1e-5, atol=1e-5)
