@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _backends, _extension
 from mtlkernels.testing import DTYPES
+
+pytest_plugins = ["tests.summary"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,6 +52,13 @@ def pytest_unconfigure() -> None:
 
 def pytest_report_header() -> str:
     return mk.show_config()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tests of these have no reason for which they are skipped: there are none."""
+    compiled = _extension.build_facts().get("compiled for", "").split()
+    if lacking := [name for name in compiled if name not in _extension.instruction_sets()]:
+        terminalreporter.line(f"kernels not run, as this processor lacks the instructions: {', '.join(lacking)}")
 
 
 def cpu_backends(op: str) -> tuple[str, ...]:

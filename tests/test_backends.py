@@ -11,6 +11,7 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _backends, _extension
 from mtlkernels.testing import Case, CaseFactory
+from tests import requires
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_loading_the_cuda_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "_cuda.so" in (_extension._load_cuda(tmp_path) or "")
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels here")
+@requires.cpp_kernels
 def test_kept_memory_is_released() -> None:
     release = _extension.function("release_memory")
     release()
@@ -204,7 +205,7 @@ def test_kept_memory_is_released() -> None:
         assert all(torch.equal(y, trunk(rows)[0]) for y in before)
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+@requires.cpp_kernels
 def test_the_choice_of_an_instruction_set_ends_with_the_block() -> None:
     best = _extension.instruction_sets()[-1]
     with _extension.instruction_set("baseline"):
@@ -212,7 +213,7 @@ def test_the_choice_of_an_instruction_set_ends_with_the_block() -> None:
     assert _extension.build_facts()["runs as"] == best
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+@requires.cpp_kernels
 def test_an_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="name must be one of .* got 'mmx'"), _extension.instruction_set("mmx"):
         pass

@@ -27,6 +27,7 @@ import mtlkernels as mk
 from mtlkernels import _backends, _extension
 from mtlkernels._convert import registry
 from mtlkernels._convert.kernels import pays
+from tests import requires
 from tests.convert import doubles
 from tests.convert.models import by_name, features, fill, mmoe, ple, rechub_mmoe, rechub_ple
 
@@ -194,7 +195,7 @@ def test_the_devices_of_a_models_parts_decide(monkeypatch: pytest.MonkeyPatch) -
     assert [line.path for line in report.replaced] == ["1"]
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason="this install has no kernels")
+@requires.cpp_kernels
 def test_on_meta_a_model_is_converted(fused_calls: list[int]) -> None:
     model = Own().to("meta")
     assert mk.convert(model).replaced

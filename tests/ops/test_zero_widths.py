@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtlkernels import _extension
+from tests.summary import note_those_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,3 +20,4 @@ def test_every_operator(name: str) -> None:
     command = [sys.executable, "-m", "tests.ops.zero_widths", name]
     run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 0 and " 0 failed" in run.stdout, run.stdout[-5000:]
+    note_those_of(run.stdout, f"in zero_widths.py by {name}")

@@ -30,6 +30,7 @@ from tests.ops.snr_aver.cases import snr_aver
 from tests.ops.snr_aver.definition import formula as aver_formula
 from tests.ops.snr_trans.cases import snr_trans
 from tests.ops.snr_trans.definition import formula as trans_formula
+from tests.summary import notes, second_trials
 
 # The inputs' width, then the layers': none in the inputs, in the middle, at the end, and in several places.
 WIDTHS = ((0, 3), (37, 0), (0, 0), (0, 20, 3), (4, 0, 3), (4, 33, 0), (4, 0, 0), (0, 0, 0), (4, 0, 5, 3), (40, 5, 0, 3))
@@ -158,7 +159,7 @@ def main(name: str) -> None:
             except Exception:
                 failed += 1
                 traceback.print_exc(limit=-3, file=sys.stdout)
-    print(f"{count} checks, {failed} failed", flush=True)
+    print(f"{count} checks, {failed} failed; {second_trials(len(notes))}", flush=True)
 
 
 if __name__ == "__main__":

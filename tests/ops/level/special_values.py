@@ -19,7 +19,8 @@ HUGE = ("huge", "-huge")
 NORMS = ("none", "batch", "running", "layer")
 # The last expert is read by one gate alone.
 ROUTING = mk.Routing((0, 0, 0), ((0, 1, 2), (1, 0)))
-# How far finite elements may be apart, in the tensor's largest finite magnitude.
+# How far finite elements may be apart, in the tensor's largest finite magnitude. This is no budget: beside a value so
+# large, or so small, PyTorch's own error tells little. How exact numbers are is tested without such values.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float64: 1e-9}
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import mtlkernels as mk
+from tests import requires
 
 GIGABYTE = 2**30
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, requires.cpp_kernels]  # only they fuse the forward pass on a CPU
 
 
 def peak_memory() -> int:
@@ -26,8 +27,6 @@ def free_memory() -> int:
 
 @pytest.fixture(autouse=True)
 def _cpp_on_every_core() -> Iterator[None]:
-    if "cpp" not in mk.backends()["expert_mixture"]["cpu"]:
-        pytest.skip("only the C++ kernels fuse the forward pass on a CPU")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with mk.use_backend("cpp"), torch.inference_mode():
         yield

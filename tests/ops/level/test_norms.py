@@ -125,13 +125,7 @@ def test_low_precision_beside_float32_parameters(backend: str) -> None:
     wide = dict(case.arguments)
     for name in ("scales", "shifts"):
         wide[name] = [[t.detach().float().requires_grad_() for t in layer] for layer in wide[name]]
-    with mk.use_backend(backend):
-        got, expected = evaluate(normalized.fused, Case(wide, case.dtype)), evaluate(normalized.fused, case)
-    for name, group in expected.items():
-        dtype = torch.float32 if name[:6] in ("scales", "shifts") else torch.bfloat16
-        for a, b in zip(got[name], group, strict=True):
-            assert a.dtype == dtype
-            torch.testing.assert_close(a.bfloat16(), b)
+    check(Case(wide, case.dtype), backend)  # which holds dtypes against PyTorch's as well
 
 
 @pytest.mark.parametrize("frozen", [["inputs"], ["weights", "biases"], ["scales", "shifts"], ["gate_logits"]])

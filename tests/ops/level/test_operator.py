@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mk
-from mtlkernels import _extension
 from mtlkernels.ops import activations as act
 from mtlkernels.ops.level.autograd import Level, Plan
 from mtlkernels.ops.level.spec import LAYER_NORM, Layer, LevelSpec
 from mtlkernels.testing import Case, CaseFactory
+from tests import requires
 from tests.ops.level import operator
 from tests.ops.level.gate_layers import by_layers, by_logits, random_layers
 from tests.ops.level.test_norm_modules import Experts, step
@@ -126,12 +126,11 @@ def test_parts_of_what_a_layer_has_not(part: str, implementation: str, direction
         run(*arguments)
 
 
+@requires.cpp_kernels
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rows", [1, 4, 16, 64, 100])
 def test_serving_goes_straight_to_cpp(rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without gradients neither the checks in Python nor an operator of PyTorch is on the way."""
-    if not _extension.loaded():
-        pytest.skip("no C++ kernels")
     torch.set_num_threads(threads)
     arguments = random_layers(3, torch.float32)
     arguments["inputs"] = torch.randn(rows, arguments["weights"][0][0].shape[1])

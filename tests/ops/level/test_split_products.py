@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
-from mtlkernels import _extension
+from tests import requires
 
 # "split" does the same without AMX, in a build with CMAKE_ARGS=-DMTLK_SPLIT=ON.
-SPLITTING = {"amx", "split"}
-
-pytestmark = pytest.mark.skipif(SPLITTING.isdisjoint(_extension.instruction_sets()), reason="no AMX, nor a stand-in")
+pytestmark = requires.instruction_set("amx", "split", what="AMX")
 
 ROUTING = mk.Routing.mmoe(3, 2)
 ROWS = 300  # more than the fewest for which the split pays

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mtlkernels as mk
+from tests import requires
 
 U, Z = torch.zeros(2, 5, 3), torch.ones(4, 2)
 
@@ -32,7 +33,7 @@ def test_mistakes_with_closed_grad() -> None:
         mk.snr_aver(U, Z, closed_grad=1)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif("cpp" not in mk.backends()["snr_aver"]["cpu"], reason="no C++ kernels")
+@requires.cpp_kernels
 @pytest.mark.parametrize(
     "direction, arguments, message",
     [

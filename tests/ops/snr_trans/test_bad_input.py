@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mtlkernels as mk
+from tests import requires
 
 U, W, Z = torch.zeros(2, 5, 3), torch.zeros(4, 2, 6, 3), torch.ones(4, 2)
 WEIGHTS = [W[i, j] for i in range(4) for j in range(2)]
@@ -57,7 +58,7 @@ def test_mistakes_with_closed_grad() -> None:
         mk.snr_trans(U, W, Z, closed_grad=1)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif("cpp" not in mk.backends()["snr_trans"]["cpu"], reason="no C++ kernels")
+@requires.cpp_kernels
 @pytest.mark.parametrize(
     "direction, arguments, message",
     [
