@@ -15,7 +15,7 @@ from mtlkernels import _torch
 from mtlkernels._backends import register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import copies
-from mtlkernels.ops.pcgrad import reference
+from mtlkernels.ops.pcgrad import reference, schema  # noqa: F401  (it defines the operators)
 
 _OP = "pcgrad"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtlkernels._library.definition import define, empty
+from mtlkernels._library import define, empty
 from mtlkernels.ops._layout import by_parameter
 
 
