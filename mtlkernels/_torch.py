@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.utils._device
 from torch.utils import _pytree as pytree
@@ -48,11 +46,6 @@ def legacy_vmap_level() -> int:
     level = torch._C._vmapmode_increment_nesting()
     torch._C._vmapmode_decrement_nesting()
     return level - 1
-
-
-def apply_unbound(function: Any, *args: Any) -> Any:
-    """``function.apply(*args)`` without binding the arguments to the signature, which takes longer than a small op."""
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def has_amx() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _backends, _extension
 from mtlkernels.testing import DTYPES
+
+pytest_plugins = ["tests.summary"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,15 +54,23 @@ def pytest_report_header() -> str:
     return mk.show_config()
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tests of these have no reason for which they are skipped: there are none."""
+    compiled = _extension.build_facts().get("compiled for", "").split()
+    if lacking := [name for name in compiled if name not in _extension.instruction_sets()]:
+        terminalreporter.line(f"kernels not run, as this processor lacks the instructions: {', '.join(lacking)}")
+
+
 def cpu_backends(op: str) -> tuple[str, ...]:
     """The implementations of an op to test on this install's CPU; tests/triton has those under the interpreter."""
     return tuple(name for name in mk.backends()[op]["cpu"] if name != "triton")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``backend``: each implementation by name, of the module's ``OP`` if it names one. ``dtype``: each of the four."""
+    """``backend``: each implementation by name, of one op in its folder. ``dtype``: each of the four."""
     if "backend" in metafunc.fixturenames:
-        ops = [metafunc.module.OP] if hasattr(metafunc.module, "OP") else list(mk.backends())
+        folder = metafunc.definition.path.parent.name
+        ops = [folder] if folder in mk.backends() else list(mk.backends())
         names = dict.fromkeys(name for op in ops for name in cpu_backends(op))
         metafunc.parametrize("backend", list(names))
     if "dtype" in metafunc.fixturenames:

@@ -11,6 +11,7 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _backends, _extension
 from mtlkernels.testing import Case, CaseFactory
+from tests import requires
 
 
 @pytest.fixture
@@ -39,9 +40,9 @@ def test_the_first_one_listed_is_used(case: Case) -> None:
 
 def test_forcing_the_reference_runs_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = _backends.reference_implementation("expert_mixture", "forward")
+    original = _backends.reference_implementation("level", "forward")
     monkeypatch.setitem(
-        _backends._references, ("expert_mixture", "forward"), lambda *args: calls.append("forward") or original(*args)
+        _backends._references, ("level", "forward"), lambda *args: calls.append("forward") or original(*args)
     )
     with mk.use_backend("reference"):
         mk.expert_mixture(**case.arguments)
@@ -53,9 +54,9 @@ def test_the_backward_uses_the_implementation_of_its_forward(
     case: Case, through_backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = _backends.reference_implementation("expert_mixture", "backward")
+    original = _backends.reference_implementation("level", "backward")
     monkeypatch.setitem(
-        _backends._references, ("expert_mixture", "backward"), lambda *args: calls.append("backward") or original(*args)
+        _backends._references, ("level", "backward"), lambda *args: calls.append("backward") or original(*args)
     )
     with mk.use_backend("reference"):
         outputs = mk.expert_mixture(**case.arguments)
@@ -191,7 +192,7 @@ def test_loading_the_cuda_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "_cuda.so" in (_extension._load_cuda(tmp_path) or "")
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels here")
+@requires.cpp_kernels
 def test_kept_memory_is_released() -> None:
     release = _extension.function("release_memory")
     release()
@@ -202,3 +203,17 @@ def test_kept_memory_is_released() -> None:
         before = [trunk(rows)[0].clone() for _ in range(3)]  # weights are kept when they come again
         assert release() > 0 and release() == 0
         assert all(torch.equal(y, trunk(rows)[0]) for y in before)
+
+
+@requires.cpp_kernels
+def test_the_choice_of_an_instruction_set_ends_with_the_block() -> None:
+    best = _extension.instruction_sets()[-1]
+    with _extension.instruction_set("baseline"):
+        assert _extension.build_facts()["runs as"] == "baseline"
+    assert _extension.build_facts()["runs as"] == best
+
+
+@requires.cpp_kernels
+def test_an_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="name must be one of .* got 'mmx'"), _extension.instruction_set("mmx"):
+        pass

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels import _extension
+from tests import requires
 from tests.writers import CHANGES, WRITERS
 
 
@@ -200,7 +201,7 @@ def test_memory_that_is_used_again() -> None:
         del model
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+@requires.cpp_kernels
 @pytest.mark.parametrize("name", MODELS)
 def test_every_instruction_set(name: str) -> None:
     for kind in (torch.float32, torch.bfloat16, torch.float16):

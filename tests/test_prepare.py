@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels import _extension
+from tests import requires
+from tests.ops.agreement import assert_as_exact
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 16, 64, 100, 200, 300)
@@ -25,6 +27,11 @@ def trunk(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
 def serve(model: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
         return list(model(x))
+
+
+def assert_serves_as(model: nn.Module, prepared: nn.Module, x: Tensor) -> None:
+    found = serve(prepared, x)
+    assert_as_exact(found, serve(copy.deepcopy(model).double(), x.double()), serve(model, x))
 
 
 @pytest.mark.parametrize("kind", DTYPES, ids=str)
@@ -43,9 +50,7 @@ def test_serves_the_models_numbers(batch_norm: bool, kind: torch.dtype) -> None:
                     plain = serve(model, x)
             else:
                 found, plain = serve(prepared, x), serve(model, x)
-            for y, other, true in zip(found, plain, exact, strict=True):
-                error, baseline = ((z.double() - true).norm() for z in (y, other))
-                assert error <= 3 * baseline + 8 * torch.finfo(kind).eps * true.norm()
+            assert_as_exact(found, exact, plain)
 
 
 def test_what_trains_the_model_does_not_reach_it() -> None:
@@ -74,7 +79,7 @@ def test_refuses_training() -> None:
         prepared(x)
 
 
-@pytest.mark.skipif("amx" not in _extension.instruction_sets(), reason="nothing is kept without AMX")
+@requires.amx  # without it nothing is kept
 @pytest.mark.parametrize("how", ("in place", "load_state_dict", "to"))
 def test_notices_what_is_counted(how: str) -> None:
     prepared: Any = mk.prepare(trunk())
@@ -90,9 +95,7 @@ def test_notices_what_is_counted(how: str) -> None:
     with pytest.raises(RuntimeError, match="changed after mtlkernels.prepare.*prepare the model again"):
         prepared(x)
     again = mk.prepare(prepared)
-    expected = serve(copy.deepcopy(prepared), x)
-    for y, other in zip(serve(again, x), expected, strict=True):
-        torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-5)
+    assert_serves_as(copy.deepcopy(prepared), again, x)
 
 
 def test_copies_and_pickles_are_models_like_any_other() -> None:
@@ -110,18 +113,15 @@ def test_copies_and_pickles_are_models_like_any_other() -> None:
             other.train()(x)
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+@requires.cpp_kernels
 def test_what_is_kept_goes_with_the_copy() -> None:
     """Another model at the addresses of a copy that is gone is served from its own weights."""
     x = torch.randn(200, 40)
     for seed in range(6):
         torch.manual_seed(seed)
         prepared = mk.prepare(trunk())
-        first = serve(prepared, x)
-        fresh = copy.deepcopy(prepared)
-        for y, other in zip(first, serve(fresh, x), strict=True):
-            torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-5)
-        del prepared, fresh
+        assert_serves_as(copy.deepcopy(prepared), prepared, x)
+        del prepared
         gc.collect()
 
 
@@ -140,10 +140,9 @@ def test_a_converted_model() -> None:
         Gated, experts=lambda m: m.experts, gates=lambda m: m.gates, routing=lambda m: mk.Routing.mmoe(3, 2)
     )
     model = nn.Sequential(Gated()).eval()
-    expected = serve(model, torch.ones(200, 40))
-    mk.convert(model)
-    for y, other in zip(serve(mk.prepare(model), torch.ones(200, 40)), expected, strict=True):
-        torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-5)
+    converted = copy.deepcopy(model)
+    mk.convert(converted)
+    assert_serves_as(model, mk.prepare(converted), torch.ones(200, 40))
 
 
 def test_bad_input() -> None:

@@ -10,6 +10,7 @@ import torch
 
 import mtlkernels as mk
 from mtlkernels import _extension
+from tests import requires
 
 
 def line(name: str) -> str:
@@ -32,9 +33,8 @@ def test_cpu() -> None:
     assert torch.backends.cpu.get_cpu_capability() in line("cpu")
 
 
+@requires.cpp_kernels
 def test_build_facts_of_the_extension() -> None:
-    if not _extension.loaded():
-        pytest.skip("this install is pure Python")
     for name, value in _extension.build_facts().items():
         assert f"{name} {value}" in line("extension")
 

@@ -6,10 +6,10 @@ belong to each gate.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mtlkernels._library.definition import cast_first, define, empty
+
 
 def _gated_mixture_forward(
     experts: Tensor, gate_logits: list[Tensor], gate_experts: list[int], gate_sizes: list[int]

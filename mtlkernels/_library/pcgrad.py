@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels._library.definition import define, empty
-from mtlkernels.ops._layout import alike
+from mtlkernels.ops._layout import by_parameter
 
 
 def _pcgrad_gram(grads: list[Tensor | None], num_tasks: int) -> Tensor:
@@ -33,8 +33,9 @@ def _pcgrad_weights(
 
 
 def _pcgrad_combine(grads: list[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
-    columns = [grads[start : start + num_tasks] for start in range(0, len(grads), num_tasks)]
-    return [torch.empty_like(alike([grad for grad in column if grad is not None])[0]) for column in columns]
+    return [
+        torch.empty_like(next(grad for grad in column if grad is not None)) for column in by_parameter(grads, num_tasks)
+    ]
 
 
 define("pcgrad_gram(Tensor?[] grads, int num_tasks) -> Tensor", _pcgrad_gram)

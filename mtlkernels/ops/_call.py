@@ -75,6 +75,13 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(found)
 
 
+def apply(function: Any, *args: Any) -> Any:
+    """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
+    if torch.compiler.is_compiling() or _torch.func_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*_torch.unwrap_dead_wrappers(args))
+
+
 def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:
     """Runs an op's forward operator where no gradient is wanted."""
     return run_operator(op, "forward", backend, like, *args)
@@ -91,10 +98,13 @@ def run_operator(op: str, direction: str, backend: str | None, like: Tensor, *ar
 
 def direct_to_cpp(like: Any) -> bool:
     """Whether a call with this tensor may go straight to the C++ operator: nothing wants to see it on its way."""
+    return type(like) is Tensor and like.is_cpu and unobserved()
+
+
+def unobserved() -> bool:
+    """Whether calls with plain tensors on a CPU may go straight to the C++ operators."""
     return (
-        type(like) is Tensor
-        and like.is_cpu
-        and _extension.loaded()
+        _extension.loaded()
         and _backends.forced() in (None, "cpp")
         and not torch.is_autocast_enabled("cpu")
         and not _tracing.observed()

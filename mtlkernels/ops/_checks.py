@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,16 @@ from torch import Tensor
 from mtlkernels import _tracing
 from mtlkernels._backends import autocast_enabled
 from mtlkernels.routing import Routing
+
+
+class Like(NamedTuple):
+    """What checks of other arguments have to know of a tensor [rows, width]."""
+
+    dtype: torch.dtype
+    device: torch.device
+    rows: int
+    width: int
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,12 +42,12 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {shape_of(value)}")
 
 
-def _same_under_autocast(a: Tensor, b: Tensor) -> bool:
+def _same_under_autocast(a: Tensor, b: Tensor | Like) -> bool:
     """Whether autocast is about to cast both tensors to one dtype, as it leaves activations and parameters apart."""
     return torch.float64 not in (a.dtype, b.dtype) and autocast_enabled(a.device.type)
 
 
-def check_like(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+def check_like(name: str, value: Tensor, like_name: str, like: Tensor | Like) -> None:
     """``value`` has the dtype, as far as autocast does not see to that, and the device of ``like``."""
     if value.dtype != like.dtype and not _same_under_autocast(value, like):
         raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}")
@@ -45,7 +55,7 @@ def check_like(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
 
 
-def check_parameter(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+def check_parameter(name: str, value: Tensor, like_name: str, like: Tensor | Like) -> None:
     """:func:`check_like`, or float32 beside lower precision, as PyTorch's norms take their parameters."""
     mixed = value.dtype == torch.float32 and like.dtype in (torch.bfloat16, torch.float16)
     if not (mixed and value.device == like.device):
@@ -76,7 +86,7 @@ def numbers_by_layer(name: str, what: str, value: Any, num_layers: int) -> list[
     return [float(number) for number in numbers]
 
 
-def check_logits(gate_logits: Any, routing: Routing, rows: int, like: Tensor) -> list[Tensor]:
+def check_logits(gate_logits: Any, routing: Routing, rows: int, like: Tensor | Like) -> list[Tensor]:
     """The K tensors [B, N_k] of gate logits, from a sequence of them or from one tensor [B, sum N_k].
 
     The number of rows is put into a message only when there is one: torch.compile would take it for a constant.

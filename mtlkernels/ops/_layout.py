@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,14 +29,27 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+def first_of(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """The first that is not None."""
+    return next((tensor for tensor in tensors if tensor is not None), None)
+
+
+def alike(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The tensors in one order of their elements, so that memory can be walked linearly.
 
     As they are where all are dense with the same strides, as those of a parameter in channels-last layout are;
     otherwise contiguous.
     """
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return list(tensors)
-    if all(tensor.stride() == tensors[0].stride() for tensor in tensors) and _is_dense(tensors[0]):
-        return list(tensors)
-    return [tensor.contiguous() for tensor in tensors]
+    if all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        return tensors
+    like = first_of(tensors)
+    assert like is not None
+    strides = like.stride()
+    if _is_dense(like) and all(tensor is None or tensor.stride() == strides for tensor in tensors):
+        return tensors
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def by_parameter(grads: Sequence[Tensor | None], num_tasks: int) -> list[Sequence[Tensor | None]]:
+    """For each parameter its T gradients, laid out alike; that of task t is ``grads[p * T + t]``, or None."""
+    return [alike(grads[start : start + num_tasks]) for start in range(0, len(grads), num_tasks)]

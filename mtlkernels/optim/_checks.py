@@ -16,13 +16,11 @@ def check_optimizers(optimizer: Any, beside: Any) -> list[Optimizer]:
     """The optimizer to wrap, then the others whose parameters take part."""
     if isinstance(beside, Optimizer) or not isinstance(beside, Sequence):
         raise TypeError(f"beside must be a sequence of optimizers, got {type(beside).__name__}")
-    found = []
     for i, candidate in enumerate((optimizer, *beside)):
         name = f"beside[{i - 1}]" if i else "optimizer"
         if not isinstance(candidate, Optimizer):
             raise TypeError(f"{name} must be a torch.optim.Optimizer, got {type(candidate).__name__}")
-        found.append(candidate)
-    return found
+    return [optimizer, *beside]
 
 
 def parameters_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
@@ -36,16 +34,16 @@ def check_shared(shared: Any, optimizers: Sequence[Optimizer]) -> list[Tensor]:
     if isinstance(shared, (Tensor, torch.nn.Module)) or not isinstance(shared, Iterable):
         raise TypeError(f"shared must be an iterable of parameters or None, got {type(shared).__name__}")
     known = {id(parameter) for parameter in parameters_of(optimizers)}
-    found: dict[int, Tensor] = {}
+    by_id: dict[int, Tensor] = {}
     for i, parameter in enumerate(shared):
         if not isinstance(parameter, Tensor):
             raise TypeError(f"shared[{i}] must be a parameter, got {type(parameter).__name__}")
         if id(parameter) not in known and parameter.requires_grad:
             raise ValueError(f"shared[{i}] must be a parameter of the optimizer, got another of {shape_of(parameter)}")
-        found[id(parameter)] = parameter
-    if not found:
+        by_id[id(parameter)] = parameter
+    if not by_id:
         raise ValueError("shared must hold at least one parameter, got none: is it a generator that was used before?")
-    return list(found.values())
+    return list(by_id.values())
 
 
 def check_losses(losses: Any) -> list[Tensor]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Row = list[Tensor | None]
+Grads = list[Tensor | None]
 
 
 def task_gradients(
     losses: Sequence[Tensor], shared: Sequence[Tensor], others: Sequence[Tensor], *, mean: bool, how: str
-) -> tuple[list[Row], Row]:
+) -> tuple[Grads, Grads]:
     """The gradients of ``losses``; frees their graphs, and leaves ``.grad`` of these parameters as it was.
 
     Args:
@@ -24,25 +24,26 @@ def task_gradients(
             ``loss.backward()`` a loss, whose gradients FSDP reduces.
 
     Returns:
-        T rows of gradients of ``shared``, and one row of ``others``, whose tensors nothing else refers to. None where
-        a loss does not reach a parameter.
+        The gradients of ``shared``, parameter by parameter, T each, and those of ``others``, whose tensors nothing else
+        refers to. None where a loss does not reach a parameter.
     """
     factor = 1 / len(losses) if mean else 1.0
     if how == "batched":
         return _in_one_pass(losses, shared, others, factor)
-    rows: list[Row] = []
-    totals: Row = [None] * len(others)
+    by_task: list[Sequence[Tensor | None]] = []
+    totals: Grads = [None] * len(others)
     differentiate = _by_backward if how == "backward" else _by_grad
     for i, loss in enumerate(losses):
-        found = differentiate(loss, [*shared, *others], i + 1 < len(losses))
-        rows.append(list(found[: len(shared)]))
-        totals = [_add(total, grad, factor) for total, grad in zip(totals, found[len(shared) :], strict=True)]
-        del found  # before the next pass takes memory
-    if how == "backward" and all(grad is None for row in (*rows, totals) for grad in row):
+        grads = differentiate(loss, [*shared, *others], i + 1 < len(losses))
+        by_task.append(grads[: len(shared)])
+        totals = [_add(total, grad, factor) for total, grad in zip(totals, grads[len(shared) :], strict=True)]
+        del grads  # before the next pass takes memory
+    by_parameter = [grad for column in zip(*by_task, strict=True) for grad in column]
+    if how == "backward" and all(grad is None for grad in (*by_parameter, *totals)):
         raise RuntimeError(
             "loss.backward() has left no gradient: FSDP must reduce them, without set_requires_gradient_sync(False)"
         )
-    return rows, totals
+    return by_parameter, totals
 
 
 def _by_grad(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Sequence[Tensor | None]:
@@ -50,14 +51,14 @@ def _by_grad(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Sequen
 
 
 def _by_backward(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Sequence[Tensor | None]:
-    kept = [parameter.grad for parameter in parameters]
+    before = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
         loss.backward(retain_graph=retain)
         return [parameter.grad for parameter in parameters]
     finally:
-        for parameter, grad in zip(parameters, kept, strict=True):
+        for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
 
 
@@ -76,7 +77,7 @@ def _add(total: Tensor | None, grad: Tensor | None, factor: float) -> Tensor | N
 
 def _in_one_pass(
     losses: Sequence[Tensor], shared: Sequence[Tensor], others: Sequence[Tensor], factor: float
-) -> tuple[list[Row], Row]:
+) -> tuple[Grads, Grads]:
     num_tasks = len(losses)
     picks = []
     for i, loss in enumerate(losses):
@@ -84,12 +85,13 @@ def _in_one_pass(
         pick[i] = 1
         picks.append(pick)
     try:
-        found = torch.autograd.grad(losses, [*shared, *others], picks, allow_unused=True, is_grads_batched=True)
+        stacked = torch.autograd.grad(losses, [*shared, *others], picks, allow_unused=True, is_grads_batched=True)
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError(
             "batched must be False for these losses: an operator of their backward pass cannot be batched, as those of"
             f" sparse gradients and of compiled models cannot ({error})"
         ) from error
-    columns = [[None] * num_tasks if grad is None else list(grad.unbind()) for grad in found[: len(shared)]]
-    rows: list[Row] = [[column[t] for column in columns] for t in range(num_tasks)]
-    return rows, [None if grad is None else grad.sum(0) * factor for grad in found[len(shared) :]]
+    by_parameter: Grads = [
+        grad for grads in stacked[: len(shared)] for grad in ([None] * num_tasks if grads is None else grads.unbind())
+    ]
+    return by_parameter, [None if grads is None else grads.sum(0) * factor for grads in stacked[len(shared) :]]

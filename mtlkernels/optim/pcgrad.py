@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mtlkernels.ops.pcgrad import draw_order, options_of, solve
-from mtlkernels.ops.pcgrad.checks import check_group, check_options, check_reduction
-from mtlkernels.ops.pcgrad.parameters import Gradients, collect, dtensor_class, over, together
+from mtlkernels.ops.pcgrad import draw_order, projected
+from mtlkernels.ops.pcgrad.checks import check_generator, check_group, check_options
+from mtlkernels.ops.pcgrad.gradients import Gradients, fail_together, gradients_of, has_dtensor, mean_over_ranks
 from mtlkernels.optim._checks import check_losses, check_optimizers, check_shared, check_trained, parameters_of
-from mtlkernels.optim._task_gradients import Row, task_gradients
+from mtlkernels.optim._task_gradients import Grads, task_gradients
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def _wrapped(name: str) -> Any:
+    """A method that calls the wrapped optimizer's: hooks are registered with that one, and receive it."""
+
+    @functools.wraps(getattr(Optimizer, name))
+    def method(self: PCGrad, *args: Any, **kwargs: Any) -> RemovableHandle:
+        handle: RemovableHandle = getattr(self.optimizer, name)(*args, **kwargs)
+        return handle
+
+    return method
 
 
 class PCGrad(Optimizer):
@@ -98,19 +110,15 @@ class PCGrad(Optimizer):
         self._optimizers = check_optimizers(optimizer, beside)
         if isinstance(optimizer, PCGrad):
             raise TypeError("optimizer must be one that is not wrapped yet, got PCGrad")
-        check_reduction(reduction)
         check_group(group)
-        check_options(include_self, max_norm, normalize, project, eps)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        check_generator(generator)
         if not isinstance(batched, bool):
             raise TypeError(f"batched must be True or False, got {type(batched).__name__}")
         self.optimizer = optimizer
         self.generator = generator
         self.group = group
-        self._reduction = reduction
         self._shared = None if shared is None else check_shared(shared, self._optimizers)
-        self._options = (include_self, max_norm, normalize, project, eps)
+        self._options = check_options(include_self, max_norm, normalize, project, eps, reduction)
         self._batched = batched
 
     def pc_backward(
@@ -136,16 +144,21 @@ class PCGrad(Optimizer):
             RuntimeError: ``batched`` was asked for, and the backward pass cannot be batched; another rank of the group
                 has failed in this call; or FSDP has not reduced the gradients.
         """
-        parameters, found, totals, unit = together(self.group, self._differentiate, losses, scaler)
+        parameters, gradients, totals, unit = fail_together(self.group, lambda: self._differentiate(losses, scaler))
         with torch.no_grad():
-            results, gram = self._project(found, len(totals), unit)
+            others = {"the number of parameters that are not shared": len(totals)}
+            gradients = mean_over_ranks(self.group, gradients, self._options, **others)
+            project = self._options.project
+            order = draw_order(None, self.generator, gradients.num_tasks, gradients.device, project)
+            results, gram = projected(gradients, order, self._options, unit)
             if self.group is not None and totals:
-                mean = over(self.group, together(self.group, collect, [totals], self.group), {})
+                local = fail_together(self.group, lambda: gradients_of(totals, 1, self.group))
+                mean = mean_over_ranks(self.group, local)
                 totals = mean.combine(torch.ones(1, dtype=torch.float64, device=mean.device))
             _accumulate(parameters, [*results, *totals])
         return gram
 
-    def _differentiate(self, losses: Any, scaler: Any) -> tuple[list[Tensor], Gradients, Row, Tensor | None]:
+    def _differentiate(self, losses: Any, scaler: Any) -> tuple[list[Tensor], Gradients, Grads, Tensor | None]:
         """What a rank does alone, with all of the checks.
 
         Returns:
@@ -162,15 +175,15 @@ class PCGrad(Optimizer):
             with torch.enable_grad():
                 checked = [scaler.scale(loss) for loss in checked]
             unit = scaler.scale(torch.ones((), device=checked[0].device))
-        dtensor = dtensor_class()
-        fsdp = dtensor is not None and any(isinstance(parameter, dtensor) for parameter in (*shared, *others))
+        fsdp = has_dtensor((*shared, *others))
         if fsdp and self.group is not None:
             raise ValueError("group must be None where parameters are DTensors, which know their ranks, got a group")
         if fsdp and self._batched:
             raise ValueError("batched must be False where parameters are DTensors, got True")
         how = "batched" if self._batched else "backward" if fsdp else "grad"
-        rows, totals = task_gradients(checked, shared, others, mean=self._reduction == "mean", how=how)
-        return [*shared, *others], collect(rows, self.group), totals, unit
+        mean = self._options.reduction == "mean"
+        grads, totals = task_gradients(checked, shared, others, mean=mean, how=how)
+        return [*shared, *others], gradients_of(grads, len(checked), self.group), totals, unit
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that require gradients: the shared ones, and the others."""
@@ -182,18 +195,6 @@ class PCGrad(Optimizer):
             [parameter for parameter in trained if id(parameter) in shared],
             [parameter for parameter in trained if id(parameter) not in shared],
         )
-
-    def _project(self, found: Gradients, num_others: int, unit: Tensor | None) -> tuple[Row, Tensor]:
-        """The projected gradients of the shared parameters, and the Gram matrix of their gradients over ``unit``."""
-        options = options_of(self._reduction, self._options)
-        options["the number of parameters that are not shared"] = num_others
-        found = over(self.group, found, options)
-        gram = found.gram()
-        if unit is not None:
-            gram = gram / unit.to(gram).square()
-        order = draw_order(None, self.generator, found.num_tasks, gram.device, project=self._options[3])
-        _, coefficients = solve(gram, order, *self._options, self._reduction == "mean")
-        return found.combine(found.agreed(coefficients)), gram
 
     # What follows is the wrapped optimizer's.
 
@@ -232,29 +233,12 @@ class PCGrad(Optimizer):
         """Adds a group: shared where all parameters are, or where ``shared`` held its parameters while frozen."""
         self.optimizer.add_param_group(param_group)
 
-    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
-        """Hooks, of every kind, are registered with the wrapped optimizer, and receive it."""
-        return self.optimizer.register_step_pre_hook(hook)
-
-    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
-        """See :meth:`register_step_pre_hook`."""
-        return self.optimizer.register_step_post_hook(hook)
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """See :meth:`register_step_pre_hook`."""
-        return self.optimizer.register_state_dict_pre_hook(hook, prepend=prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """See :meth:`register_step_pre_hook`."""
-        return self.optimizer.register_state_dict_post_hook(hook, prepend=prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """See :meth:`register_step_pre_hook`."""
-        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend=prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """See :meth:`register_step_pre_hook`."""
-        return self.optimizer.register_load_state_dict_post_hook(hook, prepend=prepend)
+    register_step_pre_hook = _wrapped("register_step_pre_hook")
+    register_step_post_hook = _wrapped("register_step_post_hook")
+    register_state_dict_pre_hook = _wrapped("register_state_dict_pre_hook")
+    register_state_dict_post_hook = _wrapped("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = _wrapped("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = _wrapped("register_load_state_dict_post_hook")
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -265,7 +249,7 @@ class PCGrad(Optimizer):
         self.__dict__.update(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PCGrad:
-        memo[id(self.group)] = self.group  # which is not this object's own
+        memo[id(self.group)] = self.group  # processes cannot be copied
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
@@ -274,7 +258,7 @@ class PCGrad(Optimizer):
         return f"{type(self).__name__}({self.optimizer!r})"
 
 
-def _accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+def _accumulate(parameters: Sequence[Tensor], grads: Grads) -> None:
     """Adds to ``.grad``; gradients that are the first become ``.grad`` as they are."""
     totals: dict[type, list[Tensor]] = {}
     addends: dict[type, list[Tensor]] = {}

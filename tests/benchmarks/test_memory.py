@@ -16,11 +16,12 @@ from benchmarks.peers.per_expert import PerExpertTrunk
 from benchmarks.peers.shape import TrunkShape
 from benchmarks.suites import mixture
 from mtlkernels import _extension
+from tests import requires
 
 CPU = torch.device("cpu")
 SETS = [isa for isa in _extension.instruction_sets() if isa != "amx"]
 
-pytestmark = pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels here")
+pytestmark = requires.cpp_kernels
 
 
 def share_of_eager(shape: TrunkShape, rows: int, dtype: torch.dtype) -> float:
@@ -38,7 +39,7 @@ def test_two_levels(precision: torch.dtype, most: float, threads: int) -> None:
         assert share_of_eager(mixture.TWO_LEVELS, 4096, precision) < most
 
 
-@pytest.mark.skipif("avx512bf16" not in SETS, reason="no bfloat16 dot products; weights in float32 take twice as much")
+@requires.instruction_set("avx512bf16", what="bfloat16 dot products")  # weights in float32 take twice as much
 @pytest.mark.parametrize("rows, most", [(16, 1.5), (64, 1.9), (256, 1.9)])
 def test_few_rows(rows: int, most: float) -> None:
     """Then most are the parameters' gradients, which eager modules have as well."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
+from tests.summary import note_second_trial
 
 # float32 results that differ by less than a few roundings are the same.
 FLOOR = 8 * torch.finfo(torch.float32).eps
@@ -82,9 +83,13 @@ def assert_agrees(found: Any, originals: Iterator[Any], exact: Any) -> None:
     for original in originals:
         seen.append(original)
         try:
-            return assert_within(found, seen, exact)
+            assert_within(found, seen, exact)
         except AssertionError as error:
             failure = error
+            continue
+        if len(seen) > 1:
+            note_second_trial("within the error of one of several runs of the library")
+        return
     raise failure
 
 

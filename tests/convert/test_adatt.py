@@ -15,6 +15,7 @@ from mtlkernels._convert import registry
 from tests.convert import adatt
 from tests.convert.agreement import assert_converts
 from tests.convert.models import fill
+from tests.ops.agreement import assert_as_exact
 
 WIDTH, TASKS = 10, 3
 UNITS = ((12, 7), (9,), (8, 6))
@@ -111,10 +112,11 @@ def test_compiles_in_one_graph() -> None:
     compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
     x = inputs(streams)(9, 0, torch.float32)
     torch.testing.assert_close(compiled(*x), model(*x))
+    exact = copy.deepcopy(model).double()
     compiled(*x).sum().backward()
     model(*x).sum().backward()
-    for ours, theirs in zip(converted.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    exact(*(stream.double() for stream in x)).sum().backward()
+    assert_as_exact(*([p.grad for p in m.parameters()] for m in (converted, exact, model)))
 
 
 def without_residual(model: Any, i: int, mixed: Any, streams: Any) -> list[Any]:

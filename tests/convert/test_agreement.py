@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.convert import agreement
 from tests.convert.agreement import assert_agrees, nudged
 
 EXACT = torch.full((4,), 2.0, dtype=torch.float64)
@@ -18,8 +19,12 @@ def result(off: float) -> Any:
 
 
 @pytest.mark.parametrize("off, runs", [(1e-3, 1), (1e-2, 2), (1e-1, 3)])
-def test_a_run_is_asked_for_where_those_before_it_are_not_enough(off: float, runs: int) -> None:
+def test_a_run_is_asked_for_where_those_before_it_are_not_enough(
+    off: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[float] = []
+    noted: list[str] = []
+    monkeypatch.setattr(agreement, "note_second_trial", noted.append)
 
     def originals() -> Iterator[Any]:
         for theirs in (1e-3, 1e-2, 1e-1):
@@ -27,7 +32,7 @@ def test_a_run_is_asked_for_where_those_before_it_are_not_enough(off: float, run
             yield result(theirs)
 
     assert_agrees(result(2 * off), originals(), {"outputs": {"y": EXACT}})
-    assert len(asked) == runs
+    assert len(asked) == runs and len(noted) == (runs > 1)
 
 
 def test_an_error_beyond_all_runs() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.folding import norm_refusal
 from mtlkernels.ops._folding import fold
+from tests.ops.agreement import assert_as_exact
 
 
 def pair(affine: bool = True, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -61,7 +62,8 @@ def test_a_layer_of_experts_at_once() -> None:
     weights, biases = fold([e[0].weight for e in experts], [e[0].bias for e in experts], [e[1] for e in experts])
     x = torch.randn(30, 9)
     for expert, weight, bias in zip(experts, weights, biases, strict=True):
-        torch.testing.assert_close(nn.functional.linear(x, weight, bias), expert(x), rtol=1e-5, atol=1e-5)
+        exact = copy.deepcopy(expert).double()(x.double())
+        assert_as_exact(nn.functional.linear(x, weight, bias), exact, expert(x))
     mixed = [pair(), pair().bfloat16()]
     found, _ = fold([e[0].weight for e in mixed], [e[0].bias for e in mixed], [e[1] for e in mixed])
     assert [weight.dtype for weight in found] == [torch.float32, torch.bfloat16]

@@ -27,6 +27,7 @@ import mtlkernels as mk
 from mtlkernels import _backends, _extension
 from mtlkernels._convert import registry
 from mtlkernels._convert.kernels import pays
+from tests import requires
 from tests.convert import doubles
 from tests.convert.models import by_name, features, fill, mmoe, ple, rechub_mmoe, rechub_ple
 
@@ -194,7 +195,7 @@ def test_the_devices_of_a_models_parts_decide(monkeypatch: pytest.MonkeyPatch) -
     assert [line.path for line in report.replaced] == ["1"]
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason="this install has no kernels")
+@requires.cpp_kernels
 def test_on_meta_a_model_is_converted(fused_calls: list[int]) -> None:
     model = Own().to("meta")
     assert mk.convert(model).replaced
@@ -222,7 +223,7 @@ def test_what_is_fast(kernels: bool, lose: Any, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(_backends, "_without_cpp", set())
         monkeypatch.setattr(_backends, "has_triton", lambda: True)
     places = [(device, dtype) for device in ("cpu", "cuda", "meta", "mps", "xpu") for dtype in KEPT.values()]
-    fast = {place for place in places if _backends.fast("expert_mixture", *place)}
+    fast = {place for place in places if _backends.fast("level", *place)}
     assert fast == ({*places[:3], *places[4:6]} if kernels else set())
     assert _backends.fast("pcgrad", "cuda", torch.float64) == kernels
 

@@ -17,6 +17,7 @@ from mtlkernels.ops.gated_mixture import mix_list
 from tests.convert import doubles
 from tests.convert.agreement import Inputs, assert_converts, tensors
 from tests.convert.models import by_name, features, fill, mmoe, ple, rechub_mmoe, rechub_ple
+from tests.ops.agreement import assert_as_exact
 
 WIDTH, TASKS = 10, 3
 
@@ -337,12 +338,12 @@ def test_dropout_behind_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "; gate 1 with dropout 0.5 of its shares, mixed by itself in training" in str(mk.convert(other))
     calls = mixings(monkeypatch)
     found = []
-    for m in (model, other):
+    for m, dtype in ((other, torch.float32), (copy.deepcopy(model).double(), torch.float64), (model, torch.float32)):
         torch.manual_seed(5)
-        y = m(*rechub_inputs(300, 0, torch.float32))
+        y = m(*rechub_inputs(300, 0, dtype))
         y.sum().backward()
         found.append([y, *(p.grad for p in m.cgc_layers.parameters())])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    assert_as_exact(*found)
     assert not calls
     with torch.no_grad():
         torch.testing.assert_close(

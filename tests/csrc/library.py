@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 OPTIONS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler, which this machine lacks")
 
 
 @functools.cache

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mtlkernels import _extension
+from tests import requires
 from tests.csrc import library
 
 pytestmark = [
     library.needs_compiler,
-    pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels"),
-    pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library"),
+    requires.cpp_kernels,
+    pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library"),
 ]
 
 

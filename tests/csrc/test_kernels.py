@@ -16,7 +16,7 @@ from mtlkernels import _backends
 from mtlkernels.ops.pcgrad import cuda, reference
 from mtlkernels.testing import DTYPES, random_task_gradients
 from tests.csrc import library
-from tests.ops.definition import assert_pcgrad_agrees
+from tests.ops.pcgrad.definition import assert_agrees
 
 pytestmark = library.needs_compiler
 EPS = torch.finfo(torch.float64).eps
@@ -263,7 +263,7 @@ def test_the_public_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
         "project": rng.random() < 0.8,
     }
     with library.operators(seed):
-        assert_pcgrad_agrees(case.grads, case.order, **options)
+        assert_agrees(case.grads, case.order, **options)
 
 
 def test_more_tasks_than_the_kernels_take() -> None:
@@ -287,15 +287,23 @@ PLAIN = (None, False, None, False, True, 0.0, False)
     [
         (lambda: cuda.gram([A, A, A], 2), ValueError, r"num_tasks = 2 entries a parameter, got 3"),
         (lambda: cuda.gram([A], 0), ValueError, r"num_tasks must be at least 1, got 0"),
-        (lambda: cuda.gram([A, B], 2), ValueError, r"grads\[1\]\[0\] must have shape \[3\], got \[2, 2\]"),
-        (lambda: cuda.gram([A, D], 2), TypeError, r"grads\[1\]\[0\] must have dtype torch.float32, got torch.float64"),
+        (lambda: cuda.gram([A, B], 2), ValueError, r"grads\[1\]\[0\] must have shape \[3\] as .* have, got \[2, 2\]"),
+        (
+            lambda: cuda.gram([A, D], 2),
+            TypeError,
+            r"grads\[1\]\[0\] must have dtype torch.float32 as .* got torch.float64",
+        ),
         (lambda: cuda.gram([A.int()], 1), TypeError, r"must be float32, bfloat16, float16 or float64, got torch.int32"),
-        (lambda: cuda.gram([A, A.to("meta")], 2), ValueError, r"grads\[1\]\[0\] must be dense and on cpu, got .* meta"),
-        (lambda: cuda.gram([A.to_sparse()], 1), ValueError, r"must be dense and on cpu, got torch.sparse_coo"),
+        (lambda: cuda.gram([A, A.to("meta")], 2), ValueError, r"grads\[1\]\[0\] must be on cpu as .* is, got meta"),
+        (lambda: cuda.gram([A.to_sparse()], 1), TypeError, r"grads\[0\]\[0\] must be dense, got .* torch.sparse_coo"),
         (lambda: cuda.combine([None, None], 2, D[:2]), ValueError, r"a gradient for each parameter, got none for 0"),
         (lambda: cuda.combine([A, A], 2, D), ValueError, r"coefficients must have shape \[2\] in float64, got \[3\]"),
         (lambda: cuda.combine([A], 1, D[:1].to("meta")), ValueError, r"grads must be on meta .*, got cpu"),
-        (lambda: cuda.weights(D[:2].expand(3, 2), *PLAIN), ValueError, r"gram must be a matrix \[T, T\], got \[3, 2\]"),
+        (
+            lambda: cuda.weights(D[:2].expand(3, 2), *PLAIN),
+            ValueError,
+            r"gram must have shape \[T, T\] .* got \[3, 2\]",
+        ),
         (lambda: cuda.weights(B, *PLAIN), TypeError, r"gram must be float64, got torch.float32"),
         (lambda: cuda.weights(B.double(), A.long(), *PLAIN[1:]), ValueError, r"order must have a row for each of 2"),
     ],

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
-from mtlkernels import _backends, _extension
+from mtlkernels import _backends
 from mtlkernels.ops.pcgrad import cuda, reference
 from mtlkernels.testing import random_task_gradients
-from tests.ops.definition import assert_pcgrad_agrees
+from tests import requires
+from tests.ops.pcgrad.definition import assert_agrees
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-    pytest.mark.skipif(not _extension.cuda_loaded(), reason=f"no CUDA C++ kernels: {_extension.cuda_load_error()}"),
-]
+pytestmark = [requires.cuda_gpu, requires.cuda_kernels]
 DEVICE = "cuda"
 
 
@@ -59,7 +57,7 @@ def test_random_lists(seed: int) -> None:
         "normalize": rng.random() < 0.2,
         "project": rng.random() < 0.8,
     }
-    assert_pcgrad_agrees(case.grads, case.order, **options)
+    assert_agrees(case.grads, case.order, **options)
 
 
 @pytest.mark.parametrize("tasks", range(1, 65))

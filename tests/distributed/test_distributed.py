@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests import requires
 from tests.distributed import failure
 from tests.distributed.processes import logs, run
 from tests.distributed.worker import checks_of
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="gloo is not built in"
-)
+pytestmark = requires.gloo
 MODULES = ["data_parallel", "sharded", "optimizer", "converted", "failure"]  # the last one ends a rank
 
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 import mtlkernels as mk
 from mtlkernels.testing import random_task_gradients
+from tests import requires
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="gloo is not built in")
+pytestmark = requires.gloo
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mtlkernels import _extension
+from tests import requires
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or not _extension.loaded(), reason="no fork, or no C++ kernels")
+@requires.cpp_kernels
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks, which this system lacks")
 def test_children_of_a_fork_during_calls() -> None:
     command = [sys.executable, "-W", "error", "-m", "tests.ops.forking"]
     run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import mtlkernels as mk
 from mtlkernels.ops.activations import CODES, WITH_SLOPES
-from mtlkernels.testing import Case, CaseFactory, evaluate
-from tests.ops import normalized
-from tests.ops.definition import assert_agrees
+from mtlkernels.testing import Case, CaseFactory
+from tests.ops.agreement import assert_as_exact
+from tests.ops.level import normalized
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PLE = mk.Routing.cgc(2, 2, 1, shared_gate=True)
 Make = Callable[[str], Case]
-# As in tests/ops/test_normalized_mixture.py: a norm divides by a spread that rounding moves.
-FACTOR = 5.0
 
 
 def _case(
@@ -102,13 +100,11 @@ def cases(scale: int = 1) -> dict[str, Make]:
 
 def check(name: str, device: str, scale: int = 1) -> None:
     """Outputs and gradients against the definition in float64, judged by the reference's error."""
-    case = cases(scale)[name](device)
-    with mk.use_backend("triton"):
-        assert_agrees(normalized.fused, case, normalized.by_reference, 1, normalized.definition, FACTOR)
+    normalized.check(cases(scale)[name](device), "triton")
 
 
 def check_gradients_asked_for(needs: tuple[bool, ...], activation: str, device: str) -> None:
-    """Each set of gradients alone, in the reference's form."""
+    """Each set of gradients alone."""
     options = {"affine": [False, True], "biases": [True, False], "one_slope": [True, False]}
     case = _case(F32, 35, [12, 16, 9], ["layer", "batch"], activation=activation, **options)(device)
     names = ("inputs", "weights", "biases", "scales", "slopes", "gate_logits")
@@ -118,24 +114,20 @@ def check_gradients_asked_for(needs: tuple[bool, ...], activation: str, device: 
     for name, leaves in case.leaves().items():
         for leaf in leaves:
             leaf.requires_grad_(name.partition("[")[0] in wanted)
-    with mk.use_backend("triton"):
-        got = evaluate(normalized.fused, case)
-    with mk.use_backend("reference"):
-        expected = evaluate(normalized.fused, case)
-    assert got.keys() == expected.keys()
-    for name, group in got.items():
-        for a, b in zip(group, expected[name], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    normalized.check(case, "triton")
 
 
-def statistics(device: str) -> tuple[list[Tensor], list[Tensor]]:
+def check_statistics(device: str) -> None:
     """Running statistics of norms after a step by the kernels, and by PyTorch's module."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(300, 16, generator=generator) + 100).to(device)
     weight = torch.randn(2, 20, 16, generator=generator).to(device)
-    norms, others = ([torch.nn.BatchNorm1d(20).to(device) for _ in range(2)] for _ in range(2))
+    norms, usual = ([torch.nn.BatchNorm1d(20).to(device) for _ in range(2)] for _ in range(2))
+    exact = copy.deepcopy(usual)
     with mk.use_backend("triton"):
         mk.expert_mixture(x, [weight], None, torch.zeros(300, 2, device=device), mk.Routing.mmoe(2, 1), norms=[norms])
-    for e, other in enumerate(others):
-        other(x @ weight[e].t())
-    return tuple([b for norm in each for b in norm.buffers()] for each in (norms, others))  # type: ignore[return-value]
+    for e in range(2):
+        usual[e](x @ weight[e].t())
+        exact[e].double()(x.double() @ weight[e].double().t())
+    buffers = ([[norm.running_mean, norm.running_var] for norm in each] for each in (norms, exact, usual))
+    assert_as_exact(*buffers)

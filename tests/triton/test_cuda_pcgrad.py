@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 import mtlkernels as mk  # noqa: E402
+from tests import requires
 from tests.triton.pcgrad_cases import (  # noqa: E402
     CHUNKS,
     SHAPES,
@@ -25,7 +26,7 @@ from tests.triton.pcgrad_cases import (  # noqa: E402
     sized,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = requires.cuda_gpu
 # Float32 products are what other GPUs than those for computing centres take; they run on any.
 WIDE = pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
 

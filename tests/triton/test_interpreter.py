@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.summary import note_those_of
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 FILES = ("interpreted.py", "interpreted_norms.py", "interpreted_launches.py", "interpreted_pcgrad.py")
@@ -24,3 +26,4 @@ def test_kernels_agree_with_the_reference(name: str) -> None:
     output = run.stdout.decode(errors="replace")
     assert run.returncode == 0, output[-10000:]
     assert re.search(r"\d+ passed", output) and "skipped" not in output, output[-2000:]
+    note_those_of(output, f"in {name}")

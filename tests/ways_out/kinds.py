@@ -205,7 +205,7 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 def assert_same(found: Any, expected: Any, what: str = "") -> None:
-    """Within float32's rounding, and not all of it zero."""
+    """Within float32's rounding, and not all of it zero: a way out runs the reference, whose errors are tested."""
     ours, theirs = outputs(found), outputs(expected)
     assert len(ours) == len(theirs) > 0, what
     for a, b in zip(ours, theirs, strict=True):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _backends, _tracing
-from mtlkernels.ops._autograd import apply
 from mtlkernels.ops._call import (
+    apply,
     distinct,
     needs_function,
     needs_plain,

@@ -1,24 +1,81 @@
-"""Checks of expert_mixture's arguments; each returns them in the operator's form."""
+"""The arguments of expert_mixture: each check returns what it checked in the form in which it travels on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mtlkernels.ops._checks import (
+    Like,
     as_sequence,
     check_like,
+    check_logits,
     check_parameter,
+    check_routing,
     check_tensor,
     numbers_by_layer,
     shape_of,
 )
 from mtlkernels.ops.activations import CODES, DICE, has_slopes
+from mtlkernels.ops.level.norms import Norm, check_dropout, check_gate_norms, check_norms
 from mtlkernels.routing import Routing
 
-Check = Callable[[str, Tensor, str, Tensor], None]
+Check = Callable[[str, Tensor, str, Like], None]
+
+
+class Arguments(NamedTuple):
+    """Streams; then by layer: weights, activations, norms, dropout and eps; biases and slopes by layer, then expert.
+
+    ``gates`` are weights, biases, and norms or none at all, of gates that are linear layers; otherwise None, and
+    ``logits`` has an entry a gate.
+    """
+
+    streams: list[Tensor]
+    layers: list[list[Tensor]]
+    biases: list[Tensor | None]
+    codes: tuple[int, ...]
+    norms: list[Norm | None]
+    dropout: tuple[float, ...]
+    slopes: list[Tensor | None]
+    dice_eps: tuple[float, ...]
+    gates: tuple[list[Tensor], list[Tensor | None], list[Any]] | None
+    logits: list[Tensor]
+
+
+def check_arguments(
+    inputs: Any,
+    weights: Any,
+    biases: Any,
+    gate_logits: Any,
+    routing: Any,
+    activation: Any,
+    gate_weights: Any,
+    gate_biases: Any,
+    gate_norms: Any,
+    norms: Any,
+    dropout: Any,
+    slopes: Any,
+    dice_eps: Any,
+) -> Arguments:
+    """See :func:`mtlkernels.expert_mixture`."""
+    check_routing(routing)
+    streams = check_inputs(inputs, routing)
+    x = streams[0]
+    like = Like(x.dtype, x.device, *x.shape)
+    layers = check_weights(weights, routing, like)
+    bias_list = check_biases(biases, layers, routing, like)
+    codes = activation_codes(activation, len(layers))
+    layer_norms = check_norms(norms, layers, routing, like)
+    rates = check_dropout(dropout, len(layers))
+    slope_list, epsilons = check_slopes(slopes, dice_eps, codes, layers, routing, like)
+    of_layers = (streams, layers, bias_list, codes, layer_norms, rates, slope_list, epsilons)
+    gates = check_gate_layers(gate_logits, gate_weights, gate_biases, len(streams), routing, like)
+    modules = check_gate_norms(gate_norms, None if gates is None else gates[0], like)
+    if gates is not None:
+        return Arguments(*of_layers, (*gates, modules), [])
+    return Arguments(*of_layers, None, check_logits(gate_logits, routing, like.rows, like))
 
 
 def check_inputs(inputs: Any, routing: Routing) -> list[Tensor]:
@@ -40,13 +97,13 @@ def check_inputs(inputs: Any, routing: Routing) -> list[Tensor]:
 
 
 def _per_expert(
-    name: str, value: Any, routing: Routing, x: Tensor, dim: int, shape: str, check: Check = check_like
+    name: str, value: Any, routing: Routing, like: Like, dim: int, shape: str, check: Check = check_like
 ) -> list[Tensor]:
     """A layer's E tensors, from one stacked tensor or from a sequence; ``check`` sees to dtype and device."""
     experts = routing.num_experts
     if isinstance(value, Tensor):
         check_tensor(name, value, dim + 1, f"[{experts}, {shape}]")
-        check(name, value, "inputs", x)
+        check(name, value, "inputs", like)
         if value.shape[0] != experts:
             raise ValueError(f"{name} must have shape [{experts}, {shape}], got {shape_of(value)}")
         return list(value.unbind(0))
@@ -55,21 +112,21 @@ def _per_expert(
         raise ValueError(f"{name} must hold a tensor for each of {experts} experts, got {len(tensors)}")
     for e, tensor in enumerate(tensors):
         check_tensor(f"{name}[{e}]", tensor, dim, f"[{shape}]")
-        check(f"{name}[{e}]", tensor, "inputs", x)
+        check(f"{name}[{e}]", tensor, "inputs", like)
     return tensors
 
 
-def check_weights(weights: Any, routing: Routing, x: Tensor) -> list[list[Tensor]]:
+def check_weights(weights: Any, routing: Routing, like: Like) -> list[list[Tensor]]:
     """For each layer, its E weights."""
     if isinstance(weights, Tensor):
         raise TypeError("weights must be a sequence with an entry a layer, got a tensor; wrap one layer in a list")
     layers = []
-    width = x.shape[1]
+    width = like.width
     entries = as_sequence("weights", weights, "a sequence with an entry a layer")
     if not entries:
         raise ValueError("weights must hold at least one layer, got none")
     for i, entry in enumerate(entries):
-        layer = _per_expert(f"weights[{i}]", entry, routing, x, 2, f"H_out, {width}")
+        layer = _per_expert(f"weights[{i}]", entry, routing, like, 2, f"H_out, {width}")
         out = layer[0].shape[0]
         for e, tensor in enumerate(layer):
             if tensor.shape[0] != out or tensor.shape[1] != width:
@@ -79,7 +136,7 @@ def check_weights(weights: Any, routing: Routing, x: Tensor) -> list[list[Tensor
     return layers
 
 
-def check_biases(biases: Any, layers: list[list[Tensor]], routing: Routing, x: Tensor) -> list[Tensor | None]:
+def check_biases(biases: Any, layers: list[list[Tensor]], routing: Routing, like: Like) -> list[Tensor | None]:
     """For each layer and expert its bias or None, in one list."""
     experts = routing.num_experts
     if biases is None:
@@ -95,7 +152,7 @@ def check_biases(biases: Any, layers: list[list[Tensor]], routing: Routing, x: T
             flat += [None] * experts
             continue
         out = layer[0].shape[0]
-        tensors = _per_expert(f"biases[{i}]", entry, routing, x, 1, f"{out}")
+        tensors = _per_expert(f"biases[{i}]", entry, routing, like, 1, f"{out}")
         for e, tensor in enumerate(tensors):
             if tensor.shape[0] != out:
                 raise ValueError(f"biases[{i}][{e}] must have shape [{out}], got {shape_of(tensor)}")
@@ -113,7 +170,7 @@ def _per_gate(name: str, value: Any, sizes: list[int]) -> list[Any]:
 
 
 def check_gate_layers(
-    gate_logits: Any, gate_weights: Any, gate_biases: Any, streams: list[Tensor], routing: Routing
+    gate_logits: Any, gate_weights: Any, gate_biases: Any, num_inputs: int, routing: Routing, like: Like
 ) -> tuple[list[Tensor], list[Tensor | None]] | None:
     """Weights and biases of gates that are linear layers; None where logits are given."""
     if gate_weights is None:
@@ -122,8 +179,8 @@ def check_gate_layers(
         return None
     if gate_logits is not None:
         raise ValueError("gate_logits must be None where gate_weights are given, got both")
-    sizes, x = [len(gate) for gate in routing.gate_experts], streams[0]
-    if 1 < len(streams) < len(sizes):
+    sizes = [len(gate) for gate in routing.gate_experts]
+    if 1 < num_inputs < len(sizes):
         raise ValueError(f"gate_weights need an input for each of {len(sizes)} gates, or one for all; pass gate_logits")
     weights = _per_gate("gate_weights", gate_weights, sizes)
     biases = [None] * len(sizes) if gate_biases is None else _per_gate("gate_biases", gate_biases, sizes)
@@ -131,11 +188,11 @@ def check_gate_layers(
         if len(entries) != len(sizes):
             raise ValueError(f"{name} must hold an entry for each of {len(sizes)} gates, got {len(entries)}")
     for k, (weight, bias, size) in enumerate(zip(weights, biases, sizes, strict=True)):
-        for name, tensor, shape in (("gate_weights", weight, (size, x.shape[1])), ("gate_biases", bias, (size,))):
+        for name, tensor, shape in (("gate_weights", weight, (size, like.width)), ("gate_biases", bias, (size,))):
             if tensor is None and name == "gate_biases":
                 continue
             check_tensor(f"{name}[{k}]", tensor, len(shape), f"{list(shape)}")
-            check_like(f"{name}[{k}]", tensor, "inputs", x)
+            check_like(f"{name}[{k}]", tensor, "inputs", like)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}[{k}] must have shape {list(shape)}, got {shape_of(tensor)}")
     return weights, biases
@@ -159,7 +216,7 @@ def activation_codes(activation: Any, num_layers: int) -> tuple[int, ...]:
 
 
 def check_slopes(
-    slopes: Any, dice_eps: Any, codes: tuple[int, ...], layers: list[list[Tensor]], routing: Routing, x: Tensor
+    slopes: Any, dice_eps: Any, codes: tuple[int, ...], layers: list[list[Tensor]], routing: Routing, like: Like
 ) -> tuple[list[Tensor | None], tuple[float, ...]]:
     """For each layer and expert the slopes of its activation or None, in one list; and the eps of each layer."""
     what = "None or a sequence with an entry a layer"
@@ -176,7 +233,7 @@ def check_slopes(
             flat += [None] * routing.num_experts
             continue
         width = layer[0].shape[0]
-        own = _per_expert(name, entry, routing, x, 1, f"{width} or 1", check_parameter)
+        own = _per_expert(name, entry, routing, like, 1, f"{width} or 1", check_parameter)
         for e, tensor in enumerate(own):
             if tensor.shape[0] not in (width, 1):
                 raise ValueError(f"{name}[{e}] must have shape [{width}] or [1], got {shape_of(tensor)}")

@@ -11,14 +11,8 @@ from torch import Tensor
 from mtlkernels import _backends
 from mtlkernels.ops._call import needs_function, needs_plain, traced_under_func
 from mtlkernels.ops.pcgrad import autograd, reference  # noqa: F401  (autograd registers the operators' rules)
-from mtlkernels.ops.pcgrad.checks import (
-    check_gram,
-    check_group,
-    check_options,
-    check_order,
-    check_reduction,
-)
-from mtlkernels.ops.pcgrad.parameters import Gradients, collect, over, together
+from mtlkernels.ops.pcgrad.checks import Options, check_generator, check_gram, check_group, check_options, check_order
+from mtlkernels.ops.pcgrad.gradients import Gradients, fail_together, flattened, gradients_of, mean_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,7 +42,8 @@ def gram(grads: Grads, *, group: ProcessGroup | None = None) -> Tensor:
         RuntimeError: another rank of the group has failed.
     """
     check_group(group)
-    return over(group, together(group, collect, grads, group), {}).gram()
+    gradients = fail_together(group, lambda: gradients_of(*flattened(grads), group))
+    return mean_over_ranks(group, gradients).gram()
 
 
 def pcgrad_weights(
@@ -78,9 +73,8 @@ def pcgrad_weights(
         ValueError: a shape or a value is wrong.
     """
     check_gram(gram)
-    check_options(include_self, max_norm, normalize, project, eps)
-    drawn = draw_order(order, generator, gram.shape[0], gram.device, project)
-    return solve(gram, drawn, include_self, max_norm, normalize, project, eps, False)[0]
+    options = check_options(include_self, max_norm, normalize, project, eps)
+    return solve(gram, draw_order(order, generator, gram.shape[0], gram.device, project), options)[0]
 
 
 def pcgrad(
@@ -151,39 +145,23 @@ def pcgrad(
         RuntimeError: another rank of the group has failed.
     """
     check_group(group)
-    options = (include_self, max_norm, normalize, project, eps)
-    mean, found, drawn = together(group, _prepare, grads, order, generator, reduction, options, group)
-    found = over(group, found, options_of(reduction, options))
-    inner = found.gram()
-    if drawn is not None:
-        drawn = drawn.to(inner.device)  # elsewhere only where this rank of a group has no gradient
-    _, coefficients = solve(inner, drawn, *options, mean)
-    results = found.combine(found.agreed(coefficients))
+
+    def prepared() -> tuple[Options, Gradients, Tensor | None]:
+        """What this rank can do and check alone."""
+        options = check_options(include_self, max_norm, normalize, project, eps, reduction)
+        gradients = gradients_of(*flattened(grads), group)
+        return options, gradients, draw_order(order, generator, gradients.num_tasks, gradients.device, project)
+
+    options, gradients, drawn = fail_together(group, prepared)
+    results, _ = projected(mean_over_ranks(group, gradients, options), drawn, options)
     return results[0] if isinstance(grads, Tensor) else results
-
-
-def _prepare(
-    grads: Any, order: Any, generator: Any, reduction: Any, options: tuple[Any, ...], group: ProcessGroup | None
-) -> tuple[bool, Gradients, Tensor | None]:
-    """What this rank can do and check alone."""
-    mean = check_reduction(reduction)
-    check_options(*options)
-    found = collect(grads, group)
-    return mean, found, draw_order(order, generator, found.num_tasks, found.device, project=options[3])
-
-
-def options_of(reduction: str, options: tuple[Any, ...]) -> dict[str, Any]:
-    """What ranks must agree on, by name."""
-    names = ("include_self", "max_norm", "normalize", "project", "eps")
-    return {"reduction": reduction, **dict(zip(names, options, strict=True))}
 
 
 def draw_order(
     order: Any, generator: torch.Generator | None, num_tasks: int, device: torch.device, project: bool
 ) -> Tensor | None:
     """The order of projections on ``device``, drawn where it is not given."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    check_generator(generator)
     if order is not None:
         if generator is not None:
             raise ValueError("generator must be None where order is given, got both")
@@ -195,10 +173,24 @@ def draw_order(
     return keys.argsort(dim=1).to(device, non_blocking=True)
 
 
-def solve(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    """The projected gradients' coefficients [T, T], and the result's [T]; ``options`` as in ``reference.weights``."""
+def projected(
+    gradients: Gradients, order: Tensor | None, options: Options, unit: Tensor | None = None
+) -> tuple[list[Tensor | None], Tensor]:
+    """What PCGrad makes of gradients, and their Gram matrix; ``unit`` is what a scaler has multiplied them by."""
+    gram = gradients.gram()
+    if unit is not None:
+        gram = gram / unit.to(gram).square()
+    if order is not None:
+        order = order.to(gram.device)  # elsewhere only where this rank of a group has no gradient
+    _, coefficients = solve(gram, order, options)
+    return gradients.combine(gradients.agreed(coefficients)), gram
+
+
+def solve(gram: Tensor, order: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """The projected gradients' coefficients [T, T], and the result's [T]."""
+    args = (*options[:-1], options.reduction == "mean")
     if traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_function((gram,)):
-        return reference.weights(gram, order, *options)
+        return reference.weights(gram, order, *args)
     run = _backends.implementation("pcgrad", "weights", _backends.forced(), gram)
-    rows, coefficients = run(gram, order, *options)
+    rows, coefficients = run(gram, order, *args)
     return rows, coefficients

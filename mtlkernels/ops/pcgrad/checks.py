@@ -4,85 +4,79 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtlkernels import _torch
-from mtlkernels.ops._checks import DTYPES, as_sequence, shape_of
-
-Column = tuple[Tensor | None, ...]
-
-
-def columns_of(grads: Any) -> tuple[int, list[Column]]:
-    """The number of tasks, and for each parameter its T gradients, from ``grads`` as the public functions take it.
-
-    Looks at the structure alone; :func:`check_columns` looks at the tensors.
-    """
-    if isinstance(grads, Tensor):
-        if grads.dim() != 2:
-            raise ValueError(f"grads must be a matrix [T, P] or a sequence of T sequences, got {shape_of(grads)}")
-        if grads.layout != torch.strided:
-            raise TypeError(f"grads must be a dense matrix or a sequence of sequences, got layout {grads.layout}")
-        rows: list[Any] = [(row,) for row in grads.unbind(0)]
-    else:
-        what = "a matrix [T, P] or a sequence over T tasks"
-        rows = [
-            as_sequence(f"grads[{t}]", row, "a sequence over parameters")
-            for t, row in enumerate(as_sequence("grads", grads, what))
-        ]
-    if not rows:
-        raise ValueError("grads must hold the gradients of at least one task, got none")
-    for t, row in enumerate(rows):
-        if len(row) != len(rows[0]):
-            raise ValueError(f"grads[{t}] must hold {len(rows[0])} parameters as grads[0] does, got {len(row)}")
-    return len(rows), list(zip(*rows, strict=True))
+from mtlkernels.ops._checks import DTYPES, shape_of
+from mtlkernels.ops._layout import first_of
+from mtlkernels.ops.pcgrad.sparse import is_sparse
 
 
-def check_columns(columns: Sequence[Column]) -> None:
+class Options(NamedTuple):
+    """What acts on T x T numbers, checked; see :func:`mtlkernels.pcgrad`. All ranks must have the same."""
+
+    include_self: bool
+    max_norm: float | None
+    normalize: bool
+    project: bool
+    eps: float
+    reduction: str
+
+
+def check_gradients(grads: Sequence[Any], num_tasks: int, *, dense: bool = False) -> None:
     """Every gradient is a floating-point tensor, on one device, of its parameter's shape and dtype."""
-    device: torch.device | None = None
-    for p, column in enumerate(columns):
-        like: Tensor | None = None
-        sparse_dim: int | None = None
+    first = first_of(grads)
+    device = first.device if isinstance(first, Tensor) else None
+    for start in range(0, len(grads), num_tasks):
+        column = grads[start : start + num_tasks]
+        like: Any = first_of(column)
+        known = isinstance(like, Tensor) and like.dtype in DTYPES
+        shape, dtype = (like.shape, like.dtype) if known else (None, None)
         for t, grad in enumerate(column):
-            if grad is None:
+            # Nearly all of them, which may be thousands, are told to be right here.
+            if grad is None or (
+                known
+                and isinstance(grad, Tensor)
+                and grad.layout == torch.strided
+                and grad.dtype == dtype
+                and grad.shape == shape
+                and grad.device == device
+            ):
                 continue
-            name = f"grads[{t}][{p}]"
-            if not isinstance(grad, Tensor):
-                raise TypeError(f"{name} must be a tensor or None, got {type(grad).__name__}")
-            if grad.dtype not in DTYPES:
-                raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {grad.dtype}")
-            if grad.layout not in (torch.strided, torch.sparse_coo):
-                raise TypeError(f"{name} must be dense or sparse_coo, got layout {grad.layout}")
-            if device is None:
-                device = grad.device
-            if grad.device != device:
-                raise ValueError(f"{name} must be on {device} as the first gradient is, got {grad.device}")
-            if like is None:
-                like = grad
-            if grad.shape != like.shape:
-                raise ValueError(f"{name} must have shape {shape_of(like)} as other tasks have, got {shape_of(grad)}")
-            if grad.dtype != like.dtype:
-                raise TypeError(f"{name} must have dtype {like.dtype} as other tasks have, got {grad.dtype}")
-            if grad.layout == torch.sparse_coo:
-                sparse_dim = _check_sparse(name, grad, sparse_dim)
+            error = _mistake(grad, device, column, dense)
+            if error is not None:
+                raise error[0](f"grads[{t}][{start // num_tasks}] must {error[1]}")
 
 
-def _check_sparse(name: str, grad: Tensor, expected: int | None) -> int:
-    """The number of sparse dimensions, which is ``expected`` where another task's gradient is sparse too."""
-    found = grad.sparse_dim()
-    if found == 0:
-        raise ValueError(f"{name} must have at least one sparse dimension, got none")
-    if expected not in (None, found):
-        raise ValueError(f"{name} must have {expected} sparse dimensions as other tasks have, got {found}")
+def _mistake(grad: Any, device: Any, column: Sequence[Any], dense: bool) -> tuple[type[Exception], str] | None:
+    """What is wrong with a gradient on its own, and beside the first ones of its parameter."""
+    if not isinstance(grad, Tensor):
+        return TypeError, f"be a tensor or None, got {type(grad).__name__}"
+    if grad.dtype not in DTYPES:
+        return TypeError, f"be float32, bfloat16, float16 or float64, got {grad.dtype}"
+    if grad.layout != torch.strided and (dense or grad.layout != torch.sparse_coo):
+        return TypeError, f"be dense{'' if dense else ' or sparse_coo'}, got layout {grad.layout}"
+    if grad.device != device:
+        return ValueError, f"be on {device} as the first gradient is, got {grad.device}"
+    like: Any = first_of(column)
+    sparse = first_of(grad for grad in column if is_sparse(grad))
+    if grad.shape != like.shape:
+        return ValueError, f"have shape {shape_of(like)} as other tasks have, got {shape_of(grad)}"
+    if grad.dtype != like.dtype:
+        return TypeError, f"have dtype {like.dtype} as other tasks have, got {grad.dtype}"
+    if grad.sparse_dim() == 0:
+        return ValueError, "have at least one sparse dimension, got none"
+    if sparse is not None and grad.sparse_dim() != sparse.sparse_dim():
+        return ValueError, f"have {sparse.sparse_dim()} sparse dimensions as other tasks have, got {grad.sparse_dim()}"
     if grad.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require gradients: a sparse gradient has no derivative here")
-    return found
+        return ValueError, "not require gradients: a sparse gradient has no derivative here"
+    return None
 
 
-def check_gram(gram: Any) -> Tensor:
+def check_gram(gram: Any) -> None:
     """A square matrix in float64."""
     if not isinstance(gram, Tensor):
         raise TypeError(f"gram must be a tensor [T, T], got {type(gram).__name__}")
@@ -90,32 +84,27 @@ def check_gram(gram: Any) -> Tensor:
         raise TypeError(f"gram must be float64, got {gram.dtype}")
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
         raise ValueError(f"gram must have shape [T, T] with T at least 1, got {shape_of(gram)}")
-    return gram
 
 
-def check_options(include_self: Any, max_norm: Any, normalize: Any, project: Any, eps: Any) -> None:
-    """The options that act on T x T numbers."""
+def check_options(
+    include_self: Any, max_norm: Any, normalize: Any, project: Any, eps: Any, reduction: Any = "sum"
+) -> Options:
+    """The options, put together."""
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be 'sum' or 'mean', got {type(reduction).__name__}")
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     for name, flag in (("include_self", include_self), ("normalize", normalize), ("project", project)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
-    for name, value in (("max_norm", max_norm), ("eps", eps)):
-        if value is None and name == "max_norm":
-            continue
+    for name, value in (("max_norm", 1.0 if max_norm is None else max_norm), ("eps", eps)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if max_norm is not None and not (max_norm > 0 and math.isfinite(max_norm)):
         raise ValueError(f"max_norm must be positive and finite, got {max_norm}")
     if not (eps >= 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be at least 0 and finite, got {eps}")
-
-
-def check_reduction(reduction: Any) -> bool:
-    """Whether the result is the mean."""
-    if not isinstance(reduction, str):
-        raise TypeError(f"reduction must be 'sum' or 'mean', got {type(reduction).__name__}")
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    return reduction == "mean"
+    return Options(include_self, max_norm, normalize, project, eps, reduction)
 
 
 def check_order(order: Any, num_tasks: int) -> Tensor:
@@ -136,6 +125,11 @@ def check_order(order: Any, num_tasks: int) -> Tensor:
             if len(set(row)) != len(row):
                 raise ValueError(f"order[{i}] must hold each task at most once, got {row}")
     return order
+
+
+def check_generator(generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
 def check_group(group: Any) -> None:

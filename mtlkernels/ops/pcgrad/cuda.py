@@ -7,15 +7,15 @@ the kernels on an emulated device (``tests/csrc``), and ``make check`` compiles 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtlkernels._backends import has_triton
-from mtlkernels.ops._layout import alike
+from mtlkernels.ops._layout import by_parameter, first_of
 from mtlkernels.ops._table import Table, has_fast_float64, on_device
+from mtlkernels.ops.pcgrad.checks import check_gradients, check_gram
 
 # As in csrc/common/chunks.h, elements.h and csrc/cuda/pcgrad.h.
 MAX_TASKS = 64
@@ -27,14 +27,13 @@ _MAX_BLOCKS = 1024
 _TILE = 64
 
 
-@dataclass(frozen=True)
-class Arguments:
+class Arguments(NamedTuple):
     """The gradients of a call as the kernels take them; ``grads`` and ``results`` are what ``table`` points to."""
 
     table: Table
     parameters: int
     chunks: int
-    grads: list[list[Tensor]]
+    grads: list[Tensor | None]
     results: list[Tensor]
 
 
@@ -45,30 +44,23 @@ def arguments(grads: Sequence[Tensor | None], num_tasks: int, *, with_results: b
     """
     if len(grads) % num_tasks:
         raise ValueError(f"grads must hold num_tasks = {num_tasks} entries a parameter, got {len(grads)}")
+    check_gradients(grads, num_tasks, dense=True)
     starts, sizes, formats, presents, addresses = [0], [], [], [], []
-    kept: list[list[Tensor]] = []
+    walked: list[Tensor | None] = []
     results: list[Tensor] = []
-    device: torch.device | None = None
-    for start in range(0, len(grads), num_tasks):
-        column = grads[start : start + num_tasks]
-        given = [grad for grad in column if grad is not None]
-        if not given:
+    for p, column in enumerate(by_parameter(grads, num_tasks)):
+        like = first_of(column)
+        if like is None:
             if with_results:
-                raise ValueError(f"grads must hold a gradient for each parameter, got none for {start // num_tasks}")
+                raise ValueError(f"grads must hold a gradient for each parameter, got none for {p}")
             continue
-        device = given[0].device if device is None else device
-        _check_column(column, start // num_tasks, given[0], device)
-        found = alike(given)
-        like = found[0]
-        size = like.numel()
-        each = iter(found)
-        pointers = [0 if grad is None else next(each).data_ptr() for grad in column]
+        walked += column
+        pointers = [0 if grad is None else grad.data_ptr() for grad in column]
         present = sum(1 << t for t, grad in enumerate(column) if grad is not None)
-        aligned = not any(pointer % 16 for pointer in pointers)
         if with_results:
             results.append(torch.empty_like(like))
-            aligned = aligned and results[-1].data_ptr() % 16 == 0
-        kept.append(found)
+        aligned = not any(address % 16 for address in (*pointers, *(result.data_ptr() for result in results[-1:])))
+        size = like.numel()
         starts.append(starts[-1] + -(-size // CHUNK))
         sizes.append(size)
         formats.append(_KINDS[like.dtype] + (_ALIGNED if aligned else 0))
@@ -77,24 +69,9 @@ def arguments(grads: Sequence[Tensor | None], num_tasks: int, *, with_results: b
     table = Table()
     for values in ([0] * _COUNTERS, starts, sizes, formats, presents):
         table.integers(values)
-    table.pointers(results or [None] * len(kept))
+    table.pointers(results or [None] * len(sizes))
     table.integers(addresses)
-    return Arguments(table, len(kept), starts[-1], kept, results)
-
-
-def _check_column(column: Sequence[Tensor | None], p: int, like: Tensor, device: torch.device) -> None:
-    shape, dtype = like.shape, like.dtype
-    if dtype not in _KINDS:
-        raise TypeError(f"grads of parameter {p} must be float32, bfloat16, float16 or float64, got {dtype}")
-    for t, grad in enumerate(column):
-        if grad is None:
-            continue
-        if grad.device != device or grad.layout != torch.strided:
-            raise ValueError(f"grads[{t}][{p}] must be dense and on {device}, got {grad.layout} on {grad.device}")
-        if grad.shape != shape:
-            raise ValueError(f"grads[{t}][{p}] must have shape {list(shape)}, got {list(grad.shape)}")
-        if grad.dtype != dtype:
-            raise TypeError(f"grads[{t}][{p}] must have dtype {dtype}, got {grad.dtype}")
+    return Arguments(table, len(sizes), starts[-1], walked, results)
 
 
 def slots(chunks: int, num_tasks: int) -> int:
@@ -122,11 +99,11 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     device = next(grad.device for grad in grads if grad is not None)
     with on_device(device):
         call = arguments(grads, num_tasks, with_results=False)
-        found = torch.empty(num_tasks, num_tasks, dtype=torch.float64, device=device)
+        result = torch.empty(num_tasks, num_tasks, dtype=torch.float64, device=device)
         scratch = torch.empty(slots(call.chunks, num_tasks), dtype=torch.float64, device=device)
         # Blocks count themselves in the table, whose copy to the device brings the zeros, at a graph's replay too.
-        torch.ops.mtlkernels_cuda.gram(call.table.to(device), call.parameters, call.chunks, scratch, found)
-    return found
+        torch.ops.mtlkernels_cuda.gram(call.table.to(device), call.parameters, call.chunks, scratch, result)
+    return result
 
 
 def weights(
@@ -140,32 +117,17 @@ def weights(
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mtlkernels.ops.pcgrad.reference.weights`."""
-    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"gram must be a matrix [T, T], got {list(gram.shape)}")
-    if gram.dtype != torch.float64:
-        raise TypeError(f"gram must be float64, got {gram.dtype}")
+    check_gram(gram)
     num_tasks = gram.shape[0]
     _check_tasks(num_tasks)
     if order is not None and (order.dim() != 2 or order.shape[0] != num_tasks or order.device != gram.device):
-        raise ValueError(
-            f"order must have a row for each of {num_tasks} tasks on {gram.device}, got {list(order.shape)} on"
-            f" {order.device}"
-        )
+        where = f"{list(order.shape)} on {order.device}"
+        raise ValueError(f"order must have a row for each of {num_tasks} tasks on {gram.device}, got {where}")
     gram = gram.contiguous()
     steps = gram.new_empty((num_tasks, 0), dtype=torch.int64) if order is None else order.long().contiguous()
     rows, coefficients = torch.empty_like(gram), gram.new_empty(num_tasks)
-    torch.ops.mtlkernels_cuda.weights(
-        gram,
-        steps,
-        rows,
-        coefficients,
-        -1.0 if max_norm is None else max_norm,
-        eps,
-        include_self,
-        normalize,
-        project,
-        mean,
-    )
+    numbers = (-1.0 if max_norm is None else max_norm, eps, include_self, normalize, project, mean)
+    torch.ops.mtlkernels_cuda.weights(gram, steps, rows, coefficients, *numbers)
     return rows, coefficients
 
 
@@ -173,18 +135,15 @@ def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor
     """See :func:`mtlkernels.ops.pcgrad.reference.combine`."""
     _check_tasks(num_tasks)
     if coefficients.shape != (num_tasks,) or coefficients.dtype != torch.float64:
-        raise ValueError(
-            f"coefficients must have shape [{num_tasks}] in float64, got {list(coefficients.shape)} in"
-            f" {coefficients.dtype}"
-        )
+        given = f"{list(coefficients.shape)} in {coefficients.dtype}"
+        raise ValueError(f"coefficients must have shape [{num_tasks}] in float64, got {given}")
     device = coefficients.device
     with on_device(device):
         call = arguments(grads, num_tasks, with_results=True)
-        if any(result.device != device for result in call.results):
+        if call.results and call.results[0].device != device:
             raise ValueError(f"grads must be on {device} as coefficients are, got {call.results[0].device}")
-        torch.ops.mtlkernels_cuda.combine(
-            call.table.to(device), call.parameters, call.chunks, coefficients.contiguous()
-        )
+        table = call.table.to(device)
+        torch.ops.mtlkernels_cuda.combine(table, call.parameters, call.chunks, coefficients.contiguous())
     return call.results
 
 

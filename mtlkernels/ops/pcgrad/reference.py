@@ -7,29 +7,22 @@ parameters happens on T x T coefficients, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mtlkernels.ops._layout import alike
-
-
-def by_parameter(grads: Sequence[Tensor | None], num_tasks: int) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """For each parameter the tasks that have a gradient, and these, laid out alike."""
-    for start in range(0, len(grads), num_tasks):
-        column = grads[start : start + num_tasks]
-        tasks = [t for t, grad in enumerate(column) if grad is not None]
-        yield tasks, alike([grad for grad in column if grad is not None])
+from mtlkernels.ops._layout import by_parameter
 
 
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     """``G_ij = <g_i, g_j>`` over all parameters: [T, T] in float64. A gradient that is None counts as zero."""
     device = next(grad.device for grad in grads if grad is not None)
     total = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device)
-    for tasks, found in by_parameter(grads, num_tasks):
-        if found:
-            flat = torch.stack([grad.to(torch.float64).reshape(-1) for grad in found])
+    for column in by_parameter(grads, num_tasks):
+        tasks = [t for t, grad in enumerate(column) if grad is not None]
+        if tasks:
+            flat = torch.stack([grad.to(torch.float64).reshape(-1) for grad in column if grad is not None])
             at = torch.tensor(tasks, device=device)
             total = total.index_put((at.unsqueeze(1), at.unsqueeze(0)), flat @ flat.T, accumulate=True)
     return total
@@ -100,9 +93,11 @@ def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor
     Every parameter must have at least one gradient.
     """
     results = []
-    for tasks, found in by_parameter(grads, num_tasks):
-        total = torch.zeros_like(found[0], dtype=torch.float64)
-        for task, grad in zip(tasks, found, strict=True):
-            total = total + coefficients[task] * grad.to(torch.float64)
-        results.append(total.to(found[0].dtype, copy=True))
+    for column in by_parameter(grads, num_tasks):
+        like = next(grad for grad in column if grad is not None)
+        total = torch.zeros_like(like, dtype=torch.float64)
+        for coefficient, grad in zip(coefficients, column, strict=True):
+            if grad is not None:
+                total = total + coefficient * grad.to(torch.float64)
+        results.append(total.to(like.dtype, copy=True))
     return results

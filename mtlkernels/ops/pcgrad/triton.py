@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mtlkernels.ops import _triton
-from mtlkernels.ops._layout import alike
+from mtlkernels.ops._layout import by_parameter, first_of
 from mtlkernels.ops._table import has_fast_float64
 from mtlkernels.ops._triton import Table, Tile, launch
 from mtlkernels.ops.pcgrad.triton_gram import gram_chunks, gram_sum
@@ -69,105 +69,75 @@ def is_wide(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float64 or has_fast_float64(device)
 
 
-@dataclass
-class Parameters:
+class Parameters(NamedTuple):
     """The parameters of one dtype, with places in the table of what kernels know of them."""
 
     dtype: torch.dtype
-    count: int
     chunks: int
     starts: int
     sizes: int
     tasks: int
     outputs: int
+    number: int
 
 
 def by_dtype(
-    table: Table, columns: Sequence[Sequence[Tensor | None]], outputs: Sequence[Tensor] | None, chunk: int
+    table: Table, columns: Sequence[Sequence[Tensor | None]], outputs: Sequence[Tensor], chunk: int
 ) -> list[Parameters]:
     """Appends the parameters, those that have elements, to the table; one entry for each dtype."""
-    sorted_by: dict[torch.dtype, list[tuple[int, int]]] = {}
+    members: dict[torch.dtype, list[tuple[int, int]]] = {}
     for p, column in enumerate(columns):
-        like = next((grad for grad in column if grad is not None), None)
+        like = first_of(column)
         if like is not None and like.numel():
-            sorted_by.setdefault(like.dtype, []).append((p, like.numel()))
-    found = []
-    for dtype, members in sorted_by.items():
+            members.setdefault(like.dtype, []).append((p, like.numel()))
+    parameters = []
+    for dtype, sized in members.items():
         starts = [0]
-        for _, size in members:
+        for _, size in sized:
             starts.append(starts[-1] + triton.cdiv(size, chunk))
-        found.append(
-            Parameters(
-                dtype,
-                len(members),
-                starts[-1],
-                starts=table.integers(starts[:-1]),
-                sizes=table.integers(size for _, size in members),
-                tasks=table.pointers(grad for p, _ in members for grad in columns[p]),
-                outputs=table.pointers(outputs[p] for p, _ in members) if outputs else 0,
-            )
+        places = (
+            table.integers(starts[:-1]),
+            table.integers(size for _, size in sized),
+            table.pointers(grad for p, _ in sized for grad in columns[p]),
+            table.pointers(outputs[p] for p, _ in sized) if outputs else 0,
         )
-    return found
-
-
-def laid_out(grads: Sequence[Tensor | None], num_tasks: int) -> list[list[Tensor | None]]:
-    """The gradients parameter by parameter, those of one parameter in one order of their elements."""
-    columns = []
-    for start in range(0, len(grads), num_tasks):
-        column = grads[start : start + num_tasks]
-        found = iter(alike([grad for grad in column if grad is not None]))
-        columns.append([None if grad is None else next(found) for grad in column])
-    return columns
+        parameters.append(Parameters(dtype, starts[-1], *places, len(sized)))
+    return parameters
 
 
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     """As the reference: [T, T] in float64."""
     device = next(grad.device for grad in grads if grad is not None)
-    columns = laid_out(grads, num_tasks)
+    columns = by_parameter(grads, num_tasks)
     group = group_size(num_tasks)
     single = group == num_tasks
     firsts = range(0, num_tasks, group)
     pairs = [(first, second) for second in firsts for first in firsts if first <= second]
     table = Table()
     at_pairs = table.integers(first for pair in pairs for first in pair)
-    found = by_dtype(table, columns, None, GRAM_CHUNK)
-    num_parts = sum(parameters.chunks for parameters in found)
+    dtypes = by_dtype(table, columns, [], GRAM_CHUNK)
+    num_parts = sum(parameters.chunks for parameters in dtypes)
     parts = torch.empty((num_tasks, num_tasks, num_parts), dtype=torch.float64, device=device)
     result = torch.empty((num_tasks, num_tasks), dtype=torch.float64, device=device)
     first_part = 0
     with _triton.on_device(device):
         entries = table.to(device)
-        for parameters in found:
-            wide = is_wide(parameters.dtype, device)
-            launch(
-                gram_chunks,
-                parameters.chunks * len(pairs),
-                gram_tile(parameters.dtype, wide, single),
-                entries,
-                parts,
-                first_part,
-                num_parts,
-                parameters.starts,
-                parameters.sizes,
-                parameters.tasks,
-                at_pairs,
-                parameters.count,
-                num_tasks,
-                len(pairs),
-                DTYPE=DTYPES[parameters.dtype],
-                WIDE=wide,
-                GROUP=group,
-                SINGLE=single,
-            )
-            first_part += parameters.chunks
+        for dtype, chunks, starts, sizes, tasks, _, number in dtypes:
+            wide = is_wide(dtype, device)
+            tile = gram_tile(dtype, wide, single)
+            places = (starts, sizes, tasks, at_pairs)
+            numbers = (number, num_tasks, len(pairs))
+            constants = {"DTYPE": DTYPES[dtype], "WIDE": wide, "GROUP": group, "SINGLE": single}
+            args = (entries, parts, first_part, num_parts, *places, *numbers)
+            launch(gram_chunks, chunks * len(pairs), tile, *args, **constants)
+            first_part += chunks
         launch(gram_sum, num_tasks * num_tasks, SUM, parts, result, num_parts, num_tasks)
     return result
 
 
-def bits(value: float) -> int:
+def bits(value: float) -> Any:
     """The bits of a float64 number, as an integer."""
-    found: int = struct.unpack("q", struct.pack("d", value))[0]
-    return found
+    return struct.unpack("q", struct.pack("d", value))[0]
 
 
 def weights(
@@ -184,51 +154,25 @@ def weights(
     num_tasks = gram.shape[0]
     gram = gram.contiguous()
     rows, coefficients = torch.empty_like(gram), torch.empty_like(gram[0])
-    steps = order.to(torch.int64).contiguous() if project and order is not None else None
+    steps = order.to(torch.int64).contiguous() if project and order is not None else gram[:, :0]
+    numbers = (num_tasks, steps.shape[1], bits(max_norm or 0.0), bits(eps))
+    flags = {"CLIP": max_norm is not None, "NORMALIZE": normalize, "INCLUDE_SELF": include_self, "MEAN": mean}
     with _triton.on_device(gram.device):
-        launch(
-            project_tasks,
-            1,
-            projection_tile(num_tasks),
-            gram,
-            gram if steps is None else steps,
-            rows,
-            coefficients,
-            num_tasks,
-            0 if steps is None else steps.shape[1],
-            bits(max_norm or 0.0),
-            bits(eps),
-            CLIP=max_norm is not None,
-            NORMALIZE=normalize,
-            INCLUDE_SELF=include_self,
-            MEAN=mean,
-        )
+        launch(project_tasks, 1, projection_tile(num_tasks), gram, steps, rows, coefficients, *numbers, **flags)
     return rows, coefficients
 
 
 def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
     """As the reference: one tensor a parameter, in the dtype and the layout of its gradients."""
-    columns = laid_out(grads, num_tasks)
+    columns = by_parameter(grads, num_tasks)
     results = [torch.empty_like(next(grad for grad in column if grad is not None)) for column in columns]
     coefficients = coefficients.to(torch.float64).contiguous()
     table = Table()
-    found = by_dtype(table, columns, results, COMBINE.rows * COMBINE.columns * COMBINE.depth)
-    if found:
+    dtypes = by_dtype(table, columns, results, COMBINE.rows * COMBINE.columns * COMBINE.depth)
+    if dtypes:
         with _triton.on_device(coefficients.device):
             entries = table.to(coefficients.device)
-            for parameters in found:
-                launch(
-                    combine_chunks,
-                    parameters.chunks,
-                    COMBINE,
-                    entries,
-                    coefficients,
-                    parameters.starts,
-                    parameters.sizes,
-                    parameters.tasks,
-                    parameters.outputs,
-                    parameters.count,
-                    num_tasks,
-                    DTYPE=DTYPES[parameters.dtype],
-                )
+            for dtype, chunks, *places in dtypes:
+                args = (entries, coefficients, *places, num_tasks)
+                launch(combine_chunks, chunks, COMBINE, *args, DTYPE=DTYPES[dtype])
     return results

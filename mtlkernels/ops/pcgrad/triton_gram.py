@@ -69,26 +69,18 @@ def read(
 
 @triton.jit
 def multiplied(
-    total,
-    left,
-    right,
-    factors,
-    others,
-    I: tl.constexpr,  # noqa: E741
-    J: tl.constexpr,
-    WIDE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    total, left, right, factors, others, A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """``total`` and the products of gradients I and J. In float32 these are added up among themselves first."""
+    """``total`` and the products of gradients A and B. In float32 these are added up among themselves first."""
     if WIDE:
         for c in tl.static_range(COLUMNS):
-            total += left[I * COLUMNS + c] * right[J * COLUMNS + c]
+            total += left[A * COLUMNS + c] * right[B * COLUMNS + c]
         return total
     else:
-        inner = left[I * COLUMNS] * right[J * COLUMNS]
+        inner = left[A * COLUMNS] * right[B * COLUMNS]
         for c in tl.static_range(1, COLUMNS):
-            inner += left[I * COLUMNS + c] * right[J * COLUMNS + c]
-        return total * (factors[I] * others[J]) + inner
+            inner += left[A * COLUMNS + c] * right[B * COLUMNS + c]
+        return total * (factors[A] * others[B]) + inner
 
 
 @triton.jit
@@ -134,11 +126,11 @@ def write(
     right,
     level,
     other_level,
-    I: tl.constexpr,  # noqa: E741
-    J: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Adds up the lanes' sums of products of tasks i and j, the I-th and J-th of their groups, and writes the result.
+    """Adds up the lanes' sums of products of tasks i and j, numbers A and B of their groups, and writes the result.
 
     Exactly zero where one of the gradients is missing, also if the other one is not finite.
     """
@@ -147,49 +139,13 @@ def write(
     else:
         factors, units = level
         other_factors, other_units = other_level
-        result = tl.sum(total * (factors[I] * other_factors[J]), 0).to(tl.float64) * (units[I] * other_units[J])
-    result = tl.where((left[I] != 0) & (right[J] != 0), result, 0.0)
+        result = tl.sum(total * (factors[A] * other_factors[B]), 0).to(tl.float64) * (units[A] * other_units[B])
+    result = tl.where((left[A] != 0) & (right[B] != 0), result, 0.0)
     tl.store(out + (i * num_tasks + j).to(tl.int64) * stride, result, mask=(i < num_tasks) & (j < num_tasks))
 
 
 @triton.jit
-def gram_triangle(
-    table,
-    out,
-    stride,
-    tasks,
-    first,
-    num_tasks,
-    offset,
-    limit,
-    DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """The products within a group of tasks, for one chunk."""
-    addresses = group_addresses(table, tasks, first, num_tasks, GROUP)
-    totals = filled(0.0, tl.float64 if WIDE else tl.float32, GROUP * (GROUP + 1) // 2, ROWS)
-    exponents = filled(-126, tl.int32, GROUP, ROWS)
-    for row in range(0, limit, ROWS * COLUMNS):
-        vectors, exponents, factors = read(addresses, exponents, offset, row, limit, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
-        sums = ()
-        for j in tl.static_range(GROUP):
-            for i in tl.static_range(j + 1):
-                total = totals[j * (j + 1) // 2 + i]
-                sums = sums + (multiplied(total, vectors, vectors, factors, factors, i, j, WIDE, COLUMNS),)
-        totals = sums
-    level = levelled(exponents, WIDE, GROUP)
-    for j in tl.static_range(GROUP):
-        for i in tl.static_range(j + 1):
-            total = totals[j * (j + 1) // 2 + i]
-            where = (out, stride, num_tasks, first + i, first + j)
-            write(*where, total, addresses, addresses, level, level, i, j, WIDE)
-
-
-@triton.jit
-def gram_square(
+def gram_pair(
     table,
     out,
     stride,
@@ -199,16 +155,17 @@ def gram_square(
     num_tasks,
     offset,
     limit,
+    SAME: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The products between two groups of tasks, for one chunk; those of the second are read one by one."""
+    """The products within a group of tasks, or between two, for one chunk; those of a second are read one by one."""
     addresses = group_addresses(table, tasks, first, num_tasks, GROUP)
-    others = group_addresses(table, tasks, second, num_tasks, GROUP)
-    totals = filled(0.0, tl.float64 if WIDE else tl.float32, GROUP * GROUP, ROWS)
+    others = addresses if SAME else group_addresses(table, tasks, second, num_tasks, GROUP)
+    totals = filled(0.0, tl.float64 if WIDE else tl.float32, GROUP * (GROUP + 1) // 2 if SAME else GROUP * GROUP, ROWS)
     exponents = filled(-126, tl.int32, GROUP, ROWS)
     other_exponents = filled(-126, tl.int32, GROUP, ROWS)
     for row in range(0, limit, ROWS * COLUMNS):
@@ -216,21 +173,25 @@ def gram_square(
         sums = ()
         raised = ()
         for j in tl.static_range(GROUP):
-            other, exponent, factor = read(
-                (others[j],), (other_exponents[j],), offset, row, limit, DTYPE, WIDE, 1, ROWS, COLUMNS
-            )
-            for i in tl.static_range(GROUP):
-                total = totals[j * GROUP + i]
-                sums = sums + (multiplied(total, vectors, other, factors, factor, i, 0, WIDE, COLUMNS),)
-            raised = raised + exponent
+            if SAME:
+                other, factor = vectors, factors
+            else:
+                other, exponent, factor = read(
+                    (others[j],), (other_exponents[j],), offset, row, limit, DTYPE, WIDE, 1, ROWS, COLUMNS
+                )
+                raised = raised + exponent
+            for i in tl.static_range(j + 1 if SAME else GROUP):
+                total = totals[(j * (j + 1) // 2 if SAME else j * GROUP) + i]
+                sums = sums + (multiplied(total, vectors, other, factors, factor, i, j if SAME else 0, WIDE, COLUMNS),)
         totals = sums
-        other_exponents = raised
+        other_exponents = exponents if SAME else raised
     level = levelled(exponents, WIDE, GROUP)
     other_level = levelled(other_exponents, WIDE, GROUP)
     for j in tl.static_range(GROUP):
-        for i in tl.static_range(GROUP):
+        for i in tl.static_range(j + 1 if SAME else GROUP):
+            total = totals[(j * (j + 1) // 2 if SAME else j * GROUP) + i]
             where = (out, stride, num_tasks, first + i, second + j)
-            write(*where, totals[j * GROUP + i], addresses, others, level, other_level, i, j, WIDE)
+            write(*where, total, addresses, others, level, other_level, i, j, WIDE)
 
 
 @triton.jit(
@@ -277,29 +238,22 @@ def gram_chunks(
     tasks += parameter * num_tasks
     out = parts + first_part + chunk
     stride = num_parts.to(tl.int64)
+    what = (table, out, stride, tasks)
+    where = (num_tasks, offset, limit)
     if SINGLE:
-        gram_triangle(table, out, stride, tasks, 0, num_tasks, offset, limit, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
+        gram_pair(*what, 0, 0, *where, True, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
     else:
         pairs += 2 * (tl.program_id(0) % num_pairs)
         first = tl.load(table + pairs).to(tl.int32)
         second = tl.load(table + pairs + 1).to(tl.int32)
-        what = (table, out, stride, tasks, first)
         if first == second:
-            gram_triangle(*what, num_tasks, offset, limit, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
+            gram_pair(*what, first, first, *where, True, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
         else:
-            gram_square(*what, second, num_tasks, offset, limit, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
+            gram_pair(*what, first, second, *where, False, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["num_parts", "num_tasks"])
-def gram_sum(
-    parts,
-    gram,
-    num_parts,
-    num_tasks,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+def gram_sum(parts, gram, num_parts, num_tasks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """Adds up the parts of one element of the Gram matrix [T, T], in an order that depends on their number alone."""
     i = tl.program_id(0) // num_tasks
     j = tl.program_id(0) % num_tasks

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtlkernels.ops.pcgrad.parameters import Parameters, Result
+from mtlkernels.ops._layout import first_of
+from mtlkernels.ops.pcgrad.parameters import Parameters
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -35,42 +38,34 @@ class Facts:
 
 def facts_of(parameters: Parameters, options: dict[str, Any]) -> Facts:
     """The facts of a rank's own gradients."""
-    columns = []
-    for column in parameters.columns:
-        like = next((grad for grad in column if grad is not None), None)
-        columns.append(
-            ColumnFacts(
-                None if like is None else tuple(like.shape),
-                None if like is None else like.dtype,
-                tuple(None if grad is None else _sparse_dim(grad) for grad in column),
-            )
-        )
+    columns = tuple(_facts(parameters.column(p)) for p in range(len(parameters.grads) // parameters.num_tasks))
     empty = all(column.shape is None for column in columns)
-    device = None if empty else parameters.device.type
-    return Facts(tuple(options.items()), parameters.num_tasks, device, tuple(columns))
+    return Facts(tuple(options.items()), parameters.num_tasks, None if empty else parameters.device.type, columns)
 
 
-def _sparse_dim(grad: Tensor) -> int:
-    return 0 if grad.layout == torch.strided else grad.sparse_dim()
+def _facts(column: Sequence[Tensor | None]) -> ColumnFacts:
+    kinds = tuple(None if grad is None else 0 if grad.layout == torch.strided else grad.sparse_dim() for grad in column)
+    like = first_of(column)
+    return ColumnFacts(None, None, kinds) if like is None else ColumnFacts(tuple(like.shape), like.dtype, kinds)
 
 
 def agree(group: dist.ProcessGroup, mine: Facts) -> Facts:
     """The facts of all ranks together: a gradient is there if any rank has it.
 
-    Ranks of one mind exchange 16 bytes each; otherwise they exchange their facts as a whole.
+    Ranks of one mind exchange 16 bytes each; otherwise they exchange all their facts.
 
     Raises:
         ValueError: on every rank, if the ranks' facts do not go together.
         RuntimeError: another rank has failed, and says why.
     """
-    found = _exchange(group, mine, None)
-    return mine if found is None else _merged(found)
+    ranks = _exchange(group, mine, None)
+    return mine if ranks is None else _merged(ranks)
 
 
-def together(group: dist.ProcessGroup, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+def fail_together(group: dist.ProcessGroup, function: Callable[[], Result]) -> Result:
     """Calls what comes before :func:`agree`; an exception becomes one on every rank, at the others' :func:`agree`."""
     try:
-        return function(*args, **kwargs)
+        return function()
     except Exception as error:
         _exchange(group, None, f"{type(error).__name__}: {error}")
         raise
@@ -81,18 +76,18 @@ def _exchange(group: dist.ProcessGroup, mine: Facts | None, failure: str | None)
     digest = hashlib.blake2b(repr((mine, failure)).encode(), digest_size=16).digest()
     if len(set(_gathered(group, digest))) == 1 and failure is None:
         return None
-    found = _gathered(group, (mine, failure))
+    ranks = _gathered(group, (mine, failure))
     if failure is None:
-        for rank, (_, message) in enumerate(found):
+        for rank, (_, message) in enumerate(ranks):
             if message is not None:
                 raise RuntimeError(f"rank {rank} of the group has failed: {message}")
-    return [facts for facts, _ in found]
+    return [facts for facts, _ in ranks]
 
 
 def _gathered(group: dist.ProcessGroup, item: Any) -> list[Any]:
-    found = [None] * group.size()
-    dist.all_gather_object(found, item, group=group)
-    return found
+    items = [None] * group.size()
+    dist.all_gather_object(items, item, group=group)
+    return items
 
 
 def _merged(ranks: list[Facts]) -> Facts:
@@ -108,8 +103,8 @@ def _merged(ranks: list[Facts]) -> Facts:
         shape = _same(f"gradients of parameter {p} must have one shape", [facts.shape for facts in column])
         dtype = _same(f"gradients of parameter {p} must have one dtype", [facts.dtype for facts in column])
         kinds = [
-            _same(f"grads[{t}][{p}] must have one number of sparse dimensions (0: dense)", list(found))
-            for t, found in enumerate(zip(*(facts.kinds for facts in column), strict=True))
+            _same(f"grads[{t}][{p}] must have one number of sparse dimensions (0: dense)", list(sparse_dims))
+            for t, sparse_dims in enumerate(zip(*(facts.kinds for facts in column), strict=True))
         ]
         columns.append(ColumnFacts(shape, dtype, tuple(kinds)))
     return Facts(first.options, first.num_tasks, device, tuple(columns))

@@ -33,31 +33,31 @@ class Buckets:
     def __init__(self, sizes: Sequence[int], num_tasks: int, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
         total = sum(sizes)
         num_buckets = -(-total * num_tasks * dtype.itemsize // BUCKET_BYTES)
-        self.group = group
+        self.group, self.num_tasks = group, num_tasks
         self.shard = -(-total // (num_buckets * group.size())) if num_buckets else 0
         self.sizes = sizes
         self.pieces = [list(pieces) for pieces in _cut(sizes, self.shard * group.size())]
 
-    def scatter(self, rows: Sequence[Sequence[Tensor | None]], like: Tensor) -> list[Tensor]:
+    def scatter(self, grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
         """The mean over ranks of each task's gradients: for each bucket this rank's shard [tasks, shard].
 
         Args:
-            rows: a sequence over the tasks of sequences over the parameters; None counts as zero.
+            grads: the tasks' gradients, parameter by parameter; None counts as zero.
             like: of the dtype and on the device of the gradients.
         """
         zeros = like.new_zeros(self.shard * self.group.size())
-        return list(_one_ahead(mean_scatter(self._packed(rows, pieces, zeros), self.group) for pieces in self.pieces))
+        return list(_one_ahead(mean_scatter(self._packed(grads, pieces, zeros), self.group) for pieces in self.pieces))
 
-    def _packed(self, rows: Sequence[Sequence[Tensor | None]], pieces: list[_Piece], zeros: Tensor) -> Tensor:
+    def _packed(self, grads: Sequence[Tensor | None], pieces: list[_Piece], zeros: Tensor) -> Tensor:
         """A bucket as [ranks, tasks, shard]."""
         padding = len(zeros) - sum(stop - start for _, start, stop in pieces)
-        found = []
-        for row in rows:
+        parts = []
+        for task in range(self.num_tasks):
             for p, start, stop in pieces:
-                grad = row[p]
-                found.append(zeros[: stop - start] if grad is None else grad.reshape(-1)[start:stop])
-            found.append(zeros[:padding])
-        by_task = torch.cat(found).view(len(rows), self.group.size(), self.shard)
+                grad = grads[p * self.num_tasks + task]
+                parts.append(zeros[: stop - start] if grad is None else grad.reshape(-1)[start:stop])
+            parts.append(zeros[:padding])
+        by_task = torch.cat(parts).view(self.num_tasks, self.group.size(), self.shard)
         return by_task.transpose(0, 1).contiguous()
 
     def gather(self, shards: Sequence[Tensor], like: Tensor) -> list[Tensor]:

@@ -15,13 +15,13 @@ _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def all_gather(mine: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     """Starts to gather [n] of every rank; the result waits, and returns [ranks, n]."""
-    found = mine.new_empty(group.size(), *mine.shape)
+    gathered = mine.new_empty(group.size(), *mine.shape)
     # Any, as torch 2.15 knows that there is no work for a rank outside the group, which does not come here.
-    work: Any = _ALL_GATHER(found.view(-1), mine.view(-1), group=group, async_op=True)
+    work: Any = _ALL_GATHER(gathered.view(-1), mine.view(-1), group=group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
-        return found
+        return gathered
 
     return finish
 
@@ -40,23 +40,22 @@ def mean_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Callable[[], Tens
 
     A reduce-scatter adds up gradients that are divided beforehand, as DistributedDataParallel does.
     """
-    own = exchanges(stacked)
     work: Any
-    if own:
-        found = torch.empty_like(stacked)
-        work = dist.all_to_all_single(found, stacked, group=group, async_op=True)
+    if exchanges(stacked):
+        rows = torch.empty_like(stacked)
+        work = dist.all_to_all_single(rows, stacked, group=group, async_op=True)
     else:
-        found = torch.empty_like(stacked[0])
+        rows = torch.empty_like(stacked[:1])
         divided = stacked.div_(group.size())
-        work = _REDUCE_SCATTER(found.view(-1), divided.view(-1), group=group, async_op=True)
+        work = _REDUCE_SCATTER(rows.view(-1), divided.view(-1), group=group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
-        if not own:
-            return found
-        total = found[0].to(torch.float64)
-        for row in found[1:]:
+        if len(rows) == 1:  # reduced already
+            return rows[0]
+        total = rows[0].to(torch.float64)
+        for row in rows[1:]:
             total += row
-        return total.div_(group.size()).to(found.dtype)
+        return total.div_(group.size()).to(rows.dtype)
 
     return finish

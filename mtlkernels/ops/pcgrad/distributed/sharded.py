@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mtlkernels.ops._checks import shape_of
-from mtlkernels.ops.pcgrad.checks import columns_of
-from mtlkernels.ops.pcgrad.parameters import Parameters, rows_of
+from mtlkernels.ops._layout import first_of
+from mtlkernels.ops.pcgrad.checks import check_gradients
+from mtlkernels.ops.pcgrad.parameters import Parameters
 
 
 class Sharded:
@@ -27,26 +28,27 @@ class Sharded:
         ValueError: shapes, meshes or placements of a parameter's gradients differ, or a placement is partial.
     """
 
-    def __init__(self, grads: Any) -> None:
-        if isinstance(grads, DTensor) and any(placement.is_shard(0) for placement in grads.placements):
-            raise ValueError(f"grads must not be sharded over its dimension of tasks, got {grads.placements}")
-        self.num_tasks, self._columns = columns_of(grads)
-        self._like = [_like(p, column) for p, column in enumerate(self._columns)]
-        columns = [[grad.to_local() if isinstance(grad, DTensor) else grad for grad in c] for c in self._columns]
-        # With all checks of the local parts.
-        self.device = Parameters(rows_of(columns, self.num_tasks), at_once=True).device
+    def __init__(self, grads: Sequence[Any], num_tasks: int) -> None:
+        self.num_tasks = num_tasks
+        starts = range(0, len(grads), num_tasks)
+        self._like = [_like(p, grads[start : start + num_tasks]) for p, start in enumerate(starts)]
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        check_gradients(local, num_tasks)
+        first = first_of(local)
+        self.device = torch.device("cpu") if first is None else first.device
+        # The parameters by what their inner products are summed over.
         members: dict[tuple[str, ...], list[int]] = {}
         self._groups: dict[tuple[str, ...], list[dist.ProcessGroup]] = {}
         for p, like in enumerate(self._like):
-            if all(grad is None for grad in columns[p]):
+            if first_of(local[p * num_tasks : (p + 1) * num_tasks]) is None:
                 continue
             groups = [] if like is None else _sharding_groups(like)
             key = tuple(group.group_name for group in groups)
             members.setdefault(key, []).append(p)
             self._groups[key] = groups
         self._local = {
-            key: (found, Parameters(rows_of([columns[p] for p in found], self.num_tasks)))
-            for key, found in members.items()
+            key: (places, Parameters([local[p * num_tasks + t] for p in places for t in range(num_tasks)], num_tasks))
+            for key, places in members.items()
         }
 
     @torch.no_grad()
@@ -54,10 +56,10 @@ class Sharded:
         """[T, T] in float64, over all ranks' parts."""
         total = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64, device=self.device)
         for key, (_, parameters) in self._local.items():
-            found = parameters.gram()
+            gram = parameters.gram()
             for group in self._groups[key]:
-                dist.all_reduce(found, group=group)
-            total += found
+                dist.all_reduce(gram, group=group)
+            total += gram
         return total
 
     def agreed(self, coefficients: Tensor) -> Tensor:
@@ -73,18 +75,14 @@ class Sharded:
     @torch.no_grad()
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:
         """The sum over tasks of coefficient times gradient, for each parameter, placed as its gradients are."""
-        results: list[Tensor | None] = [None] * len(self._columns)
-        for found, parameters in self._local.values():
-            for p, result in zip(found, parameters.combine(coefficients), strict=True):
+        results: list[Tensor | None] = [None] * len(self._like)
+        for places, parameters in self._local.values():
+            for p, result in zip(places, parameters.combine(coefficients), strict=True):
                 like = self._like[p]
                 if like is not None and result is not None:
+                    placed = (like.device_mesh, like.placements)
                     result = DTensor.from_local(
-                        result,
-                        like.device_mesh,
-                        like.placements,
-                        run_check=False,
-                        shape=like.shape,
-                        stride=like.stride(),
+                        result, *placed, run_check=False, shape=like.shape, stride=like.stride()
                     )
                 results[p] = result
         return results
@@ -92,11 +90,11 @@ class Sharded:
 
 def _like(parameter: int, column: Sequence[Any]) -> DTensor | None:
     """The first of a parameter's gradients if they are DTensors, checked against the others."""
-    found = [(f"grads[{t}][{parameter}]", grad) for t, grad in enumerate(column) if grad is not None]
-    if not any(isinstance(grad, DTensor) for _, grad in found):
+    grads = [(f"grads[{t}][{parameter}]", grad) for t, grad in enumerate(column) if grad is not None]
+    if not any(isinstance(grad, DTensor) for _, grad in grads):
         return None
-    first = found[0][1]
-    for name, grad in found:
+    first = grads[0][1]
+    for name, grad in grads:
         if not isinstance(grad, DTensor) or not isinstance(first, DTensor):
             kinds = f"{type(first).__name__} and {type(grad).__name__}"
             raise TypeError(f"{name} must be a DTensor if those of other tasks are, got {kinds}")

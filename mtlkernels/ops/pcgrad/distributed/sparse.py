@@ -18,7 +18,7 @@ def mean_column(
     """The mean over ranks of one parameter's gradients, of which at least one is sparse.
 
     A gradient that is sparse stays so; the ranks' entries are added up in float64. One that is dense, for another task,
-    is reduced as a whole. On a GPU this waits for the numbers of entries.
+    is reduced in one piece. On a GPU this waits for the numbers of entries.
     """
     results: list[Tensor | None] = []
     for grad, kind in zip(column, facts.kinds, strict=True):
@@ -46,15 +46,15 @@ def _mean_sparse(
             grad = grad.to(torch.float64).coalesce()
         indices, values = grad._indices(), grad._values().to(facts.dtype)
     counts = all_gather(torch.tensor([len(values)], device=device), group)().flatten().tolist()
-    found_indices = _gathered(indices.T, counts, group)
-    found_values = _gathered(values, counts, group).to(torch.float64) / group.size()
-    found = torch.sparse_coo_tensor(found_indices.T, found_values, shape, check_invariants=False)
-    return found.coalesce().to(facts.dtype)
+    all_indices = _gathered(indices.T, counts, group)
+    all_values = _gathered(values, counts, group).to(torch.float64) / group.size()
+    mean = torch.sparse_coo_tensor(all_indices.T, all_values, shape, check_invariants=False)
+    return mean.coalesce().to(facts.dtype)
 
 
 def _gathered(mine: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """[sum of counts, ...] from [counts[r], ...] of rank r, which is padded to the longest for the way."""
     padded = mine.new_zeros(max(counts), *mine.shape[1:])
     padded[: len(mine)] = mine
-    found = all_gather(padded, group)()
-    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+    parts = all_gather(padded, group)()
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

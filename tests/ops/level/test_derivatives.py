@@ -1,0 +1,209 @@
+"""Derivatives of a level, of every order, against finite differences, and torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import mtlkernels as mk
+from mtlkernels.ops.activations import ACTIVATIONS
+from mtlkernels.testing import Case, CaseFactory
+from tests.ops.derivatives import assert_same, function_of_leaves, leaves_of, loss_of
+
+# Ragged gates, three streams of which nobody reads the second, and an expert that no gate mixes.
+ROUTING = mk.Routing((0, 2, 0, 0), ((2, 0), (1,), (0, 1, 2)))
+
+
+def expert(dtype: torch.dtype = torch.float64, rows: int = 3, activation: Any = "tanh", **options: Any) -> Case:
+    return CaseFactory(0, dtype).expert_mixture(rows, [3, 2, 2], ROUTING, activation=activation, **options)
+
+
+# Finite differences -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_expert_mixture(activation: str, backend: str) -> None:
+    with mk.use_backend(backend):
+        function, leaves = function_of_leaves(mk.expert_mixture, expert(activation=activation))
+        gradcheck(function, leaves, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradgradcheck_expert_mixture(activation: str, backend: str) -> None:
+    with mk.use_backend(backend):
+        function, leaves = function_of_leaves(mk.expert_mixture, expert(rows=2, activation=activation))
+        gradgradcheck(function, leaves, check_batched_grad=activation == "silu")
+
+
+def test_gradgradcheck_without_biases_and_with_frozen_inputs(backend: str) -> None:
+    case = expert(activation=["silu", "none"], biases=[False, True])
+    case.arguments["inputs"][0].requires_grad_(False)
+    with mk.use_backend(backend):
+        function, leaves = function_of_leaves(mk.expert_mixture, case)
+        gradgradcheck(function, leaves)
+
+
+# Outputs that take no part in the loss -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", [(1,), (0, 2)])
+def test_gradients_of_some_outputs(pair: Any, chosen: tuple[int, ...], backend: str) -> None:
+    fused, plain, values = pair
+    leaves = [v.clone().requires_grad_() for v in values]
+    every = tuple(range(len(values)))
+
+    def loss(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        return lambda *v: sum((function(*v)[k] ** 2).sum() * (k + 1) for k in chosen)
+
+    def grads(function: Callable[..., Any], **options: Any) -> Any:
+        found = torch.autograd.grad(loss(function)(*leaves), leaves, allow_unused=True, **options)
+        return [torch.zeros_like(v) if g is None else g for g, v in zip(found, leaves, strict=True)]
+
+    def second(function: Callable[..., Any]) -> Any:
+        total = sum(g.square().sum() for g in grads(function, create_graph=True))
+        return torch.autograd.grad(total, leaves, materialize_grads=True)
+
+    def by_func(function: Callable[..., Any]) -> Any:
+        return torch.func.grad(loss(function), every)(*values)
+
+    def batched(function: Callable[..., Any]) -> Any:
+        dims = (0,) * 3 + (None,) * (len(values) - 3)
+        rows = [torch.stack([v, 2 * v]) if i < 3 else v for i, v in enumerate(values)]
+        return torch.func.vmap(torch.func.grad(loss(function), every), dims)(*rows)
+
+    with mk.use_backend(backend):
+        for derivative in (grads, second, by_func, batched):
+            assert_same(derivative(fused), derivative(plain))
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, which sends no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_at_all(backend: str) -> None:
+    case = expert(torch.float32)
+    leaves = leaves_of(case)
+    with mk.use_backend(backend):
+        outputs = mk.expert_mixture(**case.arguments)
+        grads = torch.autograd.grad(sum(NoGradient.apply(y).sum() for y in outputs), leaves, allow_unused=True)
+    assert all(grad is None for grad in grads)
+
+
+# torch.func ---------------------------------------------------------------------------------------------------------
+
+
+def by_eager(**arguments: Any) -> tuple[Tensor, ...]:
+    """Plain PyTorch of the same arguments, differentiable and vmappable by itself."""
+    routing, names = arguments["routing"], arguments["activation"]
+    hidden = [arguments["inputs"][stream] for stream in routing.expert_inputs]
+    for layer in range(len(arguments["weights"])):
+        name = names if isinstance(names, str) else names[layer]
+        act = getattr(torch, name) if name != "none" else torch.clone
+        hidden = [
+            act(x @ arguments["weights"][layer][e].mT + arguments["biases"][layer][e]) for e, x in enumerate(hidden)
+        ]
+    return tuple(
+        sum(torch.softmax(logits, 1)[:, n, None] * hidden[e] for n, e in enumerate(gate))
+        for gate, logits in zip(routing.gate_experts, arguments["gate_logits"], strict=True)
+    )
+
+
+@pytest.fixture(name="pair")
+def _pair() -> tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]:
+    case = expert(rows=4)
+    fused, leaves = function_of_leaves(mk.expert_mixture, case)
+    plain, _ = function_of_leaves(by_eager, case)
+    return fused, plain, [leaf.detach() for leaf in leaves]
+
+
+def test_func_grad_and_vjp_and_jacrev(pair: Any, backend: str) -> None:
+    fused, plain, values = pair
+    every = tuple(range(len(values)))
+    with mk.use_backend(backend):
+        assert_same(torch.func.grad(loss_of(fused), every)(*values), torch.func.grad(loss_of(plain), every)(*values))
+        assert_same(torch.func.jacrev(fused, every)(*values), torch.func.jacrev(plain, every)(*values))
+
+
+def test_func_nested_grad(pair: Any, backend: str) -> None:
+    fused, plain, values = pair
+
+    def second(function: Callable[..., Any]) -> Any:
+        inner = torch.func.grad(loss_of(function))
+        return torch.func.grad(lambda *v: inner(*v).square().sum(), tuple(range(len(values))))(*values)
+
+    with mk.use_backend(backend):
+        assert_same(second(fused), second(plain))
+
+
+def test_func_hessian_by_jacrev_twice(pair: Any, backend: str) -> None:
+    fused, plain, values = pair
+    with mk.use_backend(backend):
+        got = torch.func.jacrev(torch.func.jacrev(loss_of(fused)))(*values)
+    assert_same(got, torch.func.jacrev(torch.func.jacrev(loss_of(plain)))(*values))
+
+
+# The leaves of the case are, in order: 3 inputs, 2 layers of 4 weights, 2 layers of 4 biases, 3 gates' logits.
+VMAPPED = {
+    "inputs": range(0, 3),
+    "one input": [0],
+    "weights": range(3, 11),
+    "one weight": [4],
+    "biases": range(11, 19),
+    "logits": range(19, 22),
+    "an expert without a gate": [6],
+    "everything": range(0, 22),
+}
+
+
+@pytest.mark.parametrize("which", VMAPPED.values(), ids=VMAPPED)
+@pytest.mark.parametrize("dim", [0, -1])
+def test_vmap(pair: Any, which: Any, dim: int, backend: str) -> None:
+    fused, plain, values = pair
+    in_dims = tuple(dim if i in which else None for i in range(len(values)))
+    generator = torch.Generator().manual_seed(1)
+    batched = [
+        v if d is None else torch.stack([v, v * 2, v + torch.randn(v.shape, generator=generator, dtype=v.dtype)], dim)
+        for v, d in zip(values, in_dims, strict=True)
+    ]
+    every = tuple(range(len(values)))
+    with mk.use_backend(backend):
+        assert_same(torch.func.vmap(fused, in_dims)(*batched), torch.func.vmap(plain, in_dims)(*batched))
+        got = torch.func.vmap(torch.func.grad(loss_of(fused), every), in_dims)(*batched)
+    assert_same(got, torch.func.vmap(torch.func.grad(loss_of(plain), every), in_dims)(*batched))
+
+
+def test_vmap_of_vmap(pair: Any, backend: str) -> None:
+    fused, plain, values = pair
+    in_dims = [tuple(0 if i in which else None for i in range(len(values))) for which in (range(0, 3), range(3, 11))]
+    batched = [torch.stack([v, 2 * v]) if i < 11 else v for i, v in enumerate(values)]
+    with mk.use_backend(backend):
+        got = torch.func.vmap(torch.func.vmap(fused, in_dims[0]), in_dims[1])(*batched)
+    assert_same(got, torch.func.vmap(torch.func.vmap(plain, in_dims[0]), in_dims[1])(*batched))
+
+
+def test_per_task_jacobians_by_is_grads_batched(pair: Any, backend: str) -> None:
+    """All tasks' gradients in one batched backward, as Jacobian descent wants them."""
+    fused, plain, values = pair
+    leaves = [v.clone().requires_grad_() for v in values]
+
+    def jacobian(function: Callable[..., Any]) -> list[Tensor]:
+        losses = torch.stack([y.square().sum() for y in function(*leaves)])
+        rows = torch.eye(3, dtype=torch.float64)
+        found = torch.autograd.grad(losses, leaves, rows, is_grads_batched=True, allow_unused=True)
+        return [leaf.new_zeros(3, *leaf.shape) if t is None else t for t, leaf in zip(found, leaves, strict=True)]
+
+    with mk.use_backend(backend):
+        assert_same(jacobian(fused), jacobian(plain))

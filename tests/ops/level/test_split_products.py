@@ -1,0 +1,73 @@
+"""float32 and float16 by AMX: products of numbers that are split into bfloat16 planes (csrc/cpu/gemm/pair_engine.h)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtlkernels as mk
+from tests import requires
+
+# "split" does the same without AMX, in a build with CMAKE_ARGS=-DMTLK_SPLIT=ON.
+pytestmark = requires.instruction_set("amx", "split", what="AMX")
+
+ROUTING = mk.Routing.mmoe(3, 2)
+ROWS = 300  # more than the fewest for which the split pays
+
+
+def level(dtype: torch.dtype, width: int, scale: float) -> tuple[Tensor, list[Tensor], Tensor]:
+    x = torch.randn(ROWS, width) * scale
+    weights = [torch.randn(3, 70, width) / width**0.5, torch.randn(3, 33, 70) / 70**0.5]
+    return x.to(dtype), [w.to(dtype) for w in weights], torch.randn(ROWS, 6)
+
+
+def run(x: Tensor, weights: list[Tensor], logits: Tensor) -> list[Tensor]:
+    """Outputs, and the gradients of inputs and weights; no kinks, so that errors are those of the products."""
+    x = x.detach().requires_grad_()
+    weights = [w.detach().requires_grad_() for w in weights]
+    outputs = mk.expert_mixture(x, weights, None, logits, ROUTING, activation="none")
+    weight = torch.linspace(-1, 1, outputs[0].shape[1], dtype=x.dtype)
+    loss = sum(((y / y.detach().abs().max()) * weight).sum() for y in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [x, *weights])]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [
+        ((f.double() - e).pow(2).mean().sqrt() / e.pow(2).mean().sqrt()).item()
+        for f, e in zip(found, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-8, 1.0, 1e15])
+@pytest.mark.parametrize("width", [32, 417, 2048])
+def test_as_exact_as_float32(width: int, scale: float) -> None:
+    x, weights, logits = level(torch.float32, width, scale)
+    exact = run(x.double(), [w.double() for w in weights], logits)
+    with mk.use_backend("reference"):
+        plain = errors(run(x, weights, logits), exact)
+    with mk.use_backend("cpp"):
+        split = errors(run(x, weights, logits), exact)
+    assert all(ours <= 2 * theirs for ours, theirs in zip(split, plain, strict=True)), (split, plain)
+
+
+def test_float16() -> None:
+    x, weights, logits = level(torch.float16, 417, 1.0)
+    exact = run(x.double(), [w.double() for w in weights], logits)
+    with mk.use_backend("reference"):
+        plain = errors(run(x, weights, logits), exact)
+    with mk.use_backend("cpp"):
+        split = errors(run(x, weights, logits), exact)
+    assert all(ours <= 1.2 * theirs for ours, theirs in zip(split, plain, strict=True)), (split, plain)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_visible_and_in_its_row(value: float) -> None:
+    x, weights, logits = level(torch.float32, 64, 1.0)
+    x[17, 5] = value
+    with mk.use_backend("cpp"), torch.no_grad():
+        outputs = mk.expert_mixture(x, weights, None, logits, ROUTING, activation="none")
+    for y in outputs:
+        finite = torch.isfinite(y).all(dim=1)
+        assert not torch.isfinite(y[17]).any()
+        assert finite.sum() == ROWS - 1

@@ -1,0 +1,68 @@
+"""Weights as they may lie in memory, on every instruction set: some kernels make them ready between their products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mtlkernels as mk
+from mtlkernels import _extension
+from mtlkernels.testing import DTYPES, LAYOUTS, CaseFactory
+from tests import requires
+from tests.ops.agreement import check
+from tests.ops.level import normalized
+from tests.ops.level.definition import formula
+
+PLE = mk.Routing.cgc(2, 2, 2, shared_gate=True)
+
+pytestmark = requires.cpp_kernels
+
+
+SETS = _extension.instruction_sets()
+# No kernels in float64 make weights ready: one set of them is enough.
+EVERY_SET = pytest.mark.parametrize(
+    "isa, kind", [(isa, kind) for kind in DTYPES for isa in SETS if kind != torch.float64 or isa == SETS[-1]]
+)
+EVERY_LAYOUT = pytest.mark.parametrize("layout", [*LAYOUTS, "repeated columns", "mixed"])
+EVERY_WIDTH = pytest.mark.parametrize("widths", [(64, 48, 32), (33, 70, 1), (1, 17, 40, 31)], ids=str)
+
+
+def _factory(seed: int, layout: str, dtype: torch.dtype) -> CaseFactory:
+    if layout == "repeated columns":
+        return CaseFactory(seed, dtype)
+    return CaseFactory(seed, dtype, layouts=LAYOUTS if layout == "mixed" else [layout])
+
+
+def _repeated(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix that repeats its first column without keeping more than that."""
+    own = tensor.detach()
+    return (own[..., :1].expand_as(own) if own.dim() == 2 else own).requires_grad_()
+
+
+@EVERY_SET
+@EVERY_LAYOUT
+@EVERY_WIDTH
+@pytest.mark.parametrize("rows", [64, 101, 300])
+def test_every_layout(rows: int, widths: tuple[int, ...], layout: str, isa: str, kind: torch.dtype) -> None:
+    case = _factory(rows, layout, kind).expert_mixture(rows, widths, PLE, activation="silu")
+    if layout == "repeated columns":
+        case = case.map(_repeated)
+    with _extension.instruction_set(isa):
+        check(mk.expert_mixture, formula, case, "cpp", 2 if rows == 101 else 1)
+
+
+@EVERY_SET
+@EVERY_LAYOUT
+@EVERY_WIDTH
+@pytest.mark.parametrize("rows", [101, 300])
+def test_layers_that_store_their_inputs(
+    rows: int, widths: tuple[int, ...], layout: str, isa: str, kind: torch.dtype
+) -> None:
+    """A layer at a time: rows that are one block, where two threads share the experts, and several blocks."""
+    kinds = ["none"] * (len(widths) - 1)
+    options = {"activation": "prelu", "dropout": [0.1] * len(kinds)}
+    case = normalized.case(_factory(7, layout, kind), rows, widths, PLE, kinds, **options)
+    if layout == "repeated columns":
+        case = case.map(_repeated)
+    with _extension.instruction_set(isa):
+        check(normalized.fused, formula, case, "cpp", 2)

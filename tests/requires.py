@@ -1,0 +1,28 @@
+"""What tests need and a machine may lack; in the same words each time, as the end of a run counts them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mtlkernels import _extension
+
+SETS = _extension.instruction_sets()
+_LACKING = "this processor lacks" if SETS else "an install without C++ kernels lacks"
+
+
+def instruction_set(*names: str, what: str) -> pytest.MarkDecorator:
+    """Any of these."""
+    return pytest.mark.skipif(not {*names} & {*SETS}, reason=f"needs {what}, which {_LACKING}")
+
+
+cpp_kernels = pytest.mark.skipif(not _extension.loaded(), reason="needs C++ kernels, which this install lacks")
+amx = instruction_set("amx", what="AMX")
+cuda_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which this machine lacks")
+cuda_kernels = pytest.mark.skipif(
+    not _extension.cuda_loaded(), reason=f"needs CUDA C++ kernels; this install: {_extension.cuda_load_error()}"
+)
+gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo, which this build of PyTorch lacks"
+)
