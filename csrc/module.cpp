@@ -1,6 +1,7 @@
 // The Python module mtlkernels._C: loading it registers the C++ kernels; it exposes facts about the build, the
-// instruction sets to choose from, and a short way to serve.
+// instruction sets to choose from, and the direct way to a level.
 
+#include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -11,10 +12,17 @@
 #include "cpu/gemm/kept_weights.h"
 #include "cpu/runtime/kernels.h"
 #include "cpu/runtime/memory.h"
-#include "serve.h"
+#include "direct.h"
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels of mtlkernels";
+  pybind11::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const c10::ValueError& refused) {
+      pybind11::set_error(PyExc_ValueError, refused.what_without_backtrace());
+    }
+  });
   mtlk::kernels();  // made here, once and by one thread, and known to forks from now on
   mtlk::KeptWeights::instance();
   module.def("build_facts", [] {
@@ -26,8 +34,9 @@ PYBIND11_MODULE(_C, module) {
     };
   });
   module.def("instruction_sets", &mtlk::instruction_sets, "The instruction sets that can serve here, the best last.");
-  module.def("serve_expert_mixture", &mtlk::serve_expert_mixture_from_python,
-             "mtlkernels.expert_mixture without gradients; ValueError or RuntimeError for what it does not take.");
+  module.def("level", &mtlk::level_from_python,
+             "mtlkernels.expert_mixture by the direct way: outputs, tensors for its Function, or None: not its call.");
+  module.def("recoded_level", &mtlk::recoded_level, "A LevelSpec's encoding, decoded and encoded again.");
   module.def(
       "release_memory",
       [] {

@@ -15,7 +15,7 @@ enum class WeightForm {
 
 struct EngineTable {
   int64_t min_call_rows;     // of a call for which this engine pays
-  int64_t min_forward_rows;  // the same of a forward pass of expert_mixture, which makes weights ready as it goes
+  int64_t min_forward_rows;  // the same of a forward pass of a chain, which makes weights ready as it goes
   int64_t tiny_rows;         // up to which products read weights in natural form, row by row, whatever the form
 
   // Weights: the form, and how to prepare one that has `outputs` x `inputs` elements of the storage type, rows

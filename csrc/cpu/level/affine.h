@@ -1,7 +1,7 @@
 // What follows a product: a bias, or batch norm by running statistics, which is a scale and a shift a channel.
 #pragma once
 
-#include "level/expert_mixture_args.h"
+#include "level/level_args.h"
 #include "simd/simd.h"
 
 namespace mtlk {
@@ -18,7 +18,7 @@ struct Affine {
     if (!scales || !scales[at]) return {static_cast<const T*>(biases[at]), nullptr, nullptr};
     return {nullptr, static_cast<const C*>(scales[at]), static_cast<const C*>(shifts[at])};
   }
-  static Affine of(const Level& level, int64_t at) { return of(level.biases, level.scales, level.shifts, at); }
+  static Affine of(const LevelShape& level, int64_t at) { return of(level.biases, level.scales, level.shifts, at); }
 
   Affine from(int64_t channel) const {
     if (scale) return {nullptr, scale + channel, shift + channel};

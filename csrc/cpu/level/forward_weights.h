@@ -1,7 +1,7 @@
 // The weights of the forward pass, tile by tile.
 #pragma once
 
-#include "level/expert_mixture_args.h"
+#include "level/level_args.h"
 #include "simd/prefetch.h"
 
 namespace mtlk {
@@ -26,11 +26,11 @@ template <typename Engine>
 class ForwardWeights {
  public:
   // `made` has room for two tiles.
-  ForwardWeights(const Level& level, typename Engine::Weight* made)
+  ForwardWeights(const LevelShape& level, typename Engine::Weight* made)
       : level_(level), made_(made), size_(made_size(level)) {}
 
   // Of a tile of any layer.
-  static int64_t made_size(const Level& level) {
+  static int64_t made_size(const LevelShape& level) {
     int64_t size = 0;
     for (int l = 0; l < level.layers; ++l) {
       const int64_t of_layer = Engine::made_size(level.widths[l]);
@@ -104,7 +104,7 @@ class ForwardWeights {
                                   buffer());
   }
 
-  const Level& level_;
+  const LevelShape& level_;
   typename Engine::Weight* const made_;
   const int64_t size_;
   WeightTile ready_{-1, 0};

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm/panels.h"
-#include "level/expert_mixture_args.h"
+#include "level/level_args.h"
 #include "simd/activations.h"
 
 namespace mtlk {

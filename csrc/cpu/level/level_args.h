@@ -1,303 +1,197 @@
-// Builds the kernels' view of a level of experts from an operator's arguments.
+// What crosses from the operators, which know torch, to the kernels, which do not.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
-#include <numeric>
-#include <optional>
-
-#include "gemm/weight_forms.h"
-#include "level/folded_norms.h"
-#include "level/gate_layers.h"
-#include "level/gates_args.h"
+#include <cstdint>
 
 namespace mtlk {
 
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// Owns what a Level points to, and whatever had to be copied to fit the kernels.
-class LevelTables {
- public:
-  LevelTables(at::TensorList inputs, at::TensorList weights, at::IntArrayRef expert_inputs,
-              at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, at::IntArrayRef activations)
-      : gates_(gate_experts, gate_sizes, static_cast<int64_t>(expert_inputs.size())),
-        experts_(expert_inputs.size()),
-        activations_(activations.begin(), activations.end()),
-        expert_inputs_(expert_inputs.begin(), expert_inputs.end()),
-        order_(experts_) {
-    check(inputs, weights);
-    widths_.push_back(inputs[0].size(1));
-    for (size_t l = 0; l < activations_.size(); ++l) widths_.push_back(weights[l * experts_].size(0));
-    std::iota(order_.begin(), order_.end(), 0);
-    std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) { return expert_inputs_[a] < expert_inputs_[b]; });
-    for (const at::Tensor& x : inputs) {
-      rows_of(x);
-      input_pointers_.push_back(kept_.back().const_data_ptr());
-      input_ld_.push_back(kept_.back().stride(0));
-    }
-    biases_.assign(weights.size(), nullptr);
-    level_.rows = inputs[0].size(0);
-    level_.experts = static_cast<int>(experts_);
-    level_.layers = static_cast<int>(activations_.size());
-    level_.widths = widths_.data();
-    level_.activations = activations_.data();
-    level_.expert_inputs = expert_inputs_.data();
-    level_.order = order_.data();
-    level_.inputs = input_pointers_.data();
-    level_.input_ld = input_ld_.data();
-    level_.biases = biases_.data();
-    level_.gates = gates_.gates();
-  }
-  LevelTables(const LevelTables&) = delete;
-
-  const Level& level() const { return level_; }
-
-  void set_biases(const OptionalTensors& biases) {
-    std::vector<at::Tensor> tensors;
-    for (size_t i = 0; i < biases.size(); ++i) tensors.push_back(biases.get(i).value_or(at::Tensor()));
-    set_biases(tensors);
-  }
-  // Undefined tensors stand for no bias.
-  void set_biases(const std::vector<at::Tensor>& biases) {
-    TORCH_CHECK_VALUE(biases.size() == biases_.size(), "mtlkernels: biases must hold ", biases_.size(),
-                      " entries, got ", biases.size());
-    for (size_t i = 0; i < biases.size(); ++i) biases_[i] = bias_of(biases[i], widths_[i / experts_ + 1], "biases", i);
-  }
-
-  // Batch norms by running statistics behind the experts' layers, after their biases; empty without any.
-  void set_norms(const std::vector<NormTensors>& norms, FoldNorm fold) {
-    if (norms.empty()) return;
-    std::vector<int64_t> widths;
-    for (size_t i = 0; i < biases_.size(); ++i) widths.push_back(widths_[i / experts_ + 1]);
-    norms_.emplace(norms, widths, biases_.data(), fold, dtype_ == at::kDouble, "norms");
-    level_.scales = norms_->scales();
-    level_.shifts = norms_->shifts();
-  }
-
-  void set_logits(at::TensorList logits) {
-    gates_.set_logits(logits);
-    check_gates(logits, gates_.gates(), level_.rows, dtype_);
-    level_.gates = gates_.gates();
-  }
-
-  // Linear layers in the place of logits: gate k's reads stream k, or the only one. Kernels that want prepared weights
-  // get logits after all, as so narrow a layer is nothing to prepare for.
-  // `norms` stand behind them, or it is empty.
-  void set_gate_layers(at::TensorList inputs, const std::vector<at::Tensor>& weights,
-                       const std::vector<at::Tensor>& biases, const std::vector<NormTensors>& norms, FoldNorm fold,
-                       WeightForm form) {
-    check_gate_layers(inputs, weights, biases);
-    if (!norms.empty()) fold_gates(norms, fold);
-    if (form == WeightForm::kPrepared) {
-      if (norms.empty()) return set_joined_logits(gate_logits(inputs, weights, biases));
-      return set_joined_logits(normalized_logits(gate_logits(inputs, weights, {weights.size(), at::Tensor()}), biases));
-    }
-    for (const at::Tensor& weight : weights) {
-      rows_of(form == WeightForm::kCompute && dtype_ != at::kDouble ? weight.to(at::kFloat) : weight);
-      gate_weights_.push_back(kept_.back().const_data_ptr());
-      gate_weight_ld_.push_back(kept_.back().stride(0));
-    }
-    gates_.set_weights(gate_weights_, gate_weight_ld_, gate_biases_, gate_streams_);
-    level_.gates = gates_.gates();
-  }
-
-  // Their products, which are the logits: [B, sum of the gates' sizes].
-  at::Tensor set_gate_products(at::TensorList inputs, const std::vector<at::Tensor>& weights,
-                               const std::vector<at::Tensor>& biases) {
-    check_gate_layers(inputs, weights, biases);
-    const at::Tensor logits = gate_logits(inputs, weights, biases);
-    set_joined_logits(logits);
-    return logits;
-  }
-
-  void set_joined_logits(const at::Tensor& logits) {
-    const Gates& gates = gates_.gates();
-    TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) == gates.columns, "mtlkernels: logits must have ",
-                      gates.columns, " columns, got ", logits.sizes());
-    kept_.push_back(logits);
-    set_logits(logits.split_with_sizes(std::vector<int64_t>(gates.sizes, gates.sizes + gates.count), 1));
-  }
-
-  void check_gate_layers(at::TensorList inputs, const std::vector<at::Tensor>& weights,
-                         const std::vector<at::Tensor>& biases) {
-    const Gates& gates = gates_.gates();
-    const size_t count = gates.count;
-    TORCH_CHECK_VALUE(weights.size() == count && biases.size() == count,
-                      "mtlkernels: gate_weights and gate_biases must hold an entry for each of ", count, " gates");
-    TORCH_CHECK_VALUE(inputs.size() == 1 || inputs.size() >= count, "mtlkernels: there must be a stream for each of ",
-                      count, " gates, got ", inputs.size());
-    for (size_t k = 0; k < count; ++k) {
-      check_like(weights[k], dtype_, "gate_weights", k);
-      TORCH_CHECK_VALUE(
-          weights[k].dim() == 2 && weights[k].size(0) == gates.sizes[k] && weights[k].size(1) == widths_[0],
-          "mtlkernels: gate_weights[", k, "] must have shape [", gates.sizes[k], ", ", widths_[0], "], got ",
-          weights[k].sizes());
-      gate_biases_.push_back(bias_of(biases[k], gates.sizes[k], "gate_biases", k));
-      gate_streams_.push_back(inputs.size() == 1 ? 0 : static_cast<int>(k));
-    }
-  }
-
-  void set_grad_outputs(at::TensorList grad_outputs) {
-    const int64_t rows = level_.rows, features = widths_.back();
-    TORCH_CHECK_VALUE(static_cast<int>(grad_outputs.size()) == level_.gates.count,
-                      "mtlkernels: grad_outputs must hold a tensor for each of ", level_.gates.count, " gates, got ",
-                      grad_outputs.size());
-    for (size_t k = 0; k < grad_outputs.size(); ++k) {
-      check_like(grad_outputs[k], dtype_, "grad_outputs", k);
-      TORCH_CHECK_VALUE(grad_outputs[k].sizes() == at::IntArrayRef({rows, features}), "mtlkernels: grad_outputs[", k,
-                        "] must have shape [", rows, ", ", features, "], got ", grad_outputs[k].sizes());
-      rows_of(grad_outputs[k]);
-      grad_outputs_.push_back(kept_.back().const_data_ptr());
-      grad_output_ld_.push_back(kept_.back().stride(0));
-    }
-  }
-
-  // What the forward pass saved of the first `layers` layers.
-  void set_saved(at::TensorList saved, int layers) {
-    const int64_t rows = level_.rows;
-    TORCH_CHECK_VALUE(static_cast<int>(saved.size()) == layers, "mtlkernels: saved must hold a tensor for each of ",
-                      layers, " layers, got ", saved.size());
-    for (size_t l = 0; l < saved.size(); ++l) {
-      check_like(saved[l], dtype_, "saved", l);
-      TORCH_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({static_cast<int64_t>(experts_), rows, widths_[l + 1]}),
-                        "mtlkernels: saved[", l, "] must have shape [", experts_, ", ", rows, ", ", widths_[l + 1],
-                        "], got ", saved[l].sizes());
-      kept_.push_back(saved[l].contiguous());
-      saved_.push_back(kept_.back().const_data_ptr());
-    }
-  }
-  const void* const* grad_outputs() const { return grad_outputs_.data(); }
-  const int64_t* grad_output_ld() const { return grad_output_ld_.data(); }
-  const void* const* saved() const { return saved_.data(); }
-
-  void set_natural_weights(at::TensorList weights) {
-    weights_.set_natural(weights);
-    point_weights();
-  }
-  void set_weights(at::TensorList weights, const EngineTable& engine, bool transposed) {
-    weights_.set(weights, engine, transposed);
-    point_weights();
-  }
-  // Weights for a forward pass, which makes those ready as it goes that are in no fitting form, unless all are `kept`
-  // in one.
-  void set_forward_weights(at::TensorList weights, const EngineTable& engine, bool kept) {
-    if (kept || engine.form != WeightForm::kPrepared) return set_weights(weights, engine, false);
-    weights_.set_to_be_made(weights, engine);
-    point_weights();
-  }
-  void set_weights(const GroupForms& forms) {
-    level_.weights = forms.pointers();
-    level_.weight_ld = forms.ld();
-  }
-
-  // The last layer's weights as the forward pass wants them, after the backward pass's.
-  void set_last_weights(at::TensorList weights, const EngineTable& engine) {
-    if (!engine.backward_transposed) return;
-    last_weights_.emplace().set(weights.slice(weights.size() - experts_), engine, false);
-  }
-  const void* const* last_weights() const {
-    return last_weights_ ? last_weights_->pointers() : weights_.pointers() + (activations_.size() - 1) * experts_;
-  }
-  const int64_t* last_weight_ld() const {
-    return last_weights_ ? last_weights_->ld() : weights_.ld() + (activations_.size() - 1) * experts_;
-  }
-
- private:
-  void fold_gates(const std::vector<NormTensors>& norms, FoldNorm fold) {
-    const Gates& gates = gates_.gates();
-    const std::vector<int64_t> widths(gates.sizes, gates.sizes + gates.count);
-    gate_norms_.emplace(norms, widths, gate_biases_.data(), fold, dtype_ == at::kDouble, "gate norms");
-    gates_.set_norms(gate_norms_->scales(), gate_norms_->shifts());
-  }
-
-  // Logits of products: those of gates without a norm get their biases.
-  at::Tensor normalized_logits(const at::Tensor& products, const std::vector<at::Tensor>& biases) const {
-    const Gates& gates = gates_.gates();
-    const at::ScalarType compute = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
-    const auto options = products.options().dtype(compute);
-    const at::Tensor scale = at::ones({gates.columns}, options), shift = at::zeros({gates.columns}, options);
-    for (int k = 0; k < gates.count; ++k) {
-      const int64_t first = gates.begin[k], bytes = gates.sizes[k] * static_cast<int64_t>(scale.element_size());
-      if (gates.scales[k]) {
-        std::memcpy(scale.narrow(0, first, gates.sizes[k]).mutable_data_ptr(), gates.scales[k], bytes);
-        std::memcpy(shift.narrow(0, first, gates.sizes[k]).mutable_data_ptr(), gates.shifts[k], bytes);
-      } else if (biases[k].defined()) {
-        shift.narrow(0, first, gates.sizes[k]).copy_(biases[k]);
-      }
-    }
-    return at::addcmul(shift, products.to(compute), scale);
-  }
-
-  // The address of a bias of `size` elements, null for none.
-  const void* bias_of(const at::Tensor& bias, int64_t size, const char* name, size_t i) {
-    if (!bias.defined()) return nullptr;
-    TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == size, "mtlkernels: ", name, "[", i, "] must have shape [",
-                      size, "], got ", bias.sizes());
-    check_like(bias, dtype_, name, i);
-    kept_.push_back(bias.contiguous());
-    return kept_.back().const_data_ptr();
-  }
-
-  // Keeps a tensor [rows, n] with unit column stride as long as this lives.
-  void rows_of(const at::Tensor& x) { kept_.push_back(x.stride(1) == 1 ? x : x.contiguous()); }
-
-  static void check_like(const at::Tensor& tensor, at::ScalarType dtype, const char* name, size_t i) {
-    check_plain(tensor);
-    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype && tensor.layout() == at::kStrided, "mtlkernels: ", name, "[", i,
-                     "] must be a dense tensor of ", dtype, ", got ", tensor.layout(), " of ", tensor.scalar_type());
-    TORCH_CHECK_VALUE(tensor.is_cpu(), "mtlkernels: ", name, "[", i, "] must be on the CPU, got ", tensor.device());
-  }
-
-  // All that the kernels rely on, so that a direct call of an operator cannot read out of bounds. The public functions
-  // check the same in Python, where messages know the caller's nesting.
-  void check(at::TensorList inputs, at::TensorList weights) {
-    TORCH_CHECK_VALUE(!inputs.empty() && !weights.empty(), "mtlkernels: there must be an input and a layer");
-    dtype_ = inputs[0].scalar_type();
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      check_like(inputs[i], dtype_, "inputs", i);
-      TORCH_CHECK_VALUE(inputs[i].dim() == 2 && inputs[i].sizes() == inputs[0].sizes(), "mtlkernels: inputs[", i,
-                        "] must have shape [B, D] as inputs[0], got ", inputs[i].sizes());
-    }
-    for (const int stream : expert_inputs_) {
-      TORCH_CHECK_VALUE(stream >= 0 && stream < static_cast<int64_t>(inputs.size()),
-                        "mtlkernels: expert_inputs must name streams in [0, ", inputs.size(), "), got ", stream);
-    }
-    TORCH_CHECK_VALUE(weights.size() == experts_ * activations_.size(), "mtlkernels: weights must hold ",
-                      experts_ * activations_.size(), " tensors, got ", weights.size());
-    int64_t in = inputs[0].size(1), out = in;
-    for (size_t i = 0; i < weights.size(); ++i) {
-      check_like(weights[i], dtype_, "weights", i);
-      TORCH_CHECK_VALUE(weights[i].dim() == 2, "mtlkernels: weights[", i, "] must be a matrix");
-      if (i % experts_ == 0) {
-        in = out;
-        out = weights[i].size(0);
-      }
-      TORCH_CHECK_VALUE(weights[i].size(0) == out && weights[i].size(1) == in, "mtlkernels: weights[", i,
-                        "] must have shape [", out, ", ", in, "], got ", weights[i].sizes());
-    }
-  }
-
-  void point_weights() {
-    level_.weights = weights_.pointers();
-    level_.weight_ld = weights_.ld();
-    level_.weight_columns = weights_.columns();
-  }
-
-  GateTables gates_;
-  size_t experts_;
-  std::vector<int> activations_, expert_inputs_, order_;
-  std::vector<int64_t> widths_, input_ld_;
-  std::vector<int64_t> grad_output_ld_;
-  std::vector<const void*> input_pointers_, biases_, grad_outputs_, saved_;
-  std::vector<const void*> gate_weights_, gate_biases_;
-  std::vector<int64_t> gate_weight_ld_;
-  std::vector<int> gate_streams_;
-  std::vector<at::Tensor> kept_;
-  WeightForms weights_;
-  std::optional<WeightForms> last_weights_;
-  at::ScalarType dtype_;
-  std::optional<FoldedNorms> norms_, gate_norms_;
-  Level level_{};
+// The gates of a call. Gate k mixes `sizes[k]` experts, whose probabilities are columns begin[k], begin[k] + 1, ... of
+// the block's probabilities. The same pairs ordered by expert: those of expert e are uses[use_begin[e]] up to
+// uses[use_begin[e + 1]].
+struct GateUse {
+  int gate;
+  int column;
 };
+
+struct Gates {
+  int count;
+  int columns;
+  const int* sizes;
+  const int* begin;
+  const int* use_begin;
+  const GateUse* uses;
+  Dtype dtype;                // of the logits
+  const void* const* logits;  // [rows, sizes[k]] with any strides
+  const int64_t* row_stride;
+  const int64_t* column_stride;
+
+  // Or, of a chain, linear layers that make the logits from the inputs: weights [sizes[k], widths[0]] in the
+  // experts' form, biases or null as theirs, and the stream that each gate reads. Null where logits are given.
+  const void* const* weights;
+  const int64_t* weight_ld;
+  const void* const* biases;
+  const int* streams;
+  const void* const* scales;  // as a level's
+  const void* const* shifts;
+};
+
+// A parameter or a statistic of a norm, contiguous; null for none.
+struct NormPart {
+  const void* values;
+  Dtype dtype;
+};
+
+// A batch norm that uses its running statistics.
+struct RunningNorm {
+  NormPart mean, variance, weight, bias;
+  double eps;
+};
+
+// Scale and shift of a batch norm by running statistics behind a product with `bias`, or null.
+using FoldNorm = void (*)(const RunningNorm&, const void* bias, int64_t channels, void* scale, void* shift);
+
+// A level of experts, or the part of one that a backward pass reaches. Weights and biases are ordered by layer, then
+// expert: number layer * experts + e.
+struct LevelShape {
+  int64_t rows;
+  int experts;
+  int layers;
+  const int64_t* widths;         // [layers + 1]; widths[0] is the width of the inputs
+  const int64_t* activations;    // [layers]
+  const int64_t* expert_inputs;  // [experts]
+  const int* order;              // the experts, those of one stream next to each other
+
+  // [experts], their numbers in the whole level, over whose experts activations and statistics are stacked, and whose
+  // numbers dropout counts.
+  const int* numbers;
+  const void* const* inputs;  // [rows, widths[0]], unit column stride
+  const int64_t* input_ld;
+  const void* const* weights;  // see WeightForm
+  const int64_t* weight_ld;    // 0 for prepared ones
+
+  // Not 0 for a weight of the storage type that the forward pass has to make ready, tile by tile, where a tile is in no
+  // form which products want: elements from one input to the next, as weight_ld is from one output to the next. Null
+  // without any.
+  const int64_t* weight_columns;
+  const void* const* biases;  // of the storage type; null where there is none
+  const void* const* scales;  // of batch norms by running statistics, of the compute type, null where there is none
+  const void* const* shifts;  // of them, in the place of biases; both tables are null without such norms
+  Gates gates;
+};
+
+inline int64_t weight_number(const LevelShape& level, int64_t layer, int64_t expert) {
+  return layer * level.experts + expert;
+}
+
+// What a backward pass is given, and where its results go.
+struct GradientArgs {
+  const void* const* grad_outputs;  // [rows, widths[layers]] for each gate, unit column stride
+  const int64_t* grad_output_ld;
+  void* const* grad_inputs;                      // contiguous [rows, widths[0]] for each stream, or null
+  void* const* grad_logits;                      // contiguous, of the logits' dtype, or null
+  bool need_experts, need_weights, need_biases;  // need_experts: more than the logits' gradients
+
+  // Contiguous of the storage type, and sums over the rows, of the compute type, for each layer and expert:
+  // [out][weight_sum_ld[layer]] and [out]. Sums may be the results themselves; those of a weight are null where all
+  // rows come at once. A bias that is not there has neither.
+  void* const* grad_weights;
+  void* const* grad_biases;
+  void* const* weight_sums;
+  const int64_t* weight_sum_ld;
+  void* const* bias_sums;
+};
+
+// Rows and experts that go through the backward pass together: first the gradients of pre-activations, block by block,
+// then the weights' gradients.
+struct BackwardChunk {
+  int64_t row, rows;
+  int64_t capacity;  // rows that the buffers are laid out for
+  int first, last;   // the experts whose gradients are there, order[first, last)
+  void* gradients;   // of pre-activations, see BackwardLayout
+  void* operands;    // the streams, where they have to be made
+};
+
+// Chain: all layers of a block of rows, one after another. ------------------------------------------------------------
+
+// The layers whose activations the forward pass saves. With another below, the last one's are computed again: one small
+// product in place of the memory that they would take.
+inline int saved_layers(int layers) { return layers > 1 ? layers - 1 : layers; }
+
+struct ChainForwardArgs {
+  LevelShape level;
+  void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
+  void* const* saved;    // a contiguous [experts, rows, width] for each of the saved layers, or null
+
+  bool saves(int layer) const { return saved != nullptr && layer < saved_layers(level.layers); }
+};
+
+struct ChainBackwardArgs : GradientArgs {
+  LevelShape level;
+  const void* const* saved;  // as the forward pass wrote them, of the whole level's experts
+
+  // Of the last layer, in the forward pass's form, for each expert: where it was not saved.
+  const void* const* last_weights;
+  const int64_t* last_weight_ld;
+
+  // The streams whose experts do not all go together, so that sums of their gradients have to be kept: which of them
+  // each stream is, or -1.
+  const int* divided;
+  int divided_count;
+};
+
+// Layerwise: a layer of all rows after another. -----------------------------------------------------------------------
+
+enum Norm : int { kNoNorm = 0, kBatchNorm = 1, kLayerNorm = 2 };
+
+// A layer's normalisation, the slopes of its activation, and dropout. Arrays are of the compute type; those a channel
+// are [experts][ld].
+struct NormLayer {
+  int norm;
+  double eps;
+  double rate;  // of dropout
+  double dice_eps;
+  void* z;  // pre-activations of the storage type, [experts][rows][width] of the whole level; the forward pass's
+
+  // Statistics of the whole level: [experts][width] of a batch norm, [experts][rows] of a layer norm, otherwise null.
+  void *mean, *variance;
+  const void* const* scales;  // [experts], null where there is none
+  const void* const* shifts;
+  const void* const* activation_slopes;     // null where it has none
+  const int64_t* activation_slope_strides;  // [experts], 0 where one serves all channels
+
+  // What a reader applies: (z - center) * factor + shift a channel after batch norm, and after layer norm
+  // (z - mean) * rstd * factor + shift with a mean and a rstd a row, [experts][rows].
+  int64_t ld;
+  void *center, *factor, *shift, *rstd;
+  void* activation_slope;       // a channel, null without slopes
+  void *gate_mean, *gate_rate;  // of Dice's gate, [experts][rows]; only in the backward pass, which fills them
+
+  // Backward. dz = factor * dn + grad_slope * (z - center) + grad_offset a channel after batch norm; after layer norm
+  // dz = rstd * (factor * dn - row_mean - zhat * row_slope) with values a row.
+  void *grad_slope, *grad_offset, *row_mean, *row_slope;
+  void* grad;                // dn of the storage type, [experts][group of 16 rows][width][16]
+  void* const* grad_scales;  // [experts], null where it is not asked for
+  void* const* grad_shifts;
+  void* const* grad_activation_slopes;  // [width], also where one serves all channels
+};
+
+struct LayerwiseArgs {
+  LevelShape level;
+  const NormLayer* layers;
+  uint64_t seed;
+
+  // For each block of rows, expert and channel, what it adds to the sums: [block][experts][arrays][ld of the layer].
+  void* partials;
+  int64_t partial_arrays, partial_ld;
+  int64_t block_rows, blocks;
+};
+
+struct LayerwiseForwardArgs : LayerwiseArgs {
+  void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
+};
+
+struct LayerwiseBackwardArgs : LayerwiseArgs, GradientArgs {};
 
 }  // namespace mtlk

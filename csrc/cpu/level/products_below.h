@@ -1,7 +1,7 @@
 // From the gradients of a layer's pre-activations to those of what it read: products with the transposed weights.
 #pragma once
 
-#include "level/expert_mixture_args.h"
+#include "level/level_args.h"
 #include "simd/prefetch.h"
 
 namespace mtlk {
@@ -9,7 +9,7 @@ namespace MTLK_ISA {
 
 // product(feature, n, group, groups, ahead) for each tile of the layer below l.
 template <typename Engine, typename F>
-void each_tile_below(const Level& level, int l, int e, int64_t all_groups, F product) {
+void each_tile_below(const LevelShape& level, int l, int e, int64_t all_groups, F product) {
   const int64_t depth = level.widths[l + 1], width = level.widths[l];
   const int64_t at = weight_number(level, l, e), tiles = Engine::tiles(width);
   const auto* weight = static_cast<const typename Engine::Weight*>(level.weights[at]);
@@ -28,7 +28,7 @@ void each_tile_below(const Level& level, int l, int e, int64_t all_groups, F pro
 
 // f(group, feature, n, tile) for each tile of the layer below l; `panels` are layer l's gradients.
 template <typename Engine, typename F>
-void multiply_below(const Level& level, int l, int e, const typename Engine::Element* panels, int64_t groups,
+void multiply_below(const LevelShape& level, int l, int e, const typename Engine::Element* panels, int64_t groups,
                     typename Engine::C* tile, F f) {
   const int64_t depth = level.widths[l + 1], at = weight_number(level, l, e);
   const auto* weight = static_cast<const typename Engine::Weight*>(level.weights[at]);
@@ -44,13 +44,13 @@ void multiply_below(const Level& level, int l, int e, const typename Engine::Ele
 // The gradients of a stream are sums over experts, [group][feature][16] with the features rounded up to whole tiles of
 // the products.
 template <typename Engine>
-int64_t stream_sums(const Level& level, int64_t groups) {
+int64_t stream_sums(const LevelShape& level, int64_t groups) {
   return Engine::sum_features(level.widths[0]) * groups * kGroup;
 }
 
 // Adds expert e's part, from the first layer's gradients, or begins with it.
 template <typename Engine>
-void add_to_stream(const Level& level, int e, const typename Engine::Element* panels, int64_t groups,
+void add_to_stream(const LevelShape& level, int e, const typename Engine::Element* panels, int64_t groups,
                    typename Engine::C* sums, bool add) {
   const int64_t depth = level.widths[1], group_size = Engine::sum_features(level.widths[0]) * kGroup;
   const auto* weight = static_cast<const typename Engine::Weight*>(level.weights[e]);
@@ -62,7 +62,7 @@ void add_to_stream(const Level& level, int e, const typename Engine::Element* pa
 
 // Rows [row, row + nrows) of a stream's gradient from its sums.
 template <typename Engine>
-void write_stream(const Level& level, const typename Engine::C* sums, int64_t row, int64_t nrows, void* out) {
+void write_stream(const LevelShape& level, const typename Engine::C* sums, int64_t row, int64_t nrows, void* out) {
   const int64_t width = level.widths[0], group_size = Engine::sum_features(width) * kGroup;
   auto* rows = static_cast<typename Engine::T*>(out) + row * width;
   for (int64_t r = 0; r < nrows; r += kGroup, sums += group_size) {

@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "level/normalization.h"
+#include "level/layer_reader.h"
 
 namespace mtlk {
 namespace MTLK_ISA {

@@ -2,7 +2,7 @@
 // weight.
 #pragma once
 
-#include "level/expert_mixture_args.h"
+#include "level/level_args.h"
 #include "simd/simd.h"
 
 namespace mtlk {
@@ -15,7 +15,7 @@ struct WeightScratch {
   typename Engine::C* sums;           // of kColumns columns
   int64_t total;
 
-  WeightScratch(const Level& level, int64_t chunk_rows, void* memory) {
+  WeightScratch(const LevelShape& level, int64_t chunk_rows, void* memory) {
     int64_t widest = 0;
     for (int l = 1; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
     Arena arena(memory);
@@ -50,13 +50,14 @@ void weight_columns(const Args& args, const BackwardChunk& chunk, int l, int64_t
   }
 }
 
-// The same for the bias.
+// The same for the bias, where it is asked for.
 template <typename Engine, typename Args>
 void whole_bias(const Args& args, const BackwardChunk& chunk, int l, int64_t at,
                 const typename Engine::Gradient* gradient) {
   using C = typename Engine::C;
   const int64_t outputs = args.level.widths[l + 1];
   C* const sums = static_cast<C*>(args.bias_sums[at]);
+  if (!sums) return;
   Engine::bias_gradient(gradient, outputs, chunk.rows, sums, chunk.row > 0);
   void* const result = args.grad_biases[at];
   if (result != sums && completes(args, chunk)) narrow(sums, static_cast<typename Engine::T*>(result), outputs);

@@ -2,7 +2,7 @@
 
 #include <torch/library.h>
 
-#include "level/gates_args.h"
+#include "level/gate_tables.h"
 #include "runtime/kernels.h"
 #include "runtime/memory.h"
 #include "runtime/parallel.h"
@@ -18,8 +18,8 @@ void check_values(const at::Tensor& experts) {
                     "mtlkernels: experts must be a dense tensor [B, E, H] on the CPU, got ", experts.sizes());
 }
 
-GatedMixtureArgs make_args(const at::Tensor& experts, at::TensorList logits, const GateTables& tables) {
-  check_gates(logits, tables.gates(), experts.size(0), experts.scalar_type());
+GatedMixtureArgs make_args(const at::Tensor& experts, at::TensorList logits, GateTables& tables) {
+  tables.set_logits(logits, experts.size(0), experts.scalar_type());
   GatedMixtureArgs args{};
   args.rows = experts.size(0);
   args.experts = experts.size(1);
@@ -47,7 +47,7 @@ std::vector<at::Tensor> forward(const at::Tensor& experts, at::TensorList gate_l
                                 at::IntArrayRef gate_sizes) {
   check_values(experts);
   const at::Tensor values = with_unit_stride(experts);
-  const GateTables tables(gate_logits, gate_experts, gate_sizes, experts.size(1));
+  GateTables tables(gate_experts, gate_sizes, experts.size(1));
   GatedMixtureArgs args = make_args(values, gate_logits, tables);
   std::vector<at::Tensor> outputs;
   std::vector<void*> pointers;
@@ -66,7 +66,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
     at::IntArrayRef gate_sizes, bool need_experts, bool need_logits) {
   check_values(experts);
   const at::Tensor values = with_unit_stride(experts);
-  const GateTables tables(gate_logits, gate_experts, gate_sizes, experts.size(1));
+  GateTables tables(gate_experts, gate_sizes, experts.size(1));
   GatedMixtureArgs args = make_args(values, gate_logits, tables);
   TORCH_CHECK_VALUE(grad_outputs.size() == gate_sizes.size(),
                     "mtlkernels: grad_outputs must hold a tensor for each of ", gate_sizes.size(), " gates, got ",

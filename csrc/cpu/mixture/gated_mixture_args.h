@@ -1,7 +1,7 @@
 // What crosses from the operator gated_mixture to its kernels.
 #pragma once
 
-#include "level/expert_mixture_args.h"
+#include "level/level_args.h"
 
 namespace mtlk {
 

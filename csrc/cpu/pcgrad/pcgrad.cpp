@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "../../common/projection.h"
-#include "level/gates_args.h"
+#include "level/gate_tables.h"
 #include "runtime/kernels.h"
 #include "runtime/memory.h"
 #include "runtime/parallel.h"

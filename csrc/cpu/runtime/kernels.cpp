@@ -2,8 +2,8 @@
 
 #include "runtime/kernels.h"
 
-#include "level/expert_mixture_tiny_backward.h"
-#include "level/expert_mixture_weight_gradients.h"
+#include "level/chain_weight_kernels.h"
+#include "level/tiny_backward_kernels.h"
 #include "mixture/gated_mixture_kernels.h"
 #include "pcgrad/pcgrad_kernels.h"
 #include "snr/snr_aver_kernels.h"
@@ -18,11 +18,11 @@ namespace mtlk {
 namespace MTLK_ISA {
 
 template <typename Engine>
-void forward(const ForwardArgs& args, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed,
+void forward(const ChainForwardArgs& args, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed,
              bool add) {
   using C = typename Engine::C;
   Engine::begin();
-  ForwardBlock<Engine> block(args, row, nrows, scratch);
+  ChainForward<Engine> block(args, row, nrows, scratch);
   block.run(first, last);
   if (mixed) {
     C* const sums = static_cast<C*>(mixed);
@@ -37,14 +37,15 @@ void forward(const ForwardArgs& args, int64_t row, int64_t nrows, int first, int
 }
 
 template <typename Engine>
-void forward_finish(const ForwardArgs& args, int64_t row, int64_t nrows, const void* mixed, int parts, void* scratch) {
+void forward_finish(const ChainForwardArgs& args, int64_t row, int64_t nrows, const void* mixed, int parts,
+                    void* scratch) {
   using C = typename Engine::C;
-  ForwardBlock<Engine> block(args, row, nrows, scratch);
+  ChainForward<Engine> block(args, row, nrows, scratch);
   block.finish(static_cast<const C*>(mixed), parts, block.mixed_size());
 }
 
 template <typename T>
-void tiny(const ForwardArgs& args, int first, int last, void* scratch, void* mixed) {
+void tiny(const ChainForwardArgs& args, int first, int last, void* scratch, void* mixed) {
   TinyForward<T> forward(args, scratch);
   forward.run(first, last);
   if (mixed) {
@@ -55,36 +56,36 @@ void tiny(const ForwardArgs& args, int first, int last, void* scratch, void* mix
 }
 
 template <typename T>
-void tiny_finish(const ForwardArgs& args, const void* mixed, int parts, void* scratch) {
+void tiny_finish(const ChainForwardArgs& args, const void* mixed, int parts, void* scratch) {
   TinyForward<T>(args, scratch)
       .finish(static_cast<const Compute<T>*>(mixed), parts, TinyForward<T>::mixed_size(args.level));
 }
 
 template <typename Engine>
-void backward(const BackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, int first, int last,
-              void* scratch, void* below, void* inner, bool add) {
+void backward(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, int first,
+              int last, void* scratch, void* below, void* inner, bool add) {
   using C = typename Engine::C;
   Engine::begin();
   const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
-  BackwardBlock<Engine> block(args, chunk, layout, row, nrows, scratch);
+  ChainBackward<Engine> block(args, chunk, layout, row, nrows, scratch);
   block.run(first, last, static_cast<C*>(below), static_cast<C*>(inner), add);
   Engine::end();
 }
 
 template <typename Engine>
-void backward_finish(const BackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows,
+void backward_finish(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows,
                      const void* below, int parts, void* inner, void* scratch) {
   using C = typename Engine::C;
   const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
-  BackwardBlock<Engine>(args, chunk, layout, row, nrows, scratch)
+  ChainBackward<Engine>(args, chunk, layout, row, nrows, scratch)
       .finish(static_cast<const C*>(below), parts, static_cast<C*>(inner));
 }
 
 // f(the weights' gradients of a chunk, their layout in scope).
 template <typename Engine, typename F>
-auto with_weight_gradients(const BackwardArgs& args, const BackwardChunk& chunk, F f) {
+auto with_weight_gradients(const ChainBackwardArgs& args, const BackwardChunk& chunk, F f) {
   const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
-  return f(WeightGradients<Engine>(args, chunk, layout));
+  return f(ChainWeightGradients<Engine>(args, chunk, layout));
 }
 
 template <typename Engine>
@@ -117,71 +118,72 @@ EngineTable engine_table() {
 }
 
 template <typename Engine>
-ExpertMixtureKernels expert_mixture_kernels() {
+ChainKernels chain_kernels() {
   using T = typename Engine::T;
   using C = typename Engine::C;
-  ExpertMixtureKernels table{};
+  ChainKernels table{};
   table.fold_norm = fold_norm<T, C>;
-  table.forward_bytes = [](const Level& level, int64_t nrows, bool save) {
-    return ForwardScratch<Engine>::bytes(level, group_count(nrows), save);
+  table.forward_bytes = [](const LevelShape& level, int64_t nrows, bool save) {
+    return ChainForwardScratch<Engine>(level, group_count(nrows), save, nullptr).total;
   };
-  table.forward_mixed_bytes = [](const Level& level, int64_t nrows) {
+  table.forward_mixed_bytes = [](const LevelShape& level, int64_t nrows) {
     return static_cast<int64_t>(level.gates.count * group_count(nrows) * kGroup * level.widths[level.layers] *
                                 sizeof(C));
   };
   table.forward = forward<Engine>;
   table.forward_finish = forward_finish<Engine>;
   table.tiny_bytes = TinyForward<T>::bytes;
-  table.tiny_mixed_bytes = [](const Level& level) {
+  table.tiny_mixed_bytes = [](const LevelShape& level) {
     return static_cast<int64_t>(TinyForward<T>::mixed_size(level) * sizeof(C));
   };
   table.tiny = tiny<T>;
   table.tiny_finish = tiny_finish<T>;
 
-  table.backward_bytes = [](const Level& level, int64_t nrows) {
-    return BackwardScratch<Engine>(level, group_count(nrows), nullptr).total;
+  table.backward_bytes = [](const LevelShape& level, int64_t nrows) {
+    return ChainBackwardScratch<Engine>(level, group_count(nrows), nullptr).total;
   };
-  table.gradient_bytes = [](const Level& level, int64_t chunk_rows, int experts) {
+  table.gradient_bytes = [](const LevelShape& level, int64_t chunk_rows, int experts) {
     return BackwardLayout<Engine>{level, chunk_rows, experts}.gradients() *
            static_cast<int64_t>(sizeof(typename Engine::Gradient));
   };
-  table.operand_bytes = [](const Level& level, int64_t chunk_rows) {
+  table.operand_bytes = [](const LevelShape& level, int64_t chunk_rows) {
     return stream_count(level) * Engine::operand_size(level.widths[0], chunk_rows) *
            static_cast<int64_t>(sizeof(typename Engine::Operand));
   };
-  table.weight_bytes = [](const Level& level, int64_t chunk_rows) {
+  table.weight_bytes = [](const LevelShape& level, int64_t chunk_rows) {
     return WeightScratch<Engine>(level, chunk_rows, nullptr).total;
   };
-  table.backward_below_bytes = [](const Level& level, int64_t nrows) {
+  table.backward_below_bytes = [](const LevelShape& level, int64_t nrows) {
     return static_cast<int64_t>(stream_sums<Engine>(level, group_count(nrows)) * sizeof(C));
   };
-  table.backward_inner_bytes = [](const Level& level, int64_t nrows) {
+  table.backward_inner_bytes = [](const LevelShape& level, int64_t nrows) {
     return static_cast<int64_t>(level.gates.columns * group_count(nrows) * kGroup * sizeof(C));
   };
   table.backward = backward<Engine>;
   table.backward_finish = backward_finish<Engine>;
   table.tiny_backward_bytes = TinyBackward<T>::bytes;
-  table.tiny_below_bytes = [](const Level& level) {
+  table.tiny_below_bytes = [](const LevelShape& level) {
     return static_cast<int64_t>(TinyBackward<T>::below_size(level) * sizeof(C));
   };
-  table.tiny_inner_bytes = [](const Level& level) {
+  table.tiny_inner_bytes = [](const LevelShape& level) {
     return static_cast<int64_t>(TinyBackward<T>::inner_size(level) * sizeof(C));
   };
-  table.tiny_backward = [](const BackwardArgs& args, int first, int last, void* scratch, void* below, void* inner) {
+  table.tiny_backward = [](const ChainBackwardArgs& args, int first, int last, void* scratch, void* below,
+                           void* inner) {
     TinyBackward<T>(args, scratch).run(first, last, static_cast<C*>(below), static_cast<C*>(inner));
   };
-  table.tiny_backward_finish = [](const BackwardArgs& args, const void* below, int parts, const void* inner,
+  table.tiny_backward_finish = [](const ChainBackwardArgs& args, const void* below, int parts, const void* inner,
                                   void* scratch) {
     TinyBackward<T>(args, scratch).finish(static_cast<const C*>(below), parts, static_cast<const C*>(inner));
   };
-  table.operand_tasks = [](const BackwardArgs& args) { return static_cast<int64_t>(stream_count(args.level)); };
-  table.make_operand = [](const BackwardArgs& args, const BackwardChunk& chunk, int64_t task) {
+  table.operand_tasks = [](const ChainBackwardArgs& args) { return static_cast<int64_t>(stream_count(args.level)); };
+  table.make_operand = [](const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t task) {
     with_weight_gradients<Engine>(args, chunk, [&](const auto& grads) { grads.make_stream(static_cast<int>(task)); });
   };
-  table.weight_tasks = [](const BackwardArgs& args, const BackwardChunk& chunk) {
+  table.weight_tasks = [](const ChainBackwardArgs& args, const BackwardChunk& chunk) {
     return with_weight_gradients<Engine>(args, chunk, [](const auto& grads) { return grads.tasks(); });
   };
-  table.weight_gradient = [](const BackwardArgs& args, const BackwardChunk& chunk, int64_t task, void* scratch) {
+  table.weight_gradient = [](const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t task, void* scratch) {
     Engine::begin();
     with_weight_gradients<Engine>(args, chunk, [&](const auto& grads) { grads.run(task, scratch); });
     Engine::end();
@@ -204,14 +206,14 @@ template <typename T, typename Engine>
 void fill_dtype(Kernels& table, Dtype dtype) {
   const int i = static_cast<int>(dtype);
   table.engines[i].engine = engine_table<Engine>();
-  table.engines[i].expert_mixture = expert_mixture_kernels<Engine>();
+  table.engines[i].chain = chain_kernels<Engine>();
   table.engines[i].snr_trans = snr_trans_kernels<Engine>();
   table.gated_mixture[i] = gated_mixture_kernels<T>();
   table.pcgrad[i] = pcgrad_kernels<T>();
   table.snr_aver[i] = snr_aver_kernels<T>();
 }
 
-void fill_normalized_mixture(Kernels& table);  // in normalized_kernels.cpp
+void fill_layerwise(Kernels& table);  // in layerwise_kernels.cpp
 
 // Puts this instruction set's kernels into a table.
 void fill(Kernels& table) {
@@ -228,7 +230,7 @@ void fill(Kernels& table) {
   fill_dtype<BFloat16, PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
   fill_dtype<Half, PlainEngine<Half>>(table, Dtype::kFloat16);
 #endif
-  fill_normalized_mixture(table);
+  fill_layerwise(table);
   for (int i = 0; i < 4; ++i) {  // an instruction set that has none for few rows keeps those of the set before
     if (table.engines[i].engine.min_call_rows == 0) table.engines_of_few_rows[i] = table.engines[i];
   }

@@ -5,8 +5,7 @@
 #include <vector>
 
 #include "gemm/engine.h"
-#include "level/expert_mixture_args.h"
-#include "level/normalized_args.h"
+#include "level/level_args.h"
 #include "mixture/gated_mixture_args.h"
 #include "pcgrad/pcgrad_args.h"
 #include "snr/snr_args.h"
@@ -14,50 +13,52 @@
 namespace mtlk {
 
 // Scratch is bytes that the caller provides, aligned to a cache line.
-struct ExpertMixtureKernels {
+struct ChainKernels {
   FoldNorm fold_norm;
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each
-  // part leaves its sums, forward_mixed(...) values of the compute type, in `mixed`, or adds them to what it left there
+  // part leaves its sums, forward_mixed_bytes(...) of them, in `mixed`, or adds them to what it left there
   // of other experts, and finish adds the parts in order.
-  int64_t (*forward_bytes)(const Level&, int64_t nrows, bool save);
-  int64_t (*forward_mixed_bytes)(const Level&, int64_t nrows);
-  void (*forward)(const ForwardArgs&, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed,
+  int64_t (*forward_bytes)(const LevelShape&, int64_t nrows, bool save);
+  int64_t (*forward_mixed_bytes)(const LevelShape&, int64_t nrows);
+  void (*forward)(const ChainForwardArgs&, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed,
                   bool add);
-  void (*forward_finish)(const ForwardArgs&, int64_t row, int64_t nrows, const void* mixed, int parts, void* scratch);
+  void (*forward_finish)(const ChainForwardArgs&, int64_t row, int64_t nrows, const void* mixed, int parts,
+                         void* scratch);
 
   // The same for all rows of a call with at most tiny_rows of them, weights in natural form.
-  int64_t (*tiny_bytes)(const Level&);
-  int64_t (*tiny_mixed_bytes)(const Level&);
-  void (*tiny)(const ForwardArgs&, int first, int last, void* scratch, void* mixed);
-  void (*tiny_finish)(const ForwardArgs&, const void* mixed, int parts, void* scratch);
+  int64_t (*tiny_bytes)(const LevelShape&);
+  int64_t (*tiny_mixed_bytes)(const LevelShape&);
+  void (*tiny)(const ChainForwardArgs&, int first, int last, void* scratch, void* mixed);
+  void (*tiny_finish)(const ChainForwardArgs&, const void* mixed, int parts, void* scratch);
 
   // A chunk of the backward pass: the operands of its rows, and for each group of experts the chain for its blocks,
   // then the weights' gradients; each may run its tasks in any order. Blocks start at multiples of 32 rows within the
   // chunk. The chain runs for experts order[first, last) of the group. With more parts or groups than one, each part
   // leaves its sums of the divided streams' gradients in `below`, or adds them to those of an earlier group, all of a
   // block share `inner`, and finish writes the gradients of the logits and of those streams.
-  int64_t (*backward_bytes)(const Level&, int64_t nrows);
-  int64_t (*gradient_bytes)(const Level&, int64_t chunk_rows, int experts);
-  int64_t (*operand_bytes)(const Level&, int64_t chunk_rows);
-  int64_t (*weight_bytes)(const Level&, int64_t chunk_rows);
-  int64_t (*backward_below_bytes)(const Level&, int64_t nrows);  // of a stream
-  int64_t (*backward_inner_bytes)(const Level&, int64_t nrows);
-  void (*backward)(const BackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, int first, int last,
+  int64_t (*backward_bytes)(const LevelShape&, int64_t nrows);
+  int64_t (*gradient_bytes)(const LevelShape&, int64_t chunk_rows, int experts);
+  int64_t (*operand_bytes)(const LevelShape&, int64_t chunk_rows);
+  int64_t (*weight_bytes)(const LevelShape&, int64_t chunk_rows);
+  int64_t (*backward_below_bytes)(const LevelShape&, int64_t nrows);  // of a stream
+  int64_t (*backward_inner_bytes)(const LevelShape&, int64_t nrows);
+  void (*backward)(const ChainBackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, int first, int last,
                    void* scratch, void* below, void* inner, bool add);
-  void (*backward_finish)(const BackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, const void* below,
+  void (*backward_finish)(const ChainBackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, const void* below,
                           int parts, void* inner, void* scratch);
-  int64_t (*operand_tasks)(const BackwardArgs&);
-  void (*make_operand)(const BackwardArgs&, const BackwardChunk&, int64_t task);
-  int64_t (*weight_tasks)(const BackwardArgs&, const BackwardChunk&);
-  void (*weight_gradient)(const BackwardArgs&, const BackwardChunk&, int64_t task, void* scratch);
+  int64_t (*operand_tasks)(const ChainBackwardArgs&);
+  void (*make_operand)(const ChainBackwardArgs&, const BackwardChunk&, int64_t task);
+  int64_t (*weight_tasks)(const ChainBackwardArgs&, const BackwardChunk&);
+  void (*weight_gradient)(const ChainBackwardArgs&, const BackwardChunk&, int64_t task, void* scratch);
 
   // The whole backward pass for a call with at most tiny_rows rows, weights in natural form; parts as above.
-  int64_t (*tiny_backward_bytes)(const Level&);
-  int64_t (*tiny_below_bytes)(const Level&);
-  int64_t (*tiny_inner_bytes)(const Level&);
-  void (*tiny_backward)(const BackwardArgs&, int first, int last, void* scratch, void* below, void* inner);
-  void (*tiny_backward_finish)(const BackwardArgs&, const void* below, int parts, const void* inner, void* scratch);
+  int64_t (*tiny_backward_bytes)(const LevelShape&);
+  int64_t (*tiny_below_bytes)(const LevelShape&);
+  int64_t (*tiny_inner_bytes)(const LevelShape&);
+  void (*tiny_backward)(const ChainBackwardArgs&, int first, int last, void* scratch, void* below, void* inner);
+  void (*tiny_backward_finish)(const ChainBackwardArgs&, const void* below, int parts, const void* inner,
+                               void* scratch);
 };
 
 struct GatedMixtureKernels {
@@ -68,40 +69,40 @@ struct GatedMixtureKernels {
 
 // Kernels for a block of rows, a layer and experts order[first, last); with at most tiny_rows rows they want weights in
 // natural form.
-struct NormalizedMixtureKernels {
-  int64_t (*forward_bytes)(const Level&, int64_t nrows);
-  void (*layer)(const NormalizedForwardArgs&, int64_t block, int l, int first, int last, void* scratch);
-  void (*mix)(const NormalizedForwardArgs&, int64_t block, int64_t part, int64_t parts, void* scratch);
+struct LayerwiseKernels {
+  int64_t (*forward_bytes)(const LevelShape&, int64_t nrows);
+  void (*layer)(const LayerwiseForwardArgs&, int64_t block, int l, int first, int last, void* scratch);
+  void (*mix)(const LayerwiseForwardArgs&, int64_t block, int64_t part, int64_t parts, void* scratch);
 
   // What readers of expert e's layer apply: from the blocks' partial statistics, or from statistics that are there.
-  void (*combine_moments)(const NormalizedArgs&, int l, int e);
-  void (*prepare)(const NormalizedArgs&, int l, int e);
+  void (*combine_moments)(const LayerwiseArgs&, int l, int e);
+  void (*prepare)(const LayerwiseArgs&, int l, int e);
 
   // Backward, a layer at a time: dn of the last by last_gradient, sums by combine_sums, dz and dn of the one
   // below by layer_gradient. Of a
   // block `inner` has inner_bytes, and each of several parts leaves below_bytes, for logit_gradient and
   // reduce_input_gradients.
-  int64_t (*backward_bytes)(const Level&, int64_t nrows);
-  int64_t (*inner_bytes)(const Level&, int64_t nrows);
-  int64_t (*below_bytes)(const Level&, int64_t nrows);
-  int64_t (*gradient_bytes)(const Level&, int64_t chunk_rows);
-  int64_t (*weight_bytes)(const Level&, int64_t chunk_rows);
-  void (*last_gradient)(const NormalizedBackwardArgs&, int64_t block, int first, int last, void* scratch, void* inner);
-  void (*logit_gradient)(const NormalizedBackwardArgs&, int64_t block, void* scratch, const void* inner);
-  void (*combine_sums)(const NormalizedArgs&, int l, int e);
-  void (*layer_gradient)(const NormalizedBackwardArgs&, const BackwardChunk&, int64_t block, int l, int first, int last,
+  int64_t (*backward_bytes)(const LevelShape&, int64_t nrows);
+  int64_t (*inner_bytes)(const LevelShape&, int64_t nrows);
+  int64_t (*below_bytes)(const LevelShape&, int64_t nrows);
+  int64_t (*gradient_bytes)(const LevelShape&, int64_t chunk_rows);
+  int64_t (*weight_bytes)(const LevelShape&, int64_t chunk_rows);
+  void (*last_gradient)(const LayerwiseBackwardArgs&, int64_t block, int first, int last, void* scratch, void* inner);
+  void (*logit_gradient)(const LayerwiseBackwardArgs&, int64_t block, void* scratch, const void* inner);
+  void (*combine_sums)(const LayerwiseArgs&, int l, int e);
+  void (*layer_gradient)(const LayerwiseBackwardArgs&, const BackwardChunk&, int64_t block, int l, int first, int last,
                          void* scratch, void* below);
-  void (*reduce_input_gradients)(const NormalizedBackwardArgs&, int64_t block, void* scratch, const void* below,
+  void (*reduce_input_gradients)(const LayerwiseBackwardArgs&, int64_t block, void* scratch, const void* below,
                                  int parts, int64_t stride);
-  int64_t (*weight_tasks)(const NormalizedBackwardArgs&, int l);
-  void (*weight_gradient)(const NormalizedBackwardArgs&, const BackwardChunk&, int l, int64_t task, void* scratch);
+  int64_t (*weight_tasks)(const LayerwiseBackwardArgs&, int l);
+  void (*weight_gradient)(const LayerwiseBackwardArgs&, const BackwardChunk&, int l, int64_t task, void* scratch);
 };
 
 // An engine for one storage type, and the kernels that are built on it.
 struct EngineKernels {
   EngineTable engine;
-  ExpertMixtureKernels expert_mixture;
-  NormalizedMixtureKernels normalized_mixture;
+  ChainKernels chain;
+  LayerwiseKernels layerwise;
   SnrTransKernels snr_trans;
 };
 

@@ -11,7 +11,7 @@ enum Activation : int {
   kSilu = 4,
   kTanh = 5,
   kSigmoid = 6,
-  // With a learned slope; only normalized_mixture has them.
+  // With a learned slope; only layerwise levels have them.
   kPrelu = 7,
   kDice = 8,
 };

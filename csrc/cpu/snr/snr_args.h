@@ -28,7 +28,7 @@ struct SnrSum {
 };
 
 // M = dv_i^T u_j over a chunk of rows, of which the gradients of W_ij and z_ij follow: columns from `column` on, in one
-// go. `sum` is of the compute type, its rows `ld` apart, a multiple of ExpertMixtureKernels::weight_sum_multiple.
+// go. `sum` is of the compute type, its rows `ld` apart, a multiple of EngineTable::weight_sum_multiple.
 struct SnrProduct {
   int64_t rows;
   const void* gradient;  // as SnrTransKernels::make_gradient leaves it

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "level/gates_args.h"
+#include "level/gate_tables.h"
 #include "runtime/kernels.h"
 #include "runtime/memory.h"
 

@@ -1,8 +1,8 @@
-// The forward pass of expert_mixture for a few rows: dot products along the weights' rows, which are read once.
+// The forward pass of a chain for a few rows: dot products along the weights' rows, which are read once.
 #pragma once
 
 #include "gemm/few_rows.h"
-#include "level/expert_mixture_forward.h"
+#include "level/chain_forward_kernels.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -12,24 +12,24 @@ class TinyForward {
  public:
   using C = Compute<T>;
 
-  static int64_t mixed_size(const Level& level) {
+  static int64_t mixed_size(const LevelShape& level) {
     return level.gates.count * kTinyRows * padded_to_group(level.widths[level.layers]);
   }
 
-  static int64_t bytes(const Level& level) {
+  static int64_t bytes(const LevelShape& level) {
     const int64_t widest = widest_of(level);
     return 3 * Arena::bytes<C>(kTinyRows * padded_to_group(widest)) + Arena::bytes<C>(level.gates.columns * kGroup) +
            Arena::bytes<C>(mixed_size(level));
   }
 
-  static int64_t widest_of(const Level& level) {
+  static int64_t widest_of(const LevelShape& level) {
     int64_t widest = 0;
     for (int l = 0; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
     for (int k = 0; k < level.gates.count; ++k) widest = level.gates.sizes[k] > widest ? level.gates.sizes[k] : widest;
     return widest;
   }
 
-  TinyForward(const ForwardArgs& args, void* memory) : args_(args), level_(args.level), rows_(args.level.rows) {
+  TinyForward(const ChainForwardArgs& args, void* memory) : args_(args), level_(args.level), rows_(args.level.rows) {
     widest_ = padded_to_group(widest_of(level_));
     Arena arena(memory);
     input_ = arena.take<C>(kTinyRows * widest_);
@@ -143,8 +143,8 @@ class TinyForward {
     }
   }
 
-  const ForwardArgs& args_;
-  const Level& level_;
+  const ChainForwardArgs& args_;
+  const LevelShape& level_;
   const int64_t rows_;
   int64_t widest_;
   C *input_, *hidden_[2], *probabilities_, *mixed_;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm/panels.h"
-#include "level/normalized_args.h"
+#include "level/level_args.h"
 #include "simd/activations.h"
 #include "simd/philox.h"
 
@@ -53,13 +53,14 @@ class LayerReader {
   using C = Compute<T>;
   static constexpr int L = Simd<C>::lanes;
 
-  LayerReader(const NormalizedArgs& args, int l, int e)
+  LayerReader(const LayerwiseArgs& args, int l, int e)
       : layer_(args.layers[l]),
         rows_(args.level.rows),
         width_(args.level.widths[l + 1]),
         expert_(e),
-        code_(args.level.activations[l]),
-        dropout_(layer_.rate, args.seed, l, e) {}
+        number_(args.level.numbers[e]),
+        code_(static_cast<int>(args.level.activations[l])),
+        dropout_(layer_.rate, args.seed, l, args.level.numbers[e]) {}
 
   int norm() const { return layer_.norm; }
   bool has_sums() const { return layer_.norm != kNoNorm || layer_.activation_slope; }
@@ -69,9 +70,10 @@ class LayerReader {
   const Dropout& dropout() const { return dropout_; }
   C scale() const { return static_cast<C>(dropout_.scale()); }
 
-  T* rows(int64_t row) const { return static_cast<T*>(layer_.z) + (expert_ * rows_ + row) * width_; }
+  T* rows(int64_t row) const { return static_cast<T*>(layer_.z) + (number_ * rows_ + row) * width_; }
   const C* channels(const void* array) const { return static_cast<const C*>(array) + expert_ * layer_.ld; }
   const C* per_row(const void* array) const { return static_cast<const C*>(array) + expert_ * rows_; }
+  const C* means() const { return static_cast<const C*>(layer_.mean) + number_ * rows_; }  // of a layer norm
   const NormLayer& layer() const { return layer_; }
 
   // A group's pre-activations, [width][16]; fetches those of the next group meanwhile.
@@ -103,7 +105,7 @@ class LayerReader {
       return present(nrows, n, out, centred);
     }
     C mean[kGroup], rstd[kGroup];
-    copy_rows(layer_.mean, row, nrows, mean);
+    copy_means(row, nrows, mean);
     copy_rows(layer_.rstd, row, nrows, rstd);
     for (int j = 0; j < kGroup; j += L) {
       const Vector<C> m = load(mean + j), r = load(rstd + j);
@@ -151,12 +153,16 @@ class LayerReader {
   }
 
   // A value of each of a group's rows, zeros beyond.
+  void copy_means(int64_t row, int64_t nrows, C* out) const { copy_present(means() + row, nrows, out); }
   void copy_rows(const void* array, int64_t row, int64_t nrows, C* out) const {
-    const C* from = per_row(array) + row;
-    for (int64_t r = 0; r < kGroup; ++r) out[r] = r < nrows ? from[r] : static_cast<C>(0);
+    copy_present(per_row(array) + row, nrows, out);
   }
 
  private:
+  static void copy_present(const C* from, int64_t nrows, C* out) {
+    for (int64_t r = 0; r < kGroup; ++r) out[r] = r < nrows ? from[r] : static_cast<C>(0);
+  }
+
   // Rows that are not there must be finite, as they are multiplied by the zeros of their gradients.
   static const C* present(int64_t nrows, int64_t n, C* out, C* centred) {
     clear_absent(nrows, n, out);
@@ -165,7 +171,7 @@ class LayerReader {
   }
 
   const NormLayer& layer_;
-  const int64_t rows_, width_, expert_;
+  const int64_t rows_, width_, expert_, number_;
   const int code_;
   const Dropout dropout_;
 };
@@ -204,12 +210,12 @@ void channel_moments(const C* values, int64_t group, int64_t nrows, int64_t n, C
 // Where a block's contributions to the sums of an expert's layer lie: two arrays of its norm, then one of its slopes.
 constexpr int kSlopeSum = 2;
 template <typename C>
-C* partials_of(const NormalizedArgs& args, int64_t block, int e, int which) {
+C* partials_of(const LayerwiseArgs& args, int64_t block, int e, int which) {
   const int64_t at = (block * args.level.experts + e) * args.partial_arrays + which;
   return static_cast<C*>(args.partials) + at * args.partial_ld;
 }
 
-inline int64_t rows_of_block(const NormalizedArgs& args, int64_t block) {
+inline int64_t rows_of_block(const LayerwiseArgs& args, int64_t block) {
   const int64_t left = args.level.rows - block * args.block_rows;
   return left < args.block_rows ? left : args.block_rows;
 }
@@ -223,7 +229,7 @@ void each_run(int64_t channels, F f) {
 
 // Mean and biased variance of a batch norm from all blocks' moments, in double and in the blocks' order.
 template <typename C>
-void combine_moments(const NormalizedArgs& args, int l, int e) {
+void combine_moments(const LayerwiseArgs& args, int l, int e) {
   const NormLayer& layer = args.layers[l];
   const int64_t width = args.level.widths[l + 1];
   const double count = static_cast<double>(args.level.rows);
@@ -258,7 +264,7 @@ MTLK_INLINE double reciprocal_deviation(C variance, double eps) {
 
 // What the readers of expert e's layer l apply, from its statistics.
 template <typename C>
-void prepare_norm(const NormalizedArgs& args, int l, int e) {
+void prepare_norm(const LayerwiseArgs& args, int l, int e) {
   const NormLayer& layer = args.layers[l];
   const int64_t width = args.level.widths[l + 1], rows = args.level.rows;
   if (layer.activation_slope) {
@@ -269,6 +275,7 @@ void prepare_norm(const NormalizedArgs& args, int l, int e) {
     }
   }
   if (layer.norm == kNoNorm) return;
+  const int64_t number = args.level.numbers[e];
   const C *scale = static_cast<const C*>(layer.scales[e]), *shift = static_cast<const C*>(layer.shifts[e]);
   C* const factors = static_cast<C*>(layer.factor) + e * layer.ld;
   C* const shifts = static_cast<C*>(layer.shift) + e * layer.ld;
@@ -277,15 +284,15 @@ void prepare_norm(const NormalizedArgs& args, int l, int e) {
     shifts[c] = shift && c < width ? shift[c] : static_cast<C>(0);
   }
   if (layer.norm == kBatchNorm) {
-    const C* mean = static_cast<const C*>(layer.mean) + e * width;
-    const C* variance = static_cast<const C*>(layer.variance) + e * width;
+    const C* mean = static_cast<const C*>(layer.mean) + number * width;
+    const C* variance = static_cast<const C*>(layer.variance) + number * width;
     C* const center = static_cast<C*>(layer.center) + e * layer.ld;
     for (int64_t c = 0; c < layer.ld; ++c) center[c] = c < width ? mean[c] : static_cast<C>(0);
     for (int64_t c = 0; c < width; ++c) {
       factors[c] = static_cast<C>(static_cast<double>(factors[c]) * reciprocal_deviation(variance[c], layer.eps));
     }
   } else {
-    const C* variance = static_cast<const C*>(layer.variance) + e * rows;
+    const C* variance = static_cast<const C*>(layer.variance) + number * rows;
     C* const rstd = static_cast<C*>(layer.rstd) + e * rows;
     for (int64_t r = 0; r < rows; ++r) rstd[r] = static_cast<C>(reciprocal_deviation(variance[r], layer.eps));
   }
@@ -293,7 +300,7 @@ void prepare_norm(const NormalizedArgs& args, int l, int e) {
 
 // The gradient of the activation's slopes, from all blocks' sums.
 template <typename C>
-void combine_slopes(const NormalizedArgs& args, int l, int e) {
+void combine_slopes(const LayerwiseArgs& args, int l, int e) {
   C* const grad = static_cast<C*>(args.layers[l].grad_activation_slopes[e]);
   if (!grad) return;
   each_run(args.level.widths[l + 1], [&](int64_t c, int64_t n) {
@@ -308,7 +315,7 @@ void combine_slopes(const NormalizedArgs& args, int l, int e) {
 
 // From all blocks' sums of dn and of dn * centred: the gradients of scale and shift, and what makes dz of dn.
 template <typename C>
-void combine_sums(const NormalizedArgs& args, int l, int e) {
+void combine_sums(const LayerwiseArgs& args, int l, int e) {
   const NormLayer& layer = args.layers[l];
   if (layer.activation_slope) combine_slopes<C>(args, l, e);
   if (layer.norm == kNoNorm) return;
@@ -327,7 +334,7 @@ void combine_sums(const NormalizedArgs& args, int l, int e) {
       }
     }
     if (batch) {
-      const C* variance = static_cast<const C*>(layer.variance) + e * width + c;
+      const C* variance = static_cast<const C*>(layer.variance) + args.level.numbers[e] * width + c;
       const C* factor = static_cast<const C*>(layer.factor) + e * layer.ld + c;
       C* const slope = static_cast<C*>(layer.grad_slope) + e * layer.ld + c;
       C* const level = static_cast<C*>(layer.grad_offset) + e * layer.ld + c;

@@ -1,16 +1,14 @@
-// How a backward call of expert_mixture is cut into chunks of rows, groups of experts, blocks of rows and parts of
-// experts.
-#pragma once
+// How a backward call of a chain is cut into chunks of rows, groups of experts, blocks of rows and parts of experts.
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
-#include "gemm/weight_forms.h"
 #include "level/blocking.h"
-#include "runtime/kernels.h"
-#include "runtime/memory.h"
+#include "level/chain.h"
 
 namespace mtlk {
+namespace {
 
 // The experts of a chunk go in groups, one after another, so that what lies between the chain and the weights'
 // gradients is of one group only. All threads work on a group; or, where the rows are few, each is a lane of its own,
@@ -21,11 +19,11 @@ struct BackwardPlan {
   int parts;                             // of a group, where there are fewer blocks than threads
   bool sums;                             // the inputs' gradients are sums of what several parts or groups leave
 
-  static BackwardPlan of(const BackwardArgs& args, const EngineKernels& kernels) {
-    const ExpertMixtureKernels& table = kernels.expert_mixture;
+  static BackwardPlan of(const ChainBackwardArgs& args, const EngineKernels& kernels) {
+    const ChainKernels& table = kernels.chain;
     constexpr int64_t kExperts = 4;  // of a group: with fewer, the outputs' gradients are read too often
     constexpr int64_t kTasks = 8;    // of a thread: with fewer, it waits too long for the others
-    const Level& level = args.level;
+    const LevelShape& level = args.level;
     const int64_t threads = at::get_num_threads(), experts = level.experts;
     BackwardPlan plan{};
     plan.capacity = chunk_rows(level, kernels.engine);
@@ -53,7 +51,7 @@ struct BackwardPlan {
 class BackwardRun {
  public:
   // `forms` prepare what args.level and args.last_weights point to, a group at a time; none where all is ready.
-  BackwardRun(const BackwardArgs& args, const ExpertMixtureKernels& table, const BackwardPlan& plan,
+  BackwardRun(const ChainBackwardArgs& args, const ChainKernels& table, const BackwardPlan& plan,
               std::vector<GroupForms*> forms)
       : args_(args),
         level_(args_.level),
@@ -63,7 +61,7 @@ class BackwardRun {
         forms_(std::move(forms)),
         scratch_(threads_, std::max(table.backward_bytes(level_, plan.block_rows),
                                     args.need_weights ? table.weight_bytes(level_, plan.capacity) : 0)),
-        gradients_(plan.lanes, args.need_chain() ? table.gradient_bytes(level_, plan.capacity, plan.group) : 0),
+        gradients_(plan.lanes, args.need_experts ? table.gradient_bytes(level_, plan.capacity, plan.group) : 0),
         operands_(1, args.need_weights ? table.operand_bytes(level_, plan.capacity) : 0),
         prepared_(plan.lanes, plan.group * expert_bytes()),
         divided_(args.grad_inputs ? divided() : std::vector<int>()),
@@ -192,9 +190,9 @@ class BackwardRun {
                            plan_.lanes * plan_.parts, inner_[block], scratch);
   }
 
-  BackwardArgs args_;
-  const Level& level_;
-  const ExpertMixtureKernels& table_;
+  ChainBackwardArgs args_;
+  const LevelShape& level_;
+  const ChainKernels& table_;
   const BackwardPlan plan_;
   const int64_t threads_;
   const std::vector<GroupForms*> forms_;
@@ -202,5 +200,67 @@ class BackwardRun {
   const std::vector<int> divided_;
   const Scratch below_, inner_;
 };
+
+void run_tiny(const ChainBackwardArgs& args, const ChainKernels& table) {
+  const LevelShape& level = args.level;
+  const int parts = std::min(level.experts, at::get_num_threads());
+  const Scratch scratch(parts, table.tiny_backward_bytes(level));
+  const int64_t below_bytes = table.tiny_below_bytes(level);
+  const Scratch below(1, parts * below_bytes), inner(1, table.tiny_inner_bytes(level));
+  char* const sums = static_cast<char*>(below[0]);
+  parallel_threads(parts, [&](int64_t p) {
+    const int part = static_cast<int>(p);
+    table.tiny_backward(args, part_begin(level, part, parts), part_begin(level, part + 1, parts), scratch[p],
+                        sums + p * below_bytes, inner[0]);
+  });
+  table.tiny_backward_finish(args, sums, parts, inner[0], scratch[0]);
+}
+
+void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const EngineKernels& kernels) {
+  const EngineTable& engine = kernels.engine;
+  const BackwardPlan plan = BackwardPlan::of(args, kernels);
+  const int experts = args.level.experts;
+  const bool again = saved_layers(args.level.layers) < args.level.layers;
+  std::vector<GroupForms*> used;
+  std::optional<GroupForms> all, last;
+  if (engine.form == WeightForm::kPrepared && plan.capacity >= args.level.rows) {
+    if (args.need_experts) {
+      used.push_back(&all.emplace(weights, experts, engine, engine.backward_transposed));
+      tables.set_weights(*all);
+    }
+    if (again) {
+      used.push_back(&last.emplace(weights.slice(weights.size() - experts), experts, engine, false));
+      args.last_weights = last->pointers();
+      args.last_weight_ld = last->ld();
+    }
+  } else if (args.need_experts || again) {
+    tables.set_backward_weights(engine);
+    if (again) tables.set_last_weights(engine);
+    args.last_weights = tables.last_weights();
+    args.last_weight_ld = tables.last_weight_ld();
+  }
+  args.level = tables.level();
+  BackwardRun(args, kernels.chain, plan, used).run();
+}
+
+}  // namespace
+
+void chain_backward(const LevelTensors& tensors, LevelTables& tables, const EngineKernels& kernels,
+                    LevelGradients& gradients) {
+  const LevelShape& level = tables.level();
+  if (level.rows == 0) return gradients.zero();
+  ChainBackwardArgs args{};
+  args.level = level;
+  args.grad_outputs = tables.grad_outputs();
+  args.grad_output_ld = tables.grad_output_ld();
+  args.saved = tables.saved();
+  gradients.point(args);
+  if (level.rows > kernels.engine.tiny_rows) return run(args, tables, tensors.weights, kernels);
+  tables.set_natural_weights();
+  args.level = level;
+  args.last_weights = tables.last_weights();
+  args.last_weight_ld = tables.last_weight_ld();
+  run_tiny(args, kernels.chain);
+}
 
 }  // namespace mtlk

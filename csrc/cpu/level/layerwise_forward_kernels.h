@@ -1,32 +1,32 @@
-// The forward pass of normalized_mixture for a block of rows: one layer of a run of experts, or all gates' sums.
+// The forward pass of a layerwise level for a block of rows: one layer of a run of experts, or all gates' sums.
 //
 // A batch norm needs a layer's statistics over all rows before anybody can read the layer. So each layer writes its
 // pre-activations and what the block adds to the statistics; who reads them next normalises, activates and drops.
 #pragma once
 
 #include "gemm/few_rows.h"
-#include "level/expert_mixture_forward.h"
-#include "level/normalization.h"
+#include "level/chain_forward_kernels.h"
+#include "level/layer_reader.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
 
 // The widest layer that some layer reads.
-inline int64_t widest_read(const Level& level) {
+inline int64_t widest_read(const LevelShape& level) {
   int64_t widest = 0;
   for (int l = 0; l < level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
   return widest;
 }
 
 // Few rows: products with the weights as they are, from and to rows that lie beside each other.
-inline bool tiny(const Level& level) { return level.rows <= kTinyRows; }
-inline int64_t tiny_ld(const Level& level) {
+inline bool tiny(const LevelShape& level) { return level.rows <= kTinyRows; }
+inline int64_t tiny_ld(const LevelShape& level) {
   const int64_t widest = widest_hidden(level), read = widest_read(level);
   return tiny(level) ? padded_channels(widest > read ? widest : read) : 0;
 }
 
 template <typename Engine>
-struct NormalizedForwardScratch {
+struct LayerwiseForwardScratch {
   using C = typename Engine::C;
   using Element = typename Engine::Element;
   Element* input;
@@ -37,7 +37,7 @@ struct NormalizedForwardScratch {
   typename Engine::Weight* weights;
   int64_t total;
 
-  NormalizedForwardScratch(const Level& level, int64_t groups, void* memory) {
+  LayerwiseForwardScratch(const LevelShape& level, int64_t groups, void* memory) {
     Arena arena(memory);
     const int64_t widest = widest_hidden(level), read = widest_read(level);
     rows_ld = tiny_ld(level);
@@ -55,19 +55,15 @@ struct NormalizedForwardScratch {
 };
 
 template <typename Engine>
-class NormalizedForward {
+class LayerwiseForward : RowBlock<LayerwiseForwardArgs> {
  public:
   using T = typename Engine::T;
   using C = typename Engine::C;
   using Element = typename Engine::Element;
 
-  NormalizedForward(const NormalizedForwardArgs& args, int64_t block, void* memory)
-      : args_(args),
-        level_(args.level),
+  LayerwiseForward(const LayerwiseForwardArgs& args, int64_t block, void* memory)
+      : RowBlock(args, block * args.block_rows, rows_of_block(args, block)),
         block_(block),
-        row_(block * args.block_rows),
-        nrows_(rows_of_block(args, block)),
-        groups_(group_count(nrows_)),
         s_(args.level, group_count(args.block_rows), memory),
         weights_(level_, s_.weights) {}
 
@@ -116,8 +112,6 @@ class NormalizedForward {
   static constexpr int L = Simd<C>::lanes;
 
   static void store(C* place, Vector<C> value) { mtlk::MTLK_ISA::store(place, value); }
-  int64_t row(int64_t g) const { return row_ + g * kGroup; }
-  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
 
   void load_input(int stream) {
     const int64_t width = level_.widths[0], ld = level_.input_ld[stream];
@@ -244,10 +238,8 @@ class NormalizedForward {
     }
   }
 
-  const NormalizedForwardArgs& args_;
-  const Level& level_;
-  const int64_t block_, row_, nrows_, groups_;
-  NormalizedForwardScratch<Engine> s_;
+  const int64_t block_;
+  LayerwiseForwardScratch<Engine> s_;
   ForwardWeights<Engine> weights_;
 };
 

@@ -1,9 +1,9 @@
-// The backward pass of expert_mixture for a few rows: sums of the weights' rows, which are read once, and gradients of
+// The backward pass of a chain for a few rows: sums of the weights' rows, which are read once, and gradients of
 // the weights that are written once.
 #pragma once
 
-#include "level/expert_mixture_backward.h"
-#include "level/expert_mixture_tiny.h"
+#include "level/chain_backward_kernels.h"
+#include "level/tiny_forward_kernels.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -40,19 +40,19 @@ class TinyBackward {
 
   // What the parts leave for finish: each its sums of the inputs' gradients, all of them the inner products of the
   // outputs' gradients with the experts' outputs.
-  static int64_t below_size(const Level& level) {
+  static int64_t below_size(const LevelShape& level) {
     return stream_count(level) * kTinyRows * padded_to_group(level.widths[0]);
   }
-  static int64_t inner_size(const Level& level) { return level.gates.columns * kGroup; }
+  static int64_t inner_size(const LevelShape& level) { return level.gates.columns * kGroup; }
 
-  static int64_t bytes(const Level& level) {
+  static int64_t bytes(const LevelShape& level) {
     const int64_t row = kTinyRows * padded_to_group(widest_of(level));
     return Arena::bytes<C>(level.gates.count * kTinyRows * padded_to_group(level.widths[level.layers])) +
            Arena::bytes<C>(level.gates.columns * kGroup) + 4 * Arena::bytes<C>(row) +
            Arena::bytes<C>(padded_to_group(widest_of(level)));
   }
 
-  TinyBackward(const BackwardArgs& args, void* memory)
+  TinyBackward(const ChainBackwardArgs& args, void* memory)
       : args_(args),
         level_(args.level),
         rows_(args.level.rows),
@@ -107,7 +107,7 @@ class TinyBackward {
   }
 
  private:
-  static int64_t widest_of(const Level& level) { return TinyForward<T>::widest_of(level); }
+  static int64_t widest_of(const LevelShape& level) { return TinyForward<T>::widest_of(level); }
 
   void read(const T* rows, int64_t ld, int64_t width, C* out, int64_t ld_out) const {
     std::memset(out, 0, kTinyRows * ld_out * sizeof(C));
@@ -117,8 +117,8 @@ class TinyBackward {
   // Into kept_: what the forward pass has saved of a layer, or would have.
   void load_kept(int l, int e) {
     const int64_t width = level_.widths[l + 1];
-    if (l >= saved_layers(level_)) return compute_kept(e);
-    read(static_cast<const T*>(args_.saved[l]) + e * rows_ * width, width, width, kept_, widest_);
+    if (l >= saved_layers(level_.layers)) return compute_kept(e);
+    read(static_cast<const T*>(args_.saved[l]) + level_.numbers[e] * rows_ * width, width, width, kept_, widest_);
   }
 
   // The last layer, from what the one below has saved.
@@ -162,7 +162,7 @@ class TinyBackward {
     const int last = level_.layers - 1;
     load_kept(last, e);
     mix_back(e, inner);
-    if (!args_.need_chain()) return;
+    if (!args_.need_experts) return;
     through_activation(last);
     for (int l = last; l >= 0; --l) {
       const int64_t width = level_.widths[l], outputs = level_.widths[l + 1];
@@ -176,7 +176,7 @@ class TinyBackward {
                                                       static_cast<T*>(args_.grad_weights[at]));
         });
       }
-      if (args_.need_biases) {
+      if (args_.grad_biases[at]) {
         for (int64_t o = 0; o < outputs; ++o) {
           row_[o] = 0;
           for (int64_t r = 0; r < rows_; ++r) row_[o] += gradient[r * widest_ + o];
@@ -237,8 +237,8 @@ class TinyBackward {
     std::memset(gradient + size, 0, (kTinyRows * widest_ - size) * sizeof(C));
   }
 
-  const BackwardArgs& args_;
-  const Level& level_;
+  const ChainBackwardArgs& args_;
+  const LevelShape& level_;
   const int64_t rows_, features_, widest_;
   C *grad_outputs_, *probabilities_, *gradient_[2], *kept_, *input_, *row_;
 };

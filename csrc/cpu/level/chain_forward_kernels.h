@@ -1,15 +1,16 @@
-// The forward pass of expert_mixture for a block of rows: every expert's layers, then every gate's sum, on chip.
+// The forward pass of a chain for a block of rows: every expert's layers, then every gate's sum, on chip.
 #pragma once
 
 #include "gemm/engine.h"
 #include "level/affine.h"
 #include "level/forward_weights.h"
 #include "level/gates.h"
+#include "level/row_block.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
 
-inline int64_t widest_hidden(const Level& level) {
+inline int64_t widest_hidden(const LevelShape& level) {
   int64_t widest = 0;
   for (int l = 1; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
   return widest;
@@ -47,24 +48,15 @@ MTLK_INLINE void add_weighted(const C* p, const C* x, int64_t n, C* acc) {
 
 // Where a block keeps its intermediates.
 template <typename Engine>
-struct ForwardScratch {
+struct ChainForwardScratch {
   using C = typename Engine::C;
   using Element = typename Engine::Element;
   Element *input, *hidden[2], *kept;
   C *probabilities, *tile, *before, *mixed;
   typename Engine::Weight* weights;
+  int64_t total;
 
-  static int64_t bytes(const Level& level, int64_t groups, bool save) {
-    const int64_t hidden = Engine::panel_size(widest_hidden(level)) * groups;
-    const int64_t tile = Engine::kRows * Engine::kGroups * kGroup;
-    return Arena::bytes<Element>(Engine::panel_size(level.widths[0]) * groups) + 2 * Arena::bytes<Element>(hidden) +
-           (save ? Arena::bytes<Element>(hidden) : 0) + Arena::bytes<C>(level.gates.columns * groups * kGroup) +
-           2 * Arena::bytes<C>(tile) +
-           Arena::bytes<C>(level.gates.count * groups * level.widths[level.layers] * kGroup) +
-           Arena::bytes<typename Engine::Weight>(2 * ForwardWeights<Engine>::made_size(level));
-  }
-
-  ForwardScratch(const Level& level, int64_t groups, bool save, void* memory) {
+  ChainForwardScratch(const LevelShape& level, int64_t groups, bool save, void* memory) {
     Arena arena(memory);
     const int64_t widest = Engine::panel_size(widest_hidden(level)) * groups;
     const int64_t tile_size = Engine::kRows * Engine::kGroups * kGroup;
@@ -77,22 +69,19 @@ struct ForwardScratch {
     before = arena.take<C>(tile_size);
     mixed = arena.take<C>(level.gates.count * groups * level.widths[level.layers] * kGroup);
     weights = arena.take<typename Engine::Weight>(2 * ForwardWeights<Engine>::made_size(level));
+    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
   }
 };
 
 template <typename Engine>
-class ForwardBlock {
+class ChainForward : RowBlock<ChainForwardArgs> {
  public:
   using T = typename Engine::T;
   using C = typename Engine::C;
   using Element = typename Engine::Element;
 
-  ForwardBlock(const ForwardArgs& args, int64_t row, int64_t nrows, void* memory)
-      : args_(args),
-        level_(args.level),
-        row_(row),
-        nrows_(nrows),
-        groups_(group_count(nrows)),
+  ChainForward(const ChainForwardArgs& args, int64_t row, int64_t nrows, void* memory)
+      : RowBlock(args, row, nrows),
         s_(args.level, groups_, args.saved != nullptr, memory),
         weights_(level_, s_.weights) {}
 
@@ -179,9 +168,6 @@ class ForwardBlock {
   }
 
   C* probabilities(int64_t g) const { return s_.probabilities + g * level_.gates.columns * kGroup; }
-
-  int64_t features() const { return level_.widths[level_.layers]; }
-  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
 
   void load_input(int stream) {
     const int64_t width = level_.widths[0], ld = level_.input_ld[stream];
@@ -335,10 +321,7 @@ class ForwardBlock {
     }
   }
 
-  const ForwardArgs& args_;
-  const Level& level_;
-  const int64_t row_, nrows_, groups_;
-  ForwardScratch<Engine> s_;
+  ChainForwardScratch<Engine> s_;
   ForwardWeights<Engine> weights_;
 };
 

@@ -1,11 +1,11 @@
-// The backward pass of expert_mixture.
+// The backward pass of a chain.
 //
-// The chain runs over blocks of rows, in cache: gradients of the outputs -> of the gates' logits and the last
+// It runs over blocks of rows, in cache: gradients of the outputs -> of the gates' logits and the last
 // pre-activations -> down the layers -> of the inputs, summed over the experts that read them. It leaves the gradients
 // of the pre-activations of a chunk of rows; the weights' gradients then take the batch as the depth of their GEMM.
 #pragma once
 
-#include "level/expert_mixture_forward.h"
+#include "level/chain_forward_kernels.h"
 #include "level/products_below.h"
 
 namespace mtlk {
@@ -14,7 +14,7 @@ namespace MTLK_ISA {
 // Where the gradients of a chunk lie: layer by layer, those of each expert together.
 template <typename Engine>
 struct BackwardLayout {
-  const Level& level;
+  const LevelShape& level;
   int64_t chunk_rows;  // of a full chunk
   int experts;         // of the chunk's group
 
@@ -35,23 +35,23 @@ struct BackwardLayout {
   }
 };
 
-inline int stream_count(const Level& level) {
+inline int stream_count(const LevelShape& level) {
   int count = 0;
   for (int e = 0; e < level.experts; ++e) {
-    count = level.expert_inputs[e] >= count ? level.expert_inputs[e] + 1 : count;
+    count = level.expert_inputs[e] >= count ? static_cast<int>(level.expert_inputs[e]) + 1 : count;
   }
   return count;
 }
 
 template <typename Engine>
-struct BackwardScratch {
+struct ChainBackwardScratch {
   using C = typename Engine::C;
   using Element = typename Engine::Element;
   C *grad_outputs, *probabilities, *inner, *kept, *after, *whole, *below, *tile;
   Element *panel[2], *input;
   int64_t total;
 
-  BackwardScratch(const Level& level, int64_t groups, void* memory) {
+  ChainBackwardScratch(const LevelShape& level, int64_t groups, void* memory) {
     Arena arena(memory);
     const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
     int64_t read = 0;
@@ -73,7 +73,7 @@ struct BackwardScratch {
 };
 
 template <typename Engine>
-class BackwardBlock {
+class ChainBackward : RowBlock<ChainBackwardArgs> {
  public:
   using T = typename Engine::T;
   using C = typename Engine::C;
@@ -81,16 +81,9 @@ class BackwardBlock {
   using Gradient = typename Engine::Gradient;
 
   // Rows [row, row + nrows) of the batch, which lie in the chunk.
-  BackwardBlock(const BackwardArgs& args, const BackwardChunk& chunk, const BackwardLayout<Engine>& layout, int64_t row,
-                int64_t nrows, void* memory)
-      : args_(args),
-        level_(args.level),
-        chunk_(chunk),
-        layout_(layout),
-        row_(row),
-        nrows_(nrows),
-        groups_(group_count(nrows)),
-        s_(args.level, groups_, memory) {}
+  ChainBackward(const ChainBackwardArgs& args, const BackwardChunk& chunk, const BackwardLayout<Engine>& layout,
+                int64_t row, int64_t nrows, void* memory)
+      : RowBlock(args, row, nrows), chunk_(chunk), layout_(layout), s_(args.level, groups_, memory) {}
 
   // What the parts of a block leave for finish: each its sums of the divided streams' gradients, below[stream][group]
   // [feature][16], all of them inner[column], in the block's own scratch where there is one part.
@@ -152,9 +145,6 @@ class BackwardBlock {
   }
 
  private:
-  int64_t features() const { return level_.widths[level_.layers]; }
-  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
-
   // Of the expert whose turn it is.
   Gradient* gradients(int l) const {
     return static_cast<Gradient*>(chunk_.gradients) + layout_.gradient_offset(l, index_) +
@@ -169,9 +159,13 @@ class BackwardBlock {
     }
   }
 
+  const T* saved_rows(int l, int e) const {
+    return static_cast<const T*>(args_.saved[l]) + (level_.numbers[e] * level_.rows + row_) * level_.widths[l + 1];
+  }
+
   void load_kept(int l, int e) {
     const int64_t width = level_.widths[l + 1];
-    const T* rows = static_cast<const T*>(args_.saved[l]) + (e * level_.rows + row_) * width;
+    const T* rows = saved_rows(l, e);
     for (int64_t g = 0; g < groups_; ++g) {
       pack_panel(rows + g * kGroup * width, width, group_rows(g), width, s_.kept + g * width * kGroup);
     }
@@ -181,7 +175,7 @@ class BackwardBlock {
   void load_input(int l, int e) {
     const int64_t width = level_.widths[l + 1], size = Engine::panel_size(width);
     if (!from_input(level_.activations[l])) {
-      const T* rows = static_cast<const T*>(args_.saved[l]) + (e * level_.rows + row_) * width;
+      const T* rows = saved_rows(l, e);
       for (int64_t g = 0; g < groups_; ++g) {
         if (g + 1 < groups_) fetch_rows(rows + (g + 1) * kGroup * width, group_rows(g + 1) * width);
         Engine::pack(rows + g * kGroup * width, width, group_rows(g), width, s_.input + g * size);
@@ -231,14 +225,14 @@ class BackwardBlock {
 
   void expert(int e) {
     const int last = level_.layers - 1;
-    last < saved_layers(level_) ? load_kept(last, e) : compute_kept(e);
+    last < saved_layers(level_.layers) ? load_kept(last, e) : compute_kept(e);
     for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
-    if (!args_.need_chain()) return;
+    if (!args_.need_experts) return;
     for (int l = last; l > 0; --l) {
       // Where the last layer was computed again, what it read is there.
       if (from_input(level_.activations[l - 1])) {
         load_kept(l - 1, e);
-      } else if (l < saved_layers(level_)) {
+      } else if (l < saved_layers(level_.layers)) {
         load_input(l - 1, e);
       }
       start_panels(l - 1);
@@ -287,7 +281,7 @@ class BackwardBlock {
       after = s_.after;
     }
     weigh(e, g, after);
-    if (!args_.need_chain()) return;
+    if (!args_.need_experts) return;
     const int64_t size = Engine::panel_size(features());
     if (g == 0) start_panels(l);
     with_activation(code, [&](auto constant) {
@@ -384,12 +378,9 @@ class BackwardBlock {
     }
   }
 
-  const BackwardArgs& args_;
-  const Level& level_;
   const BackwardChunk& chunk_;
   const BackwardLayout<Engine>& layout_;
-  const int64_t row_, nrows_, groups_;
-  BackwardScratch<Engine> s_;
+  ChainBackwardScratch<Engine> s_;
   C* below_ = nullptr;
   C* stream_ = nullptr;  // the sums that the experts' input gradients go to
   bool fresh_ = true;    // nothing is in them yet

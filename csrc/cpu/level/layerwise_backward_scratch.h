@@ -1,14 +1,14 @@
-// Where a block of the backward pass of normalized_mixture keeps its intermediates.
+// Where a block of the backward pass of a layerwise level keeps its intermediates.
 #pragma once
 
-#include "level/expert_mixture_backward.h"
-#include "level/normalized_mixture_forward.h"
+#include "level/chain_backward_kernels.h"
+#include "level/layerwise_forward_kernels.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
 
 template <typename Engine>
-struct NormalizedBackwardScratch {
+struct LayerwiseBackwardScratch {
   using C = typename Engine::C;
   using Element = typename Engine::Element;
   C *grad_outputs, *probabilities, *z, *tile, *normalized, *centred, *whole, *after, *below, *sums[3], *row_sums[2];
@@ -17,7 +17,7 @@ struct NormalizedBackwardScratch {
   uint16_t* kept;
   int64_t total;
 
-  NormalizedBackwardScratch(const Level& level, int64_t groups, void* memory) {
+  LayerwiseBackwardScratch(const LevelShape& level, int64_t groups, void* memory) {
     Arena arena(memory);
     const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
     grad_outputs = arena.take<C>(level.gates.count * features * kGroup);

@@ -1,11 +1,11 @@
-// The backward pass of normalized_mixture, from the last layer down.
+// The backward pass of a layerwise level, from the last layer down.
 //
 // Of each layer the gradients dn of its normalised values come first, with a block's part of the sums that the norm's
 // gradient needs. Once all rows are there, whoever reads dn makes the gradients dz of the pre-activations of it, a
 // chunk of rows at a time: for the layer below, whose dn it leaves, and for the weights' gradients.
 #pragma once
 
-#include "level/normalized_backward_scratch.h"
+#include "level/layerwise_backward_scratch.h"
 #include "level/slope_gradients.h"
 
 namespace mtlk {
@@ -13,32 +13,28 @@ namespace MTLK_ISA {
 
 // The gradients dz of one layer and a chunk of rows: [expert][group of kGradientRows rows].
 template <typename Engine>
-int64_t chunk_gradient_size(const Level& level, int l, int64_t chunk_rows) {
+int64_t chunk_gradient_size(const LevelShape& level, int l, int64_t chunk_rows) {
   return (chunk_rows + Engine::kGradientRows - 1) / Engine::kGradientRows * Engine::gradient_size(level.widths[l + 1]);
 }
 
 template <typename Engine>
-class NormalizedBackward {
+class LayerwiseBackward : RowBlock<LayerwiseBackwardArgs> {
  public:
   using T = typename Engine::T;
   using C = typename Engine::C;
   using Element = typename Engine::Element;
   using Gradient = typename Engine::Gradient;
 
-  NormalizedBackward(const NormalizedBackwardArgs& args, int64_t block, void* memory)
-      : args_(args),
-        level_(args.level),
+  LayerwiseBackward(const LayerwiseBackwardArgs& args, int64_t block, void* memory)
+      : RowBlock(args, block * args.block_rows, rows_of_block(args, block)),
         block_(block),
-        row_(block * args.block_rows),
-        nrows_(rows_of_block(args, block)),
-        groups_(group_count(nrows_)),
         s_(args.level, group_count(args.block_rows), memory) {}
 
   // The last layer of experts order[first] up to order[last]: dn, and <dy, output> in inner[group][column][16].
   void last_gradient(int first, int last, C* inner) {
     const Gates& gates = level_.gates;
     const int l = level_.layers - 1;
-    const int64_t features = level_.widths[level_.layers];
+    const int64_t features = this->features();
     for (int i = first; i < last; ++i) clear_partials(level_.order[i]);
     for (int64_t g = 0; g < groups_; ++g) {
       gate_probabilities(gates, row(g), group_rows(g), s_.probabilities);
@@ -119,8 +115,6 @@ class NormalizedBackward {
   static constexpr int L = Simd<C>::lanes;
 
   static void store(C* place, Vector<C> value) { mtlk::MTLK_ISA::store(place, value); }
-  int64_t row(int64_t g) const { return row_ + g * kGroup; }
-  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
   int64_t stream_size() const { return stream_sums<Engine>(level_, groups_); }
 
   // Whether one of part p's experts reads the stream.
@@ -164,7 +158,7 @@ class NormalizedBackward {
       add_weighted(s_.probabilities + use.column * kGroup, grad, features, s_.whole);
       dot_lanes(grad, s_.after, features, inner + use.column * kGroup);
     }
-    if (!args_.need_chain) return;
+    if (!args_.need_experts) return;
     start_sums(reader, g);
     normalized_values(reader, e, g, 0, features, s_.whole, n, kept);
     finish_rows(reader, g);
@@ -320,7 +314,7 @@ class NormalizedBackward {
       }
     } else {
       C mean[kGroup], rstd[kGroup], row_mean[kGroup], row_slope[kGroup];
-      reader.copy_rows(layer.mean, row(g), group_rows(g), mean);
+      reader.copy_means(row(g), group_rows(g), mean);
       reader.copy_rows(layer.rstd, row(g), group_rows(g), rstd);
       reader.copy_rows(layer.row_mean, row(g), group_rows(g), row_mean);
       reader.copy_rows(layer.row_slope, row(g), group_rows(g), row_slope);
@@ -383,10 +377,8 @@ class NormalizedBackward {
 
   void write_inputs(int stream) { write_stream<Engine>(level_, s_.below, row_, nrows_, args_.grad_inputs[stream]); }
 
-  const NormalizedBackwardArgs& args_;
-  const Level& level_;
-  const int64_t block_, row_, nrows_, groups_;
-  NormalizedBackwardScratch<Engine> s_;
+  const int64_t block_;
+  LayerwiseBackwardScratch<Engine> s_;
 };
 
 }  // namespace MTLK_ISA

@@ -1,7 +1,7 @@
-// The weights' gradients of expert_mixture, with the batch as the depth of their product.
+// The weights' gradients of a chain, with the batch as the depth of their product.
 #pragma once
 
-#include "level/expert_mixture_backward.h"
+#include "level/chain_backward_kernels.h"
 #include "level/weight_columns.h"
 
 namespace mtlk {
@@ -9,14 +9,14 @@ namespace MTLK_ISA {
 
 // The weights' gradients of a chunk, as tasks that write apart from each other.
 template <typename Engine>
-class WeightGradients {
+class ChainWeightGradients {
  public:
   using T = typename Engine::T;
   using C = typename Engine::C;
   using Gradient = typename Engine::Gradient;
   using Operand = typename Engine::Operand;
 
-  WeightGradients(const BackwardArgs& args, const BackwardChunk& chunk, const BackwardLayout<Engine>& layout)
+  ChainWeightGradients(const ChainBackwardArgs& args, const BackwardChunk& chunk, const BackwardLayout<Engine>& layout)
       : args_(args), level_(args.level), chunk_(chunk), layout_(layout) {}
 
   // What experts read of a stream, for all of them.
@@ -46,7 +46,7 @@ class WeightGradients {
       const Read read = l == 0 ? stream(level_.expert_inputs[e], column) : hidden(l, e, column, n, s.operand);
       weight_columns<Engine>(args_, chunk_, l, at, column, n, gradient, read.operand, read.ld, read.column, s.sums);
     }
-    if (args_.need_biases && column == 0) whole_bias<Engine>(args_, chunk_, l, at, gradient);
+    if (column == 0) whole_bias<Engine>(args_, chunk_, l, at, gradient);
   }
 
  private:
@@ -76,7 +76,7 @@ class WeightGradients {
   // What one expert alone reads: these columns are made for this task.
   Read hidden(int l, int e, int64_t column, int64_t n, Operand* memory) const {
     const int64_t width = level_.widths[l];
-    const T* rows = static_cast<const T*>(args_.saved[l - 1]) + (e * level_.rows + chunk_.row) * width;
+    const T* rows = static_cast<const T*>(args_.saved[l - 1]) + (level_.numbers[e] * level_.rows + chunk_.row) * width;
     const bool activated = !from_input(level_.activations[l - 1]);
     const Operand* direct = activated ? Engine::direct_operand(rows, width) : nullptr;
     if (direct) return {direct, width, column};
@@ -96,8 +96,8 @@ class WeightGradients {
     return {memory, Engine::rounded(n), 0};
   }
 
-  const BackwardArgs& args_;
-  const Level& level_;
+  const ChainBackwardArgs& args_;
+  const LevelShape& level_;
   const BackwardChunk& chunk_;
   const BackwardLayout<Engine>& layout_;
 };

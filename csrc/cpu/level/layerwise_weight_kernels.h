@@ -1,7 +1,7 @@
-// The weights' gradients of normalized_mixture, with the batch as the depth of their product.
+// The weights' gradients of a layerwise level, with the batch as the depth of their product.
 #pragma once
 
-#include "level/normalized_mixture_backward.h"
+#include "level/layerwise_backward_kernels.h"
 #include "level/weight_columns.h"
 
 namespace mtlk {
@@ -9,14 +9,14 @@ namespace MTLK_ISA {
 
 // The weights' gradients of one layer and a chunk of rows: tasks are an expert's runs of columns.
 template <typename Engine>
-class NormalizedWeightGradients {
+class LayerwiseWeightGradients {
  public:
   using T = typename Engine::T;
   using C = typename Engine::C;
   using Gradient = typename Engine::Gradient;
   using Operand = typename Engine::Operand;
 
-  NormalizedWeightGradients(const NormalizedBackwardArgs& args, int l) : args_(args), level_(args.level), l_(l) {}
+  LayerwiseWeightGradients(const LayerwiseBackwardArgs& args, int l) : args_(args), level_(args.level), l_(l) {}
 
   int64_t columns() const {
     const int64_t count = (level_.widths[l_] + Engine::kColumns - 1) / Engine::kColumns;
@@ -36,7 +36,7 @@ class NormalizedWeightGradients {
       make_operand(chunk, e, column, n, s.operand);
       weight_columns<Engine>(args_, chunk, l_, at, column, n, gradient, s.operand, Engine::rounded(n), 0, s.sums);
     }
-    if (args_.need_biases && column == 0) {
+    if (column == 0 && args_.grad_biases[at]) {
       if (args_.layers[l_].norm == kBatchNorm) {
         unmoved_bias(at, e);
       } else {
@@ -102,8 +102,7 @@ class NormalizedWeightGradients {
       if (layer.norm == kBatchNorm) {
         x = (x - load(reader.channels(layer.center) + column + i)) * load(factor + i) + load(shift + i);
       } else if (layer.norm == kLayerNorm) {
-        x = (x - reader.per_row(layer.mean)[row]) * reader.per_row(layer.rstd)[row] * load(factor + i) +
-            load(shift + i);
+        x = (x - reader.means()[row]) * reader.per_row(layer.rstd)[row] * load(factor + i) + load(shift + i);
       }
       if constexpr (Code == kPrelu || Code == kDice) {
         x = activate_with_slope<Code, C>(x, load(reader.channels(layer.activation_slope) + column + i), mean, rate);
@@ -114,8 +113,8 @@ class NormalizedWeightGradients {
     }
   }
 
-  const NormalizedBackwardArgs& args_;
-  const Level& level_;
+  const LayerwiseBackwardArgs& args_;
+  const LevelShape& level_;
   const int l_;
 };
 

@@ -1,0 +1,22 @@
+// A level whose layers need no more than what a block of rows makes of them: all layers of a block, one after another.
+#pragma once
+
+#include "level/level_gradients.h"
+#include "level/level_tables.h"
+#include "runtime/kernels.h"
+
+namespace mtlk {
+
+struct LevelResults {
+  Tensors outputs, saved;
+};
+
+// With `save`, what the backward pass wants is saved.
+LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const EngineKernels& kernels,
+                           const RunningNorms& norms, bool save);
+
+// Fills the gradients. The tables have the outputs' gradients and what the forward pass saved.
+void chain_backward(const LevelTensors& tensors, LevelTables& tables, const EngineKernels& kernels,
+                    LevelGradients& gradients);
+
+}  // namespace mtlk

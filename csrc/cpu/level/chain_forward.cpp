@@ -1,0 +1,90 @@
+#include "level/blocking.h"
+#include "level/chain.h"
+
+namespace mtlk {
+namespace {
+
+void run_tiny(const ChainForwardArgs& args, const ChainKernels& kernels) {
+  const LevelShape& level = args.level;
+  const int parts = std::min(level.experts, at::get_num_threads());
+  const Scratch scratch(parts, kernels.tiny_bytes(level));
+  if (parts == 1) return kernels.tiny(args, 0, level.experts, scratch[0], nullptr);
+  const int64_t mixed_bytes = kernels.tiny_mixed_bytes(level);
+  const at::Tensor mixed = at::empty({parts * mixed_bytes}, at::kByte);
+  char* sums = static_cast<char*>(mixed.mutable_data_ptr());
+  parallel_threads(parts, [&](int64_t p) {
+    const int part = static_cast<int>(p);
+    kernels.tiny(args, part_begin(level, part, parts), part_begin(level, part + 1, parts), scratch[p],
+                 sums + p * mixed_bytes);
+  });
+  kernels.tiny_finish(args, sums, parts, scratch[0]);
+}
+
+void run_blocks(const ChainForwardArgs& args, const EngineKernels& engine) {
+  const LevelShape& level = args.level;
+  const ChainKernels& kernels = engine.chain;
+  const bool save = args.saved != nullptr;
+  const int64_t bytes = kernels.forward_bytes(level, kMinBlockRows, save);
+  const int64_t bytes_of_a_row = (kernels.forward_bytes(level, 2 * kMinBlockRows, save) - bytes) / kMinBlockRows;
+  const Cut cut = Cut::of(level, engine.engine.forward_block_bytes, bytes_of_a_row);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), cut.blocks * cut.parts);
+  const Scratch scratch(threads, kernels.forward_bytes(level, cut.block_rows, save));
+  const int64_t mixed_bytes = kernels.forward_mixed_bytes(level, cut.block_rows);
+  at::Tensor mixed;
+  char* sums = nullptr;
+  if (cut.parts > 1) {
+    mixed = at::empty({cut.blocks * cut.parts * mixed_bytes}, at::kByte);
+    sums = static_cast<char*>(mixed.mutable_data_ptr());
+  }
+  const auto rows_of = [&](int64_t block) { return std::min(cut.block_rows, level.rows - block * cut.block_rows); };
+  // The parts of a short last block lie as densely as those of a full one.
+  const auto sums_of = [&](int64_t block, int64_t part) {
+    return sums + block * cut.parts * mixed_bytes + part * kernels.forward_mixed_bytes(level, rows_of(block));
+  };
+  parallel_tasks_on(threads, cut.blocks * cut.parts, [&](int64_t task, int64_t thread) {
+    const int64_t block = task / cut.parts;
+    const int part = static_cast<int>(task % cut.parts);
+    kernels.forward(args, block * cut.block_rows, rows_of(block), part_begin(level, part, cut.parts),
+                    part_begin(level, part + 1, cut.parts), scratch[thread],
+                    cut.parts > 1 ? sums_of(block, part) : nullptr, false);
+  });
+  if (cut.parts > 1) {
+    parallel_tasks_on(threads, cut.blocks, [&](int64_t block, int64_t thread) {
+      kernels.forward_finish(args, block * cut.block_rows, rows_of(block), sums_of(block, 0), cut.parts,
+                             scratch[thread]);
+    });
+  }
+}
+
+}  // namespace
+
+LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const EngineKernels& kernels,
+                           const RunningNorms& norms, bool save) {
+  const LevelShape& level = tables.level();
+  const bool tiny = level.rows <= kernels.engine.tiny_rows;
+  const WeightForm form = tiny ? WeightForm::kNatural : kernels.engine.form;
+  const at::Tensor logits = tables.set_gates(norms.gates, kernels.chain.fold_norm, form, save);
+  const auto options = tensors.inputs[0].options();
+  LevelResults results;
+  std::vector<void*> outputs, saved;
+  const auto add = [&](Tensors& made, std::vector<void*>& pointers, at::IntArrayRef sizes) {
+    made.push_back(pooled(sizes, options));
+    pointers.push_back(made.back().mutable_data_ptr());
+  };
+  for (int k = 0; k < level.gates.count; ++k) add(results.outputs, outputs, {level.rows, level.widths[level.layers]});
+  for (int l = 0; save && l < saved_layers(level.layers); ++l) {
+    add(results.saved, saved, {level.experts, level.rows, level.widths[l + 1]});
+  }
+  if (save && logits.defined()) results.saved.push_back(logits);
+  if (level.rows == 0) return results;
+  if (tiny) {
+    tables.set_natural_weights();
+  } else {
+    tables.set_forward_weights(kernels.engine, !save && all_declared(tensors.weights));
+  }
+  const ChainForwardArgs args{level, outputs.data(), save ? saved.data() : nullptr};
+  tiny ? run_tiny(args, kernels.chain) : run_blocks(args, kernels);
+  return results;
+}
+
+}  // namespace mtlk

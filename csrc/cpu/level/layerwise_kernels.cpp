@@ -1,0 +1,105 @@
+// Instantiates the layerwise kernels for one instruction set, beside kernels.cpp.
+
+#include "level/layerwise_weight_kernels.h"
+#include "runtime/kernels.h"
+#if defined(__AVX512BF16__)
+#include "gemm/pair_engine.h"
+#else
+#include "gemm/plain_engine.h"
+#endif
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+template <typename Engine>
+LayerwiseKernels layerwise_kernels() {
+  using C = typename Engine::C;
+  LayerwiseKernels table{};
+  table.forward_bytes = [](const LevelShape& level, int64_t nrows) {
+    return LayerwiseForwardScratch<Engine>(level, group_count(nrows), nullptr).total;
+  };
+  table.layer = [](const LayerwiseForwardArgs& args, int64_t block, int l, int first, int last, void* scratch) {
+    Engine::begin();
+    LayerwiseForward<Engine>(args, block, scratch).layer(l, first, last);
+    Engine::end();
+  };
+  table.mix = [](const LayerwiseForwardArgs& args, int64_t block, int64_t part, int64_t parts, void* scratch) {
+    LayerwiseForward<Engine>(args, block, scratch).mix(part, parts);
+  };
+  table.combine_moments = combine_moments<C>;
+  table.prepare = prepare_norm<C>;
+
+  table.backward_bytes = [](const LevelShape& level, int64_t nrows) {
+    return LayerwiseBackwardScratch<Engine>(level, group_count(nrows), nullptr).total;
+  };
+  table.inner_bytes = [](const LevelShape& level, int64_t nrows) {
+    return static_cast<int64_t>(level.gates.columns * group_count(nrows) * kGroup * sizeof(C));
+  };
+  table.below_bytes = [](const LevelShape& level, int64_t nrows) {
+    const int64_t groups = group_count(nrows);
+    return static_cast<int64_t>(stream_count(level) * stream_sums<Engine>(level, groups) * sizeof(C));
+  };
+  table.gradient_bytes = [](const LevelShape& level, int64_t chunk_rows) {
+    int64_t most = 0;
+    for (int l = 0; l < level.layers; ++l) {
+      const int64_t size = level.experts * chunk_gradient_size<Engine>(level, l, chunk_rows);
+      most = size > most ? size : most;
+    }
+    return most * static_cast<int64_t>(sizeof(typename Engine::Gradient));
+  };
+  table.weight_bytes = [](const LevelShape& level, int64_t chunk_rows) {
+    return WeightScratch<Engine>(level, chunk_rows, nullptr).total;
+  };
+  table.last_gradient = [](const LayerwiseBackwardArgs& args, int64_t block, int first, int last, void* scratch,
+                           void* inner) {
+    LayerwiseBackward<Engine>(args, block, scratch).last_gradient(first, last, static_cast<C*>(inner));
+  };
+  table.logit_gradient = [](const LayerwiseBackwardArgs& args, int64_t block, void* scratch, const void* inner) {
+    LayerwiseBackward<Engine>(args, block, scratch).logit_gradient(static_cast<const C*>(inner));
+  };
+  table.combine_sums = combine_sums<C>;
+  table.layer_gradient = [](const LayerwiseBackwardArgs& args, const BackwardChunk& chunk, int64_t block, int l,
+                            int first, int last, void* scratch, void* below) {
+    Engine::begin();
+    LayerwiseBackward<Engine>(args, block, scratch).layer_gradient(chunk, l, first, last, static_cast<C*>(below));
+    Engine::end();
+  };
+  table.reduce_input_gradients = [](const LayerwiseBackwardArgs& args, int64_t block, void* scratch, const void* below,
+                                    int parts, int64_t stride) {
+    LayerwiseBackward<Engine>(args, block, scratch)
+        .reduce_input_gradients(static_cast<const C*>(below), parts, stride / static_cast<int64_t>(sizeof(C)));
+  };
+  table.weight_tasks = [](const LayerwiseBackwardArgs& args, int l) {
+    return LayerwiseWeightGradients<Engine>(args, l).tasks();
+  };
+  table.weight_gradient = [](const LayerwiseBackwardArgs& args, const BackwardChunk& chunk, int l, int64_t task,
+                             void* scratch) {
+    Engine::begin();
+    LayerwiseWeightGradients<Engine>(args, l).run(chunk, task, scratch);
+    Engine::end();
+  };
+  return table;
+}
+
+template <typename Engine>
+void fill_layerwise_dtype(Kernels& table, Dtype dtype) {
+  table.engines[static_cast<int>(dtype)].layerwise = layerwise_kernels<Engine>();
+}
+
+void fill_layerwise(Kernels& table) {
+#if defined(__AVX512BF16__)
+  fill_layerwise_dtype<PairEngine<BFloat16>>(table, Dtype::kBFloat16);
+#if defined(__AMX_BF16__) || defined(MTLK_SPLIT)
+  fill_layerwise_dtype<PairEngine<float>>(table, Dtype::kFloat32);
+  fill_layerwise_dtype<PairEngine<Half>>(table, Dtype::kFloat16);
+#endif
+#else
+  fill_layerwise_dtype<PlainEngine<float>>(table, Dtype::kFloat32);
+  fill_layerwise_dtype<PlainEngine<double>>(table, Dtype::kFloat64);
+  fill_layerwise_dtype<PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
+  fill_layerwise_dtype<PlainEngine<Half>>(table, Dtype::kFloat16);
+#endif
+}
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

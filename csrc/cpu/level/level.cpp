@@ -1,0 +1,110 @@
+// The operators of a level on CPUs.
+
+#include "level/level.h"
+
+#include <ATen/record_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "level/chain.h"
+#include "level/check.h"
+#include "level/layerwise.h"
+
+namespace mtlk {
+namespace {
+
+LevelResults evaluate(const LevelSpec& spec, const LevelTensors& tensors, const RunningNorms& norms,
+                      const std::optional<at::Tensor>& seed, bool save) {
+  LevelTables tables(spec, tensors);
+  const bool layerwise = spec.stores_inputs();
+  const auto min_rows = layerwise ? &EngineTable::min_call_rows : &EngineTable::min_forward_rows;
+  const EngineKernels& kernels = engine_for(dtype_of(tensors.inputs[0]), tables.level().rows, min_rows);
+  tables.set_norms(norms.experts, kernels.chain.fold_norm);
+  return layerwise ? layerwise_forward(spec, tensors, tables, kernels, norms, seed, save)
+                   : chain_forward(tensors, tables, kernels, norms, save);
+}
+
+std::tuple<Tensors, Tensors> forward(at::TensorList inputs, const OptionalTensors& parameters,
+                                     const OptionalTensors& gates, at::IntArrayRef ints, at::ArrayRef<double> floats,
+                                     const std::optional<at::Tensor>& seed, bool save) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const LevelSpec spec(ints.vec(), floats.vec());
+  LevelResults results = evaluate(spec, spec.split(inputs, parameters, gates), {}, seed, save);
+  return {std::move(results.outputs), std::move(results.saved)};
+}
+
+// Of a level, all of whose outputs have a gradient; or of the part of another one that was reached.
+Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const Tensors& logits,
+                     at::TensorList grad_outputs, at::TensorList activations, at::TensorList statistics,
+                     int64_t experts, const std::optional<at::Tensor>& seed, const Needs& needs) {
+  LevelTables tables(spec, tensors);
+  if (tensors.linear_gates) tables.check_gate_layers();
+  tables.set_logits(logits);
+  tables.set_grad_outputs(grad_outputs);
+  tables.set_saved(activations, static_cast<int64_t>(activations.size()), experts);
+  const LevelShape& level = tables.level();
+  const EngineKernels& kernels = engine_for(dtype_of(tensors.inputs[0]), level.rows);
+  const bool layerwise = spec.stores_inputs(), direct = !layerwise && level.rows <= kernels.engine.tiny_rows;
+  LevelGradients gradients(level, tensors, kernels.engine, direct, needs);
+  if (layerwise) {
+    layerwise_backward(spec, tensors, tables, kernels, statistics, experts, seed, gradients);
+  } else {
+    chain_backward(tensors, tables, kernels, gradients);
+  }
+  return gradients.take(tables.gate_streams());
+}
+
+Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, const OptionalTensors& parameters,
+                 const OptionalTensors& gates, at::TensorList saved, at::IntArrayRef ints, at::ArrayRef<double> floats,
+                 const std::optional<at::Tensor>& seed, Needs needs) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const LevelSpec spec(ints.vec(), floats.vec());
+  const LevelTensors tensors = spec.split(inputs, parameters, gates);
+  MTLK_CHECK_VALUE(static_cast<int64_t>(grad_outputs.size()) == spec.gates(),
+                   "grad_outputs must hold an entry for each of ", spec.gates(), " gates, got ", grad_outputs.size());
+  Tensors grads;
+  std::vector<bool> used;
+  for (size_t k = 0; k < grad_outputs.size(); ++k) {
+    const at::Tensor grad = grad_outputs.get(k).value_or(at::Tensor());
+    used.push_back(grad.defined());
+    if (grad.defined()) grads.push_back(grad);
+  }
+  if (grads.empty()) return {};
+  const auto layers = static_cast<size_t>(spec.layers()), linear = static_cast<size_t>(tensors.linear_gates);
+  const size_t activations = spec.stores_inputs() ? layers : saved_layers(static_cast<int>(layers));
+  const size_t statistics = 2 * std::count_if(spec.norms.begin(), spec.norms.end(), [](int64_t norm) { return norm; });
+  MTLK_CHECK_VALUE(saved.size() == activations + statistics + linear, "saved must hold ",
+                   activations + statistics + linear, " tensors, got ", saved.size());
+  const ReachedLevel part = spec.reached(used);
+  Tensors logits = tensors.gates;
+  if (linear) {
+    MTLK_CHECK_VALUE(saved.back().dim() == 2 && saved.back().size(1) == static_cast<int64_t>(spec.gate_experts.size()),
+                     "the saved logits must have ", spec.gate_experts.size(), " columns, got ", saved.back().sizes());
+    MTLK_CHECK_TYPE(saved.back().scalar_type() == inputs[0].scalar_type(), "the saved logits must be of ",
+                    inputs[0].scalar_type(), ", got ", saved.back().scalar_type());
+    logits = saved.back().split_with_sizes(spec.gate_sizes, 1);
+  }
+  return gradients_of(part.spec, part.pick(tensors), picked(logits, part.gates), grads, saved.slice(0, activations),
+                      saved.slice(activations, statistics), spec.experts(), seed, needs);
+}
+
+}  // namespace
+
+Tensors serve_level(const LevelSpec& spec, const LevelTensors& tensors, const RunningNorms& norms) {
+  RECORD_FUNCTION("mtlkernels::level_serve", {});
+  return evaluate(spec, tensors, norms, std::nullopt, false).outputs;
+}
+
+void check_level(const LevelSpec& spec, const LevelTensors& tensors) {
+  LevelTables tables(spec, tensors);
+  dtype_of(tensors.inputs[0]);
+  tensors.linear_gates ? tables.check_gate_layers() : tables.set_logits(tensors.gates);
+}
+
+TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("level_forward", TORCH_FN(forward));
+  m.impl("level_backward", TORCH_FN(backward));
+}
+
+}  // namespace mtlk

@@ -1,0 +1,75 @@
+// What is static about a level, and the order in which its tensors travel: mtlkernels/ops/level/spec.py in C++.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace mtlk {
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+using Tensors = std::vector<at::Tensor>;
+
+// A level's tensors by kind, in the order in which they travel; undefined ones stand for None. Parameters of experts
+// are by layer, then expert.
+struct LevelTensors {
+  Tensors inputs, weights, biases, scales, shifts, slopes;
+  Tensors gates, gate_biases;  // logits without biases, or linear layers
+  bool linear_gates;
+};
+
+// A flag for each kind of tensor.
+using Needs = std::array<bool, 8>;
+
+struct ReachedLevel;
+
+// Holds the encoded lists; what describes the level are views of them.
+class LevelSpec {
+ public:
+  // Of the lists that `encoded` gives. Throws a ValueError for any other.
+  LevelSpec(std::vector<int64_t> ints, std::vector<double> floats);
+  LevelSpec(LevelSpec&&) = default;
+
+  int64_t num_inputs;
+  at::IntArrayRef expert_inputs, gate_sizes, activations, norms;
+  at::IntArrayRef gate_inputs;  // of linear gates, otherwise empty
+  at::IntArrayRef gate_experts;
+  at::ArrayRef<double> eps, dice_eps, dropout;
+  std::vector<int> numbers;  // the experts' in the level of which this is a part
+
+  int64_t experts() const { return static_cast<int64_t>(expert_inputs.size()); }
+  int64_t gates() const { return static_cast<int64_t>(gate_sizes.size()); }
+  int64_t layers() const { return static_cast<int64_t>(activations.size()); }
+  bool stores_inputs() const;  // the pre-activations of all layers are stored
+  bool has_norms() const;
+  bool has_slopes() const;
+
+  std::pair<std::vector<int64_t>, std::vector<double>> encoded() const;
+
+  // The tensors of a call of an operator. Throws a ValueError where there are not as many as there should be.
+  LevelTensors split(at::TensorList inputs, const OptionalTensors& parameters, const OptionalTensors& gates) const;
+
+  // The part of the level on which those outputs depend of which `outputs` is true.
+  ReachedLevel reached(const std::vector<bool>& outputs) const;
+
+ private:
+  std::vector<int64_t> ints_;
+  std::vector<double> floats_;
+};
+
+// Those of the tensors that have one of the numbers; there may be no tensors at all.
+Tensors picked(const Tensors& tensors, const std::vector<int64_t>& numbers);
+
+// A part; the numbers that its streams, experts and gates have in the whole.
+struct ReachedLevel {
+  LevelSpec spec;
+  std::vector<int64_t> inputs, experts, gates;
+
+  // The part's tensors of those of the whole level.
+  LevelTensors pick(const LevelTensors& whole) const;
+};
+
+}  // namespace mtlk

@@ -1,0 +1,261 @@
+// Calls straight from Python: tensors are taken out of the caller's nested lists once, in C++.
+//
+// What the arguments are is for Python's checks to say, in the caller's terms: here they either have the structure,
+// shapes and dtypes that are expected, or the call is not one for the direct way.
+
+#include "direct.h"
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "cpu/gemm/kept_weights.h"
+#include "cpu/level/check.h"
+#include "cpu/level/level.h"
+
+namespace mtlk {
+namespace {
+
+namespace py = pybind11;
+
+// Each reads one kind of argument, and tells whether it is of the expected structure.
+
+// A plain tensor, or a parameter: one that nothing but its memory stands behind.
+bool read_tensor(PyObject* object, at::Tensor& tensor) {
+  if (!THPVariable_Check(object)) return false;
+  tensor = THPVariable_Unpack(object);
+  return !tensor.unsafeGetTensorImpl()->is_python_dispatch();
+}
+
+bool read_optional(PyObject* object, at::Tensor& tensor) { return object == Py_None || read_tensor(object, tensor); }
+
+// f(object) for each item of a list or a tuple, until one is not as expected.
+template <typename F>
+bool read_each(PyObject* items, F f) {
+  if (!PyList_Check(items) && !PyTuple_Check(items)) return false;
+  PyObject** const entries = PySequence_Fast_ITEMS(items);
+  return std::all_of(entries, entries + PySequence_Fast_GET_SIZE(items), f);
+}
+
+template <bool Optional = false>
+bool read_tensors(PyObject* items, Tensors& tensors) {
+  return read_each(items, [&](PyObject* item) {
+    at::Tensor& tensor = tensors.emplace_back();
+    return Optional ? read_optional(item, tensor) : read_tensor(item, tensor);
+  });
+}
+
+bool read_ints(PyObject* items, std::vector<int64_t>& values) {
+  return read_each(items, [&](PyObject* item) {
+    if (!PyLong_Check(item)) return false;
+    int overflow = 0;
+    values.push_back(PyLong_AsLongLongAndOverflow(item, &overflow));
+    return overflow == 0;
+  });
+}
+
+bool read_double(PyObject* object, double& value) {
+  if (!PyFloat_Check(object) && !PyLong_Check(object)) return false;
+  value = PyFloat_AsDouble(object);
+  if (!PyErr_Occurred()) return true;
+  PyErr_Clear();  // an int beyond all doubles
+  return false;
+}
+
+// A sequence of tensors, or one that `split` takes apart.
+template <typename F>
+bool read_joined(PyObject* object, Tensors& tensors, F split) {
+  if (!THPVariable_Check(object)) return read_tensors(object, tensors);
+  at::Tensor joined;
+  if (!read_tensor(object, joined)) return false;
+  const Tensors parts = split(joined);
+  tensors.insert(tensors.end(), parts.begin(), parts.end());
+  return true;
+}
+
+// One entry a layer, each with an item for each expert; None, where it is allowed, stands for as many Nones.
+template <typename Item, typename F>
+bool read_layers(PyObject* layers, const LevelSpec& spec, bool optional, std::vector<Item>& items, F read) {
+  size_t expected = 0;
+  const bool fit = read_each(layers, [&](PyObject* layer) {
+    expected += spec.experts();
+    if (optional && layer == Py_None) return items.resize(expected), true;
+    return read(layer) && items.size() == expected;
+  });
+  return fit && static_cast<int64_t>(expected) == spec.experts() * spec.layers();
+}
+
+bool read_stacked(PyObject* layers, const LevelSpec& spec, bool optional, Tensors& tensors) {
+  return read_layers(layers, spec, optional, tensors, [&](PyObject* layer) {
+    return read_joined(layer, tensors, [](const at::Tensor& stacked) {
+      MTLK_CHECK_VALUE(stacked.dim() > 0, "what is stacked must have a dimension for the experts");
+      return stacked.unbind(0);
+    });
+  });
+}
+
+// The gates' tensors, from a sequence or from one in which they follow each other along a dimension.
+bool read_gates(PyObject* gates, const LevelSpec& spec, int64_t dim, Tensors& tensors) {
+  return read_joined(gates, tensors, [&](const at::Tensor& joined) {
+    const auto columns = static_cast<int64_t>(spec.gate_experts.size());
+    MTLK_CHECK_VALUE(joined.dim() > dim && joined.size(dim) == columns, "joined gates must have ", columns, " columns");
+    return joined.split_with_sizes(spec.gate_sizes, dim);
+  });
+}
+
+// (mean, variance, weight or None, bias or None, eps), or None.
+bool read_norm(PyObject* object, NormTensors& norm) {
+  if (object == Py_None) return true;
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 5) return false;
+  const auto part = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(object, i); };
+  return read_tensor(part(0), norm.mean) && read_tensor(part(1), norm.variance) &&
+         read_optional(part(2), norm.weight) && read_optional(part(3), norm.bias) && read_double(part(4), norm.eps);
+}
+
+bool read_norms(PyObject* items, std::vector<NormTensors>& norms) {
+  return read_each(items, [&](PyObject* item) { return read_norm(item, norms.emplace_back()); });
+}
+
+// The spec whose ints are given, with the eps of Dice in every layer; null where these have another structure.
+std::optional<LevelSpec> read_spec(PyObject* spec_ints, PyObject* dice_eps) {
+  std::vector<int64_t> ints;
+  std::vector<double> floats;
+  if (!read_ints(spec_ints, ints)) return std::nullopt;
+  if (dice_eps != Py_None) {
+    std::vector<double> eps;
+    if (!read_each(dice_eps, [&](PyObject* item) { return read_double(item, eps.emplace_back()); }))
+      return std::nullopt;
+    floats.resize(3 * eps.size());
+    std::copy(eps.begin(), eps.end(), floats.begin() + static_cast<int64_t>(eps.size()));
+  }
+  LevelSpec spec(std::move(ints), std::move(floats));
+  if (spec.has_norms()) return std::nullopt;  // by the batch's statistics
+  return spec;
+}
+
+struct Level {
+  LevelTensors tensors{};
+  RunningNorms norms;
+};
+
+bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyObject* biases, PyObject* gate_logits,
+                PyObject* gate_weights, PyObject* gate_biases, PyObject* norms, PyObject* gate_norms, PyObject* slopes,
+                Level& level) {
+  LevelTensors& tensors = level.tensors;
+  const bool streams = THPVariable_Check(inputs) ? read_tensor(inputs, tensors.inputs.emplace_back())
+                                                 : read_tensors(inputs, tensors.inputs);
+  if (!streams || !read_stacked(weights, spec, false, tensors.weights)) return false;
+  if (biases == Py_None) {
+    tensors.biases.resize(tensors.weights.size());
+  } else if (!read_stacked(biases, spec, true, tensors.biases)) {
+    return false;
+  }
+  tensors.linear_gates = gate_weights != Py_None;
+  if (!read_gates(tensors.linear_gates ? gate_weights : gate_logits, spec, tensors.linear_gates ? 0 : 1,
+                  tensors.gates)) {
+    return false;
+  }
+  if (tensors.linear_gates) {
+    if (gate_biases == Py_None) {
+      tensors.gate_biases.resize(tensors.gates.size());
+    } else if (!(THPVariable_Check(gate_biases) ? read_gates(gate_biases, spec, 0, tensors.gate_biases)
+                                                : read_tensors<true>(gate_biases, tensors.gate_biases))) {
+      return false;
+    }
+  }
+  const auto of_layer = [&](PyObject* layer) { return read_norms(layer, level.norms.experts); };
+  const auto slopes_of_layer = [&](PyObject* layer) { return read_tensors(layer, tensors.slopes); };
+  return (norms == Py_None || read_layers(norms, spec, true, level.norms.experts, of_layer)) &&
+         (gate_norms == Py_None || read_norms(gate_norms, level.norms.gates)) &&
+         (slopes == Py_None || read_layers(slopes, spec, true, tensors.slopes, slopes_of_layer));
+}
+
+// A list or a tuple of the groups' tensors, None for an undefined one.
+template <typename Sequence>
+py::object wrapped(std::initializer_list<Tensors*> groups) {
+  size_t size = 0, next = 0;
+  for (const Tensors* group : groups) size += group->size();
+  Sequence result(size);
+  for (Tensors* group : groups) {
+    for (at::Tensor& tensor : *group) {
+      PyObject* const object = THPVariable_Wrap(std::move(tensor));  // None where it is undefined
+      if (!object) throw py::error_already_set();
+      if constexpr (std::is_same_v<Sequence, py::list>) {
+        PyList_SET_ITEM(result.ptr(), next++, object);
+      } else {
+        PyTuple_SET_ITEM(result.ptr(), next++, object);
+      }
+    }
+  }
+  return result;
+}
+
+bool any_requires_grad(const Level& level) {
+  const auto of = [](const Tensors& tensors) {
+    return std::any_of(tensors.begin(), tensors.end(),
+                       [](const at::Tensor& t) { return t.defined() && t.requires_grad(); });
+  };
+  const auto of_norms = [](const std::vector<NormTensors>& norms) {
+    return std::any_of(norms.begin(), norms.end(), [](const NormTensors& norm) {
+      return (norm.weight.defined() && norm.weight.requires_grad()) ||
+             (norm.bias.defined() && norm.bias.requires_grad());
+    });
+  };
+  const LevelTensors& tensors = level.tensors;
+  return of(tensors.inputs) || of(tensors.weights) || of(tensors.biases) || of(tensors.slopes) || of(tensors.gates) ||
+         of(tensors.gate_biases) || of_norms(level.norms.experts) || of_norms(level.norms.gates);
+}
+
+}  // namespace
+
+void keep_prepared_from_python(py::handle weights) {
+  const bool fit = read_each(weights.ptr(), [](PyObject* weight) {
+    at::Tensor tensor;
+    if (!read_tensor(weight, tensor)) return false;
+    KeptWeights::instance().declare(tensor);
+    return true;
+  });
+  if (!fit) throw py::value_error("mtlkernels: a list of plain tensors was expected");
+}
+
+std::pair<std::vector<int64_t>, std::vector<double>> recoded_level(std::vector<int64_t> ints,
+                                                                   std::vector<double> floats) {
+  return LevelSpec(std::move(ints), std::move(floats)).encoded();
+}
+
+// Arguments are as mtlkernels.expert_mixture's, with a level's ints in the place of routing and activation. `norms` and
+// `gate_norms`, batch norms by running statistics, are tuples of their tensors and eps. Returns
+//   None, where the call is not for the direct way;
+//   a tuple, the outputs, where no gradient is wanted;
+//   a list, where one is: the level's tensors as operators take them, whose shapes have been checked.
+py::object level_from_python(py::handle inputs, py::handle weights, py::handle biases, py::handle gate_logits,
+                             py::handle gate_weights, py::handle gate_biases, py::handle norms, py::handle gate_norms,
+                             py::handle slopes, py::handle dice_eps, py::handle spec_ints) {
+  try {
+    const std::optional<LevelSpec> spec = read_spec(spec_ints.ptr(), dice_eps.ptr());
+    Level level;
+    if (!spec || !read_level(*spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
+                             gate_biases.ptr(), norms.ptr(), gate_norms.ptr(), slopes.ptr(), level)) {
+      return py::none();
+    }
+    LevelTensors& tensors = level.tensors;
+    if (at::GradMode::is_enabled() && any_requires_grad(level)) {
+      if (!norms.is_none() || !gate_norms.is_none() || spec->stores_inputs()) return py::none();
+      check_level(*spec, tensors);
+      return wrapped<py::list>(
+          {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.gates, &tensors.gate_biases});
+    }
+    Tensors outputs;
+    {
+      const py::gil_scoped_release release;
+      outputs = serve_level(*spec, tensors, level.norms);
+    }
+    return wrapped<py::tuple>({&outputs});
+  } catch (const Refused&) {
+    return py::none();
+  }
+}
+
+}  // namespace mtlk

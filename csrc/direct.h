@@ -1,0 +1,24 @@
+// The direct way from Python to a level.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
+
+namespace mtlk {
+
+// mtlkernels._C.level, see direct.cpp.
+pybind11::object level_from_python(pybind11::handle inputs, pybind11::handle weights, pybind11::handle biases,
+                                   pybind11::handle gate_logits, pybind11::handle gate_weights,
+                                   pybind11::handle gate_biases, pybind11::handle norms, pybind11::handle gate_norms,
+                                   pybind11::handle slopes, pybind11::handle dice_eps, pybind11::handle spec_ints);
+
+// mtlkernels._C.recoded_level: a spec's lists, once decoded and encoded again. Throws a ValueError for others.
+std::pair<std::vector<int64_t>, std::vector<double>> recoded_level(std::vector<int64_t> ints,
+                                                                   std::vector<double> floats);
+
+// mtlkernels._C.keep_prepared.
+void keep_prepared_from_python(pybind11::handle weights);
+
+}  // namespace mtlk
