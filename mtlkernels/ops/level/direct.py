@@ -45,6 +45,8 @@ def direct(
         return None
     if several and len(inputs) != routing.num_inputs:
         return None
+    if several and gates[1] is not None and 1 < len(inputs) < routing.num_gates:
+        return None
     if gates[1] is None if gates[0] is None else gates[1:] != (None, None, None):
         return None
     names = (activation,) * len(weights) if isinstance(activation, str) else activation
