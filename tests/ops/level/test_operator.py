@@ -139,8 +139,7 @@ def test_serving_goes_straight_to_cpp(rows: int, threads: int, monkeypatch: pyte
     monkeypatch.setattr("mtlkernels.ops.level.check_arguments", None)
     with torch.no_grad():
         found = by_layers(**arguments)
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(found, expected)
 
 
 def test_evaluation_is_one_call_of_the_op_without_norms(monkeypatch: pytest.MonkeyPatch) -> None:
