@@ -18,6 +18,10 @@ from torch import nn
 from mtlkernels import _tracing
 from mtlkernels._convert.report import Line
 
+# What the fused method needs to know of an instance, which must be picklable, or None where nothing of it can be fused,
+# and the lines of the report.
+Plan = tuple[Any, list[Line]]
+
 CLASS_ATTRIBUTE = "_mtlkernels_original"
 PLAN = "_mtlkernels_plan"
 _UNSCRIPTED = "__jit_unused_properties__"
@@ -28,13 +32,12 @@ class Converter:
     """How one class of a library is converted.
 
     Args:
-        plan: looks at an instance, given its path in the model, and returns what the fused method needs to know, which
-            must be picklable, and the lines of the report; None where nothing of it can be fused.
+        plan: from an instance and its path in the model, its plan.
         mixin: a subclass of :class:`Converted` with the fused method.
         method: the fused method's name where the mix-in has it to be made for any name.
     """
 
-    plan: Callable[[nn.Module, str], tuple[Any, list[Line]]]
+    plan: Callable[[nn.Module, str], Plan]
     mixin: type[Converted]
     method: str = "forward"
 
@@ -55,6 +58,11 @@ class Converted:
             return reduced
         method = () if kind._mtlkernels_method == "forward" else (kind._mtlkernels_method,)
         return (_rebuild, (kind.__bases__[0], kind._mtlkernels_original, *method), *reduced[2:])
+
+    @classmethod
+    def _mtlkernels_planned(cls, base: type, module: nn.Module, path: str) -> Plan:
+        """The plan of an instance of ``base`` at that path in the model."""
+        raise NotImplementedError
 
     @classmethod
     def _mtlkernels_fused(cls, name: str) -> Callable[..., Any]:
@@ -95,7 +103,7 @@ def _either(fused: Callable[..., Any], original: type, name: str) -> Any:
     To whoever reads it, it is the original's: ``torch.jit.script`` compiles the source of what a function wraps, with
     the function's own globals, and ``torch.fx`` and ``torch.export`` take names of arguments from what it wraps.
     """
-    own = getattr(original, name)
+    unfused = getattr(original, name)
     needs_plain = _tracing.needs_plain
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,12 +111,12 @@ def _either(fused: Callable[..., Any], original: type, name: str) -> Any:
             return getattr(original, name)(self, *args, **kwargs)
         return fused(self, *args, **kwargs)
 
-    if inspect.isfunction(own):
-        method = types.FunctionType(method.__code__, own.__globals__, name, None, method.__closure__)
-    return functools.wraps(own)(method)
+    if inspect.isfunction(unfused):
+        method = types.FunctionType(method.__code__, unfused.__globals__, name, None, method.__closure__)
+    return functools.wraps(unfused)(method)
 
 
 def original_class(kind: type) -> type | None:
     """The class from which a converted class was made, None for any other."""
-    found: type | None = getattr(kind, CLASS_ATTRIBUTE, None)
-    return found
+    original: type | None = getattr(kind, CLASS_ATTRIBUTE, None)
+    return original

@@ -10,7 +10,7 @@ import contextlib
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mtlkernels import _torch
 from mtlkernels._convert.copies import Pairs, agree, align, close, difference, largest, pairs_of, random_copy, randomize
-from mtlkernels._convert.mlp import at_any_size
+from mtlkernels._convert.paying import at_any_size
 from mtlkernels._convert.shared_state import SharedState
 
 # Enough for batch statistics, few enough for a trial to take no time.
@@ -98,6 +98,7 @@ def disagreement(
     *,
     original: Callable[..., Any] = call,
     without: Sequence[str] = (),
+    stand_ins: Mapping[str, Any] | None = None,
     ignored: Sequence[str] = (),
 ) -> str | None:
     """Tries a conversion: the one place where it is decided whether fused evaluation is the same as a class's own code.
@@ -110,12 +111,13 @@ def disagreement(
     Args:
         module: what is to be converted.
         fused: from a copy and arguments, what the converted module would return. However few rows there are it has to
-            go the fused way, as :func:`mtlkernels._convert.level.prepare` does in a trial.
+            go the fused way, which is asked for by :func:`mtlkernels._convert.paying.at_any_size`.
         arguments: from a copy, a number of rows and a generator, arguments with float64 tensors of so many rows.
         original: from a copy and arguments, what the module returns.
         without: attributes of the module, or of its sub-modules by dotted names, that neither way needs, and that may
             be large, such as embeddings: a module is a :class:`mtlkernels._convert.copies.First` in the copies,
             anything else None.
+        stand_ins: attributes that the copies get in the place of their own.
         ignored: sub-modules whose statistics and attributes may differ afterwards.
 
     Returns:
@@ -127,6 +129,8 @@ def disagreement(
         try:
             generator = torch.Generator().manual_seed(0)
             copies = random_copy(module, generator, without), random_copy(module, None, without)
+            for other in copies:
+                vars(other).update(stand_ins or {})
             align(copies[1], copies[0])
             pairs = pairs_of(copies[1], copies[0], ignored)
             trial = Trial(copies, (original, fused), arguments, pairs, generator, shared)

@@ -1,190 +1,169 @@
-"""Methods that hold one or more levels, with whatever is in front of them and behind: whole models, and trunks."""
+"""The mix-in of classes with levels, and the one planner: what becomes of an instance, and why."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mtlkernels._convert.classes import Converted
-from mtlkernels._convert.evaluation import Parts, evaluate
-from mtlkernels._convert.level import (
-    Level,
-    as_list,
-    examine_parts,
-    one_argument,
-    only_argument,
-    prepare,
-    random_streams,
-    replaced_line,
-)
-from mtlkernels._convert.mlp import Rows
+from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
+from mtlkernels._convert.classes import Converted, Plan
+from mtlkernels._convert.description import LevelDescription, TrunkDescription
+from mtlkernels._convert.gates import Gate, has_equal_shares
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import disagreement, kept_random_state
+from mtlkernels.ops._fusing import Layer, has_hooks, kind_of, weight_refusal
 from mtlkernels.routing import Routing
 
 
-@dataclass(frozen=True)
-class Trunk:
-    """How a class's method is taken apart.
+class FusedTrunk(Converted):
+    """A method with each level as one ``expert_mixture``, or as near to it as its modules allow.
 
-    Args:
-        levels: from an instance, its levels, each of which reads what the one before it gave.
-        inputs: from an instance and the arguments of the method, the streams of the first level; None for a call to
-            leave alone.
-        outputs: from an instance and the streams behind the last level, what the method returns.
-        arguments: from an instance and streams, arguments of the method from which ``inputs`` makes these streams.
-        example: in place of ``arguments`` where ``inputs`` does more than pick its arguments apart: from an instance
-            and a number of rows, arguments of the method. Then ``inputs`` is called once a call at most.
-        method: its name.
-        without: attributes that both ways call alike, and that a trial leaves out.
+    Its plan is a Routing a level.
     """
 
-    levels: Callable[[Any], Sequence[Level]]
-    inputs: Callable[..., Sequence[Tensor] | Tensor | None] = only_argument
-    outputs: Callable[[Any, Sequence[Tensor]], Any] = as_list
-    arguments: Callable[[Any, Sequence[Tensor]], tuple[Any, ...]] = one_argument
-    example: Callable[[Any, int], tuple[Any, ...]] | None = None
-    method: str = "forward"
-    without: tuple[str, ...] = ()
-
-    def run(self, module: Any, parts: Sequence[Parts], streams: Sequence[Tensor]) -> Any:
-        """What the method returns, from the streams of the first level."""
-        for level, found in zip(self.levels(module), parts, strict=True):
-            mixed = evaluate(found, streams)
-            streams = mixed if level.level_outputs is None else level.level_outputs(module, mixed, streams)
-        return self.outputs(module, streams)
-
-    def prepare(self, module: Any, plan: Sequence[Routing], rows: Tensor | None) -> list[Parts] | None:
-        """The parts of every level, None where the module's own code has to run."""
-        found = []
-        levels = self.levels(module)
-        if len(levels) != len(plan):
-            return None
-        for level, routing in zip(levels, plan, strict=True):
-            parts = prepare(level, module, routing, rows)
-            if parts is None:
-                return None
-            found.append(parts)
-        return found
-
-
-class FusedTrunk(Converted):
-    """A method with its levels as :class:`FusedLevel` has one; its plan is a Routing a level."""
-
-    _mtlkernels_trunk: Trunk | None
+    _mtlkernels_trunk: TrunkDescription | None
 
     @classmethod
-    def _mtlkernels_planner(cls, base: type) -> Callable[[nn.Module, str], tuple[Any, list[Line]]]:
-        """How :class:`Converter` plans for an instance of ``base``."""
+    def _mtlkernels_planned(cls, base: type, module: nn.Module, path: str) -> Plan:
         assert cls._mtlkernels_trunk is not None
-        return functools.partial(plan_trunk, cls._mtlkernels_trunk, base)
+        return plan_trunk(cls._mtlkernels_trunk, base, module, path)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the original class's."""
-        found = self._mtlkernels_call("forward", args, kwargs)
-        return super().forward(*args, **kwargs) if found is None else found[0]  # type: ignore[misc]
+        result = self._mtlkernels_call("forward", args, kwargs)
+        return super().forward(*args, **kwargs) if result is None else result[0]  # type: ignore[misc]
 
     @classmethod
     def _mtlkernels_fused(cls, name: str) -> Callable[..., Any]:
         """The same for a method of another name."""
 
         def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
-            found = self._mtlkernels_call(name, args, kwargs)
-            return getattr(super(cls, self), name)(*args, **kwargs) if found is None else found[0]
+            result = self._mtlkernels_call(name, args, kwargs)
+            return getattr(super(cls, self), name)(*args, **kwargs) if result is None else result[0]
 
         return fused
 
     def _mtlkernels_call(self: Any, name: str, args: Any, kwargs: Any) -> tuple[Any] | None:
         """The result by itself; None where the class's own code has to run."""
-        trunk: Trunk | None = self._mtlkernels_trunk
+        trunk: TrunkDescription | None = self._mtlkernels_trunk
         if trunk is None or trunk.method != name:
             return None
-        plan = self._mtlkernels_plan
-        if trunk.example is not None:
-            parts = trunk.prepare(self, plan, _first_tensor((args, kwargs)))
-            streams = None if parts is None else _streams(trunk, self, args, kwargs)
-            if parts is None or streams is None:
-                return None
-            _check_streams(streams)
-            return (trunk.run(self, parts, streams),)
-        streams = _streams(trunk, self, args, kwargs)
-        if streams is None or not all(x.dim() == 2 for x in streams):
-            return None
-        parts = trunk.prepare(self, plan, streams[0])
-        return None if parts is None else (trunk.run(self, parts, streams),)
+        return trunk.call(self, self._mtlkernels_plan, args, kwargs)
 
 
-def _streams(trunk: Trunk, module: Any, args: Any, kwargs: Any) -> Sequence[Tensor] | None:
-    streams = trunk.inputs(module, *args, **kwargs)
-    return (streams,) if isinstance(streams, Tensor) else streams
+def left_alone(reason: str, module: nn.Module, path: str) -> Plan:
+    """The plan of a module of which nothing can be fused."""
+    return None, [Line("left alone", path, type(module).__name__, reason)]
 
 
-def _check_streams(streams: Sequence[Tensor]) -> None:
-    """What ``inputs`` made of a call cannot be given up for the class's own code, which would do it again."""
-    for i, x in enumerate(streams):
-        if x.dim() != 2:
-            raise ValueError(
-                f"inputs, with which this class is registered, must give streams [B, D], got stream {i} of shape "
-                f"{list(x.shape)}; it has to return None for a call that the class's own code is to run"
-            )
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    """The first tensor with rows in arguments, to tell how many there are; None where that cannot be told."""
-    if isinstance(value, Tensor):
-        return value if value.dim() > 0 else None
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return next((found for found in map(_first_tensor, parts) if found is not None), None)
-
-
-def plan_trunk(trunk: Trunk, base: Any, module: nn.Module, path: str) -> tuple[Any, list[Line]]:
+def plan_trunk(trunk: TrunkDescription, base: Any, module: nn.Module, path: str) -> Plan:
     """The plan of a module of class ``base``, as :class:`Converter` wants it, once it has proved right in a trial."""
-    name, method = type(module).__name__, trunk.method
-    reason: str | None = None
-    plan: tuple[Any, ...] = ()
-    levels: Sequence[Level] = ()
-    if getattr(type(module), method) is not getattr(base, method) or method in vars(module):
-        reason = f"its {method} is not that of {base.__name__}"
-    else:
-        try:
-            levels = trunk.levels(module)
-            plan = tuple(examine_parts(level, module, level.routing(module)) for level in levels)
-            reason = next((found for found in plan if isinstance(found, str)), None if levels else "it has no levels")
-        except Exception as error:  # of a description that does not fit; it goes into the report
-            reason = f"its description does not fit: {type(error).__name__}: {error}"
-    if reason is None:
-        reason = _trial(trunk, module, plan)
+    try:
+        plan = _examine(trunk, base, module)
+    except Exception as error:  # of a description that does not fit; it goes into the report
+        plan = f"its description does not fit: {type(error).__name__}: {error}"
+    reason = plan if isinstance(plan, str) else _trial(trunk, module, plan)
     if reason is not None:
-        return None, [Line("left alone", path, name, reason)]
-    parts = [f"{name} level {i}" if len(levels) > 1 else name for i in range(len(levels))]
-    return plan, [replaced_line(level, module, path, part) for level, part in zip(levels, parts, strict=True)]
+        return left_alone(reason, module, path)
+    levels, name = trunk.levels(module), type(module).__name__
+    names = [f"{name} level {i}" for i in range(len(levels))] if len(levels) > 1 else [name]
+    return plan, [_replaced_line(level, module, path, part) for level, part in zip(levels, names, strict=True)]
 
 
-def _trial(trunk: Trunk, module: nn.Module, plan: Sequence[Routing]) -> str | None:
+def _examine(trunk: TrunkDescription, base: Any, module: Any) -> tuple[Routing, ...] | str:
+    """The routings of levels that can be evaluated otherwise, or why they cannot, as far as their parts tell."""
+    refused = trunk.refusal(module)
+    if refused is not None:
+        return refused
+    if getattr(type(module), trunk.method) is not getattr(base, trunk.method) or trunk.method in vars(module):
+        return f"its {trunk.method} is not that of {base.__name__}"
+    plan = []
+    for level in trunk.levels(module):
+        routing = level.routing(module)
+        reason = _level_refusal(level, module, routing)
+        if reason is not None:
+            return reason
+        plan.append(routing)
+    return tuple(plan) or "it has no levels"
+
+
+def _level_refusal(level: LevelDescription, module: Any, routing: Routing) -> str | None:
+    chains, gate_chains, gates = list(level.experts(module)), level.gates(module), level.read_gates(module)
+    if not chains:
+        return "it has no experts"
+    hooked = _hook_refusal(module, level.parts(module))
+    if hooked is not None:
+        return hooked
+    for chain in chains:
+        layers = read_chain(chain)
+        odd = None if isinstance(layers, str) else weight_refusal(layers)  # which copies for a trial would not have
+        if odd is not None:
+            return odd + path_of(module, chain, odd)
+    for gate, chain in zip(gates, gate_chains, strict=True):
+        if isinstance(gate, str):
+            return gate + path_of(module, chain, gate)
+    if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
+        return f"it has {len(chains)} experts and {len(gates)} gates, but its routing {routing}"
+    for k, (gate, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
+        if gate.size not in (None, len(mixed)):
+            return f"gate {k} has {gate.size} logits for {len(mixed)} experts"
+    at = level.read_gate_inputs(module, gates, routing)
+    if at is not None and len(at) != len(gates):
+        return f"its gate_inputs have {len(at)} entries for {len(gates)} gates"
+    return None
+
+
+def _hook_refusal(model: nn.Module, parts: Iterable[Any]) -> str | None:
+    """The report's words for a part that does more than its class's forward, and that would not be called."""
+    inner = (module for part in parts if part is not None for module in part.modules())
+    hooked = next(filter(has_hooks, inner), None)
+    if hooked is None:
+        return None
+    what = "a forward of its own" if "forward" in vars(hooked) else "a hook"
+    name = next((name for name, module in model.named_modules() if module is hooked), "")
+    return f"{name or type(hooked).__name__} has {what}, and would not be called"
+
+
+def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) -> str | None:
     """What is wrong with evaluating the levels otherwise, as a trial of copies tells; None where nothing is."""
 
     def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
         if trunk.example is not None:
             return _example(trunk.example, other, rows, generator)
-        return trunk.arguments(other, random_streams(trunk.levels(other)[0], other, plan[0], rows, generator))
+        return trunk.arguments(other, _random_streams(trunk.levels(other)[0], other, plan[0], rows, generator))
 
     def fused(other: Any, *args: Any) -> Any:
-        streams = _streams(trunk, other, args, {})
-        if streams is None:
-            raise ValueError("inputs gave None for the arguments of the trial")
-        allowed = Rows(True, True)
-        parts = [level.read(other, r, allowed) for level, r in zip(trunk.levels(other), plan, strict=True)]
-        return trunk.run(other, parts, streams)
+        result = trunk.call(other, plan, args, {})
+        if result is None:
+            raise ValueError("inputs gave None, or no streams [B, D], for the arguments of the trial")
+        return result[0]
 
     def original(other: Any, *args: Any) -> Any:
         return other(*args) if trunk.method == "forward" else getattr(other, trunk.method)(*args)
 
-    return disagreement(module, fused, arguments, original=original, without=trunk.without)
+    return disagreement(module, fused, arguments, **{"original": original, **trunk.trial(module)})
+
+
+def _random_streams(
+    level: LevelDescription, module: Any, routing: Routing, rows: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Input streams for a trial of a level."""
+    count, gates = routing.num_inputs, level.read_gates(module)
+    at = level.read_gate_inputs(module, gates, routing)
+    if at is not None:
+        count = max(count, *(i + 1 for i, gate in zip(at, gates, strict=True) if not has_equal_shares(gate)))
+    elif level.num_streams is not None:
+        count = level.num_streams(module)
+    elif count > 1:  # without shared experts, a shared gate alone reads the last stream
+        count = max(count, routing.num_gates)
+    # The features of the input: the first matrix has as many columns.
+    chains = [chain for chain in (*level.experts(module), *level.gates(module)) if chain is not None]
+    steps = [step for chain in chains for step in flatten(chain) if isinstance(step, (nn.Module, Product))]
+    width = next(p for step in steps for p in step.parameters() if p.dim() == 2).shape[1]
+    return [torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
 def _example(
@@ -206,3 +185,58 @@ def _in_double(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_in_double, value))
     return value
+
+
+def _replaced_line(level: LevelDescription, module: nn.Module, path: str, part: str) -> Line:
+    """The report's line for a level that is replaced, or of which only the mixing is."""
+    gate_chains, gates = level.gates(module), level.read_gates(module)
+    fused, detail = _describe(module, list(level.experts(module)), gate_chains, gates)
+    return Line("replaced" if fused else "mixing fused", path, part, detail)
+
+
+def _describe(
+    model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], gates: Sequence[Gate]
+) -> tuple[bool, str]:
+    """Whether some experts of a level are fused, and the report's words for what becomes of it."""
+    groups: dict[Any, list[list[Layer]]] = {}
+    odd = []
+    for chain in chains:
+        layers = read_chain(chain)
+        if not isinstance(layers, str):
+            layers = weight_refusal(layers) or layers
+        if isinstance(layers, str):
+            odd.append(layers + path_of(model, chain, layers))
+        else:
+            groups.setdefault(kind_of(layers), []).append(layers)
+    fused = [_experts(len(group)) + _layers(group) for group in groups.values()]
+    equal = sum(map(has_equal_shares, gates))
+    count = f"{len(gates) - equal} gates" + (f" and {equal} means" if equal else "")
+    if len(fused) == 1 and not odd:
+        words = f"{fused[0]} and {count} in one expert_mixture"
+    else:
+        parts = [f"{group} in one expert_mixture" for group in fused]
+        parts += [f"{_experts(len(odd))} as modules, because of {odd[0]}"] if odd else []
+        words = ", ".join([*parts, f"{count} in one gated_mixture"])
+    for k, (gate, chain) in enumerate(zip(gates, gate_chains, strict=True)):
+        if gate.layers is None:
+            reason = refusal(gate.modules) or ""
+            words += f"; gate {k} as modules, because of {reason}{path_of(model, chain, reason)}"
+        if gate.dropout is not None and gate.dropout.p > 0:
+            words += f"; gate {k} with dropout {gate.dropout.p} of its shares, mixed by itself in training"
+    return bool(fused), words
+
+
+def _experts(count: int) -> str:
+    return "1 expert" if count == 1 else f"{count} experts"
+
+
+def _layers(experts: Sequence[Sequence[Layer]]) -> str:
+    """What the experts of a group are made of."""
+    layers = [layer for expert in experts for layer in expert]
+    depth = len(experts[0])
+    kinds = {type(layer.norm) for layer in layers}
+    parts = [name for kind, name in ((nn.BatchNorm1d, "batch norm"), (nn.LayerNorm, "layer norm")) if kind in kinds]
+    rate = max((layer.dropout.p for layer in layers if layer.dropout is not None), default=0)
+    parts += [f"dropout {rate}"] if rate > 0 else []
+    words = f" of {depth} layers" if depth > 1 else " of 1 layer"
+    return words + (f" with {' and '.join(parts)}" if parts else "")

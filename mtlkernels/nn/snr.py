@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mtlkernels import _tracing
 from mtlkernels.nn._arguments import Style, positive, units
 from mtlkernels.nn._scripting import NotScriptable
-from mtlkernels.nn.level import Expert, expert_parameters, expert_slopes
+from mtlkernels.nn.level import Expert, read_experts
 from mtlkernels.nn.routes import RouteMap
 from mtlkernels.ops._checks import as_sequence, check_tensor, shape_of
 from mtlkernels.ops.expert_mixture import expert_mixture
@@ -52,16 +52,15 @@ class SubNetworks(nn.Module):
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every sub-network reads, or one for each → a tensor [B, H] for each."""
         count = len(self.experts)
-        parameters = expert_parameters(self) if self.fused() else None
-        if parameters is None:
+        experts = read_experts(self.experts, self._style.activation) if self.fused() else None
+        if experts is None:
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
         one, several = self._routings
         routing = one if isinstance(inputs, Tensor) else several
         alone = x.new_zeros(1, count).expand(x.shape[0], count)  # the softmax of one logit is 1
-        weights, biases = parameters
-        options = {"activation": self._style.activation, **expert_slopes(self.experts)}
+        weights, biases, options = experts
         return expert_mixture(inputs, weights, biases, alone, routing, **options)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mtlkernels import _tracing
 from mtlkernels.nn._arguments import Style, positive, units
 from mtlkernels.nn._scripting import NotScriptable
-from mtlkernels.nn.level import Level
+from mtlkernels.nn.level import TrunkLevel
 from mtlkernels.ops._checks import check_tensor, shape_of
 from mtlkernels.routing import Routing
 
@@ -34,8 +34,8 @@ class _Trunk(NotScriptable, nn.Module):
         """H, the width of every output."""
         return self.expert_units[-1]
 
-    def _level(self, in_features: int, routing: Routing, gate_inputs: Sequence[int]) -> Level:
-        return Level(in_features, self.expert_units, self.gate_units, routing, gate_inputs, self._style)
+    def _level(self, in_features: int, routing: Routing, gate_inputs: Sequence[int]) -> TrunkLevel:
+        return TrunkLevel(in_features, self.expert_units, self.gate_units, routing, gate_inputs, self._style)
 
     def _check(self, x: Any) -> None:
         if _tracing.holds_proxy(x):  # whose shape is not known yet
