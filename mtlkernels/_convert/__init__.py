@@ -103,7 +103,7 @@ class Convert(Registration):
                 setattr(module, PLAN, plan)
                 if force:
                     setattr(module, FORCE, True)
-                module.__class__ = converted_class(converter.mixin, type(module), converter.method)
+                module.__class__ = converted_class(converter.base, type(module), converter.method, converter.source)
         if not lines:
             reason = f"nothing in it is known; known are {', '.join(known_names())}"
             lines.append(Line("left alone", "", type(model).__name__, reason))

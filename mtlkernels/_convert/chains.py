@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -81,6 +82,14 @@ def leaves(*modules: Any) -> list[Any]:
     for module in modules:
         inner += leaves(*module._modules.values()) if type(module) in (nn.ModuleList, nn.ModuleDict) else [module]
     return inner
+
+
+def chains_of(is_mlp: Callable[[type], bool], *modules: Any) -> list[Chain]:
+    """Of the modules in lists, the chain that an MLP of a library holds as ``mlp``.
+
+    Anything else stands for itself, and is refused by its name.
+    """
+    return [m._modules["mlp"] if is_mlp(type(m)) else m for m in leaves(*modules)]
 
 
 def run_chain(chain: Chain, x: Tensor) -> Tensor:

@@ -14,14 +14,12 @@ import torch
 from deepctr_torch.inputs import combined_dnn_input
 from deepctr_torch.layers import DNN
 from deepctr_torch.layers.activation import Identity
-from deepctr_torch.models.multitask import MMOE
+from deepctr_torch.models.multitask import MMOE, PLE
 from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, leaves
-from mtlkernels._convert.classes import Converted, Plan
 from mtlkernels._convert.description import LevelDescription, TrunkDescription, children
-from mtlkernels._convert.evaluation import evaluate
-from mtlkernels._convert.trunk import FusedTrunk, left_alone, plan_trunk
+from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
 from mtlkernels.routing import Routing
 
 
@@ -81,44 +79,40 @@ def _ple_level(level: int, shared_gate: bool) -> LevelDescription:
     )
 
 
-class FusedPLE(Converted):
-    """``PLE`` with its levels fused each by itself; its plan: a Routing a level, None for one left alone."""
+def _needs_last_gate(model: Any) -> bool:
+    """The library evaluates the last level's shared gate too, and its own forward ignores it."""
+    return type(model).forward is not PLE.forward or "forward" in vars(model)
 
-    @classmethod
-    def _mtlkernels_planned(cls, base: type, module: nn.Module, path: str) -> Plan:
-        model: Any = module
-        specific, shared = model.specific_expert_num, model.shared_expert_num
-        refusal = _method_refusal(model, base, "cgc_net")
-        if refusal is None and shared < 1:
-            refusal = "without shared experts nothing trains its shared gates"
-        if refusal is None and shared > specific:
-            refusal = (
-                f"shared_expert_num is {shared}, but deepctr-torch made {specific}, as many as specific_expert_num"
-            )
-        if refusal is not None:
-            return left_alone(refusal, model, path)
-        # The library evaluates the last level's shared gate too, and its own forward ignores it.
-        needs_last = type(model).forward is not base.forward or "forward" in vars(model)  # type: ignore[attr-defined]
-        routings, lines = [], []
-        for number in range(model.num_levels):
-            trunk = _ple_trunk(number, needs_last or number < model.num_levels - 1)
-            plan, (line,) = plan_trunk(trunk, base, model, path)
-            routings.append(plan and plan[0])
-            lines.append(dataclasses.replace(line, part=f"{type(model).__name__} level {number}"))
-        return (tuple(routings) if any(routings) else None), lines
 
-    def cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor]:
-        """T + 1 streams [B, D] → T [B, H], and the shared one [B, H] below the last level."""
-        routing: Routing | None = self._mtlkernels_plan[level_num]
-        parts = None
-        if routing is not None:
-            level = _ple_level(level_num, routing.num_gates > self.num_tasks)
-            parts = level.prepare(self, routing, inputs[0])
-        if parts is None:
-            original: list[Tensor] = super().cgc_net(inputs, level_num)  # type: ignore[misc]
-            return original
-        # The shared gate, where there is one, is the last and reads the last stream.
-        return list(evaluate(parts, inputs))
+_ple_levels: dict[tuple[int, bool], LevelDescription] = {}
+
+
+def _levels_of_ple(model: Any) -> list[LevelDescription]:
+    """The shared gate, where a level has one, is the last and reads the last stream."""
+    count, needs_last = model.num_levels, _needs_last_gate(model)
+    keys = [(number, needs_last or number < count - 1) for number in range(count)]
+    return [_ple_levels.get(key) or _ple_levels.setdefault(key, _ple_level(*key)) for key in keys]
+
+
+def _plan_ple(module: nn.Module, path: str) -> Plan:
+    model: Any = module
+    specific, shared = model.specific_expert_num, model.shared_expert_num
+    refusal = _method_refusal(model, PLE, "cgc_net")
+    if refusal is None and shared < 1:
+        refusal = "without shared experts nothing trains its shared gates"
+    if refusal is None and shared > specific:
+        refusal = f"shared_expert_num is {shared}, but deepctr-torch made {specific}, as many as specific_expert_num"
+    if refusal is not None:
+        return left_alone(refusal, model, path)
+    needs_last = _needs_last_gate(model)
+    routings: list[Routing | None] = []
+    lines = []
+    for number in range(model.num_levels):
+        trunk = _ple_trunk(number, needs_last or number < model.num_levels - 1)
+        plan, (line,) = plan_trunk(trunk, PLE, model, path)
+        routings.append(None if plan is None else plan[0])
+        lines.append(dataclasses.replace(line, part=f"{type(model).__name__} level {number}"))
+    return (tuple(routings) if any(routings) else None), lines
 
 
 def _ple_trunk(number: int, shared_gate: bool) -> TrunkDescription:
@@ -179,22 +173,6 @@ _MMOE_LEVEL = LevelDescription(
 )
 
 
-class FusedMMOE(FusedTrunk):
-    """``MMOE``; a trial's copies take the network's input itself."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
-        _MMOE_LEVEL,
-        inputs=_mmoe_inputs,
-        outputs=_predictions,
-        embeds=True,
-        refusal=lambda model: _method_refusal(model, MMOE, "forward"),
-        trial=lambda model: {
-            "without": _left_out(model, (*_MMOE_PARTS, "tower_dnn", "tower_dnn_final_layer", "out")),
-            "stand_ins": {"input_from_feature_columns": _dense},
-        },
-    )
-
-
 def _method_refusal(model: nn.Module, base: type, method: str) -> str | None:
     if getattr(type(model), method) is not getattr(base, method) or method in vars(model):
         return f"{method} is not that of deepctr-torch"
@@ -215,4 +193,26 @@ def _left_out(model: Any, parts: Iterable[str]) -> list[str]:
     return names + [name for name, part in model._modules.items() if part is not None and name not in parts]
 
 
-MIXINS: dict[str, type[Converted]] = {"PLE": FusedPLE, "MMOE": FusedMMOE}
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    # Its levels are fused each by itself.
+    "PLE": TrunkDescription(
+        _levels_of_ple,
+        inputs=lambda model, inputs, level_num: inputs,
+        level_of=lambda model, inputs, level_num: level_num,
+        method="cgc_net",
+        plan=_plan_ple,
+    ),
+    # a trial's copies take the network's input itself.
+    "MMOE": TrunkDescription.of(
+        _MMOE_LEVEL,
+        inputs=_mmoe_inputs,
+        outputs=_predictions,
+        embeds=True,
+        refusal=lambda model: _method_refusal(model, MMOE, "forward"),
+        trial=lambda model: {
+            "without": _left_out(model, (*_MMOE_PARTS, "tower_dnn", "tower_dnn_final_layer", "out")),
+            "stand_ins": {"input_from_feature_columns": _dense},
+        },
+    ),
+}

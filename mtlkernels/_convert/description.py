@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,12 @@ def as_list(module: Any, mixed: Sequence[Tensor]) -> Any:
 def children(*modules: Any) -> list[Any]:
     """All their sub-modules."""
     return [child for module in modules for child in module._modules.values()]
+
+
+def cgc(specific: Iterable[Sized], shared: Sized, **options: bool) -> Routing:
+    """The routing of CGC with these lists of experts, one a task."""
+    counts = [len(experts) for experts in specific]
+    return Routing.cgc(len(counts), counts, len(shared), **options)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,9 @@ class TrunkDescription:
         method: its name.
         refusal: from an instance, why nothing of it can be fused, as far as its settings tell.
         trial: from an instance, what :func:`mtlkernels._convert.trial.disagreement` takes beside.
+        level_of: from an instance and the arguments of the method, the number of the level that a call evaluates alone;
+            None where it evaluates all.
+        plan: from an instance and its path in the model, its plan, where it is not made as that of other classes.
     """
 
     levels: Callable[[Any], Sequence[LevelDescription]]
@@ -127,16 +136,24 @@ class TrunkDescription:
     method: str = "forward"
     refusal: Callable[[Any], str | None] = lambda module: None
     trial: Callable[[Any], Mapping[str, Any]] = lambda module: {}
+    level_of: Callable[..., int] | None = None
+    plan: Callable[[Any, str], Any] | None = None
 
     @classmethod
     def of(cls, level: LevelDescription, **options: Any) -> TrunkDescription:
         """A method with one level."""
         return cls(levels=lambda module: (level,), **options)
 
-    def call(self, module: Any, plan: Sequence[Routing], args: Any, kwargs: Any) -> tuple[Any] | None:
+    def call(self, module: Any, plan: Sequence[Routing | None], args: Any, kwargs: Any) -> tuple[Any] | None:
         """What the method returns, by itself; None where the class's own code has to run."""
+        levels = self.levels(module)
+        if len(levels) != len(plan):
+            return None
+        if self.level_of is not None:
+            number = self.level_of(module, *args, **kwargs)
+            levels, plan = levels[number : number + 1], plan[number : number + 1]
         if self.embeds:
-            parts = self._prepare(module, plan, _first_tensor((args, kwargs)))
+            parts = _prepare(levels, plan, module, _first_tensor((args, kwargs)))
             streams = None if parts is None else self._streams(module, args, kwargs)
             if streams is not None:
                 _check_streams(streams)
@@ -144,32 +161,30 @@ class TrunkDescription:
             streams = self._streams(module, args, kwargs)
             if streams is None or not all(x.dim() == 2 for x in streams):
                 return None
-            parts = self._prepare(module, plan, streams[0])
+            parts = _prepare(levels, plan, module, streams[0])
         if parts is None or streams is None:
             return None
-        for level, prepared in parts:
+        for level, prepared in zip(levels, parts, strict=True):
             mixed = evaluate(prepared, streams)
             streams = mixed if level.level_outputs is None else level.level_outputs(module, mixed, streams)
         return (self.outputs(module, streams),)
 
-    def _prepare(
-        self, module: Any, plan: Sequence[Routing], x: Tensor | None
-    ) -> list[tuple[LevelDescription, Parts]] | None:
-        """Every level with its parts, None where the module's own code has to run."""
-        levels = self.levels(module)
-        if len(levels) != len(plan):
-            return None
-        prepared = []
-        for level, routing in zip(levels, plan, strict=True):
-            parts = level.prepare(module, routing, x)
-            if parts is None:
-                return None
-            prepared.append((level, parts))
-        return prepared
-
     def _streams(self, module: Any, args: Any, kwargs: Any) -> Sequence[Tensor] | None:
         streams = self.inputs(module, *args, **kwargs)
         return (streams,) if isinstance(streams, Tensor) else streams
+
+
+def _prepare(
+    levels: Sequence[LevelDescription], plan: Sequence[Routing | None], module: Any, x: Tensor | None
+) -> list[Parts] | None:
+    """The parts of every level, None where the module's own code has to run."""
+    prepared = []
+    for level, routing in zip(levels, plan, strict=True):
+        parts = None if routing is None else level.prepare(module, routing, x)
+        if parts is None:
+            return None
+        prepared.append(parts)
+    return prepared
 
 
 def _check_streams(streams: Sequence[Tensor]) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mtlkernels._convert.chains import Chain, leaves
-from mtlkernels._convert.description import LevelDescription, TrunkDescription, children
-from mtlkernels._convert.trunk import FusedTrunk
+from mtlkernels._convert.description import LevelDescription, TrunkDescription, cgc, children
 from mtlkernels.routing import Routing
 
 
@@ -31,12 +30,6 @@ def _chains(*modules: Any) -> list[Chain]:
 def _ple_gates(module: Any) -> list[Chain]:
     gates = children(module._task_gates)
     return gates if module._shared_gate is None else [*gates, module._shared_gate]
-
-
-def _ple_routing(module: Any) -> Routing:
-    specific = [len(experts) for experts in module._task_layers]
-    shared_gate = module._shared_gate is not None
-    return Routing.cgc(len(specific), specific, len(module._shared_layers), shared_gate=shared_gate)
 
 
 def _ple_inputs(
@@ -61,32 +54,26 @@ def _mmoe_gates(module: Any) -> list[Chain]:
     return [[hidden, final] for hidden, final in zip(_chains(module.gate_mlps), finals, strict=True)]
 
 
-class FusedExtractionNet(FusedTrunk):
-    """``ExtractionNet``."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    "ExtractionNet": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module._task_layers, module._shared_layers),
             gates=_ple_gates,
-            routing=_ple_routing,
+            routing=lambda module: cgc(
+                module._task_layers, module._shared_layers, shared_gate=module._shared_gate is not None
+            ),
             num_streams=lambda module: len(module._task_gates) + 1,
         ),
         inputs=_ple_inputs,
         arguments=lambda module, streams: (list(streams[:-1]), streams[-1]),
         outputs=_ple_outputs,
-    )
-
-
-class FusedMMoE(FusedTrunk):
-    """``MMoE``."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
+    ),
+    "MMoE": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module.expert_mlps),
             gates=_mmoe_gates,
             routing=lambda module: Routing.mmoe(len(module.expert_mlps), len(module.gate_finals)),
         )
-    )
-
-
-MIXINS = {"ExtractionNet": FusedExtractionNet, "MMoE": FusedMMoE}
+    ),
+}

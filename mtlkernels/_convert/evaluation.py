@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtlkernels._convert.chains import Chain, read_chain, run_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
-from mtlkernels.ops._fusing import Layer, Rows, drop_rate, is_one_kind, join, kind_of
+from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.routing import Routing
@@ -62,7 +62,7 @@ def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     else:
         read = list(inputs[: len(gates)] if parts.gate_inputs is None else [inputs[i] for i in parts.gate_inputs])
     sizes = routing.wiring.gate_sizes
-    if any_drops(gates) or not is_one_kind(parts.kinds):
+    if common(parts.kinds) is None or any_drops(gates):
         return _mix(_expert_outputs(parts, inputs), logits_of(gates, read, sizes), gates, routing)
     weights, biases, options = join(parts.layers)  # type: ignore[arg-type]
     single = all(x is inputs[0] for x in inputs)

@@ -6,20 +6,17 @@ layer. PLE's shared gate, the last one, mixes the shared experts only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from mtlkernels._convert.chains import Chain, leaves
+from mtlkernels._convert.chains import chains_of
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
-from mtlkernels._convert.trunk import FusedTrunk
 from mtlkernels.routing import Routing
 
-
-def _chains(*modules: Any) -> list[Chain]:
-    """The modules of each MLP_Block; anything else stands for itself, and is refused by its name."""
-    return [m._modules["mlp"] if type(m).__name__ == "MLP_Block" else m for m in leaves(*modules)]
+_chains = functools.partial(chains_of, lambda kind: kind.__name__ == "MLP_Block")
 
 
 def _routing(module: Any) -> Routing:
@@ -34,10 +31,9 @@ def _inputs(module: Any, x: Sequence[Tensor], require_gate: bool = False) -> Seq
     return None if require_gate else [*x[: module.num_tasks], x[-1]]
 
 
-class FusedCGCLayer(FusedTrunk):
-    """``CGC_Layer``."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    "CGC_Layer": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module.specific_experts, module.shared_experts),
             gates=lambda module: _chains(module.gate),
@@ -45,19 +41,12 @@ class FusedCGCLayer(FusedTrunk):
         ),
         inputs=_inputs,
         arguments=lambda module, streams: (list(streams),),
-    )
-
-
-class FusedMMoELayer(FusedTrunk):
-    """``MMoE_Layer``."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
+    ),
+    "MMoE_Layer": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module.experts),
             gates=lambda module: _chains(module.gate),
             routing=lambda module: Routing.mmoe(module.num_experts, module.num_tasks),
         )
-    )
-
-
-MIXINS = {"CGC_Layer": FusedCGCLayer, "MMoE_Layer": FusedMMoELayer}
+    ),
+}

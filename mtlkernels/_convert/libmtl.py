@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.description import LevelDescription, TrunkDescription, children
-from mtlkernels._convert.trunk import FusedTrunk
+from mtlkernels._convert.description import LevelDescription, TrunkDescription, cgc, children
 from mtlkernels.routing import Routing
 
 
@@ -26,8 +25,8 @@ def _cgc_experts(module: Any) -> list[Chain]:
 
 
 def _cgc_routing(module: Any) -> Routing:
-    specific = [len(module.experts_specific[task]) for task in module.task_name]
-    return Routing.cgc(len(specific), specific, len(module.experts_shared), shared_first=True, single_input=True)
+    specific = (module.experts_specific[task] for task in module.task_name)
+    return cgc(specific, module.experts_shared, shared_first=True, single_input=True)
 
 
 def _inputs(module: Any, inputs: Tensor, task_name: str | None = None) -> Tensor | None:
@@ -40,10 +39,9 @@ def _outputs(module: Any, mixed: Sequence[Tensor]) -> dict[str, Any]:
     return {task: module.decoders[task](module._prepare_rep(x, task, same_rep=False)) for task, x in representations}
 
 
-class FusedLibMTLMMoE(FusedTrunk):
-    """``MMoE``."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    "MMoE": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: children(module.experts_shared),
             gates=_gates,
@@ -51,15 +49,6 @@ class FusedLibMTLMMoE(FusedTrunk):
         ),
         inputs=_inputs,
         outputs=_outputs,
-    )
-
-
-class FusedLibMTLCGC(FusedTrunk):
-    """``CGC``."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
-        LevelDescription(_cgc_experts, _gates, _cgc_routing), inputs=_inputs, outputs=_outputs
-    )
-
-
-MIXINS = {"MMoE": FusedLibMTLMMoE, "CGC": FusedLibMTLCGC}
+    ),
+    "CGC": TrunkDescription.of(LevelDescription(_cgc_experts, _gates, _cgc_routing), inputs=_inputs, outputs=_outputs),
+}

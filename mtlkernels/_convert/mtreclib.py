@@ -7,21 +7,18 @@ gate is there, and not evaluated.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtlkernels._convert.chains import Chain, leaves
-from mtlkernels._convert.description import LevelDescription, TrunkDescription, children
-from mtlkernels._convert.trunk import FusedTrunk
+from mtlkernels._convert.chains import chains_of
+from mtlkernels._convert.description import LevelDescription, TrunkDescription, cgc, children
 from mtlkernels.routing import Routing
 
-
-def _chains(*modules: Any) -> list[Chain]:
-    """The modules of each perceptron; anything else stands for itself."""
-    return [m._modules["mlp"] if type(m).__name__ == "MultiLayerPerceptron" else m for m in leaves(*modules)]
+_chains = functools.partial(chains_of, lambda kind: kind.__name__ == "MultiLayerPerceptron")
 
 
 def _inputs(model: Any, categorical_x: Tensor, numerical_x: Tensor) -> list[Tensor]:
@@ -37,17 +34,10 @@ def _outputs(model: Any, streams: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _ple_level(i: int, last: bool) -> LevelDescription:
-    def gates(model: Any) -> list[Chain]:
-        return children(model.task_gates[i]) + ([] if last else [model.share_gates[i]])
-
-    def routing(model: Any) -> Routing:
-        specific = [len(experts) for experts in model.task_experts[i]]
-        return Routing.cgc(len(specific), specific, len(model.share_experts[i]), shared_gate=not last)
-
     return LevelDescription(
         experts=lambda model: _chains(model.task_experts[i], model.share_experts[i]),
-        gates=gates,
-        routing=routing,
+        gates=lambda model: children(model.task_gates[i]) + ([] if last else [model.share_gates[i]]),
+        routing=lambda model: cgc(model.task_experts[i], model.share_experts[i], shared_gate=not last),
         parts=lambda model: (model.task_experts[i], model.share_experts[i], model.task_gates[i], model.share_gates[i]),
     )
 
@@ -74,16 +64,8 @@ _AROUND: dict[str, Any] = {
 }
 
 
-class FusedPLEModel(FusedTrunk):
-    """``PLEModel``."""
-
-    _mtlkernels_trunk = TrunkDescription(_ple_levels, **_AROUND)
-
-
-class FusedMMoEModel(FusedTrunk):
-    """``MMoEModel``."""
-
-    _mtlkernels_trunk = TrunkDescription.of(_MMOE_LEVEL, **_AROUND)
-
-
-MIXINS = {"PLEModel": FusedPLEModel, "MMoEModel": FusedMMoEModel}
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    "PLEModel": TrunkDescription(_ple_levels, **_AROUND),
+    "MMoEModel": TrunkDescription.of(_MMOE_LEVEL, **_AROUND),
+}

@@ -7,37 +7,28 @@ Its classes are told by their names, so that the library, which takes seconds to
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from mtlkernels._convert.activations import full_name
-from mtlkernels._convert.chains import Chain, leaves
-from mtlkernels._convert.description import LevelDescription, TrunkDescription, children
-from mtlkernels._convert.trunk import FusedTrunk
+from mtlkernels._convert.chains import chains_of
+from mtlkernels._convert.description import LevelDescription, TrunkDescription, cgc, children
 from mtlkernels.routing import Routing
 
-
-def _chains(*modules: Any) -> list[Chain]:
-    """The modules of each MLP; anything else stands for itself, and is refused by its name."""
-    mlp = "nextrec.basic.layers.MLP"
-    return [m._modules["mlp"] if full_name(type(m)) == mlp else m for m in leaves(*modules)]
+_chains = functools.partial(chains_of, lambda kind: full_name(kind) == "nextrec.basic.layers.MLP")
 
 
-def _cgc_routing(module: Any) -> Routing:
-    specific = [len(experts) for experts in module.specific_experts]
-    shared = len(module.shared_experts)
-    return Routing.cgc(len(specific), specific, shared, shared_gate=True, shared_first=True)
-
-
-class FusedCGCLayer(FusedTrunk):
-    """``CGCLayer``."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    "CGCLayer": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module._modules["specific_experts"], module._modules["shared_experts"]),
             gates=lambda module: [*children(module._modules["task_gates"]), module._modules["shared_gate"]],
-            routing=_cgc_routing,
+            routing=lambda module: cgc(
+                module.specific_experts, module.shared_experts, shared_gate=True, shared_first=True
+            ),
         ),
         # The library refuses another number of streams than it has tasks.
         inputs=lambda module, task_inputs, shared_input: (
@@ -45,13 +36,9 @@ class FusedCGCLayer(FusedTrunk):
         ),
         arguments=lambda module, streams: (list(streams[:-1]), streams[-1]),
         outputs=lambda module, mixed: (list(mixed[:-1]), mixed[-1]),
-    )
-
-
-class FusedMMOE(FusedTrunk):
-    """``MMOE``; a trial's copy has an embedding that gives back what it gets."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
+    ),
+    # a trial's copy has an embedding that gives back what it gets.
+    "MMOE": TrunkDescription.of(
         LevelDescription(
             experts=lambda model: _chains(model._modules["experts"]),
             gates=lambda model: children(model._modules["gates"]),
@@ -62,7 +49,5 @@ class FusedMMOE(FusedTrunk):
         outputs=lambda model, mixed: torch.cat([tower(x) for tower, x in zip(model.towers, mixed, strict=True)], dim=1),
         embeds=True,
         trial=lambda model: {"without": ("embedding",)},
-    )
-
-
-MIXINS = {"CGCLayer": FusedCGCLayer, "MMOE": FusedMMOE}
+    ),
+}

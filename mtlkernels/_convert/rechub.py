@@ -6,6 +6,7 @@ gate has one such layer, with a softmax.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +14,11 @@ import torch
 from torch import Tensor
 from torch_rechub.basic.layers import MLP
 
-from mtlkernels._convert.chains import Chain, leaves
+from mtlkernels._convert.chains import Chain, chains_of
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
-from mtlkernels._convert.trunk import FusedTrunk
 from mtlkernels.routing import Routing
 
-
-def _chains(*modules: Any) -> list[Chain]:
-    """The modules of each MLP; anything else stands for itself, and is refused by its name."""
-    return [mlp._modules["mlp"] if type(mlp) is MLP else mlp for mlp in leaves(*modules)]
+_chains = functools.partial(chains_of, lambda kind: kind is MLP)
 
 
 def _cgc_gates(module: Any) -> list[Chain]:
@@ -40,10 +37,16 @@ def _cgc_refusal(module: Any) -> str | None:
     return "without shared experts nothing trains its shared gate" if untrained else None
 
 
-class FusedCGC(FusedTrunk):
-    """``CGC``; its shared experts and its shared gate read the last stream."""
+def _predictions(model: Any, mixed: Sequence[Tensor]) -> Tensor:
+    """What MMOE makes of the gates' mixtures."""
+    heads = zip(mixed, model.towers, model.predict_layers, strict=True)
+    return torch.cat([predict(tower(hidden)) for hidden, tower, predict in heads], dim=1)
 
-    _mtlkernels_trunk = TrunkDescription.of(
+
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    # its shared experts and its shared gate read the last stream.
+    "CGC": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module._modules["experts_specific"], module._modules["experts_shared"]),
             gates=_cgc_gates,
@@ -52,19 +55,9 @@ class FusedCGC(FusedTrunk):
         inputs=lambda module, x_list: [*x_list[: module.n_task], x_list[-1]],
         arguments=lambda module, streams: (list(streams),),
         refusal=_cgc_refusal,
-    )
-
-
-def _predictions(model: Any, mixed: Sequence[Tensor]) -> Tensor:
-    """What MMOE makes of the gates' mixtures."""
-    heads = zip(mixed, model.towers, model.predict_layers, strict=True)
-    return torch.cat([predict(tower(hidden)) for hidden, tower, predict in heads], dim=1)
-
-
-class FusedMMOE(FusedTrunk):
-    """``MMOE``; a trial's copies take the features' embeddings themselves, as features keep their embeddings."""
-
-    _mtlkernels_trunk = TrunkDescription.of(
+    ),
+    # a trial's copies take the features' embeddings themselves, as features keep their embeddings.
+    "MMOE": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module._modules["experts"]),
             gates=lambda module: _chains(module._modules["gates"]),
@@ -75,7 +68,5 @@ class FusedMMOE(FusedTrunk):
         outputs=_predictions,
         embeds=True,
         trial=lambda model: {"without": ("embedding", "features")},
-    )
-
-
-MIXINS = {"CGC": FusedCGC, "MMOE": FusedMMOE}
+    ),
+}

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from mtlkernels._convert.activations import full_name
-from mtlkernels._convert.classes import Converter
+from mtlkernels._convert.classes import Fused, description_of
 from mtlkernels._convert.description import TrunkDescription
-from mtlkernels._convert.trunk import FusedTrunk, left_alone, plan_trunk
+from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
 
-# Libraries on PyPI by their package: the name there, the versions that were read, the file here with ``MIXINS``, which may
-# import the library, as it is there already, and the classes.
+# Libraries on PyPI by their package: the name there, the versions that were read, the file here with ``DESCRIPTIONS``,
+# which may import the library, as it is there already, and the classes.
 _LIBRARIES = {
     "deepctr_torch": (
         "deepctr-torch",
@@ -45,11 +46,26 @@ _STRUCTURES = (
 _registered: dict[type, TrunkDescription] = {}
 
 
-class FusedRegistered(FusedTrunk):
+@dataclass(frozen=True)
+class Converter:
+    """How one class is converted.
+
+    Args:
+        plan: from an instance and its path in the model, its plan.
+        base, method, source: as :func:`mtlkernels._convert.classes.converted_class` takes them.
+    """
+
+    plan: Callable[[nn.Module, str], Plan]
+    base: type[Fused] = Fused
+    method: str = "forward"
+    source: str = ""
+
+
+class FusedRegistered(Fused):
     """A trunk of a class that the user has registered."""
 
     @property
-    def _mtlkernels_trunk(self: Any) -> TrunkDescription | None:  # type: ignore[override]
+    def _mtlkernels_trunk(self: Any) -> TrunkDescription | None:
         """None in a process that unpickled the module and has not registered its class."""
         return next((_registered[base] for base in self._mtlkernels_original.__mro__ if base in _registered), None)
 
@@ -72,7 +88,7 @@ def find_converter(module: nn.Module) -> Converter | None:
             if version in versions:
                 return _converter(file, base)
             reason = f"{library} {version} is not known, {', '.join(versions)} is"
-            return Converter(functools.partial(left_alone, reason), FusedTrunk)
+            return Converter(functools.partial(left_alone, reason))
         for known, attributes, file in _STRUCTURES:
             if base.__name__ == known and all(hasattr(module, attribute) for attribute in attributes):
                 return _converter(file, base)
@@ -80,8 +96,10 @@ def find_converter(module: nn.Module) -> Converter | None:
 
 
 def _converter(file: str, base: type) -> Converter:
-    mixin = importlib.import_module(f"mtlkernels._convert.{file}").MIXINS[base.__name__]
-    return Converter(functools.partial(mixin._mtlkernels_planned, base), mixin)
+    source = f"{file}.{base.__name__}"
+    description = description_of(source)
+    plan = description.plan or functools.partial(plan_trunk, description, base)
+    return Converter(plan, Fused, description.method, source)
 
 
 def known_names() -> list[str]:

@@ -201,21 +201,21 @@ def _compare(trial: Trial, situation: Situation, draws: bool = True) -> str | No
     if changed is not None:
         return f"its forward changes {changed}, which is not its own"
     try:
-        found = _run(trial, 1, given, situation)
+        actual = _run(trial, 1, given, situation)
     except Exception:
         if rows:
             raise
         align(trial.copies[1], trial.copies[0])
         return None  # converted modules leave so few rows to modules
-    if draws and expected.random_state != found.random_state:
+    if draws and expected.random_state != actual.random_state:
         return "its forward draws random numbers of its own"
-    if not agree(found.outputs, expected.outputs, situation.tolerance):
+    if not agree(actual.outputs, expected.outputs, situation.tolerance):
         return f"{words} its outputs differ from those of its experts and gates"
-    if not agree(found.arguments, expected.arguments, situation.tolerance):
+    if not agree(actual.arguments, expected.arguments, situation.tolerance):
         return "its forward changes its arguments"
     reason = difference(trial.pairs, situation.tolerance)
     if reason is None and situation.gradients:
-        reason = _compare_gradients(trial, found, expected, situation)
+        reason = _compare_gradients(trial, actual, expected, situation)
     return reason
 
 
@@ -243,19 +243,19 @@ def _run(trial: Trial, way: int, given: Any, situation: Situation) -> _Run:
     return _Run(outputs, leaves, arguments, _random_state())
 
 
-def _compare_gradients(trial: Trial, found: _Run, expected: _Run, situation: Situation) -> str | None:
+def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Situation) -> str | None:
     """Gradients of all outputs, then of every other one: those of an unused output reach nothing."""
     generator = torch.Generator().manual_seed(1)
-    outputs = [[t for t in _tensors(run.outputs) if t.requires_grad] for run in (expected, found)]
+    outputs = [[t for t in _tensors(run.outputs) if t.requires_grad] for run in (expected, actual)]
     factors = [torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5 for t in outputs[0]]
-    inputs = ["its input"] if len(found.leaves) == 1 else [f"input {i}" for i in range(len(found.leaves))]
+    inputs = ["its input"] if len(actual.leaves) == 1 else [f"input {i}" for i in range(len(actual.leaves))]
     names = [*trial.names, *inputs]
     subsets = [range(len(factors)), range(0, len(factors), 2), range(1, len(factors), 2)]
     for subset in subsets if situation.training and situation.scale == 1 and len(factors) > 1 else subsets[:1]:
         if not subset:
             continue
         both = []
-        for other, run, ys in zip(trial.copies, (expected, found), outputs, strict=True):
+        for other, run, ys in zip(trial.copies, (expected, actual), outputs, strict=True):
             wanted = [p for p in other.parameters() if p.requires_grad] + run.leaves
             loss = sum((ys[i] * factors[i]).sum() for i in subset)
             both.append(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True))  # type: ignore

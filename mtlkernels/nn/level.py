@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,16 @@ from mtlkernels import _tracing
 from mtlkernels.nn._arguments import Style
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
+from mtlkernels.ops._folding import uses_running
 from mtlkernels.ops._fusing import (
     Experts,
-    Layer,
-    Rows,
+    common,
+    drop_rate,
     gate_weight,
-    is_one_kind,
-    join,
-    kind_of,
+    kind_of_norm,
     may_fold,
     plain_parameters,
+    wants_gradient,
 )
 from mtlkernels.ops.expert_mixture import expert_mixture
 from mtlkernels.ops.gated_mixture import mix_list
@@ -94,27 +94,10 @@ def read_experts(experts: Any, activation: str) -> Experts | None:
     layers: list[Any] = list(zip(*rows, strict=True))
     weights = [[w for w, _ in layer] for layer in layers]
     biases = [None if layer[0][1] is None else [b for _, b in layer] for layer in layers]
-    return Experts(weights, biases, {"activation": activation, **_slopes(modules)})
-
-
-def _slopes(modules: Iterable[Any]) -> dict[str, Any]:
-    """What the op takes of the slopes of the experts' activation, which may have none."""
-    slopes = [expert.slopes for expert in modules]
-    return {} if slopes[0] is None else {"slopes": list(zip(*slopes, strict=True)), "dice_eps": DICE_EPS}
-
-
-def _read_layers(expert: Any, activation: str) -> list[Layer] | None:
-    """The layers of an expert with norms and dropout; None where it is not what it was made as."""
-    if type(expert) is not Expert or type(expert.dropout) is not nn.Dropout:
-        return None
-    pairs = [plain_parameters(layer) for layer in expert._modules["linears"]._modules.values()]  # type: ignore[union-attr]
-    norms = list(expert._modules["norms"]._modules.values()) or [None] * len(pairs)  # type: ignore[union-attr]
-    layers = []
-    for pair, norm in zip(pairs, norms, strict=True):
-        if pair is None:
-            return None
-        layers.append(Layer(*pair, norm, activation, expert.dropout))
-    return layers
+    options: dict[str, Any] = {"activation": activation}
+    if next(iter(modules)).slopes is not None:
+        options.update(slopes=list(zip(*(expert.slopes for expert in modules), strict=True)), dice_eps=DICE_EPS)
+    return weights, biases, options
 
 
 class TrunkLevel(NotScriptable, nn.Module):
@@ -176,16 +159,24 @@ class TrunkLevel(NotScriptable, nn.Module):
     def _read_experts(self, x: Tensor) -> Experts | None:
         """What the op takes of the experts; None where they have to run as modules."""
         experts: Any = self._modules["experts"]
-        if not self.batch_norm and not self.dropout > 0:
-            return read_experts(experts, self.activation)
-        modules = experts._modules.values()
-        layers: list[Any] = [_read_layers(expert, self.activation) for expert in modules]
-        rows = Rows(fold=may_fold(x))
-        if None in layers or not is_one_kind([kind_of(expert, rows) for expert in layers]):
+        read = read_experts(experts, self.activation)
+        if read is None or not (self.batch_norm or self.dropout > 0):
+            return read
+        weights, _, options = read
+        parts = [expert._modules for expert in experts._modules.values()]
+        rates = {drop_rate(part["dropout"]) for part in parts}
+        norms = list(zip(*(part["norms"]._modules.values() for part in parts), strict=True))
+        kinds = [common([kind_of_norm(norm) for norm in layer]) for layer in norms]
+        if len(rates) > 1 or None in kinds:
             return None
-        joined = join(layers)
-        joined.options.update(_slopes(modules))
-        return joined
+        if not may_fold(x) and any(
+            uses_running(norm) and wants_gradient(weight, None, norm)
+            for layer in zip(weights, norms, strict=False)
+            for weight, norm in zip(*layer, strict=True)
+        ):
+            return None
+        options.update(norms=norms or None, dropout=rates.pop())
+        return read
 
     def _by_modules(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
         logits = self._gate_logits(streams)
@@ -211,8 +202,13 @@ class TrunkLevel(NotScriptable, nn.Module):
             return gate_weight(gates) if num_streams == 1 else None
         if num_streams > 1 and self._gate_inputs != tuple(range(len(self._gate_inputs))):
             return None
-        weights = [gate_weight(gate) for gate in gates._modules.values()]
-        return None if any(weight is None for weight in weights) else weights
+        weights = []
+        for gate in gates._modules.values():
+            weight = gate_weight(gate)
+            if weight is None:
+                return None
+            weights.append(weight)
+        return weights
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, batch_norm={self.batch_norm}, dropout={self.dropout}"

@@ -23,10 +23,14 @@ FOLD_ROWS = 128
 _Linear, _Parameter = nn.Linear, nn.Parameter
 
 
+# What ``expert_mixture`` takes: weights and biases by layer, then expert, and its keyword arguments.
+Experts = tuple[list[list[Tensor]], list[Any], dict[str, Any]]
+
+
 class Layer(NamedTuple):
     """``dropout(activation(norm(x weight^T + bias)))`` now.
 
-    ``sloped`` is the activation's module where it has learned slopes that are given to the operator layer by layer.
+    ``sloped`` is the activation's module where it has learned slopes.
     """
 
     weight: Tensor
@@ -101,7 +105,7 @@ def plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
 
 def gate_weight(gate: Any) -> Tensor | None:
     """The weight of a gate that is one linear layer without a bias, to which nobody listens; None for any other."""
-    pair = None if has_hooks(gate) else plain_parameters(gate)
+    pair = plain_parameters(gate) if isinstance(gate, _Linear) and not has_hooks(gate) else None
     return None if pair is None or pair[1] is not None else pair[0]
 
 
@@ -136,22 +140,27 @@ def drop_rate(dropout: Any) -> float:
     return dropout.p if dropout is not None and dropout.training else 0.0
 
 
+def wants_gradient(weight: Tensor, bias: Tensor | None, norm: Any) -> bool:
+    """Whether a tensor that would be folded requires a gradient."""
+    return any(t is not None and t.requires_grad for t in (weight, bias, norm.weight, norm.bias))
+
+
 def folds(layer: Layer, rows: Rows) -> bool:
     """Whether a layer is one linear layer now, its batch norm folded into it if it has any."""
     norm = layer.norm
-    if norm is None:
-        return True
-    if not uses_running(norm):
-        return False
-    folded = (layer.weight, layer.bias, norm.weight, norm.bias)
-    return rows.fold or not any(t is not None and t.requires_grad for t in folded)
+    return norm is None or (uses_running(norm) and (rows.fold or not wants_gradient(layer.weight, layer.bias, norm)))
+
+
+def kind_of_norm(norm: Any) -> tuple[Any, ...] | None:
+    """What the norms of a layer must have in common: class, eps, source of statistics. None if it cannot be fused."""
+    kind = type(norm)
+    return (kind, norm.eps, uses_running(norm)) if kind is nn.BatchNorm1d or kind is nn.LayerNorm else None
 
 
 def kind_of(layers: Sequence[Layer], rows: Rows = Rows()) -> tuple[Any, ...] | None:  # noqa: B008 (immutable)
     """What experts must have in common to be fused with one another, None where an expert's modules have to be called.
 
-    These are called for a weight of a kind that its own module has to multiply with, a norm that is not known, and
-    where fusing on these rows does not pay.
+    These are called for a weight of a kind that its own module has to multiply with, and where fusing does not pay.
     """
     kind: list[Any] = []
     for layer in layers:
@@ -159,18 +168,13 @@ def kind_of(layers: Sequence[Layer], rows: Rows = Rows()) -> tuple[Any, ...] | N
         if type(weight) is not _Parameter and not (is_plain(weight) and (rows.turn or _lies_along(weight))):
             return None
         rate = drop_rate(dropout)
-        if rate > 0 and not rows.normalize:
+        if not rows.normalize and rate > 0:
             return None
-        statistics = None
-        if norm is not None:
-            running = uses_running(norm)
-            if type(norm) is not nn.BatchNorm1d and type(norm) is not nn.LayerNorm:
-                return None
-            if not (folds(layer, rows) if running else rows.normalize):
-                return None
-            statistics = type(norm), norm.eps, running
-        eps = sloped.epsilon if activation == "dice" and sloped is not None else None
-        kind.append((weight.shape, bias is None, activation, eps, statistics, rate))
+        of_norm = None if norm is None else kind_of_norm(norm)
+        if of_norm is not None and not (folds(layer, rows) if of_norm[2] else rows.normalize):
+            return None
+        eps = sloped.epsilon if activation == "dice" else None
+        kind.append((weight.shape, bias is None, activation, eps, of_norm, rate))
     return tuple(kind)
 
 
@@ -179,24 +183,17 @@ def _lies_along(weight: Tensor) -> bool:
     return weight.stride(1) == 1 or weight.shape[1] <= 1
 
 
-def is_one_kind(kinds: Sequence[Any]) -> bool:
-    """Whether experts of these kinds are one ``expert_mixture``."""
-    return kinds[0] is not None and kinds.count(kinds[0]) == len(kinds)
-
-
-class Experts(NamedTuple):
-    """What ``expert_mixture`` takes: weights and biases by layer, then expert, and its keyword arguments."""
-
-    weights: Sequence[Sequence[Tensor]]
-    biases: Sequence[Sequence[Tensor] | None]
-    options: dict[str, Any]
+def common(kinds: Sequence[Any]) -> Any:
+    """What all of some kinds are, so that their owners can be fused; None where they differ or one cannot be."""
+    first = kinds[0]
+    return first if kinds.count(first) == len(kinds) else None
 
 
 def join(experts: Sequence[Sequence[Layer]]) -> Experts:
     """Experts of one kind."""
     columns = list(zip(*experts, strict=True))
     weights = [[layer.weight for layer in column] for column in columns]
-    biases: list[Any] = [None if column[0].bias is None else [layer.bias for layer in column] for column in columns]
+    biases = [None if column[0].bias is None else [layer.bias for layer in column] for column in columns]
     names = [layer.activation for layer in experts[0]]
     options: dict[str, Any] = {"activation": names[0] if len(set(names)) == 1 else names}
     rates = [drop_rate(layer.dropout) for layer in experts[0]]
@@ -210,4 +207,4 @@ def join(experts: Sequence[Sequence[Layer]]) -> Experts:
         ]
         # Of other activations the operator does not read it.
         options["dice_eps"] = [layer.sloped.epsilon if layer.activation == "dice" else 1.0 for layer in experts[0]]
-    return Experts(weights, biases, options)
+    return weights, biases, options

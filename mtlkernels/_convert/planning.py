@@ -1,4 +1,4 @@
-"""The mix-in of classes with levels, and the one planner: what becomes of an instance, and why."""
+"""The one planner: what becomes of an instance of a class with levels, and why."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
-from mtlkernels._convert.classes import Converted, Plan
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
 from mtlkernels._convert.gates import Gate, has_equal_shares
 from mtlkernels._convert.report import Line
@@ -17,41 +17,8 @@ from mtlkernels._convert.trial import disagreement, kept_random_state
 from mtlkernels.ops._fusing import Layer, has_hooks, kind_of, weight_refusal
 from mtlkernels.routing import Routing
 
-
-class FusedTrunk(Converted):
-    """A method with each level as one ``expert_mixture``, or as near to it as its modules allow.
-
-    Its plan is a Routing a level.
-    """
-
-    _mtlkernels_trunk: TrunkDescription | None
-
-    @classmethod
-    def _mtlkernels_planned(cls, base: type, module: nn.Module, path: str) -> Plan:
-        assert cls._mtlkernels_trunk is not None
-        return plan_trunk(cls._mtlkernels_trunk, base, module, path)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the original class's."""
-        result = self._mtlkernels_call("forward", args, kwargs)
-        return super().forward(*args, **kwargs) if result is None else result[0]  # type: ignore[misc]
-
-    @classmethod
-    def _mtlkernels_fused(cls, name: str) -> Callable[..., Any]:
-        """The same for a method of another name."""
-
-        def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = self._mtlkernels_call(name, args, kwargs)
-            return getattr(super(cls, self), name)(*args, **kwargs) if result is None else result[0]
-
-        return fused
-
-    def _mtlkernels_call(self: Any, name: str, args: Any, kwargs: Any) -> tuple[Any] | None:
-        """The result by itself; None where the class's own code has to run."""
-        trunk: TrunkDescription | None = self._mtlkernels_trunk
-        if trunk is None or trunk.method != name:
-            return None
-        return trunk.call(self, self._mtlkernels_plan, args, kwargs)
+# Of an instance: for each level its Routing, None for one that is left alone, or None where all are; and the report.
+Plan = tuple[tuple[Routing | None, ...] | None, list[Line]]
 
 
 def left_alone(reason: str, module: nn.Module, path: str) -> Plan:
@@ -60,14 +27,15 @@ def left_alone(reason: str, module: nn.Module, path: str) -> Plan:
 
 
 def plan_trunk(trunk: TrunkDescription, base: Any, module: nn.Module, path: str) -> Plan:
-    """The plan of a module of class ``base``, as :class:`Converter` wants it, once it has proved right in a trial."""
+    """The plan of a module of class ``base``, once it has proved right in a trial."""
     try:
         plan = _examine(trunk, base, module)
     except Exception as error:  # of a description that does not fit; it goes into the report
         plan = f"its description does not fit: {type(error).__name__}: {error}"
-    reason = plan if isinstance(plan, str) else _trial(trunk, module, plan)
-    if reason is not None:
-        return left_alone(reason, module, path)
+    if not isinstance(plan, str):
+        plan = _trial(trunk, module, plan) or plan
+    if isinstance(plan, str):
+        return left_alone(plan, module, path)
     levels, name = trunk.levels(module), type(module).__name__
     names = [f"{name} level {i}" for i in range(len(levels))] if len(levels) > 1 else [name]
     return plan, [_replaced_line(level, module, path, part) for level, part in zip(levels, names, strict=True)]
@@ -173,18 +141,10 @@ def _example(
     with kept_random_state():
         torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         given = example(module, rows)
-    return tuple(_in_double(given))
-
-
-def _in_double(value: Any) -> Any:
-    """The same with floating-point tensors in float64, as the copies that are tried have their weights."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _in_double(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_in_double, value))
-    return value
+    leaves, structure = _torch.tree_flatten(tuple(given))
+    double = [leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    arguments: tuple[Any, ...] = _torch.tree_unflatten(double, structure)
+    return arguments
 
 
 def _replaced_line(level: LevelDescription, module: nn.Module, path: str, part: str) -> Line:
