@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
+from mtlkernels.ops.expert_mixture import triton_tiles as tiles
+from mtlkernels.ops.expert_mixture.triton_gates import groups_of_gates, padded
 
 from mtlkernels.ops import _triton_splits
 from mtlkernels.ops._triton import Tile
 from mtlkernels.ops._triton_splits import Sums
 from mtlkernels.ops.activations import from_input
-from mtlkernels.ops.expert_mixture import triton_tiles as tiles
-from mtlkernels.ops.expert_mixture.triton_gates import groups_of_gates, padded
 from mtlkernels.ops.gated_mixture.triton import TILES
 
 FLOAT32 = 4

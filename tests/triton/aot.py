@@ -23,20 +23,20 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from mtlkernels.ops.expert_mixture import triton_gradients as gradients
+from mtlkernels.ops.expert_mixture import triton_kernels as experts
+from mtlkernels.ops.expert_mixture import triton_tiles as tiles
+from mtlkernels.ops.normalized_mixture import triton_dice as dices
+from mtlkernels.ops.normalized_mixture import triton_gradients as norm_gradients
+from mtlkernels.ops.normalized_mixture import triton_kernels as norms
+from mtlkernels.ops.normalized_mixture import triton_tiles as norm_tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mtlkernels.ops._triton import Tile
 from mtlkernels.ops.activations import CODES, DICE, from_input, has_slopes
-from mtlkernels.ops.expert_mixture import triton_gradients as gradients
-from mtlkernels.ops.expert_mixture import triton_kernels as experts
-from mtlkernels.ops.expert_mixture import triton_tiles as tiles
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture import triton_kernels as mixtures
-from mtlkernels.ops.normalized_mixture import triton_dice as dices
-from mtlkernels.ops.normalized_mixture import triton_gradients as norm_gradients
-from mtlkernels.ops.normalized_mixture import triton_kernels as norms
-from mtlkernels.ops.normalized_mixture import triton_tiles as norm_tiles
 from mtlkernels.ops.pcgrad import triton as pcgrad
 from mtlkernels.ops.pcgrad import triton_gram as grams
 from mtlkernels.ops.pcgrad import triton_kernels as projections

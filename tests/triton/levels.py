@@ -5,8 +5,8 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
-
 from mtlkernels.ops.expert_level import reference
+
 from tests.triton.cases import Case, arguments, assert_within_budget, exact, poisoned, split_into
 
 ALL = (True,) * 5

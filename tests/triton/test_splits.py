@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("triton")
-from mtlkernels.ops._triton_splits import MAX_SPLITS, Sums, splits  # noqa: E402
 from mtlkernels.ops.expert_mixture import triton_tiles as tiles  # noqa: E402
+
+from mtlkernels.ops._triton_splits import MAX_SPLITS, Sums, splits  # noqa: E402
 
 H100 = 132
 
