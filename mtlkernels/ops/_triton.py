@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -19,6 +19,38 @@ from mtlkernels.ops._table import Table as Table
 from mtlkernels.ops._table import on_device as on_device
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Kind(NamedTuple):
+    """What all kernels of a call have in common, in one compile-time argument.
+
+    The dtype of inputs and parameters; whether kernels may use 16-byte accesses, see :func:`aligned`; the
+    ``input_precision`` of products; and whether these take float32 operands.
+    """
+
+    dtype: Any
+    aligned: bool
+    precision: str = ""
+    upcast: bool = False
+
+    @staticmethod
+    def of(dtype: torch.dtype, aligned: bool) -> Kind:
+        """With PyTorch's own precision: TF32 for float32 where its products may use it.
+
+        Triton's interpreter computes products of bfloat16 wrongly.
+        """
+        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return Kind(DTYPES[dtype], aligned, "tf32" if tf32 else "ieee", _backends.interpreting())
+
+    @property
+    def without_products(self) -> Kind:
+        """That of kernels without products, which their precision does not concern."""
+        return Kind(self.dtype, self.aligned)
+
+    @property
+    def operands(self) -> tuple[str, bool]:
+        """The kind of operands ("half", "tf32" or "ieee") and ``aligned``: where tables of tiles are looked up."""
+        return self.precision if self.dtype == tl.float32 else "half", self.aligned
 
 
 @dataclass(frozen=True)
@@ -67,16 +99,6 @@ def launch(kernel: Any, programs: int, tile: Tile, *args: Any, **constants: Any)
             **({} if tile.registers is None else {"maxnreg": tile.registers}),
             enable_fp_fusion=True,
         )
-
-
-def precision(dtype: torch.dtype) -> str:
-    """The ``input_precision`` of a product: TF32 for float32 where PyTorch's own products may use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def upcast() -> bool:
-    """Whether products take float32 operands: Triton's interpreter computes those of bfloat16 wrongly."""
-    return _backends.interpreting()
 
 
 def gate_entries(table: Table, gate_logits: Sequence[Tensor], gate_experts: Sequence[int], sizes: Sequence[int]) -> int:
