@@ -93,8 +93,8 @@ def test_expert_mixture(benchmark: Benchmark, device: str, name: str, dtype: tor
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize(("device", "name"), implementations("expert_level"))
-def test_expert_level(benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, training: bool) -> None:
+@pytest.mark.parametrize(("device", "name"), implementations("expert_mixture"))
+def test_expert_mixture_with_gate_layers(benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, training: bool) -> None:
     x, weights, biases = level(device, dtype)
     gates = [random(device, dtype, len(gate), WIDTH) for gate in ROUTING.gate_experts]
     leaves = [*leaves_of(x, weights, biases), *gates]
@@ -104,8 +104,8 @@ def test_expert_level(benchmark: Benchmark, device: str, name: str, dtype: torch
 
 @pytest.mark.parametrize("activation", ["relu", "prelu", "dice"])
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize(("device", "name"), implementations("normalized_mixture"))
-def test_normalized_mixture(
+@pytest.mark.parametrize(("device", "name"), implementations("expert_mixture"))
+def test_expert_mixture_with_norms(
     benchmark: Benchmark, device: str, name: str, dtype: torch.dtype, training: bool, activation: str
 ) -> None:
     x, weights, biases = level(device, dtype)

@@ -5,7 +5,7 @@ from mtlkernels._backends import backends, use_backend
 from mtlkernels._config import show_config
 from mtlkernels._convert import ConversionReport, convert, revert
 from mtlkernels._prepare import prepare
-from mtlkernels.ops.expert_mixture import expert_mixture
+from mtlkernels.ops.level import expert_mixture
 from mtlkernels.ops.gated_mixture import gated_mixture
 from mtlkernels.ops.hard_concrete import hard_concrete, l0_penalty
 from mtlkernels.ops.pcgrad import gram, pcgrad, pcgrad_weights

@@ -13,7 +13,9 @@ import torch
 
 from mtlkernels import _extension, _torch, _tracing
 
-OPS = ("gated_mixture", "expert_mixture", "expert_level", "normalized_mixture", "pcgrad", "snr_trans", "snr_aver")
+OPS = ("gated_mixture", "level", "pcgrad", "snr_trans", "snr_aver")
+# The public function of an op, where its name is another.
+_FUNCTIONS = {"level": "expert_mixture"}
 # Ops whose Triton kernels leave float64 to the reference.
 _TRITON_WITHOUT_FLOAT64 = tuple(op for op in OPS if op != "pcgrad")
 # Ops that have CUDA C++ kernels.
@@ -65,13 +67,17 @@ def interpreting() -> bool:
 
 
 def backends() -> dict[str, dict[str, tuple[str, ...]]]:
-    """The implementations that this install has: op -> device type -> names, the one that is used first.
+    """The implementations that this install has: function -> device type -> names, the one that is used first.
 
     ``"cpp"`` are the C++ kernels for CPUs, ``"cuda"`` the CUDA C++ kernels for NVIDIA GPUs, ``"triton"`` the Triton
     kernels for them (float64 mixtures go to the reference), ``"reference"`` is readable PyTorch and serves every device
     and dtype.
     """
-    return {op: {"cpu": _on_cpu(op), "cuda": _on_cuda(op), "other": ("reference",)} for op in OPS}
+    return {_FUNCTIONS.get(op, op): _by_device(op) for op in OPS}
+
+
+def _by_device(op: str) -> dict[str, tuple[str, ...]]:
+    return {"cpu": _on_cpu(op), "cuda": _on_cuda(op), "other": ("reference",)}
 
 
 def _on_cpu(op: str) -> tuple[str, ...]:
@@ -169,12 +175,15 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
         return _outside_autocast(reference_implementation(op, direction), device)
     if backend is None:
         return operator
-    found = backends()[op]
+    found = _by_device(op)
     names = found.get(device, found["other"])
     if backend == "triton" and op in _TRITON_WITHOUT_FLOAT64 and like.dtype == torch.float64:
         names = tuple(name for name in names if name != "triton")
     if backend not in names:
-        raise RuntimeError(f"{op} has no {backend!r} implementation for {device!r} and {like.dtype}; it has {names}")
+        function = _FUNCTIONS.get(op, op)
+        raise RuntimeError(
+            f"{function} has no {backend!r} implementation for {device!r} and {like.dtype}; it has {names}"
+        )
     if backend == "reference":
         return _outside_autocast(reference_implementation(op, direction), device)
     if device == "cpu" and backend == "triton":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 def _index_tuple(name: str, value: object) -> tuple[int, ...]:
@@ -21,7 +22,7 @@ class Wiring:
 
     ``live`` are those experts, ``idle`` the others. The rest numbers experts by their place in ``live``:
     ``expert_inputs`` the stream that each reads, ``gate_experts`` the experts of all gates one after another,
-    ``gate_sizes`` how many belong to each gate.
+    ``gate_sizes`` how many belong to each gate. ``specs`` keeps what :func:`mtlkernels.ops.level.call.spec_of` made.
     """
 
     live: tuple[int, ...]
@@ -29,6 +30,7 @@ class Wiring:
     expert_inputs: tuple[int, ...]
     gate_experts: tuple[int, ...]
     gate_sizes: tuple[int, ...]
+    specs: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 def _count(name: str, value: object, minimum: int) -> int:

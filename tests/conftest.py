@@ -57,9 +57,10 @@ def cpu_backends(op: str) -> tuple[str, ...]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``backend``: each implementation by name, of the module's ``OP`` if it names one. ``dtype``: each of the four."""
+    """``backend``: each implementation by name, of one op in its folder. ``dtype``: each of the four."""
     if "backend" in metafunc.fixturenames:
-        ops = [metafunc.module.OP] if hasattr(metafunc.module, "OP") else list(mk.backends())
+        folder = metafunc.definition.path.parent.name
+        ops = [folder] if folder in mk.backends() else list(mk.backends())
         names = dict.fromkeys(name for op in ops for name in cpu_backends(op))
         metafunc.parametrize("backend", list(names))
     if "dtype" in metafunc.fixturenames:

@@ -39,9 +39,9 @@ def test_the_first_one_listed_is_used(case: Case) -> None:
 
 def test_forcing_the_reference_runs_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = _backends.reference_implementation("expert_mixture", "forward")
+    original = _backends.reference_implementation("level", "forward")
     monkeypatch.setitem(
-        _backends._references, ("expert_mixture", "forward"), lambda *args: calls.append("forward") or original(*args)
+        _backends._references, ("level", "forward"), lambda *args: calls.append("forward") or original(*args)
     )
     with mk.use_backend("reference"):
         mk.expert_mixture(**case.arguments)
@@ -53,9 +53,9 @@ def test_the_backward_uses_the_implementation_of_its_forward(
     case: Case, through_backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = _backends.reference_implementation("expert_mixture", "backward")
+    original = _backends.reference_implementation("level", "backward")
     monkeypatch.setitem(
-        _backends._references, ("expert_mixture", "backward"), lambda *args: calls.append("backward") or original(*args)
+        _backends._references, ("level", "backward"), lambda *args: calls.append("backward") or original(*args)
     )
     with mk.use_backend("reference"):
         outputs = mk.expert_mixture(**case.arguments)
@@ -202,3 +202,17 @@ def test_kept_memory_is_released() -> None:
         before = [trunk(rows)[0].clone() for _ in range(3)]  # weights are kept when they come again
         assert release() > 0 and release() == 0
         assert all(torch.equal(y, trunk(rows)[0]) for y in before)
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+def test_the_choice_of_an_instruction_set_ends_with_the_block() -> None:
+    best = _extension.instruction_sets()[-1]
+    with _extension.instruction_set("baseline"):
+        assert _extension.build_facts()["runs as"] == "baseline"
+    assert _extension.build_facts()["runs as"] == best
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason="no C++ kernels")
+def test_an_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="name must be one of .* got 'mmx'"), _extension.instruction_set("mmx"):
+        pass

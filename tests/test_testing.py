@@ -18,14 +18,14 @@ from mtlkernels.testing import (
     random_expert_mixture,
     random_routing,
 )
-from tests.ops import definition
+from tests.ops.level.definition import formula
 
 
 @pytest.fixture(name="results")
 def _results():
     case = CaseFactory(0, torch.bfloat16).expert_mixture(40, [8, 9], mk.Routing.mmoe(3, 2), activation="tanh")
-    exact = evaluate(definition.expert_mixture, case.to(torch.float64))
-    return evaluate(mk.expert_mixture, case), exact, evaluate(definition.expert_mixture, case)
+    exact = evaluate(formula, case.to(torch.float64))
+    return evaluate(mk.expert_mixture, case), exact, evaluate(formula, case)
 
 
 def test_a_right_result_is_within_budget(results) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mtlkernels._convert.chains import Chain, flatten, path_of, read_chain, refusal
 from mtlkernels._convert.gates import Gate, has_equal_shares, linear_gates, logits_of
 from mtlkernels._convert.mlp import Layer, Rows, drops, fusible, in_trial, join, kind_of, odd_weight, rows_of
-from mtlkernels.ops.expert_mixture import expert_mixture
+from mtlkernels.ops.level import expert_mixture
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.routing import Routing
 

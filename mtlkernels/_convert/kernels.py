@@ -12,7 +12,7 @@ from mtlkernels import _backends, _extension
 # Of an instance: fused evaluation also where it does not pay. In its __dict__, so that copies and pickles have it.
 FORCE = "_mtlkernels_force"
 # Stands for all operators of a level, whose kernels come together.
-_OP = "expert_mixture"
+_OP = "level"
 
 
 def pays(module: Any, rows: Tensor | None) -> bool:

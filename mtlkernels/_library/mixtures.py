@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtlkernels._library.definition import cast_first, define, empty
 
+
 def _gated_mixture_forward(
     experts: Tensor, gate_logits: list[Tensor], gate_experts: list[int], gate_sizes: list[int]
 ) -> list[Tensor]:

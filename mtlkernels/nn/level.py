@@ -14,9 +14,9 @@ from mtlkernels.nn._arguments import Style
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import few_rows, uses_running
-from mtlkernels.ops.expert_mixture import expert_mixture
+from mtlkernels.ops.level import expert_mixture
 from mtlkernels.ops.gated_mixture import mix_list
-from mtlkernels.ops.normalized_mixture.norms import alike
+from mtlkernels.ops.level.norms import alike
 from mtlkernels.routing import Routing
 
 # PyTorch's, and deepctr-torch's; torch-rechub draws that of Dice, whose eps is this.

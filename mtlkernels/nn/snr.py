@@ -22,7 +22,7 @@ from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.nn.level import Expert, expert_parameters, expert_slopes
 from mtlkernels.nn.routes import RouteMap
 from mtlkernels.ops._checks import as_sequence, check_tensor, shape_of
-from mtlkernels.ops.expert_mixture import expert_mixture
+from mtlkernels.ops.level import expert_mixture
 from mtlkernels.ops.hard_concrete import check_interval, hard_concrete, l0_penalty
 from mtlkernels.ops.snr_aver import snr_aver
 from mtlkernels.ops.snr_trans import snr_trans

@@ -136,17 +136,17 @@ def apply(function: Any, *args: Any) -> Any:
     return _torch.apply_unbound(function, *args)
 
 
-def grads_are_batched(grads: Sequence[Tensor]) -> bool:
+def grads_are_batched(grads: Sequence[Tensor | None]) -> bool:
     """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` is at work, which is not torch.func's vmap."""
     if torch.compiler.is_compiling():
         return False
-    return any(_torch.is_legacy_batched_tensor(grad) for grad in grads)
+    return any(grad is not None and _torch.is_legacy_batched_tensor(grad) for grad in grads)
 
 
 def batched_backward(function: Any, static: Sequence[Any], tensors: Sequence[Any]) -> tuple[Tensor, ...]:
     """Runs a backward Function under ``is_grads_batched`` by its own rule for vmap."""
     level = _torch.legacy_vmap_level()
-    is_batched = [t is not None and _torch.is_legacy_batched_tensor(t) for t in tensors]
+    is_batched = [grads_are_batched([tensor]) for tensor in tensors]
     physical = [
         _torch.remove_batch_dim(t, level, 0, 0) if batched else t
         for t, batched in zip(tensors, is_batched, strict=True)

@@ -222,7 +222,7 @@ def test_what_is_fast(kernels: bool, lose: Any, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(_backends, "_without_cpp", set())
         monkeypatch.setattr(_backends, "has_triton", lambda: True)
     places = [(device, dtype) for device in ("cpu", "cuda", "meta", "mps", "xpu") for dtype in KEPT.values()]
-    fast = {place for place in places if _backends.fast("expert_mixture", *place)}
+    fast = {place for place in places if _backends.fast("level", *place)}
     assert fast == ({*places[:3], *places[4:6]} if kernels else set())
     assert _backends.fast("pcgrad", "cuda", torch.float64) == kernels
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 import mtlkernels as mk
 from mtlkernels.testing import Case, CaseFactory, evaluate
-from tests.ops import normalized, snr_cases, test_gate_layers, zero_widths
+from tests.ops.level import gate_layers, normalized
+from tests.ops.snr_aver.cases import snr_aver
+from tests.ops.snr_trans.cases import snr_trans
 
 ROUTING = mk.Routing.cgc(2, 1, 1)
 NORMS = ((("batch", "none"), "relu"), (("none", "layer"), "prelu"), (("none", "none"), "dice"))
@@ -39,14 +41,14 @@ def calls() -> dict[str, Callable[[], Results]]:
         make = CaseFactory(rows, dtype)
         add(f"expert_mixture, {dtype}, {rows} rows", mk.expert_mixture, make.expert_mixture(rows, WIDTHS, ROUTING))
     make = CaseFactory(0, torch.float32)
-    add("gate layers", test_gate_layers.by_layers, zero_widths.with_gate_layers(make, 64, WIDTHS))
+    add("gate layers", gate_layers.by_layers, gate_layers.with_layers(make, 64, WIDTHS))
     for kinds, activation in NORMS:
         case = normalized.case(make, 64, WIDTHS, ROUTING, kinds, activation=activation, dropout=[0.2, 0.0])
-        add(f"normalized_mixture, {kinds}, {activation}", normalized.fused, case)
+        add(f"norms, {kinds}, {activation}", normalized.fused, case)
     add("gated_mixture", mk.gated_mixture, make.gated_mixture(70, 90, ROUTING))
-    add("snr_trans", mk.snr_trans, snr_cases.snr_trans(make, 70, [24, 33], [90, 7, 80]))
-    add("stacked snr_trans", mk.snr_trans, snr_cases.snr_trans(make, 70, [24] * 2, [90] * 3, stacked=True))
-    add("snr_aver", mk.snr_aver, snr_cases.snr_aver(make, 140, 50, 3, 2))
+    add("snr_trans", mk.snr_trans, snr_trans(make, 70, [24, 33], [90, 7, 80]))
+    add("stacked snr_trans", mk.snr_trans, snr_trans(make, 70, [24] * 2, [90] * 3, stacked=True))
+    add("snr_aver", mk.snr_aver, snr_aver(make, 140, 50, 3, 2))
     grads = [[make.leaf(5000, requires_grad=False), make.leaf(70, 70, requires_grad=False)] for _ in range(3)]
     order = torch.tensor([[1, 2], [2, 0], [0, 1]])
     found["pcgrad"] = lambda: {"grads": [grad for grad in mk.pcgrad(grads, order=order) if grad is not None]}

@@ -16,7 +16,7 @@ from mtlkernels import _backends
 from mtlkernels.ops.pcgrad import cuda, reference
 from mtlkernels.testing import DTYPES, random_task_gradients
 from tests.csrc import library
-from tests.ops.definition import assert_pcgrad_agrees
+from tests.ops.pcgrad.definition import assert_agrees
 
 pytestmark = library.needs_compiler
 EPS = torch.finfo(torch.float64).eps
@@ -263,7 +263,7 @@ def test_the_public_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
         "project": rng.random() < 0.8,
     }
     with library.operators(seed):
-        assert_pcgrad_agrees(case.grads, case.order, **options)
+        assert_agrees(case.grads, case.order, **options)
 
 
 def test_more_tasks_than_the_kernels_take() -> None:

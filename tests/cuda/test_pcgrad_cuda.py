@@ -13,7 +13,7 @@ import mtlkernels as mk
 from mtlkernels import _backends, _extension
 from mtlkernels.ops.pcgrad import cuda, reference
 from mtlkernels.testing import random_task_gradients
-from tests.ops.definition import assert_pcgrad_agrees
+from tests.ops.pcgrad.definition import assert_agrees
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
@@ -59,7 +59,7 @@ def test_random_lists(seed: int) -> None:
         "normalize": rng.random() < 0.2,
         "project": rng.random() < 0.8,
     }
-    assert_pcgrad_agrees(case.grads, case.order, **options)
+    assert_agrees(case.grads, case.order, **options)
 
 
 @pytest.mark.parametrize("tasks", range(1, 65))

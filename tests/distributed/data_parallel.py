@@ -19,13 +19,12 @@ from tests.distributed.cases import (
     random_rank_gradients,
     world,
 )
-from tests.ops.definition import assert_pcgrad_result
-from tests.ops.test_pcgrad import OPTIONS
+from tests.ops.pcgrad.definition import OPTIONS, assert_right
 
 
 def assert_agrees(ranks: list[Grads], order: Tensor, **options: Any) -> list[Tensor | None]:
     found = mk.pcgrad(ranks[dist.get_rank()], order=order, group=world(), **options)
-    assert_pcgrad_result(found, mean_gradients(ranks), order, **options)
+    assert_right(found, mean_gradients(ranks), order, **options)
     assert_same_on_all_ranks(found)
     return found
 
@@ -80,7 +79,7 @@ def check_matrix() -> None:
         found = mk.pcgrad(matrices[rank], order=order, group=world())
         rows = [[[row] for row in matrix] for matrix in matrices]
         assert found.shape == (columns,)
-        assert_pcgrad_result([found], mean_gradients(rows), order)
+        assert_right([found], mean_gradients(rows), order)
         assert_same_on_all_ranks([found])
 
 
@@ -100,7 +99,7 @@ def check_one_rank_has_gradients() -> None:
     order = torch.tensor([[1], [0]])
     found, none = mk.pcgrad(mine, order=order, group=world())
     assert none is None
-    assert_pcgrad_result([found], [[grad / size] for grad in grads], order)
+    assert_right([found], [[grad / size] for grad in grads], order)
 
 
 def check_first_rank_draws() -> None:
@@ -130,7 +129,7 @@ def check_subgroup() -> None:
         return
     ranks, order = random_rank_gradients(7, size)
     found = mk.pcgrad(ranks[dist.get_rank()], order=order, group=group)
-    assert_pcgrad_result(found, mean_gradients(ranks[1:]), order)
+    assert_right(found, mean_gradients(ranks[1:]), order)
     assert_same_on_all_ranks(found, group)
 
 
@@ -159,7 +158,7 @@ def check_sparse_gradients() -> None:
         order = torch.stack([torch.randperm(4, generator=generator) for _ in range(4)])
         found = mk.pcgrad(ranks[rank], order=order, group=world())
         assert found[0] is not None and found[0].is_sparse and found[0].is_coalesced()
-        assert_pcgrad_result(found, mean_gradients(ranks), order)
+        assert_right(found, mean_gradients(ranks), order)
         assert_same_on_all_ranks(found)
 
 

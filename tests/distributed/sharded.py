@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 import mtlkernels as mk
 from mtlkernels.testing import random_task_gradients
 from tests.distributed.cases import Grads, assert_refused, assert_same_on_all_ranks, world
-from tests.ops.definition import assert_pcgrad_result
-from tests.ops.test_pcgrad import OPTIONS
+from tests.ops.pcgrad.definition import OPTIONS, assert_right
 
 ORDER = torch.tensor([[1, 2], [2, 0], [0, 1]])
 
@@ -61,7 +60,7 @@ def check_random_cases() -> None:
                 if isinstance(result, DTensor) and isinstance(like, DTensor):
                     assert result.placements == like.placements and result.device_mesh == mesh
                     assert result.to_local().shape == like.to_local().shape and result.stride() == like.stride()
-            assert_pcgrad_result(whole(found), case.grads, case.order, **options)
+            assert_right(whole(found), case.grads, case.order, **options)
             assert_same_on_all_ranks(whole(found))
 
 
@@ -91,7 +90,7 @@ def check_other_dimensions_and_meshes() -> None:
         for a, b, c, d in grads
     ]
     found = whole(mk.pcgrad(placed, order=ORDER))
-    assert_pcgrad_result(found, grads, ORDER)
+    assert_right(found, grads, ORDER)
     assert_same_on_all_ranks(found)
 
 
@@ -131,7 +130,7 @@ def check_matrix() -> None:
         matrix = torch.randn(3, columns)
         found = mk.pcgrad(distribute_tensor(matrix, mesh, [Shard(1)]), order=ORDER)
         assert isinstance(found, DTensor) and found.placements == (Shard(0),) and found.shape == (columns,)
-        assert_pcgrad_result(whole([found]), [[row] for row in matrix], ORDER)
+        assert_right(whole([found]), [[row] for row in matrix], ORDER)
     by_task = distribute_tensor(torch.randn(4, 5), mesh, [Shard(0)])
     assert_refused(lambda: mk.pcgrad(by_task), ValueError, "must not be sharded over its dimension of tasks")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mtlkernels as mk
-from tests.ops.normalized import dice, kept
+from tests.ops.level.definition import dice, kept
 
 B, D, UNITS, GATE_UNITS = 13, 10, (9, 6), (5,)
 ACTIVATIONS = {

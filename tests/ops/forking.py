@@ -19,15 +19,15 @@ from torch import Tensor
 
 import mtlkernels as mk
 from mtlkernels.testing import CaseFactory, evaluate
-from tests.ops import snr_cases
-from tests.ops.test_gate_layers import ROUTING
+from tests.ops.level.gate_layers import ROUTING
+from tests.ops.snr_trans.cases import snr_trans
 
 CHILDREN = 30
 HANGS = 40.0  # seconds, on a machine that is busy with other things
 MAKE = CaseFactory(0, torch.float32)
 LEVEL = MAKE.expert_mixture(64, (24, 32, 80), ROUTING, activation="relu")
 SERVED = LEVEL.map(Tensor.detach)
-ROUTES = snr_cases.snr_trans(MAKE, 40, [24, 16], [120, 8])
+ROUTES = snr_trans(MAKE, 40, [24, 16], [120, 8])
 GRADS = [[torch.randn(5000), torch.randn(70, 70)] for _ in range(3)]
 ORDER = torch.tensor([[1, 2], [2, 0], [0, 1]])
 

@@ -274,7 +274,7 @@ def check(op: Callable[..., Any], arguments: dict[str, Any], mistake: Mistake, m
         raise AssertionError("computed before all checks have passed")
 
     monkeypatch.setattr("mtlkernels.ops._call.implementation", computed)
-    for module in ("gated_mixture", "expert_mixture"):
+    for module in ("gated_mixture", "level"):
         monkeypatch.setattr(f"mtlkernels.ops.{module}.autograd.implementation", computed)
     with pytest.raises((ValueError, TypeError)) as caught:
         op(**arguments)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import mtlkernels as mk
+from tests.ops.agreement import kinds
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -139,3 +140,14 @@ def test_bad_input(arguments: Any, options: Any, error: type[Exception], message
     if len(arguments) == 1:
         with pytest.raises(error, match=message):
             mk.l0_penalty(*arguments, **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_special_values(value: float, dtype: torch.dtype) -> None:
+    x = torch.tensor([value, 0.5], dtype=dtype, requires_grad=True)
+    plain = (torch.sigmoid(x) * 1.2 - 0.1).clamp(0, 1)
+    penalty = torch.sigmoid(x - 2 / 3 * torch.tensor(0.1 / 1.1).log().to(dtype)).sum()
+    for got, expected in ((mk.hard_concrete(x), plain), (mk.l0_penalty(x), penalty)):
+        pair = [torch.autograd.grad(y.sum(), x)[0] for y in (got, expected)]
+        assert torch.equal(kinds(got), kinds(expected))
+        assert torch.equal(kinds(pair[0]), kinds(pair[1]))

@@ -1,75 +1,25 @@
-"""snr_trans and snr_aver against their formulas, over every implementation, dtype and memory layout."""
+"""What holds of both SNR operators: closed routes, coding variables of another dtype, some gradients alone."""
 
 from __future__ import annotations
-
-import functools
-from typing import Any
 
 import pytest
 import torch
 
 import mtlkernels as mk
-from mtlkernels.testing import LAYOUTS, Case, CaseFactory, evaluate
-from tests.ops import definition
-from tests.ops.definition import assert_agrees, reference_op
-from tests.ops.snr_cases import random_snr_aver, random_snr_trans, snr_aver, snr_trans
-
-CASES = 30  # for each of four dtypes
-
-
-def check(op: Any, case: Case, backend: str, threads: int = 1) -> None:
-    """The reference is judged by plain PyTorch, the others by the reference."""
-    baseline = None if backend == "reference" else functools.partial(reference_op, op)
-    with mk.use_backend(backend):
-        assert_agrees(op, case, baseline, threads)
-
-
-@pytest.mark.parametrize("seed", range(CASES))
-def test_random_trans(seed: int, dtype: torch.dtype, backend: str) -> None:
-    check(mk.snr_trans, random_snr_trans(seed, dtype), backend, threads=1 + seed % 2)
-
-
-@pytest.mark.parametrize("seed", range(CASES))
-def test_random_aver(seed: int, dtype: torch.dtype, backend: str) -> None:
-    check(mk.snr_aver, random_snr_aver(seed, dtype), backend, threads=1 + seed % 2)
-
-
-def test_many_rows(dtype: torch.dtype, backend: str) -> None:
-    """More rows than a block has, and than are multiplied in one go for the weights' gradients."""
-    make = CaseFactory(1, dtype)
-    check(mk.snr_trans, snr_trans(make, 2100, [33, 40], [20, 31], share=0.8), backend, threads=2)
-    check(mk.snr_aver, snr_aver(make, 700, 67, 4, 3, share=0.8), backend, threads=2)
-
-
-def test_wide_sub_networks(dtype: torch.dtype, backend: str) -> None:
-    """Sums longer than what is added up in one go, and fewer blocks of rows than threads."""
-    make = CaseFactory(2, dtype)
-    check(mk.snr_trans, snr_trans(make, 40, [600, 20], [70, 30, 5], share=1.0), backend, threads=2)
-    check(mk.snr_aver, snr_aver(make, 3, 1111, 9, 8), backend, threads=2)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stacked", [True, False])
-def test_layouts(layout: str, stacked: bool, dtype: torch.dtype, backend: str) -> None:
-    make = CaseFactory(3, dtype, layouts=[layout])
-    case = snr_trans(make, 33, [17] * 3, [16] * 2, stacked=stacked, stacked_inputs=stacked, share=0.7)
-    check(mk.snr_trans, case, backend)
-    check(mk.snr_aver, snr_aver(make, 33, 17, 3, 2), backend)
-
-
-@pytest.mark.parametrize("rows, in_width, out_width", [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
-def test_nothing_to_compute(rows: int, in_width: int, out_width: int, backend: str) -> None:
-    make = CaseFactory(4, torch.float32)
-    check(mk.snr_trans, snr_trans(make, rows, [in_width] * 2, [out_width] * 3, share=1.0), backend)
-    check(mk.snr_aver, snr_aver(make, rows, in_width, 2, 3, share=1.0), backend)
+from mtlkernels.testing import Case, CaseFactory, evaluate
+from tests.ops.agreement import kinds
+from tests.ops.snr_aver.cases import snr_aver
+from tests.ops.snr_aver.definition import formula as aver_formula
+from tests.ops.snr_trans.cases import snr_trans
+from tests.ops.snr_trans.definition import formula as trans_formula
 
 
 @pytest.mark.parametrize("z_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_z_of_another_dtype(z_dtype: torch.dtype, dtype: torch.dtype, backend: str) -> None:
     make = CaseFactory(5, dtype)
-    for op, case in (
-        (mk.snr_trans, snr_trans(make, 12, [7, 5], [6, 9, 3], share=0.8)),
-        (mk.snr_aver, snr_aver(make, 12, 7, 2, 3, share=0.8)),
+    for op, formula, case in (
+        (mk.snr_trans, trans_formula, snr_trans(make, 12, [7, 5], [6, 9, 3], share=0.8)),
+        (mk.snr_aver, aver_formula, snr_aver(make, 12, 7, 2, 3, share=0.8)),
     ):
         z = case.arguments["z"].detach().to(z_dtype).requires_grad_()
         case = Case({**case.arguments, "z": z}, dtype)
@@ -77,7 +27,7 @@ def test_z_of_another_dtype(z_dtype: torch.dtype, dtype: torch.dtype, backend: s
             got = evaluate(op, case)
         assert {t.dtype for t in got["outputs"]} == {dtype}
         assert {t.dtype for t in got["z"]} == {z_dtype}
-        exact = evaluate(getattr(definition, op.__name__), case.to(torch.float64))
+        exact = evaluate(formula, case.to(torch.float64))
         worst = max(torch.finfo(dtype).eps, torch.finfo(z_dtype).eps)
         for name in exact:
             for a, b in zip(got[name], exact[name], strict=True):
@@ -150,11 +100,29 @@ def test_only_some_gradients(wanted: str, backend: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(group, every[name], strict=True))
 
 
-def test_outputs_are_new_dense_tensors(backend: str) -> None:
-    """Also where an output is one sub-network's alone, unscaled."""
-    u = [torch.randn(4, 3), torch.randn(4, 3)]
-    with mk.use_backend(backend), torch.inference_mode():
-        outputs = mk.snr_aver(u, torch.eye(2))
-    for v, x in zip(outputs, u, strict=True):
-        assert v.is_contiguous() and torch.equal(v, x)
-        assert v.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_special_values(value: float, backend: str) -> None:
+    """Routes that are open; a closed one takes no part, whatever its sub-network and weight hold."""
+    z = torch.tensor([[0.5, 1.0, 0.0], [0.25, 0.0, 1.0]])
+    for place in (
+        "u",
+        "weight",
+        "upstream",
+        *(["z"] if value != value else []),
+    ):  # z, which is folded, is never infinite
+        u, w = [torch.randn(7, 5) for _ in range(3)], torch.randn(2, 3, 5, 5)
+        upstream, open_z = torch.randn(7, 5), z.clone()
+        {"u": u[0], "weight": w[0, 0], "upstream": upstream, "z": open_z}[place].view(-1)[0] = value
+        leaves = [t.requires_grad_() for t in (*u, w)]
+        for op, term in (
+            (lambda: mk.snr_trans(u, w, open_z, closed_grad=False), lambda i, j: u[j] @ w[i, j].T),  # noqa: B023
+            (lambda: mk.snr_aver(u, open_z, closed_grad=False), lambda i, j: u[j]),  # noqa: B023
+        ):
+            expected = [sum(open_z[i, j] * term(i, j) for j in range(3) if z[i, j] != 0) for i in range(2)]
+            with mk.use_backend(backend):
+                got = op()
+                grads = torch.autograd.grad(got, leaves, [upstream, upstream], allow_unused=True)
+            wanted = torch.autograd.grad(expected, leaves, [upstream, upstream], allow_unused=True)
+            for found, right in zip((*got, *grads), (*expected, *wanted), strict=True):
+                if found is not None and right is not None:
+                    assert torch.equal(kinds(found), kinds(right)), place

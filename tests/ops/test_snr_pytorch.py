@@ -1,4 +1,4 @@
-"""snr_trans and snr_aver in PyTorch: derivatives of every order, torch.func, compile, autocast, mistakes."""
+"""snr_trans and snr_aver in PyTorch: derivatives of every order, torch.func, compile, autocast."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import mtlkernels as mk
 from mtlkernels.testing import Case, CaseFactory, evaluate
-from tests.ops import definition
-from tests.ops.snr_cases import snr_aver, snr_trans
-from tests.ops.test_derivatives import assert_same, function_of_leaves, loss_of
+from tests.ops.derivatives import assert_same, function_of_leaves, leaves_of, loss_of
+from tests.ops.snr_aver.cases import snr_aver
+from tests.ops.snr_aver.definition import formula as aver_formula
+from tests.ops.snr_trans.cases import snr_trans
+from tests.ops.snr_trans.definition import formula as trans_formula
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
@@ -39,6 +41,7 @@ def _half_closed(case: Case) -> Case:
     return case
 
 
+FORMULAS = {mk.snr_trans: trans_formula, mk.snr_aver: aver_formula}
 OPS = pytest.mark.parametrize(
     "op, make",
     [(mk.snr_trans, trans), (mk.snr_trans, lambda *a, **k: trans(*a, stacked=True, **k)), (mk.snr_aver, aver)],
@@ -86,7 +89,7 @@ def test_finite_differences_without_those_of_closed_routes(op: Any, make: Any, b
     z = case.arguments["z"].detach()
     case.arguments["z"].requires_grad_(False)
     raw = torch.where(z == 0, -0.2, z).requires_grad_()
-    leaves = [leaf for group in case.leaves().values() for leaf in group]
+    leaves = leaves_of(case)
 
     def clamped(raw: Tensor, *values: Tensor) -> Any:
         return op(**{**rebuilt(case, values), "z": raw.clamp(0, 0.9)})
@@ -98,7 +101,7 @@ def test_finite_differences_without_those_of_closed_routes(op: Any, make: Any, b
 
 def rebuilt(case: Case, values: Any) -> dict[str, Any]:
     """The case's arguments with these values for its leaves."""
-    leaves = [leaf for group in case.leaves().values() for leaf in group]
+    leaves = leaves_of(case)
     place = {id(leaf): i for i, leaf in enumerate(leaves)}
     return dict(case.map(lambda leaf: values[place[id(leaf)]] if id(leaf) in place else leaf).arguments)
 
@@ -109,7 +112,7 @@ def rebuilt(case: Case, values: Any) -> dict[str, Any]:
 def pair(op: Any, make: Any) -> tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]:
     case = make(rows=4)
     fused, leaves = function_of_leaves(op, case)
-    plain, _ = function_of_leaves(lambda **a: tuple(getattr(definition, op.__name__)(**a)), case)
+    plain, _ = function_of_leaves(FORMULAS[op], case)
     return fused, plain, [leaf.detach() for leaf in leaves]
 
 
@@ -244,7 +247,7 @@ def test_inference_mode_and_meta_tensors(op: Any, make: Any, backend: str) -> No
 @OPS
 def test_hooks_on_saved_tensors_and_second_backward(op: Any, make: Any) -> None:
     case = make(torch.float32, 7)
-    leaves = [leaf for group in case.leaves().values() for leaf in group]
+    leaves = leaves_of(case)
     with torch.autograd.graph.save_on_cpu():
         loss = sum(v.square().sum() for v in op(**case.arguments))
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -258,103 +261,3 @@ def test_one_tensor_in_several_places(backend: str) -> None:
         grads = torch.autograd.grad(sum(v.sum() for v in mk.snr_trans([x, x], [[w, w], [w, w]], z)), (x, w))
     expected = torch.autograd.grad((3.5 * x @ w.t()).sum(), (x, w))
     assert_same(grads, expected)
-
-
-# Mistakes -----------------------------------------------------------------------------------------------------------
-
-U, W, Z = torch.zeros(2, 5, 3), torch.zeros(4, 2, 6, 3), torch.ones(4, 2)
-
-
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    [
-        ((1, W, Z), TypeError, "u must be a tensor .* or a sequence of J tensors.*, got int"),
-        ((U[0], W, Z), ValueError, r"u must have shape \[J, B, D_in\], got \[5, 3\]"),
-        ((U[:0], W, Z), ValueError, "u must hold the output of at least one sub-network"),
-        (([], W, Z), ValueError, "u must hold the output of at least one sub-network, got none"),
-        (([U[0], U[1, :4]], W, Z), ValueError, r"u\[1\] must have as many rows as u\[0\], 5, got \[4, 3\]"),
-        (([U[0], U[1].double()], W, Z), TypeError, r"u\[1\] must have the dtype of u\[0\]"),
-        (([U[0], U[1].to("meta")], W, Z), ValueError, r"u\[1\] must be on the device of u\[0\]"),
-        ((U.int(), W, Z), TypeError, "u must be float32, bfloat16, float16 or float64, got torch.int32"),
-        ((U, None, Z), TypeError, r"weight must be a tensor \[I, J, D_out, D_in\] or a sequence.*, got NoneType"),
-        ((U, W[0], Z), ValueError, r"weight must have shape \[I, 2, D_out, 3\], got \[2, 6, 3\]"),
-        ((U, W[:, :1], Z), ValueError, r"weight must have shape \[I, 2, D_out, 3\] for this u, got \[4, 1, 6, 3\]"),
-        ((U, W[:0], Z), ValueError, r"weight must have shape \[I, 2, D_out, 3\] for this u, got \[0, 2, 6, 3\]"),
-        ((U, W.half(), Z), TypeError, "weight must have the dtype of u, torch.float32, got torch.float16"),
-        ((U, [], Z), ValueError, "weight must hold matrices for at least one output, got none"),
-        ((U, [W[0, 0]], Z), TypeError, r"weight\[0\] must be a sequence of matrices, got Tensor"),
-        ((U, [[W[0, 0]]], Z[:1]), ValueError, r"weight\[0\] must hold a matrix for each of 2 tensors in u, got 1"),
-        (([U[0], U[1, :, :2]], W, Z), ValueError, r"u\[1\] must have the width of u\[0\], 3, for a stacked weight"),
-        (
-            (U, [[W[0, 0], W[0, 0, :5]]], Z[:1]),
-            ValueError,
-            r"weight\[0\]\[1\] must have shape \[6, 3\], rows as weight\[0\]\[0\] and columns as u\[1\], got \[5, 3\]",
-        ),
-        ((U, W, 1.0), TypeError, r"z must be a tensor \[I, 2\], got float"),
-        ((U, W, Z.t()), ValueError, r"z must have shape \[4, 2\], a row for each output.*, got \[2, 4\]"),
-        ((U, W, Z[:, 0]), ValueError, r"z must have shape \[I, 2\], got \[4\]"),
-        ((U, W, Z.double()), TypeError, "z must be float32 or narrower beside u in torch.float32, got torch.float64"),
-        ((U, W, Z.to("meta")), ValueError, "z must be on the device of u, cpu, got meta"),
-    ],
-)
-def test_mistakes_with_trans(arguments: Any, error: type[Exception], message: str) -> None:
-    for wanted in (True, False):  # a gradient, or the short way that serves
-        with torch.set_grad_enabled(wanted), pytest.raises(error, match=message):
-            mk.snr_trans(*arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    [
-        (([U[0], U[1, :, :2]], Z), ValueError, r"u\[1\] must have the width of u\[0\], 3, got \[5, 2\]"),
-        ((U, Z[:, :1]), ValueError, r"z must have shape \[I, 2\].*, got \[4, 1\]"),
-        ((U, Z[:0]), ValueError, r"z must have shape \[I, 2\].*, got \[0, 2\]"),
-        ((U, Z.long()), TypeError, "z must be float32, bfloat16, float16 or float64, got torch.int64"),
-    ],
-)
-def test_mistakes_with_aver(arguments: Any, error: type[Exception], message: str) -> None:
-    for wanted in (True, False):
-        with torch.set_grad_enabled(wanted), pytest.raises(error, match=message):
-            mk.snr_aver(*arguments)
-
-
-@pytest.mark.parametrize("call", [lambda **k: mk.snr_trans(U, W, Z, **k), lambda **k: mk.snr_aver(U, Z, **k)])
-def test_mistakes_with_closed_grad(call: Any) -> None:
-    with pytest.raises(TypeError, match="closed_grad must be True or False, got int"):
-        call(closed_grad=1)
-
-
-WEIGHTS = [W[i, j] for i in range(4) for j in range(2)]
-GRADS = [torch.zeros(5, 6)] * 4
-
-
-@pytest.mark.skipif("cpp" not in mk.backends()["snr_trans"]["cpu"], reason="there are no C++ kernels")
-@pytest.mark.parametrize(
-    "operator, arguments, message",
-    [
-        ("trans_forward", ([], WEIGHTS, Z), "u must hold at least one"),
-        ("trans_forward", ([U[0], U[1, :4]], WEIGHTS, Z), r"u\[1\] must have shape \[5, D\], got \[4, 3\]"),
-        ("trans_forward", ([U[0], U[1].double()], WEIGHTS, Z), r"u\[1\] must be a dense tensor of Float"),
-        ("trans_forward", ([U[0], U[1]], WEIGHTS[:7], Z), "weights must hold 8 matrices, got 7"),
-        (
-            "trans_forward",
-            ([U[0], U[1]], [W[:3]], Z),
-            r"weights must have shape \[4, 2, D_out, D_in\], got \[3, 2, 6, 3\]",
-        ),
-        ("trans_forward", ([U[0], U[1]], [W[..., :2]], Z), r"weights\[0\] must have shape \[6, 3\], got \[6, 2\]"),
-        ("trans_forward", ([U[0], U[1]], WEIGHTS, Z[:, :1]), r"z must be a dense tensor \[I, 2\].*, got \[4, 1\]"),
-        ("trans_forward", ([U[0], U[1]], WEIGHTS, Z.double()), "z must be float32 or narrower"),
-        ("trans_backward", (GRADS[:3], [*U], WEIGHTS, Z, *[True] * 4), "grad_outputs must hold a tensor for each of 4"),
-        (
-            "trans_backward",
-            ([*GRADS[:3], torch.zeros(5, 7)], [*U], WEIGHTS, Z, *[True] * 4),
-            r"grad_outputs\[3\] must have width 6, got 7",
-        ),
-        ("aver_forward", ([U[0], U[1, :, :2]], Z), r"u\[1\] must have shape \[5, 3\] as u\[0\], got width 2"),
-        ("aver_backward", ([U[0]] * 3, [*U], Z, True, True, True), "grad_outputs must hold a tensor for each of 4"),
-    ],
-)
-def test_operators_refuse_what_kernels_cannot_read(operator: str, arguments: Any, message: str) -> None:
-    """A direct call of an operator does not pass the checks in Python."""
-    with pytest.raises((ValueError, TypeError), match=message):
-        getattr(torch.ops.mtlkernels, f"snr_{operator}")(*arguments)

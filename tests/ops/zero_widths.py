@@ -21,12 +21,20 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import DTYPES, Case, CaseFactory
-from tests.ops import definition, normalized, snr_cases, test_gate_layers
+from tests.ops.agreement import assert_agrees
+from tests.ops.gated_mixture.definition import formula as mixture_formula
+from tests.ops.level import gate_layers, normalized
+from tests.ops.level.definition import formula as level_formula
+from tests.ops.pcgrad.definition import assert_agrees as assert_pcgrad_agrees
+from tests.ops.snr_aver.cases import snr_aver
+from tests.ops.snr_aver.definition import formula as aver_formula
+from tests.ops.snr_trans.cases import snr_trans
+from tests.ops.snr_trans.definition import formula as trans_formula
 
 # The inputs' width, then the layers': none in the inputs, in the middle, at the end, and in several places.
 WIDTHS = ((0, 3), (37, 0), (0, 0), (0, 20, 3), (4, 0, 3), (4, 33, 0), (4, 0, 0), (0, 0, 0), (4, 0, 5, 3), (40, 5, 0, 3))
 ROWS = (0, 1, 4, 5, 33, 300)  # nothing; few; a group and less; kernels that want their weights prepared
-ROUTING = test_gate_layers.ROUTING
+ROUTING = gate_layers.ROUTING
 NORMS: dict[str, dict[str, Any]] = {
     "batch": {"kind": "batch", "activation": "relu"},
     "layer": {"kind": "layer", "activation": "gelu"},
@@ -39,38 +47,19 @@ NORMS: dict[str, dict[str, Any]] = {
 Check = Callable[[], None]
 
 
-def with_gate_layers(make: CaseFactory, rows: int, widths: tuple[int, ...]) -> Case:
-    """A call whose gates are linear layers, of D = 0 too."""
-    arguments = dict(make.expert_mixture(rows, widths, ROUTING, activation="silu").arguments)
-    del arguments["gate_logits"]
-    sizes = [len(gate) for gate in ROUTING.gate_experts]
-    layers = {"gate_weights": [make.leaf(size, widths[0]) for size in sizes], "gate_biases": [make.leaf(3), None, None]}
-    return Case({**arguments, **layers}, make.dtype)
-
-
-def formulas_by_logits(**arguments: Any) -> Any:
-    """The definition of a call with gate layers."""
-    logits = [
-        x @ weight.transpose(0, 1) + (0 if bias is None else bias)
-        for x, weight, bias in zip(
-            arguments["inputs"], arguments.pop("gate_weights"), arguments.pop("gate_biases"), strict=True
-        )
-    ]
-    return definition.expert_mixture(gate_logits=logits, **arguments)
-
-
 def levels(make: CaseFactory, rows: int, widths: tuple[int, ...], threads: int) -> Iterator[tuple[str, Check]]:
     """Experts without norms: gates of logits and of layers, with gradients and without."""
     plain = make.expert_mixture(rows, widths, ROUTING, activation="gelu", biases=[True] * (len(widths) - 2) + [False])
     biased = make.expert_mixture(rows, widths, ROUTING, activation="leaky_relu", streams=False, stacked=True)
-    layers = with_gate_layers(make, rows, widths)
-    for name, case in (("logits", plain), ("stacked", biased), ("gate layers", layers)):
-        by_layers = name == "gate layers"
-        op = test_gate_layers.by_layers if by_layers else mk.expert_mixture
-        formulas = formulas_by_logits if by_layers else definition.expert_mixture
+    layers = gate_layers.with_layers(make, rows, widths)
+    for name, op, case in (
+        ("logits", mk.expert_mixture, plain),
+        ("stacked", mk.expert_mixture, biased),
+        ("gate layers", gate_layers.by_layers, layers),
+    ):
         for grad in (True, False):
             call = case if grad else case.map(torch.Tensor.detach)
-            run = functools.partial(definition.assert_agrees, op, call, formulas, threads, formulas)
+            run = functools.partial(assert_agrees, op, level_formula, call, threads=threads)
             yield f"{name}, {'training' if grad else 'serving'}", run
 
 
@@ -94,32 +83,26 @@ def norms(
             eps=[0.1] * layers,
             one_slope=[layer % 2 == 1 for layer in range(layers)],
         )
-        run = functools.partial(
-            definition.assert_agrees,
-            normalized.fused,
-            case,
-            normalized.definition if options["kind"] == "batch" else normalized.by_pytorch,  # torch's has no [B, 0]
-            threads,
-            normalized.definition,
-            5.0,
-        )
-        yield name, run
+        baseline = None if options["kind"] == "batch" else normalized.by_pytorch  # torch's batch norm has no [B, 0]
+        arguments = (normalized.fused, level_formula, case, baseline, threads, normalized.FACTOR)
+        yield name, functools.partial(assert_agrees, *arguments)
 
 
 def mixtures(make: CaseFactory, rows: int, threads: int) -> Iterator[tuple[str, Check]]:
     """gated_mixture without features, SNR without features on either side."""
-    checks: list[tuple[str, Any, Case]] = [
-        ("gated_mixture", mk.gated_mixture, make.gated_mixture(rows, 0, ROUTING)),
-        ("snr_aver", mk.snr_aver, snr_cases.snr_aver(make, rows, 0, 3, 2, share=0.8)),
+    trans = (mk.snr_trans, trans_formula)
+    checks: list[tuple[str, Any, Any, Case]] = [
+        ("gated_mixture", mk.gated_mixture, mixture_formula, make.gated_mixture(rows, 0, ROUTING)),
+        ("snr_aver", mk.snr_aver, aver_formula, snr_aver(make, rows, 0, 3, 2, share=0.8)),
     ]
     for ins, outs in (((0, 0), (3,)), ((4, 0), (0, 5)), ((7,), (0, 0)), ((0,), (0,)), ((0, 40), (33, 0, 2))):
-        case = snr_cases.snr_trans(make, rows, ins, outs, share=0.8)
-        checks.append((f"snr_trans {ins} to {outs}", mk.snr_trans, case))
+        case = snr_trans(make, rows, ins, outs, share=0.8)
+        checks.append((f"snr_trans {ins} to {outs}", *trans, case))
     for ins, outs in ((0, 3), (3, 0), (0, 0)):
-        case = snr_cases.snr_trans(make, rows, [ins] * 2, [outs] * 3, stacked=True, stacked_inputs=True)
-        checks.append((f"stacked snr_trans {ins} to {outs}", mk.snr_trans, case))
-    for name, op, case in checks:
-        yield name, functools.partial(definition.assert_agrees, op, case, None, threads)
+        case = snr_trans(make, rows, [ins] * 2, [outs] * 3, stacked=True, stacked_inputs=True)
+        checks.append((f"stacked snr_trans {ins} to {outs}", *trans, case))
+    for name, *arguments in checks:
+        yield name, functools.partial(assert_agrees, *arguments, threads=threads)
 
 
 def check_pcgrad(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
@@ -128,9 +111,9 @@ def check_pcgrad(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
     grads = [[make.leaf(size, requires_grad=False) for size in sizes] for _ in range(3)]
     order = torch.tensor([[1, 2], [2, 0], [0, 1]])
     for options in ({}, {"normalize": True, "max_norm": 0.5}, {"reduction": "mean", "project": False}):
-        definition.assert_pcgrad_agrees(grads, order, **options)
+        assert_pcgrad_agrees(grads, order, **options)
     if len(sizes) == 1:
-        definition.assert_pcgrad_agrees([[grad] for (grad,) in grads], order)
+        assert_pcgrad_agrees([[grad] for (grad,) in grads], order)
         joined = mk.pcgrad(torch.stack([grad for (grad,) in grads]), order=order)
         assert joined.shape == sizes and joined.dtype == dtype
     assert mk.gram(grads).shape == (3, 3)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.ops import definition
+from tests.ops.pcgrad.definition import formula
 
 TASKS = 3
 ORDER = [[1, 2], [2, 0], [0, 1]]
@@ -51,7 +51,7 @@ def expected(model: Model, shared: Any, others: Any, *, reduction: str = "mean",
     (total / TASKS if reduction == "mean" else total).backward()
     plain = grads_of(others)
     model.zero_grad()
-    return [*definition.pcgrad(rows, ORDER, reduction=reduction, **options), *plain]
+    return [*formula(rows, ORDER, reduction=reduction, **options), *plain]
 
 
 def assert_close(actual: list[Tensor | None], wanted: list[Tensor | None], **tolerance: float) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from mtlkernels import Routing, expert_mixture, use_backend
 from mtlkernels._backends import interpreting
-from tests.ops import test_gate_layers, zero_widths
+from tests.ops import zero_widths
+from tests.ops.level import gate_layers
 from tests.triton import levels, snr
 from tests.triton.cases import Case, cases, check_expert_mixture, check_gated_mixture
 
@@ -53,7 +54,7 @@ def test_only_the_level_gradients_asked_for(needs: tuple[bool, ...]) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_gate_layers_through_the_public_function(seed: int, kind: torch.dtype, grad: bool) -> None:
     with use_backend("triton"):
-        test_gate_layers.check(seed, kind, grad)
+        gate_layers.check(seed, kind, grad)
 
 
 def test_an_expert_outside_a_gate_cannot_reach_it() -> None:

@@ -22,7 +22,7 @@ from benchmarks.peers.triton_work import Shape, Work
 from mtlkernels import use_backend
 from mtlkernels._backends import interpreting
 from mtlkernels.testing import evaluate
-from tests.ops import normalized
+from tests.ops.level import normalized
 from tests.triton import norms
 from tests.triton.cases import Case, arguments, poisoned, split_into
 from tests.triton.launches import Launch, last_program_first, launched

@@ -7,8 +7,8 @@ import torch
 
 from mtlkernels import use_backend
 from mtlkernels._backends import interpreting
-from tests.ops import special_values
-from tests.ops.special_values import Style
+from tests.ops.level import special_values
+from tests.ops.level.special_values import Style
 from tests.triton import norms
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
@@ -30,8 +30,8 @@ def test_running_statistics() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-# A few of tests/ops/test_special_values.py's: each of their calls takes a second here. NumPy, which the interpreter
-# computes with, warns of what is tested.
+# A few of tests/ops/level/test_special_values.py's: each of their calls takes a second here. NumPy, which the
+# interpreter computes with, warns of what is tested.
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize(
     "style", [Style("relu", linear_gates=True), Style("prelu"), Style("dice"), Style("relu", "layer")], ids=str

@@ -11,14 +11,11 @@ from torch import Tensor
 import mtlkernels as mk
 from mtlkernels.ops.activations import CODES, WITH_SLOPES
 from mtlkernels.testing import Case, CaseFactory, evaluate
-from tests.ops import normalized
-from tests.ops.definition import assert_agrees
+from tests.ops.level import normalized
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PLE = mk.Routing.cgc(2, 2, 1, shared_gate=True)
 Make = Callable[[str], Case]
-# As in tests/ops/test_normalized_mixture.py: a norm divides by a spread that rounding moves.
-FACTOR = 5.0
 
 
 def _case(
@@ -102,9 +99,7 @@ def cases(scale: int = 1) -> dict[str, Make]:
 
 def check(name: str, device: str, scale: int = 1) -> None:
     """Outputs and gradients against the definition in float64, judged by the reference's error."""
-    case = cases(scale)[name](device)
-    with mk.use_backend("triton"):
-        assert_agrees(normalized.fused, case, normalized.by_reference, 1, normalized.definition, FACTOR)
+    normalized.check(cases(scale)[name](device), "triton")
 
 
 def check_gradients_asked_for(needs: tuple[bool, ...], activation: str, device: str) -> None:

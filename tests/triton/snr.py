@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,14 @@ import torch
 
 import mtlkernels as mk
 from mtlkernels.testing import Case, CaseFactory
-from tests.ops.definition import assert_agrees, reference_op
-from tests.ops.snr_cases import snr_aver, snr_trans
+from tests.ops import agreement
+from tests.ops.snr_aver.cases import snr_aver
+from tests.ops.snr_aver.definition import formula as aver_formula
+from tests.ops.snr_trans.cases import snr_trans
+from tests.ops.snr_trans.definition import formula as trans_formula
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-Make = Callable[[str], tuple[Any, Case]]
+Make = Callable[[str], tuple[Any, Any, Case]]  # the op, its formula, a call
 
 
 def _factory(dtype: torch.dtype, device: str, layout: str) -> CaseFactory:
@@ -24,13 +26,19 @@ def _factory(dtype: torch.dtype, device: str, layout: str) -> CaseFactory:
 def _trans(
     dtype: torch.dtype, rows: int, ins: list[int], outs: list[int], layout: str = "contiguous", **options: Any
 ) -> Make:
-    return lambda device: (mk.snr_trans, snr_trans(_factory(dtype, device, layout), rows, ins, outs, **options))
+    def make(device: str) -> tuple[Any, Any, Case]:
+        return mk.snr_trans, trans_formula, snr_trans(_factory(dtype, device, layout), rows, ins, outs, **options)
+
+    return make
 
 
 def _aver(
     dtype: torch.dtype, rows: int, width: int, sizes: tuple[int, int], layout: str = "contiguous", **options: Any
 ) -> Make:
-    return lambda device: (mk.snr_aver, snr_aver(_factory(dtype, device, layout), rows, width, *sizes, **options))
+    def make(device: str) -> tuple[Any, Any, Case]:
+        return mk.snr_aver, aver_formula, snr_aver(_factory(dtype, device, layout), rows, width, *sizes, **options)
+
+    return make
 
 
 def cases(scale: int = 1) -> dict[str, Make]:
@@ -68,9 +76,7 @@ def cases(scale: int = 1) -> dict[str, Make]:
 
 def check(name: str, device: str, scale: int = 1) -> None:
     """Outputs and gradients against the definition in float64, judged by the reference's error."""
-    op, case = cases(scale)[name](device)
-    with mk.use_backend("triton"):
-        assert_agrees(op, case, functools.partial(reference_op, op))
+    agreement.check(*cases(scale)[name](device), "triton")
 
 
 def check_closed_routes_take_no_part(device: str) -> None:
@@ -79,7 +85,7 @@ def check_closed_routes_take_no_part(device: str) -> None:
         (mk.snr_trans, _trans(F32, 40, [32, 16], [16, 16], share=1.0, closed_grad=False)),
         (mk.snr_aver, _aver(F32, 40, 32, (2, 2), share=1.0, closed_grad=False)),
     ):
-        _, case = make(device)
+        *_, case = make(device)
         with torch.no_grad():
             case.arguments["z"][:, 1] = 0
             case.arguments["u"][1].fill_(float("nan"))

@@ -1,38 +1,20 @@
-"""Expert mixture: a level of experts, evaluated and mixed by every gate in one fused operator."""
+"""A level: experts and the gates that mix them, evaluated in one fused operator.
+
+The public function is :func:`mtlkernels.expert_mixture`; :mod:`mtlkernels.ops.level.spec` says what a level is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtlkernels import _backends, _torch
-from mtlkernels.ops._autograd import apply
-from mtlkernels.ops._call import (
-    direct_to_cpp,
-    distinct,
-    needs_function,
-    needs_plain,
-    run_forward,
-    serve,
-    traced_under_func,
-    under_autocast,
-)
-from mtlkernels.ops._checks import check_logits, numbers_by_layer
-from mtlkernels.ops._linears import joint_linear
-from mtlkernels.ops.activations import CODES, has_slopes
-from mtlkernels.ops.expert_level import expert_level
-from mtlkernels.ops.expert_mixture import plain
-from mtlkernels.ops.expert_mixture.arguments import check_arguments
-from mtlkernels.ops.expert_mixture.autograd import ExpertMixture, Plan
-from mtlkernels.ops.expert_mixture.checks import check_gate_layers
-from mtlkernels.ops.expert_mixture.running import fold_gate_norms, running_gates, running_norms
-from mtlkernels.ops.normalized_mixture import normalized_mixture
-from mtlkernels.ops.normalized_mixture.norms import fold_running
-from mtlkernels.routing import Routing, Wiring
+from mtlkernels.ops._call import needs_plain
+from mtlkernels.ops.level import plain
+from mtlkernels.ops.level.call import evaluate
+from mtlkernels.ops.level.checks import check_arguments
+from mtlkernels.ops.level.direct import direct
+from mtlkernels.routing import Routing
 
 PerExpert = Tensor | Sequence[Tensor]
 
@@ -105,160 +87,12 @@ def expert_mixture(
             unknown, a rate is not in [0, 1], or a batch norm is to take the statistics of fewer than two rows.
     """
     if isinstance(dropout, float) and not dropout:
-        gate_layers = (gate_weights, gate_biases, gate_norms)
-        outputs = _direct(
-            inputs, weights, biases, gate_logits, routing, activation, gate_layers, norms, slopes, dice_eps
-        )
+        gates = (gate_logits, gate_weights, gate_biases, gate_norms)
+        outputs = direct(inputs, weights, biases, gates, routing, activation, norms, slopes, dice_eps)
         if outputs is not None:
             return outputs
-    parts = (inputs, weights, biases, routing, activation, norms, dropout, slopes, dice_eps)
+    gates = (gate_logits, routing, activation, gate_weights, gate_biases, gate_norms)
+    arguments = (inputs, weights, biases, *gates, norms, dropout, slopes, dice_eps)
     if needs_plain("expert_mixture", inputs, weights, biases, gate_logits, gate_weights, gate_biases, slopes):
-        return plain.expert_mixture(*parts, gate_logits, gate_weights, gate_biases, gate_norms)
-    streams, layers, bias_list, codes, layer_norms, rates, slope_list, epsilons = check_arguments(*parts)
-    x = streams[0]
-    layer_norms = fold_running(layer_norms, layers, bias_list)
-    active = any(rates) or any(part is not None for part in (*layer_norms, *slope_list))
-    if norms is not None and not active:
-        starts = range(0, len(bias_list), routing.num_experts)
-        folded = [bias_list[at : at + routing.num_experts] for at in starts]
-        offsets = [None if entry[0] is None else entry for entry in folded]
-        options: dict[str, Any] = {"activation": activation, "gate_weights": gate_weights, "gate_biases": gate_biases}
-        options["gate_norms"] = gate_norms
-        return expert_mixture(inputs, layers, offsets, gate_logits, routing, **options)  # type: ignore[arg-type]
-    gates = check_gate_layers(gate_logits, gate_weights, gate_biases, streams, routing)
-    gates = fold_gate_norms(gate_norms, gates, x)
-    whole = gates is not None and not active and not _transformed()
-    if gates is not None and not whole:
-        gate_logits = _gate_logits(streams, *gates)
-    logits = [] if whole else check_logits(gate_logits, routing, x.shape[0], x)
-    flat_weights = [w for layer in layers for w in layer]
-    streams, flat_weights, bias_list, whole_gates = under_autocast(x, streams, flat_weights, bias_list, gates or ())
-
-    wiring = routing.wiring
-    unused: list[Tensor] = []
-    if wiring.idle:
-        flat_weights, idle_weights = _partition(flat_weights, routing)
-        bias_list, idle_biases = _partition(bias_list, routing)
-        slope_list, idle_slopes = _partition(slope_list, routing)
-        unused = [t for t in idle_weights + idle_biases + idle_slopes if t is not None]
-    expert_inputs = wiring.expert_inputs if len(streams) > 1 else (0,) * len(wiring.live)
-    flat = (expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
-    if active:
-        own = (layer_norms, slope_list, epsilons, rates)
-        return normalized_mixture(streams, flat_weights, bias_list, logits, *own, wiring, flat, unused)
-    backend = _backends.forced()
-    if whole:
-        return expert_level(streams, flat_weights, bias_list, whole_gates[0], whole_gates[1], flat, unused)
-    if traced_under_func("expert_mixture"):
-        backend = "reference"
-    elif needs_function(streams, flat_weights, bias_list, logits, unused):
-        plan = Plan(*flat, len(streams), backend)
-        out = apply(ExpertMixture, plan, *distinct(*streams, *flat_weights, *bias_list, *logits, *unused))
-        return tuple(out[: len(logits)])
-    out = run_forward("expert_mixture", backend, streams[0], streams, flat_weights, bias_list, logits, *flat, False)
-    return tuple(out[0])
-
-
-def _transformed() -> bool:
-    """Whether a transform of torch.func or the compiler is at work, which see further into a level in its parts."""
-    return torch.compiler.is_compiling() or _torch.func_transforms_active()
-
-
-def _direct(
-    inputs: Any,
-    weights: Any,
-    biases: Any,
-    gate_logits: Any,
-    routing: Any,
-    activation: Any,
-    gates: Any,
-    norms: Any,
-    slopes: Any,
-    dice_eps: Any,
-) -> tuple[Tensor, ...] | None:
-    """A call on a CPU, where the way through checks and dispatcher would take as long as a small batch.
-
-    Goes straight to the C++ operator, which checks what it is given before it computes. Returns None where this does
-    not apply, and where the operator refuses: the checks in Python then find out why, in the caller's terms.
-    """
-    several = isinstance(inputs, (list, tuple))
-    if not direct_to_cpp(inputs[0] if several and inputs else inputs):
-        return None
-    try:
-        wiring = routing.wiring
-        if wiring.idle or (several and len(inputs) != routing.num_inputs):
-            return None
-        if gates[0] is None if gate_logits is None else gates != (None, None, None):
-            return None
-        names = (activation,) * len(weights) if isinstance(activation, str) else activation
-        codes = tuple([CODES[name] for name in names])
-        sloped = [False] * len(codes) if slopes is None else [entry is not None for entry in slopes]
-        if [has_slopes(code) for code in codes] != sloped:
-            return None
-        if torch.is_grad_enabled():
-            if norms is not None or slopes is not None or gates[2] is not None:
-                return None
-            return _train(inputs, weights, biases, gate_logits, gates, wiring, codes)
-        flat = (wiring.expert_inputs, wiring.gate_experts, wiring.gate_sizes, codes)
-        epsilons = None if slopes is None else numbers_by_layer("dice_eps", "number", dice_eps, len(codes))
-        extras = (running_norms(norms), running_gates(gates[2]), slopes, epsilons)
-        args = (inputs, weights, biases, gate_logits, *gates[:2], *flat, *extras)
-        served: tuple[Tensor, ...] = serve("expert_mixture", *args)
-        return served
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
-        return None
-
-
-def _train(
-    inputs: Any, weights: Any, biases: Any, logits: Any, gates: Any, wiring: Wiring, codes: tuple[int, ...]
-) -> tuple[Tensor, ...] | None:
-    """The direct way with gradients; None where none is wanted."""
-    streams = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    experts = len(wiring.live)
-    if any(len(layer) != experts for layer in (*weights, *(layer for layer in biases or () if layer is not None))):
-        return None
-    flat_weights = [w for layer in weights for w in layer]
-    flat_biases: list[Any] = [None] * len(flat_weights)
-    if biases is not None:
-        flat_biases = [b for layer in biases for b in ([None] * experts if layer is None else layer)]
-        if any(b is None for layer in biases if layer is not None for b in layer):
-            return None
-    flat = (wiring.expert_inputs if len(streams) > 1 else (0,) * experts, wiring.gate_experts, wiring.gate_sizes, codes)
-    if logits is None:
-        gate_weights = _per_gate(gates[0], wiring.gate_sizes)
-        gate_biases = [None] * len(gate_weights) if gates[1] is None else _per_gate(gates[1], wiring.gate_sizes)
-        if tuple(map(len, gate_weights)) != wiring.gate_sizes or len(gate_biases) != len(gate_weights):
-            return None
-        if 1 < len(streams) < len(gate_weights):
-            return None
-        if not needs_function(streams, flat_weights, flat_biases, gate_weights, gate_biases):
-            return None
-        return expert_level(streams, flat_weights, flat_biases, gate_weights, gate_biases, flat, (), direct=True)
-    if isinstance(logits, Tensor):
-        logits = logits.split(wiring.gate_sizes, dim=1)
-    if not needs_function(streams, flat_weights, flat_biases, logits):
-        return None
-    plan = Plan(*flat, len(streams), _backends.forced(), direct=True)
-    out = apply(ExpertMixture, plan, *streams, *flat_weights, *flat_biases, *logits)
-    return tuple(out[: len(logits)])
-
-
-def _per_gate(value: Any, sizes: Sequence[int]) -> list[Any]:
-    """An entry a gate, from a list or from one tensor in which the gates' rows follow each other."""
-    return list(value.split(sizes) if isinstance(value, Tensor) else value)
-
-
-def _gate_logits(streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """The logits of gates that are linear layers: one product where they read one stream."""
-    if len(streams) == 1 and all((bias is None) == (biases[0] is None) for bias in biases):
-        return joint_linear(streams[0], weights, [bias for bias in biases if bias is not None])
-    rows = streams if len(streams) > 1 else [streams[0]] * len(weights)
-    return [F.linear(x, weight, bias) for x, weight, bias in zip(rows, weights, biases, strict=False)]
-
-
-def _partition(tensors: list[Any], routing: Routing) -> tuple[list[Any], list[Any]]:
-    """A list over layers, then experts, divided into the experts that some gate mixes and the others."""
-    layers = range(0, len(tensors), routing.num_experts)
-    live = [tensors[at + e] for at in layers for e in routing.wiring.live]
-    idle = [tensors[at + e] for at in layers for e in routing.wiring.idle]
-    return live, idle
+        return plain.expert_mixture(*arguments)
+    return evaluate(check_arguments(*arguments), routing)

@@ -1,10 +1,10 @@
-"""Derivatives of expert_mixture, of every order, and its rule for vmap."""
+"""Derivatives of a level, of every order, and its rules for vmap."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,207 +16,223 @@ from mtlkernels.ops._autograd import (
     by_example,
     call,
     copies,
-    differentiate_lists_twice,
+    differentiate_twice,
+    example_by_example,
     front,
     grads_are_batched,
 )
 from mtlkernels.ops._call import run_cpp, run_forward
-from mtlkernels.ops._reach import keep, reach_of
-from mtlkernels.ops.expert_mixture import reference
+from mtlkernels.ops.level import reference, schema  # noqa: F401  (it defines the operators)
+from mtlkernels.ops.level.spec import Groups, LevelSpec
 
-_OP = "expert_mixture"
+_OP = "level"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is static about a call: the routing in the operators' flat form, the layers, and how to run it."""
+class Plan(NamedTuple):
+    """What is static about a call: the level, and how to run it.
 
-    expert_inputs: tuple[int, ...]
-    gate_experts: tuple[int, ...]
-    gate_sizes: tuple[int, ...]
-    activations: tuple[int, ...]
-    num_inputs: int
+    ``direct``: straight to the C++ operator, whose arguments have been checked.
+    """
+
+    spec: LevelSpec
     backend: str | None
-    direct: bool = False  # straight to the C++ operator, which checks what it is given
-
-    @property
-    def num_weights(self) -> int:
-        return len(self.activations) * len(self.expert_inputs)
-
-    @property
-    def routing(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return self.expert_inputs, self.gate_experts, self.gate_sizes, self.activations
-
-    def split(self, tensors: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """Inputs, weights, biases, gate logits, and what follows them."""
-        a = self.num_inputs
-        b = a + self.num_weights
-        c = b + self.num_weights
-        d = c + len(self.gate_sizes)
-        return tensors[:a], tensors[a:b], tensors[b:c], tensors[c:d], tensors[d:]
-
-    def repeated(self, times: int, shared_inputs: bool) -> Plan:
-        """The routing of ``times`` independent copies side by side; ``shared_inputs``: all read the same streams."""
-        streams, experts = (0 if shared_inputs else self.num_inputs), len(self.expert_inputs)
-        return replace(
-            self,
-            expert_inputs=tuple(s + v * streams for v in range(times) for s in self.expert_inputs),
-            gate_experts=tuple(e + v * experts for v in range(times) for e in self.gate_experts),
-            gate_sizes=self.gate_sizes * times,
-            num_inputs=self.num_inputs * (1 if shared_inputs else times),
-        )
+    direct: bool = False
 
 
-class ExpertMixture(torch.autograd.Function):
-    """``apply(plan, *inputs, *weights, *biases, *gate_logits, *idle)`` -> K outputs, then one tensor a saved layer.
+class Level(torch.autograd.Function):
+    """``apply(plan, *tensors, seed, *idle)`` -> K outputs, then what the forward pass saved.
 
-    ``idle`` are the parameters of experts that no gate mixes: they take no part, and their gradient is zero.
+    ``tensors`` are those of the level, see :class:`Groups`. ``idle`` are the parameters of experts that no gate mixes:
+    they take no part, and their gradient is zero.
     """
 
     @staticmethod
     def forward(plan: Plan, *tensors: Any) -> Any:
-        inputs, weights, biases, logits, _ = plan.split(tensors)
-        args = (inputs, weights, biases, logits, *plan.routing, True)
-        outputs, saved = (
-            run_cpp(_OP, "forward", *args) if plan.direct else run_forward(_OP, plan.backend, inputs[0], *args)
-        )
+        spec = plan.spec
+        args = (*spec.operands(tensors), *spec.encoded, tensors[spec.num_tensors], True)
+        run = run_cpp(_OP, "forward", *args) if plan.direct else run_forward(_OP, plan.backend, tensors[0], *args)
+        outputs, saved = run
         return (*outputs, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         plan, *tensors = inputs
-        saved = output[len(plan.gate_sizes) :]
+        saved = output[len(plan.spec.gate_sizes) :]
         ctx.mark_non_differentiable(*saved)
-        if not torch.compiler.is_compiling():  # which does not trace it, and drops zeros that nobody reads
-            ctx.set_materialize_grads(False)  # zeros for what is saved, as large as that, took a tenth of a step
+        ctx.set_materialize_grads(False)  # zeros for what is saved, as large as that, took a tenth of a step
         ctx.plan, ctx.num_saved = plan, len(saved)
         ctx.save_for_backward(*tensors, *saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: Plan = ctx.plan
-        if all(grad is None for grad in grads):
+        spec = plan.spec
+        count, gates = spec.num_tensors, len(spec.gate_sizes)
+        grad_outputs = grads[:gates]
+        if all(grad is None for grad in grad_outputs):
             return (None,) * len(ctx.needs_input_grad)
-        kept = ctx.saved_tensors  # once: checkpointing recomputes them at each access
-        tensors, saved = kept[: -ctx.num_saved], kept[-ctx.num_saved :]
-        *groups, idle = plan.split(tensors)
-        *flags, idle_flags = plan.split(ctx.needs_input_grad[1:])
-        needs = tuple(any(group) for group in flags)
-        inputs, weights = groups[:2]
-        shape = (inputs[0].shape[0], weights[-1].shape[0])
-        grad_outputs = [inputs[0].new_zeros(shape) if grad is None else grad for grad in grads[: len(plan.gate_sizes)]]
-        used = [tensor for group in groups for tensor in group]
-        found = iter(call(ExpertMixtureBackward, plan, needs, *grad_outputs, *used, *saved) if any(needs) else ())
-        reach = reach_of(grads[: len(plan.gate_sizes)], plan.num_inputs, *plan.routing[:3])
-        reached = (None,) * 4 if reach is None else (reach.inputs, reach.experts, reach.experts, reach.gates)
-        result: list[Tensor | None] = [None]
-        for group, need, some in zip(groups, needs, reached, strict=True):
-            part = [next(found) if need and tensor is not None else None for tensor in group]
-            result += part if some is None else keep(part, some)
-        result += [
-            torch.zeros_like(t) if t is not None and need else None for t, need in zip(idle, idle_flags, strict=True)
-        ]
-        return tuple(result)
+        stored = ctx.saved_tensors  # once: checkpointing recomputes them at each access
+        tensors, saved = stored[: -ctx.num_saved], stored[-ctx.num_saved :]
+        flags = ctx.needs_input_grad[1:]
+        needs = tuple(any(group) for group in spec.split(flags))
+        run = _by_parts if spec.gate_inputs and _looked_through(grad_outputs) else _by_operator
+        result = run(plan, needs, grad_outputs, tensors[: count + 1], saved) if any(needs) else [None] * count
+        idle = zip(tensors[count + 1 :], flags[count + 1 :], strict=True)
+        return (None, *result, None, *(torch.zeros_like(t) if t is not None and need else None for t, need in idle))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Any) -> Any:
-        return _vmap_forward(ExpertMixture.apply, info.batch_size, in_dims[1:], plan, tensors)
+        def run(spec: LevelSpec, *arguments: Any) -> Any:
+            return Level.apply(plan._replace(spec=spec), *arguments)
+
+        return _vmap_forward(run, info.batch_size, in_dims[1:], plan.spec, tensors)
 
 
-def _vmap_forward(run: Callable[..., Any], size: int, in_dims: Any, plan: Plan, tensors: Any) -> Any:
-    """The rule for vmap, for ``run(plan, *tensors)`` that returns outputs and, perhaps, saved tensors."""
-    gates, layers = len(plan.gate_sizes), len(plan.activations)
-    inputs, weights, biases, logits, _ = plan.split(tensors)
-    x_dims, w_dims, b_dims, l_dims, _ = plan.split(in_dims)
-    if all(dim is None for dim in (*w_dims, *b_dims)):  # one set of experts: the examples become rows
+def _looked_through(grad_outputs: Sequence[Any]) -> bool:
+    """Whether somebody differentiates or batches the gradients of gates that are in the operator."""
+    return torch.is_grad_enabled() or grads_are_batched(grad_outputs)
+
+
+def _by_operator(plan: Plan, needs: Any, grad_outputs: Any, tensors: Any, saved: Any) -> list[Tensor | None]:
+    """A gradient for each of the level's tensors, None where none is wanted or no gradient reaches it."""
+    grads = iter(call(LevelBackward, plan, needs, *grad_outputs, *tensors, *saved))
+    returned = plan.spec.returned(grad_outputs, tensors[:-1], needs)
+    return [next(grads) if flag else None for flag in returned]
+
+
+def _by_parts(plan: Plan, needs: Any, grad_outputs: Any, tensors: Any, saved: Any) -> list[Tensor | None]:
+    """The same, of a level with linear gates, by steps that have derivatives: its logits, and a level that takes them."""
+    spec, groups = plan.spec, plan.spec.split(tensors[:-1])
+    inner = replace(spec, gate_inputs=())
+    logits = reference.gate_logits(spec, groups)
+    of_level = [*tensors[: -1 - spec.sizes.gates - spec.sizes.gate_biases], *logits]
+    of_gates = needs[0] or needs[6] or needs[7]
+    inner_needs = (*needs[:6], of_gates, False)
+    kept = saved[:-1]  # without the logits
+    inner_plan = plan._replace(spec=inner, direct=False)
+    found = inner.split(_by_operator(inner_plan, inner_needs, grad_outputs, (*of_level, None), kept))
+    grad_inputs = list(found.inputs)
+    grad_weights: list[Any] = [None] * len(logits)
+    grad_biases: list[Any] = [None] * len(logits)
+    for k, stream in enumerate(spec.gate_inputs):
+        grad, x = found.gates[k], groups.inputs[stream]
+        if grad is None:
+            continue
+        if needs[0]:
+            more = grad @ groups.gates[k]
+            grad_inputs[stream] = more if grad_inputs[stream] is None else grad_inputs[stream] + more
+        if needs[6]:
+            grad_weights[k] = grad.t() @ x
+        if needs[7] and groups.gate_biases[k] is not None:
+            grad_biases[k] = grad.sum(0)
+    return [*grad_inputs, *(grad for group in found[1:6] for grad in group), *grad_weights, *grad_biases]
+
+
+class LevelBackward(torch.autograd.Function):
+    """``apply(plan, needs, *grad_outputs, *tensors, seed, *saved)`` -> the gradients that the operator returns.
+
+    A function of its own so that it has derivatives and a rule for vmap.
+    """
+
+    @staticmethod
+    def forward(plan: Plan, needs: tuple[bool, ...], *arguments: Any) -> Any:
+        spec = plan.spec
+        gates = len(spec.gate_sizes)
+        if grads_are_batched(arguments[:gates]):
+            return batched_backward(LevelBackward, (plan, needs), arguments)
+        grad_outputs, tensors = arguments[:gates], arguments[gates:]
+        saved = tensors[spec.num_tensors + 1 :]
+        args = (*spec.operands(tensors), saved, *spec.encoded, tensors[spec.num_tensors], needs)
+        return tuple(implementation(_OP, "backward", plan.backend, tensors[0])(grad_outputs, *args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan, ctx.needs, *arguments = inputs
+        ctx.save_for_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        spec: LevelSpec = ctx.plan.spec
+        gates, count = len(spec.gate_sizes), spec.num_tensors
+        arguments = ctx.saved_tensors
+        grad_outputs, tensors, seed = arguments[:gates], arguments[gates : gates + count], arguments[gates + count]
+        part = spec.reached(grad is not None for grad in grad_outputs)
+        chosen = [i for i, flag in enumerate(part.flags) if flag and tensors[i] is not None]
+        found = iter(grads)
+        returned = spec.returned(grad_outputs, tensors, ctx.needs)
+        cotangents = [next(found) if flag else None for flag in returned]
+
+        def forward(*primals: Tensor) -> tuple[Tensor, ...]:
+            filled = list(tensors)
+            for i, primal in zip(chosen, primals, strict=True):
+                filled[i] = primal
+            return tuple(reference.evaluate(part.spec, part.pick(spec.split(filled)), seed)[0])
+
+        present = [grad for grad in grad_outputs if grad is not None]
+        primals = [tensors[i] for i in chosen]
+        of_present, of_chosen = differentiate_twice(forward, primals, present, [cotangents[i] for i in chosen])
+        grad_grads, by_place = iter(of_present), dict(zip(chosen, of_chosen, strict=True))
+        of_outputs = [None if grad is None else next(grad_grads) for grad in grad_outputs]
+        rest = len(arguments) - gates - count
+        return (None, None, *of_outputs, *(by_place.get(i) for i in range(count)), *[None] * rest)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *arguments: Any) -> Any:
+        spec, size, dims = plan.spec, info.batch_size, in_dims[2:]
+        if spec.stores_inputs or spec.gate_inputs:
+            return example_by_example(
+                lambda *example: LevelBackward.apply(plan, needs, *example), size, dims, arguments
+            )
+        gates, count = len(spec.gate_sizes), spec.num_tensors
+        grads = _slices(arguments[:gates], dims[:gates], size, 1)
+        groups, group_dims = spec.split(arguments[gates:]), spec.split(dims[gates:])
+        shared = not needs[0] and all(dim is None for dim in group_dims.inputs)
+        wide = _side_by_side(spec, groups, group_dims, size, shared)
+        kept = zip(arguments[gates + count + 1 :], dims[gates + count + 1 :], strict=True)
+        saved = [front(t, dim, size).flatten(0, 1) for t, dim in kept]
+        wide_plan = plan._replace(spec=spec.repeated(size, shared))
+        out = iter(LevelBackward.apply(wide_plan, needs, *grads, *wide, None, *saved))
+        returned = iter(spec.returned(arguments[:gates], arguments[gates : gates + count], needs))
+        result = []
+        for number, group in enumerate(groups):
+            flags = [next(returned) for _ in group]
+            blocks = len(spec.layers) if 1 <= number <= 5 else 1
+            width = len(flags) // blocks
+            for block in range(blocks):
+                present = [i for i in range(width) if flags[block * width + i]]
+                run = [[next(out) for _ in present] for _ in range(size)]
+                result += [torch.stack([example[i] for example in run]) for i in range(len(present))]
+        return tuple(result), (0,) * len(result)
+
+
+def _vmap_forward(run: Callable[..., Any], size: int, in_dims: Any, spec: LevelSpec, tensors: Any) -> Any:
+    """The rule for vmap, for ``run(spec, *tensors, seed, ...)`` that returns outputs and what is saved."""
+    if spec.stores_inputs or spec.gate_inputs:  # each example has statistics, a seed or gates of its own
+        return example_by_example(lambda *example: run(spec, *example), size, in_dims, tensors)
+    gates = len(spec.gate_sizes)
+    groups, dims = spec.split(tensors), spec.split(in_dims)
+    if all(dim is None for dim in (*dims.weights, *dims.biases)):  # one set of experts: the examples become rows
         rows = [
-            [front(t, dim, size).flatten(0, 1) for t, dim in zip(ts, dims, strict=True)]
-            for ts, dims in ((inputs, x_dims), (logits, l_dims))
+            [front(t, dim, size).flatten(0, 1) for t, dim in zip(ts, own, strict=True)]
+            for ts, own in ((groups.inputs, dims.inputs), (groups.gates, dims.gates))
         ]
-        out = run(plan, *rows[0], *weights, *biases, *rows[1])
-        ys = [by_example(y, 0, size) for y in out[:gates]]
+        out = run(spec, *rows[0], *groups.weights, *groups.biases, *rows[1], None)
         saved = [by_example(s, 1, size) for s in out[gates:]]
-        return (*ys, *saved), (0,) * gates + (1,) * len(saved)
-    shared = all(dim is None for dim in x_dims)  # different experts: the examples become further experts
-    x = list(inputs) if shared else _slices(inputs, x_dims, size, 1)
-    w = _slices(weights, w_dims, size, layers)
-    b = _slices(biases, b_dims, size, layers)
-    each = _slices(logits, l_dims, size, 1)
-    out = run(plan.repeated(size, shared), *x, *w, *b, *each)
+        return (*(by_example(y, 0, size) for y in out[:gates]), *saved), (0,) * gates + (1,) * len(saved)
+    shared = all(dim is None for dim in dims.inputs)  # different experts: the examples become further experts
+    out = run(spec.repeated(size, shared), *_side_by_side(spec, groups, dims, size, shared), None)
     ys = [torch.stack(out[k : size * gates : gates]) for k in range(gates)]
     saved = [by_example(s, 0, size) for s in out[size * gates :]]
     return (*ys, *saved), (0,) * (gates + len(saved))
 
 
-class ExpertMixtureBackward(torch.autograd.Function):
-    """``apply(plan, needs, *grad_outputs, *inputs, *weights, *biases, *gate_logits, *saved)`` -> the gradients wanted.
-
-    ``needs``: whether inputs, weights, biases and logits want theirs; they come in that order, none for a bias that
-    is None. A function of its own so that it has derivatives and a rule for vmap.
-    """
-
-    @staticmethod
-    def forward(plan: Plan, needs: tuple[bool, bool, bool, bool], *tensors: Any) -> Any:
-        gates = len(plan.gate_sizes)
-        if grads_are_batched(tensors[:gates]):
-            return batched_backward(ExpertMixtureBackward, (plan, needs), tensors)
-        inputs, weights, biases, logits, saved = plan.split(tensors[gates:])
-        run = implementation(_OP, "backward", plan.backend, inputs[0])
-        dx, dw, db, dl = run(tensors[:gates], inputs, weights, biases, logits, saved, *plan.routing, *needs)
-        return (*dx, *dw, *(g for g, bias in zip(db, biases, strict=False) if bias is not None), *dl)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.plan, ctx.needs, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        plan: Plan = ctx.plan
-        gates = len(plan.gate_sizes)
-        tensors = ctx.saved_tensors
-        *groups, saved = plan.split(tensors[gates:])
-
-        def forward(inputs: Any, weights: Any, biases: Any, logits: Any) -> tuple[Tensor, ...]:
-            return tuple(reference.forward(inputs, weights, biases, logits, *plan.routing, False)[0])
-
-        grad_grads, result = differentiate_lists_twice(forward, groups, ctx.needs, tensors[:gates], grads)
-        return (None, None, *grad_grads, *result, *[None] * len(saved))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *tensors: Any) -> Any:
-        size = info.batch_size
-        gates, layers, experts = len(plan.gate_sizes), len(plan.activations), len(plan.expert_inputs)
-        dims = in_dims[2:]
-        grads = _slices(tensors[:gates], dims[:gates], size, 1)
-        inputs, weights, biases, logits, saved = plan.split(tensors[gates:])
-        x_dims, w_dims, b_dims, l_dims, s_dims = plan.split(dims[gates:])
-        shared = not needs[0] and all(dim is None for dim in x_dims)
-        x = list(inputs) if shared else _slices(inputs, x_dims, size, 1)
-        w = _slices(weights, w_dims, size, layers)
-        b = _slices(biases, b_dims, size, layers)
-        each = _slices(logits, l_dims, size, 1)
-        s = [front(t, dim, size).flatten(0, 1) for t, dim in zip(saved, s_dims, strict=True)]
-        wide = plan.repeated(size, shared)
-        out = iter(ExpertMixtureBackward.apply(wide, needs, *grads, *x, *w, *b, *each, *s))
-        biased_layers = sum(bias is not None for bias in biases) // experts
-        shapes = ((len(inputs), 1), (experts, layers), (experts, biased_layers), (gates, 1))
-        result = [
-            grad
-            for need, (width, blocks) in zip(needs, shapes, strict=True)
-            if need
-            for grad in _regrouped(out, size, width, blocks)
-        ]
-        return tuple(result), (0,) * len(result)
-
-
-def _regrouped(grads: Iterator[Tensor], size: int, width: int, blocks: int) -> list[Tensor]:
-    """The inverse of :func:`_slices`: takes the slices from ``grads`` and stacks those of one tensor."""
-    result = []
-    for _ in range(blocks):
-        run = [next(grads) for _ in range(size * width)]
-        result += [torch.stack(run[i::width]) for i in range(width)]
-    return result
+def _side_by_side(spec: LevelSpec, groups: Groups, dims: Groups, size: int, shared: bool) -> list[Any]:
+    """The tensors of ``spec.repeated(size, shared)`` from vmapped ones."""
+    blocks = (1, *[len(spec.layers)] * 5, 1, 1)
+    found = list(groups.inputs) if shared else []
+    for ts, own, count in list(zip(groups, dims, blocks, strict=True))[int(shared) :]:
+        found += _slices(ts, own, size, count) if ts else []
+    return found
 
 
 def _slices(tensors: Any, dims: Any, size: int, blocks: int) -> list[Tensor | None]:
@@ -230,32 +246,33 @@ register_reference(_OP, "forward", reference.forward)
 register_reference(_OP, "backward", reference.backward)
 
 
-def _plan(inputs: Any, routing: Any) -> Plan:
-    expert_inputs, gate_experts, gate_sizes, activations = (tuple(part) for part in routing)
-    return Plan(expert_inputs, gate_experts, gate_sizes, activations, len(inputs), None)
+def _differentiable_forward(
+    inputs: Any, parameters: Any, gates: Any, ints: Any, floats: Any, seed: Any, save: bool
+) -> Any:
+    spec = LevelSpec.decoded(ints, floats)
+    out = Level.apply(Plan(spec, None), *inputs, *parameters, *gates, seed)
+    count = len(spec.gate_sizes)
+    saved = out[count:]
+    return list(out[:count]), list(saved if save else spec.split_saved(saved)[1])
 
 
-def _differentiable_forward(inputs: Any, weights: Any, biases: Any, logits: Any, *rest: Any) -> Any:
-    *routing, save = rest
-    out = ExpertMixture.apply(_plan(inputs, routing), *inputs, *weights, *biases, *logits)
-    return list(out[: len(logits)]), list(out[len(logits) :]) if save else []
-
-
-@torch.library.register_vmap("mtlkernels::expert_mixture_forward")
+@torch.library.register_vmap("mtlkernels::level_forward")
 def _vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
     """The operator's own rule, which torch.compile needs where no gradient is wanted."""
-    lists, routing, save = args[:4], args[4:8], args[8]
-    gates = len(lists[3])
+    *lists, ints, floats, seed, save = args
+    spec = LevelSpec.decoded(ints, floats)
 
-    def run(plan: Plan, *tensors: Any) -> Any:
-        inputs, weights, biases, logits, _ = plan.split(tensors)
-        found = torch.ops.mtlkernels.expert_mixture_forward(inputs, weights, biases, logits, *plan.routing, save)
+    def run(spec: LevelSpec, *tensors: Any) -> Any:
+        found = torch.ops.mtlkernels.level_forward(
+            *spec.operands(tensors), *spec.encoded, tensors[spec.num_tensors], save
+        )
         return (*found[0], *found[1])
 
     dims = [dim for group, ts in zip(in_dims, lists, strict=False) for dim in (group or [None] * len(ts))]
-    flat = [t for ts in lists for t in ts]
-    out, out_dims = _vmap_forward(run, info.batch_size, dims, _plan(lists[0], routing), flat)
+    tensors = [tensor for ts in lists for tensor in ts]
+    out, out_dims = _vmap_forward(run, info.batch_size, (*dims, in_dims[5]), spec, (*tensors, seed))
+    gates = len(spec.gate_sizes)
     return (list(out[:gates]), list(out[gates:])), (list(out_dims[:gates]), list(out_dims[gates:]))
 
 
-register_autograd("expert_mixture_forward", _differentiable_forward)
+register_autograd("level_forward", _differentiable_forward)

@@ -1,24 +1,79 @@
-"""Checks of expert_mixture's arguments; each returns them in the operator's form."""
+"""The arguments of expert_mixture: each check returns what it checked in the form in which it travels on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mtlkernels.ops._checks import (
     as_sequence,
     check_like,
+    check_logits,
     check_parameter,
+    check_routing,
     check_tensor,
     numbers_by_layer,
     shape_of,
 )
 from mtlkernels.ops.activations import CODES, DICE, has_slopes
+from mtlkernels.ops.level.norms import Norm, check_dropout, check_gate_norms, check_norms
 from mtlkernels.routing import Routing
 
 Check = Callable[[str, Tensor, str, Tensor], None]
+
+
+class Arguments(NamedTuple):
+    """Streams; then by layer: weights, activations, norms, dropout and eps; biases and slopes by layer, then expert.
+
+    ``gates`` are weights, biases, and norms or none at all, of gates that are linear layers; otherwise None, and
+    ``logits`` has an entry a gate.
+    """
+
+    streams: list[Tensor]
+    layers: list[list[Tensor]]
+    biases: list[Tensor | None]
+    codes: tuple[int, ...]
+    norms: list[Norm | None]
+    dropout: tuple[float, ...]
+    slopes: list[Tensor | None]
+    dice_eps: tuple[float, ...]
+    gates: tuple[list[Tensor], list[Tensor | None], list[Any]] | None
+    logits: list[Tensor]
+
+
+def check_arguments(
+    inputs: Any,
+    weights: Any,
+    biases: Any,
+    gate_logits: Any,
+    routing: Any,
+    activation: Any,
+    gate_weights: Any,
+    gate_biases: Any,
+    gate_norms: Any,
+    norms: Any,
+    dropout: Any,
+    slopes: Any,
+    dice_eps: Any,
+) -> Arguments:
+    """See :func:`mtlkernels.expert_mixture`."""
+    check_routing(routing)
+    streams = check_inputs(inputs, routing)
+    x = streams[0]
+    layers = check_weights(weights, routing, x)
+    bias_list = check_biases(biases, layers, routing, x)
+    codes = activation_codes(activation, len(layers))
+    layer_norms = check_norms(norms, layers, routing, x)
+    rates = check_dropout(dropout, len(layers))
+    slope_list, epsilons = check_slopes(slopes, dice_eps, codes, layers, routing, x)
+    of_layers = (streams, layers, bias_list, codes, layer_norms, rates, slope_list, epsilons)
+    gates = check_gate_layers(gate_logits, gate_weights, gate_biases, streams, routing)
+    modules = check_gate_norms(gate_norms, None if gates is None else gates[0], x)
+    if gates is not None:
+        return Arguments(*of_layers, (*gates, modules), [])
+    return Arguments(*of_layers, None, check_logits(gate_logits, routing, x.shape[0], x))
 
 
 def check_inputs(inputs: Any, routing: Routing) -> list[Tensor]:

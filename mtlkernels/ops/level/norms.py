@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtlkernels.ops._checks import as_sequence, check_parameter, numbers_by_layer, shape_of
 from mtlkernels.ops._folding import fold, uses_running
-from mtlkernels.ops.normalized_mixture.reference import BATCH_NORM, LAYER_NORM
+from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM
 from mtlkernels.routing import Routing
 
 _CODES: dict[type, int] = {nn.BatchNorm1d: BATCH_NORM, nn.LayerNorm: LAYER_NORM}
@@ -117,31 +117,31 @@ def fold_running(
     return [None if norm is None or norm.running else norm for norm in norms]
 
 
-def check_rows(norms: Sequence[Norm | None], x: Tensor) -> None:
+def check_rows(norms: Sequence[Norm], x: Tensor) -> None:
     """As PyTorch's batch norm: the statistics of one row say nothing."""
     for norm in norms:
-        if norm is not None and norm.code == BATCH_NORM and x.shape[0] < 2:
+        if norm.code == BATCH_NORM and x.shape[0] < 2:
             size = torch.Size([x.shape[0], norm.modules[0].num_features])
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
 
 
 @torch.no_grad()
 def update_running_statistics(
-    norms: Sequence[Norm], experts: Sequence[int], means: Any, variances: Any, rows: int
+    norms: Sequence[Norm], experts: Sequence[int], statistics: Sequence[Tensor], rows: int
 ) -> None:
     """What ``nn.BatchNorm1d`` does with the statistics of a batch in training.
 
     Args:
         norms: of the layers that have one, in order.
         experts: those of which there are statistics.
-        means: an entry a norm: [E, H] of a batch norm.
-        variances: the same of the biased variances; running ones are unbiased.
+        statistics: the means, an entry a norm, [E, H] of a batch norm, and then the biased variances; running ones are
+            unbiased.
         rows: B.
     """
     counts: list[Tensor] = []
     averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     cumulative: list[tuple[Tensor, Tensor, Tensor]] = []
-    for norm, mean, variance in zip(norms, means, variances, strict=True):
+    for norm, mean, variance in zip(norms, statistics[: len(norms)], statistics[len(norms) :], strict=True):
         if norm.code != BATCH_NORM:
             continue
         unbiased = variance * (rows / (rows - 1))
@@ -166,3 +166,45 @@ def update_running_statistics(
         torch._foreach_lerp_(running, values, momentum)
     for average, value, batches in cumulative:
         average.lerp_(value, 1 / batches.to(average.dtype))
+
+
+def running_parts(norm: Any) -> tuple[Any, ...] | None:
+    """Mean, variance, weight, bias and eps of a batch norm by running statistics; None for any other norm.
+
+    Past ``nn.Module.__getattr__``, which takes longer than all of this; a norm whose parameters are made by a
+    parametrization has them elsewhere.
+    """
+    if not uses_running(norm) or "weight" not in norm._parameters or "bias" not in norm._parameters:
+        return None
+    parameters, buffers = norm._parameters, norm._buffers
+    return buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], norm.eps
+
+
+def check_gate_norms(norms: Any, weights: Sequence[Tensor] | None, x: Tensor) -> list[Any]:
+    """An entry a gate of these weights, a module or None; empty where no gate has a norm."""
+    if norms is None:
+        return []
+    if weights is None:
+        raise ValueError("gate_norms must be None without gate_weights, got norms")
+    modules = list(as_sequence("gate_norms", norms, "None or a sequence with an entry a gate"))
+    if len(modules) != len(weights):
+        raise ValueError(f"gate_norms must hold an entry for each of {len(weights)} gates, got {len(modules)}")
+    for k, (module, weight) in enumerate(zip(modules, weights, strict=True)):
+        if module is None:
+            continue
+        if type(module) is not nn.BatchNorm1d:
+            raise TypeError(f"gate_norms[{k}] must be a BatchNorm1d or None, got {type(module).__name__}")
+        check_module(f"gate_norms[{k}]", module, len(weight), x)
+        if not uses_running(module):
+            raise ValueError(f"gate_norms[{k}] must use its running statistics; with a batch's, pass gate_logits")
+    return modules
+
+
+def fold_gate_norms(
+    weights: list[Tensor], biases: list[Tensor | None], modules: list[Any]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The gates' linear layers with their batch norms in them, differentiably; as they are without norms."""
+    for k, module in enumerate(modules):
+        if module is not None:
+            (weights[k],), (biases[k],) = fold([weights[k]], [biases[k]], [module])
+    return weights, biases

@@ -223,6 +223,8 @@ def backward(
     tensors = (*inputs, *parameters, *gates)
     check_parts(level, level.split(tensors))
     returned = level.returned(grad_outputs, tensors, needs)
+    if not any(returned):
+        return []
     part = level.reached(grad is not None for grad in grad_outputs)
     present = [grad for grad in grad_outputs if grad is not None]
     found = _gradients(part.spec, part.pick(level.split(tensors)), present, saved, seed, Groups(*needs))
@@ -233,7 +235,12 @@ def backward(
 
 
 def _gradients(
-    spec: LevelSpec, groups: Groups, grad_outputs: Sequence[Any], saved: Sequence[Tensor], seed: Tensor | None, needs: Any
+    spec: LevelSpec,
+    groups: Groups,
+    grad_outputs: Sequence[Any],
+    saved: Sequence[Tensor],
+    seed: Tensor | None,
+    needs: Any,
 ) -> list[Any]:
     """Of each tensor of a level, all of whose outputs have gradients; None for kinds that are not needed."""
     values = _from_saved(spec, groups, saved, seed)
@@ -252,7 +259,7 @@ def _gradients(
         variance = _of_part(spec, next(variances)) if layer.norm else None
         dz, others = _layer_gradients(layer, values[number], variance, parameters.scales, grad)
         for name, part in others.items():
-            getattr(found, name)[run] = part.unbind(0)
+            getattr(found, name)[run] = [row.clone() for row in part]
         dz = dz.to(groups.inputs[0].dtype)
         if needs.weights:
             below = values[number - 1].hidden if number else [groups.inputs[stream] for stream in spec.expert_inputs]

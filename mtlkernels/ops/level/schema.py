@@ -67,8 +67,14 @@ def _autocast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     level = LevelSpec.decoded(spec, numbers)
     linear = level.sizes.weights + level.sizes.biases
     cast_parameters = [*cast_floats(parameters[:linear], dtype), *parameters[linear:]]
-    return cast_floats(inputs, dtype), cast_parameters, cast_floats(gates, dtype) if level.gate_inputs else gates, \
-        spec, numbers, *rest
+    return (
+        cast_floats(inputs, dtype),
+        cast_parameters,
+        cast_floats(gates, dtype) if level.gate_inputs else gates,
+        spec,
+        numbers,
+        *rest,
+    )
 
 
 define(

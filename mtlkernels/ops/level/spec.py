@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from mtlkernels.ops.activations import CODES, has_slopes
 
@@ -53,7 +55,7 @@ class Groups(NamedTuple):
 class Reached(NamedTuple):
     """The part of a level on which some of its outputs depend.
 
-    ``spec`` is that of the part; ``inputs``, ``experts`` and ``gates`` are the numbers that its own have in the whole,
+    ``spec`` is that of the part, unless it is empty; ``inputs``, ``experts`` and ``gates`` are the numbers that its own have in the whole,
     ``flags`` says of each of the whole level's tensors whether it is in the part.
     """
 
@@ -96,9 +98,38 @@ class LevelSpec:
     layers: tuple[Layer, ...]
     gate_inputs: tuple[int, ...] = ()
     numbers: tuple[int, ...] = field(default=(), repr=False)
+    # What follows from these. Plain attributes, as the compiler, which makes specs while it traces, knows them.
+    # Whether the pre-activations of all layers are stored, as statistics, masks and slopes want them.
+    stores_inputs: bool = field(init=False, repr=False, compare=False)
+    has_norms: bool = field(init=False, repr=False, compare=False)
+    has_slopes: bool = field(init=False, repr=False, compare=False)
+    # How many tensors of each kind there are, those of norms and slopes only where a layer has them; and of all kinds.
+    sizes: Groups = field(init=False, repr=False, compare=False)
+    num_tensors: int = field(init=False, repr=False, compare=False)
+    # The streams that no expert and no gate reads.
+    unread: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    encoded: tuple[tuple[int, ...], tuple[float, ...]] = field(init=False, repr=False, compare=False)
     _reached: dict[tuple[bool, ...], Reached] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        has_norms = any(layer.norm for layer in self.layers)
+        sloped = any(has_slopes(layer.activation) for layer in self.layers)
+        stores_inputs = has_norms or sloped or any(layer.dropout > 0 for layer in self.layers)
+        self._check(stores_inputs)
+        each, gates = len(self.layers) * len(self.expert_inputs), len(self.gate_sizes)
+        norms, slopes = each * has_norms, each * sloped
+        sizes = Groups(self.num_inputs, each, each, norms, norms, slopes, gates, len(self.gate_inputs))
+        read = (*self.expert_inputs, *self.gate_inputs)
+        object.__setattr__(self, "numbers", self.numbers or tuple(range(len(self.expert_inputs))))
+        object.__setattr__(self, "stores_inputs", stores_inputs)
+        object.__setattr__(self, "has_norms", has_norms)
+        object.__setattr__(self, "has_slopes", sloped)
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "num_tensors", sum(sizes))
+        object.__setattr__(self, "unread", tuple(i for i in range(self.num_inputs) if i not in read))
+        object.__setattr__(self, "encoded", self._encoded())
+
+    def _check(self, stores_inputs: bool) -> None:
         experts, gates = len(self.expert_inputs), len(self.gate_sizes)
         _require(min(experts, gates, len(self.layers), *self.gate_sizes) > 0, "hold an expert, a layer and full gates")
         _require(sum(self.gate_sizes) == len(self.gate_experts), "name an expert for each of its gates' logits")
@@ -109,40 +140,20 @@ class LevelSpec:
             _require(0 <= layer.activation < len(CODES), f"hold codes of activations, not {layer.activation}")
             _require(NO_NORM <= layer.norm <= LAYER_NORM, f"hold codes of norms, not {layer.norm}")
             _require(0 <= layer.dropout <= 1, f"hold rates of dropout in [0, 1], not {layer.dropout}")
-        _require(not (self.stores_inputs and self.gate_inputs), "take the logits of a level with norms, dropout, slopes")
-        if not self.numbers:
-            object.__setattr__(self, "numbers", tuple(range(experts)))
+        _require(not (stores_inputs and self.gate_inputs), "take the logits of a level with norms, dropout or slopes")
 
-    # Layers ----------------------------------------------------------------------------------------------------------
+    def _encoded(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The ints and floats that operators take.
 
-    @cached_property
-    def stores_inputs(self) -> bool:
-        """Whether the pre-activations of all layers are stored, as statistics, masks and slopes want them."""
-        return any(layer.norm or layer.dropout > 0 or has_slopes(layer.activation) for layer in self.layers)
-
-    @cached_property
-    def has_norms(self) -> bool:
-        """Whether some layer has a norm."""
-        return any(layer.norm for layer in self.layers)
-
-    @cached_property
-    def has_slopes(self) -> bool:
-        """Whether the activation of some layer has learned slopes."""
-        return any(has_slopes(layer.activation) for layer in self.layers)
-
-    # Tensors ---------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def sizes(self) -> Groups:
-        """How many tensors of each kind there are; those of norms and slopes only where a layer has them."""
-        each, gates = len(self.layers) * len(self.expert_inputs), len(self.gate_sizes)
-        norms, slopes = each * self.has_norms, each * self.has_slopes
-        return Groups(self.num_inputs, each, each, norms, norms, slopes, gates, len(self.gate_inputs))
-
-    @cached_property
-    def num_tensors(self) -> int:
-        """How many tensors, or Nones in their places, a level has."""
-        return sum(self.sizes)
+        The ints are G, E, K, L and whether gates are linear; E streams, K sizes, L activations and L norms; K streams
+        of linear gates; and the gates' experts. The floats are L eps, L eps of Dice and L rates of dropout, or none
+        where all are zero.
+        """
+        counts = (self.num_inputs, len(self.expert_inputs), len(self.gate_sizes), len(self.layers))
+        activations, norms, *numbers = (tuple(layer[i] for layer in self.layers) for i in range(5))
+        wiring = (*self.expert_inputs, *self.gate_sizes, *activations, *norms, *self.gate_inputs, *self.gate_experts)
+        floats = tuple(value for run in numbers for value in run)
+        return (*counts, int(len(self.gate_inputs) > 0), *wiring), floats if any(floats) else ()
 
     def split(self, tensors: Sequence[Any]) -> Groups:
         """The groups of a flat sequence of all of a level's tensors, or of a value for each."""
@@ -184,14 +195,18 @@ class LevelSpec:
         read = {self.expert_inputs[e] for e in experts} | {self.gate_inputs[k] for k in gates if self.gate_inputs}
         inputs = tuple(sorted(read))
         place = {e: i for i, e in enumerate(experts)}
-        part = replace(
-            self,
-            num_inputs=len(inputs),
-            expert_inputs=tuple(inputs.index(self.expert_inputs[e]) for e in experts),
-            gate_experts=tuple(place[e] for k in gates for e in members[k]),
-            gate_sizes=tuple(self.gate_sizes[k] for k in gates),
-            gate_inputs=tuple(inputs.index(self.gate_inputs[k]) for k in gates if self.gate_inputs),
-            numbers=tuple(self.numbers[e] for e in experts),
+        part = (
+            self
+            if not gates
+            else replace(
+                self,
+                num_inputs=len(inputs),
+                expert_inputs=tuple(inputs.index(self.expert_inputs[e]) for e in experts),
+                gate_experts=tuple(place[e] for k in gates for e in members[k]),
+                gate_sizes=tuple(self.gate_sizes[k] for k in gates),
+                gate_inputs=tuple(inputs.index(self.gate_inputs[k]) for k in gates if self.gate_inputs),
+                numbers=tuple(self.numbers[e] for e in experts),
+            )
         )
         of_inputs = [i in inputs for i in range(self.num_inputs)]
         of_experts = [e in place for e in range(len(self.expert_inputs))]
@@ -222,22 +237,6 @@ class LevelSpec:
             numbers=(),
         )
 
-    # Encoding --------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def encoded(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """The ints and floats that operators take.
-
-        The ints are G, E, K, L and whether gates are linear; E streams, K sizes, L activations and L norms; K streams
-        of linear gates; and the gates' experts. The floats are L eps, L eps of Dice and L rates of dropout, or none
-        where all are zero.
-        """
-        counts = (self.num_inputs, len(self.expert_inputs), len(self.gate_sizes), len(self.layers))
-        activations, norms, *numbers = zip(*self.layers, strict=True)
-        wiring = (*self.expert_inputs, *self.gate_sizes, *activations, *norms, *self.gate_inputs, *self.gate_experts)
-        floats = tuple(value for run in numbers for value in run)
-        return (*counts, int(bool(self.gate_inputs)), *wiring), floats if any(floats) else ()
-
     @staticmethod
     def decoded(ints: Sequence[int], floats: Sequence[float]) -> LevelSpec:
         """The spec of :attr:`encoded`.
@@ -245,11 +244,11 @@ class LevelSpec:
         Raises:
             ValueError: the lists are not those of a spec.
         """
-        return _decoded(tuple(ints), tuple(floats))
+        decode = _decode if torch.compiler.is_compiling() else _decode_once
+        return decode(tuple(ints), tuple(floats))
 
 
-@lru_cache(maxsize=1024)
-def _decoded(ints: tuple[int, ...], floats: tuple[float, ...]) -> LevelSpec:
+def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> LevelSpec:
     _require(len(ints) >= 5 and min(ints) >= 0, "begin with four counts and a flag")
     inputs, experts, gates, layers, linear = ints[:5]
     sizes = (experts, gates, layers, layers, gates * linear)
@@ -259,6 +258,9 @@ def _decoded(ints: tuple[int, ...], floats: tuple[float, ...]) -> LevelSpec:
     numbers = _runs(floats or (0.0,) * (3 * layers), (layers,) * 3)
     of_layers = tuple(Layer(*values) for values in zip(activations, norms, *numbers, strict=True))
     return LevelSpec(inputs, streams, ints[5 + sum(sizes) :], gate_sizes, of_layers, gate_inputs)
+
+
+_decode_once = lru_cache(maxsize=1024)(_decode)
 
 
 def _runs(values: Sequence[Any], sizes: Iterable[int]) -> Iterable[Any]:

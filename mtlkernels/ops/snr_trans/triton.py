@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtlkernels.ops import _triton
 from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
-from mtlkernels.ops.expert_mixture.triton_tiles import WEIGHT_GRADIENT, operands
+from mtlkernels.ops.level.triton.tiles import WEIGHT_GRADIENT, operands
 from mtlkernels.ops.snr_trans import triton_kernels as kernels
 from mtlkernels.ops.snr_trans.reference import matrices
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
 import mtlkernels as mk
 from mtlkernels.ops.activations import ACTIVATIONS
 from mtlkernels.testing import LAYOUTS, Case, CaseFactory, evaluate, random_expert_mixture
-from tests.ops.definition import assert_agrees, reference_op
+from tests.ops import agreement
+from tests.ops.level.definition import formula
 
 CASES = 150
 PLE = mk.Routing.cgc(2, 2, 1, shared_gate=True)
 
 
 def check(case: Case, backend: str, threads: int = 1) -> None:
-    """The reference is judged by plain PyTorch, the others by the reference."""
-    baseline = None if backend == "reference" else functools.partial(reference_op, mk.expert_mixture)
-    with mk.use_backend(backend):
-        assert_agrees(mk.expert_mixture, case, baseline, threads)
+    agreement.check(mk.expert_mixture, formula, case, backend, threads)
 
 
 @pytest.mark.parametrize("seed", range(CASES))

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
 import mtlkernels as mk
+from mtlkernels import _extension
 from mtlkernels.testing import LAYOUTS, Case, CaseFactory, evaluate, random_gated_mixture
-from tests.ops import definition
-from tests.ops.definition import assert_agrees, reference_op
+from tests.ops import agreement
+from tests.ops.agreement import kinds
+from tests.ops.gated_mixture.definition import formula
 
 CASES = 40
 
 
 def check(case: Case, backend: str, threads: int = 1) -> None:
-    """The reference is judged by plain PyTorch, the others by the reference."""
-    baseline = None if backend == "reference" else functools.partial(reference_op, mk.gated_mixture)
-    with mk.use_backend(backend):
-        assert_agrees(mk.gated_mixture, case, baseline, threads)
+    agreement.check(mk.gated_mixture, formula, case, backend, threads)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_random_cases(seed: int, dtype: torch.dtype, backend: str) -> None:
     check(random_gated_mixture(seed, dtype), backend, threads=1 + seed % 2)
+
+
+@pytest.mark.parametrize("isa", _extension.instruction_sets()[:-1])
+@pytest.mark.parametrize("seed", range(1000, 1005))
+def test_every_instruction_set(seed: int, isa: str, dtype: torch.dtype) -> None:
+    with _extension.instruction_set(isa):
+        check(random_gated_mixture(seed, dtype), "cpp")
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -70,7 +74,7 @@ def test_logits_of_another_dtype(logits_dtype: torch.dtype, dtype: torch.dtype, 
         got = evaluate(mk.gated_mixture, case)
     assert {t.dtype for t in got["outputs"] + got["experts"]} == {dtype}
     assert {t.dtype for t in got["gate_logits"]} == {logits_dtype}
-    exact = evaluate(definition.gated_mixture, case.to(torch.float64))
+    exact = evaluate(formula, case.to(torch.float64))
     worst = max(torch.finfo(dtype).eps, torch.finfo(logits_dtype).eps)
     for name in exact:
         for a, b in zip(got[name], exact[name], strict=True):
@@ -100,3 +104,26 @@ def test_outputs_are_new_dense_tensors(backend: str) -> None:
     for y in outputs:
         assert y.is_contiguous()
         assert y.untyped_storage().data_ptr() != case.arguments["experts"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_special_values(value: float, dtype: torch.dtype, backend: str) -> None:
+    """A share of exactly 0 times an infinite expert is NaN, and logits that are all -Inf have no softmax."""
+    routing = mk.Routing((0, 0, 0), ((0, 1, 2), (1, 0)))
+    for place in ("experts", "logits", "upstream", "a share of 0"):
+        experts = torch.randn(7, 3, 5, dtype=dtype)
+        logits, upstream = torch.randn(7, 3, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+        {"experts": experts[2], "logits": logits, "upstream": upstream}.get(place, experts[1])[1:2] = value
+        logits[3, 0] = -float("inf")
+        experts, logits = experts.requires_grad_(), logits.requires_grad_()
+        second = torch.randn(7, 2, dtype=dtype)
+        expected = [
+            (own.softmax(1).unsqueeze(2) * experts[:, list(gate)]).sum(1)
+            for gate, own in zip(routing.gate_experts, (logits, second), strict=True)
+        ]
+        with mk.use_backend(backend):
+            got = mk.gated_mixture(experts, [logits, second], routing)
+            grads = torch.autograd.grad(got, [experts, logits], [upstream, upstream])
+        wanted = torch.autograd.grad(expected, [experts, logits], [upstream, upstream])
+        for found, right in zip((*got, *grads), (*expected, *wanted), strict=True):
+            assert torch.equal(kinds(found), kinds(right)), place

@@ -1,4 +1,4 @@
-"""Random calls of snr_trans and snr_aver."""
+"""Calls of snr_trans, and how they are held against the formula."""
 
 from __future__ import annotations
 
@@ -6,22 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+import mtlkernels as mk
 from mtlkernels.testing import LAYOUTS, Case, CaseFactory
-
-SHARES = (0.0, 0.3, 0.5, 0.8, 1.0)  # of routes that are open
-
-
-def coding(make: CaseFactory, outputs: int, inputs: int, share: float, dtype: torch.dtype | None = None) -> Tensor:
-    """z [outputs, inputs]: a share of it open, of that a third exactly 1, as hard concrete samples are."""
-    drawn = [[make.rng.random() for _ in range(inputs)] for _ in range(outputs)]
-    kept = [[make.rng.random() < share for _ in range(inputs)] for _ in range(outputs)]
-    values = [
-        [(1.0 if x > 2 / 3 else x + 0.1) if k else 0.0 for x, k in zip(xs, ks, strict=True)]
-        for xs, ks in zip(drawn, kept, strict=True)
-    ]
-    return torch.tensor(values, dtype=dtype or make.dtype, device=make.device).requires_grad_()
+from tests.ops import agreement
+from tests.ops.snr import SHARES, coding
+from tests.ops.snr_trans.definition import formula
 
 
 def snr_trans(
@@ -47,14 +37,6 @@ def snr_trans(
     return Case({"u": u, "weight": weight, "z": coding(make, outputs, inputs, share), **options}, make.dtype)
 
 
-def snr_aver(
-    make: CaseFactory, rows: int, width: int, inputs: int, outputs: int, *, share: float = 0.5, **options: Any
-) -> Case:
-    """A call of :func:`mtlkernels.snr_aver`."""
-    u = [make.leaf(rows, width) for _ in range(inputs)]
-    return Case({"u": u, "z": coding(make, outputs, inputs, share), **options}, make.dtype)
-
-
 def random_snr_trans(
     seed: int, dtype: torch.dtype, *, device: torch.device | str = "cpu", max_rows: int = 130, max_width: int = 70
 ) -> Case:
@@ -78,17 +60,5 @@ def random_snr_trans(
     )
 
 
-def random_snr_aver(
-    seed: int, dtype: torch.dtype, *, device: torch.device | str = "cpu", max_rows: int = 130, max_width: int = 70
-) -> Case:
-    """As :func:`random_snr_trans`."""
-    make = CaseFactory(seed, dtype, device=device, layouts=LAYOUTS)
-    rng = make.rng
-    return snr_aver(
-        make,
-        rng.randint(0, max_rows),
-        rng.randint(1, max_width),
-        rng.randint(1, 6),
-        rng.randint(1, 6),
-        share=rng.choice(SHARES),
-    )
+def check(case: Case, backend: str, threads: int = 1) -> None:
+    agreement.check(mk.snr_trans, formula, case, backend, threads)

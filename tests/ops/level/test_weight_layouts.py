@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import LAYOUTS, CaseFactory
-from tests.ops import normalized
-from tests.ops.definition import assert_agrees, reference_op
+from tests.ops.agreement import check
+from tests.ops.level import normalized
+from tests.ops.level.definition import formula
 
 PLE = mk.Routing.cgc(2, 2, 2, shared_gate=True)
 
@@ -45,10 +44,8 @@ def test_every_layout(rows: int, widths: tuple[int, ...], layout: str, isa: str,
     case = _factory(rows, layout, isa, dtype).expert_mixture(rows, widths, PLE, activation="silu")
     if layout == "repeated columns":
         case = case.map(_repeated)
-    with _extension.instruction_set(isa), mk.use_backend("cpp"):
-        assert_agrees(
-            mk.expert_mixture, case, functools.partial(reference_op, mk.expert_mixture), 2 if rows == 101 else 1
-        )
+    with _extension.instruction_set(isa):
+        check(mk.expert_mixture, formula, case, "cpp", 2 if rows == 101 else 1)
 
 
 @EVERY_SET
@@ -64,5 +61,5 @@ def test_layers_that_store_their_inputs(
     case = normalized.case(_factory(7, layout, isa, dtype), rows, widths, PLE, kinds, **options)
     if layout == "repeated columns":
         case = case.map(_repeated)
-    with _extension.instruction_set(isa), mk.use_backend("cpp"):
-        assert_agrees(normalized.fused, case, normalized.by_reference, 2, normalized.definition)
+    with _extension.instruction_set(isa):
+        check(normalized.fused, formula, case, "cpp", 2)

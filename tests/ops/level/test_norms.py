@@ -10,22 +10,13 @@ import mtlkernels as mk
 from mtlkernels.ops._random import dropout_factors
 from mtlkernels.ops.activations import ACTIVATIONS, WITH_SLOPES
 from mtlkernels.testing import LAYOUTS, Case, CaseFactory, evaluate
-from tests.ops import normalized
-from tests.ops.definition import assert_agrees
+from tests.ops.level import normalized
+from tests.ops.level.definition import kept, philox
+from tests.ops.level.normalized import check
 
-OP = "normalized_mixture"
 CASES = 60
-# A norm divides by a spread that rounding moves, so that errors scatter more than those of sums.
-FACTOR = 5.0
 PLE = mk.Routing.cgc(2, 2, 1, shared_gate=True)
 NORMS = pytest.mark.parametrize("kind", ["batch", "layer"])
-
-
-def check(case: Case, backend: str, threads: int = 1) -> None:
-    """The reference is judged by plain PyTorch, the others by the reference."""
-    baseline = normalized.by_pytorch if backend == "reference" else normalized.by_reference
-    with mk.use_backend(backend):
-        assert_agrees(normalized.fused, case, baseline, threads, normalized.definition, FACTOR)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
@@ -238,7 +229,7 @@ VECTORS = [
 
 @pytest.mark.parametrize("counter, key, words", VECTORS)
 def test_the_tests_own_generator(counter: tuple[int, ...], key: int, words: tuple[int, ...]) -> None:
-    found = normalized.philox([np.array([c], dtype=np.uint64) for c in counter], key)
+    found = philox([np.array([c], dtype=np.uint64) for c in counter], key)
     assert tuple(int(word[0]) for word in found) == words
 
 
@@ -247,5 +238,5 @@ def test_the_tests_own_generator(counter: tuple[int, ...], key: int, words: tupl
 def test_masks(seed: int, rate: float) -> None:
     factors = dropout_factors(torch.tensor([seed]), 2, (3, 5, 9), rate, torch.float64)
     for e in range(3):
-        mask = normalized.kept(seed, 2, e, 5, 9, rate)
+        mask = kept(seed, 2, e, 5, 9, rate)
         assert torch.equal(factors[e], mask.double() * (1 / (1 - rate) if rate < 1 else 0.0))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 
-OP = "normalized_mixture"
 ROUTING = mk.Routing.cgc(2, 2, 1, shared_gate=True)
 WIDTHS = (7, 6, 5)
 Make = Callable[..., nn.Module]
@@ -161,12 +160,6 @@ def test_an_expert_without_a_gate_keeps_its_statistics(backend: str) -> None:
         mk.expert_mixture(torch.randn(8, 5), [torch.randn(3, 4, 5)], None, torch.randn(8, 2), routing, norms=[norms])
     assert [int(norm.num_batches_tracked) for norm in norms] == [1, 0, 1]  # type: ignore[arg-type]
     assert not norms[1].running_mean.any() and norms[2].running_mean.any()  # type: ignore[union-attr]
-
-
-def test_evaluation_is_one_call_of_the_op_without_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Experts(nn.BatchNorm1d).eval()
-    monkeypatch.setattr("mtlkernels.ops.expert_mixture.normalized_mixture", None)
-    step(model.fused, model, 0)
 
 
 @pytest.mark.parametrize("rows", [0, 1])

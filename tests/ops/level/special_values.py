@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from tests.ops.agreement import kinds
 
 # "large" has a square that is finite; "huge" has not, so that norms and products overflow at once.
 ORDINARY = ("nan", "inf", "-inf", "large", "denormal", "-0.0")
@@ -190,11 +191,6 @@ class Level(nn.Module):
             if isinstance(part, GELU):
                 part.by_formula = False
         return {name: [found[name] for found in each] for name in each[0]}
-
-
-def kinds(x: Tensor) -> Tensor:
-    """0 where finite, 1 and -1 where infinite, 2 where NaN."""
-    return torch.where(x.isnan(), 2, torch.where(x.isinf(), x.sign(), 0))
 
 
 def _difference(name: str, got: Tensor, expected: Tensor, style: Style, value: str) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import mtlkernels as mk
 from mtlkernels.ops.pcgrad.sparse import SparseColumn
-from tests.ops.definition import assert_pcgrad_agrees
+from tests.ops.pcgrad.definition import assert_agrees
 
 Grads = list[list[Tensor | None]]
 SHAPES = ((40, 3), (25,), (6, 7, 2), (8, 9), (300, 1))
@@ -63,7 +63,7 @@ def check(grads: Grads, **options: Any) -> None:
     """Values by the definition; layouts and indices too."""
     num_tasks = len(grads)
     order = torch.tensor([random.Random(i).sample(range(num_tasks), num_tasks) for i in range(num_tasks)])
-    assert_pcgrad_agrees(grads, order, **options)
+    assert_agrees(grads, order, **options)
     for result, column in zip(mk.pcgrad(grads, order=order, **options), zip(*grads, strict=True), strict=True):
         found = [grad for grad in column if grad is not None]
         if result is None:

@@ -11,19 +11,7 @@ from torch import Tensor
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import random_task_gradients
-from tests.ops.definition import assert_pcgrad_agrees
-
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"reduction": "mean"},
-    {"include_self": True},
-    {"max_norm": 0.5},
-    {"normalize": True},
-    {"normalize": True, "max_norm": 2.0, "reduction": "mean"},
-    {"project": False},
-    {"project": False, "max_norm": 1e-3, "normalize": True},
-    {"eps": 1e-3},
-]
+from tests.ops.pcgrad.definition import OPTIONS, assert_agrees
 
 
 def conflicting(num_tasks: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
@@ -41,7 +29,7 @@ def random_order(num_tasks: int) -> Tensor:
 def test_random_lists(seed: int, backend: str) -> None:
     case = random_task_gradients(seed, sparse=0.25)
     with mk.use_backend(backend):
-        assert_pcgrad_agrees(case.grads, case.order, **OPTIONS[seed % len(OPTIONS)])
+        assert_agrees(case.grads, case.order, **OPTIONS[seed % len(OPTIONS)])
 
 
 @pytest.mark.parametrize("isa", _extension.instruction_sets()[:-1])
@@ -49,7 +37,7 @@ def test_random_lists(seed: int, backend: str) -> None:
 def test_every_instruction_set(seed: int, isa: str) -> None:
     case = random_task_gradients(seed)
     with _extension.instruction_set(isa), mk.use_backend("cpp"):
-        assert_pcgrad_agrees(case.grads, case.order, **OPTIONS[seed % len(OPTIONS)])
+        assert_agrees(case.grads, case.order, **OPTIONS[seed % len(OPTIONS)])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -57,7 +45,7 @@ def test_every_instruction_set(seed: int, isa: str) -> None:
 def test_options(num_tasks: int, options: dict[str, Any], backend: str) -> None:
     grads = conflicting(num_tasks, (3, 4), (50,), (1,))
     with mk.use_backend(backend):
-        assert_pcgrad_agrees(grads, random_order(num_tasks), **options)
+        assert_agrees(grads, random_order(num_tasks), **options)
 
 
 def test_options_change_the_result() -> None:
@@ -84,7 +72,7 @@ def test_matrix(dtype: torch.dtype, backend: str) -> None:
 def test_channels_last_stays(backend: str) -> None:
     grads = [[torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)] for _ in range(3)]
     with mk.use_backend(backend):
-        assert_pcgrad_agrees(grads, random_order(3))
+        assert_agrees(grads, random_order(3))
         (found,) = mk.pcgrad(grads)
         assert found.is_contiguous(memory_format=torch.channels_last)
         mixed = [[grads[0][0].contiguous()], *grads[1:]]
@@ -110,13 +98,13 @@ def test_squares_out_of_range(scale: float, backend: str) -> None:
     """Gradients that float32 holds, and whose squares it does not."""
     grads = [[g * scale for g in row] for row in conflicting(4, (100,), (3, 3))]
     with mk.use_backend(backend):
-        assert_pcgrad_agrees(grads, random_order(4))
+        assert_agrees(grads, random_order(4))
 
 
 def test_extreme_scales_together(backend: str) -> None:
     grads = [[g * scale for g in row] for row, scale in zip(conflicting(3, (99,)), (1e-25, 1.0, 1e25), strict=True)]
     with mk.use_backend(backend):
-        assert_pcgrad_agrees(grads, random_order(3))
+        assert_agrees(grads, random_order(3))
 
 
 def test_same_bits_whatever_the_threads(backend: str) -> None:
@@ -288,3 +276,16 @@ def test_an_invalid_entry_of_order_shows(backend: str) -> None:
     run = mk._backends.implementation("pcgrad", "weights", backend, gram)
     rows, coefficients = run(gram, order, False, None, False, True, 0.0, False)
     assert rows.isnan().all(1).tolist() == [False, True, True] and coefficients.isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_task(value: float, backend: str) -> None:
+    """One task's NaN or infinity stays in its gradient: a conflict of two others is repaired as without it."""
+    grads = [torch.tensor(g) for g in ([1.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, value])]
+    order = torch.tensor([[1], [0], [0]])
+    projected = [grads[0] + grads[1] / 2, grads[1] + grads[0], grads[2]]
+    with mk.use_backend(backend):
+        got = mk.pcgrad([[g] for g in grads], order=torch.cat([order, torch.tensor([[2], [2], [1]])], 1))[0]
+    expected = sum(projected)
+    torch.testing.assert_close(got[:2], expected[:2])
+    assert got[2].isnan() if value != value else got[2] == value

@@ -1,4 +1,4 @@
-"""Experts with norms and dropout by their formulas, independent of the package, and random calls of them."""
+"""Calls of levels with norms, dropout and slopes: random ones, by modules, and by PyTorch's own layers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,110 +13,13 @@ from torch import Tensor, nn
 import mtlkernels as mk
 from mtlkernels.ops import activations as act
 from mtlkernels.testing import LAYOUTS, Case, CaseFactory, random_routing
-from tests.ops.definition import ACTIVATIONS as FORMULAS
-from tests.ops.definition import KINKED, mix, with_noise_at_kink
+from tests.ops import agreement
+from tests.ops.agreement import reference_op
+from tests.ops.level.definition import KINDS, SEED, dice, drawn_seed, dropped, entry, formula
 
-KINDS = ("none", "batch", "layer")
 ROWS = (2, 3, 5, 16, 31, 64, 65, 100, 127, 128, 129, 255, 256, 257)
-SEED = 11  # of torch's generator, before each call
-
-Words = npt.NDArray[np.uint64]
-
-
-def philox(counter: Sequence[Words], key: int) -> list[Words]:
-    """Philox4x32-10 in 64-bit integers: the four words of each counter of four."""
-    mask = np.uint64(0xFFFFFFFF)
-    c = list(counter)
-    keys = [key & 0xFFFFFFFF, key >> 32]
-    for _ in range(10):
-        first, second = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        k = [np.uint64(keys[0]), np.uint64(keys[1])]
-        half = np.uint64(32)
-        c = [(second >> half) ^ c[1] ^ k[0], second & mask, (first >> half) ^ c[3] ^ k[1], first & mask]
-        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
-    return c
-
-
-def kept(key: int, layer: int, expert: int, rows: int, width: int, rate: float) -> Tensor:
-    """What dropout keeps of the output [rows, width] of a layer of an expert."""
-    row, column = np.indices((rows, width), dtype=np.uint64)
-    constants = [np.full_like(row, expert), np.full_like(row, layer)]
-    words = np.stack(philox([column // np.uint64(4), row, *constants], key))
-    word = np.take_along_axis(words, (column % np.uint64(4)).astype(np.int64)[None], 0)[0]
-    return torch.from_numpy(word >= np.uint64(round(rate * 2**32)))
-
-
-def drawn_seed(device: torch.device) -> int:
-    """The seed that a call with dropout draws; leaves the generator, of which noise at kinks comes, alone."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(SEED)
-        return int(torch.randint(0, 2**63 - 1, (1,), device=device))
-
-
-def prelu(x: Tensor, slope: Tensor, noise: float) -> Tensor:
-    """max(x, 0) + a min(x, 0); the sign is taken from an input with noise of so many root mean squares."""
-    noisy = x.detach() + (noise * x.detach().square().mean().sqrt() * torch.randn_like(x) if noise else 0.0)
-    return torch.where(noisy > 0, x, x * slope)
-
-
-def dice(x: Tensor, slope: Tensor, eps: float) -> Tensor:
-    """torch-rechub's: the gate's statistics are over the features of a row, and the sum of squares is no mean."""
-    distance = x - x.mean(dim=1, keepdim=True)
-    gate = 1 / (1 + (-distance / (distance.square() + eps).sum(dim=1, keepdim=True).sqrt()).exp())
-    return gate * x + (1 - gate) * slope * x
-
-
-def _activated(name: str, x: Tensor, slope: Any, eps: float, noise: float) -> Tensor:
-    if name == "prelu":
-        return prelu(x, slope, noise)
-    if name == "dice":
-        return dice(x, slope, eps)
-    activation: Any = with_noise_at_kink(name, noise) if noise and name in KINKED else FORMULAS[name]
-    return activation(x)
-
-
-def _standardized(x: Tensor, dim: int, eps: float) -> Tensor:
-    mean = x.mean(dim, keepdim=True)
-    return (x - mean) / ((x - mean).square().mean(dim, keepdim=True) + eps).sqrt()
-
-
-def definition(
-    inputs: Any,
-    weights: Any,
-    biases: Any,
-    gate_logits: Any,
-    routing: mk.Routing,
-    *,
-    activation: Sequence[str],
-    kinds: Sequence[str],
-    eps: Sequence[float],
-    scales: Any,
-    shifts: Any,
-    slopes: Any,
-    dice_eps: Sequence[float],
-    dropout: Sequence[float],
-    kink_noise: float = 0.0,
-) -> list[Tensor]:
-    """Every expert by itself, x <- dropout(activation(norm(x W^T + b))) a layer, then the mixture."""
-    key = drawn_seed(weights[0][0].device)
-    live = sorted({e for gate in routing.gate_experts for e in gate})
-    outputs = []
-    for e, stream in enumerate(routing.expert_inputs):
-        x = inputs if isinstance(inputs, Tensor) else inputs[stream]
-        for layer, (name, kind, rate) in enumerate(zip(activation, kinds, dropout, strict=True)):
-            x = x @ weights[layer][e].transpose(0, 1)
-            if biases is not None and biases[layer] is not None:
-                x = x + biases[layer][e]
-            if kind != "none":
-                x = _standardized(x, KINDS.index(kind) - 1, eps[layer])
-            if scales[layer] is not None:
-                x = x * scales[layer][e] + shifts[layer][e]
-            x = _activated(name, x, slopes[layer] and slopes[layer][e], dice_eps[layer], kink_noise)
-            if rate > 0 and e in live:
-                mask = kept(key, layer, live.index(e), *x.shape, rate=rate).to(x.device)
-                x = x * mask * (1 / (1 - rate) if rate < 1 else 0.0)
-        outputs.append(x)
-    return [y.to(outputs[0].dtype) for y in mix(outputs, gate_logits, routing)]
+# A norm divides by a spread that rounding moves, so that errors scatter more than those of sums.
+FACTOR = 5.0
 
 
 def by_pytorch(
@@ -141,10 +42,10 @@ def by_pytorch(
     key = drawn_seed(weights[0][0].device)
     live = sorted({e for gate in routing.gate_experts for e in gate})
     outputs = []
-    for e in live:
+    for number, e in enumerate(live):
         x = inputs if isinstance(inputs, Tensor) else inputs[routing.expert_inputs[e]]
         for layer, (name, kind, rate) in enumerate(zip(activation, kinds, dropout, strict=True)):
-            x = F.linear(x, weights[layer][e], biases[layer][e] if biases and biases[layer] is not None else None)
+            x = F.linear(x, weights[layer][e], entry(biases, layer, e))
             affine = [None if part[layer] is None else part[layer][e].to(x.dtype) for part in (scales, shifts)]
             if kind == "batch":
                 x = F.batch_norm(x, None, None, *affine, training=True, eps=eps[layer])
@@ -156,14 +57,13 @@ def by_pytorch(
                 x = dice(x, slopes[layer][e].to(x.dtype), dice_eps[layer])
             else:
                 x = act.activate(act.CODES[name], x)
-            if rate > 0:
-                mask = kept(key, layer, live.index(e), *x.shape, rate=rate).to(x.device)
-                x = x * mask * (1 / (1 - rate) if rate < 1 else 0.0)
+            x = dropped(x, key, layer, number, rate)
         outputs.append(x)
     gates = tuple(tuple(live.index(e) for e in gate) for gate in routing.gate_experts)
-    with mk.use_backend("reference"):
-        mixed = mk.gated_mixture(torch.stack(outputs, 1), gate_logits, mk.Routing((0,) * len(live), gates))
-    return list(mixed)
+    routing = mk.Routing((0,) * len(live), gates)
+    return list(
+        reference_op(mk.gated_mixture, experts=torch.stack(outputs, 1), gate_logits=gate_logits, routing=routing)
+    )
 
 
 def module(kind: str, width: int, eps: float, scale: Tensor | None, shift: Tensor | None) -> nn.Module:
@@ -191,9 +91,9 @@ def fused(*, kinds: Sequence[str], eps: Sequence[float], scales: Any, shifts: An
     return mk.expert_mixture(**arguments, norms=norms)
 
 
-def by_reference(**arguments: Any) -> Any:
-    with mk.use_backend("reference"):
-        return fused(**arguments)
+def check(case: Case, backend: str, threads: int = 1) -> None:
+    """A case of :func:`fused` by an implementation, held against the formula."""
+    agreement.check(fused, formula, case, backend, threads, by_pytorch=by_pytorch, factor=FACTOR)
 
 
 def case(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -167,30 +166,6 @@ def test_mistakes_elsewhere_leave_running_statistics_alone() -> None:
             norms=norms,
         )
     assert [int(norm.num_batches_tracked) for norm in norms[0]] == [0, 0]  # type: ignore[union-attr, arg-type]
-
-
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("implementation", ["reference", "operator", "triton"])
-@pytest.mark.parametrize("part", ["scales", "shifts", "slopes"])
-def test_parts_of_what_a_layer_has_not(part: str, implementation: str, direction: str) -> None:
-    """Calls of the operator itself, as the public function gives a layer no such parts."""
-    given: dict[str, list[torch.Tensor | None]] = {"scales": [None] * 4, "shifts": [None] * 4, "slopes": [None] * 4}
-    given[part][3] = torch.ones(3)
-    weights = [torch.randn(4, 5), torch.randn(4, 5), torch.randn(3, 4), torch.randn(3, 4)]
-    run: Any = getattr(torch.ops.mtlkernels, f"normalized_mixture_{direction}")
-    if implementation == "triton":
-        pytest.importorskip("triton")
-    if implementation != "operator":
-        run = getattr(importlib.import_module(f"mtlkernels.ops.normalized_mixture.{implementation}"), direction)
-    flat = ((0, 0), (0, 1), (2,), (1, 1), (0, 0), (0.0, 0.0), (1.0, 1.0), (0.0, 0.0), None)
-    lack = "an activation without slopes" if part == "slopes" else "no norm"
-    with pytest.raises(ValueError, match=rf"{part}\[3\] must be None, as its layer has {lack}"):
-        if direction == "forward":
-            run([torch.randn(6, 5)], weights, [None] * 4, *given.values(), [torch.randn(6, 2)], *flat)
-        else:
-            saved = [torch.randn(2, 6, 4), torch.randn(2, 6, 3)]
-            level = ([torch.randn(6, 3)], [torch.randn(6, 5)], weights, *given.values(), [torch.randn(6, 2)])
-            run(*level, saved, [], [], *flat, *[True] * 6)
 
 
 def test_module_lists_are_sequences() -> None:

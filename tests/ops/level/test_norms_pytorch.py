@@ -1,9 +1,8 @@
-"""Norms and dropout in expert_mixture among PyTorch's habits: opcheck, derivatives, transforms, compile, autocast."""
+"""Norms and dropout in expert_mixture among PyTorch's habits: derivatives, transforms, compile, autocast."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,12 +12,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mk
-from mtlkernels.ops import activations as act
 from mtlkernels.testing import Case, CaseFactory, evaluate
 from tests.conftest import cpu_backends
-from tests.ops import normalized
+from tests.ops.derivatives import assert_same, function_of_leaves, leaves_of, loss_of
+from tests.ops.level import normalized
+from tests.ops.level.definition import formula
 
-OP = "normalized_mixture"
 # Ragged gates, three streams of which nobody reads the second, and an expert that no gate mixes.
 ROUTING = mk.Routing((0, 2, 0, 0), ((2, 0), (1,), (0, 1, 2)))
 COMPILING = [
@@ -38,70 +37,6 @@ def small(kinds: Any, dropout: Any, dtype: torch.dtype = torch.float64, rows: in
     return normalized.case(CaseFactory(0, dtype), rows, [3, 3, 2], ROUTING, kinds, dropout=dropout, **options)
 
 
-def function_of_leaves(op: Callable[..., Any], case: Case) -> tuple[Callable[..., Any], list[Tensor]]:
-    leaves = [leaf for group in case.leaves().values() for leaf in group]
-    place = {id(leaf): i for i, leaf in enumerate(leaves)}
-
-    def call(*values: Tensor) -> Any:
-        return tuple(op(**case.map(lambda leaf: values[place[id(leaf)]] if id(leaf) in place else leaf).arguments))
-
-    return call, leaves
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    flat_got, spec = torch.utils._pytree.tree_flatten(got)
-    flat_expected, expected_spec = torch.utils._pytree.tree_flatten(expected)
-    assert spec == expected_spec
-    for a, b in zip(flat_got, flat_expected, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-# The operators themselves -------------------------------------------------------------------------------------------
-
-
-def operator_arguments(dtype: torch.dtype, rows: int, requires_grad: bool) -> tuple[Any, ...]:
-    make = CaseFactory(0, dtype)
-
-    def leaf(*shape: int) -> Tensor:
-        return make.leaf(*shape, requires_grad=requires_grad)
-
-    weights = [leaf(4, 3) for _ in range(3)] + [leaf(2, 4) for _ in range(3)] + [leaf(5, 2) for _ in range(3)]
-    biases = [leaf(4) for _ in range(3)] + [None] * 6
-    scales = [leaf(4), None, leaf(4), *(leaf(2) for _ in range(3)), None, None, None]
-    shifts = [leaf(4), None, None, *(leaf(2) for _ in range(3)), None, None, None]
-    logits = [leaf(rows, 2), leaf(rows, 3)]
-    slopes = [None] * 3 + [leaf(1), leaf(2), leaf(1)] + [leaf(5), leaf(1), leaf(5)]
-    routing = ([0, 1, 0], [2, 0, 0, 1, 2], [2, 3], [1, act.DICE, act.PRELU])
-    norms = [2 if rows < 2 else 1, 2, 0]
-    inputs = [leaf(rows, 3), leaf(rows, 3)]
-    seed = torch.tensor([2**40 + 5])
-    numbers = ([1e-5, 1e-3, 0.0], [0.0, 1e-3, 0.0], [0.0, 0.3, 0.5])
-    return inputs, weights, biases, scales, shifts, slopes, logits, *routing, norms, *numbers, seed
-
-
-DTYPES_ROWS = pytest.mark.parametrize(
-    "kind, rows", [(torch.float32, 5), (torch.bfloat16, 4), (torch.float64, 0), (torch.float16, 1)]
-)
-
-
-@DTYPES_ROWS
-def test_opcheck_forward(kind: torch.dtype, rows: int) -> None:
-    for requires_grad in (True, False):
-        arguments = operator_arguments(kind, rows, requires_grad)
-        torch.library.opcheck(torch.ops.mtlkernels.normalized_mixture_forward, arguments)
-
-
-@DTYPES_ROWS
-def test_opcheck_backward(kind: torch.dtype, rows: int) -> None:
-    arguments = operator_arguments(kind, rows, False)
-    inputs, weights, _, *affine, logits = arguments[:7]
-    outputs, saved, means, variances = torch.ops.mtlkernels.normalized_mixture_forward(*arguments)
-    grads = [torch.randn_like(y) for y in outputs]
-    tensors = (grads, inputs, weights, *affine, logits, saved, means, variances)
-    for needs in ((True,) * 6, *(tuple(i == j for i in range(6)) for j in range(6))):
-        torch.library.opcheck(torch.ops.mtlkernels.normalized_mixture_backward, (*tensors, *arguments[7:], *needs))
-
-
 # Derivatives --------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +52,7 @@ def test_first_derivatives(kinds: Any, dropout: Any, activation: str, backend: s
 @STYLES
 @pytest.mark.parametrize(
     ("activation", "implementation"),
-    [("gelu", "reference"), ("prelu", "reference"), *(("dice", name) for name in cpu_backends(OP))],
+    [("gelu", "reference"), ("prelu", "reference"), *(("dice", name) for name in cpu_backends("expert_mixture"))],
 )
 def test_second_derivatives(kinds: Any, dropout: Any, activation: str, implementation: str) -> None:
     call, leaves = function_of_leaves(normalized.fused, small(kinds, dropout, activation=activation))
@@ -141,18 +76,15 @@ def test_batched_gradients(kinds: Any, dropout: Any, backend: str) -> None:
 def test_func(kinds: Any, dropout: Any, backend: str) -> None:
     case = small(kinds, dropout)
     fused, leaves = function_of_leaves(normalized.fused, case)
-    plain, _ = function_of_leaves(normalized.definition, case)
+    plain, _ = function_of_leaves(formula, case)
     values = [leaf.detach() for leaf in leaves]
     every = tuple(range(len(values)))
 
-    def loss(function: Any) -> Any:
-        return lambda *v: sum((y * y).sum() * (k + 1) for k, y in enumerate(function(*v)))
-
     def second(function: Any) -> Any:
-        return torch.func.grad(lambda *v: torch.func.grad(loss(function))(*v).square().sum(), every)(*values)
+        return torch.func.grad(lambda *v: torch.func.grad(loss_of(function))(*v).square().sum(), every)(*values)
 
     with mk.use_backend(backend):
-        assert_same(torch.func.grad(loss(fused), every)(*values), torch.func.grad(loss(plain), every)(*values))
+        assert_same(torch.func.grad(loss_of(fused), every)(*values), torch.func.grad(loss_of(plain), every)(*values))
         assert_same(torch.func.jacrev(fused, 3)(*values), torch.func.jacrev(plain, 3)(*values))
         assert_same(second(fused), second(plain))
 
@@ -308,7 +240,7 @@ def test_autocast(low: torch.dtype, backend: str) -> None:
 
 def test_kept_graph_and_changed_arguments(backend: str) -> None:
     case = small(["batch", "layer"], [0.2, 0.0])
-    leaves = [leaf for group in case.leaves().values() for leaf in group]
+    leaves = leaves_of(case)
     with mk.use_backend(backend):
         loss = sum(y.square().sum() for y in normalized.fused(**case.arguments))
         first = torch.autograd.grad(loss, leaves, retain_graph=True)

@@ -1,4 +1,4 @@
-"""opcheck, derivatives of every order against finite differences, and torch.func."""
+"""Derivatives of a level, of every order, against finite differences, and torch.func."""
 
 from __future__ import annotations
 
@@ -11,112 +11,19 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import mtlkernels as mk
-from mtlkernels.ops.activations import ACTIVATIONS, CODES
-from mtlkernels.ops.expert_mixture.autograd import ExpertMixture
+from mtlkernels.ops.activations import ACTIVATIONS
 from mtlkernels.testing import Case, CaseFactory
+from tests.ops.derivatives import assert_same, function_of_leaves, leaves_of, loss_of
 
 # Ragged gates, three streams of which nobody reads the second, and an expert that no gate mixes.
 ROUTING = mk.Routing((0, 2, 0, 0), ((2, 0), (1,), (0, 1, 2)))
-
-
-def gated(dtype: torch.dtype = torch.float64, rows: int = 3, **options: Any) -> Case:
-    return CaseFactory(0, dtype, **options).gated_mixture(rows, 3, ROUTING)
 
 
 def expert(dtype: torch.dtype = torch.float64, rows: int = 3, activation: Any = "tanh", **options: Any) -> Case:
     return CaseFactory(0, dtype).expert_mixture(rows, [3, 2, 2], ROUTING, activation=activation, **options)
 
 
-def function_of_leaves(op: Callable[..., Any], case: Case) -> tuple[Callable[..., Any], list[Tensor]]:
-    """The call as a function of its leaves, for gradcheck and torch.func."""
-    leaves = [leaf for group in case.leaves().values() for leaf in group]
-    place = {id(leaf): i for i, leaf in enumerate(leaves)}
-
-    def call(*values: Tensor) -> tuple[Tensor, ...]:
-        return op(**case.map(lambda leaf: values[place[id(leaf)]] if id(leaf) in place else leaf).arguments)
-
-    return call, leaves
-
-
-# opcheck ------------------------------------------------------------------------------------------------------------
-
-CHECKED = [
-    (mk.gated_mixture, lambda: gated(torch.float32, 5)),
-    (mk.gated_mixture, lambda: gated(torch.bfloat16, 0)),
-    (mk.gated_mixture, lambda: gated(torch.float16, 5, layouts=["transposed"])),
-    (mk.expert_mixture, lambda: expert(torch.float32, 5, "relu")),
-    (mk.expert_mixture, lambda: expert(torch.float32, 1, ["gelu", "none"], biases=[False, True])),
-    (mk.expert_mixture, lambda: expert(torch.bfloat16, 0, "silu", biases=False, streams=False)),
-]
-
-
-def operator_arguments(case: Case) -> tuple[Any, ...]:
-    """The arguments of the forward operator."""
-    values, wiring = case.arguments, ROUTING.wiring
-    gates = (list(wiring.gate_experts), list(wiring.gate_sizes))
-    if "experts" in values:
-        return (values["experts"], values["gate_logits"], [e for gate in ROUTING.gate_experts for e in gate], gates[1])
-    layers, live = len(values["weights"]), wiring.live
-    weights = [values["weights"][layer][e] for layer in range(layers) for e in live]
-    rows = values["biases"] or [None] * layers
-    biases = [row[e] if row else None for row in rows for e in live]
-    single = isinstance(values["inputs"], Tensor)
-    inputs = [values["inputs"]] if single else values["inputs"]
-    streams = [0] * len(live) if single else list(wiring.expert_inputs)
-    names = [values["activation"]] * layers if isinstance(values["activation"], str) else values["activation"]
-    return (inputs, weights, biases, values["gate_logits"], streams, *gates, [CODES[name] for name in names])
-
-
-@pytest.mark.parametrize("sample", range(len(CHECKED)))
-def test_opcheck_forward(sample: int) -> None:
-    op, make = CHECKED[sample]
-    arguments = operator_arguments(make())
-    if op is mk.gated_mixture:
-        torch.library.opcheck(torch.ops.mtlkernels.gated_mixture_forward, arguments)
-    else:
-        for save in (True, False):
-            torch.library.opcheck(torch.ops.mtlkernels.expert_mixture_forward, (*arguments, save))
-
-
-@pytest.mark.parametrize("sample", range(len(CHECKED)))
-def test_opcheck_backward(sample: int) -> None:
-    op, make = CHECKED[sample]
-    arguments = [
-        [t.detach() if isinstance(t, Tensor) else t for t in value] if isinstance(value, list) else value
-        for value in operator_arguments(make())
-    ]
-    if op is mk.gated_mixture:
-        experts, logits, *gates = arguments
-        experts = experts.detach()
-        grads = [torch.randn_like(y) for y in torch.ops.mtlkernels.gated_mixture_forward(*arguments)]
-        for needs in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(
-                torch.ops.mtlkernels.gated_mixture_backward, (grads, experts.detach(), logits, *gates, *needs)
-            )
-    else:
-        inputs, weights, biases, logits, *routing = arguments
-        outputs, saved = torch.ops.mtlkernels.expert_mixture_forward(*arguments, True)
-        grads = [torch.randn_like(y) for y in outputs]
-        for needs in (
-            (True,) * 4,
-            (False, True, False, False),
-            (True, False, False, True),
-            (False, False, True, False),
-        ):
-            torch.library.opcheck(
-                torch.ops.mtlkernels.expert_mixture_backward,
-                (grads, inputs, weights, biases, logits, saved, *routing, *needs),
-            )
-
-
 # Finite differences -------------------------------------------------------------------------------------------------
-
-
-def test_gradcheck_gated_mixture(backend: str) -> None:
-    with mk.use_backend(backend):
-        function, leaves = function_of_leaves(mk.gated_mixture, gated())
-        gradcheck(function, leaves, check_batched_grad=True)
-        gradgradcheck(function, leaves, check_batched_grad=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -174,17 +81,6 @@ def test_gradients_of_some_outputs(pair: Any, chosen: tuple[int, ...], backend: 
             assert_same(derivative(fused), derivative(plain))
 
 
-def test_no_zeros_are_made_for_what_is_saved(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    seen: list[Any] = []
-    usual = ExpertMixture.backward
-    monkeypatch.setattr(ExpertMixture, "backward", lambda ctx, *grads: seen.append(grads) or usual(ctx, *grads))
-    with mk.use_backend(backend):
-        outputs = mk.expert_mixture(**expert(torch.float32).arguments)
-        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-    (grads,) = seen
-    assert [grad is None for grad in grads] == [False] * 3 + [True]
-
-
 class NoGradient(torch.autograd.Function):
     """The identity, which sends no gradient back."""
 
@@ -199,7 +95,7 @@ class NoGradient(torch.autograd.Function):
 
 def test_no_gradient_at_all(backend: str) -> None:
     case = expert(torch.float32)
-    leaves = [leaf for group in case.leaves().values() for leaf in group]
+    leaves = leaves_of(case)
     with mk.use_backend(backend):
         outputs = mk.expert_mixture(**case.arguments)
         grads = torch.autograd.grad(sum(NoGradient.apply(y).sum() for y in outputs), leaves, allow_unused=True)
@@ -231,18 +127,6 @@ def _pair() -> tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]:
     fused, leaves = function_of_leaves(mk.expert_mixture, case)
     plain, _ = function_of_leaves(by_eager, case)
     return fused, plain, [leaf.detach() for leaf in leaves]
-
-
-def loss_of(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    return lambda *values: sum((y * y).sum() * (k + 1) for k, y in enumerate(function(*values)))
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    flat_got, spec = torch.utils._pytree.tree_flatten(got)
-    flat_expected, expected_spec = torch.utils._pytree.tree_flatten(expected)
-    assert spec == expected_spec
-    for a, b in zip(flat_got, flat_expected, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_func_grad_and_vjp_and_jacrev(pair: Any, backend: str) -> None:
@@ -308,26 +192,6 @@ def test_vmap_of_vmap(pair: Any, backend: str) -> None:
     with mk.use_backend(backend):
         got = torch.func.vmap(torch.func.vmap(fused, in_dims[0]), in_dims[1])(*batched)
     assert_same(got, torch.func.vmap(torch.func.vmap(plain, in_dims[0]), in_dims[1])(*batched))
-
-
-@pytest.mark.parametrize("dims", [(0, None), (None, 0), (1, 2)])
-def test_vmap_gated_mixture(dims: tuple[int | None, int | None], backend: str) -> None:
-    routing = mk.Routing.mmoe(3, 2)
-    experts, logits = torch.randn(4, 3, 5, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
-    batched = [
-        t if dim is None else torch.stack([t, 2 * t], dim) for t, dim in zip((experts, logits), dims, strict=True)
-    ]
-
-    def fused(experts: Tensor, logits: Tensor) -> Any:
-        return mk.gated_mixture(experts, logits, routing)
-
-    def plain(experts: Tensor, logits: Tensor) -> Any:
-        return tuple((torch.softmax(part, 1)[..., None] * experts).sum(1) for part in logits.split(3, 1))
-
-    with mk.use_backend(backend):
-        assert_same(torch.func.vmap(fused, dims)(*batched), torch.func.vmap(plain, dims)(*batched))
-        got = torch.func.vmap(torch.func.grad(loss_of(fused), (0, 1)), dims)(*batched)
-    assert_same(got, torch.func.vmap(torch.func.grad(loss_of(plain), (0, 1)), dims)(*batched))
 
 
 def test_per_task_jacobians_by_is_grads_batched(pair: Any, backend: str) -> None:

@@ -2,67 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import mtlkernels as mk
 from mtlkernels import _extension
-from mtlkernels.ops.expert_level.autograd import ExpertLevel, Plan
-from mtlkernels.testing import Case, CaseFactory, assert_within_budget, evaluate, poisoned_outputs
-
-ROUTING = mk.Routing.cgc(2, 2, 1, shared_gate=True)  # 5 experts, 3 streams, gates of 3, 3 and 5
-
-
-def with_layers(seed: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments with gate layers: one stream or one a gate, biases in all gates, some or none, stacked or not."""
-    rng = random.Random(seed)
-    make = CaseFactory(seed, dtype, layouts=("contiguous", "transposed", "strided"))
-    streams = rng.random() < 0.5
-    widths = [rng.randint(1, 60) for _ in range(rng.randint(2, 3))]
-    rows = rng.choice((0, 1, 2, 3, 4, 5, 16, 33, 64, 130, 300))
-    arguments = dict(make.expert_mixture(rows, widths, ROUTING, streams=streams, activation="silu").arguments)
-    del arguments["gate_logits"]
-    sizes = [len(gate) for gate in ROUTING.gate_experts]
-    weights: Any = [make.leaf(size, widths[0], scale=widths[0] ** -0.5) for size in sizes]
-    biases: Any = [make.leaf(size) if rng.random() < 0.7 else None for size in sizes]
-    if rng.random() < 0.3:
-        weights = make.leaf(sum(sizes), widths[0], scale=widths[0] ** -0.5)
-        biases = make.leaf(sum(sizes)) if rng.random() < 0.5 else None
-    return {**arguments, "gate_weights": weights, "gate_biases": biases}
-
-
-def by_logits(*, inputs: Any, gate_weights: Any, gate_biases: Any, **rest: Any) -> tuple[Tensor, ...]:
-    sizes = [len(gate) for gate in ROUTING.gate_experts]
-    weights = gate_weights.split(sizes) if isinstance(gate_weights, Tensor) else gate_weights
-    biases = gate_biases.split(sizes) if isinstance(gate_biases, Tensor) else gate_biases or [None] * 3
-    streams = [inputs] * 3 if isinstance(inputs, Tensor) else inputs
-    logits = [F.linear(x, w, b) for x, w, b in zip(streams, weights, biases, strict=True)]
-    return mk.expert_mixture(inputs, rest.pop("weights"), rest.pop("biases"), logits, **rest)
-
-
-def by_layers(**arguments: Any) -> tuple[Tensor, ...]:
-    first = [arguments.pop(name) for name in ("inputs", "weights", "biases")]
-    return mk.expert_mixture(*first, None, **arguments)
-
-
-def check(seed: int, dtype: torch.dtype, grad: bool) -> None:
-    case = Case(with_layers(seed, dtype), dtype)
-    if not grad:
-        case = case.map(lambda t: t.detach())
-    exact_case = case.to(torch.float64)
-    with torch.set_grad_enabled(grad):
-        with poisoned_outputs():
-            actual = evaluate(by_layers, case)
-        with mk.use_backend("reference"):
-            exact, baseline = evaluate(by_logits, exact_case), evaluate(by_logits, case)
-    assert_within_budget(actual, exact, baseline)
+from mtlkernels.testing import Case, CaseFactory, evaluate
+from tests.ops.derivatives import function_of_leaves
+from tests.ops.level.gate_layers import ROUTING, by_layers, by_logits, check, random_layers, with_layers
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["serving", "training"])
@@ -79,58 +31,10 @@ def test_every_instruction_set(seed: int, isa: str, dtype: torch.dtype) -> None:
         check(seed, dtype, False)
 
 
-def operator_arguments(dtype: torch.dtype, rows: int, requires_grad: bool) -> tuple[Any, ...]:
-    make = CaseFactory(0, dtype)
-
-    def leaf(*shape: int) -> Tensor:
-        return make.leaf(*shape, requires_grad=requires_grad)
-
-    inputs = [leaf(rows, 4), leaf(rows, 4)]
-    weights = [*(leaf(5, 4) for _ in range(3)), *(leaf(3, 5) for _ in range(3))]
-    biases = [*(leaf(5) for _ in range(3)), None, None, None]
-    gates = ([leaf(2, 4), leaf(3, 4)], [leaf(2), None])
-    return inputs, weights, biases, *gates, [0, 1, 0], [2, 0, 0, 1, 2], [2, 3], [1, 3]
-
-
-DTYPES_ROWS = pytest.mark.parametrize(
-    "kind, rows", [(torch.float32, 5), (torch.bfloat16, 4), (torch.float64, 0), (torch.float16, 1)]
-)
-
-
-@DTYPES_ROWS
-@pytest.mark.parametrize("save", [False, True])
-def test_opcheck_forward(kind: torch.dtype, rows: int, save: bool) -> None:
-    for requires_grad in (True, False):
-        arguments = (*operator_arguments(kind, rows, requires_grad), save)
-        torch.library.opcheck(torch.ops.mtlkernels.expert_level_forward, arguments)
-
-
-@DTYPES_ROWS
-def test_opcheck_backward(kind: torch.dtype, rows: int) -> None:
-    arguments = operator_arguments(kind, rows, False)
-    inputs, weights, biases, gate_weights, _, *routing = arguments
-    outputs, saved, logits = torch.ops.mtlkernels.expert_level_forward(*arguments, True)
-    tensors = ([torch.randn_like(y) for y in outputs], inputs, weights, biases, gate_weights, logits, saved)
-    for needs in ((True,) * 5, *(tuple(i == j for i in range(5)) for j in range(5))):
-        torch.library.opcheck(torch.ops.mtlkernels.expert_level_backward, (*tensors, *routing, *needs))
-
-
 def small(seed: int) -> tuple[Callable[..., Any], list[Tensor]]:
     """A function of the leaves of a call with few rows, in float64."""
-    make = CaseFactory(seed, torch.float64)
-    streams = seed % 2 > 0
-    arguments = dict(make.expert_mixture(3, [3, 4, 2], ROUTING, streams=streams, activation="tanh").arguments)
-    del arguments["gate_logits"]
-    sizes = [len(gate) for gate in ROUTING.gate_experts]
-    own = {"gate_weights": [make.leaf(n, 3) for n in sizes], "gate_biases": [make.leaf(sizes[0]), None, None]}
-    case = Case({**arguments, **own}, torch.float64)
-    leaves = [leaf for group in case.leaves().values() for leaf in group]
-    place = {id(leaf): i for i, leaf in enumerate(leaves)}
-
-    def call(*values: Tensor) -> Any:
-        return by_layers(**case.map(lambda leaf: values[place[id(leaf)]]).arguments)
-
-    return call, leaves
+    case = with_layers(CaseFactory(seed, torch.float64), 3, [3, 4, 2], activation="tanh", streams=seed % 2 > 0)
+    return function_of_leaves(by_layers, case)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -169,25 +73,9 @@ def test_func(seed: int, backend: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_the_functions_own_rule_for_vmap() -> None:
-    """Whatever brings torch.func.vmap to it: the public function does not."""
-    inputs, *groups, experts, gate_experts, sizes, codes = operator_arguments(torch.float64, 5, False)
-    plan = Plan.of(2, None, tuple(map(tuple, (experts, gate_experts, sizes, codes))))
-    rest = [tensor for group in groups for tensor in group]
-    examples = torch.stack([inputs[0], 2 * inputs[0], inputs[1]])
-
-    def outputs(x: Tensor) -> Any:
-        return ExpertLevel.apply(plan, x, inputs[1], *rest)[:2]
-
-    found = torch.func.vmap(outputs)(examples)
-    for i, x in enumerate(examples):
-        for got, want in zip(found, outputs(x), strict=True):
-            torch.testing.assert_close(got[i], want)
-
-
 @pytest.mark.parametrize("frozen", [["inputs"], ["weights"], ["biases"], ["gate_weights"], ["gate_biases", "inputs"]])
 def test_frozen_arguments(frozen: list[str], backend: str) -> None:
-    case = Case(with_layers(5, torch.float32), torch.float32)
+    case = Case(random_layers(5, torch.float32), torch.float32)
     with mk.use_backend(backend):
         full = evaluate(by_layers, case)
         for name, leaves in case.leaves().items():
@@ -215,7 +103,7 @@ def test_experts_without_a_gate(backend: str) -> None:
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(low: torch.dtype, backend: str) -> None:
     """As by hand: all but the routing in the low dtype; gradients in float32."""
-    case = Case(with_layers(6, torch.float32), torch.float32)
+    case = Case(random_layers(6, torch.float32), torch.float32)
 
     def under_autocast(**arguments: Any) -> Any:
         with torch.autocast("cpu", low):
@@ -242,25 +130,8 @@ def test_kept_graph(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("rows", [1, 4, 16, 64, 100])
-def test_serving_goes_straight_to_cpp(rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gradients neither the checks in Python nor an operator of PyTorch is on the way."""
-    if not _extension.loaded():
-        pytest.skip("no C++ kernels")
-    torch.set_num_threads(threads)
-    arguments = with_layers(3, torch.float32)
-    arguments["inputs"] = torch.randn(rows, arguments["weights"][0][0].shape[1])
-    expected = by_logits(**arguments)
-    monkeypatch.setattr("mtlkernels.ops.expert_mixture.check_arguments", None)
-    with torch.no_grad():
-        found = by_layers(**arguments)
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want)
-
-
 def test_serving_in_inference_mode() -> None:
-    arguments = with_layers(1, torch.float32)
+    arguments = random_layers(1, torch.float32)
     with torch.inference_mode():
         assert all(y.is_inference() for y in by_layers(**arguments))
 
@@ -274,8 +145,7 @@ def test_more_experts_than_features(backend: str) -> None:
     gates = [make.leaf(40, 2) for _ in range(2)]
     with mk.use_backend(backend), torch.no_grad():
         found = by_layers(**arguments, gate_weights=gates)
-        logits = [F.linear(arguments["inputs"], gate) for gate in gates]
-        expected = mk.expert_mixture(arguments["inputs"], arguments["weights"], arguments["biases"], logits, routing)
+        expected = by_logits(**arguments, gate_weights=gates, gate_biases=None)
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want)
 
@@ -291,7 +161,7 @@ def test_a_subclass() -> None:
             cls.calls += 1
             return super().__torch_function__(function, types, args, kwargs or {})
 
-    arguments = with_layers(2, torch.float32)
+    arguments = random_layers(2, torch.float32)
     arguments["inputs"] = torch.randn(3, arguments["weights"][0][0].shape[1]).as_subclass(Counted)
     with torch.no_grad():
         by_layers(**arguments)
@@ -302,7 +172,7 @@ def test_a_subclass() -> None:
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("grad", [False, True])
 def test_compile(grad: bool) -> None:
-    arguments = with_layers(4, torch.float32)
+    arguments = random_layers(4, torch.float32)
     with torch.set_grad_enabled(grad):
         found = torch.compile(lambda a: by_layers(**a), fullgraph=True, backend="aot_eager")(dict(arguments))
         expected = by_layers(**arguments)

@@ -1,0 +1,125 @@
+"""From checked arguments to the operators: what of a level is static, and in which of its ways it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtlkernels import _backends, _torch
+from mtlkernels.ops._autograd import apply
+from mtlkernels.ops._call import needs_function, run_forward, traced_under_func, under_autocast
+from mtlkernels.ops._linears import joint_linear
+from mtlkernels.ops.level.autograd import Level, Plan
+from mtlkernels.ops.level.checks import Arguments
+from mtlkernels.ops.level.norms import (
+    check_rows,
+    fold_gate_norms,
+    fold_running,
+    parameters,
+    update_running_statistics,
+)
+from mtlkernels.ops.level.spec import Layer, LevelSpec
+from mtlkernels.routing import Routing, Wiring
+
+
+def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_gates: bool) -> LevelSpec:
+    """The spec of the experts that some gate mixes; of one input everybody reads that.
+
+    It is kept with the wiring, but not while the compiler traces, which would guard on what is kept.
+    """
+    key = (num_inputs, layers, linear_gates)
+    compiling = torch.compiler.is_compiling()
+    spec = None if compiling else wiring.specs.get(key)
+    if spec is None:
+        one, gates = num_inputs == 1, len(wiring.gate_sizes)
+        streams = (0,) * len(wiring.live) if one else wiring.expert_inputs
+        gate_inputs = ((0,) * gates if one else tuple(range(gates))) if linear_gates else ()
+        spec = LevelSpec(num_inputs, streams, wiring.gate_experts, wiring.gate_sizes, layers, gate_inputs)
+        if not compiling:
+            wiring.specs[key] = spec
+    return spec
+
+
+def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
+    """The level's outputs; the running statistics of norms are then brought up to date."""
+    wiring, layers, biases = routing.wiring, given.layers, given.biases
+    norms = fold_running(given.norms, layers, biases)
+    present = [norm for norm in norms if norm is not None]
+    settings = [(0, 0.0) if norm is None else (norm.code, norm.eps) for norm in norms]
+    of_layers = zip(given.codes, settings, given.dice_eps, given.dropout, strict=True)
+    static = tuple(Layer(code, *norm, dice_eps, rate) for code, norm, dice_eps, rate in of_layers)
+    gates: Any = (given.logits, ())
+    if given.gates is not None:
+        gates = fold_gate_norms(*given.gates)
+    # Transforms of torch.func and the compiler see further into a level whose logits come from outside.
+    spec = spec_of(wiring, len(given.streams), static, False)
+    linear = given.gates is not None and not spec.stores_inputs and not _transformed()
+    if linear:
+        spec = spec_of(wiring, len(given.streams), static, True)
+    elif given.gates is not None:
+        gates = (_gate_logits(given.streams, *gates), ())
+
+    weights = [weight for layer in layers for weight in layer]
+    streams, weights, biases, cast_gates = under_autocast(given.streams[0], given.streams, weights, biases, gates)
+    of_experts = [weights, biases]
+    if spec.has_norms:
+        everyone = range(routing.num_experts)
+        of_experts += [parameters(norms, part, everyone) for part in ("weight", "bias")]
+    if spec.has_slopes:
+        of_experts.append(given.slopes)
+    idle = [streams[i] for i in spec.unread]
+    if wiring.idle:
+        idle += [t for ts in of_experts for t in _of_experts(ts, wiring.idle, routing) if t is not None]
+        of_experts = [_of_experts(ts, wiring.live, routing) for ts in of_experts]
+    groups = (streams, *of_experts, *(cast_gates if linear else gates))
+    tensors = [tensor for group in groups for tensor in group]
+    check_rows(present, streams[0])
+    outputs, saved = _run(spec, tensors)
+    if present:
+        update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
+    return _with_zeros(outputs, idle)
+
+
+def _run(spec: LevelSpec, tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Outputs, and statistics of norms at least."""
+    x, backend = tensors[0], _backends.forced()
+    drops = any(layer.dropout for layer in spec.layers)
+    seed = torch.randint(0, 2**63 - 1, (1,), device=x.device) if drops else None
+    traced = traced_under_func("expert_mixture")
+    # The compiler differentiates the operator itself, and so sees which outputs nobody uses.
+    if not torch.compiler.is_compiling() and needs_function(tensors):
+        out = apply(Level, Plan(spec, backend), *tensors, seed)
+        return out[: len(spec.gate_sizes)], out[len(spec.gate_sizes) :]
+    args = (*spec.operands(tensors), *spec.encoded, seed, False)
+    outputs, saved = run_forward("level", "reference" if traced else backend, x, *args)
+    return outputs, saved
+
+
+def _transformed() -> bool:
+    return torch.compiler.is_compiling() or _torch.func_transforms_active()
+
+
+def _gate_logits(streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """The logits of gates that are linear layers: one product where they read one stream."""
+    if len(streams) == 1 and all((bias is None) == (biases[0] is None) for bias in biases):
+        return joint_linear(streams[0], weights, [bias for bias in biases if bias is not None])
+    rows = streams if len(streams) > 1 else [streams[0]] * len(weights)
+    return [F.linear(x, weight, bias) for x, weight, bias in zip(rows, weights, biases, strict=False)]
+
+
+def _of_experts(tensors: Sequence[Any], experts: Sequence[int], routing: Routing) -> list[Any]:
+    """Those of some experts in a list over layers, then experts."""
+    return [tensors[at + e] for at in range(0, len(tensors), routing.num_experts) for e in experts]
+
+
+def _with_zeros(outputs: Sequence[Tensor], idle: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs; from any of them ``idle``, experts' parameters and inputs that it does without, get zeros."""
+    wanted = [tensor for tensor in idle if needs_function([tensor])]
+    if not wanted:
+        return tuple(outputs)
+    zero = torch.stack([tensor[:0].sum().to(outputs[0].dtype) for tensor in wanted]).sum()
+    return tuple(y + zero for y in outputs)

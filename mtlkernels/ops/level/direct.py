@@ -1,0 +1,94 @@
+"""A call on a CPU, where the way through checks and dispatcher would take as long as a small batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mtlkernels import _backends, _extension
+from mtlkernels.ops._autograd import apply
+from mtlkernels.ops._call import direct_to_cpp
+from mtlkernels.ops.activations import CODES, has_slopes
+from mtlkernels.ops.level.autograd import Level, Plan
+from mtlkernels.ops.level.call import spec_of
+from mtlkernels.ops.level.norms import running_parts
+from mtlkernels.ops.level.spec import Layer
+from mtlkernels.routing import Routing
+
+_LISTS = (list, tuple)
+# A layer without more, of each activation.
+_LAYERS = {name: Layer(code) for name, code in CODES.items()}
+
+
+def direct(
+    inputs: Any,
+    weights: Any,
+    biases: Any,
+    gates: tuple[Any, Any, Any, Any],
+    routing: Any,
+    activation: Any,
+    norms: Any,
+    slopes: Any,
+    dice_eps: Any,
+) -> tuple[Tensor, ...] | None:
+    """The level's outputs from the public function's arguments; ``gates`` are logits, weights, biases and norms.
+
+    C++ takes the tensors out of the caller's lists, checks them, and serves; where a gradient is wanted it hands them
+    back, and they go straight to its operator. None is "not mine": where somebody looks on, where the arguments are
+    not such as C++ takes, or do not fit each other. The checks in Python then find out why, in the caller's terms.
+    """
+    several = isinstance(inputs, _LISTS)
+    if not direct_to_cpp(inputs[0] if several and inputs else inputs):
+        return None
+    if type(routing) is not Routing or not isinstance(weights, _LISTS) or routing.wiring.idle:
+        return None
+    if several and len(inputs) != routing.num_inputs:
+        return None
+    if gates[1] is None if gates[0] is None else gates[1:] != (None, None, None):
+        return None
+    names = (activation,) * len(weights) if isinstance(activation, str) else activation
+    if not isinstance(names, _LISTS) or len(names) != len(weights) or not all(name in _LAYERS for name in names):
+        return None
+    layers = tuple([_LAYERS[name] for name in names])
+    sloped = any(has_slopes(layer.activation) for layer in layers)
+    if sloped != (slopes is not None) or (sloped and not isinstance(slopes, _LISTS)):
+        return None
+    epsilons = None
+    if sloped:
+        epsilons = [dice_eps] * len(layers) if isinstance(dice_eps, float) else dice_eps
+        if not isinstance(epsilons, _LISTS) or not all(isinstance(eps, float) for eps in epsilons):
+            return None
+    running: Any = None if norms is None else _running(norms)
+    running_gates: Any = None if gates[3] is None else _parts(gates[3])
+    if running is _NOT_MINE or running_gates is _NOT_MINE:
+        return None
+    spec = spec_of(routing.wiring, len(inputs) if several else 1, layers, gates[1] is not None and not sloped)
+    found = _extension.function("level")(
+        inputs, weights, biases, *gates[:3], running, running_gates, slopes, epsilons, spec.encoded[0]
+    )
+    if not isinstance(found, list) or spec.unread:
+        return None if isinstance(found, list) else found
+    out = apply(Level, Plan(spec, _backends.forced(), True), *found, None)
+    return tuple(out[: len(spec.gate_sizes)])
+
+
+_NOT_MINE = object()
+
+
+def _parts(norms: Any) -> Any:
+    """What C++ takes of batch norms by running statistics, of which any may be None."""
+    if not isinstance(norms, (*_LISTS, nn.ModuleList)):
+        return _NOT_MINE
+    parts = [None if norm is None else running_parts(norm) for norm in norms]
+    return (
+        _NOT_MINE if any(part is None and norm is not None for part, norm in zip(parts, norms, strict=True)) else parts
+    )
+
+
+def _running(norms: Any) -> Any:
+    """The same for each layer."""
+    if not isinstance(norms, (*_LISTS, nn.ModuleList)):
+        return _NOT_MINE
+    layers = [None if layer is None else _parts(layer) for layer in norms]
+    return _NOT_MINE if any(layer is _NOT_MINE for layer in layers) else layers

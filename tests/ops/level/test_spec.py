@@ -1,0 +1,107 @@
+"""What is static about a level: encoding, parts, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+
+import mtlkernels as mk
+from mtlkernels import _extension
+from mtlkernels.ops.activations import CODES
+from mtlkernels.ops.level.call import spec_of
+from mtlkernels.ops.level.spec import Layer, LevelSpec
+
+
+def random_spec(rng: random.Random) -> LevelSpec:
+    """Any wiring; layers with and without norms, dropout and slopes."""
+    inputs, experts, gates, layers = rng.randint(1, 5), rng.randint(1, 9), rng.randint(1, 6), rng.randint(1, 4)
+    plain = rng.random() < 0.5
+
+    def layer() -> Layer:
+        if plain:
+            return Layer(rng.randrange(7))
+        numbers = (rng.choice((0.0, 1e-5, 0.1)), rng.choice((0.0, 1e-3)), rng.choice((0.0, 0.3, 1.0)))
+        return Layer(rng.randrange(len(CODES)), rng.randrange(3), *numbers)
+
+    members = [rng.sample(range(experts), rng.randint(1, experts)) for _ in range(gates)]
+    of_layers = tuple(layer() for _ in range(layers))
+    streams = tuple(rng.randrange(inputs) for _ in range(experts))
+    gate_inputs = tuple(rng.randrange(inputs) for _ in range(gates)) if plain and rng.random() < 0.5 else ()
+    flat = tuple(e for gate in members for e in gate)
+    return LevelSpec(inputs, streams, flat, tuple(map(len, members)), of_layers, gate_inputs)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_round_trip(seed: int) -> None:
+    spec = random_spec(random.Random(seed))
+    assert LevelSpec.decoded(*spec.encoded) == spec
+    assert LevelSpec.decoded(*map(list, spec.encoded)).encoded == spec.encoded
+    if _extension.loaded():
+        ints, floats = _extension.function("recoded_level")(*spec.encoded)
+        assert (tuple(ints), tuple(floats)) == spec.encoded
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_part_is_what_its_outputs_depend_on(seed: int) -> None:
+    rng = random.Random(seed)
+    spec = random_spec(rng)
+    mask = [rng.random() < 0.5 for _ in spec.gate_sizes]
+    part = spec.reached(mask)
+    begin = [sum(spec.gate_sizes[:k]) for k in range(len(mask) + 1)]
+    members = [spec.gate_experts[begin[k] : begin[k + 1]] for k in range(len(mask))]
+    used = [k for k, flag in enumerate(mask) if flag]
+    experts = {e for k in used for e in members[k]}
+    inputs = {spec.expert_inputs[e] for e in experts} | {spec.gate_inputs[k] for k in used if spec.gate_inputs}
+    assert (set(part.experts), set(part.inputs), list(part.gates)) == (experts, inputs, used)
+    groups = spec.split(part.flags)
+    assert [i for i, flag in enumerate(groups.inputs) if flag] == sorted(inputs)
+    assert list(groups.weights) == [e in experts for e in range(len(spec.expert_inputs))] * len(spec.layers)
+    if used:
+        # The part is a level of its own: the same experts, streams and gates under other numbers.
+        names = iter(part.spec.gate_experts)
+        assert [[part.experts[next(names)] for _ in members[k]] for k in used] == [list(members[k]) for k in used]
+        assert [part.inputs[i] for i in part.spec.expert_inputs] == [spec.expert_inputs[e] for e in part.experts]
+        assert part.spec.numbers == part.experts
+        whole = part.spec.reached([True] * len(used))
+        assert all(whole.flags[: len(part.inputs)]) and whole.experts == tuple(range(len(part.experts)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gate_experts": (0, 5)}, r"spec must name experts in \[0, 2\)"),
+        ({"expert_inputs": (0, 1)}, "spec must name streams that there are"),
+        ({"gate_inputs": (0, 0)}, "spec must name a stream for each of 1 gates"),
+        ({"gate_sizes": (1,)}, "spec must name an expert for each of its gates' logits"),
+        ({"gate_sizes": (2, 0)}, "spec must hold an expert, a layer and full gates"),
+        ({"layers": ()}, "spec must hold an expert, a layer and full gates"),
+        ({"layers": (Layer(99),)}, "spec must hold codes of activations, not 99"),
+        ({"layers": (Layer(1, 3),)}, "spec must hold codes of norms, not 3"),
+        ({"layers": (Layer(1, dropout=1.5),)}, r"spec must hold rates of dropout in \[0, 1\], not 1.5"),
+        ({"layers": (Layer(1, 1),), "gate_inputs": (0,)}, "spec must take the logits of a level with norms"),
+    ],
+)
+def test_what_is_refused(change: dict[str, object], message: str) -> None:
+    good = LevelSpec(1, (0, 0), (1, 0), (2,), (Layer(1),))
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(good, **change)
+
+
+def test_lists_that_are_no_spec() -> None:
+    ints, _ = LevelSpec(1, (0, 0), (1, 0), (2,), (Layer(1),)).encoded
+    readers = [LevelSpec.decoded]
+    readers += [_extension.function("recoded_level")] if _extension.loaded() else []
+    for read in readers:
+        for wrong in (ints[:3], ints[:-1], (*ints, 0), (*ints[:5], -1, *ints[6:])):
+            with pytest.raises(ValueError, match="spec must"):
+                read(wrong, ())
+        with pytest.raises(ValueError, match="spec must come with 3 floats"):
+            read(ints, (0.0,))
+
+
+def test_a_spec_is_made_once_for_a_routing() -> None:
+    wiring = mk.Routing.mmoe(2, 2).wiring
+    assert spec_of(wiring, 1, (Layer(1),), True) is spec_of(wiring, 1, (Layer(1),), True)
+    assert spec_of(wiring, 1, (Layer(1),), True) != spec_of(wiring, 1, (Layer(1),), False)

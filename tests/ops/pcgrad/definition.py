@@ -1,0 +1,100 @@
+"""PCGrad by its definition, independent of the package, and how results are held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mtlkernels as mk
+from mtlkernels.testing import poisoned_outputs
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "mean"},
+    {"include_self": True},
+    {"max_norm": 0.5},
+    {"normalize": True},
+    {"normalize": True, "max_norm": 2.0, "reduction": "mean"},
+    {"project": False},
+    {"project": False, "max_norm": 1e-3, "normalize": True},
+    {"eps": 1e-3},
+]
+
+
+def formula(
+    grads: Sequence[Sequence[Tensor | None]],
+    order: Sequence[Sequence[int]],
+    *,
+    reduction: str = "sum",
+    include_self: bool = False,
+    max_norm: float | None = None,
+    normalize: bool = False,
+    project: bool = True,
+    eps: float = 0.0,
+) -> list[Tensor | None]:
+    """Gradient surgery by walking over whole gradients, in float64."""
+    shapes = [next((g for g in column if g is not None), None) for column in zip(*grads, strict=True)]
+
+    def flatten(row: Sequence[Tensor | None]) -> Tensor:
+        parts = [
+            (torch.zeros_like(like) if grad is None else grad).double().to_dense().flatten()
+            for grad, like in zip(row, shapes, strict=True)
+            if like is not None
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    tasks = [flatten(row) for row in grads]
+    if max_norm is not None:
+        tasks = [g * (max_norm / g.norm()) if g.norm() > max_norm else g for g in tasks]
+    if normalize:
+        mean = sum(g.norm() for g in tasks) / len(tasks)
+        tasks = [g * (mean / g.norm()) if g.norm() > 0 else g for g in tasks]
+    total = torch.zeros_like(tasks[0])
+    for i, own in enumerate(tasks):
+        projected = own.clone()
+        for j in order[i] if project else ():
+            if (j == i and not include_self) or not tasks[j].any():
+                continue
+            inner = projected @ tasks[j]
+            if inner < 0:
+                projected -= inner / (tasks[j] @ tasks[j] + eps) * tasks[j]
+        total += projected
+    if reduction == "mean":
+        total = total / len(tasks)
+    found, at = [], 0
+    for like in shapes:
+        if like is None:
+            found.append(None)
+            continue
+        found.append(total[at : at + like.numel()].reshape(like.shape))
+        at += like.numel()
+    return found
+
+
+def assert_agrees(grads: Sequence[Sequence[Tensor | None]], order: Tensor, **options: Any) -> None:
+    """mk.pcgrad against the definition."""
+    with poisoned_outputs():
+        actual = mk.pcgrad(grads, order=order, **options)
+    assert_right(actual, grads, order, **options)
+
+
+def assert_right(
+    actual: Sequence[Tensor | None], grads: Sequence[Sequence[Tensor | None]], order: Tensor, **options: Any
+) -> None:
+    """A result against the definition: an error of one rounding to the dtype, and of float64 sums of all tasks."""
+    expected = formula(grads, order.tolist(), **options)
+    assert len(actual) == len(expected)
+    sizes = [float(sum(g.double().to_dense().square().sum() for g in row if g is not None)) ** 0.5 for row in grads]
+    for got, want, column in zip(actual, expected, zip(*grads, strict=True), strict=True):
+        if want is None:
+            assert got is None
+            continue
+        like = next(grad for grad in column if grad is not None)
+        assert got.dtype == like.dtype and got.shape == like.shape and got.device == like.device
+        rounding = torch.finfo(like.dtype).eps * want.abs() + torch.finfo(like.dtype).tiny
+        error = (got.to_dense().double().cpu() - want.cpu()).abs()
+        excess = error - rounding.cpu() - 1e-13 * len(sizes) * max(sizes)
+        assert not excess.numel() or float(excess.max()) <= 0, f"error {float(error.max()):.3g} in {like.dtype}"
