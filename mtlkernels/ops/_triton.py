@@ -6,7 +6,7 @@ where they are. The launchers pass the place in the table where each run of entr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,13 +76,13 @@ def aligned(tensors: Iterable[Tensor], lengths: Iterable[int]) -> bool:
     return all(length % 16 == 0 for length in lengths) and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, copied where they are not contiguous.
+def contiguous(tensors: Iterable[Any]) -> list[Any]:
+    """The tensors, copied where they are not contiguous; None stays.
 
     Kernels read rows of unit stride, in whole vectors; a strided operand is read by many programs, so that one copy
     costs less than scattered reads.
     """
-    return [t.contiguous() for t in tensors]
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def launch(kernel: Any, programs: int, tile: Tile, *args: Any, **constants: Any) -> None:
@@ -99,16 +99,3 @@ def launch(kernel: Any, programs: int, tile: Tile, *args: Any, **constants: Any)
             **({} if tile.registers is None else {"maxnreg": tile.registers}),
             enable_fp_fusion=True,
         )
-
-
-def gate_entries(table: Table, gate_logits: Sequence[Tensor], gate_experts: Sequence[int], sizes: Sequence[int]) -> int:
-    """Appends what kernels know of K gates; see ``gate_logits`` in _triton_functions.py.
-
-    K addresses of logits, K row strides, K column strides, K + 1 offsets into the experts of all gates, these experts.
-    """
-    start = table.pointers(gate_logits)
-    table.integers(logits.stride(0) for logits in gate_logits)
-    table.integers(logits.stride(1) for logits in gate_logits)
-    table.integers(sum(sizes[:k]) for k in range(len(sizes) + 1))
-    table.integers(gate_experts)
-    return start

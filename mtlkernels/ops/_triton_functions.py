@@ -140,13 +140,13 @@ def activation_gradient(grad, saved, CODE: tl.constexpr):
 @triton.jit
 def saved_of(x, CODE: tl.constexpr):
     """What ``activation_gradient`` takes, from the activation's input."""
-    return x if CODE == GELU or CODE == SILU else activate(x, CODE)
+    return activate(x, CODE) if CODE != GELU and CODE != SILU else x
 
 
 @triton.jit
 def activation_of(saved, CODE: tl.constexpr):
     """The activation's output, from what ``activation_gradient`` takes."""
-    return activate(saved, CODE) if CODE == GELU or CODE == SILU else saved
+    return saved if CODE != GELU and CODE != SILU else activate(saved, CODE)
 
 
 @triton.jit

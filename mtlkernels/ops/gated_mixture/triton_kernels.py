@@ -68,8 +68,9 @@ def mix_backward(
     With p the softmax of a gate's logits and g_e = <dy, experts_e>: d experts_e = sum over gates of p_e * dy, and
     d logits_e = p_e * (g_e - sum_j p_j * g_j). ``weights`` [S, B] holds p and ``inner`` [column blocks, S, B] the parts
     of g, float32, with S the members of all gates; a program uses its own rows of them only. ``seen`` lists for each
-    expert the gates that mix it: E + 1 offsets, then the gates, then their places among the S. ``grad_logits`` lists
-    addresses of the gates' gradients, then the strides of their rows, then their lengths: zeros follow what gates have.
+    expert the gates that mix it: E + 1 offsets, then the gates, then their places among the S; then come the experts'
+    numbers among those that ``saved`` stacks, of which there may be more. ``grad_logits`` lists addresses of the gates'
+    gradients, then the strides of their rows, then their lengths: zeros follow what gates have.
     """
     width = whole(width, KIND)
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -101,10 +102,11 @@ def mix_backward(
     for e in range(num_experts):
         start = tl.load(seen + e).to(tl.int32)
         end = tl.load(seen + e + 1).to(tl.int32)
+        number = tl.load(seen + num_experts + 1 + 2 * num_members + e)
         for block in range(tl.cdiv(width, COLUMNS)):
             columns = block * COLUMNS + tl.arange(0, COLUMNS)
             mask = inside[:, None] & (columns < width)[None, :]
-            kept = tl.load(tiles + e * expert_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            kept = tl.load(tiles + number * expert_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             expert = activation_of(kept, CODE)
             grad = tl.zeros((ROWS, COLUMNS), tl.float32)
             for i in range(start, end):

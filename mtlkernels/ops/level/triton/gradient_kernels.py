@@ -63,12 +63,12 @@ def input_gradient(
 
     ``members`` lists num_groups + 1 offsets, then the experts of all groups: for a network's inputs a group is the
     experts that read a stream, which lie side by side along the depth of one product; below other layers a group is one
-    expert. ``kept`` is what the forward pass saved of the layer below, of use if that has an activation; ``ACTIVATED`` writes
-    its activation, for the gradient of the weights. ``SPLIT``: ``splits`` programs share a block, each with some of the
-    group's experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split].
-    ``LINEAR_GATES``: gates that are linear layers of an input are one more member of its group. ``gates`` holds four
-    entries a group: the address of the gradients of these gates' logits, how many logits they have, the length of the
-    gradients' rows (which end with zeros), and where the addresses of the rows of their weights are, a row a logit.
+    expert. ``kept`` is what the forward pass saved of the layer below, of use if that has an activation; ``ACTIVATED``
+    writes its activation, for the gradient of the weights. ``SPLIT``: ``splits`` programs share a block, each with some
+    of the group's experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split].
+    ``LINEAR_GATES``: the linear gates of an input are one more member of its group. ``gates`` holds four entries a
+    group: the address of the gradients of these gates' logits, how many logits they have, the length of the gradients'
+    rows (which end with zeros), and where the addresses of the rows of their weights are, a row a logit.
     """
     width = whole(width, KIND)
     depth = whole(depth, KIND)
@@ -95,9 +95,7 @@ def input_gradient(
         logits = tl.load(entry + 1).to(tl.int32)
         if SPLIT:
             logits = tl.where(share == 0, logits, 0)
-        acc = add_gates(
-            acc, table, entry, logits, first, first_column, a_inside, b_inside, KIND, ROWS, COLUMNS, few
-        )
+        acc = add_gates(acc, table, entry, logits, first, first_column, a_inside, b_inside, KIND, ROWS, COLUMNS, few)
     start = tl.load(table + members + group).to(tl.int32)
     end = tl.load(table + members + group + 1).to(tl.int32)
     if SPLIT:
@@ -142,7 +140,7 @@ def weight_gradient(
     addresses of the experts' d [B, outputs], x [B, inputs], weight and bias gradients start. ``SPLIT``: ``splits``
     programs share a block, each with some of the batch, and the last one to arrive adds what the others have stored in
     ``parts`` [block, split]: a block of the weight's gradient, then a row of the bias's.
-    ``LINEAR_GATES``: from number ``gates`` on a layer is the gates that read a stream. Its gradients' addresses are one
+    ``LINEAR_GATES``: from number ``gates`` on a layer is the linear gates of a stream. Its gradients' addresses are one
     a row, null behind the last logit.
     """
     tile = tl.program_id(0)
@@ -188,9 +186,7 @@ def weight_gradient(
         left_step = (tl.zeros((), tl.int64) + DEPTH) * height
         right_step = (tl.zeros((), tl.int64) + DEPTH) * width
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        acc = multiply(
-            acc, left, right, left_step, right_step, there, columns < left_columns, begin, stop, KIND, DEPTH
-        )
+        acc = multiply(acc, left, right, left_step, right_step, there, columns < left_columns, begin, stop, KIND, DEPTH)
         out = operand(table, tl.load(entry + 6) + e, KIND) + first * width + first_column + rows * width
         wanted = there
         if LINEAR_GATES:

@@ -173,9 +173,7 @@ def layer_norm_gradient(
             z = tl.load(values + k, mask=mask, other=0.0).to(tl.float32)
             grad = tl.load(grads + k, mask=mask, other=0.0).to(tl.float32)
             start = tl.zeros((), tl.int64) + k
-            g, s, _ = norm_gradient(
-                grad, z, layer, first, start, k + columns, there, of_rows, LAYER, ROWS, COLUMNS
-            )
+            g, s, _ = norm_gradient(grad, z, layer, first, start, k + columns, there, of_rows, LAYER, ROWS, COLUMNS)
             scale, shift = affine(layer[0], k + columns, there, LAYER, COLUMNS)
             g = tl.where(mask, g * scale[None, :], 0.0)
             if last_pass:

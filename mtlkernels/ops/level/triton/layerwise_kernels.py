@@ -157,7 +157,5 @@ def normalize(
     offsets = first * width + first_column + rows[:, None] * width + columns[None, :]
     z = tl.load(operand(table, values + e, KIND) + offsets, mask=mask, other=0.0).to(tl.float32)
     of_rows = row_statistics(layer, first, rows, inside, LAYER, False, ROWS)
-    value = hidden(
-        z, layer, first, first_column, first_column + columns, there, of_rows, LAYER, ROWS, COLUMNS
-    )
+    value = hidden(z, layer, first, first_column, first_column + columns, there, of_rows, LAYER, ROWS, COLUMNS)
     tl.store(operand(table, outputs + e, KIND) + offsets, value.to(KIND.dtype), mask=mask)
