@@ -71,25 +71,27 @@ def product(acc, a, b, KIND: tl.constexpr):
 
 @triton.jit
 def multiply(
-    acc, a, b, a_step, b_step, a_inside, b_inside, begin, end, KIND: tl.constexpr, DEPTH: tl.constexpr,
+    acc, a, b, steps, a_inside, b_inside, begin, end, KIND: tl.constexpr, DEPTH: tl.constexpr,
     READ: tl.constexpr = None, state=None, LAYER: tl.constexpr = None,
 ):  # fmt: skip
     """``acc + A B`` along the depth from ``begin`` to ``end``: the loop of every product.
 
-    ``a`` [rows, DEPTH] and ``b`` [DEPTH, columns] are pointers to where both begin, which their steps move on by DEPTH;
-    ``a_inside`` and ``b_inside`` say which rows of A and columns of B there are. ``READ``, a function of a block of A,
-    where it is along the depth and which part of that is inside, ``state`` and ``LAYER``, gives what is multiplied.
+    ``a`` [rows, DEPTH] and ``b`` [DEPTH, columns] are pointers to where both begin, which ``steps`` move on by DEPTH;
+    they are None where both are contiguous along the depth, and begin at 0. ``a_inside`` and ``b_inside`` say which rows
+    of A and columns of B there are. ``READ``, a function of a block of A, where it is along the depth and which part of
+    that is inside, ``state`` and ``LAYER``, gives what is multiplied.
     """
     inner = tl.arange(0, DEPTH)
     for k in range(begin, end, DEPTH):
         there = inner < end - k
-        left = tl.load(a, mask=a_inside[:, None] & there[None, :], other=0.0)
+        left = tl.load(a + k if steps is None else a, mask=a_inside[:, None] & there[None, :], other=0.0)
         if READ is not None:
             left = READ(left, k, there, state, LAYER, DEPTH)
-        right = tl.load(b, mask=there[:, None] & b_inside[None, :], other=0.0)
+        right = tl.load(b + k if steps is None else b, mask=there[:, None] & b_inside[None, :], other=0.0)
         acc = product(acc, left, right, KIND)
-        a += a_step
-        b += b_step
+        if steps is not None:
+            a += steps[0]
+            b += steps[1]
     return acc
 
 

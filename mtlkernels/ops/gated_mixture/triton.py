@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -41,22 +42,20 @@ class Gates(NamedTuple):
         table.integers(self.experts)
         return start
 
-    def of_experts(self, table: Table, numbers: Sequence[int]) -> int:
-        """Appends which gates mix each expert: E + 1 offsets, the gates, and their places in ``experts``.
+    def of_experts(self, table: Table, offsets: Sequence[int]) -> int:
+        """Appends which gates mix each expert: E + 1 starts, the gates, and their places in ``experts``.
 
-        Then come the experts' numbers where their features are stacked.
+        Then come ``offsets``, from the first of the experts that are stacked to each.
         """
         owners = [k for k, size in enumerate(self.sizes) for _ in range(size)]
         order = sorted(range(len(self.experts)), key=lambda member: self.experts[member])
-        offsets = [0] * (len(numbers) + 1)
+        sizes = [0] * len(offsets)
         for expert in self.experts:
-            offsets[expert + 1] += 1
-        for e in range(len(numbers)):
-            offsets[e + 1] += offsets[e]
-        start = table.integers(offsets)
+            sizes[expert] += 1
+        start = table.integers(accumulate(sizes, initial=0))
         table.integers(owners[member] for member in order)
         table.integers(order)
-        table.integers(numbers)
+        table.integers(offsets)
         return start
 
 
@@ -117,6 +116,7 @@ def backward(
     logits = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in gate_logits if need_logits]
     table = Table()
     places = strides(table, experts, 0, 1), strides(table, grad_experts, 0, 1)
+    offsets = [e * experts.stride(1) for e in range(experts.shape[1])]
     grad_outputs = contiguous(grad_outputs)
     aligned = _triton.aligned([experts, *grad_outputs], (*experts.stride()[:2], experts.shape[2]))
     gates = Gates(gate_logits, gate_experts, gate_sizes)
@@ -124,7 +124,7 @@ def backward(
         table,
         Kind.of(experts.dtype, aligned),
         places,
-        range(experts.shape[1]),
+        offsets,
         0,
         grad_outputs,
         gates,
@@ -140,7 +140,7 @@ def prepare_backward(
     table: Table,
     kind: Kind,
     places: tuple[int, int],
-    numbers: Sequence[int],
+    offsets: Sequence[int],
     code: int,
     grad_outputs: Sequence[Tensor],
     gates: Gates,
@@ -153,7 +153,7 @@ def prepare_backward(
         table: the call's.
         kind: of all kernels.
         places: where in the table the experts and their gradients are, see :func:`strides`.
-        numbers: those of the E experts among the experts that are stacked; of the gradients, there are E.
+        offsets: those of the E experts among the experts that are stacked; of gradients only E are.
         code: the activation that the experts end with.
         grad_outputs: contiguous.
         gates: which mix these E.
@@ -166,11 +166,11 @@ def prepare_backward(
     blocks = triton.cdiv(width, tile.columns) if grad_logits else 0
     weights = grad_outputs[0].new_empty((members, num_rows), dtype=torch.float32)
     inner = grad_outputs[0].new_empty((blocks, members, num_rows), dtype=torch.float32)
-    at = (table.pointers(grad_outputs), gates.entries(table), gates.of_experts(table, numbers), *places)
+    at = (table.pointers(grad_outputs), gates.entries(table), gates.of_experts(table, offsets), *places)
     at_logits = table.pointers(grad_logits)
     table.integers(t.stride(0) for t in grad_logits)
     table.integers(t.shape[1] for t in grad_logits)
-    sizes = (len(gates.sizes), len(numbers), members, num_rows, width)
+    sizes = (len(gates.sizes), len(offsets), members, num_rows, width)
     constants = {
         "KIND": kind.without_products,
         "LOGITS": DTYPES[gates.logits[0].dtype],

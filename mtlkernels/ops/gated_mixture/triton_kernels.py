@@ -68,9 +68,9 @@ def mix_backward(
     With p the softmax of a gate's logits and g_e = <dy, experts_e>: d experts_e = sum over gates of p_e * dy, and
     d logits_e = p_e * (g_e - sum_j p_j * g_j). ``weights`` [S, B] holds p and ``inner`` [column blocks, S, B] the parts
     of g, float32, with S the members of all gates; a program uses its own rows of them only. ``seen`` lists for each
-    expert the gates that mix it: E + 1 offsets, then the gates, then their places among the S; then come the experts'
-    numbers among those that ``saved`` stacks, of which there may be more. ``grad_logits`` lists addresses of the gates'
-    gradients, then the strides of their rows, then their lengths: zeros follow what gates have.
+    expert the gates that mix it: E + 1 starts, then the gates, then their places among the S; then come the offsets of
+    the experts in ``saved``, where others may be stacked too. ``grad_logits`` lists addresses of the gates' gradients,
+    then the strides of their rows, then their lengths: zeros follow what gates have.
     """
     width = whole(width, KIND)
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -92,7 +92,6 @@ def mix_backward(
         tl.debug_barrier()  # each thread reads what others of its program have written
 
     row_stride = whole(tl.load(table + saved + 1), KIND)
-    expert_stride = whole(tl.load(table + saved + 2), KIND)
     grad_row_stride = whole(tl.load(table + grad_experts + 1), KIND)
     grad_expert_stride = whole(tl.load(table + grad_experts + 2), KIND)
     tiles = operand(table, saved, KIND) + first * row_stride
@@ -102,11 +101,11 @@ def mix_backward(
     for e in range(num_experts):
         start = tl.load(seen + e).to(tl.int32)
         end = tl.load(seen + e + 1).to(tl.int32)
-        number = tl.load(seen + num_experts + 1 + 2 * num_members + e)
+        at = tiles + whole(tl.load(seen + num_experts + 1 + 2 * num_members + e), KIND)
         for block in range(tl.cdiv(width, COLUMNS)):
             columns = block * COLUMNS + tl.arange(0, COLUMNS)
             mask = inside[:, None] & (columns < width)[None, :]
-            kept = tl.load(tiles + number * expert_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            kept = tl.load(at + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             expert = activation_of(kept, CODE)
             grad = tl.zeros((ROWS, COLUMNS), tl.float32)
             for i in range(start, end):
@@ -115,8 +114,8 @@ def mix_backward(
                 dy = operand(table, grad_outputs + gate, KIND) + first * width
                 dy = tl.load(dy + rows[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
                 if NEED_LOGITS:
-                    at = inner + (block * num_members + member) * stride
-                    tl.store(at, tl.sum(dy * expert, 1), mask=inside)
+                    part = inner + (block * num_members + member) * stride
+                    tl.store(part, tl.sum(dy * expert, 1), mask=inside)
                 if NEED_EXPERTS:
                     weight = tl.load(weights + member * stride, mask=inside, other=0.0)
                     grad += weight[:, None] * dy

@@ -73,7 +73,7 @@ def route_sum(
             weight = weight + first_column * depth + columns[None, :] * depth + inner[:, None]
             step = tl.zeros((), tl.int64) + DEPTH
         part = tl.zeros((ROWS, COLUMNS), tl.float32)
-        part = multiply(part, x, weight, DEPTH, step, rows < left_rows, columns < left_columns, 0, depth, KIND, DEPTH)
+        part = multiply(part, x, weight, (DEPTH, step), rows < left_rows, columns < left_columns, 0, depth, KIND, DEPTH)
         acc += tl.load(z + number) * part
     mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
     out = operand(table, outputs + output, KIND) + first * width + first_column
@@ -112,12 +112,9 @@ def route_products(
         end = tl.where(scale != 0.0, end, 0)
     left = operand(table, grads + output, KIND) + first + inner[None, :] * height + rows[:, None]
     right = operand(table, inputs + member, KIND) + first_column + inner[:, None] * width + columns[None, :]
-    left_step = (tl.zeros((), tl.int64) + DEPTH) * height
-    right_step = (tl.zeros((), tl.int64) + DEPTH) * width
+    steps = ((tl.zeros((), tl.int64) + DEPTH) * height, (tl.zeros((), tl.int64) + DEPTH) * width)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    acc = multiply(
-        acc, left, right, left_step, right_step, rows < left_rows, columns < left_columns, 0, end, KIND, DEPTH
-    )
+    acc = multiply(acc, left, right, steps, rows < left_rows, columns < left_columns, 0, end, KIND, DEPTH)
     mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
     offsets = rows[:, None] * width + columns[None, :]
     corner = first * width + first_column

@@ -60,7 +60,7 @@ def backward(
         table,
         level.kind,
         features,
-        spec.numbers,
+        [number * saved[-1].stride(0) for number in spec.numbers],
         codes[-1],
         grad_outputs,
         gates,

@@ -53,7 +53,7 @@ def linear(
     x = operand(table, inputs, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
     weight = operand(table, weights, KIND) + first_column * depth + columns[None, :] * depth + inner[:, None]
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    acc = multiply(acc, x, weight, DEPTH, DEPTH, rows < left_rows, inside, 0, depth, KIND, DEPTH)
+    acc = multiply(acc, x, weight, None, rows < left_rows, inside, 0, depth, KIND, DEPTH)
     return add_bias(acc, tl.load(table + biases), first_column, inside, KIND, COLUMNS)
 
 
@@ -104,7 +104,7 @@ def gate_layer(
     weight = weight[None, :] + inner[:, None]
     x = operand(entry, 0, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    acc = multiply(acc, x, weight, DEPTH, DEPTH, rows < left_rows, inside, 0, depth, KIND, DEPTH)
+    acc = multiply(acc, x, weight, None, rows < left_rows, inside, 0, depth, KIND, DEPTH)
     width = tl.load(table + gates + 1).to(tl.int32)
     bias = tl.load(at + width, mask=inside, other=0)
     acc += tl.load(bias.to(tl.pointer_type(KIND.dtype)), mask=bias != 0, other=0.0).to(tl.float32)[None, :]

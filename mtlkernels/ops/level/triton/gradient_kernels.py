@@ -107,7 +107,7 @@ def input_gradient(
         grad = operand(table, grads + e, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
         weight = operand(table, weights + e, KIND) + first_column + inner[:, None] * width + columns[None, :]
         step = (tl.zeros((), tl.int64) + DEPTH) * width
-        acc = multiply(acc, grad, weight, DEPTH, step, a_inside, b_inside, 0, depth, KIND, DEPTH)
+        acc = multiply(acc, grad, weight, (DEPTH, step), a_inside, b_inside, 0, depth, KIND, DEPTH)
     mask = a_inside[:, None] & b_inside[None, :]
     offsets = rows[:, None] * width + columns[None, :]
     corner = first * width + first_column
@@ -183,10 +183,9 @@ def weight_gradient(
         left = grad + inner[None, :] * height + rows[:, None]
         right = operand(table, tl.load(entry + 5) + e, KIND) + start * width + first_column
         right = right + inner[:, None] * width + columns[None, :]
-        left_step = (tl.zeros((), tl.int64) + DEPTH) * height
-        right_step = (tl.zeros((), tl.int64) + DEPTH) * width
+        steps = ((tl.zeros((), tl.int64) + DEPTH) * height, (tl.zeros((), tl.int64) + DEPTH) * width)
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        acc = multiply(acc, left, right, left_step, right_step, there, columns < left_columns, begin, stop, KIND, DEPTH)
+        acc = multiply(acc, left, right, steps, there, columns < left_columns, begin, stop, KIND, DEPTH)
         out = operand(table, tl.load(entry + 6) + e, KIND) + first * width + first_column + rows * width
         wanted = there
         if LINEAR_GATES:

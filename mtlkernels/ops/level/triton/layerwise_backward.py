@@ -64,8 +64,9 @@ def backward(
     logits = [x.new_empty(t.shape, dtype=t.dtype) for t in groups.gates if needs.gates]
     features = mixture.strides(table, hidden[-1], 1, 0), mixture.strides(table, grads[-1] if grads else None, 1, 0)
     gates = Gates(groups.gates, spec.gate_experts, spec.gate_sizes)
+    offsets = [e * level.num_rows * level.widths[-1] for e in experts]
     runs.append(
-        mixture.prepare_backward(table, level.kind, features, experts, 0, grad_outputs, gates, need_experts, logits)
+        mixture.prepare_backward(table, level.kind, features, offsets, 0, grad_outputs, gates, need_experts, logits)
     )
     scales, shifts, slopes = (
         [torch.empty_like(part) if need and part is not None else None for part in parts]

@@ -57,7 +57,7 @@ def layerwise_product(
     as_is: tl.constexpr = LAYER.norm == NO_NORM and LAYER.activation == NONE and not LAYER.drops
     READ: tl.constexpr = None if as_is else read_hidden
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    acc = multiply(acc, x, weight, DEPTH, DEPTH, inside, there, 0, depth, KIND, DEPTH, READ, state, LAYER)
+    acc = multiply(acc, x, weight, None, inside, there, 0, depth, KIND, DEPTH, READ, state, LAYER)
     result = add_bias(acc, tl.load(table + biases + e), first_column, there, KIND, COLUMNS).to(KIND.dtype)
     out = operand(table, outputs + e, KIND) + first * width + first_column
     tl.store(out + rows[:, None] * width + columns[None, :], result, mask=inside[:, None] & there[None, :])
