@@ -78,8 +78,8 @@ def multiply(
 
     ``a`` [rows, DEPTH] and ``b`` [DEPTH, columns] are pointers to where both begin, which ``steps`` move on by DEPTH;
     they are None where both are contiguous along the depth, and begin at 0. ``a_inside`` and ``b_inside`` say which
-    rows of A and columns of B there are. ``READ``, a function of a block of A, where it is along the depth and which part of
-    that is inside, ``state`` and ``LAYER``, gives what is multiplied.
+    rows of A and columns of B there are. ``READ``, a function of a block of A, where it is along the depth and which
+    part of that is inside, ``state`` and ``LAYER``, gives what is multiplied.
     """
     inner = tl.arange(0, DEPTH)
     for k in range(begin, end, DEPTH):

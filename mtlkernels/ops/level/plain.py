@@ -31,8 +31,8 @@ def expert_mixture(*arguments: Any) -> tuple[Tensor, ...]:
         found = _tracing.quietly(check_arguments, *arguments)
         count = len(found.layers)
         modules = [None if norm is None else norm.modules for norm in found.norms]
-        of_layers = (_by_layer(found.biases, count), modules, _by_layer(found.slopes, count))
-        gates = (found.gates, found.logits, routing, found.codes, found.dropout, found.dice_eps)
+        of_layers: Any = (_by_layer(found.biases, count), modules, _by_layer(found.slopes, count))
+        gates: Any = (found.gates, found.logits, routing, found.codes, found.dropout, found.dice_eps)
         return _evaluate(found.streams, found.layers, *of_layers, *gates)
     # Of proxies, each of which stands for one tensor, nobody can check anything.
     check_routing(routing)
@@ -44,10 +44,9 @@ def expert_mixture(*arguments: Any) -> tuple[Tensor, ...]:
         offsets = [None] * len(sizes) if gate_biases is None else _by_gate(gate_biases, sizes)
         layers = (_by_gate(gate_weights, sizes), offsets, list(gate_norms or ()))
     logits = [] if layers is not None else logits_by_gate(gate_logits, sizes)
-    numbers = (check_dropout(dropout, count), numbers_by_layer("dice_eps", "number", dice_eps, count))
-    return _evaluate(
-        streams, weights, *of_layers, layers, logits, routing, activation_codes(activation, count), *numbers
-    )
+    rates, epsilons = check_dropout(dropout, count), numbers_by_layer("dice_eps", "number", dice_eps, count)
+    codes = activation_codes(activation, count)
+    return _evaluate(streams, weights, *of_layers, layers, logits, routing, codes, rates, epsilons)
 
 
 def _evaluate(
