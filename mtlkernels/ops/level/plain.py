@@ -38,7 +38,10 @@ def expert_mixture(*arguments: Any) -> tuple[Tensor, ...]:
     check_routing(routing)
     sizes, count = routing.wiring.gate_sizes, len(weights)
     streams = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
-    of_layers = tuple([None] * count if parts is None else parts for parts in (biases, norms, slopes))
+    offsets_by_layer, norms_by_layer, slopes_by_layer = (
+        [None] * count if parts is None else parts for parts in (biases, norms, slopes)
+    )
+    by_layer = (offsets_by_layer, norms_by_layer, slopes_by_layer)
     layers = None
     if gate_weights is not None:
         offsets = [None] * len(sizes) if gate_biases is None else _by_gate(gate_biases, sizes)
@@ -46,7 +49,7 @@ def expert_mixture(*arguments: Any) -> tuple[Tensor, ...]:
     logits = [] if layers is not None else logits_by_gate(gate_logits, sizes)
     rates, epsilons = check_dropout(dropout, count), numbers_by_layer("dice_eps", "number", dice_eps, count)
     codes = activation_codes(activation, count)
-    return _evaluate(streams, weights, *of_layers, layers, logits, routing, codes, rates, epsilons)
+    return _evaluate(streams, weights, *by_layer, layers, logits, routing, codes, rates, epsilons)
 
 
 def _evaluate(
