@@ -35,10 +35,10 @@ using Sums = double[tiles(octets)][2];
 // Rows of the first tile that one set of tasks takes: a power of two, 8 with more than 4 tasks.
 MTLK_DEVICE inline int rows_of(int tasks) { return tasks > 4 ? 8 : tasks > 2 ? 4 : tasks; }
 
-template <int octets, int kind>
+template <int octets, Dtype dtype>
 MTLK_DEVICE void add_products(Sums<octets>& sums, const ParameterTable& table, const Chunk& chunk) {
-  using Bits = typename Element<kind>::Bits;
-  constexpr int kPer = Element<kind>::kPerVector, kSteps = kAhead<octets>;
+  using Bits = typename Element<dtype>::Bits;
+  constexpr int kPer = Element<dtype>::kPerVector, kSteps = kAhead<octets>;
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
   const int rows = octets == 1 ? rows_of(table.tasks()) : 8;
   const bool aligned = table.aligned(chunk.parameter);
@@ -58,14 +58,14 @@ MTLK_DEVICE void add_products(Sums<octets>& sums, const ParameterTable& table, c
       MTLK_UNROLL
       for (int s = 0; s < kSteps; ++s) {
         MTLK_UNROLL
-        for (int o = 0; o < octets; ++o) loaded[s][o] = load_whole<kind>(sources[o], (mine + s * step) * kPer);
+        for (int o = 0; o < octets; ++o) loaded[s][o] = load_whole<dtype>(sources[o], (mine + s * step) * kPer);
       }
     } else {
       MTLK_UNROLL
       for (int s = 0; s < kSteps; ++s) {
         MTLK_UNROLL
         for (int o = 0; o < octets; ++o) {
-          loaded[s][o] = load_part<kind>(sources[o], (mine + s * step) * kPer, chunk.count);
+          loaded[s][o] = load_part<dtype>(sources[o], (mine + s * step) * kPer, chunk.count);
         }
       }
     }
@@ -76,7 +76,7 @@ MTLK_DEVICE void add_products(Sums<octets>& sums, const ParameterTable& table, c
       for (int i = 0; i < kPer; ++i) {
         double values[octets];
         MTLK_UNROLL
-        for (int o = 0; o < octets; ++o) values[o] = Element<kind>::value(get<kind>(loaded[s][o], i));
+        for (int o = 0; o < octets; ++o) values[o] = Element<dtype>::value(get<dtype>(loaded[s][o], i));
         MTLK_UNROLL
         for (int a = 0, tile = 0; a < octets; ++a) {
           MTLK_UNROLL
@@ -166,18 +166,18 @@ MTLK_GLOBAL void __launch_bounds__(kThreads) gram_kernel(const GramArguments arg
       if (present != 0) flush<octets>(sums, present, rows, total);
       present = table.present(parameter);
     }
-    switch (table.kind(parameter)) {
-      case kFloat32:
-        add_products<octets, kFloat32>(sums, table, chunk);
+    switch (table.dtype(parameter)) {
+      case Dtype::kFloat32:
+        add_products<octets, Dtype::kFloat32>(sums, table, chunk);
         break;
-      case kBFloat16:
-        add_products<octets, kBFloat16>(sums, table, chunk);
+      case Dtype::kBFloat16:
+        add_products<octets, Dtype::kBFloat16>(sums, table, chunk);
         break;
-      case kFloat16:
-        add_products<octets, kFloat16>(sums, table, chunk);
+      case Dtype::kFloat16:
+        add_products<octets, Dtype::kFloat16>(sums, table, chunk);
         break;
       default:
-        add_products<octets, kFloat64>(sums, table, chunk);
+        add_products<octets, Dtype::kFloat64>(sums, table, chunk);
     }
   }
   flush<octets>(sums, present, rows, total);
@@ -240,10 +240,10 @@ MTLK_GLOBAL void __launch_bounds__(kMaxTasks) weights_kernel(const WeightsArgume
 constexpr int kTogether = 8;
 constexpr Integer kMaxCombineBlocks = 1 << 16;
 
-template <int kind>
+template <Dtype dtype>
 MTLK_DEVICE void combine_chunk(const ParameterTable& table, const Chunk& chunk, const double* coefficients) {
-  using Bits = typename Element<kind>::Bits;
-  constexpr int kPer = Element<kind>::kPerVector;
+  using Bits = typename Element<dtype>::Bits;
+  constexpr int kPer = Element<dtype>::kPerVector;
   const bool aligned = table.aligned(chunk.parameter);
   Bits* result = reinterpret_cast<Bits*>(table.result(chunk.parameter)) + chunk.first;
   for (int first = threadIdx.x * kPer; first < chunk.count; first += kThreads * kPer) {
@@ -259,26 +259,26 @@ MTLK_DEVICE void combine_chunk(const ParameterTable& table, const Chunk& chunk, 
       Vector loaded[kTogether];
       if (whole) {
         MTLK_UNROLL
-        for (int k = 0; k < kTogether; ++k) loaded[k] = load_whole<kind>(sources[k], first);
+        for (int k = 0; k < kTogether; ++k) loaded[k] = load_whole<dtype>(sources[k], first);
       } else {
         MTLK_UNROLL
-        for (int k = 0; k < kTogether; ++k) loaded[k] = load_part<kind>(sources[k], first, chunk.count);
+        for (int k = 0; k < kTogether; ++k) loaded[k] = load_part<dtype>(sources[k], first, chunk.count);
       }
       MTLK_UNROLL
       for (int k = 0; k < kTogether; ++k) {
         if (sources[k] == nullptr) continue;
         const double coefficient = read(coefficients + start + k);
         MTLK_UNROLL
-        for (int i = 0; i < kPer; ++i) sums[i] += coefficient * Element<kind>::value(get<kind>(loaded[k], i));
+        for (int i = 0; i < kPer; ++i) sums[i] += coefficient * Element<dtype>::value(get<dtype>(loaded[k], i));
       }
     }
     Vector rounded = {};
     MTLK_UNROLL
-    for (int i = 0; i < kPer; ++i) put<kind>(rounded, i, Element<kind>::rounded(sums[i]));
+    for (int i = 0; i < kPer; ++i) put<dtype>(rounded, i, Element<dtype>::rounded(sums[i]));
     if (whole) {
-      store_whole<kind>(result, first, rounded);
+      store_whole<dtype>(result, first, rounded);
     } else {
-      store_part<kind>(result, first, chunk.count, rounded);
+      store_part<dtype>(result, first, chunk.count, rounded);
     }
   }
 }
@@ -289,18 +289,18 @@ MTLK_GLOBAL void __launch_bounds__(kThreads) combine_kernel(const CombineArgumen
   for (Integer index = blockIdx.x; index < arguments.chunks; index += gridDim.x) {
     const Chunk chunk = table.chunk(index, parameter);
     parameter = chunk.parameter;
-    switch (table.kind(parameter)) {
-      case kFloat32:
-        combine_chunk<kFloat32>(table, chunk, arguments.coefficients);
+    switch (table.dtype(parameter)) {
+      case Dtype::kFloat32:
+        combine_chunk<Dtype::kFloat32>(table, chunk, arguments.coefficients);
         break;
-      case kBFloat16:
-        combine_chunk<kBFloat16>(table, chunk, arguments.coefficients);
+      case Dtype::kBFloat16:
+        combine_chunk<Dtype::kBFloat16>(table, chunk, arguments.coefficients);
         break;
-      case kFloat16:
-        combine_chunk<kFloat16>(table, chunk, arguments.coefficients);
+      case Dtype::kFloat16:
+        combine_chunk<Dtype::kFloat16>(table, chunk, arguments.coefficients);
         break;
       default:
-        combine_chunk<kFloat64>(table, chunk, arguments.coefficients);
+        combine_chunk<Dtype::kFloat64>(table, chunk, arguments.coefficients);
     }
   }
 }

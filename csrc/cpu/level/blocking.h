@@ -6,29 +6,11 @@
 #include <algorithm>
 
 #include "gemm/engine.h"
+#include "gemm/row_blocks.h"
 #include "level/expert_mixture_args.h"
 #include "runtime/parallel.h"
 
 namespace mtlk {
-
-constexpr int64_t kMinBlockRows = 64;
-constexpr int64_t kMaxBlockRows = 256;
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Rows of a block, a multiple of 32: as many as fit `block_bytes`, but so that no thread gets much more than its share,
-// unless that is too little. A row may take nothing.
-inline int64_t block_rows(int64_t rows, int64_t block_bytes, int64_t bytes_of_a_row) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t most = std::clamp(block_bytes / std::max<int64_t>(bytes_of_a_row, 1), kMinBlockRows, kMaxBlockRows);
-  const auto of_a_thread = [&](int64_t size) { return divide_up(divide_up(rows, size), threads) * size; };
-  int64_t least = of_a_thread(kMinBlockRows), best = kMinBlockRows;
-  for (int64_t size = kMinBlockRows; size <= most; size += 32) least = std::min(least, of_a_thread(size));
-  for (int64_t size = kMinBlockRows; size <= most; size += 32) {
-    if (of_a_thread(size) <= least + least / 50) best = size;
-  }
-  return best;
-}
 
 // Into how many parts the experts are divided: more than one where there are fewer blocks of rows than threads.
 inline int parts_of(const Level& level, int64_t blocks) {

@@ -9,7 +9,7 @@
 #include "level/expert_mixture_backward_run.h"
 #include "level/level_args.h"
 #include "level/level_gradients.h"
-#include "runtime/kernels.h"
+#include "level/level_kernels.h"
 #include "runtime/memory.h"
 
 namespace mtlk {
@@ -17,8 +17,9 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-const EngineKernels& forward_kernels_for(const at::Tensor& inputs) {
-  return engine_for(dtype_of(inputs), inputs.size(0), &EngineTable::min_forward_rows);
+const LevelKernels& forward_kernels_for(const at::Tensor& inputs) {
+  const auto& kernels = kernels_for<KernelsByRows<LevelKernels>>(dtype_of(inputs));
+  return kernels.of(inputs.size(0), kernels.usual.expert_mixture.min_forward_rows);
 }
 
 void run_tiny(const ForwardArgs& args, const ExpertMixtureKernels& kernels) {
@@ -76,7 +77,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_forward(LevelTa
                                                                          F set_gates) {
   const Level& level = tables.level();
   const bool kept = !save && all_declared(weights);
-  const EngineKernels& kernels = forward_kernels_for(inputs[0]);
+  const LevelKernels& kernels = forward_kernels_for(inputs[0]);
   const EngineTable& engine = kernels.engine;
   const ExpertMixtureKernels& table = kernels.expert_mixture;
   const bool tiny = level.rows <= engine.tiny_rows;
@@ -130,7 +131,7 @@ void run_tiny_backward(const BackwardArgs& args, const ExpertMixtureKernels& tab
   table.tiny_backward_finish(args, sums, parts, inner[0], scratch[0]);
 }
 
-void run_backward(BackwardArgs& args, LevelTables& tables, at::TensorList weights, const EngineKernels& kernels) {
+void run_backward(BackwardArgs& args, LevelTables& tables, at::TensorList weights, const LevelKernels& kernels) {
   const EngineTable& engine = kernels.engine;
   const BackwardPlan plan = BackwardPlan::of(args, kernels);
   const int experts = args.level.experts;
@@ -196,7 +197,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> backward(at::TensorList grad_outp
   tables.set_biases(biases);
   tables.set_logits(gate_logits);
   const Level& level = tables.level();
-  const EngineKernels& kernels = engine_for(dtype_of(inputs[0]), inputs[0].size(0));
+  const LevelKernels& kernels = kernels_for<LevelKernels>(dtype_of(inputs[0]), inputs[0].size(0));
   tables.set_grad_outputs(grad_outputs);
   tables.set_saved(saved, saved_layers(level));
   const bool tiny = level.rows <= kernels.engine.tiny_rows;

@@ -7,7 +7,7 @@
 
 #include "gemm/weight_forms.h"
 #include "level/blocking.h"
-#include "runtime/kernels.h"
+#include "level/level_kernels.h"
 #include "runtime/memory.h"
 
 namespace mtlk {
@@ -21,7 +21,7 @@ struct BackwardPlan {
   int parts;                             // of a group, where there are fewer blocks than threads
   bool sums;                             // the inputs' gradients are sums of what several parts or groups leave
 
-  static BackwardPlan of(const BackwardArgs& args, const EngineKernels& kernels) {
+  static BackwardPlan of(const BackwardArgs& args, const LevelKernels& kernels) {
     const ExpertMixtureKernels& table = kernels.expert_mixture;
     constexpr int64_t kExperts = 4;  // of a group: with fewer, the outputs' gradients are read too often
     constexpr int64_t kTasks = 8;    // of a thread: with fewer, it waits too long for the others

@@ -1,4 +1,4 @@
-// Builds the kernels' view of gates and dtypes from tensors.
+// Builds the kernels' view of gates from tensors.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,30 +6,9 @@
 #include <vector>
 
 #include "level/expert_mixture_args.h"
+#include "runtime/tensors.h"
 
 namespace mtlk {
-
-inline Dtype dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kDouble:
-      return Dtype::kFloat64;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "mtlkernels: dtype must be float32, float64, bfloat16 or float16, got ",
-                       tensor.scalar_type());
-  }
-}
-
-// Refuses tensors that are not what their memory holds, such as DTensors: calls that go past the dispatcher, which
-// would have asked them, bring them here.
-inline void check_plain(const at::Tensor& tensor) {
-  TORCH_CHECK_TYPE(!tensor.unsafeGetTensorImpl()->is_python_dispatch(), "mtlkernels: a plain tensor was expected");
-}
 
 // Owns what a Gates points to.
 class GateTables {

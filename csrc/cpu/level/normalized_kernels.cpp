@@ -1,12 +1,9 @@
-// Instantiates the kernels of normalized_mixture for one instruction set, beside kernels.cpp.
+// Instantiates the kernels of normalized_mixture for one instruction set; CMakeLists.txt compiles this file once for
+// each.
 
+#include "gemm/engines.h"
+#include "level/level_kernels.h"
 #include "level/normalized_weight_gradients.h"
-#include "runtime/kernels.h"
-#if defined(__AVX512BF16__)
-#include "gemm/pair_engine.h"
-#else
-#include "gemm/plain_engine.h"
-#endif
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -81,25 +78,8 @@ NormalizedMixtureKernels normalized_mixture_kernels() {
   return table;
 }
 
-template <typename Engine>
-void fill_normalized(Kernels& table, Dtype dtype) {
-  table.engines[static_cast<int>(dtype)].normalized_mixture = normalized_mixture_kernels<Engine>();
-}
-
-void fill_normalized_mixture(Kernels& table) {
-#if defined(__AVX512BF16__)
-  fill_normalized<PairEngine<BFloat16>>(table, Dtype::kBFloat16);
-#if defined(__AMX_BF16__) || defined(MTLK_SPLIT)
-  fill_normalized<PairEngine<float>>(table, Dtype::kFloat32);
-  fill_normalized<PairEngine<Half>>(table, Dtype::kFloat16);
-#endif
-#else
-  fill_normalized<PlainEngine<float>>(table, Dtype::kFloat32);
-  fill_normalized<PlainEngine<double>>(table, Dtype::kFloat64);
-  fill_normalized<PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
-  fill_normalized<PlainEngine<Half>>(table, Dtype::kFloat16);
-#endif
-}
+#define MTLK_INSTANTIATE(dtype, ...) template NormalizedMixtureKernels normalized_mixture_kernels<__VA_ARGS__>();
+MTLK_ENGINES(MTLK_INSTANTIATE)
 
 }  // namespace MTLK_ISA
 }  // namespace mtlk

@@ -8,14 +8,16 @@
 #include "level/expert_mixture.h"
 #include "level/level_args.h"
 #include "level/level_gradients.h"
+#include "level/level_kernels.h"
 #include "level/norm_tables.h"
-#include "runtime/kernels.h"
 #include "runtime/memory.h"
 
 namespace mtlk {
 namespace {
 
-const EngineKernels& kernels_for(const at::Tensor& inputs) { return engine_for(dtype_of(inputs), inputs.size(0)); }
+const LevelKernels& level_kernels_for(const at::Tensor& inputs) {
+  return kernels_for<LevelKernels>(dtype_of(inputs), inputs.size(0));
+}
 
 // Few rows, which are multiplied with weights as they are.
 bool tiny(const Level& level, const EngineTable& engine) { return level.rows <= engine.tiny_rows; }
@@ -37,7 +39,7 @@ Scratch partials_for(const NormalizedArgs& args) {
   return {1, values * static_cast<int64_t>(sizeof(double))};
 }
 
-void run_forward(NormalizedForwardArgs& args, const EngineKernels& kernels) {
+void run_forward(NormalizedForwardArgs& args, const LevelKernels& kernels) {
   const Level& level = args.level;
   const int64_t threads = at::get_num_threads();
   const int64_t bytes = kernels.normalized_mixture.forward_bytes(level, kMinBlockRows);
@@ -96,7 +98,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward_of(LevelTables& tables, N
     }
     return {outputs, saved, means, variances};
   }
-  const EngineKernels& kernels = kernels_for(like);
+  const LevelKernels& kernels = level_kernels_for(like);
   if (tiny(level, kernels.engine)) {
     tables.set_natural_weights(weights);
   } else {
@@ -128,7 +130,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> forward(
 }
 
 // The gradients dz of layer l, a chunk of rows at a time, and what follows from them.
-void run_layer(const NormalizedBackwardArgs& args, const EngineKernels& kernels, int l, int64_t capacity, int parts,
+void run_layer(const NormalizedBackwardArgs& args, const LevelKernels& kernels, int l, int64_t capacity, int parts,
                const Scratch& scratch, const Scratch& gradients, const Scratch& sums) {
   const Level& level = args.level;
   const int64_t threads = at::get_num_threads();
@@ -161,7 +163,7 @@ void run_layer(const NormalizedBackwardArgs& args, const EngineKernels& kernels,
   }
 }
 
-void run_backward(NormalizedBackwardArgs& args, const EngineKernels& kernels) {
+void run_backward(NormalizedBackwardArgs& args, const LevelKernels& kernels) {
   const Level& level = args.level;
   const int64_t threads = at::get_num_threads();
   const int64_t fitting = chunk_rows(level, kernels.engine);
@@ -214,7 +216,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backwa
   NormTables norm_tables(level, inputs[0].scalar_type(), norms, eps, dice_eps, dropout, seed, scales, shifts, slopes);
   norm_tables.set_statistics(means, variances);
   norm_tables.set_gradients(need_norms, need_slopes);
-  const EngineKernels& kernels = kernels_for(inputs[0]);
+  const LevelKernels& kernels = level_kernels_for(inputs[0]);
   LevelGradients results(level, inputs, weights, gate_logits, kernels.engine, false, need_inputs, need_weights,
                          need_biases, need_logits);
   NormalizedBackwardArgs args{};
@@ -256,7 +258,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> backwa
 std::vector<at::Tensor> serve_with_slopes(const ServeArgs& args) {
   LevelTables tables(args.inputs, args.weights, args.expert_inputs, args.gate_experts, args.gate_sizes,
                      args.activations);
-  const FoldNorm fold = kernels_for(args.inputs[0]).expert_mixture.fold_norm;
+  const FoldNorm fold = level_kernels_for(args.inputs[0]).expert_mixture.fold_norm;
   tables.set_biases(args.biases);
   tables.set_norms(args.norms, fold);
   if (args.gate_weights.empty()) {

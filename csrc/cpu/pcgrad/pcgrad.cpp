@@ -4,11 +4,12 @@
 
 #include <cmath>
 
-#include "../../common/projection.h"
-#include "level/gates_args.h"
-#include "runtime/kernels.h"
+#include "common/projection.h"
+#include "pcgrad/pcgrad_args.h"
+#include "runtime/kernel_tables.h"
 #include "runtime/memory.h"
 #include "runtime/parallel.h"
+#include "runtime/tensors.h"
 
 namespace mtlk {
 namespace {
@@ -88,8 +89,8 @@ std::vector<Piece> cut(const std::vector<Parameter>& parameters) {
   return pieces;
 }
 
-const PcgradKernels& kernels_for(const Parameter& parameter) {
-  return kernels().pcgrad[static_cast<int>(dtype_of(parameter.grads[0]))];
+const PcgradKernels& kernels_of(const Parameter& parameter) {
+  return kernels_for<PcgradKernels>(dtype_of(parameter.grads[0]));
 }
 
 // Calls f(kernels, piece) with the addresses of the piece's gradients.
@@ -101,7 +102,7 @@ void with_piece(const Piece& piece, F f) {
   for (const at::Tensor& grad : grads) {
     pointers.push_back(static_cast<const char*>(grad.const_data_ptr()) + piece.first * grad.element_size());
   }
-  f(kernels_for(*piece.parameter), PcgradPiece{pointers.data(), static_cast<int>(grads.size()), piece.elements});
+  f(kernels_of(*piece.parameter), PcgradPiece{pointers.data(), static_cast<int>(grads.size()), piece.elements});
 }
 
 at::Tensor gram(GradList grads, int64_t tasks) {
@@ -114,7 +115,8 @@ at::Tensor gram(GradList grads, int64_t tasks) {
   double* slots = products.mutable_data_ptr<double>();
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   int64_t bytes = 0;
-  for (int64_t some = 1; some <= tasks; ++some) bytes = std::max(bytes, kernels().pcgrad[0].gram_bytes(some));
+  for (int64_t some = 1; some <= tasks; ++some)
+    bytes = std::max(bytes, kernels_for<PcgradKernels>(Dtype::kFloat32).gram_bytes(some));
   const Scratch scratch(threads, bytes);
   parallel_tasks_on(threads, count, [&](int64_t i, int64_t thread) {
     with_piece(pieces[i], [&](const PcgradKernels& table, const PcgradPiece& piece) {

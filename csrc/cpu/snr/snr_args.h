@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "gemm/engine.h"
+
 namespace mtlk {
 
 // An open route, from sub-network `input` to sub-network `output`.
@@ -28,7 +30,7 @@ struct SnrSum {
 };
 
 // M = dv_i^T u_j over a chunk of rows, of which the gradients of W_ij and z_ij follow: columns from `column` on, in one
-// go. `sum` is of the compute type, its rows `ld` apart, a multiple of ExpertMixtureKernels::weight_sum_multiple.
+// go. `sum` is of the compute type, its rows `ld` apart, a multiple of EngineTable::weight_sum_multiple.
 struct SnrProduct {
   int64_t rows;
   const void* gradient;  // as SnrTransKernels::make_gradient leaves it
@@ -44,6 +46,8 @@ struct SnrProduct {
 
 // Kernels for one storage type. Scratch is bytes that the caller provides, aligned to a cache line.
 struct SnrTransKernels {
+  EngineTable engine;
+
   // Outputs [first, last) of a block of rows.
   int64_t (*sum_bytes)(const SnrSum&, int64_t nrows);
   void (*sum)(const SnrSum&, int64_t row, int64_t nrows, int first, int last, void* scratch);
