@@ -12,8 +12,8 @@
 #include <optional>
 
 #include "cpu/gemm/kept_weights.h"
-#include "cpu/level/check.h"
 #include "cpu/level/level.h"
+#include "cpu/runtime/check.h"
 
 namespace mtlk {
 namespace {

@@ -10,7 +10,8 @@
 #include <string>
 
 #include "cpu/gemm/kept_weights.h"
-#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/instruction_sets.h"
+#include "cpu/runtime/kernel_tables.h"
 #include "cpu/runtime/memory.h"
 #include "direct.h"
 
@@ -23,14 +24,14 @@ PYBIND11_MODULE(_C, module) {
       pybind11::set_error(PyExc_ValueError, refused.what_without_backtrace());
     }
   });
-  mtlk::kernels();  // made here, once and by one thread, and known to forks from now on
+  mtlk::selected_isa();  // tables are filled here, once and by one thread, and known to forks from now on
   mtlk::KeptWeights::instance();
   module.def("build_facts", [] {
     return std::map<std::string, std::string>{
         {"compiler", MTLK_COMPILER},
         {"torch", TORCH_VERSION},
         {"compiled for", MTLK_TARGETS},
-        {"runs as", mtlk::kernels().isa},
+        {"runs as", mtlk::instruction_sets()[mtlk::selected_isa()]},
     };
   });
   module.def("instruction_sets", &mtlk::instruction_sets, "The instruction sets that can serve here, the best last.");

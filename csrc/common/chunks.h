@@ -5,13 +5,13 @@
 //   counters   kCounters zeros, for blocks to count themselves with
 //   starts     for each parameter the number of chunks before it, then the number of all chunks
 //   sizes      for each parameter its number of elements
-//   formats    for each parameter its Kind, plus kAligned where every address is a multiple of 16
+//   formats    for each parameter its Dtype, plus kAligned where every address is a multiple of 16
 //   presents   for each parameter a bit a task, set where the task has a gradient
 //   results    for each parameter the address of the weighted sum; used by combine alone
 //   gradients  parameters x tasks addresses, 0 where there is none
 #pragma once
 
-#include "host_device.h"
+#include "dtypes.h"
 
 namespace mtlk {
 
@@ -38,7 +38,7 @@ class ParameterTable {
   MTLK_HOST_DEVICE Integer* counter(int index) const { return entries_ + index; }
   MTLK_HOST_DEVICE Integer start(Integer p) const { return entries_[kCounters + p]; }
   MTLK_HOST_DEVICE Integer size(Integer p) const { return column(0, p); }
-  MTLK_HOST_DEVICE int kind(Integer p) const { return static_cast<int>(column(1, p)) % kAligned; }
+  MTLK_HOST_DEVICE Dtype dtype(Integer p) const { return static_cast<Dtype>(column(1, p) % kAligned); }
   MTLK_HOST_DEVICE bool aligned(Integer p) const { return column(1, p) >= kAligned; }
   MTLK_HOST_DEVICE unsigned long long present(Integer p) const { return column(2, p); }
   MTLK_HOST_DEVICE Integer result(Integer p) const { return column(3, p); }

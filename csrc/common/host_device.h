@@ -1,10 +1,13 @@
-// Marks functions that the host and the device share, and loops that are unrolled on the device.
+// Marks functions that the host and the device share or that are always inlined, and loops that are unrolled on the
+// device.
 #pragma once
 
 #if defined(__CUDACC__)
 #define MTLK_HOST_DEVICE __host__ __device__
+#define MTLK_INLINE __forceinline__
 #else
 #define MTLK_HOST_DEVICE
+#define MTLK_INLINE inline __attribute__((always_inline))
 #endif
 
 #if defined(__CUDA_ARCH__)

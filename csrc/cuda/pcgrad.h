@@ -20,9 +20,9 @@ constexpr int octets(int tasks) { return tasks <= 8 ? 1 : tasks <= 16 ? 2 : task
 MTLK_HOST_DEVICE constexpr int tiles(int octets) { return octets * (octets + 1) / 2; }
 constexpr int kTile = 64;
 
-template <int number>
+template <auto number>
 struct Constant {
-  static constexpr int value = number;
+  static constexpr auto value = number;
 };
 
 // Calls f with the octets of so many tasks, a constant.

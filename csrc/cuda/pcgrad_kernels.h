@@ -12,30 +12,30 @@ namespace mtlk::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// Calls f with the kind of a parameter's elements, a constant, and the arguments: a lambda that captured these would
+// Calls f with the dtype of a parameter's elements, a constant, and the arguments: a lambda that captured these would
 // take more registers.
 template <typename F, typename... Arguments>
-MTLK_DEVICE inline void with_kind(int kind, F f, Arguments&... arguments) {
-  switch (kind) {
-    case kFloat32:
-      f(Constant<kFloat32>(), arguments...);
+MTLK_DEVICE inline void with_dtype(Dtype dtype, F f, Arguments&... arguments) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      f(Constant<Dtype::kFloat32>(), arguments...);
       break;
-    case kBFloat16:
-      f(Constant<kBFloat16>(), arguments...);
+    case Dtype::kBFloat16:
+      f(Constant<Dtype::kBFloat16>(), arguments...);
       break;
-    case kFloat16:
-      f(Constant<kFloat16>(), arguments...);
+    case Dtype::kFloat16:
+      f(Constant<Dtype::kFloat16>(), arguments...);
       break;
     default:
-      f(Constant<kFloat64>(), arguments...);
+      f(Constant<Dtype::kFloat64>(), arguments...);
   }
 }
 
 // Where a chunk of a task's gradient starts; nullptr where there is none.
-template <int kind>
-MTLK_DEVICE const typename Element<kind>::Bits* source(const ParameterTable& table, const Chunk& chunk, int task) {
+template <Dtype dtype>
+MTLK_DEVICE const typename Element<dtype>::Bits* source(const ParameterTable& table, const Chunk& chunk, int task) {
   const Integer address = task < table.tasks() ? table.gradient(chunk.parameter, task) : 0;
-  return address == 0 ? nullptr : reinterpret_cast<const typename Element<kind>::Bits*>(address) + chunk.first;
+  return address == 0 ? nullptr : reinterpret_cast<const typename Element<dtype>::Bits*>(address) + chunk.first;
 }
 
 // Gram ---------------------------------------------------------------------------------------------------------------
@@ -61,16 +61,16 @@ using Sums = double[tiles(octets)][2];
 // Rows of the first tile that one set of tasks takes: a power of two, 8 with more than 4 tasks.
 MTLK_DEVICE inline int rows_of(int tasks) { return tasks > 4 ? 8 : tasks > 2 ? 4 : tasks; }
 
-template <int octets, int kind>
+template <int octets, Dtype dtype>
 MTLK_DEVICE void add_products(Sums<octets>& sums, const ParameterTable& table, const Chunk& chunk) {
-  using Bits = typename Element<kind>::Bits;
-  constexpr int kPer = Element<kind>::kPerVector, kSteps = kAhead<octets>;
+  using Bits = typename Element<dtype>::Bits;
+  constexpr int kPer = Element<dtype>::kPerVector, kSteps = kAhead<octets>;
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
   const int rows = octets == 1 ? rows_of(table.tasks()) : 8;
   const bool aligned = table.aligned(chunk.parameter);
   const Bits* sources[octets];
   MTLK_UNROLL
-  for (int o = 0; o < octets; ++o) sources[o] = source<kind>(table, chunk, 8 * o + row % rows);
+  for (int o = 0; o < octets; ++o) sources[o] = source<dtype>(table, chunk, 8 * o + row % rows);
   const int vectors = (chunk.count + kPer - 1) / kPer;
   const int step = 32 / rows;  // vectors of a task that a warp loads at once
   for (int base = warp * kSteps * step; base < vectors; base += kWarps * kSteps * step) {
@@ -84,9 +84,9 @@ MTLK_DEVICE void add_products(Sums<octets>& sums, const ParameterTable& table, c
       }
     };
     if (aligned && (base + kSteps * step) * kPer <= chunk.count) {  // the same for a warp: loads without branches
-      load_by([](const Bits* from, int first) { return load_whole<kind>(from, first); });
+      load_by([](const Bits* from, int first) { return load_whole<dtype>(from, first); });
     } else {
-      load_by([&](const Bits* from, int first) { return load_part<kind>(from, first, chunk.count); });
+      load_by([&](const Bits* from, int first) { return load_part<dtype>(from, first, chunk.count); });
     }
     __syncwarp();
     MTLK_UNROLL
@@ -95,7 +95,7 @@ MTLK_DEVICE void add_products(Sums<octets>& sums, const ParameterTable& table, c
       for (int i = 0; i < kPer; ++i) {
         double values[octets];
         MTLK_UNROLL
-        for (int o = 0; o < octets; ++o) values[o] = Element<kind>::value(get<kind>(loaded[s][o], i));
+        for (int o = 0; o < octets; ++o) values[o] = Element<dtype>::value(get<dtype>(loaded[s][o], i));
         MTLK_UNROLL
         for (int a = 0, tile = 0; a < octets; ++a) {
           MTLK_UNROLL
@@ -185,8 +185,8 @@ MTLK_GLOBAL void __launch_bounds__(kThreads) gram_kernel(const GramArguments arg
       if (present != 0) flush<octets>(sums, present, rows, total);
       present = table.present(parameter);
     }
-    const auto add = [](auto kind, auto&... args) { add_products<octets, decltype(kind)::value>(args...); };
-    with_kind(table.kind(parameter), add, sums, table, chunk);
+    const auto add = [](auto dtype, auto&... args) { add_products<octets, decltype(dtype)::value>(args...); };
+    with_dtype(table.dtype(parameter), add, sums, table, chunk);
   }
   flush<octets>(sums, present, rows, total);
 
@@ -247,10 +247,10 @@ MTLK_GLOBAL void __launch_bounds__(kMaxTasks) weights_kernel(const WeightsArgume
 
 constexpr int kTogether = 8;
 
-template <int kind>
+template <Dtype dtype>
 MTLK_DEVICE void combine_chunk(const ParameterTable& table, const Chunk& chunk, const double* coefficients) {
-  using Bits = typename Element<kind>::Bits;
-  constexpr int kPer = Element<kind>::kPerVector;
+  using Bits = typename Element<dtype>::Bits;
+  constexpr int kPer = Element<dtype>::kPerVector;
   const bool aligned = table.aligned(chunk.parameter);
   Bits* result = reinterpret_cast<Bits*>(table.result(chunk.parameter)) + chunk.first;
   for (int first = threadIdx.x * kPer; first < chunk.count; first += kThreads * kPer) {
@@ -259,30 +259,30 @@ MTLK_DEVICE void combine_chunk(const ParameterTable& table, const Chunk& chunk, 
     for (int start = 0; start < table.tasks(); start += kTogether) {
       const Bits* sources[kTogether];
       MTLK_UNROLL
-      for (int k = 0; k < kTogether; ++k) sources[k] = source<kind>(table, chunk, start + k);
+      for (int k = 0; k < kTogether; ++k) sources[k] = source<dtype>(table, chunk, start + k);
       Vector loaded[kTogether];
       if (vector) {
         MTLK_UNROLL
-        for (int k = 0; k < kTogether; ++k) loaded[k] = load_whole<kind>(sources[k], first);
+        for (int k = 0; k < kTogether; ++k) loaded[k] = load_whole<dtype>(sources[k], first);
       } else {
         MTLK_UNROLL
-        for (int k = 0; k < kTogether; ++k) loaded[k] = load_part<kind>(sources[k], first, chunk.count);
+        for (int k = 0; k < kTogether; ++k) loaded[k] = load_part<dtype>(sources[k], first, chunk.count);
       }
       MTLK_UNROLL
       for (int k = 0; k < kTogether; ++k) {
         if (sources[k] == nullptr) continue;
         const double coefficient = read(coefficients + start + k);
         MTLK_UNROLL
-        for (int i = 0; i < kPer; ++i) sums[i] += coefficient * Element<kind>::value(get<kind>(loaded[k], i));
+        for (int i = 0; i < kPer; ++i) sums[i] += coefficient * Element<dtype>::value(get<dtype>(loaded[k], i));
       }
     }
     Vector rounded = {};
     MTLK_UNROLL
-    for (int i = 0; i < kPer; ++i) put<kind>(rounded, i, Element<kind>::rounded(sums[i]));
+    for (int i = 0; i < kPer; ++i) put<dtype>(rounded, i, Element<dtype>::rounded(sums[i]));
     if (vector) {
-      store_whole<kind>(result, first, rounded);
+      store_whole<dtype>(result, first, rounded);
     } else {
-      store_part<kind>(result, first, chunk.count, rounded);
+      store_part<dtype>(result, first, chunk.count, rounded);
     }
   }
 }
@@ -293,8 +293,8 @@ MTLK_GLOBAL void __launch_bounds__(kThreads) combine_kernel(const CombineArgumen
   for (Integer index = blockIdx.x; index < arguments.chunks; index += gridDim.x) {
     const Chunk chunk = table.chunk(index, parameter);
     parameter = chunk.parameter;
-    const auto combine = [](auto kind, auto&... args) { combine_chunk<decltype(kind)::value>(args...); };
-    with_kind(table.kind(parameter), combine, table, chunk, arguments.coefficients);
+    const auto combine = [](auto dtype, auto&... args) { combine_chunk<decltype(dtype)::value>(args...); };
+    with_dtype(table.dtype(parameter), combine, table, chunk, arguments.coefficients);
   }
 }
 

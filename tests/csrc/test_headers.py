@@ -39,6 +39,6 @@ def test_compiles_alone(header: str, tmp_path: Path) -> None:
     source.write_text(f'#include "{header}"\n')
     torch_headers = Path(torch.__file__).parent / "include"
     system = [torch_headers, torch_headers / "torch" / "csrc" / "api" / "include", sysconfig.get_path("include")]
-    own = [f"-I{CPU}", *(f"-isystem{path}" for path in system), "-DMTLK_ISA=amx", "-Wno-unused-parameter"]
-    run = compile_only(*own, str(source))
+    folders = [f"-I{CPU}", f"-I{CPU.parent}", *(f"-isystem{path}" for path in system)]
+    run = compile_only(*folders, "-DMTLK_ISA=amx", "-Wno-unused-parameter", str(source))
     assert run.returncode == 0 and not run.stdout, run.stdout[:5000]

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "runtime/kernel_tables.h"
+
 namespace mtlk {
 
 // How an engine wants weights.
@@ -14,9 +16,8 @@ enum class WeightForm {
 };
 
 struct EngineTable {
-  int64_t min_call_rows;     // of a call for which this engine pays
-  int64_t min_forward_rows;  // the same of a forward pass of a chain, which makes weights ready as it goes
-  int64_t tiny_rows;         // up to which products read weights in natural form, row by row, whatever the form
+  int64_t min_call_rows;  // of a call for which this engine pays
+  int64_t tiny_rows;      // up to which products read weights in natural form, row by row, whatever the form
 
   // Weights: the form, and how to prepare one that has `outputs` x `inputs` elements of the storage type, rows
   // row_stride and columns column_stride apart, one of the strides 1. Where natural_outputs is not 0, an engine that
@@ -33,5 +34,21 @@ struct EngineTable {
   int64_t weight_sum_multiple, gradient_bytes_each;
   bool stores_compute;  // the storage type is the compute type
 };
+
+// Kernels that are built on an engine, their `engine`: on the best that an instruction set has, and on one that makes
+// no weights ready, for calls of fewer rows than the other pays for.
+template <typename K>
+struct KernelsByRows {
+  K usual, few;
+
+  const K& of(int64_t rows, int64_t min_rows) const { return rows < min_rows ? few : usual; }
+};
+
+// What serves a call of so many rows.
+template <typename K>
+const K& kernels_for(Dtype dtype, int64_t rows) {
+  const auto& kernels = kernels_for<KernelsByRows<K>>(dtype);
+  return kernels.of(rows, kernels.usual.engine.min_call_rows);
+}
 
 }  // namespace mtlk

@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "gemm/engine.h"
+#include "runtime/forks.h"
 #include "runtime/memory.h"
 
 namespace mtlk {

@@ -2,18 +2,10 @@
 #pragma once
 
 #include "gemm/engine.h"
+#include "gemm/row_blocks.h"
 #include "level/level_args.h"
 
 namespace mtlk {
-
-constexpr int64_t kMinBlockRows = 64;
-constexpr int64_t kMaxBlockRows = 256;
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Rows of a block, a multiple of 32: as many as fit `block_bytes`, but so that no thread gets much more than its share,
-// unless that is too little. A row may take nothing.
-int64_t block_rows(int64_t rows, int64_t block_bytes, int64_t bytes_of_a_row);
 
 // Into how many parts the experts are divided: more than one where there are fewer blocks of rows than threads.
 int parts_of(const LevelShape& level, int64_t blocks);

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "level/level_gradients.h"
+#include "level/level_kernels.h"
 #include "level/level_tables.h"
-#include "runtime/kernels.h"
 
 namespace mtlk {
 
@@ -12,11 +12,11 @@ struct LevelResults {
 };
 
 // With `save`, what the backward pass wants is saved.
-LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const EngineKernels& kernels,
+LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const LevelKernels& kernels,
                            const RunningNorms& norms, bool save);
 
 // Fills the gradients. The tables have the outputs' gradients and what the forward pass saved.
-void chain_backward(const LevelTensors& tensors, LevelTables& tables, const EngineKernels& kernels,
+void chain_backward(const LevelTensors& tensors, LevelTables& tables, const LevelKernels& kernels,
                     LevelGradients& gradients);
 
 }  // namespace mtlk

@@ -19,7 +19,7 @@ struct BackwardPlan {
   int parts;                             // of a group, where there are fewer blocks than threads
   bool sums;                             // the inputs' gradients are sums of what several parts or groups leave
 
-  static BackwardPlan of(const ChainBackwardArgs& args, const EngineKernels& kernels) {
+  static BackwardPlan of(const ChainBackwardArgs& args, const LevelKernels& kernels) {
     const ChainKernels& table = kernels.chain;
     constexpr int64_t kExperts = 4;  // of a group: with fewer, the outputs' gradients are read too often
     constexpr int64_t kTasks = 8;    // of a thread: with fewer, it waits too long for the others
@@ -216,7 +216,7 @@ void run_tiny(const ChainBackwardArgs& args, const ChainKernels& table) {
   table.tiny_backward_finish(args, sums, parts, inner[0], scratch[0]);
 }
 
-void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const EngineKernels& kernels) {
+void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const LevelKernels& kernels) {
   const EngineTable& engine = kernels.engine;
   const BackwardPlan plan = BackwardPlan::of(args, kernels);
   const int experts = args.level.experts;
@@ -245,7 +245,7 @@ void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, c
 
 }  // namespace
 
-void chain_backward(const LevelTensors& tensors, LevelTables& tables, const EngineKernels& kernels,
+void chain_backward(const LevelTensors& tensors, LevelTables& tables, const LevelKernels& kernels,
                     LevelGradients& gradients) {
   const LevelShape& level = tables.level();
   if (level.rows == 0) return gradients.zero();

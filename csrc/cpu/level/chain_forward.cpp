@@ -20,7 +20,7 @@ void run_tiny(const ChainForwardArgs& args, const ChainKernels& kernels) {
   kernels.tiny_finish(args, sums, parts, scratch[0]);
 }
 
-void run_blocks(const ChainForwardArgs& args, const EngineKernels& engine) {
+void run_blocks(const ChainForwardArgs& args, const LevelKernels& engine) {
   const LevelShape& level = args.level;
   const ChainKernels& kernels = engine.chain;
   const bool save = args.saved != nullptr;
@@ -58,7 +58,7 @@ void run_blocks(const ChainForwardArgs& args, const EngineKernels& engine) {
 
 }  // namespace
 
-LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const EngineKernels& kernels,
+LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const LevelKernels& kernels,
                            const RunningNorms& norms, bool save) {
   const LevelShape& level = tables.level();
   const bool tiny = level.rows <= kernels.engine.tiny_rows;

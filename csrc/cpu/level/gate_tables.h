@@ -1,4 +1,4 @@
-// Builds the kernels' view of gates and dtypes from tensors.
+// Builds the kernels' view of gates from tensors.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,15 +6,9 @@
 #include <vector>
 
 #include "level/level_args.h"
+#include "runtime/tensors.h"
 
 namespace mtlk {
-
-// Throws a TypeError for a dtype that there are no kernels for.
-Dtype dtype_of(const at::Tensor& tensor);
-
-// Refuses tensors that are not what their memory holds, such as DTensors: calls that go past the dispatcher, which
-// would have asked them, bring them here.
-void check_plain(const at::Tensor& tensor);
 
 // Owns what a Gates points to.
 class GateTables {

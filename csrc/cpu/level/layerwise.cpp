@@ -27,7 +27,7 @@ Scratch partials_for(const LayerwiseArgs& args) {
   return {1, values * static_cast<int64_t>(sizeof(double))};
 }
 
-void run_forward(LayerwiseForwardArgs& args, const EngineKernels& kernels) {
+void run_forward(LayerwiseForwardArgs& args, const LevelKernels& kernels) {
   const LevelShape& level = args.level;
   const LayerwiseKernels& layerwise = kernels.layerwise;
   const int64_t threads = at::get_num_threads();
@@ -90,7 +90,7 @@ void run_layer(const LayerwiseBackwardArgs& args, const LayerwiseKernels& layerw
   }
 }
 
-void run_backward(LayerwiseBackwardArgs& args, const EngineKernels& kernels) {
+void run_backward(LayerwiseBackwardArgs& args, const LevelKernels& kernels) {
   const LevelShape& level = args.level;
   const LayerwiseKernels& layerwise = kernels.layerwise;
   const int64_t threads = at::get_num_threads();
@@ -140,7 +140,7 @@ void point(LayerwiseArgs& args, const LevelShape& level, NormTables& norms) {
 }  // namespace
 
 LevelResults layerwise_forward(const LevelSpec& spec, const LevelTensors& tensors, LevelTables& tables,
-                               const EngineKernels& kernels, const RunningNorms& norms,
+                               const LevelKernels& kernels, const RunningNorms& norms,
                                const std::optional<at::Tensor>& seed, bool save) {
   const LevelShape& level = tables.level();
   tables.set_gates(norms.gates, kernels.chain.fold_norm, WeightForm::kPrepared, true);
@@ -177,7 +177,7 @@ LevelResults layerwise_forward(const LevelSpec& spec, const LevelTensors& tensor
 }
 
 void layerwise_backward(const LevelSpec& spec, const LevelTensors& tensors, LevelTables& tables,
-                        const EngineKernels& kernels, at::TensorList statistics, int64_t experts,
+                        const LevelKernels& kernels, at::TensorList statistics, int64_t experts,
                         const std::optional<at::Tensor>& seed, LevelGradients& gradients) {
   const LevelShape& level = tables.level();
   NormTables norm_tables(spec, level, tensors, seed);

@@ -1,12 +1,8 @@
-// Instantiates the layerwise kernels for one instruction set, beside kernels.cpp.
+// Instantiates the layerwise kernels for one instruction set; CMakeLists.txt compiles this file once for each.
 
+#include "gemm/engines.h"
 #include "level/layerwise_weight_kernels.h"
-#include "runtime/kernels.h"
-#if defined(__AVX512BF16__)
-#include "gemm/pair_engine.h"
-#else
-#include "gemm/plain_engine.h"
-#endif
+#include "level/level_kernels.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -81,25 +77,8 @@ LayerwiseKernels layerwise_kernels() {
   return table;
 }
 
-template <typename Engine>
-void fill_layerwise_dtype(Kernels& table, Dtype dtype) {
-  table.engines[static_cast<int>(dtype)].layerwise = layerwise_kernels<Engine>();
-}
-
-void fill_layerwise(Kernels& table) {
-#if defined(__AVX512BF16__)
-  fill_layerwise_dtype<PairEngine<BFloat16>>(table, Dtype::kBFloat16);
-#if defined(__AMX_BF16__) || defined(MTLK_SPLIT)
-  fill_layerwise_dtype<PairEngine<float>>(table, Dtype::kFloat32);
-  fill_layerwise_dtype<PairEngine<Half>>(table, Dtype::kFloat16);
-#endif
-#else
-  fill_layerwise_dtype<PlainEngine<float>>(table, Dtype::kFloat32);
-  fill_layerwise_dtype<PlainEngine<double>>(table, Dtype::kFloat64);
-  fill_layerwise_dtype<PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
-  fill_layerwise_dtype<PlainEngine<Half>>(table, Dtype::kFloat16);
-#endif
-}
+#define MTLK_INSTANTIATE(dtype, ...) template LayerwiseKernels layerwise_kernels<__VA_ARGS__>();
+MTLK_ENGINES(MTLK_INSTANTIATE)
 
 }  // namespace MTLK_ISA
 }  // namespace mtlk

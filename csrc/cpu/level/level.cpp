@@ -8,8 +8,8 @@
 #include <algorithm>
 
 #include "level/chain.h"
-#include "level/check.h"
 #include "level/layerwise.h"
+#include "runtime/check.h"
 
 namespace mtlk {
 namespace {
@@ -18,8 +18,10 @@ LevelResults evaluate(const LevelSpec& spec, const LevelTensors& tensors, const 
                       const std::optional<at::Tensor>& seed, bool save) {
   LevelTables tables(spec, tensors);
   const bool layerwise = spec.stores_inputs();
-  const auto min_rows = layerwise ? &EngineTable::min_call_rows : &EngineTable::min_forward_rows;
-  const EngineKernels& kernels = engine_for(dtype_of(tensors.inputs[0]), tables.level().rows, min_rows);
+  const auto& by_rows = kernels_for<KernelsByRows<LevelKernels>>(dtype_of(tensors.inputs[0]));
+  const LevelKernels& usual = by_rows.usual;
+  const int64_t min_rows = layerwise ? usual.engine.min_call_rows : usual.chain.min_forward_rows;
+  const LevelKernels& kernels = by_rows.of(tables.level().rows, min_rows);
   tables.set_norms(norms.experts, kernels.chain.fold_norm);
   return layerwise ? layerwise_forward(spec, tensors, tables, kernels, norms, seed, save)
                    : chain_forward(tensors, tables, kernels, norms, save);
@@ -44,7 +46,7 @@ Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const T
   tables.set_grad_outputs(grad_outputs);
   tables.set_saved(activations, static_cast<int64_t>(activations.size()), experts);
   const LevelShape& level = tables.level();
-  const EngineKernels& kernels = engine_for(dtype_of(tensors.inputs[0]), level.rows);
+  const LevelKernels& kernels = kernels_for<LevelKernels>(dtype_of(tensors.inputs[0]), level.rows);
   const bool layerwise = spec.stores_inputs(), direct = !layerwise && level.rows <= kernels.engine.tiny_rows;
   LevelGradients gradients(level, tensors, kernels.engine, direct, needs);
   if (layerwise) {

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace mtlk {
+#include "common/dtypes.h"
 
-enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+namespace mtlk {
 
 // The gates of a call. Gate k mixes `sizes[k]` experts, whose probabilities are columns begin[k], begin[k] + 1, ... of
 // the block's probabilities. The same pairs ordered by expert: those of expert e are uses[use_begin[e]] up to

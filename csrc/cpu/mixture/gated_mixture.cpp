@@ -3,15 +3,12 @@
 #include <torch/library.h>
 
 #include "level/gate_tables.h"
-#include "runtime/kernels.h"
-#include "runtime/memory.h"
+#include "mixture/gated_mixture_args.h"
+#include "runtime/kernel_tables.h"
 #include "runtime/parallel.h"
 
 namespace mtlk {
 namespace {
-
-// Rows of a task: enough to hide the cost of taking it, few enough to share out evenly.
-constexpr int64_t kTaskRows = 64;
 
 void check_values(const at::Tensor& experts) {
   TORCH_CHECK_VALUE(experts.dim() == 3 && experts.is_cpu() && experts.layout() == at::kStrided,
@@ -32,16 +29,9 @@ GatedMixtureArgs make_args(const at::Tensor& experts, at::TensorList logits, Gat
 }
 
 void run(const GatedMixtureArgs& args, const GatedMixtureKernels& table, decltype(GatedMixtureKernels::forward) f) {
-  if (args.rows == 0) return;
-  const int64_t tasks = (args.rows + kTaskRows - 1) / kTaskRows;
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
-  const Scratch scratch(threads, table.bytes(args));
-  parallel_tasks_on(threads, tasks, [&](int64_t task, int64_t thread) {
-    f(args, task * kTaskRows, std::min(args.rows, (task + 1) * kTaskRows), scratch[thread]);
-  });
+  parallel_rows(args.rows, table.bytes(args),
+                [&](int64_t, int64_t first, int64_t last, void* scratch) { f(args, first, last, scratch); });
 }
-
-at::Tensor with_unit_stride(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 std::vector<at::Tensor> forward(const at::Tensor& experts, at::TensorList gate_logits, at::IntArrayRef gate_experts,
                                 at::IntArrayRef gate_sizes) {
@@ -56,7 +46,7 @@ std::vector<at::Tensor> forward(const at::Tensor& experts, at::TensorList gate_l
     pointers.push_back(outputs.back().mutable_data_ptr());
   }
   args.outputs = pointers.data();
-  const GatedMixtureKernels& table = kernels().gated_mixture[static_cast<int>(dtype_of(experts))];
+  const GatedMixtureKernels& table = kernels_for<GatedMixtureKernels>(dtype_of(experts));
   run(args, table, table.forward);
   return outputs;
 }
@@ -94,7 +84,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
   args.grad_output_ld = grad_ld.data();
   args.grad_values = need_experts ? grad_experts[0].mutable_data_ptr() : nullptr;
   args.grad_logits = need_logits ? logit_pointers.data() : nullptr;
-  const GatedMixtureKernels& table = kernels().gated_mixture[static_cast<int>(dtype_of(experts))];
+  const GatedMixtureKernels& table = kernels_for<GatedMixtureKernels>(dtype_of(experts));
   run(args, table, table.backward);
   return {grad_experts, grad_logits};
 }

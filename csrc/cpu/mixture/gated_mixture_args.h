@@ -19,4 +19,12 @@ struct GatedMixtureArgs {
   void* const* grad_logits;  // contiguous, of the logits' dtype, or null
 };
 
+// Kernels for one storage type, for rows [first, last). Scratch is bytes that the caller provides, aligned to a cache
+// line.
+struct GatedMixtureKernels {
+  int64_t (*bytes)(const GatedMixtureArgs&);
+  void (*forward)(const GatedMixtureArgs&, int64_t first, int64_t last, void* scratch);
+  void (*backward)(const GatedMixtureArgs&, int64_t first, int64_t last, void* scratch);
+};
+
 }  // namespace mtlk

@@ -105,5 +105,16 @@ class GatedMixtureRows {
   C *sums_, *value_, *grad_, *probabilities_, *inner_;
 };
 
+template <typename T>
+GatedMixtureKernels gated_mixture_kernels() {
+  return {GatedMixtureRows<T>::bytes,
+          [](const GatedMixtureArgs& args, int64_t first, int64_t last, void* scratch) {
+            GatedMixtureRows<T>(args, scratch).forward(first, last);
+          },
+          [](const GatedMixtureArgs& args, int64_t first, int64_t last, void* scratch) {
+            GatedMixtureRows<T>(args, scratch).backward(first, last);
+          }};
+}
+
 }  // namespace MTLK_ISA
 }  // namespace mtlk

@@ -4,11 +4,12 @@
 
 #include <cmath>
 
-#include "../../common/projection.h"
-#include "level/gate_tables.h"
-#include "runtime/kernels.h"
+#include "common/projection.h"
+#include "pcgrad/pcgrad_args.h"
+#include "runtime/kernel_tables.h"
 #include "runtime/memory.h"
 #include "runtime/parallel.h"
+#include "runtime/tensors.h"
 
 namespace mtlk {
 namespace {
@@ -63,7 +64,7 @@ std::vector<Parameter> parameters_of(GradList grads, int64_t tasks) {
       parameter.grads.push_back(*std::move(grad));
     }
     if (parameter.grads.empty()) continue;
-    parameter.kernels = &kernels().pcgrad[static_cast<int>(dtype_of(parameter.grads[0]))];
+    parameter.kernels = &kernels_for<PcgradKernels>(dtype_of(parameter.grads[0]));
     parameter.elements = parameter.grads[0].numel();
     lay_out_alike(parameter.grads);
     for (const at::Tensor& grad : parameter.grads) parameter.addresses.push_back(grad.const_data_ptr());
@@ -101,7 +102,8 @@ at::Tensor gram(GradList grads, int64_t tasks) {
   double* slots = products.mutable_data_ptr<double>();
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   int64_t bytes = 0;
-  for (int64_t some = 1; some <= tasks; ++some) bytes = std::max(bytes, kernels().pcgrad[0].gram_bytes(some));
+  for (int64_t some = 1; some <= tasks; ++some)
+    bytes = std::max(bytes, kernels_for<PcgradKernels>(Dtype::kFloat32).gram_bytes(some));
   const Scratch scratch(threads, bytes);
   parallel_tasks_on(threads, count, [&](int64_t i, int64_t thread) {
     pieces[i].parameter->kernels->gram(pieces[i].run, slots + i * tasks * tasks, scratch[thread]);

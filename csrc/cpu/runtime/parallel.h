@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "runtime/memory.h"
+
 namespace mtlk {
 
 // Runs f(thread) once on each of `threads` threads.
@@ -31,6 +33,22 @@ void parallel_tasks_on(int64_t threads, int64_t tasks, F f) {
 template <typename F>
 void parallel_tasks(int64_t threads, int64_t tasks, F f) {
   parallel_tasks_on(threads, tasks, [&](int64_t task, int64_t) { f(task); });
+}
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of a task: enough to hide the cost of taking it, few enough to share out evenly.
+constexpr int64_t kTaskRows = 64;
+
+// f(task, first row, last row, scratch of so many bytes) for each task of all rows.
+template <typename F>
+void parallel_rows(int64_t rows, int64_t bytes, F f) {
+  const int64_t tasks = divide_up(rows, kTaskRows), threads = std::min<int64_t>(at::get_num_threads(), tasks);
+  if (tasks == 0) return;
+  const Scratch scratch(threads, bytes);
+  parallel_tasks_on(threads, tasks, [&](int64_t task, int64_t thread) {
+    f(task, task * kTaskRows, std::min(rows, (task + 1) * kTaskRows), scratch[thread]);
+  });
 }
 
 }  // namespace mtlk

@@ -12,11 +12,11 @@
 #include <immintrin.h>
 #endif
 
+#include "common/dtypes.h"
+
 #ifndef MTLK_ISA
 #error "MTLK_ISA names the namespace of the instruction set"
 #endif
-
-#define MTLK_INLINE inline __attribute__((always_inline))
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -64,14 +64,6 @@ MTLK_INLINE Vector<C> broadcast(C value) {
   return value - Vector<C>{};  // exact, and keeps the sign of zero
 }
 
-// Storage types. bfloat16 and float16 are kept as bits.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
 template <typename T>
 struct ComputeOf {
   using type = float;
@@ -83,67 +75,26 @@ struct ComputeOf<double> {
 template <typename T>
 using Compute = typename ComputeOf<T>::type;
 
-MTLK_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-MTLK_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
+// Elements of the storage types, one at a time.
 MTLK_INLINE float to_compute(float value) { return value; }
 MTLK_INLINE double to_compute(double value) { return value; }
-MTLK_INLINE float to_compute(BFloat16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
-
+MTLK_INLINE float to_compute(BFloat16 value) { return bits_of<float>(static_cast<uint32_t>(value.bits) << 16); }
 MTLK_INLINE float to_compute(Half value) {
 #if defined(__F16C__)
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(value.bits)));
 #else
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  if (magnitude < 0x400u) {  // subnormal: magnitude * 2^-24
-    const float small = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-    return sign ? -small : small;
-  }
-  return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
+  return half_to_float(value.bits);
 #endif
 }
 
 MTLK_INLINE void from_compute(float value, float* out) { *out = value; }
 MTLK_INLINE void from_compute(double value, double* out) { *out = value; }
-
-MTLK_INLINE void from_compute(float value, BFloat16* out) {
-  const uint32_t bits = float_to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    out->bits = 0x7fc0;  // a NaN, whatever its payload
-  } else {
-    out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  }
-}
-
+MTLK_INLINE void from_compute(float value, BFloat16* out) { out->bits = float_to_bfloat16(value); }
 MTLK_INLINE void from_compute(float value, Half* out) {
 #if defined(__F16C__)
   out->bits = static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT)));
 #else
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) {
-    out->bits = static_cast<uint16_t>(sign | 0x7e00u);
-  } else if (magnitude >= 0x477ff000u) {  // rounds to infinity
-    out->bits = static_cast<uint16_t>(sign | 0x7c00u);
-  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 lets the adder round to multiples of 2^-24
-    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-    out->bits = static_cast<uint16_t>(sign | rounded);
-  } else {
-    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
-    out->bits = static_cast<uint16_t>(sign | (rounded >> 13));
-  }
+  out->bits = float_to_half(value);
 #endif
 }
 

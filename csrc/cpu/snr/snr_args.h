@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "gemm/engine.h"
+
 namespace mtlk {
 
 // An open route, from sub-network `input` to sub-network `output`.
@@ -44,6 +46,8 @@ struct SnrProduct {
 
 // Kernels for one storage type. Scratch is bytes that the caller provides, aligned to a cache line.
 struct SnrTransKernels {
+  EngineTable engine;
+
   // Outputs [first, last) of a block of rows.
   int64_t (*sum_bytes)(const SnrSum&, int64_t nrows);
   void (*sum)(const SnrSum&, int64_t row, int64_t nrows, int first, int last, void* scratch);

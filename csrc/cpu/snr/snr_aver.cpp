@@ -2,52 +2,39 @@
 
 #include <torch/library.h>
 
-#include "runtime/memory.h"
+#include "runtime/kernel_tables.h"
 #include "runtime/parallel.h"
+#include "runtime/tensors.h"
 #include "snr/snr_call.h"
 
 namespace mtlk {
 namespace {
 
-// Rows of a task: enough to hide the cost of taking it, few enough to share out evenly.
-constexpr int64_t kTaskRows = 64;
+const SnrAverKernels& table_for(const at::Tensor& u) { return kernels_for<SnrAverKernels>(dtype_of(u)); }
 
-const SnrAverKernels& table_for(const at::Tensor& u) { return kernels().snr_aver[static_cast<int>(dtype_of(u))]; }
-
-// f(task, first row, last row, scratch) for each task.
-template <typename F>
-void over_rows(int64_t rows, int64_t bytes, F f) {
-  const int64_t tasks = (rows + kTaskRows - 1) / kTaskRows;
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
-  if (tasks == 0) return;
-  const Scratch scratch(threads, bytes);
-  parallel_tasks_on(threads, tasks, [&](int64_t task, int64_t thread) {
-    f(task, task * kTaskRows, std::min(rows, (task + 1) * kTaskRows), scratch[thread]);
-  });
-}
-
-SnrMatrices checked(const char* name, at::TensorList tensors, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(like.dim() == 2, "mtlkernels: u must hold matrices, got ", like.sizes());
-  SnrMatrices matrices(name, tensors, like.size(0), like.scalar_type());
+SnrMatrices checked(at::TensorList u) {
+  TORCH_CHECK_VALUE(!u.empty() && u[0].dim() == 2, "mtlkernels: u must hold at least one matrix");
+  SnrMatrices matrices("u", u, u[0].size(0), u[0].scalar_type());
   for (int i = 0; i < matrices.count(); ++i) {
-    TORCH_CHECK_VALUE(matrices.widths()[i] == like.size(1), "mtlkernels: ", name, "[", i, "] must have shape ",
-                      like.sizes(), " as u[0], got width ", matrices.widths()[i]);
+    TORCH_CHECK_VALUE(matrices.widths()[i] == u[0].size(1), "mtlkernels: u[", i, "] must have shape ", u[0].sizes(),
+                      " as u[0], got width ", matrices.widths()[i]);
   }
   return matrices;
 }
 
 std::vector<at::Tensor> run(const SnrCoding& z, bool transposed, const SnrMatrices& in, const at::Tensor& like) {
-  SnrSums sums(z, transposed, in, [](int, int) { return true; });
-  sums.set_outputs(like.size(0), std::vector<int64_t>(sums.sum().outputs, like.size(1)), like.options());
+  const auto all = [](int, int) { return true; };
+  const int outputs = transposed ? z.inputs() : z.outputs();
+  SnrSums sums(z, transposed, in, all, like, std::vector<int64_t>(outputs, like.size(1)));
   const SnrAverKernels& table = table_for(like);
-  over_rows(like.size(0), table.sum_bytes(sums.sum()),
-            [&](int64_t, int64_t first, int64_t last, void* scratch) { table.sum(sums.sum(), first, last, scratch); });
+  parallel_rows(like.size(0), table.sum_bytes(sums.sum()), [&](int64_t, int64_t first, int64_t last, void* scratch) {
+    table.sum(sums.sum(), first, last, scratch);
+  });
   return sums.take();
 }
 
 std::vector<at::Tensor> forward(at::TensorList u, const at::Tensor& z) {
-  TORCH_CHECK_VALUE(!u.empty(), "mtlkernels: u must hold at least one tensor");
-  const SnrMatrices in = checked("u", u, u[0]);
+  const SnrMatrices in = checked(u);
   return run(SnrCoding(z, in.count(), u[0].scalar_type()), false, in, u[0]);
 }
 
@@ -64,8 +51,8 @@ at::Tensor dots(const SnrCoding& z, const SnrMatrices& u, const SnrMatrices& gra
   const SnrDots call{like.size(1), u.count(),  grads.count(), u.pointers(), grads.pointers(),
                      u.ld(),       grads.ld(), pairs.data(),  count};
   const SnrAverKernels& table = table_for(like);
-  std::vector<double> partial((like.size(0) + kTaskRows - 1) / kTaskRows * count);
-  over_rows(like.size(0), table.dots_bytes(call), [&](int64_t task, int64_t first, int64_t last, void* scratch) {
+  std::vector<double> partial(divide_up(like.size(0), kTaskRows) * count);
+  parallel_rows(like.size(0), table.dots_bytes(call), [&](int64_t task, int64_t first, int64_t last, void* scratch) {
     table.dots(call, first, last, partial.data() + task * count, scratch);
   });
   const at::Tensor result = at::zeros({z.outputs(), z.inputs()}, at::kDouble);
@@ -80,10 +67,10 @@ at::Tensor dots(const SnrCoding& z, const SnrMatrices& u, const SnrMatrices& gra
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(at::TensorList grad_outputs, at::TensorList u,
                                                                       const at::Tensor& z, bool need_u, bool need_z,
                                                                       bool closed_grad) {
-  TORCH_CHECK_VALUE(!u.empty(), "mtlkernels: u must hold at least one tensor");
-  const SnrMatrices in = checked("u", u, u[0]), grads = checked("grad_outputs", grad_outputs, u[0]);
+  const SnrMatrices in = checked(u);
   const SnrCoding coding(z, in.count(), u[0].scalar_type());
-  check_grad_outputs(grad_outputs, coding.outputs());
+  const SnrMatrices grads = snr_grad_outputs(grad_outputs, u[0].size(0), u[0].scalar_type(),
+                                             std::vector<int64_t>(coding.outputs(), u[0].size(1)));
   std::vector<at::Tensor> grad_u, grad_z;
   if (need_u) grad_u = run(coding, true, grads, u[0]);
   if (need_z) grad_z.push_back(dots(coding, in, grads, u[0], closed_grad).to(z.scalar_type()));

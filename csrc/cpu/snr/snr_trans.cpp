@@ -4,14 +4,13 @@
 
 #include <cstring>
 
+#include "gemm/row_blocks.h"
 #include "gemm/weight_forms.h"
-#include "level/blocking.h"
+#include "runtime/tensors.h"
 #include "snr/snr_call.h"
 
 namespace mtlk {
 namespace {
-
-const EngineKernels& kernels_for(const at::Tensor& u) { return engine_for(dtype_of(u), u.size(0)); }
 
 // A call's arguments, checked, so that a direct call of an operator cannot read out of bounds. The public function
 // checks the same in Python, where messages know the caller's nesting.
@@ -24,13 +23,7 @@ class Call {
         z(z, in.count(), like.scalar_type()),
         stacked(weights.size() == 1 && weights[0].dim() == 4) {
     const auto count = static_cast<size_t>(this->z.outputs()) * in.count();
-    for (const at::Tensor& weight : weights) {
-      check_plain(weight);
-      TORCH_CHECK_TYPE(weight.scalar_type() == like.scalar_type() && weight.layout() == at::kStrided,
-                       "mtlkernels: weights must be dense tensors of ", like.scalar_type(), ", got ", weight.layout(),
-                       " of ", weight.scalar_type());
-      TORCH_CHECK_VALUE(weight.is_cpu(), "mtlkernels: weights must be on the CPU, got ", weight.device());
-    }
+    for (size_t r = 0; r < weights.size(); ++r) check_dense("weights", r, weights[r], like.scalar_type());
     if (stacked) {
       TORCH_CHECK_VALUE(weights[0].size(0) == this->z.outputs() && weights[0].size(1) == in.count(),
                         "mtlkernels: weights must have shape [", this->z.outputs(), ", ", in.count(),
@@ -56,7 +49,6 @@ class Call {
     for (int i = 0; i < z.outputs(); ++i) widths.push_back(matrix(i, 0).size(0));
     return widths;
   }
-  std::vector<int64_t> input_widths() const { return {in.widths(), in.widths() + in.count()}; }
   const at::Tensor& matrix(int i, int j) const { return matrices[static_cast<size_t>(i) * in.count() + j]; }
   bool has_elements(int i, int j) const { return rows > 0 && matrix(i, j).numel() > 0; }
 
@@ -77,21 +69,17 @@ class Call {
 // The inputs of a block are read again for every output, from the second- or third-level cache; its rows share the cost
 // of reading all weights.
 constexpr int64_t kBlocksOfCache = 4;
-// Multiply-adds below which waking a second thread costs more than it saves.
-constexpr int64_t kLeastShared = int64_t{1} << 20;
 
 // The sums of one direction: outputs from u, or gradients of u from those of the outputs.
 std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMatrices& in) {
-  const EngineKernels& kernels = kernels_for(call.like);
-  SnrSums sums(call.z, transposed, in, [&](int i, int j) { return call.has_elements(i, j); });
-  sums.set_outputs(call.rows, transposed ? call.input_widths() : call.output_widths(), call.like.options());
+  const auto& kernels = kernels_for<SnrTransKernels>(dtype_of(call.like), call.rows);
+  const auto kept = [&](int i, int j) { return call.has_elements(i, j); };
+  SnrSums sums(call.z, transposed, in, kept, call.like, transposed ? call.in.widths() : call.output_widths());
   const SnrSum& sum = sums.sum();
   if (call.rows == 0) return sums.take();
   std::vector<at::Tensor> used;
-  int64_t work = 0;
   for (const SnrRoute& r : sums.routes()) {
     used.push_back(transposed ? call.matrix(r.input, r.output) : call.matrix(r.output, r.input));
-    work += call.rows * used.back().numel();
   }
   WeightForms weights;
   weights.set(used, kernels.engine, transposed && kernels.engine.backward_transposed);
@@ -101,15 +89,15 @@ std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMat
   }
   const int64_t threads = at::get_num_threads();
   const int64_t rows = block_rows(call.rows, kBlocksOfCache * kernels.engine.block_bytes,
-                                  kernels.snr_trans.sum_bytes(sum, kMinBlockRows) / kMinBlockRows);
+                                  kernels.sum_bytes(sum, kMinBlockRows) / kMinBlockRows);
   const int64_t blocks = divide_up(call.rows, rows);
   const int64_t parts = std::min<int64_t>(sum.outputs, divide_up(threads, blocks));
   const int64_t used_threads = std::min(threads, blocks * parts);
-  const Scratch scratch(used_threads, kernels.snr_trans.sum_bytes(sum, rows));
+  const Scratch scratch(used_threads, kernels.sum_bytes(sum, rows));
   parallel_tasks_on(used_threads, blocks * parts, [&](int64_t task, int64_t thread) {
     const int64_t row = task / parts * rows, part = task % parts;
-    kernels.snr_trans.sum(sum, row, std::min(rows, call.rows - row), static_cast<int>(sum.outputs * part / parts),
-                          static_cast<int>(sum.outputs * (part + 1) / parts), scratch[thread]);
+    kernels.sum(sum, row, std::min(rows, call.rows - row), static_cast<int>(sum.outputs * part / parts),
+                static_cast<int>(sum.outputs * (part + 1) / parts), scratch[thread]);
   });
   return sums.take();
 }
@@ -119,7 +107,7 @@ std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMat
 class Products {
  public:
   Products(const Call& call, const SnrMatrices& grads, bool need_weights, bool need_z, bool closed_grad)
-      : call_(call), grads_(grads), kernels_(kernels_for(call.like)) {
+      : call_(call), grads_(grads), kernels_(kernels_for<SnrTransKernels>(dtype_of(call.like), call.rows)) {
     const bool every = need_z && closed_grad;
     const auto options = call.like.options();
     const auto compute = options.dtype(call.like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -153,12 +141,10 @@ class Products {
     const int64_t capacity = chunk_rows();
     std::vector<int64_t> gradient_at{0}, operand_at{0};
     for (int i = 0; i < grads_.count(); ++i) {
-      gradient_at.push_back(gradient_at.back() +
-                            aligned(kernels_.snr_trans.gradient_bytes(grads_.widths()[i], capacity)));
+      gradient_at.push_back(gradient_at.back() + aligned(kernels_.gradient_bytes(grads_.widths()[i], capacity)));
     }
     for (int j = 0; j < call_.in.count(); ++j) {
-      operand_at.push_back(operand_at.back() +
-                           aligned(kernels_.snr_trans.operand_bytes(call_.in.widths()[j], capacity)));
+      operand_at.push_back(operand_at.back() + aligned(kernels_.operand_bytes(call_.in.widths()[j], capacity)));
     }
     const Scratch memory(2, std::max(gradient_at.back(), operand_at.back()));
     gradients_ = static_cast<char*>(memory[0]);
@@ -170,9 +156,9 @@ class Products {
     parallel_tasks(at::get_num_threads(), routes_.size(), [&](int64_t r) {
       const Route& route = routes_[r];
       grad_z[route.i * call_.z.inputs() + route.j] =
-          kernels_.snr_trans.finish(route.sum.const_data_ptr(), route.ld, route.weight.size(0), route.weight.size(1),
-                                    route.weight.const_data_ptr(), route.weight.stride(0), call_.z(route.i, route.j),
-                                    route.grad.defined() ? route.grad.mutable_data_ptr() : nullptr);
+          kernels_.finish(route.sum.const_data_ptr(), route.ld, route.weight.size(0), route.weight.size(1),
+                          route.weight.const_data_ptr(), route.weight.stride(0), call_.z(route.i, route.j),
+                          route.grad.defined() ? route.grad.mutable_data_ptr() : nullptr);
     });
   }
 
@@ -207,7 +193,7 @@ class Products {
     std::vector<std::pair<size_t, int64_t>> tasks;  // a route, its first column
     for (size_t r = 0; r < routes_.size(); ++r) {
       reads_gradient[routes_[r].i] = reads_operand[routes_[r].j] = true;
-      for (int64_t column = 0; column < routes_[r].weight.size(1); column += kernels_.snr_trans.columns) {
+      for (int64_t column = 0; column < routes_[r].weight.size(1); column += kernels_.columns) {
         tasks.emplace_back(r, column);
       }
     }
@@ -217,11 +203,11 @@ class Products {
     parallel_tasks(threads, outputs + call_.in.count(), [&](int64_t task) {
       const int64_t j = task - outputs;
       if (j < 0 && reads_gradient[task]) {
-        kernels_.snr_trans.make_gradient(row_of(grads_, task), grads_.ld()[task], rows, grads_.widths()[task],
-                                         gradients_ + gradient_at[task]);
+        kernels_.make_gradient(row_of(grads_, task), grads_.ld()[task], rows, grads_.widths()[task],
+                               gradients_ + gradient_at[task]);
       } else if (j >= 0 && reads_operand[j]) {
-        kernels_.snr_trans.make_operand(row_of(call_.in, j), call_.in.ld()[j], rows, call_.in.widths()[j],
-                                        operands_ + operand_at[j]);
+        kernels_.make_operand(row_of(call_.in, j), call_.in.ld()[j], rows, call_.in.widths()[j],
+                              operands_ + operand_at[j]);
       }
     });
     parallel_tasks(threads, tasks.size(), [&](int64_t task) {
@@ -236,13 +222,13 @@ class Products {
                                const_cast<void*>(route.sum.const_data_ptr()),
                                route.ld,
                                row > 0};
-      kernels_.snr_trans.product(product, tasks[task].second);
+      kernels_.product(product, tasks[task].second);
     });
   }
 
   const Call& call_;
   const SnrMatrices& grads_;
-  const EngineKernels& kernels_;
+  const SnrTransKernels& kernels_;
   std::vector<Route> routes_;
   std::vector<at::Tensor> grad_weights_;
   at::Tensor grad_z_;
@@ -258,12 +244,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
     at::TensorList grad_outputs, at::TensorList u, at::TensorList weights, const at::Tensor& z, bool need_u,
     bool need_weights, bool need_z, bool closed_grad) {
   const Call call(u, weights, z);
-  check_grad_outputs(grad_outputs, call.z.outputs());
-  const SnrMatrices grads("grad_outputs", grad_outputs, call.rows, call.like.scalar_type());
-  for (int i = 0; i < grads.count(); ++i) {
-    TORCH_CHECK_VALUE(grads.widths()[i] == call.matrix(i, 0).size(0), "mtlkernels: grad_outputs[", i,
-                      "] must have width ", call.matrix(i, 0).size(0), ", got ", grads.widths()[i]);
-  }
+  const SnrMatrices grads = snr_grad_outputs(grad_outputs, call.rows, call.like.scalar_type(), call.output_widths());
   std::vector<at::Tensor> grad_u, grad_weights, grad_z;
   if (need_u) grad_u = run_sums(call, true, grads);
   if (need_weights || need_z) {

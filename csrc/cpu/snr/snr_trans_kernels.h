@@ -181,12 +181,13 @@ double snr_finish(const void* sum, int64_t ld, int64_t rows, int64_t columns, co
 }
 
 template <typename Engine>
-SnrTransKernels snr_trans_kernels() {
+SnrTransKernels snr_trans_kernels(const EngineTable& engine) {
   using T = typename Engine::T;
   using C = typename Engine::C;
   using Gradient = typename Engine::Gradient;
   using Operand = typename Engine::Operand;
   SnrTransKernels table{};
+  table.engine = engine;
   table.sum_bytes = SnrTransBlock<Engine>::bytes;
   table.sum = [](const SnrSum& call, int64_t row, int64_t nrows, int first, int last, void* scratch) {
     Engine::begin();

@@ -1,20 +1,15 @@
-// The kernels that each instruction set provides, and the choice among them at run time.
+// The kernels of a level that each instruction set provides.
 #pragma once
-
-#include <string>
-#include <vector>
 
 #include "gemm/engine.h"
 #include "level/level_args.h"
-#include "mixture/gated_mixture_args.h"
-#include "pcgrad/pcgrad_args.h"
-#include "snr/snr_args.h"
 
 namespace mtlk {
 
 // Scratch is bytes that the caller provides, aligned to a cache line.
 struct ChainKernels {
   FoldNorm fold_norm;
+  int64_t min_forward_rows;  // as EngineTable::min_call_rows, of a forward pass, which makes weights ready as it goes
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each
   // part leaves its sums, forward_mixed_bytes(...) of them, in `mixed`, or adds them to what it left there
@@ -61,12 +56,6 @@ struct ChainKernels {
                                void* scratch);
 };
 
-struct GatedMixtureKernels {
-  int64_t (*bytes)(const GatedMixtureArgs&);
-  void (*forward)(const GatedMixtureArgs&, int64_t first, int64_t last, void* scratch);
-  void (*backward)(const GatedMixtureArgs&, int64_t first, int64_t last, void* scratch);
-};
-
 // Kernels for a block of rows, a layer and experts order[first, last); with at most tiny_rows rows they want weights in
 // natural form.
 struct LayerwiseKernels {
@@ -98,36 +87,11 @@ struct LayerwiseKernels {
   void (*weight_gradient)(const LayerwiseBackwardArgs&, const BackwardChunk&, int l, int64_t task, void* scratch);
 };
 
-// An engine for one storage type, and the kernels that are built on it.
-struct EngineKernels {
+// What serves levels of one storage type.
+struct LevelKernels {
   EngineTable engine;
   ChainKernels chain;
   LayerwiseKernels layerwise;
-  SnrTransKernels snr_trans;
 };
-
-// All arrays are by Dtype.
-struct Kernels {
-  const char* isa;
-  EngineKernels engines[4];
-  EngineKernels engines_of_few_rows[4];  // for calls with fewer rows than those pay for
-  GatedMixtureKernels gated_mixture[4];
-  PcgradKernels pcgrad[4];
-  SnrAverKernels snr_aver[4];
-};
-
-// What serves now: the best that this processor and this build have, unless select_isa chose another.
-const Kernels& kernels();
-
-// What serves a call of so many rows; `min_rows` says from how many on an engine pays for it.
-const EngineKernels& engine_for(Dtype dtype, int64_t rows,
-                                int64_t EngineTable::* min_rows = &EngineTable::min_call_rows);
-
-// The instruction sets that this processor and this build have, the best last.
-std::vector<std::string> instruction_sets();
-
-// Serves with one of them, for tests and measurements; false if there is none of that name. Not to be called while an
-// operator runs.
-bool select_isa(const std::string& isa);
 
 }  // namespace mtlk

@@ -1,6 +1,10 @@
 // Chooses the kernels for this processor, once.
 
-#include "runtime/kernels.h"
+#include "runtime/instruction_sets.h"
+
+#include <algorithm>
+
+#include "runtime/kernel_tables.h"
 
 #if defined(MTLK_X86)
 #include <cpuid.h>
@@ -12,7 +16,7 @@ namespace mtlk {
 
 #define MTLK_DECLARE(isa) \
   namespace isa {         \
-  void fill(Kernels&);    \
+  void fill(int isa);     \
   }
 
 MTLK_DECLARE(baseline)
@@ -56,66 +60,52 @@ static bool has_amx() {
 #endif
 #endif
 
-// The tables in rising order: each has what the one before has, and its own on top.
-static std::vector<Kernels> make_tables() {
-  std::vector<Kernels> tables;
-  const auto add = [&](void (*fill)(Kernels&)) {
-    tables.push_back(tables.empty() ? Kernels{} : tables.back());
-    fill(tables.back());
+// Fills the tables in rising order.
+static std::vector<std::string> fill_tables() {
+  std::vector<std::string> names;
+  const auto add = [&](const char* name, void (*fill)(int)) {
+    fill(static_cast<int>(names.size()));
+    names.emplace_back(name);
   };
-  add(baseline::fill);
+  add("baseline", baseline::fill);
 #if defined(MTLK_X86)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
-    return tables;
-  add(avx2::fill);
-  if (!has_avx512()) return tables;
-  add(avx512::fill);
+    return names;
+  add("avx2", avx2::fill);
+  if (!has_avx512()) return names;
+  add("avx512", avx512::fill);
 #if defined(MTLK_AVX512BF16)
-  if (!has_avx512bf16()) return tables;
-  add(avx512bf16::fill);
+  if (!has_avx512bf16()) return names;
+  add("avx512bf16", avx512bf16::fill);
 #endif
 #if defined(MTLK_AMX)
-  if (has_amx()) add(amx::fill);
+  if (has_amx()) add("amx", amx::fill);
 #endif
 #if defined(MTLK_SPLIT)
-  add(split::fill);
+  add("split", split::fill);
 #endif
 #endif
-  return tables;
-}
-
-static const std::vector<Kernels>& tables() {
-  static const std::vector<Kernels> made = make_tables();
-  return made;
-}
-
-static const Kernels*& selected() {
-  static const Kernels* table = &tables().back();
-  return table;
-}
-
-const Kernels& kernels() { return *selected(); }
-
-const EngineKernels& engine_for(Dtype dtype, int64_t rows, int64_t EngineTable::* min_rows) {
-  const auto i = static_cast<int>(dtype);
-  const EngineKernels& usual = kernels().engines[i];
-  return rows < usual.engine.*min_rows ? kernels().engines_of_few_rows[i] : usual;
-}
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const Kernels& table : tables()) names.emplace_back(table.isa);
   return names;
 }
 
+const std::vector<std::string>& instruction_sets() {
+  static const std::vector<std::string> names = fill_tables();
+  return names;
+}
+
+static int& selected() {
+  static int isa = static_cast<int>(instruction_sets().size()) - 1;
+  return isa;
+}
+
+int selected_isa() { return selected(); }
+
 bool select_isa(const std::string& isa) {
-  for (const Kernels& table : tables()) {
-    if (isa != table.isa) continue;
-    selected() = &table;
-    return true;
-  }
-  return false;
+  const auto& names = instruction_sets();
+  const auto found = std::find(names.begin(), names.end(), isa);
+  if (found != names.end()) selected() = static_cast<int>(found - names.begin());
+  return found != names.end();
 }
 
 }  // namespace mtlk

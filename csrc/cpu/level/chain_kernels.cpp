@@ -1,18 +1,9 @@
-// Instantiates the kernels for one instruction set; CMakeLists.txt compiles this file once for each.
+// Instantiates the chain's kernels for one instruction set; CMakeLists.txt compiles this file once for each.
 
-#include "runtime/kernels.h"
-
+#include "gemm/engines.h"
 #include "level/chain_weight_kernels.h"
+#include "level/level_kernels.h"
 #include "level/tiny_backward_kernels.h"
-#include "mixture/gated_mixture_kernels.h"
-#include "pcgrad/pcgrad_kernels.h"
-#include "snr/snr_aver_kernels.h"
-#include "snr/snr_trans_kernels.h"
-#if defined(__AVX512BF16__)
-#include "gemm/pair_engine.h"
-#else
-#include "gemm/plain_engine.h"
-#endif
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -89,40 +80,12 @@ auto with_weight_gradients(const ChainBackwardArgs& args, const BackwardChunk& c
 }
 
 template <typename Engine>
-EngineTable engine_table() {
-  using T = typename Engine::T;
-  EngineTable table{};
-  table.min_call_rows = Engine::kMinCallRows;
-  table.min_forward_rows = Engine::kMinForwardRows;
-  table.tiny_rows = kTinyRows;
-  table.form = Engine::kForm;
-  table.natural_outputs = Engine::kNaturalOutputs;
-  if constexpr (Engine::kForm == WeightForm::kPrepared) {
-    table.prepared_bytes = [](int64_t outputs, int64_t inputs) {
-      return Engine::prepared_size(outputs, inputs) * static_cast<int64_t>(sizeof(typename Engine::Weight));
-    };
-    table.prepare = [](const void* weight, int64_t row_stride, int64_t column_stride, int64_t outputs, int64_t inputs,
-                       void* prepared) {
-      Engine::prepare(static_cast<const T*>(weight), row_stride, column_stride, outputs, inputs,
-                      static_cast<typename Engine::Weight*>(prepared));
-    };
-  }
-  table.backward_transposed = Engine::kBackwardTransposed;
-  table.block_bytes = Engine::kBlockBytes;
-  table.forward_block_bytes = Engine::kForwardBlockBytes;
-  table.chunk_bytes = Engine::kChunkBytes;
-  table.weight_sum_multiple = Engine::kSumMultiple;
-  table.gradient_bytes_each = Engine::kGradientBytes;
-  table.stores_compute = __is_same(T, typename Engine::C);
-  return table;
-}
-
-template <typename Engine>
 ChainKernels chain_kernels() {
   using T = typename Engine::T;
   using C = typename Engine::C;
   ChainKernels table{};
   table.fold_norm = fold_norm<T, C>;
+  table.min_forward_rows = Engine::kMinForwardRows;
   table.forward_bytes = [](const LevelShape& level, int64_t nrows, bool save) {
     return ChainForwardScratch<Engine>(level, group_count(nrows), save, nullptr).total;
   };
@@ -191,50 +154,8 @@ ChainKernels chain_kernels() {
   return table;
 }
 
-template <typename T>
-GatedMixtureKernels gated_mixture_kernels() {
-  return {GatedMixtureRows<T>::bytes,
-          [](const GatedMixtureArgs& args, int64_t first, int64_t last, void* scratch) {
-            GatedMixtureRows<T>(args, scratch).forward(first, last);
-          },
-          [](const GatedMixtureArgs& args, int64_t first, int64_t last, void* scratch) {
-            GatedMixtureRows<T>(args, scratch).backward(first, last);
-          }};
-}
-
-template <typename T, typename Engine>
-void fill_dtype(Kernels& table, Dtype dtype) {
-  const int i = static_cast<int>(dtype);
-  table.engines[i].engine = engine_table<Engine>();
-  table.engines[i].chain = chain_kernels<Engine>();
-  table.engines[i].snr_trans = snr_trans_kernels<Engine>();
-  table.gated_mixture[i] = gated_mixture_kernels<T>();
-  table.pcgrad[i] = pcgrad_kernels<T>();
-  table.snr_aver[i] = snr_aver_kernels<T>();
-}
-
-void fill_layerwise(Kernels& table);  // in layerwise_kernels.cpp
-
-// Puts this instruction set's kernels into a table.
-void fill(Kernels& table) {
-  table.isa = MTLK_ISA_NAME;
-#if defined(__AVX512BF16__)
-  fill_dtype<BFloat16, PairEngine<BFloat16>>(table, Dtype::kBFloat16);
-#if defined(__AMX_BF16__) || defined(MTLK_SPLIT)
-  fill_dtype<float, PairEngine<float>>(table, Dtype::kFloat32);
-  fill_dtype<Half, PairEngine<Half>>(table, Dtype::kFloat16);
-#endif
-#else
-  fill_dtype<float, PlainEngine<float>>(table, Dtype::kFloat32);
-  fill_dtype<double, PlainEngine<double>>(table, Dtype::kFloat64);
-  fill_dtype<BFloat16, PlainEngine<BFloat16>>(table, Dtype::kBFloat16);
-  fill_dtype<Half, PlainEngine<Half>>(table, Dtype::kFloat16);
-#endif
-  fill_layerwise(table);
-  for (int i = 0; i < 4; ++i) {  // an instruction set that has none for few rows keeps those of the set before
-    if (table.engines[i].engine.min_call_rows == 0) table.engines_of_few_rows[i] = table.engines[i];
-  }
-}
+#define MTLK_INSTANTIATE(dtype, ...) template ChainKernels chain_kernels<__VA_ARGS__>();
+MTLK_ENGINES(MTLK_INSTANTIATE)
 
 }  // namespace MTLK_ISA
 }  // namespace mtlk

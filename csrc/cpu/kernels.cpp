@@ -1,0 +1,48 @@
+// Puts the kernels of one instruction set into the tables; CMakeLists.txt compiles this file once for each.
+
+#include "gemm/engines.h"
+#include "level/level_kernels.h"
+#include "mixture/gated_mixture_kernels.h"
+#include "pcgrad/pcgrad_kernels.h"
+#include "snr/snr_aver_kernels.h"
+#include "snr/snr_trans_kernels.h"
+
+namespace mtlk {
+namespace MTLK_ISA {
+
+// In level/chain_kernels.cpp and level/layerwise_kernels.cpp.
+template <typename Engine>
+ChainKernels chain_kernels();
+template <typename Engine>
+LayerwiseKernels layerwise_kernels();
+
+// Of this instruction set and of those after it, until they put their own there.
+template <typename K>
+void put(int isa, Dtype dtype, const K& kernels) {
+  for (; isa < kMaxInstructionSets; ++isa) KernelTable<K>::kernels[isa][static_cast<int>(dtype)] = kernels;
+}
+
+template <typename K>
+void put_on_engine(int isa, Dtype dtype, const K& kernels) {
+  const K& before = KernelTable<KernelsByRows<K>>::kernels[isa][static_cast<int>(dtype)].few;
+  put(isa, dtype, KernelsByRows<K>{kernels, kernels.engine.min_call_rows == 0 ? kernels : before});
+}
+
+template <typename Engine>
+void fill_dtype(int isa, Dtype dtype) {
+  using T = typename Engine::T;
+  const EngineTable engine = engine_table<Engine>();
+  put_on_engine(isa, dtype, LevelKernels{engine, chain_kernels<Engine>(), layerwise_kernels<Engine>()});
+  put_on_engine(isa, dtype, snr_trans_kernels<Engine>(engine));
+  put(isa, dtype, snr_aver_kernels<T>());
+  put(isa, dtype, gated_mixture_kernels<T>());
+  put(isa, dtype, pcgrad_kernels<T>());
+}
+
+void fill(int isa) {
+#define MTLK_FILL(dtype, ...) fill_dtype<__VA_ARGS__>(isa, Dtype::dtype);
+  MTLK_ENGINES(MTLK_FILL)
+}
+
+}  // namespace MTLK_ISA
+}  // namespace mtlk

@@ -1,0 +1,26 @@
+// Where the kernels of each instruction set stand.
+#pragma once
+
+#include "common/dtypes.h"
+
+namespace mtlk {
+
+constexpr int kMaxInstructionSets = 6;
+
+// Kernels of type K by instruction set, in rising order, and Dtype. csrc/cpu/kernels.cpp fills the tables: an
+// instruction set has what those before it have, and its own on top.
+template <typename K>
+struct KernelTable {
+  static inline K kernels[kMaxInstructionSets][kDtypes];
+};
+
+// The number of the instruction set that serves now: the best that this processor and this build have, unless
+// select_isa chose another.
+int selected_isa();
+
+template <typename K>
+const K& kernels_for(Dtype dtype) {
+  return KernelTable<K>::kernels[selected_isa()][static_cast<int>(dtype)];
+}
+
+}  // namespace mtlk

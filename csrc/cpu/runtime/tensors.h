@@ -1,0 +1,19 @@
+// What operators ask of the tensors that they are called with.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "common/dtypes.h"
+
+namespace mtlk {
+
+// Refuses any dtype that kernels have not.
+Dtype dtype_of(const at::Tensor& tensor);
+
+// Refuses tensors that are not what their memory holds, such as DTensors: calls that go past the dispatcher, which
+// would have asked them, bring them here.
+void check_plain(const at::Tensor& tensor);
+
+at::Tensor with_unit_stride(const at::Tensor& x);
+
+}  // namespace mtlk
