@@ -1,6 +1,6 @@
 #include "level/folded_norms.h"
 
-#include "level/check.h"
+#include "runtime/check.h"
 #include "level/gate_tables.h"
 
 namespace mtlk {

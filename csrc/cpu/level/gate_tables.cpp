@@ -1,6 +1,6 @@
 #include "level/gate_tables.h"
 
-#include "level/check.h"
+#include "runtime/check.h"
 
 namespace mtlk {
 

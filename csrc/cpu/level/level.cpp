@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "level/chain.h"
-#include "level/check.h"
+#include "runtime/check.h"
 #include "level/layerwise.h"
 
 namespace mtlk {

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "level/check.h"
+#include "runtime/check.h"
 #include "level/gate_layers.h"
 
 namespace mtlk {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "level/check.h"
+#include "runtime/check.h"
 #include "level/gate_tables.h"
 #include "simd/activation_codes.h"
 

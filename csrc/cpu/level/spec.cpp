@@ -4,7 +4,7 @@
 #include <initializer_list>
 #include <numeric>
 
-#include "level/check.h"
+#include "runtime/check.h"
 #include "level/level_args.h"
 #include "simd/activation_codes.h"
 
