@@ -1,6 +1,6 @@
 """Fused kernels for multi-task learning in PyTorch."""
 
-from mtlkernels import _library, nn, optim  # noqa: F401  (_library defines the operators)
+from mtlkernels import nn, optim
 from mtlkernels._backends import backends, use_backend
 from mtlkernels._config import show_config
 from mtlkernels._convert import ConversionReport, convert, revert

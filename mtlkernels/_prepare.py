@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtlkernels import _extension
 from mtlkernels._convert.classes import original_class
-from mtlkernels.nn.level import Level
+from mtlkernels.nn.level import TrunkLevel
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -49,7 +49,7 @@ def prepare(model: nn.Module) -> nn.Module:
 
 def _fused(model: nn.Module) -> list[nn.Module]:
     """The modules in it with levels that are one operator."""
-    return [m for m in model.modules() if isinstance(m, Level) or original_class(type(m)) is not None]
+    return [m for m in model.modules() if isinstance(m, TrunkLevel) or original_class(type(m)) is not None]
 
 
 def _declare(model: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -98,6 +100,33 @@ def test_works_without_optional_parts_and_says_so(blocked: tuple[str, ...]) -> N
         assert "'cpp'" not in listed
         assert "missing (No module named 'mtlkernels._C')" in lines["extension"]
         assert "--no-build-isolation" in lines["extension"]
+
+
+def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:
+    """The modules of the package that one of them imports, be it within a function; not those for annotations alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if name in modules else str(node.module) for name in full}
+    return names & modules.keys()
+
+
+def test_imports_never_run_in_a_circle() -> None:
+    """But for the package itself, which knows its version."""
+    paths = [path.relative_to(ROOT) for path in (ROOT / "mtlkernels").rglob("*.py")]
+    modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): ROOT / path for path in paths}
+    modules.pop("mtlkernels")
+    graph = {name: imported_by(path, modules) for name, path in modules.items()}
+    order = graphlib.TopologicalSorter(graph).static_order()
+    assert set(order) == modules.keys()  # or a CycleError, which names the circle
+    assert "mtlkernels.ops.pcgrad.distributed.sharded" in graph["mtlkernels.ops.pcgrad.gradients"]
 
 
 def test_public_names_have_docstrings() -> None:

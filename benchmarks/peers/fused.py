@@ -74,10 +74,11 @@ def fused_launches(
                 biases=(len(wiring.expert_inputs),) * len(shape.units),
                 dtype=dtype,
                 logits_dtype=dtype,
-                precision=_triton.precision(dtype),
+                precision=_triton.Kind.of(dtype, True).precision,
                 aligned=all(width % 16 == 0 for width in widths),
                 num_inputs=routing.num_inputs,
                 multiprocessors=_triton_splits.multiprocessors(device),
+                gate_inputs=tuple(k * (routing.num_inputs > 1) for k in range(len(wiring.gate_sizes))),
                 gate_biases=sum(wiring.gate_sizes),
             )
         )

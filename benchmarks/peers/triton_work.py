@@ -1,20 +1,19 @@
-"""What each launch of the expert mixture has to compute and to move, from the shapes of a call."""
+"""What each launch of a chain has to compute and to move, from the shapes of a call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 
 from mtlkernels.ops import _triton_splits
-from mtlkernels.ops._triton import Tile
+from mtlkernels.ops._triton import DTYPES, Kind, Tile
 from mtlkernels.ops._triton_splits import Sums
 from mtlkernels.ops.activations import from_input
-from mtlkernels.ops.expert_mixture import triton_tiles as tiles
-from mtlkernels.ops.expert_mixture.triton_gates import groups_of_gates, padded
 from mtlkernels.ops.gated_mixture.triton import TILES
+from mtlkernels.ops.level.triton import tiles
+from mtlkernels.ops.level.triton.linear_gates import padded
 
 FLOAT32 = 4
 
@@ -53,11 +52,12 @@ class Shape:
         expert_inputs, gate_experts, gate_sizes, activations: as the operators'.
         biases: for each layer, how many experts have one.
         dtype, logits_dtype: of everything else, and of the logits.
-        precision: of products, see :func:`mtlkernels.ops._triton.precision`.
+        precision: of products, see :class:`mtlkernels.ops._triton.Kind`.
         aligned: whether kernels may read whole vectors.
         num_inputs: G.
         multiprocessors: how many the GPU has.
-        gate_biases: elements of the biases of gates that are linear layers of the inputs; None where logits are given.
+        gate_inputs: the input that each gate reads that is a linear layer; empty where logits are given.
+        gate_biases: elements of the biases of such gates.
     """
 
     rows: int
@@ -73,11 +73,12 @@ class Shape:
     aligned: bool
     num_inputs: int
     multiprocessors: int
-    gate_biases: int | None = None
+    gate_inputs: tuple[int, ...] = ()
+    gate_biases: int = 0
 
     @property
-    def kind(self) -> tuple[str, bool]:
-        return tiles.operands(self.dtype, self.precision), self.aligned
+    def kind(self) -> Kind:
+        return Kind(DTYPES[self.dtype], self.aligned, self.precision)
 
     @property
     def experts(self) -> int:
@@ -92,23 +93,26 @@ class Shape:
         return self.experts * self.rows * self.widths[layer] if layer else self.read(True, False)
 
     @property
-    def groups(self) -> list[Sequence[int]]:
-        """The sizes of the linear gates of each input that has some."""
-        return [] if self.gate_biases is None else groups_of_gates(self.gate_sizes, self.num_inputs)
+    def groups(self) -> list[int]:
+        """How many logits the linear gates of each input have that has some."""
+        sizes = [0] * self.num_inputs
+        for stream, size in zip(self.gate_inputs, self.gate_sizes, strict=False):
+            sizes[stream] += size
+        return [size for size in sizes if size]
 
     def read(self, experts: bool, gates: bool) -> int:
         """Elements of the inputs that the experts read, or linear gates, or either."""
-        streams = {*(self.expert_inputs if experts else ()), *(range(len(self.groups)) if gates else ())}
+        streams = {*(self.expert_inputs if experts else ()), *(self.gate_inputs if gates else ())}
         return len(streams) * self.rows * self.widths[0]
 
     @property
     def gate_weights(self) -> int:
-        return sum(map(sum, self.groups)) * self.widths[0]
+        return sum(self.groups) * self.widths[0]
 
     @property
     def grad_logits(self) -> int:
         """Elements of the gradients of linear gates' logits, with the ends of their rows."""
-        return self.rows * sum(padded(sum(group)) for group in self.groups)
+        return self.rows * sum(map(padded, self.groups))
 
     def weights(self, layer: int) -> int:
         return self.experts * self.widths[layer] * self.widths[layer + 1]
@@ -135,7 +139,7 @@ class Shape:
 
 def forward(shape: Shape, save: bool) -> list[Work]:
     """The launches of a forward pass, in their order."""
-    tile = tiles.mixing(*shape.kind, len(shape.gate_sizes), shape.rows)
+    tile = tiles.mixing(shape.kind, len(shape.gate_sizes), shape.rows)
     layers = shape.last + 1 if tile is None else shape.last
     works = [_layer(shape, layer, save) for layer in range(layers)]
     if shape.groups:
@@ -187,7 +191,7 @@ def _with_gates(shape: Shape, layer: Work | None) -> Work:
     return replace(
         found,
         flop=found.flop + 2 * shape.rows * shape.gate_weights,
-        read=found.read + (streams + shape.gate_weights + (shape.gate_biases or 0)) * itemsize,
+        read=found.read + (streams + shape.gate_weights + shape.gate_biases) * itemsize,
         written=found.written + shape.logits,
     )
 
@@ -235,28 +239,28 @@ def _hidden_gradient(shape: Shape, layer: int, need_weights: bool) -> Work:
 
 
 def _input_gradient(shape: Shape) -> Work:
-    """The gradient of the level's inputs."""
+    """The gradient of those of the level's inputs that are read."""
     width, depth = shape.widths[:2]
-    members = [shape.expert_inputs.count(stream) for stream in range(shape.num_inputs)]
-    tile = tiles.product(*shape.kind, shape.rows, width)
+    members = [shape.expert_inputs.count(stream) for stream in {*shape.expert_inputs, *shape.gate_inputs}]
+    tile = tiles.product(shape.kind, shape.rows, width)
     sums = tiles.input_sums(tile, members, shape.rows, width, depth, shape.dtype.itemsize)
     return Work(
         "input_gradient",
         shape.product(0) + 2 * shape.rows * shape.gate_weights,
         (shape.hidden(1) + shape.weights(0) + shape.grad_logits + shape.gate_weights) * shape.dtype.itemsize,
-        shape.num_inputs * shape.rows * width * shape.dtype.itemsize,
+        len(members) * shape.rows * width * shape.dtype.itemsize,
         shape.parts(sums) * sums.part * FLOAT32,
     )
 
 
 def _weight_gradient(shape: Shape, need_weights: bool, need_biases: bool, experts: bool, gates: bool) -> Work:
     """Of the experts' layers, of linear gates, or of both."""
-    tile = tiles.WEIGHT_GRADIENT[shape.kind]
+    tile = tiles.WEIGHT_GRADIENT[shape.kind.operands]
     layers = range(shape.last + 1 if experts else 0)
     groups = shape.groups if gates else []
     # How many there are, their outputs and their inputs.
     parts = [(shape.experts, shape.widths[layer + 1], shape.widths[layer]) for layer in layers]
-    parts += [(1, padded(sum(group)), shape.widths[0]) for group in groups]
+    parts += [(1, padded(logits), shape.widths[0]) for logits in groups]
     # Blocks of all layers, and those of them that add up biases too.
     blocks = sum(tiles.weight_blocks(tile, count, h, w if need_weights else 1) for count, h, w in parts)
     first = sum(tiles.weight_blocks(tile, count, h, 1) for count, h, _ in parts)
@@ -264,7 +268,7 @@ def _weight_gradient(shape: Shape, need_weights: bool, need_biases: bool, expert
     each = shape.parts(sums) // max(blocks, 1)
     elements = (blocks * tile.columns if need_weights else 0) + (first if need_biases else 0)
     weights = sum(map(shape.weights, layers)) + (shape.gate_weights if groups else 0)
-    biases = sum(shape.experts * shape.widths[layer + 1] for layer in layers) + sum(map(sum, groups))
+    biases = sum(shape.experts * shape.widths[layer + 1] for layer in layers) + sum(groups)
     read = sum(shape.hidden(layer + 1) for layer in layers) + (shape.grad_logits if groups else 0)
     if need_weights:
         read += shape.read(experts, gates) + sum(shape.hidden(layer) for layer in layers[1:])

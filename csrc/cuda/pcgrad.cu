@@ -13,29 +13,14 @@ const char* launched() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template <int octets>
-void launch_gram_of(const GramArguments& arguments, void* stream) {
-  const auto blocks = static_cast<unsigned>(gram_blocks(arguments.chunks));
-  gram_kernel<octets><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
-}
-
 }  // namespace
 
 const char* launch_gram(const GramArguments& arguments, void* stream) {
-  switch (octets(arguments.table.tasks())) {
-    case 1:
-      launch_gram_of<1>(arguments, stream);
-      break;
-    case 2:
-      launch_gram_of<2>(arguments, stream);
-      break;
-    case 4:
-      launch_gram_of<4>(arguments, stream);
-      break;
-    default:
-      launch_gram_of<8>(arguments, stream);
-  }
-  return launched();
+  const auto blocks = static_cast<unsigned>(gram_blocks(arguments.chunks));
+  return with_octets(arguments.table.tasks(), [&](auto octets) {
+    gram_kernel<decltype(octets)::value><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
+    return launched();
+  });
 }
 
 const char* launch_weights(const WeightsArguments& arguments, void* stream) {
@@ -45,8 +30,7 @@ const char* launch_weights(const WeightsArguments& arguments, void* stream) {
 
 const char* launch_combine(const CombineArguments& arguments, void* stream) {
   if (arguments.chunks == 0) return nullptr;
-  const auto blocks =
-      static_cast<unsigned>(arguments.chunks < kMaxCombineBlocks ? arguments.chunks : kMaxCombineBlocks);
+  const auto blocks = static_cast<unsigned>(combine_blocks(arguments.chunks));
   combine_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
   return launched();
 }

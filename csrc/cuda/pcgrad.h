@@ -20,7 +20,24 @@ constexpr int octets(int tasks) { return tasks <= 8 ? 1 : tasks <= 16 ? 2 : task
 MTLK_HOST_DEVICE constexpr int tiles(int octets) { return octets * (octets + 1) / 2; }
 constexpr int kTile = 64;
 
+template <int number>
+struct Constant {
+  static constexpr int value = number;
+};
+
+// Calls f with the octets of so many tasks, a constant.
+template <typename F>
+auto with_octets(int tasks, F f) {
+  const int count = octets(tasks);
+  return count == 1   ? f(Constant<1>())
+         : count == 2 ? f(Constant<2>())
+         : count == 4 ? f(Constant<4>())
+                      : f(Constant<8>());
+}
+
 constexpr Integer gram_blocks(Integer chunks) { return chunks < 1 ? 1 : chunks < kMaxBlocks ? chunks : kMaxBlocks; }
+constexpr Integer kMaxCombineBlocks = 1 << 16;
+constexpr Integer combine_blocks(Integer chunks) { return chunks < kMaxCombineBlocks ? chunks : kMaxCombineBlocks; }
 constexpr Integer gram_slots(Integer chunks, int tasks) { return gram_blocks(chunks) * tiles(octets(tasks)) * kTile; }
 
 struct GramArguments {

@@ -12,6 +12,32 @@ namespace mtlk::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
+// Calls f with the kind of a parameter's elements, a constant, and the arguments: a lambda that captured these would
+// take more registers.
+template <typename F, typename... Arguments>
+MTLK_DEVICE inline void with_kind(int kind, F f, Arguments&... arguments) {
+  switch (kind) {
+    case kFloat32:
+      f(Constant<kFloat32>(), arguments...);
+      break;
+    case kBFloat16:
+      f(Constant<kBFloat16>(), arguments...);
+      break;
+    case kFloat16:
+      f(Constant<kFloat16>(), arguments...);
+      break;
+    default:
+      f(Constant<kFloat64>(), arguments...);
+  }
+}
+
+// Where a chunk of a task's gradient starts; nullptr where there is none.
+template <int kind>
+MTLK_DEVICE const typename Element<kind>::Bits* source(const ParameterTable& table, const Chunk& chunk, int task) {
+  const Integer address = task < table.tasks() ? table.gradient(chunk.parameter, task) : 0;
+  return address == 0 ? nullptr : reinterpret_cast<const typename Element<kind>::Bits*>(address) + chunk.first;
+}
+
 // Gram ---------------------------------------------------------------------------------------------------------------
 // Sums of products in double: exact for float32 and narrower but for the additions, and no square leaves its range,
 // which float32 holds only with a scale a task and chunk. Where doubles run at half the rate of floats (sm_80, 90, 100)
@@ -44,30 +70,23 @@ MTLK_DEVICE void add_products(Sums<octets>& sums, const ParameterTable& table, c
   const bool aligned = table.aligned(chunk.parameter);
   const Bits* sources[octets];
   MTLK_UNROLL
-  for (int o = 0; o < octets; ++o) {
-    const int task = 8 * o + row % rows;
-    const Integer address = task < table.tasks() ? table.gradient(chunk.parameter, task) : 0;
-    sources[o] = address == 0 ? nullptr : reinterpret_cast<const Bits*>(address) + chunk.first;
-  }
+  for (int o = 0; o < octets; ++o) sources[o] = source<kind>(table, chunk, 8 * o + row % rows);
   const int vectors = (chunk.count + kPer - 1) / kPer;
   const int step = 32 / rows;  // vectors of a task that a warp loads at once
   for (int base = warp * kSteps * step; base < vectors; base += kWarps * kSteps * step) {
     Vector loaded[kSteps][octets];
     const int mine = base + row / rows * 4 + quarter;
+    const auto load_by = [&](auto load) {
+      MTLK_UNROLL
+      for (int s = 0; s < kSteps; ++s) {
+        MTLK_UNROLL
+        for (int o = 0; o < octets; ++o) loaded[s][o] = load(sources[o], (mine + s * step) * kPer);
+      }
+    };
     if (aligned && (base + kSteps * step) * kPer <= chunk.count) {  // the same for a warp: loads without branches
-      MTLK_UNROLL
-      for (int s = 0; s < kSteps; ++s) {
-        MTLK_UNROLL
-        for (int o = 0; o < octets; ++o) loaded[s][o] = load_whole<kind>(sources[o], (mine + s * step) * kPer);
-      }
+      load_by([](const Bits* from, int first) { return load_whole<kind>(from, first); });
     } else {
-      MTLK_UNROLL
-      for (int s = 0; s < kSteps; ++s) {
-        MTLK_UNROLL
-        for (int o = 0; o < octets; ++o) {
-          loaded[s][o] = load_part<kind>(sources[o], (mine + s * step) * kPer, chunk.count);
-        }
-      }
+      load_by([&](const Bits* from, int first) { return load_part<kind>(from, first, chunk.count); });
     }
     __syncwarp();
     MTLK_UNROLL
@@ -166,19 +185,8 @@ MTLK_GLOBAL void __launch_bounds__(kThreads) gram_kernel(const GramArguments arg
       if (present != 0) flush<octets>(sums, present, rows, total);
       present = table.present(parameter);
     }
-    switch (table.kind(parameter)) {
-      case kFloat32:
-        add_products<octets, kFloat32>(sums, table, chunk);
-        break;
-      case kBFloat16:
-        add_products<octets, kBFloat16>(sums, table, chunk);
-        break;
-      case kFloat16:
-        add_products<octets, kFloat16>(sums, table, chunk);
-        break;
-      default:
-        add_products<octets, kFloat64>(sums, table, chunk);
-    }
+    const auto add = [](auto kind, auto&... args) { add_products<octets, decltype(kind)::value>(args...); };
+    with_kind(table.kind(parameter), add, sums, table, chunk);
   }
   flush<octets>(sums, present, rows, total);
 
@@ -238,7 +246,6 @@ MTLK_GLOBAL void __launch_bounds__(kMaxTasks) weights_kernel(const WeightsArgume
 // coefficients can exceed float32's range where gradients are tiny.
 
 constexpr int kTogether = 8;
-constexpr Integer kMaxCombineBlocks = 1 << 16;
 
 template <int kind>
 MTLK_DEVICE void combine_chunk(const ParameterTable& table, const Chunk& chunk, const double* coefficients) {
@@ -247,17 +254,14 @@ MTLK_DEVICE void combine_chunk(const ParameterTable& table, const Chunk& chunk, 
   const bool aligned = table.aligned(chunk.parameter);
   Bits* result = reinterpret_cast<Bits*>(table.result(chunk.parameter)) + chunk.first;
   for (int first = threadIdx.x * kPer; first < chunk.count; first += kThreads * kPer) {
-    const bool whole = aligned && first + kPer <= chunk.count;
+    const bool vector = aligned && first + kPer <= chunk.count;
     double sums[kPer] = {};
     for (int start = 0; start < table.tasks(); start += kTogether) {
       const Bits* sources[kTogether];
       MTLK_UNROLL
-      for (int k = 0; k < kTogether; ++k) {
-        const Integer address = start + k < table.tasks() ? table.gradient(chunk.parameter, start + k) : 0;
-        sources[k] = address == 0 ? nullptr : reinterpret_cast<const Bits*>(address) + chunk.first;
-      }
+      for (int k = 0; k < kTogether; ++k) sources[k] = source<kind>(table, chunk, start + k);
       Vector loaded[kTogether];
-      if (whole) {
+      if (vector) {
         MTLK_UNROLL
         for (int k = 0; k < kTogether; ++k) loaded[k] = load_whole<kind>(sources[k], first);
       } else {
@@ -275,7 +279,7 @@ MTLK_DEVICE void combine_chunk(const ParameterTable& table, const Chunk& chunk, 
     Vector rounded = {};
     MTLK_UNROLL
     for (int i = 0; i < kPer; ++i) put<kind>(rounded, i, Element<kind>::rounded(sums[i]));
-    if (whole) {
+    if (vector) {
       store_whole<kind>(result, first, rounded);
     } else {
       store_part<kind>(result, first, chunk.count, rounded);
@@ -289,19 +293,8 @@ MTLK_GLOBAL void __launch_bounds__(kThreads) combine_kernel(const CombineArgumen
   for (Integer index = blockIdx.x; index < arguments.chunks; index += gridDim.x) {
     const Chunk chunk = table.chunk(index, parameter);
     parameter = chunk.parameter;
-    switch (table.kind(parameter)) {
-      case kFloat32:
-        combine_chunk<kFloat32>(table, chunk, arguments.coefficients);
-        break;
-      case kBFloat16:
-        combine_chunk<kBFloat16>(table, chunk, arguments.coefficients);
-        break;
-      case kFloat16:
-        combine_chunk<kFloat16>(table, chunk, arguments.coefficients);
-        break;
-      default:
-        combine_chunk<kFloat64>(table, chunk, arguments.coefficients);
-    }
+    const auto combine = [](auto kind, auto&... args) { combine_chunk<decltype(kind)::value>(args...); };
+    with_kind(table.kind(parameter), combine, table, chunk, arguments.coefficients);
   }
 }
 

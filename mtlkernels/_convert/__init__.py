@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from mtlkernels._convert.classes import CLASS_ATTRIBUTE, PLAN, converted_class, original_class
-from mtlkernels._convert.kernels import FORCE, slower
+from mtlkernels._convert.paying import FORCE, slower
 from mtlkernels._convert.registration import Registration
 from mtlkernels._convert.registry import find_converter, known_names
 from mtlkernels._convert.report import ConversionReport, Line
@@ -93,17 +93,17 @@ class Convert(Registration):
             converter = find_converter(module)
             if converter is None:
                 continue
-            plan, found = converter.plan(module, path)
+            plan, planned = converter.plan(module, path)
             reason = None if force or plan is None else slower(module)
             if reason is not None:
-                lines += [line if line.action == "left alone" else _left_alone(line, reason) for line in found]
+                lines += [line if line.action == "left alone" else _left_alone(line, reason) for line in planned]
                 continue
-            lines += found
+            lines += planned
             if plan is not None:
                 setattr(module, PLAN, plan)
                 if force:
                     setattr(module, FORCE, True)
-                module.__class__ = converted_class(converter.mixin, type(module), converter.method)
+                module.__class__ = converted_class(converter.base, type(module), converter.method, converter.source)
         if not lines:
             reason = f"nothing in it is known; known are {', '.join(known_names())}"
             lines.append(Line("left alone", "", type(model).__name__, reason))

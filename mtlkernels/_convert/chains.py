@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtlkernels._convert.folding import norm_refusal
-from mtlkernels._convert.mlp import Layer, activation_name, name_of, odd_weight, setting_of, slopes_refusal
-from mtlkernels._convert.products import Product, function_of
+from mtlkernels._convert.activations import activation_name, function_of, name_of, setting_of
+from mtlkernels.ops._fusing import Layer, linear_parameters, norm_refusal, slopes_refusal, weight_refusal
 from mtlkernels.ops.activations import WITH_SLOPES
 
 # One module, tensor, function or name of an activation, an nn.Sequential, or a sequence of these.
 Chain = Any
 
-
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ParameterList, list, tuple)
+
+
+class Product:
+    """``x @ matrix + bias`` by tensors that no module holds; weight and bias are where ``nn.Linear`` has them.
+
+    Args:
+        matrix: [D, H], as ``x @ matrix`` has it: the transpose of an ``nn.Linear``'s weight.
+        bias: [H] or None.
+    """
+
+    __slots__ = ("_parameters",)
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None = None) -> None:
+        if matrix.dim() != 2:
+            raise ValueError(f"a tensor in an expert or gate must be a matrix [D, H], got shape {list(matrix.shape)}")
+        self._parameters = {"weight": matrix.t(), "bias": bias}
+
+    def plus(self, tensor: Tensor) -> Product | None:
+        """The same with a bias, None where a tensor behind it is not one: [H], or [1, H] where that is no matrix."""
+        weight, bias = linear_parameters(self)
+        may_be_row = tensor.shape == (1, len(weight)) and len(weight) > 1
+        if bias is not None or not (tensor.dim() == 1 or may_be_row):
+            return None
+        return Product(weight.t(), tensor if tensor.dim() == 1 else tensor.squeeze(0))
+
+    def parameters(self) -> list[Tensor]:
+        """As a module's."""
+        return [tensor for tensor in linear_parameters(self) if tensor is not None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, D] → [B, H]."""
+        return F.linear(x, *linear_parameters(self))
 
 
 def flatten(chain: Chain) -> list[Any]:
@@ -35,33 +67,57 @@ def _collect(chain: Chain, steps: list[Any]) -> None:
     elif isinstance(chain, nn.Module):
         steps.append(chain)
     elif isinstance(chain, Tensor):
-        last = steps[-1] if steps else None
-        if type(last) is Product and last.takes(chain):
-            steps[-1] = last.plus(chain)
-        else:
+        with_bias = steps[-1].plus(chain) if steps and type(steps[-1]) is Product else None
+        if with_bias is None:
             steps.append(Product(chain))
+        else:
+            steps[-1] = with_bias
     elif chain is not None:  # an optional module that an instance does not have
         steps.append(function_of(chain))
+
+
+def leaves(*modules: Any) -> list[Any]:
+    """The modules in lists of them, which may lie in one another; what is no list stands for itself."""
+    inner: list[Any] = []
+    for module in modules:
+        inner += leaves(*module._modules.values()) if type(module) in (nn.ModuleList, nn.ModuleDict) else [module]
+    return inner
+
+
+def chains_of(is_mlp: Callable[[type], bool], *modules: Any) -> list[Chain]:
+    """Of the modules in lists, the chain that an MLP of a library holds as ``mlp``.
+
+    Anything else stands for itself, and is refused by its name.
+    """
+    return [m._modules["mlp"] if is_mlp(type(m)) else m for m in leaves(*modules)]
+
+
+def run_chain(chain: Chain, x: Tensor) -> Tensor:
+    """What a chain makes of its input."""
+    for step in flatten(chain):
+        x = step(x)
+    return x
 
 
 def read_chain(chain: Chain) -> list[Layer] | str:
     """The layers [Linear → (norm) → (activation) → (Dropout)] of a chain, or what it has instead."""
     layers: list[Layer] = []
-    linear = norm = activation = dropout = sloped = None
+    pair = norm = activation = dropout = sloped = None
     for module in flatten(chain):
         kind = type(module)
         if kind is nn.Linear or kind is Product:
-            if linear is not None:
-                layers.append(Layer(linear, norm, activation or "none", dropout, sloped))
-            linear, norm, activation, dropout, sloped = module, None, None, None, None
+            if pair is not None:
+                layers.append(Layer(*pair, norm, activation or "none", dropout, sloped))
+            norm = activation = dropout = sloped = None
+            pair = linear_parameters(module)
         elif kind is nn.Identity:
             continue
-        elif linear is None:
+        elif pair is None:
             return f"{name_of(module)} before the first Linear"
         elif kind is nn.BatchNorm1d or kind is nn.LayerNorm:
             if norm is not None or activation is not None or dropout is not None:
                 return f"{kind.__name__} that does not follow a Linear"
-            reason = norm_refusal(linear, module)
+            reason = norm_refusal(pair[0], module)
             if reason is not None:
                 return reason
             norm = module
@@ -78,19 +134,19 @@ def read_chain(chain: Chain) -> list[Layer] | str:
             activation = name
             if name in WITH_SLOPES:
                 sloped = module
-                reason = slopes_refusal(linear, module)
+                reason = slopes_refusal(pair[0], module)
                 if reason is not None:
                     return reason
-    if linear is None:
+    if pair is None:
         return "no Linear"
-    layers.append(Layer(linear, norm, activation or "none", dropout, sloped))
+    layers.append(Layer(*pair, norm, activation or "none", dropout, sloped))
     return layers
 
 
 def refusal(chain: Chain) -> str | None:
     """Why the modules of a chain have to be called, None where they need not be."""
     layers = read_chain(chain)
-    return layers if isinstance(layers, str) else odd_weight(layers)
+    return layers if isinstance(layers, str) else weight_refusal(layers)
 
 
 def path_of(model: nn.Module, chain: Chain, reason: str = "") -> str:

@@ -7,108 +7,95 @@ pickle. A subclass, as ``torch.nn.utils.parametrize`` and FSDP2 make them, leave
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from mtlkernels import _tracing
-from mtlkernels._convert.report import Line
 
 CLASS_ATTRIBUTE = "_mtlkernels_original"
 PLAN = "_mtlkernels_plan"
 _UNSCRIPTED = "__jit_unused_properties__"
 
 
-@dataclass(frozen=True)
-class Converter:
-    """How one class of a library is converted.
-
-    Args:
-        plan: looks at an instance, given its path in the model, and returns what the fused method needs to know, which
-            must be picklable, and the lines of the report; None where nothing of it can be fused.
-        mixin: a subclass of :class:`Converted` with the fused method.
-        method: the fused method's name where the mix-in has it to be made for any name.
-    """
-
-    plan: Callable[[nn.Module, str], tuple[Any, list[Line]]]
-    mixin: type[Converted]
-    method: str = "forward"
-
-
-class Converted:
-    """Base of the mix-ins with fused methods."""
+class Fused:
+    """Base of converted classes; an instance's plan is a Routing for each level, None for one that is left alone."""
 
     _mtlkernels_original: type
     _mtlkernels_plan: Any
+    _mtlkernels_trunk: Any  # the description, None where it is gone
     _mtlkernels_force = False
-    _mtlkernels_method = "forward"
+    _mtlkernels_key: tuple[Any, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles and copies by mix-in and original class: the class made of the two has no name to import it by."""
+        """Pickles and copies by what the class is made of: it has no name to import it by."""
         reduced: Any = super().__reduce_ex__(max(2, protocol))
         kind = type(self)
-        if CLASS_ATTRIBUTE not in vars(kind):
-            return reduced
-        method = () if kind._mtlkernels_method == "forward" else (kind._mtlkernels_method,)
-        return (_rebuild, (kind.__bases__[0], kind._mtlkernels_original, *method), *reduced[2:])
-
-    @classmethod
-    def _mtlkernels_fused(cls, name: str) -> Callable[..., Any]:
-        """The fused method of that name, of a mix-in that does not have it for one name only."""
-        raise NotImplementedError
+        return (_rebuild, kind._mtlkernels_key, *reduced[2:]) if CLASS_ATTRIBUTE in vars(kind) else reduced
 
 
-def _rebuild(mixin: type[Converted], original: type, method: str = "forward") -> Any:
-    kind = converted_class(mixin, original, method)
+def _rebuild(*key: Any) -> Any:
+    kind = converted_class(*key)
     return kind.__new__(kind)
 
 
-_classes: dict[tuple[type, type, str], Any] = {}
+def description_of(source: str) -> Any:
+    """What ``DESCRIPTIONS`` of a file here has for a class; "file.class" says which."""
+    file, name = source.split(".")
+    return importlib.import_module(f"mtlkernels._convert.{file}").DESCRIPTIONS[name]
 
 
-def converted_class(mixin: type[Converted], original: type, method: str = "forward") -> Any:
-    """The subclass of ``original`` with the methods of ``mixin``, always the same one."""
-    key = (mixin, original, method)
+_classes: dict[tuple[Any, ...], Any] = {}
+
+
+def converted_class(base: type[Fused], original: type, method: str, source: str) -> Any:
+    """The subclass of ``original`` with that method fused as ``source`` describes it, always the same one.
+
+    ``base`` finds the description where there is no source.
+    """
+    key = (base, original, method, source)
     if key in _classes:
         return _classes[key]
-    namespace: dict[str, Any] = {CLASS_ATTRIBUTE: original, "__doc__": original.__doc__, "__module__": mixin.__module__}
-    # By this name torch.jit.script looks for properties that it shall not compile.
-    namespace[_UNSCRIPTED] = unscripted = list(getattr(original, _UNSCRIPTED, ()))
-    if method != "forward":
-        namespace |= {method: _either(mixin._mtlkernels_fused(method), original, method), "_mtlkernels_method": method}
-    for base in mixin.__mro__[: mixin.__mro__.index(Converted)]:
-        for name, fused in vars(base).items():
-            if isinstance(fused, property):
-                unscripted.append(name)
-            elif inspect.isfunction(fused) and hasattr(original, name) and name not in namespace:
-                namespace[name] = _either(fused, original, name)
-    return _classes.setdefault(key, type(f"Fused{original.__name__}", (mixin, original), namespace))
+    namespace: dict[str, Any] = {
+        CLASS_ATTRIBUTE: original,
+        "_mtlkernels_key": key,
+        "__doc__": original.__doc__,
+        "__module__": base.__module__,
+        # By this name torch.jit.script looks for properties that it shall not compile.
+        _UNSCRIPTED: [*getattr(original, _UNSCRIPTED, ()), "_mtlkernels_trunk"],
+        method: _fused(original, method),
+    }
+    if source:
+        namespace["_mtlkernels_trunk"] = description_of(source)
+    return _classes.setdefault(key, type(f"Fused{original.__name__}", (base, original), namespace))
 
 
-def _either(fused: Callable[..., Any], original: type, name: str) -> Any:
-    """The method of a converted class: the fused one, or the original's where a tracer can see nothing else.
+def _fused(original: type, name: str) -> Any:
+    """The method of a converted class: fused, or the original's where that has to run or a tracer sees nothing else.
 
     To whoever reads it, it is the original's: ``torch.jit.script`` compiles the source of what a function wraps, with
     the function's own globals, and ``torch.fx`` and ``torch.export`` take names of arguments from what it wraps.
     """
-    own = getattr(original, name)
+    unfused = getattr(original, name)
     needs_plain = _tracing.needs_plain
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if needs_plain(args, kwargs):
-            return getattr(original, name)(self, *args, **kwargs)
-        return fused(self, *args, **kwargs)
+        if not needs_plain(args, kwargs):
+            trunk = self._mtlkernels_trunk
+            # A class that was registered again may have got another method.
+            if trunk is not None and trunk.method == name:
+                result = trunk.call(self, self._mtlkernels_plan, args, kwargs)
+                if result is not None:
+                    return result[0]
+        return getattr(original, name)(self, *args, **kwargs)
 
-    if inspect.isfunction(own):
-        method = types.FunctionType(method.__code__, own.__globals__, name, None, method.__closure__)
-    return functools.wraps(own)(method)
+    if inspect.isfunction(unfused):
+        method = types.FunctionType(method.__code__, unfused.__globals__, name, None, method.__closure__)
+    return functools.wraps(unfused)(method)
 
 
 def original_class(kind: type) -> type | None:
     """The class from which a converted class was made, None for any other."""
-    found: type | None = getattr(kind, CLASS_ATTRIBUTE, None)
-    return found
+    original: type | None = getattr(kind, CLASS_ATTRIBUTE, None)
+    return original

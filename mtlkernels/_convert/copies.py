@@ -119,37 +119,37 @@ def _values(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float, size: float | None = None) -> bool:
+def close(actual: Tensor, expected: Tensor, tolerance: float, size: float | None = None) -> bool:
     """Whether two tensors are the same within ``tolerance`` times the largest number, or times ``size``."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
     if not expected.is_floating_point():
-        return torch.equal(found, expected)
+        return torch.equal(actual, expected)
     if not expected.numel():
         return True
     if size is None:
         size = largest([expected])
-    off = (found.detach() - expected.detach()).abs_().max().item()
+    off = (actual.detach() - expected.detach()).abs_().max().item()
     if math.isfinite(off):
         return off <= tolerance * size
-    return torch.allclose(found, expected, rtol=0, atol=tolerance * size, equal_nan=True)
+    return torch.allclose(actual, expected, rtol=0, atol=tolerance * size, equal_nan=True)
 
 
 def largest(tensors: Sequence[Tensor | None]) -> float:
     """The largest finite number in some tensors."""
-    found = 0.0
+    most = 0.0
     for tensor in tensors:
         if tensor is not None and tensor.numel():
             low, high = torch.aminmax(tensor.detach())
             size = max(-low.item(), high.item())
             finite = math.isfinite(size)
-            found = max(found, size if finite else tensor.detach().abs().nan_to_num(0, 0, 0).max().item())
-    return found
+            most = max(most, size if finite else tensor.detach().abs().nan_to_num(0, 0, 0).max().item())
+    return most
 
 
-def agree(found: Any, expected: Any, tolerance: float) -> bool:
+def agree(actual: Any, expected: Any, tolerance: float) -> bool:
     """Whether two results, tensors within lists, tuples and dicts, are the same within rounding."""
-    leaves, structure = _torch.tree_flatten(found)
+    leaves, structure = _torch.tree_flatten(actual)
     others, other_structure = _torch.tree_flatten(expected)
     if structure != other_structure:
         return False
@@ -165,38 +165,38 @@ def agree(found: Any, expected: Any, tolerance: float) -> bool:
     return True
 
 
-def same(found: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
+def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
     """Whether two attributes of copies are the same; objects whose parts cannot be seen pass."""
-    if type(found) is not type(expected):
+    if type(actual) is not type(expected):
         return False
-    if found is expected or (id(found), id(expected)) in seen or isinstance(expected, nn.Module):
+    if actual is expected or (id(actual), id(expected)) in seen or isinstance(expected, nn.Module):
         return True
-    seen.add((id(found), id(expected)))
+    seen.add((id(actual), id(expected)))
     if isinstance(expected, Tensor):
-        return close(found, expected, tolerance)
+        return close(actual, expected, tolerance)
     if isinstance(expected, Mapping):
-        pairs = [(found[key], value) for key, value in expected.items() if key in found]
-        return len(found) == len(expected) == len(pairs) and all(same(a, b, tolerance, seen) for a, b in pairs)
+        pairs = [(actual[key], value) for key, value in expected.items() if key in actual]
+        return len(actual) == len(expected) == len(pairs) and all(same(a, b, tolerance, seen) for a, b in pairs)
     if isinstance(expected, float):
-        return bool(abs(found - expected) <= tolerance * abs(expected) or found == expected or expected != expected)
+        return bool(abs(actual - expected) <= tolerance * abs(expected) or actual == expected or expected != expected)
     if isinstance(expected, (str, bytes, int, type(None), types.FunctionType, types.BuiltinFunctionType)):
-        return bool(found == expected)
+        return bool(actual == expected)
     if isinstance(expected, (set, frozenset)):
-        return len(found) == len(expected)  # of copies, whose members may be compared by identity
+        return len(actual) == len(expected)  # of copies, whose members may be compared by identity
     if hasattr(expected, "__len__") and hasattr(expected, "__iter__"):
-        parts = list(zip(found, expected, strict=False))
-        return len(found) == len(expected) and all(same(a, b, tolerance, seen) for a, b in parts)
+        parts = list(zip(actual, expected, strict=False))
+        return len(actual) == len(expected) and all(same(a, b, tolerance, seen) for a, b in parts)
     if isinstance(expected, types.MethodType):
-        return bool(found.__func__ is expected.__func__)
-    return same(vars(found), vars(expected), tolerance, seen) if hasattr(expected, "__dict__") else True
+        return bool(actual.__func__ is expected.__func__)
+    return same(vars(actual), vars(expected), tolerance, seen) if hasattr(expected, "__dict__") else True
 
 
 Pairs = Sequence[tuple[str, nn.Module, nn.Module]]
 
 
-def pairs_of(found: nn.Module, expected: nn.Module, ignored: Sequence[str]) -> Pairs:
+def pairs_of(actual: nn.Module, expected: nn.Module, ignored: Sequence[str]) -> Pairs:
     """The parts of two copies of a module by their names, without the parts of ``ignored``."""
-    named = zip(expected.named_modules(), found.modules(), strict=True)
+    named = zip(expected.named_modules(), actual.modules(), strict=True)
     return [
         (f"{path}." if path else "", other, part)
         for (path, part), other in named
@@ -213,29 +213,29 @@ def difference(pairs: Pairs, tolerance: float) -> str | None:
     return None
 
 
-def _difference(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str, tolerance: float) -> str | None:
+def _difference(actual: Mapping[str, Any], expected: Mapping[str, Any], prefix: str, tolerance: float) -> str | None:
     """The same for one module's attributes."""
     for name in ("_parameters", "_buffers", "_modules"):
-        if found[name].keys() != expected[name].keys():
-            odd = next(iter(found[name].keys() ^ expected[name].keys()))
+        if actual[name].keys() != expected[name].keys():
+            odd = next(iter(actual[name].keys() ^ expected[name].keys()))
             return f"its forward sets {prefix}{odd}"
     for name, parameter in expected["_parameters"].items():
-        other = found["_parameters"][name]
+        other = actual["_parameters"][name]
         if parameter is None or other is None:
             continue
         written = other._version != parameter._version  # it counts every write
         if other.requires_grad != parameter.requires_grad or (written and not close(other, parameter, tolerance)):
             return f"its forward writes to {prefix}{name}"
     for name, buffer in expected["_buffers"].items():
-        if buffer is not None and not close(found["_buffers"][name], buffer, tolerance):
+        if buffer is not None and not close(actual["_buffers"][name], buffer, tolerance):
             return f"its forward leaves another {prefix}{name} behind than its parts do"
     for name, value in expected.items():
-        other = found.get(name)
+        other = actual.get(name)
         if value is other or name in ("_parameters", "_buffers", "_modules"):
             continue
         if isinstance(value, dict) and not value and isinstance(other, dict) and not other:
             continue  # most are: those of hooks
-        if name not in found or not same(other, value, tolerance, set()):
+        if name not in actual or not same(other, value, tolerance, set()):
             return f"its forward sets {prefix}{name}"
-    odd = next((name for name in found if name not in expected), None)
+    odd = next((name for name in actual if name not in expected), None)
     return None if odd is None else f"its forward sets {prefix}{odd}"

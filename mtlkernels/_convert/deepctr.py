@@ -6,9 +6,8 @@ one by one.
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +17,10 @@ from deepctr_torch.layers.activation import Identity
 from deepctr_torch.models.multitask import MMOE, PLE
 from torch import Tensor, nn
 
-from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.classes import Converted, Converter
-from mtlkernels._convert.evaluation import evaluate
-from mtlkernels._convert.level import Level, examine_parts, prepare, replaced_line, width_of
-from mtlkernels._convert.report import Line
-from mtlkernels._convert.trial import disagreement
+from mtlkernels._convert.chains import Chain, leaves
+from mtlkernels._convert.description import LevelDescription, TrunkDescription, children
+from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
 from mtlkernels.routing import Routing
-
-_VERSIONS = ("0.3.0",)
 
 
 def _chain(dnn: Any) -> Chain:
@@ -43,105 +37,116 @@ def _chain(dnn: Any) -> Chain:
     return chain
 
 
-def _children(model: Any, name: str, level: int) -> Any:
-    """The sub-modules of ``model.<name>[level]``."""
-    return model._modules[name]._modules[str(level)]._modules.values()
+def _at(model: Any, name: str, level: int) -> Any:
+    return model._modules[name]._modules[str(level)]
 
 
-def _ple_experts(model: Any, level: int) -> list[Any]:
+def _ple_experts(model: Any, level: int) -> list[Chain]:
     """A level's experts in the order of ``Routing.cgc``.
 
     deepctr-torch makes as many shared experts as a task has specific ones, and evaluates the first
     ``shared_expert_num`` of them.
     """
-    experts = [dnn for task in _children(model, "specific_experts", level) for dnn in task._modules.values()]
-    (shared,) = _children(model, "shared_experts", level)
-    return experts + list(shared._modules.values())[: model.shared_expert_num]
+    shared = leaves(_at(model, "shared_experts", level))[: model.shared_expert_num]
+    return [_chain(dnn) for dnn in leaves(_at(model, "specific_experts", level)) + shared]
 
 
 def _ple_gates(model: Any, level: int, shared_gate: bool) -> list[Chain]:
     """The gates of a level: the tasks' and perhaps the shared one."""
-    finals = list(_children(model, "specific_gate_dnn_final_layer", level))
-    hidden: list[Chain] = [[]] * (len(finals) + shared_gate)
-    if len(model.gate_dnn_hidden_units) > 0:
-        hidden = [
-            _chain(dnn) for task in _children(model, "specific_gate_dnn", level) for dnn in task._modules.values()
-        ]
-        if shared_gate:
-            hidden.append(_chain(model._modules["shared_gate_dnn"]._modules[str(level)]))
+    finals = children(_at(model, "specific_gate_dnn_final_layer", level))
+    hidden = leaves(_at(model, "specific_gate_dnn", level)) if len(model.gate_dnn_hidden_units) > 0 else []
     if shared_gate:
-        finals.append(model._modules["shared_gate_dnn_final_layer"]._modules[str(level)])
-    return [[dnn, final] for dnn, final in zip(hidden, finals, strict=True)]
+        finals.append(_at(model, "shared_gate_dnn_final_layer", level))
+        hidden += [_at(model, "shared_gate_dnn", level)] if hidden else []
+    return [[_chain(dnn), final] for dnn, final in zip(hidden or [None] * len(finals), finals, strict=True)]
 
 
 _SHARED_GATE = ("shared_gate_dnn", "shared_gate_dnn_final_layer")
 _PLE_PARTS = ("specific_experts", "shared_experts", "specific_gate_dnn", "specific_gate_dnn_final_layer", *_SHARED_GATE)
 
 
-def _ple_parts(model: Any, level: int) -> Iterator[Any]:
-    """The modules of a level."""
-    for name in _PLE_PARTS:
-        if name in model._modules:
-            yield model._modules[name]._modules[str(level)]
-
-
-def _ple_level(level: int, shared_gate: bool) -> Level:
+def _ple_level(level: int, shared_gate: bool) -> LevelDescription:
     def routing(model: Any) -> Routing:
         specific, shared = model.specific_expert_num, model.shared_expert_num
         return Routing.cgc(model.num_tasks, specific, shared, shared_gate=shared_gate)
 
-    return Level(
-        experts=lambda model: map(_chain, _ple_experts(model, level)),
+    return LevelDescription(
+        experts=lambda model: _ple_experts(model, level),
         gates=lambda model: _ple_gates(model, level, shared_gate),
         routing=routing,
-        parts=lambda model: _ple_parts(model, level),
+        parts=lambda model: [_at(model, name, level) for name in _PLE_PARTS if name in model._modules],
+        num_streams=lambda model: model.num_tasks + 1,
+    )
+
+
+def _needs_last_gate(model: Any) -> bool:
+    """The library evaluates the last level's shared gate too, and its own forward ignores it."""
+    return type(model).forward is not PLE.forward or "forward" in vars(model)
+
+
+_ple_levels: dict[tuple[int, bool], LevelDescription] = {}
+
+
+def _levels_of_ple(model: Any) -> list[LevelDescription]:
+    """The shared gate, where a level has one, is the last and reads the last stream."""
+    count, needs_last = model.num_levels, _needs_last_gate(model)
+    keys = [(number, needs_last or number < count - 1) for number in range(count)]
+    return [_ple_levels.get(key) or _ple_levels.setdefault(key, _ple_level(*key)) for key in keys]
+
+
+def _plan_ple(module: nn.Module, path: str) -> Plan:
+    model: Any = module
+    specific, shared = model.specific_expert_num, model.shared_expert_num
+    refusal = _method_refusal(model, PLE, "cgc_net")
+    if refusal is None and shared < 1:
+        refusal = "without shared experts nothing trains its shared gates"
+    if refusal is None and shared > specific:
+        refusal = f"shared_expert_num is {shared}, but deepctr-torch made {specific}, as many as specific_expert_num"
+    if refusal is not None:
+        return left_alone(refusal, model, path)
+    needs_last = _needs_last_gate(model)
+    routings: list[Routing | None] = []
+    lines = []
+    for number in range(model.num_levels):
+        trunk = _ple_trunk(number, needs_last or number < model.num_levels - 1)
+        plan, (line,) = plan_trunk(trunk, PLE, model, path)
+        routings.append(None if plan is None else plan[0])
+        lines.append(dataclasses.replace(line, part=f"{type(model).__name__} level {number}"))
+    return (tuple(routings) if any(routings) else None), lines
+
+
+def _ple_trunk(number: int, shared_gate: bool) -> TrunkDescription:
+    """One level for its trial."""
+
+    def trial(model: Any) -> dict[str, Any]:
+        lists = [name for name in _PLE_PARTS if name in model._modules]
+        others = [f"{name}.{i}" for name in lists for i in model._modules[name]._modules if i != str(number)]
+        return {
+            "without": [*_left_out(model, _PLE_PARTS), *others],
+            # The statistics of a shared gate that nobody reads are not brought up to date.
+            "ignored": [] if shared_gate else [f"{name}.{number}" for name in _SHARED_GATE],
+            "original": lambda other, streams: other.cgc_net(streams, number)[: other.num_tasks + shared_gate],
+        }
+
+    return TrunkDescription.of(
+        _ple_level(number, shared_gate),
+        arguments=lambda model, streams: (list(streams),),
+        method="cgc_net",
+        trial=trial,
     )
 
 
 def _mmoe_gates(model: Any) -> list[Chain]:
-    finals = list(model._modules["gate_dnn_final_layer"]._modules.values())
+    finals = children(model._modules["gate_dnn_final_layer"])
     if len(model.gate_dnn_hidden_units) == 0:
         return finals
     return [[_chain(dnn), final] for dnn, final in zip(model.gate_dnn, finals, strict=True)]
 
 
-_MMOE_PARTS = ("expert_dnn", "gate_dnn", "gate_dnn_final_layer")
-_MMOE_LEVEL = Level(
-    experts=lambda model: map(_chain, model._modules["expert_dnn"]._modules.values()),
-    gates=_mmoe_gates,
-    routing=lambda model: Routing.mmoe(model.num_experts, model.num_tasks),
-    parts=lambda model: (model._modules.get(name) for name in _MMOE_PARTS),
-)
-
-
-class FusedPLE(Converted):
-    """``PLE`` with its levels as :class:`FusedLevel` has them; its plan: a Routing a level, None for one left alone."""
-
-    def cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor]:
-        """T + 1 streams [B, D] → T [B, H], and the shared one [B, H] below the last level."""
-        routing: Routing | None = self._mtlkernels_plan[level_num]
-        parts = None
-        if routing is not None:
-            level = _ple_level(level_num, routing.num_gates > self.num_tasks)
-            parts = prepare(level, self, routing, inputs[0])
-        if parts is None:
-            original: list[Tensor] = super().cgc_net(inputs, level_num)  # type: ignore[misc]
-            return original
-        # The shared gate, where there is one, is the last and reads the last stream.
-        return list(evaluate(parts, inputs))
-
-
-class FusedMMOE(Converted):
-    """``MMOE`` with its experts and gates as :class:`FusedLevel` has them; its plan is the Routing."""
-
-    def forward(self: Any, X: Tensor) -> Tensor:  # noqa: N803 (the library's name, which callers may use)
-        """Features [B, F], as deepctr-torch lays them out → predictions [B, T]."""
-        parts = prepare(_MMOE_LEVEL, self, self._mtlkernels_plan, X)
-        if parts is None:
-            original: Tensor = super().forward(X)  # type: ignore[misc]
-            return original
-        x = combined_dnn_input(*self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict))
-        return _predictions(self, evaluate(parts, [x]))
+def _mmoe_inputs(model: Any, X: Tensor) -> Tensor:  # noqa: N803 (the library's name, which callers may use)
+    columns = model.input_from_feature_columns(X, model.dnn_feature_columns, model.embedding_dict)
+    x: Tensor = combined_dnn_input(*columns)
+    return x
 
 
 def _predictions(model: Any, mixed: Sequence[Tensor]) -> Tensor:
@@ -154,124 +159,60 @@ def _predictions(model: Any, mixed: Sequence[Tensor]) -> Tensor:
     return torch.cat(predictions, -1)
 
 
-def _refusal(model: nn.Module, library_class: type, method: str) -> str | None:
-    """Why nothing of this model can be replaced, as far as its class tells."""
-    version = sys.modules["deepctr_torch"].__version__
-    if version not in _VERSIONS:
-        return f"deepctr-torch {version} is not known, {', '.join(_VERSIONS)} is"
-    if getattr(type(model), method) is not getattr(library_class, method) or method in vars(model):
-        return f"{method} is not that of deepctr-torch"
-    return None
-
-
-def _plain(value: Any) -> bool:
-    """Whether an attribute is a setting, and no table of features, optimizer or the like."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _left_out(model: Any, parts: Iterable[str]) -> list[str]:
-    """What a trial does without: all modules but ``parts``, and all that is no setting."""
-    settings = (name for name, value in vars(model).items() if name[0] != "_" and name != "training")
-    names = [name for name in settings if not _plain(getattr(model, name))]
-    return names + [name for name, part in model._modules.items() if part is not None and name not in parts]
-
-
-def _trial_ple(level: Level, number: int, model: nn.Module, routing: Routing) -> str | None:
-    """What a trial of one level finds wrong."""
-
-    def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
-        shape = (rows, width_of(level, other))
-        streams = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(other.num_tasks + 1)]
-        return (streams,)
-
-    def original(other: Any, streams: list[Tensor]) -> Any:
-        return other.cgc_net(streams, number)[: routing.num_gates]
-
-    def fused(other: Any, streams: list[Tensor]) -> list[Tensor]:
-        return list(evaluate(prepare(level, other, routing, streams[0]), streams))  # type: ignore[arg-type]
-
-    lists = [name for name in _PLE_PARTS if name in model._modules]
-    others = [f"{name}.{i}" for name in lists for i in model._modules[name]._modules if i != str(number)]  # type: ignore
-    # The statistics of a shared gate that nobody reads are not brought up to date.
-    ignored = [f"{name}.{number}" for name in _SHARED_GATE] if routing.num_gates == model.num_tasks else []
-    without = [*_left_out(model, _PLE_PARTS), *others]
-    return disagreement(model, fused, arguments, original=original, without=without, ignored=ignored)
-
-
-def _trial_mmoe(model: nn.Module, routing: Routing) -> str | None:
-    """What a trial finds wrong, of copies that take the network's input itself."""
-
-    def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
-        return (torch.randn(rows, width_of(_MMOE_LEVEL, other), generator=generator, dtype=torch.float64),)
-
-    def original(other: Any, x: Tensor) -> Any:
-        vars(other)["input_from_feature_columns"] = _dense
-        return other(x)
-
-    def fused(other: Any, x: Tensor) -> Tensor:
-        vars(other)["input_from_feature_columns"] = _dense
-        return _predictions(other, evaluate(prepare(_MMOE_LEVEL, other, routing, x), [x]))  # type: ignore[arg-type]
-
-    parts = (*_MMOE_PARTS, "tower_dnn", "tower_dnn_final_layer", "out")
-    return disagreement(model, fused, arguments, original=original, without=_left_out(model, parts))
-
-
 def _dense(x: Tensor, *columns: Any) -> tuple[list[Tensor], list[Tensor]]:
     """In the place of ``input_from_feature_columns``: no embeddings, one dense feature."""
     return [], [x]
 
 
-def _plan_level(
-    level: Level, model: nn.Module, path: str, part: str, tried: Callable[[nn.Module, Routing], str | None]
-) -> tuple[Routing | None, Line]:
-    """What becomes of one level."""
-    routing = examine_parts(level, model, level.routing(model))
-    reason = routing if isinstance(routing, str) else tried(model, routing)
-    if isinstance(routing, str) or reason is not None:
-        return None, Line("left alone", path, part, str(reason))
-    return routing, replaced_line(level, model, path, part)
+_MMOE_PARTS = ("expert_dnn", "gate_dnn", "gate_dnn_final_layer")
+_MMOE_LEVEL = LevelDescription(
+    experts=lambda model: [_chain(dnn) for dnn in children(model._modules["expert_dnn"])],
+    gates=_mmoe_gates,
+    routing=lambda model: Routing.mmoe(model.num_experts, model.num_tasks),
+    parts=lambda model: (model._modules.get(name) for name in _MMOE_PARTS),
+)
 
 
-def _plan_ple(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
-    model: Any = module
-    specific, shared = model.specific_expert_num, model.shared_expert_num
-    refusal = _refusal(model, PLE, "cgc_net")
-    if refusal is None and shared < 1:
-        refusal = "without shared experts nothing trains its shared gates"
-    if refusal is None and shared > specific:
-        refusal = f"shared_expert_num is {shared}, but deepctr-torch made {specific}, as many as specific_expert_num"
-    if refusal is not None:
-        return None, [Line("left alone", path, type(model).__name__, refusal)]
-    # The library evaluates the last level's shared gate too, and its own forward ignores it.
-    needs_last = type(model).forward is not PLE.forward or "forward" in vars(model)
-    routings: list[Routing | None] = []
-    lines = []
-    for level in range(model.num_levels):
-        described = _ple_level(level, needs_last or level < model.num_levels - 1)
-        routing, line = _plan_level(
-            described,
-            model,
-            path,
-            f"{type(model).__name__} level {level}",
-            functools.partial(_trial_ple, described, level),
-        )
-        lines.append(line)
-        routings.append(routing)
-    return (tuple(routings) if any(routings) else None), lines
+def _method_refusal(model: nn.Module, base: type, method: str) -> str | None:
+    if getattr(type(model), method) is not getattr(base, method) or method in vars(model):
+        return f"{method} is not that of deepctr-torch"
+    return None
 
 
-def _plan_mmoe(module: nn.Module, path: str) -> tuple[Any, list[Line]]:
-    model: Any = module
-    refusal = _refusal(model, MMOE, "forward")
-    if refusal is not None:
-        return None, [Line("left alone", path, type(model).__name__, refusal)]
-    routing, line = _plan_level(_MMOE_LEVEL, model, path, type(model).__name__, _trial_mmoe)
-    return routing, [line]
+def _is_setting(value: Any) -> bool:
+    """Whether an attribute is no table of features, optimizer or the like."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
-CONVERTERS = {
-    "deepctr_torch.models.multitask.ple.PLE": Converter(_plan_ple, FusedPLE),
-    "deepctr_torch.models.multitask.mmoe.MMOE": Converter(_plan_mmoe, FusedMMOE),
+def _left_out(model: Any, parts: Iterable[str]) -> list[str]:
+    """What a trial does without: all modules but ``parts``, and all that is no setting."""
+    attributes = (name for name in vars(model) if name[0] != "_" and name != "training")
+    names = [name for name in attributes if not _is_setting(getattr(model, name))]
+    return names + [name for name, part in model._modules.items() if part is not None and name not in parts]
+
+
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    # Its levels are fused each by itself.
+    "PLE": TrunkDescription(
+        _levels_of_ple,
+        inputs=lambda model, inputs, level_num: inputs,
+        level_of=lambda model, inputs, level_num: level_num,
+        method="cgc_net",
+        plan=_plan_ple,
+    ),
+    # a trial's copies take the network's input itself.
+    "MMOE": TrunkDescription.of(
+        _MMOE_LEVEL,
+        inputs=_mmoe_inputs,
+        outputs=_predictions,
+        embeds=True,
+        refusal=lambda model: _method_refusal(model, MMOE, "forward"),
+        trial=lambda model: {
+            "without": _left_out(model, (*_MMOE_PARTS, "tower_dnn", "tower_dnn_final_layer", "out")),
+            "stand_ins": {"input_from_feature_columns": _dense},
+        },
+    ),
 }

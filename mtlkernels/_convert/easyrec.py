@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.level import FusedLevel, Level
+from mtlkernels._convert.chains import Chain, leaves
+from mtlkernels._convert.description import LevelDescription, TrunkDescription, cgc, children
 from mtlkernels.routing import Routing
 
 
@@ -20,22 +20,16 @@ def _chain(mlp: Any) -> Chain:
     """The modules of an MLP; anything else stands for itself, and is refused by its name."""
     if type(mlp).__name__ != "MLP" or mlp.return_hidden_layer_feature:
         return mlp
-    return [layer._modules.get("perceptron", layer) for layer in mlp._modules["mlp"]._modules.values()]
+    return [layer._modules.get("perceptron", layer) for layer in children(mlp._modules["mlp"])]
 
 
 def _chains(*modules: Any) -> list[Chain]:
-    return [_chain(mlp) for module in modules for mlp in module._modules.values()]
+    return list(map(_chain, leaves(*modules)))
 
 
 def _ple_gates(module: Any) -> list[Chain]:
-    gates = list(module._task_gates._modules.values())
+    gates = children(module._task_gates)
     return gates if module._shared_gate is None else [*gates, module._shared_gate]
-
-
-def _ple_routing(module: Any) -> Routing:
-    specific = [len(experts) for experts in module._task_layers]
-    shared_gate = module._shared_gate is not None
-    return Routing.cgc(len(specific), specific, len(module._shared_layers), shared_gate=shared_gate)
 
 
 def _ple_inputs(
@@ -54,34 +48,32 @@ def _ple_outputs(module: Any, mixed: Sequence[Tensor]) -> Any:
 
 
 def _mmoe_gates(module: Any) -> list[Chain]:
-    finals = list(module.gate_finals._modules.values())
+    finals = children(module.gate_finals)
     if not module.has_gate_mlp:
         return finals
     return [[hidden, final] for hidden, final in zip(_chains(module.gate_mlps), finals, strict=True)]
 
 
-class FusedExtractionNet(FusedLevel):
-    """``ExtractionNet`` as one ``expert_mixture``."""
-
-    _mtlkernels_level = Level(
-        experts=lambda module: _chains(*module._task_layers._modules.values(), module._shared_layers),
-        gates=_ple_gates,
-        routing=_ple_routing,
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    "ExtractionNet": TrunkDescription.of(
+        LevelDescription(
+            experts=lambda module: _chains(module._task_layers, module._shared_layers),
+            gates=_ple_gates,
+            routing=lambda module: cgc(
+                module._task_layers, module._shared_layers, shared_gate=module._shared_gate is not None
+            ),
+            num_streams=lambda module: len(module._task_gates) + 1,
+        ),
         inputs=_ple_inputs,
         arguments=lambda module, streams: (list(streams[:-1]), streams[-1]),
         outputs=_ple_outputs,
-        streams=lambda module: len(module._task_gates) + 1,
-    )
-
-
-class FusedMMoE(FusedLevel):
-    """``MMoE`` as one ``expert_mixture``."""
-
-    _mtlkernels_level = Level(
-        experts=lambda module: _chains(module.expert_mlps),
-        gates=_mmoe_gates,
-        routing=lambda module: Routing.mmoe(len(module.expert_mlps), len(module.gate_finals)),
-    )
-
-
-MIXINS: dict[str, type[FusedLevel]] = {"ExtractionNet": FusedExtractionNet, "MMoE": FusedMMoE}
+    ),
+    "MMoE": TrunkDescription.of(
+        LevelDescription(
+            experts=lambda module: _chains(module.expert_mlps),
+            gates=_mmoe_gates,
+            routing=lambda module: Routing.mmoe(len(module.expert_mlps), len(module.gate_finals)),
+        )
+    ),
+}

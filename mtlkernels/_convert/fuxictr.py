@@ -6,20 +6,17 @@ layer. PLE's shared gate, the last one, mixes the shared experts only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.level import FusedLevel, Level
+from mtlkernels._convert.chains import chains_of
+from mtlkernels._convert.description import LevelDescription, TrunkDescription
 from mtlkernels.routing import Routing
 
-
-def _chains(*modules: Any) -> list[Chain]:
-    """The modules of each MLP_Block; anything else stands for itself, and is refused by its name."""
-    blocks = [block for module in modules for block in module._modules.values()]
-    return [block._modules["mlp"] if type(block).__name__ == "MLP_Block" else block for block in blocks]
+_chains = functools.partial(chains_of, lambda kind: kind.__name__ == "MLP_Block")
 
 
 def _routing(module: Any) -> Routing:
@@ -34,26 +31,22 @@ def _inputs(module: Any, x: Sequence[Tensor], require_gate: bool = False) -> Seq
     return None if require_gate else [*x[: module.num_tasks], x[-1]]
 
 
-class FusedCGCLayer(FusedLevel):
-    """``CGC_Layer`` as one ``expert_mixture``."""
-
-    _mtlkernels_level = Level(
-        experts=lambda module: _chains(*module.specific_experts._modules.values(), module.shared_experts),
-        gates=lambda module: _chains(module.gate),
-        routing=_routing,
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    "CGC_Layer": TrunkDescription.of(
+        LevelDescription(
+            experts=lambda module: _chains(module.specific_experts, module.shared_experts),
+            gates=lambda module: _chains(module.gate),
+            routing=_routing,
+        ),
         inputs=_inputs,
         arguments=lambda module, streams: (list(streams),),
-    )
-
-
-class FusedMMoELayer(FusedLevel):
-    """``MMoE_Layer`` as one ``expert_mixture``."""
-
-    _mtlkernels_level = Level(
-        experts=lambda module: _chains(module.experts),
-        gates=lambda module: _chains(module.gate),
-        routing=lambda module: Routing.mmoe(module.num_experts, module.num_tasks),
-    )
-
-
-MIXINS: dict[str, type[FusedLevel]] = {"CGC_Layer": FusedCGCLayer, "MMoE_Layer": FusedMMoELayer}
+    ),
+    "MMoE_Layer": TrunkDescription.of(
+        LevelDescription(
+            experts=lambda module: _chains(module.experts),
+            gates=lambda module: _chains(module.gate),
+            routing=lambda module: Routing.mmoe(module.num_experts, module.num_tasks),
+        )
+    ),
+}

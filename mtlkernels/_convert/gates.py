@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtlkernels._convert.chains import Chain, flatten, read_chain
-from mtlkernels._convert.mlp import Layer, Rows, activate, drops, folds, odd_weight
-from mtlkernels._convert.products import Product
-from mtlkernels.nn.level import linear_parameters
+from mtlkernels._convert.chains import Chain, Product, flatten, read_chain, run_chain
+from mtlkernels.ops import activations as act
+from mtlkernels.ops._fusing import Layer, Rows, drop_rate, folds, weight_refusal
 from mtlkernels.ops._linears import joint_linear
 
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
@@ -35,7 +34,7 @@ class Gate(NamedTuple):
     @property
     def size(self) -> int | None:
         """How many logits a gate has, None where that is not known or as many as there are experts."""
-        return len(self.layers[-1].linear.weight) if self.layers else None
+        return len(self.layers[-1].weight) if self.layers else None
 
 
 EQUAL = Gate([], (), None)
@@ -68,7 +67,7 @@ def read_gate(chain: Chain) -> Gate | str:
         return "a function softmax, which is left out of a gate that ends with its logits"
     layers = read_chain(modules)
     if not isinstance(layers, str):
-        layers = odd_weight(layers) or layers
+        layers = weight_refusal(layers) or layers
     return Gate(None if isinstance(layers, str) else layers, modules, dropout)
 
 
@@ -79,39 +78,42 @@ def linear_gates(gates: Sequence[Gate], rows: Rows) -> dict[str, Any] | None:
         if gate.layers is None or len(gate.layers) != 1:
             return None
         (layer,) = gate.layers
-        if layer.activation != "none" or drops(layer.dropout) or not folds(layer, rows):
+        if layer.activation != "none" or drop_rate(layer.dropout) > 0 or not folds(layer, rows):
             return None
         layers.append(layer)
-    weights, biases = zip(*(linear_parameters(layer.linear) for layer in layers), strict=True)
     norms = [layer.norm for layer in layers]
     return {
-        "gate_weights": weights,
-        "gate_biases": biases,
+        "gate_weights": [layer.weight for layer in layers],
+        "gate_biases": [layer.bias for layer in layers],
         "gate_norms": norms if any(norm is not None for norm in norms) else None,
     }
 
 
 def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     """Each gate's logits, from its own input; ``sizes`` tells how many experts each one sees."""
-    first: list[Any] = [None] * len(gates)
+    products: dict[int, Tensor] = {}
     for members in _sharing(gates, inputs):
-        pairs = [linear_parameters(gates[k].layers[0].linear) for k in members]  # type: ignore[index]
-        weights, biases = [w for w, _ in pairs], [b for _, b in pairs if b is not None]
+        layers = [gates[k].layers[0] for k in members]  # type: ignore[index]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
         x = inputs[members[0]]
-        if len(members) == 1 or len(biases) not in (0, len(pairs)):
-            products = [F.linear(x, *pair) for pair in pairs]
+        if len(members) == 1 or len(biases) not in (0, len(layers)):
+            joint: Sequence[Tensor] = [F.linear(x, layer.weight, layer.bias) for layer in layers]
         else:
-            products = joint_linear(x, weights, biases)
-        for k, z in zip(members, products, strict=True):
-            first[k] = z
+            joint = joint_linear(x, [layer.weight for layer in layers], biases)
+        products |= zip(members, joint, strict=True)
     zeros: dict[int, Tensor] = {}
-    for k, gate in enumerate(gates):
-        if has_equal_shares(gate):
-            size, x = sizes[k], inputs[k]
-            first[k] = zeros[size] = zeros[size] if size in zeros else x.new_zeros(x.shape[0], size)
+    logits = []
+    for k, (gate, x, size) in enumerate(zip(gates, inputs, sizes, strict=True)):
+        if gate.layers is None:
+            logits.append(run_chain(gate.modules, x))
+        elif gate.layers:
+            for i, layer in enumerate(gate.layers):
+                x = _finish(layer, F.linear(x, layer.weight, layer.bias) if i else products[k])
+            logits.append(x)
         else:
-            first[k] = _rest(gate, inputs[k], first[k])
-    return first
+            zeros[size] = zeros[size] if size in zeros else x.new_zeros(x.shape[0], size)
+            logits.append(zeros[size])
+    return logits
 
 
 def _sharing(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[list[int]]:
@@ -119,23 +121,16 @@ def _sharing(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[list[int]]
     known = [k for k, gate in enumerate(gates) if gate.layers]
     if torch.compiler.is_compiling() or inputs[0].shape[0] < JOINT_ROWS:
         return [[k] for k in known]
-    found: dict[int, list[int]] = {}
+    readers: dict[int, list[int]] = {}
     for k in known:
-        found.setdefault(id(inputs[k]), []).append(k)
-    return list(found.values())
+        readers.setdefault(id(inputs[k]), []).append(k)
+    return list(readers.values())
 
 
-def _rest(gate: Gate, x: Tensor, z: Tensor | None) -> Tensor:
-    """The logits from the first layer's product, or by modules where layers are not known."""
-    if gate.layers is None or z is None:
-        for module in gate.modules:
-            x = module(x)
-        return x
-    for i, layer in enumerate(gate.layers):
-        x = F.linear(x, *linear_parameters(layer.linear)) if i else z
-        if layer.norm is not None:
-            x = layer.norm(x)
-        x = activate(layer, x)
-        if drops(layer.dropout):
-            x = F.dropout(x, layer.dropout.p)
-    return x
+def _finish(layer: Layer, x: Tensor) -> Tensor:
+    """What a layer makes of its product."""
+    if layer.norm is not None:
+        x = layer.norm(x)
+    x = act.activate(act.CODES[layer.activation], x) if layer.sloped is None else layer.sloped(x)
+    rate = drop_rate(layer.dropout)
+    return F.dropout(x, rate) if rate > 0 else x

@@ -12,12 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.level import FusedLevel, Level
+from mtlkernels._convert.description import LevelDescription, TrunkDescription, cgc, children
 from mtlkernels.routing import Routing
-
-
-def _children(module: Any) -> list[Chain]:
-    return list(module._modules.values())
 
 
 def _gates(module: Any) -> list[Chain]:
@@ -25,17 +21,16 @@ def _gates(module: Any) -> list[Chain]:
 
 
 def _cgc_experts(module: Any) -> list[Chain]:
-    specific = [expert for task in module.task_name for expert in _children(module.experts_specific[task])]
-    return specific + _children(module.experts_shared)
+    return children(*(module.experts_specific[task] for task in module.task_name), module.experts_shared)
 
 
 def _cgc_routing(module: Any) -> Routing:
-    specific = [len(module.experts_specific[task]) for task in module.task_name]
-    return Routing.cgc(len(specific), specific, len(module.experts_shared), shared_first=True, single_input=True)
+    specific = (module.experts_specific[task] for task in module.task_name)
+    return cgc(specific, module.experts_shared, shared_first=True, single_input=True)
 
 
-def _inputs(module: Any, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...] | None:
-    return (inputs,) if task_name is None else None
+def _inputs(module: Any, inputs: Tensor, task_name: str | None = None) -> Tensor | None:
+    return inputs if task_name is None else None
 
 
 def _outputs(module: Any, mixed: Sequence[Tensor]) -> dict[str, Any]:
@@ -44,24 +39,16 @@ def _outputs(module: Any, mixed: Sequence[Tensor]) -> dict[str, Any]:
     return {task: module.decoders[task](module._prepare_rep(x, task, same_rep=False)) for task, x in representations}
 
 
-class FusedLibMTLMMoE(FusedLevel):
-    """``MMoE`` with its trunk one ``expert_mixture``."""
-
-    _mtlkernels_level = Level(
-        experts=lambda module: _children(module.experts_shared),
-        gates=_gates,
-        routing=lambda module: Routing.mmoe(len(module.experts_shared), len(module.task_name)),
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    "MMoE": TrunkDescription.of(
+        LevelDescription(
+            experts=lambda module: children(module.experts_shared),
+            gates=_gates,
+            routing=lambda module: Routing.mmoe(len(module.experts_shared), len(module.task_name)),
+        ),
         inputs=_inputs,
         outputs=_outputs,
-    )
-
-
-class FusedLibMTLCGC(FusedLevel):
-    """``CGC`` with its trunk one ``expert_mixture``."""
-
-    _mtlkernels_level = Level(
-        experts=_cgc_experts, gates=_gates, routing=_cgc_routing, inputs=_inputs, outputs=_outputs
-    )
-
-
-MIXINS: dict[str, type[FusedLevel]] = {"MMoE": FusedLibMTLMMoE, "CGC": FusedLibMTLCGC}
+    ),
+    "CGC": TrunkDescription.of(LevelDescription(_cgc_experts, _gates, _cgc_routing), inputs=_inputs, outputs=_outputs),
+}

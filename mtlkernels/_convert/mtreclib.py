@@ -7,24 +7,18 @@ gate is there, and not evaluated.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.level import Level
-from mtlkernels._convert.trunk import FusedTrunk, Trunk
+from mtlkernels._convert.chains import chains_of
+from mtlkernels._convert.description import LevelDescription, TrunkDescription, cgc, children
 from mtlkernels.routing import Routing
 
-_FRONT = ("embedding", "numerical_layer")
-
-
-def _chains(*modules: Any) -> list[Chain]:
-    """The modules of each perceptron; anything else stands for itself."""
-    found = [mlp for module in modules for mlp in module._modules.values()]
-    return [mlp._modules["mlp"] if type(mlp).__name__ == "MultiLayerPerceptron" else mlp for mlp in found]
+_chains = functools.partial(chains_of, lambda kind: kind.__name__ == "MultiLayerPerceptron")
 
 
 def _inputs(model: Any, categorical_x: Tensor, numerical_x: Tensor) -> list[Tensor]:
@@ -39,54 +33,39 @@ def _outputs(model: Any, streams: Sequence[Tensor]) -> list[Tensor]:
     return [torch.sigmoid(tower(x).squeeze(1)) for tower, x in zip(model.tower, streams, strict=False)]
 
 
-def _example(model: Any, rows: int) -> tuple[Tensor, Tensor]:
-    """Arguments of a copy whose embeddings give back what they get."""
-    x = torch.randn(rows, model.embed_output_dim)
-    return x[:, :-1].unsqueeze(2), x[:, -1:]
-
-
-def _ple_level(i: int, last: bool) -> Level:
-    def gates(model: Any) -> list[Chain]:
-        found = list(model.task_gates[i]._modules.values())
-        return found if last else [*found, model.share_gates[i]]
-
-    def routing(model: Any) -> Routing:
-        specific = [len(experts) for experts in model.task_experts[i]]
-        return Routing.cgc(len(specific), specific, len(model.share_experts[i]), shared_gate=not last)
-
-    return Level(
-        experts=lambda model: _chains(*model.task_experts[i]._modules.values(), model.share_experts[i]),
-        gates=gates,
-        routing=routing,
+def _ple_level(i: int, last: bool) -> LevelDescription:
+    return LevelDescription(
+        experts=lambda model: _chains(model.task_experts[i], model.share_experts[i]),
+        gates=lambda model: children(model.task_gates[i]) + ([] if last else [model.share_gates[i]]),
+        routing=lambda model: cgc(model.task_experts[i], model.share_experts[i], shared_gate=not last),
         parts=lambda model: (model.task_experts[i], model.share_experts[i], model.task_gates[i], model.share_gates[i]),
     )
 
 
-def _ple_levels(model: Any) -> list[Level]:
+def _ple_levels(model: Any) -> list[LevelDescription]:
     """The last one has no shared gate."""
     count = len(model.share_experts)
     return [_ple_level(i, i == count - 1) for i in range(count)]
 
 
-_MMOE_LEVEL = Level(
+_MMOE_LEVEL = LevelDescription(
     experts=lambda model: _chains(model.expert),
-    gates=lambda model: list(model.gate._modules.values()),
+    gates=lambda model: children(model.gate),
     routing=lambda model: Routing.mmoe(len(model.expert), len(model.gate)),
     parts=lambda model: (model.expert, model.gate),
 )
-_WHOLE: dict[str, Any] = {"inputs": _inputs, "outputs": _outputs, "example": _example, "without": _FRONT}
+_AROUND: dict[str, Any] = {
+    "inputs": _inputs,
+    "outputs": _outputs,
+    # Of a copy whose embeddings give back what they get.
+    "arguments": lambda model, streams: (streams[0][:, :-1].unsqueeze(2), streams[0][:, -1:]),
+    "embeds": True,
+    "trial": lambda model: {"without": ("embedding", "numerical_layer")},
+}
 
 
-class FusedPLEModel(FusedTrunk):
-    """``PLEModel``."""
-
-    _mtlkernels_trunk = Trunk(levels=_ple_levels, **_WHOLE)
-
-
-class FusedMMoEModel(FusedTrunk):
-    """``MMoEModel``."""
-
-    _mtlkernels_trunk = Trunk(levels=lambda model: (_MMOE_LEVEL,), **_WHOLE)
-
-
-MIXINS: dict[str, type[FusedTrunk]] = {"PLEModel": FusedPLEModel, "MMoEModel": FusedMMoEModel}
+# By the name of the class.
+DESCRIPTIONS: dict[str, Any] = {
+    "PLEModel": TrunkDescription(_ple_levels, **_AROUND),
+    "MMoEModel": TrunkDescription.of(_MMOE_LEVEL, **_AROUND),
+}

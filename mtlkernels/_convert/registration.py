@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mtlkernels._convert.level import Level
+from mtlkernels._convert.description import LevelDescription, TrunkDescription
 from mtlkernels._convert.registry import register_trunk
-from mtlkernels._convert.trunk import Trunk
 from mtlkernels.routing import Routing
 
 
@@ -141,25 +140,26 @@ class Registration:
             raise ValueError("levels must be given beside level_outputs, got None")
         if not isinstance(method, str) or not callable(getattr(kind, method, None)):
             raise ValueError(f"method must be the name of a method of {kind.__name__}, got {method!r}")
-        found: dict[str, Any] = {name: f for name, f in per_level.items() if f is not None}
+        described: dict[str, Any] = {name: f for name, f in per_level.items() if f is not None}
         given: dict[str, Any] = {name: f for name, f in optional.items() if f is not None}
-        register_trunk(kind, Trunk(_levels(found, levels, level_outputs), method=method, **given))
+        given["levels"] = _levels(described, levels, level_outputs)
+        register_trunk(kind, TrunkDescription(embeds=example is not None, method=method, **given))
 
 
-def _levels(functions: dict[str, Any], levels: Any, level_outputs: Any) -> Callable[[Any], Sequence[Level]]:
+def _levels(functions: dict[str, Any], levels: Any, level_outputs: Any) -> Callable[[Any], Sequence[LevelDescription]]:
     """From an instance, its levels."""
     if levels is None:
-        only = (Level(**functions),)
+        only = (LevelDescription(**functions),)
         return lambda module: only
 
-    made: dict[Hashable, Level] = {}  # functools.cache would have torch.compile warn
+    made: dict[Hashable, LevelDescription] = {}  # functools.cache would have torch.compile warn
 
-    def level(key: Hashable) -> Level:
+    def level(key: Hashable) -> LevelDescription:
         if key not in made:
-            own = {name: _with_key(function, key) for name, function in functions.items()}
+            keyed = {name: _with_key(function, key) for name, function in functions.items()}
             if level_outputs is not None:
-                own["level_outputs"] = lambda module, mixed, streams: level_outputs(module, key, mixed, streams)
-            made[key] = Level(**own)
+                keyed["level_outputs"] = lambda module, mixed, streams: level_outputs(module, key, mixed, streams)
+            made[key] = LevelDescription(**keyed)
         return made[key]
 
     return lambda module: [level(key) for key in levels(module)]
@@ -171,8 +171,8 @@ def _with_key(function: Callable[..., Any], key: Hashable) -> Callable[..., Any]
 
 def _check_kind(kind: object) -> None:
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-        found = kind.__name__ if isinstance(kind, type) else f"an instance of {type(kind).__name__}"
-        raise TypeError(f"kind must be a subclass of torch.nn.Module, got {found}")
+        given = kind.__name__ if isinstance(kind, type) else f"an instance of {type(kind).__name__}"
+        raise TypeError(f"kind must be a subclass of torch.nn.Module, got {given}")
 
 
 def _check_callable(functions: dict[str, Any]) -> None:

@@ -3,52 +3,74 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from mtlkernels._convert.classes import Converter
-from mtlkernels._convert.trunk import FusedTrunk, Trunk, plan_trunk
+from mtlkernels._convert.activations import full_name
+from mtlkernels._convert.classes import Fused, description_of
+from mtlkernels._convert.description import TrunkDescription
+from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
 
-# Class -> the module with its converter in ``CONVERTERS``. That module may import the library: it is there already.
-_MODULES = {
-    "deepctr_torch.models.multitask.ple.PLE": "mtlkernels._convert.deepctr",
-    "deepctr_torch.models.multitask.mmoe.MMOE": "mtlkernels._convert.deepctr",
-    "nextrec.models.multitask.mmoe.MMOE": "mtlkernels._convert.nextrec",
-    "nextrec.models.multitask.ple.CGCLayer": "mtlkernels._convert.nextrec",
-    "torch_rechub.models.multi_task.ple.CGC": "mtlkernels._convert.rechub",
-    "torch_rechub.models.multi_task.mmoe.MMOE": "mtlkernels._convert.rechub",
-}
-# Of libraries that are copied rather than installed, whose modules may be anywhere: class, what an instance has,
-# and the module with its mix-in in ``MIXINS``.
-_STRUCTURES = (
-    ("ExtractionNet", ("_task_layers", "_shared_layers", "_task_gates", "_shared_gate"), "mtlkernels._convert.easyrec"),
-    ("MMoE", ("expert_mlps", "gate_finals", "has_gate_mlp"), "mtlkernels._convert.easyrec"),
-    ("CGC_Layer", ("specific_experts", "shared_experts", "gate", "num_tasks"), "mtlkernels._convert.fuxictr"),
-    ("MMoE_Layer", ("experts", "gate", "num_experts", "gate_activation"), "mtlkernels._convert.fuxictr"),
-    ("MMoE", ("experts_shared", "gate_specific", "task_name", "_prepare_rep"), "mtlkernels._convert.libmtl"),
-    ("CGC", ("experts_shared", "experts_specific", "gate_specific", "_prepare_rep"), "mtlkernels._convert.libmtl"),
-    (
-        "PLEModel",
-        ("task_experts", "share_experts", "task_gates", "share_gates"),
-        "mtlkernels._convert.mtreclib",
+# Libraries on PyPI by their package: the name there, the versions that were read, the file here with ``DESCRIPTIONS``,
+# which may import the library, as it is there already, and the classes.
+_LIBRARIES = {
+    "deepctr_torch": (
+        "deepctr-torch",
+        ("0.3.0",),
+        "deepctr",
+        ("models.multitask.ple.PLE", "models.multitask.mmoe.MMOE"),
     ),
-    ("MMoEModel", ("expert", "gate", "tower", "numerical_layer"), "mtlkernels._convert.mtreclib"),
+    "nextrec": ("nextrec", ("0.6.14",), "nextrec", ("models.multitask.mmoe.MMOE", "models.multitask.ple.CGCLayer")),
+    "torch_rechub": (
+        "torch-rechub",
+        ("0.9.0",),
+        "rechub",
+        ("models.multi_task.ple.CGC", "models.multi_task.mmoe.MMOE"),
+    ),
+}
+# Of libraries that are copied rather than installed, whose modules may be anywhere: class, what an instance has, file.
+_STRUCTURES = (
+    ("ExtractionNet", ("_task_layers", "_shared_layers", "_task_gates", "_shared_gate"), "easyrec"),
+    ("MMoE", ("expert_mlps", "gate_finals", "has_gate_mlp"), "easyrec"),
+    ("CGC_Layer", ("specific_experts", "shared_experts", "gate", "num_tasks"), "fuxictr"),
+    ("MMoE_Layer", ("experts", "gate", "num_experts", "gate_activation"), "fuxictr"),
+    ("MMoE", ("experts_shared", "gate_specific", "task_name", "_prepare_rep"), "libmtl"),
+    ("CGC", ("experts_shared", "experts_specific", "gate_specific", "_prepare_rep"), "libmtl"),
+    ("PLEModel", ("task_experts", "share_experts", "task_gates", "share_gates"), "mtreclib"),
+    ("MMoEModel", ("expert", "gate", "tower", "numerical_layer"), "mtreclib"),
 )
-_registered: dict[type, Trunk] = {}
+_registered: dict[type, TrunkDescription] = {}
 
 
-class FusedRegistered(FusedTrunk):
+@dataclass(frozen=True)
+class Converter:
+    """How one class is converted.
+
+    Args:
+        plan: from an instance and its path in the model, its plan.
+        base, method, source: as :func:`mtlkernels._convert.classes.converted_class` takes them.
+    """
+
+    plan: Callable[[nn.Module, str], Plan]
+    base: type[Fused] = Fused
+    method: str = "forward"
+    source: str = ""
+
+
+class FusedRegistered(Fused):
     """A trunk of a class that the user has registered."""
 
     @property
-    def _mtlkernels_trunk(self: Any) -> Trunk | None:  # type: ignore[override]
+    def _mtlkernels_trunk(self: Any) -> TrunkDescription | None:
         """None in a process that unpickled the module and has not registered its class."""
         return next((_registered[base] for base in self._mtlkernels_original.__mro__ if base in _registered), None)
 
 
-def register_trunk(kind: type, trunk: Trunk) -> None:
+def register_trunk(kind: type, trunk: TrunkDescription) -> None:
     """Makes a class known by its description."""
     _registered[kind] = trunk
 
@@ -59,18 +81,28 @@ def find_converter(module: nn.Module) -> Converter | None:
         if base in _registered:
             trunk = _registered[base]
             return Converter(functools.partial(plan_trunk, trunk, base), FusedRegistered, trunk.method)
-        name = f"{base.__module__}.{base.__qualname__}"
-        if name in _MODULES:
-            converter: Converter = importlib.import_module(_MODULES[name]).CONVERTERS[name]
-            return converter
-        for known, attributes, source in _STRUCTURES:
+        package, _, name = full_name(base).partition(".")
+        if package in _LIBRARIES and name in _LIBRARIES[package][-1]:
+            library, versions, file, _ = _LIBRARIES[package]
+            version = sys.modules[package].__version__
+            if version in versions:
+                return _converter(file, base)
+            reason = f"{library} {version} is not known, {', '.join(versions)} is"
+            return Converter(functools.partial(left_alone, reason))
+        for known, attributes, file in _STRUCTURES:
             if base.__name__ == known and all(hasattr(module, attribute) for attribute in attributes):
-                mixin = importlib.import_module(source).MIXINS[known]
-                return Converter(mixin._mtlkernels_planner(base), mixin)
+                return _converter(file, base)
     return None
+
+
+def _converter(file: str, base: type) -> Converter:
+    source = f"{file}.{base.__name__}"
+    description = description_of(source)
+    plan = description.plan or functools.partial(plan_trunk, description, base)
+    return Converter(plan, Fused, description.method, source)
 
 
 def known_names() -> list[str]:
     """The classes that can be converted."""
-    registered = (f"{kind.__module__}.{kind.__qualname__}" for kind in _registered)
-    return [*sorted([*_MODULES, *registered]), *sorted({name for name, _, _ in _STRUCTURES})]
+    of_libraries = [f"{package}.{name}" for package, (*_, names) in _LIBRARIES.items() for name in names]
+    return [*sorted([*of_libraries, *map(full_name, _registered)]), *sorted({name for name, _, _ in _STRUCTURES})]

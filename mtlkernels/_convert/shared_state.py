@@ -66,10 +66,8 @@ def _parts(container: Any) -> list[Any]:
 
 def _classes(module: nn.Module) -> Iterator[type]:
     """The classes of a module and its parts but PyTorch's own."""
-    found: dict[type, None] = {}
-    for part in module.modules():
-        found |= dict.fromkeys(kind for kind in type(part).__mro__ if kind.__module__.partition(".")[0] != "torch")
-    return (kind for kind in found if kind is not object)
+    kinds = dict.fromkeys(kind for part in module.modules() for kind in type(part).__mro__ if kind is not object)
+    return (kind for kind in kinds if kind.__module__.partition(".")[0] != "torch")
 
 
 def _named(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

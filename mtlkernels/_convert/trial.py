@@ -10,7 +10,7 @@ import contextlib
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mtlkernels import _torch
 from mtlkernels._convert.copies import Pairs, agree, align, close, difference, largest, pairs_of, random_copy, randomize
-from mtlkernels._convert.mlp import at_any_size
+from mtlkernels._convert.paying import at_any_size
 from mtlkernels._convert.shared_state import SharedState
 
 # Enough for batch statistics, few enough for a trial to take no time.
@@ -98,6 +98,7 @@ def disagreement(
     *,
     original: Callable[..., Any] = call,
     without: Sequence[str] = (),
+    stand_ins: Mapping[str, Any] | None = None,
     ignored: Sequence[str] = (),
 ) -> str | None:
     """Tries a conversion: the one place where it is decided whether fused evaluation is the same as a class's own code.
@@ -110,12 +111,13 @@ def disagreement(
     Args:
         module: what is to be converted.
         fused: from a copy and arguments, what the converted module would return. However few rows there are it has to
-            go the fused way, as :func:`mtlkernels._convert.level.prepare` does in a trial.
+            go the fused way, which is asked for by :func:`mtlkernels._convert.paying.at_any_size`.
         arguments: from a copy, a number of rows and a generator, arguments with float64 tensors of so many rows.
         original: from a copy and arguments, what the module returns.
         without: attributes of the module, or of its sub-modules by dotted names, that neither way needs, and that may
             be large, such as embeddings: a module is a :class:`mtlkernels._convert.copies.First` in the copies,
             anything else None.
+        stand_ins: attributes that the copies get in the place of their own.
         ignored: sub-modules whose statistics and attributes may differ afterwards.
 
     Returns:
@@ -127,6 +129,8 @@ def disagreement(
         try:
             generator = torch.Generator().manual_seed(0)
             copies = random_copy(module, generator, without), random_copy(module, None, without)
+            for other in copies:
+                vars(other).update(stand_ins or {})
             align(copies[1], copies[0])
             pairs = pairs_of(copies[1], copies[0], ignored)
             trial = Trial(copies, (original, fused), arguments, pairs, generator, shared)
@@ -197,21 +201,21 @@ def _compare(trial: Trial, situation: Situation, draws: bool = True) -> str | No
     if changed is not None:
         return f"its forward changes {changed}, which is not its own"
     try:
-        found = _run(trial, 1, given, situation)
+        actual = _run(trial, 1, given, situation)
     except Exception:
         if rows:
             raise
         align(trial.copies[1], trial.copies[0])
         return None  # converted modules leave so few rows to modules
-    if draws and expected.random_state != found.random_state:
+    if draws and expected.random_state != actual.random_state:
         return "its forward draws random numbers of its own"
-    if not agree(found.outputs, expected.outputs, situation.tolerance):
+    if not agree(actual.outputs, expected.outputs, situation.tolerance):
         return f"{words} its outputs differ from those of its experts and gates"
-    if not agree(found.arguments, expected.arguments, situation.tolerance):
+    if not agree(actual.arguments, expected.arguments, situation.tolerance):
         return "its forward changes its arguments"
     reason = difference(trial.pairs, situation.tolerance)
     if reason is None and situation.gradients:
-        reason = _compare_gradients(trial, found, expected, situation)
+        reason = _compare_gradients(trial, actual, expected, situation)
     return reason
 
 
@@ -239,19 +243,19 @@ def _run(trial: Trial, way: int, given: Any, situation: Situation) -> _Run:
     return _Run(outputs, leaves, arguments, _random_state())
 
 
-def _compare_gradients(trial: Trial, found: _Run, expected: _Run, situation: Situation) -> str | None:
+def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Situation) -> str | None:
     """Gradients of all outputs, then of every other one: those of an unused output reach nothing."""
     generator = torch.Generator().manual_seed(1)
-    outputs = [[t for t in _tensors(run.outputs) if t.requires_grad] for run in (expected, found)]
+    outputs = [[t for t in _tensors(run.outputs) if t.requires_grad] for run in (expected, actual)]
     factors = [torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5 for t in outputs[0]]
-    inputs = ["its input"] if len(found.leaves) == 1 else [f"input {i}" for i in range(len(found.leaves))]
+    inputs = ["its input"] if len(actual.leaves) == 1 else [f"input {i}" for i in range(len(actual.leaves))]
     names = [*trial.names, *inputs]
     subsets = [range(len(factors)), range(0, len(factors), 2), range(1, len(factors), 2)]
     for subset in subsets if situation.training and situation.scale == 1 and len(factors) > 1 else subsets[:1]:
         if not subset:
             continue
         both = []
-        for other, run, ys in zip(trial.copies, (expected, found), outputs, strict=True):
+        for other, run, ys in zip(trial.copies, (expected, actual), outputs, strict=True):
             wanted = [p for p in other.parameters() if p.requires_grad] + run.leaves
             loss = sum((ys[i] * factors[i]).sum() for i in subset)
             both.append(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True))  # type: ignore

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mtlkernels.ops._checks import DTYPES
+from mtlkernels.ops._checks import DTYPES, check_tensor, shape_of
 from mtlkernels.ops.activations import CODES
 
 
@@ -28,6 +28,13 @@ def units(name: str, value: Any, *, may_be_empty: bool) -> tuple[int, ...]:
     if not value and not may_be_empty:
         raise ValueError(f"{name} must hold at least one layer's width, got an empty sequence")
     return tuple(positive(f"{name}[{i}]", width) for i, width in enumerate(value))
+
+
+def check_features(x: Any, width: int) -> None:
+    """An input [B, D] of a trunk."""
+    check_tensor("x", x, 2, f"[B, {width}]")
+    if x.shape[1] != width:
+        raise ValueError(f"x must have shape [B, {width}], got {shape_of(x)}")
 
 
 @dataclass(frozen=True)

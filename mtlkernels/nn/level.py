@@ -7,16 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from mtlkernels import _torch, _tracing
+from mtlkernels import _tracing
 from mtlkernels.nn._arguments import Style
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
-from mtlkernels.ops._folding import few_rows, uses_running
+from mtlkernels.ops._folding import uses_running
+from mtlkernels.ops._fusing import (
+    Experts,
+    common,
+    drop_rate,
+    gate_weight,
+    kind_of_norm,
+    may_fold,
+    plain_parameters,
+    wants_gradient,
+)
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.level import expert_mixture
-from mtlkernels.ops.level.norms import alike
 from mtlkernels.routing import Routing
 
 # PyTorch's, and deepctr-torch's; torch-rechub draws that of Dice, whose eps is this.
@@ -62,84 +70,37 @@ class Expert(nn.Module):
         return x
 
 
-def linear_parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of an ``nn.Linear``.
+def read_experts(experts: Any, activation: str) -> Experts | None:
+    """What the op takes of experts without norms and dropout; None where one is not what it was made as.
 
-    Serving one row takes so little time that attribute look-ups by ``nn.Module.__getattr__`` show. A parametrized layer
-    and a replica of ``nn.DataParallel`` keep theirs elsewhere, so they go the long way.
-    """
-    own = layer._parameters
-    weight = own.get("weight")
-    if weight is None:
-        linear: Any = layer
-        return linear.weight, linear.bias
-    return weight, own.get("bias")
-
-
-def plain(weight: Any) -> bool:
-    """Whether a weight is its numbers and nothing more, unlike a quantized or a distributed tensor."""
-    return type(weight) in (nn.Parameter, Tensor) or isinstance(weight, _torch.TRACED)
-
-
-def _plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a layer that is ``F.linear`` by plain tensors, None for any other.
-
-    Layers may have been exchanged, as LoRA and dynamic quantization do it, or have got weights of another kind.
-    """
-    own = layer._parameters
-    weight = own.get("weight")
-    if type(layer) is _Linear and type(weight) is _Parameter:
-        return weight, own.get("bias")
-    if type(layer) is not nn.Linear and not parametrize.is_parametrized(layer):
-        return None
-    if type(layer).forward is not nn.Linear.forward or (weight is None and watched(layer)):
-        return None  # a hook that makes the weight, as that of nn.utils.weight_norm
-    weight, bias = linear_parameters(layer)
-    return (weight, bias) if plain(weight) else None
-
-
-def watched(module: Any) -> bool:
-    """Whether calling a module does more than its class's forward."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-        return True
-    return bool(module._backward_hooks or module._backward_pre_hooks)
-
-
-def expert_parameters(module: nn.Module) -> tuple[list[list[Tensor]], list[Any]] | None:
-    """For each layer the weights and biases (or None) of ``module.experts``, read now, so that they are never stale.
-
-    None where an expert is another module than it was made as.
+    ``experts`` is the list that holds them, read now, so that nothing is ever stale.
     """
     rows = []
-    for expert in module._modules["experts"]._modules.values():  # type: ignore[union-attr]
+    modules = experts._modules.values()
+    for expert in modules:
         if type(expert) is not Expert:
             return None
         row: list[Any] = []
         for layer in expert._modules["linears"]._modules.values():  # type: ignore[union-attr]
-            own = layer._parameters  # type: ignore[union-attr]
-            weight = own.get("weight")
-            if type(layer) is _Linear and type(weight) is _Parameter:  # as _plain_parameters, without a call
-                row.append((weight, own.get("bias")))
+            parameters = layer._parameters  # type: ignore[union-attr]
+            weight = parameters.get("weight")
+            if type(layer) is _Linear and type(weight) is _Parameter:  # as plain_parameters, without a call
+                row.append((weight, parameters.get("bias")))
             else:
-                row.append(_plain_parameters(layer))
+                row.append(plain_parameters(layer))
         if None in row:
             return None
         rows.append(row)
     layers: list[Any] = list(zip(*rows, strict=True))
-    return [[w for w, _ in layer] for layer in layers], [
-        None if layer[0][1] is None else [b for _, b in layer] for layer in layers
-    ]
+    weights = [[w for w, _ in layer] for layer in layers]
+    biases = [None if layer[0][1] is None else [b for _, b in layer] for layer in layers]
+    options: dict[str, Any] = {"activation": activation}
+    if next(iter(modules)).slopes is not None:
+        options.update(slopes=list(zip(*(expert.slopes for expert in modules), strict=True)), dice_eps=DICE_EPS)
+    return weights, biases, options
 
 
-def expert_slopes(experts: Any) -> dict[str, Any]:
-    """What the op takes of the slopes of the experts' activation, which may have none."""
-    modules: list[Any] = list(experts._modules.values())
-    if modules[0].slopes is None:
-        return {}
-    return {"slopes": list(zip(*(expert.slopes for expert in modules), strict=True)), "dice_eps": DICE_EPS}
-
-
-class Level(NotScriptable, nn.Module):
+class TrunkLevel(NotScriptable, nn.Module):
     """Experts and gates of one level: ``y_k = sum_e softmax(gate_k(x))_e * expert_e(x)``.
 
     The experts, batch norm and dropout included, and all mixing are one :func:`mtlkernels.expert_mixture`; the experts'
@@ -187,34 +148,35 @@ class Level(NotScriptable, nn.Module):
         streams = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
         if _tracing.needs_plain(streams):
             return self._by_modules(streams)
-        extras: dict[str, Any] = {}
-        parameters = expert_parameters(self)
-        if parameters is None:
+        experts = self._read_experts(streams[0])
+        if experts is None:
             return self._by_modules(streams)
-        if self.batch_norm or self.dropout > 0:
-            found = self._norms_and_dropout(streams[0])
-            if found is None:
-                return self._by_modules(streams)
-            extras = found
-        extras |= expert_slopes(self._modules["experts"])
-        weights, biases = parameters
-        gates = self._gate_parameters(len(streams))
+        gates = self._gate_weights(len(streams))
         logits = self._gate_logits(streams) if gates is None else None
-        return expert_mixture(
-            inputs, weights, biases, logits, self.routing, activation=self.activation, gate_weights=gates, **extras
-        )
+        weights, biases, options = experts
+        return expert_mixture(inputs, weights, biases, logits, self.routing, gate_weights=gates, **options)
 
-    def _norms_and_dropout(self, x: Tensor) -> dict[str, Any] | None:
-        """What the op takes of the experts' norms and dropout; None where they have to run as modules."""
-        experts: Any = self.experts
-        rates = {expert.dropout.p if expert.dropout.training else 0.0 for expert in experts}
-        layers = list(zip(*(list(expert.norms) for expert in experts), strict=True))
-        if len(rates) > 1 or not all(alike(layer) for layer in layers):
+    def _read_experts(self, x: Tensor) -> Experts | None:
+        """What the op takes of the experts; None where they have to run as modules."""
+        experts: Any = self._modules["experts"]
+        read = read_experts(experts, self.activation)
+        if read is None or not (self.batch_norm or self.dropout > 0):
+            return read
+        weights, _, options = read
+        parts = [expert._modules for expert in experts._modules.values()]
+        rates = {drop_rate(part["dropout"]) for part in parts}
+        norms = list(zip(*(part["norms"]._modules.values() for part in parts), strict=True))
+        kinds = [common([kind_of_norm(norm) for norm in layer]) for layer in norms]
+        if len(rates) > 1 or None in kinds:
             return None
-        running = [layer for layer in layers if uses_running(layer[0])]
-        if running and few_rows(x) and any(p.requires_grad for layer in running for m in layer for p in m.parameters()):
+        if not may_fold(x) and any(
+            uses_running(norm) and wants_gradient(weight, None, norm)
+            for layer in zip(weights, norms, strict=False)
+            for weight, norm in zip(*layer, strict=True)
+        ):
             return None
-        return {"norms": layers or None, "dropout": rates.pop()}
+        options.update(norms=norms or None, dropout=rates.pop())
+        return read
 
     def _by_modules(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
         logits = self._gate_logits(streams)
@@ -232,27 +194,21 @@ class Level(NotScriptable, nn.Module):
         gates: Any = self.gates
         return [gate(streams[stream]) for gate, stream in zip(gates, self._gate_inputs, strict=True)]
 
-    def _gate_parameters(self, num_streams: int) -> Any:
+    def _gate_weights(self, num_streams: int) -> Any:
         """The weights of gates that are linear layers to which nobody listens, else None."""
         gates: Any = self._modules["gates"]
         if self._one_gemm:
             # Of several streams all gates read one, which is not what the op's gates do.
-            if num_streams > 1 or watched(gates):
-                return None
-            joint = _plain_parameters(gates)
-            return None if joint is None or joint[1] is not None else joint[0]
-        layers = list(gates._modules.values())
-        if num_streams > 1 and self._gate_inputs != tuple(range(len(layers))):
+            return gate_weight(gates) if num_streams == 1 else None
+        if num_streams > 1 and self._gate_inputs != tuple(range(len(self._gate_inputs))):
             return None
-        if any(type(layer) is not _Linear or watched(layer) for layer in layers):
-            return None
-        found = []
-        for layer in layers:
-            pair = _plain_parameters(layer)
-            if pair is None or pair[1] is not None:  # they were made without biases
+        weights = []
+        for gate in gates._modules.values():
+            weight = gate_weight(gate)
+            if weight is None:
                 return None
-            found.append(pair[0])
-        return found
+            weights.append(weight)
+        return weights
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, batch_norm={self.batch_norm}, dropout={self.dropout}"

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels import _tracing
-from mtlkernels.nn._arguments import Style, positive, units
+from mtlkernels.nn._arguments import Style, check_features, positive, units
 from mtlkernels.nn._scripting import NotScriptable
-from mtlkernels.nn.level import Expert, expert_parameters, expert_slopes
+from mtlkernels.nn.level import Expert, read_experts
 from mtlkernels.nn.routes import RouteMap
-from mtlkernels.ops._checks import as_sequence, check_tensor, shape_of
+from mtlkernels.ops._checks import as_sequence
 from mtlkernels.ops.hard_concrete import check_interval, hard_concrete, l0_penalty
 from mtlkernels.ops.level import expert_mixture
 from mtlkernels.ops.snr_aver import snr_aver
@@ -52,16 +52,15 @@ class SubNetworks(nn.Module):
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every sub-network reads, or one for each → a tensor [B, H] for each."""
         count = len(self.experts)
-        parameters = expert_parameters(self) if self.fused() else None
-        if parameters is None:
+        experts = read_experts(self.experts, self._style.activation) if self.fused() else None
+        if experts is None:
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
         one, several = self._routings
         routing = one if isinstance(inputs, Tensor) else several
         alone = x.new_zeros(1, count).expand(x.shape[0], count)  # the softmax of one logit is 1
-        weights, biases = parameters
-        options = {"activation": self._style.activation, **expert_slopes(self.experts)}
+        weights, biases, options = experts
         return expert_mixture(inputs, weights, biases, alone, routing, **options)
 
 
@@ -183,7 +182,7 @@ class SNR(NotScriptable, nn.Module):
             TypeError: an argument is of the wrong kind or dtype.
             ValueError: a shape or a number of tensors is wrong.
         """
-        _tracing.quietly(_check_features, x, self.in_features)
+        _tracing.quietly(check_features, x, self.in_features)
         coding = self.sample(noise)
         streams: Any = x
         for level, joint, z in zip(self.levels, self.joints, coding, strict=True):
@@ -200,15 +199,15 @@ class SNR(NotScriptable, nn.Module):
             if len(given) != len(alphas):
                 raise ValueError(f"noise must hold a tensor for each of {len(alphas)} levels, got {len(given)}")
         elif self.training:
-            given = [torch.rand(a.shape, device=a.device, dtype=_noise_dtype(a)) for a in alphas]
+            dtypes = [torch.float64 if a.dtype == torch.float64 else torch.float32 for a in alphas]
+            given = [torch.rand(a.shape, device=a.device, dtype=t) for a, t in zip(alphas, dtypes, strict=True)]
         else:
             given = [None] * len(alphas)
         return self._coding(given)
 
     def _coding(self, noise: Sequence[Tensor | None]) -> list[Tensor]:
-        drawn = [
-            hard_concrete(joint.log_alpha, u, **self._interval) for joint, u in zip(self._joints(), noise, strict=True)
-        ]
+        joints = zip(self._joints(), noise, strict=True)
+        drawn = [hard_concrete(joint.log_alpha, u, **self._interval) for joint, u in joints]
         if not self.straight_through:
             return drawn
         return [(z > 0.5).to(z.dtype) + (z - z.detach()) for z in drawn]
@@ -250,8 +249,8 @@ class CompactSNR(NotScriptable, nn.Module):
         self.in_features, self.num_tasks, self.out_features = model.in_features, model.num_tasks, model.out_features
         levels, joints = [], []
         above = tuple(range(model.num_tasks))
-        found = list(zip(model.levels, model._joints(), model._test_time(), model.routes().read(), strict=True))
-        for level, full, z, read in reversed(found):
+        below = list(zip(model.levels, model._joints(), model._test_time(), model.routes().read(), strict=True))
+        for level, full, z, read in reversed(below):
             joints.append(OpenJoint(full.weight, z, above, read))
             if not read:  # nothing below matters
                 break
@@ -264,7 +263,7 @@ class CompactSNR(NotScriptable, nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""
-        _tracing.quietly(_check_features, x, self.in_features)
+        _tracing.quietly(check_features, x, self.in_features)
         streams: Any = x
         first = len(self.joints) - len(self.levels)  # 1 where the lowest joint has no open route
         joints: list[Any] = list(self.joints)
@@ -314,19 +313,9 @@ class OpenJoint(nn.Module):
         return tuple(outputs)
 
 
-def _check_features(x: Any, width: int) -> None:
-    check_tensor("x", x, 2, f"[B, {width}]")
-    if x.shape[1] != width:
-        raise ValueError(f"x must have shape [B, {width}], got {shape_of(x)}")
-
-
 def _mode(mode: Any) -> str:
     if not isinstance(mode, str):
         raise TypeError(f"mode must be 'trans' or 'aver', got {type(mode).__name__}")
     if mode not in ("trans", "aver"):
         raise ValueError(f"mode must be 'trans' or 'aver', got {mode!r}")
     return mode
-
-
-def _noise_dtype(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32

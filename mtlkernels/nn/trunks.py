@@ -9,40 +9,41 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels import _tracing
-from mtlkernels.nn._arguments import Style, positive, units
+from mtlkernels.nn._arguments import Style, check_features, positive, units
 from mtlkernels.nn._scripting import NotScriptable
-from mtlkernels.nn.level import Level
-from mtlkernels.ops._checks import check_tensor, shape_of
+from mtlkernels.nn.level import TrunkLevel
 from mtlkernels.routing import Routing
 
 
 class _Trunk(NotScriptable, nn.Module):
     """What the trunks share: the arguments, checked, and the check of the input."""
 
+    level: nn.Module
+
     def __init__(
-        self, in_features: int, num_tasks: int, expert_units: Sequence[int], gate_units: Sequence[int], style: Style
+        self, in_features: int, num_tasks: int, expert_units: Sequence[int], gate_units: Sequence[int], *style: Any
     ) -> None:
         super().__init__()
+        self._style = Style(*style)
         self.in_features = positive("in_features", in_features)
         self.num_tasks = positive("num_tasks", num_tasks)
         self.expert_units = units("expert_units", expert_units, may_be_empty=False)
         self.gate_units = units("gate_units", gate_units, may_be_empty=True)
-        self._style = style
 
     @property
     def out_features(self) -> int:
         """H, the width of every output."""
         return self.expert_units[-1]
 
-    def _level(self, in_features: int, routing: Routing, gate_inputs: Sequence[int]) -> Level:
-        return Level(in_features, self.expert_units, self.gate_units, routing, gate_inputs, self._style)
+    def _level(self, in_features: int, routing: Routing, gate_inputs: Sequence[int]) -> TrunkLevel:
+        return TrunkLevel(in_features, self.expert_units, self.gate_units, routing, gate_inputs, self._style)
 
-    def _check(self, x: Any) -> None:
-        if _tracing.holds_proxy(x):  # whose shape is not known yet
-            return
-        check_tensor("x", x, 2, f"[B, {self.in_features}]")
-        if x.shape[1] != self.in_features:
-            raise ValueError(f"x must have shape [B, {self.in_features}], got {shape_of(x)}")
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [B, D] → T tensors [B, H]."""
+        if not _tracing.holds_proxy(x):  # whose shape is not known yet
+            _tracing.quietly(check_features, x, self.in_features)
+        outputs: tuple[Tensor, ...] = self.level(x)
+        return outputs
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_tasks={self.num_tasks}, out_features={self.out_features}"
@@ -90,15 +91,10 @@ class MMoE(_Trunk):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        style = Style(activation, batch_norm, dropout, device, dtype)
-        super().__init__(in_features, num_tasks, expert_units, gate_units, style)
+        super().__init__(
+            in_features, num_tasks, expert_units, gate_units, activation, batch_norm, dropout, device, dtype
+        )
         self.level = self._level(self.in_features, Routing.mmoe(num_experts, num_tasks), (0,) * num_tasks)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [B, D] → T tensors [B, H]."""
-        _tracing.quietly(self._check, x)
-        outputs: tuple[Tensor, ...] = self.level(x)
-        return outputs
 
 
 class CGC(_Trunk):
@@ -133,16 +129,11 @@ class CGC(_Trunk):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        style = Style(activation, batch_norm, dropout, device, dtype)
-        super().__init__(in_features, num_tasks, expert_units, gate_units, style)
+        super().__init__(
+            in_features, num_tasks, expert_units, gate_units, activation, batch_norm, dropout, device, dtype
+        )
         routing = Routing.cgc(num_tasks, num_specific, num_shared, single_input=True)
         self.level = self._level(self.in_features, routing, (0,) * num_tasks)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [B, D] → T tensors [B, H]."""
-        _tracing.quietly(self._check, x)
-        outputs: tuple[Tensor, ...] = self.level(x)
-        return outputs
 
 
 class PLE(_Trunk):
@@ -181,8 +172,9 @@ class PLE(_Trunk):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        style = Style(activation, batch_norm, dropout, device, dtype)
-        super().__init__(in_features, num_tasks, expert_units, gate_units, style)
+        super().__init__(
+            in_features, num_tasks, expert_units, gate_units, activation, batch_norm, dropout, device, dtype
+        )
         self.num_levels = positive("num_levels", num_levels)
         levels = []
         for number in range(num_levels):
@@ -196,7 +188,8 @@ class PLE(_Trunk):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""
-        _tracing.quietly(self._check, x)
+        if not _tracing.holds_proxy(x):  # whose shape is not known yet
+            _tracing.quietly(check_features, x, self.in_features)
         streams: Any = x
         for level in self.levels:
             streams = level(streams)

@@ -117,8 +117,3 @@ def run_cpp(op: str, direction: str, *args: Any) -> Any:
     Sent to the CPU's kernel whatever the tensors are, so that it is the one to refuse a tensor of another device.
     """
     return getattr(torch.ops.mtlkernels, f"{op}_{direction}").default.redispatch(_torch.CPU_KEYS, *args)
-
-
-def serve(op: str, *args: Any) -> Any:
-    """Runs the C++ function for a call that :func:`direct_to_cpp` lets through; it raises for what it does not take."""
-    return _extension.function(f"serve_{op}")(*args)

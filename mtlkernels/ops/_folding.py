@@ -14,28 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Measured with experts of (256, 128): on fewer rows than this, folding with gradients takes as long as not fusing.
-FOLD_ROWS = 128
-
-
-def few_rows(x: Tensor) -> bool:
-    """Whether folding batch norm in a way that gradients flow through takes longer than what fusing saves.
-
-    Autograd follows it then: work in proportion to the weights, there and back.
-    """
-    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.shape[0] < FOLD_ROWS
-
 
 def uses_running(module: Any) -> bool:
     """Whether a norm uses running statistics, as PyTorch decides it."""
     if type(module) is not nn.BatchNorm1d or module.training:
         return False
     return module._buffers.get("running_mean") is not None
-
-
-def wants_gradient(weight: Tensor, bias: Tensor | None, norm: Any) -> bool:
-    """Whether a tensor that would be folded requires a gradient."""
-    return any(t is not None and t.requires_grad for t in (weight, bias, norm.weight, norm.bias))
 
 
 def fold(

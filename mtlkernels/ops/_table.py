@@ -35,12 +35,10 @@ class Table:
         """Appends the addresses of tensors, 0 for None, and returns where they start."""
         return self.integers(0 if t is None else t.data_ptr() for t in tensors)
 
-    def slices(self, tensor: Tensor | None, count: int) -> int:
-        """Appends the addresses of ``tensor[i]`` for each i, or zeros, and returns where they start."""
-        if tensor is None:
-            return self.integers([0] * count)
-        step = tensor.stride(0) * tensor.element_size()
-        return self.integers(tensor.data_ptr() + i * step for i in range(count))
+    def slices(self, tensor: Tensor | None, numbers: Iterable[int]) -> int:
+        """Appends the addresses of ``tensor[i]`` for each of ``numbers``, or zeros, and returns where they start."""
+        start, step = (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0) * tensor.element_size())
+        return self.integers(start + i * step for i in numbers)
 
     def to(self, device: torch.device) -> Tensor:
         """The table on the device, without waiting for it."""

@@ -6,9 +6,9 @@ where they are. The launchers pass the place in the table where each run of entr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -19,6 +19,38 @@ from mtlkernels.ops._table import Table as Table
 from mtlkernels.ops._table import on_device as on_device
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Kind(NamedTuple):
+    """What all kernels of a call have in common, in one compile-time argument.
+
+    The dtype of inputs and parameters; whether kernels may use 16-byte accesses, see :func:`aligned`; the
+    ``input_precision`` of products; and whether these take float32 operands.
+    """
+
+    dtype: Any
+    aligned: bool
+    precision: str = ""
+    upcast: bool = False
+
+    @staticmethod
+    def of(dtype: torch.dtype, aligned: bool) -> Kind:
+        """With PyTorch's own precision: TF32 for float32 where its products may use it.
+
+        Triton's interpreter computes products of bfloat16 wrongly.
+        """
+        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return Kind(DTYPES[dtype], aligned, "tf32" if tf32 else "ieee", _backends.interpreting())
+
+    @property
+    def without_products(self) -> Kind:
+        """That of kernels without products, which their precision does not concern."""
+        return Kind(self.dtype, self.aligned)
+
+    @property
+    def operands(self) -> tuple[str, bool]:
+        """The kind of operands ("half", "tf32" or "ieee") and ``aligned``: where tables of tiles are looked up."""
+        return self.precision if self.dtype == tl.float32 else "half", self.aligned
 
 
 @dataclass(frozen=True)
@@ -44,13 +76,13 @@ def aligned(tensors: Iterable[Tensor], lengths: Iterable[int]) -> bool:
     return all(length % 16 == 0 for length in lengths) and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, copied where they are not contiguous.
+def contiguous(tensors: Iterable[Any]) -> list[Any]:
+    """The tensors, copied where they are not contiguous; None stays.
 
     Kernels read rows of unit stride, in whole vectors; a strided operand is read by many programs, so that one copy
     costs less than scattered reads.
     """
-    return [t.contiguous() for t in tensors]
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def launch(kernel: Any, programs: int, tile: Tile, *args: Any, **constants: Any) -> None:
@@ -67,26 +99,3 @@ def launch(kernel: Any, programs: int, tile: Tile, *args: Any, **constants: Any)
             **({} if tile.registers is None else {"maxnreg": tile.registers}),
             enable_fp_fusion=True,
         )
-
-
-def precision(dtype: torch.dtype) -> str:
-    """The ``input_precision`` of a product: TF32 for float32 where PyTorch's own products may use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def upcast() -> bool:
-    """Whether products take float32 operands: Triton's interpreter computes those of bfloat16 wrongly."""
-    return _backends.interpreting()
-
-
-def gate_entries(table: Table, gate_logits: Sequence[Tensor], gate_experts: Sequence[int], sizes: Sequence[int]) -> int:
-    """Appends what kernels know of K gates; see ``gate_logits`` in _triton_functions.py.
-
-    K addresses of logits, K row strides, K column strides, K + 1 offsets into the experts of all gates, these experts.
-    """
-    start = table.pointers(gate_logits)
-    table.integers(logits.stride(0) for logits in gate_logits)
-    table.integers(logits.stride(1) for logits in gate_logits)
-    table.integers(sum(sizes[:k]) for k in range(len(sizes) + 1))
-    table.integers(gate_experts)
-    return start

@@ -1,17 +1,44 @@
 # mypy: ignore-errors
-"""Functions that Triton kernels call: the pointer table, activations, softmax statistics.
+"""What Triton kernels are made of: the pointer table, products, activations, softmax statistics, sums in parts.
 
 Triton's language has no Python types, so neither this module nor those of the kernels are type-checked.
+``KIND`` is a :class:`mtlkernels.ops._triton.Kind`.
 """
 
 from __future__ import annotations
 
+import inspect
+
 import triton
 import triton.language as tl
 
+from mtlkernels.ops.activations import CODES
+
+NONE = tl.constexpr(CODES["none"])
+RELU = tl.constexpr(CODES["relu"])
+LEAKY_RELU = tl.constexpr(CODES["leaky_relu"])
+GELU = tl.constexpr(CODES["gelu"])
+SILU = tl.constexpr(CODES["silu"])
+TANH = tl.constexpr(CODES["tanh"])
+SIGMOID = tl.constexpr(CODES["sigmoid"])
+
+
+def kernel(tensors=1):
+    """Decorates a kernel whose first arguments are so many tensors, the call's table or others.
+
+    A kernel is compiled once for all values of the numbers among the rest: places in the table, and sizes.
+    """
+
+    def decorate(function):
+        parameters = inspect.signature(function).parameters.values()
+        arguments = [parameter.name for parameter in parameters if parameter.annotation != "tl.constexpr"]
+        return triton.jit(function, do_not_specialize=arguments[tensors:])
+
+    return decorate
+
 
 @triton.jit
-def pointer(table, index, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def pointer(table, index, DTYPE: tl.constexpr, ALIGNED: tl.constexpr = False):
     """The address in the table as a pointer."""
     found = tl.load(table + index).to(tl.pointer_type(DTYPE))
     if ALIGNED:
@@ -20,38 +47,70 @@ def pointer(table, index, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def whole(value, ALIGNED: tl.constexpr):
-    """``value``, said to be a multiple of 16 if ``ALIGNED``: the compiler sees that from the multiplication."""
-    if ALIGNED:
+def operand(table, index, KIND: tl.constexpr):
+    """The same of an input, a parameter or one of their gradients."""
+    return pointer(table, index, KIND.dtype, KIND.aligned)
+
+
+@triton.jit
+def whole(value, KIND: tl.constexpr):
+    """``value``, said to be a multiple of 16 if ``aligned``: the compiler sees that from the multiplication."""
+    if KIND.aligned:
         value = value // 16 * 16
     return value
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def product(acc, a, b, KIND: tl.constexpr):
     """``acc + a b``, accumulated in float32."""
-    if UPCAST:
+    if KIND.upcast:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=KIND.precision)
+
+
+@triton.jit
+def multiply(
+    acc, a, b, steps, a_inside, b_inside, begin, end, KIND: tl.constexpr, DEPTH: tl.constexpr,
+    READ: tl.constexpr = None, state=None, LAYER: tl.constexpr = None,
+):  # fmt: skip
+    """``acc + A B`` along the depth from ``begin`` to ``end``: the loop of every product.
+
+    ``a`` [rows, DEPTH] and ``b`` [DEPTH, columns] are pointers to where both begin, which ``steps`` move on by DEPTH;
+    they are None where both are contiguous along the depth, and begin at 0. ``a_inside`` and ``b_inside`` say which
+    rows of A and columns of B there are. ``READ``, a function of a block of A, where it is along the depth and which
+    part of that is inside, ``state`` and ``LAYER``, gives what is multiplied.
+    """
+    inner = tl.arange(0, DEPTH)
+    for k in range(begin, end, DEPTH):
+        there = inner < end - k
+        left = tl.load(a + k if steps is None else a, mask=a_inside[:, None] & there[None, :], other=0.0)
+        if READ is not None:
+            left = READ(left, k, there, state, LAYER, DEPTH)
+        right = tl.load(b + k if steps is None else b, mask=there[:, None] & b_inside[None, :], other=0.0)
+        acc = product(acc, left, right, KIND)
+        if steps is not None:
+            a += steps[0]
+            b += steps[1]
+    return acc
 
 
 @triton.jit
 def activate(x, CODE: tl.constexpr):
-    """The activation of that code in mtlkernels.ops.activations, for float32."""
-    if CODE == 1:  # relu; the comparison lets NaN pass, as PyTorch does
+    """The activation of that code in mtlkernels.ops.activations, of those without slopes, for float32."""
+    if CODE == RELU:  # the comparison lets NaN pass, as PyTorch does
         x = tl.where(x < 0.0, 0.0, x)
-    elif CODE == 2:  # leaky_relu
+    elif CODE == LEAKY_RELU:
         x = tl.where(x > 0.0, x, 0.01 * x)
-    elif CODE == 3:  # gelu
+    elif CODE == GELU:
         x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    elif CODE == 4:  # silu
+    elif CODE == SILU:
         x = x / (1.0 + tl.exp(-x))
-    elif CODE == 5:  # tanh; near 0 the quotient would lose digits, so a series is used
+    elif CODE == TANH:  # near 0 the quotient would lose digits, so a series is used
         s = x * x
         series = x + x * s * (-0.333333333 + s * (0.133333333 + s * (-0.0539682540 + s * 0.0218694885)))
         x = tl.where(s < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x)))
-    elif CODE == 6:  # sigmoid
+    elif CODE == SIGMOID:
         x = 1.0 / (1.0 + tl.exp(-x))
     return x
 
@@ -63,21 +122,33 @@ def activation_gradient(grad, saved, CODE: tl.constexpr):
     relu chooses, so that what is not finite does not pass where the unit is off, and all passes where ``saved`` is NaN;
     the others multiply, as in PyTorch.
     """
-    if CODE == 1:
+    if CODE == RELU:
         grad = tl.where(saved <= 0.0, 0.0, grad)
-    elif CODE == 2:
+    elif CODE == LEAKY_RELU:
         grad = tl.where(saved > 0.0, grad, 0.01 * grad)
-    elif CODE == 3:
+    elif CODE == GELU:
         cdf = 0.5 * (1.0 + tl.math.erf(saved * 0.7071067811865476))
         grad = grad * (cdf + saved * tl.exp(-0.5 * saved * saved) * 0.3989422804014327)
-    elif CODE == 4:
+    elif CODE == SILU:
         s = 1.0 / (1.0 + tl.exp(-saved))
         grad = grad * (s * (1.0 + saved * (1.0 - s)))
-    elif CODE == 5:
+    elif CODE == TANH:
         grad = grad * (1.0 - saved * saved)
-    elif CODE == 6:
+    elif CODE == SIGMOID:
         grad = grad * (saved * (1.0 - saved))
     return grad
+
+
+@triton.jit
+def saved_of(x, CODE: tl.constexpr):
+    """What ``activation_gradient`` takes, from the activation's input."""
+    return activate(x, CODE) if CODE != GELU and CODE != SILU else x
+
+
+@triton.jit
+def activation_of(saved, CODE: tl.constexpr):
+    """The activation's output, from what ``activation_gradient`` takes."""
+    return saved if CODE != GELU and CODE != SILU else activate(saved, CODE)
 
 
 @triton.jit
@@ -85,7 +156,7 @@ def gate_logits(gates, k, num_gates, first, rows, LOGITS: tl.constexpr):
     """Gate k: pointers to its first logit of each row, its column stride, and its range among all gates' experts."""
     row_stride = tl.load(gates + num_gates + k)
     column_stride = tl.load(gates + 2 * num_gates + k)
-    logits = pointer(gates, k, LOGITS, False) + first * row_stride + rows * row_stride
+    logits = pointer(gates, k, LOGITS) + first * row_stride + rows * row_stride
     start = tl.load(gates + 3 * num_gates + k).to(tl.int32)
     end = tl.load(gates + 3 * num_gates + k + 1).to(tl.int32)
     return logits, column_stride, start, end

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # The position is the code that operators take; csrc/cpu/simd/activations.h and the Triton kernels use the same numbers.
 ACTIVATIONS = ("none", "relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid")
-# Those with a learned slope, one or one a channel, of which only normalized_mixture knows.
+# Those with a learned slope, one or one a channel.
 WITH_SLOPES = ("prelu", "dice")
 CODES = {name: code for code, name in enumerate((*ACTIVATIONS, *WITH_SLOPES))}
 PRELU, DICE = CODES["prelu"], CODES["dice"]

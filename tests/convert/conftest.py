@@ -9,7 +9,7 @@ import pytest
 
 import mtlkernels as mk
 import mtlkernels._convert.evaluation
-from mtlkernels._convert.mlp import in_trial
+from mtlkernels._convert.paying import in_trial
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_serves_as_the_library(name: str, grad: bool, fused_calls: list[int]) ->
         for rows in (1, 127, 128):
             fused_calls.clear()
             model.eval()(inputs(case, rows))
-            assert fused_calls == (case.experts if not grad or rows >= 128 else [])  # see mlp.few_rows
+            assert fused_calls == (case.experts if not grad or rows >= 128 else [])  # see _fusing.may_fold
         assert_serves(model, case)
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtlkernels._convert.folding import norm_refusal
 from mtlkernels.ops._folding import fold
+from mtlkernels.ops._fusing import norm_refusal
 from tests.ops.agreement import assert_as_exact
 
 
@@ -141,6 +141,6 @@ def test_inference_mode() -> None:
     ],
 )
 def test_refusals(norm: nn.Module, reason: str) -> None:
-    assert norm_refusal(nn.Linear(9, 6), norm) == reason
-    assert norm_refusal(nn.Linear(9, 6), nn.BatchNorm1d(6)) is None
-    assert norm_refusal(nn.Linear(9, 6), nn.LayerNorm(6)) is None
+    assert norm_refusal(torch.empty(6, 9), norm) == reason
+    assert norm_refusal(torch.empty(6, 9), nn.BatchNorm1d(6)) is None
+    assert norm_refusal(torch.empty(6, 9), nn.LayerNorm(6)) is None

@@ -20,7 +20,7 @@ import mtlkernels as mk
 from mtlkernels._convert import registry
 from mtlkernels._convert.chains import read_chain
 from mtlkernels._convert.gates import Gate, read_gate
-from mtlkernels._convert.mlp import Layer
+from mtlkernels.ops._fusing import Layer
 from tests.convert import doubles
 from tests.convert.agreement import assert_converts
 from tests.convert.models import fill
@@ -83,7 +83,7 @@ def test_serves_as_the_library(name: str, grad: bool, fused_calls: list[int]) ->
             expected = exact(*arguments(model, rows, dtype=torch.float64))
             original, found = model(*arguments(model, rows)), converted(*arguments(model, rows))
             few = grad and rows < 128 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
-            assert len(fused_calls) == (0 if few else 1)  # see mlp.few_rows
+            assert len(fused_calls) == (0 if few else 1)  # see _fusing.may_fold
             assert error(found, expected) <= 3 * error(original, expected) + FLOOR
             shapes = [
                 torch.utils._pytree.tree_map(lambda leaf: None if leaf is None else leaf.shape, result)
@@ -220,7 +220,8 @@ def test_gates_that_are_not_read(chain: Any, reason: str) -> None:
 
 def test_chains_that_are_read() -> None:
     linear, norm, dropout = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout()
-    layers = [Layer(linear, norm, "gelu", dropout), Layer(linear, None, "none", None)]
+    pair = linear.weight, linear.bias
+    layers = [Layer(*pair, norm, "gelu", dropout), Layer(*pair, None, "none", None)]
     chain = [nn.Sequential(linear, norm, nn.Identity()), (nn.GELU(), dropout), linear]
     assert read_chain(chain) == layers
     gate: Any = read_gate([*chain, nn.Softmax(-1), dropout])

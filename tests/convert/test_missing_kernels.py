@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import mtlkernels as mk
 from mtlkernels import _backends, _extension
 from mtlkernels._convert import registry
-from mtlkernels._convert.kernels import pays
+from mtlkernels._convert.paying import pays
 from tests import requires
 from tests.convert import doubles
 from tests.convert.models import by_name, features, fill, mmoe, ple, rechub_mmoe, rechub_ple

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert import gates
-from mtlkernels._convert.mlp import in_trial
+from mtlkernels._convert.paying import in_trial
 from mtlkernels.ops.gated_mixture import mix_list
 from tests.convert import doubles
 from tests.convert.agreement import Inputs, assert_converts, tensors
@@ -304,7 +304,7 @@ def test_modules_are_mixed_where_rows_are_many(monkeypatch: pytest.MonkeyPatch) 
     for rows, expected in ((255, []), (256, [8, 8])):
         calls.clear()
         model(*rechub_inputs(rows, 0, torch.float32))
-        assert calls == expected  # see evaluation.MIXING_ROWS
+        assert calls == expected  # see paying.MIXING_ROWS
 
 
 def modules_only(model: Any) -> Any:

@@ -10,16 +10,6 @@
 
 using namespace mtlk;
 
-namespace {
-
-template <int octets>
-const char* gram_of(const cuda::GramArguments& arguments, unsigned seed) {
-  return emulated::launch(static_cast<unsigned>(cuda::gram_blocks(arguments.chunks)), cuda::kThreads, seed,
-                          [&] { cuda::gram_kernel<octets>(arguments); });
-}
-
-}  // namespace
-
 extern "C" {
 
 // Chunk `index`, looked for from parameter `from` on: parameter, first element, number of elements.
@@ -37,16 +27,11 @@ unsigned short to_bfloat16(float value) { return float_to_bfloat16(value); }
 const char* gram(Integer* table, Integer parameters, int tasks, Integer chunks, double* slots, double* out,
                  unsigned seed) {
   const cuda::GramArguments arguments{{table, parameters, tasks}, chunks, slots, out};
-  switch (cuda::octets(tasks)) {
-    case 1:
-      return gram_of<1>(arguments, seed);
-    case 2:
-      return gram_of<2>(arguments, seed);
-    case 4:
-      return gram_of<4>(arguments, seed);
-    default:
-      return gram_of<8>(arguments, seed);
-  }
+  const auto blocks = static_cast<unsigned>(cuda::gram_blocks(chunks));
+  return cuda::with_octets(tasks, [&](auto octets) {
+    return emulated::launch(blocks, cuda::kThreads, seed,
+                            [&] { cuda::gram_kernel<decltype(octets)::value>(arguments); });
+  });
 }
 
 const char* weights(const double* gram, const Integer* order, double* rows, double* coefficients, int tasks, int steps,
@@ -60,9 +45,8 @@ const char* weights(const double* gram, const Integer* order, double* rows, doub
 const char* combine(Integer* table, Integer parameters, int tasks, Integer chunks, const double* coefficients,
                     unsigned seed) {
   const cuda::CombineArguments arguments{{table, parameters, tasks}, chunks, coefficients};
-  const Integer blocks = std::min(chunks, cuda::kMaxCombineBlocks);
-  return emulated::launch(static_cast<unsigned>(blocks), cuda::kThreads, seed,
-                          [&] { cuda::combine_kernel(arguments); });
+  const auto blocks = static_cast<unsigned>(cuda::combine_blocks(chunks));
+  return emulated::launch(blocks, cuda::kThreads, seed, [&] { cuda::combine_kernel(arguments); });
 }
 
 // Kernels that are wrong, to see that this is noticed.

@@ -201,8 +201,7 @@ def test_batch_norm_in_evaluation(rows: int, fuses: bool, monkeypatch: pytest.Mo
     expected = [y.detach() for y in trunk(x)]
     monkeypatch.setattr(nn.BatchNorm1d, "forward", None)
     with torch.no_grad():
-        for a, b in zip(trunk(x), expected, strict=True):
-            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(trunk(x), expected)
     if fuses:
         trunk(x)[0].sum().backward()
         assert all(expert.norms[0].weight.grad is not None for expert in trunk.level.experts)
@@ -228,8 +227,7 @@ def test_experts_that_differ_run_as_modules(change: str, monkeypatch: pytest.Mon
     logits = trunk.level.gates(x).split(4, 1)
     hidden = torch.stack([expert(x) for expert in experts], 1)
     expected = [(logit.softmax(1)[:, :, None] * hidden).sum(1) for logit in logits]
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(found, expected)
 
 
 def test_gates_of_one_stream_are_one_matrix() -> None:

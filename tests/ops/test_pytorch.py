@@ -62,8 +62,7 @@ def test_autocast(op: Any, make: Any, low: torch.dtype, backend: str) -> None:
     for name, group in expected.items():
         if name != "outputs":
             assert {grad.dtype for grad in got[name]} == {torch.float32}
-        for a, b in zip(got[name], group, strict=True):
-            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(got[name], group)
 
 
 @CASES
@@ -87,9 +86,7 @@ def test_backward_inside_autocast(op: Any, make: Any, backend: str) -> None:
         expected = evaluate(op, case)
         with torch.autocast("cpu", torch.bfloat16):
             got = evaluate(inside, case)
-    for name, group in expected.items():
-        for a, b in zip(got[name], group, strict=True):
-            assert torch.equal(a, b)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @CASES
@@ -168,8 +165,7 @@ def test_expanded_and_overlapping_gradients(op: Any, make: Any, backend: str) ->
         got = torch.autograd.grad(sum(y.sum() for y in op(**case.arguments)), leaves)
         outputs = op(**case.arguments)
         dense = torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
-    for a, b in zip(got, dense, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(got, dense)
 
 
 @CASES
@@ -181,8 +177,7 @@ def test_gradients_of_another_layout(op: Any, make: Any, backend: str) -> None:
         cotangents = [torch.randn(y.shape[::-1]).t() for y in outputs]
         got = torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
         dense = torch.autograd.grad(outputs, leaves, [c.contiguous() for c in cotangents])
-    for a, b in zip(got, dense, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(got, dense)
 
 
 def test_activation_checkpointing() -> None:
@@ -192,9 +187,7 @@ def test_activation_checkpointing() -> None:
         return checkpoint(lambda: mk.expert_mixture(**arguments), use_reentrant=False)
 
     got, expected = evaluate(checkpointed, case), evaluate(mk.expert_mixture, case)
-    for name, group in expected.items():
-        for a, b in zip(got[name], group, strict=True):
-            assert torch.equal(a, b)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @CASES
@@ -203,9 +196,7 @@ def test_hooks_on_saved_tensors(op: Any, make: Any) -> None:
     case = make()
     with torch.autograd.graph.save_on_cpu():
         got = evaluate(op, case)
-    for name, group in evaluate(op, case).items():
-        for a, b in zip(got[name], group, strict=True):
-            assert torch.equal(a, b)
+    torch.testing.assert_close(got, evaluate(op, case), rtol=0, atol=0)
 
 
 # Modes and copies ---------------------------------------------------------------------------------------------------

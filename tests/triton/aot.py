@@ -14,29 +14,31 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtlkernels.ops._triton import Tile
+from mtlkernels.ops._triton import DTYPES, Kind, Tile
 from mtlkernels.ops.activations import CODES, DICE, from_input, has_slopes
-from mtlkernels.ops.expert_mixture import triton_gradients as gradients
-from mtlkernels.ops.expert_mixture import triton_kernels as experts
-from mtlkernels.ops.expert_mixture import triton_tiles as tiles
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture import triton_kernels as mixtures
-from mtlkernels.ops.normalized_mixture import triton_dice as dices
-from mtlkernels.ops.normalized_mixture import triton_gradients as norm_gradients
-from mtlkernels.ops.normalized_mixture import triton_kernels as norms
-from mtlkernels.ops.normalized_mixture import triton_tiles as norm_tiles
+from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM, NO_NORM
+from mtlkernels.ops.level.triton import (
+    chain_kernels,
+    dice_kernels,
+    gradient_kernels,
+    layerwise_gradients,
+    layerwise_kernels,
+    tiles,
+)
+from mtlkernels.ops.level.triton.layers import Settings
 from mtlkernels.ops.pcgrad import triton as pcgrad
 from mtlkernels.ops.pcgrad import triton_gram as grams
 from mtlkernels.ops.pcgrad import triton_kernels as projections
@@ -44,46 +46,41 @@ from mtlkernels.ops.snr_aver import triton_kernels as averages
 from mtlkernels.ops.snr_trans import triton as routes
 from mtlkernels.ops.snr_trans import triton_kernels as transforms
 
-MODULES = (experts, gradients, mixtures, norms, norm_gradients, dices, grams, projections, transforms, averages)
+LEVEL = (chain_kernels, gradient_kernels, layerwise_kernels, layerwise_gradients, dice_kernels)
+MODULES = (*LEVEL, mixtures, grams, projections, transforms, averages)
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# dtype and input_precision of every product.
-OPERANDS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee"))
-DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# The kinds of kernels without products, and of products.
+VALUES = [Kind(dtype, aligned) for aligned in (True, False) for dtype in DTYPES.values()]
+PRODUCTS = [kind._replace(precision="ieee") for kind in VALUES]
+PRODUCTS += [Kind(tl.float32, aligned, "tf32") for aligned in (True, False)]
 SIZES = ((1, 1), (4096, 16), (4096, 4096))  # rows and columns that between them lead to every tile of a product
 # gelu takes the most registers, but its derivative is computed in smaller tiles than those that follow from the output.
-# Of the activations with slopes, which only the normalized mixture has, dice takes the most.
+# Of the activations with slopes, which only layerwise levels have, dice takes the most.
 FORWARD_CODES = (CODES["gelu"], DICE)
 BACKWARD_CODES = (CODES["tanh"], CODES["gelu"], DICE)
 TASKS = (*range(1, 9), 12, 16, 32, 64)  # every size of a group, and of a projection
-# The types of a kernel's arguments but for those that are i32.
-DROPOUT = {"table": "*i64", "threshold": "i64", "factor": "fp32", "eps": "fp32"}
-ARGUMENTS = {
-    "normalized_layer": DROPOUT,
-    "normalize": DROPOUT,
-    "norm_sums": DROPOUT,
-    "preactivation_gradient": DROPOUT,
-    "layer_norm_gradient": DROPOUT,
-    "dice_rows": {**DROPOUT, "dice_eps": "fp32"},
-    "dice_gradient_rows": DROPOUT,
-    "mix_backward": {"table": "*i64", "weights": "*fp32", "inner": "*fp32"},
-    "gram_chunks": {"table": "*i64", "parts": "*fp64"},
-    "gram_sum": {"parts": "*fp64", "gram": "*fp64"},
-    "project_tasks": {
-        "gram": "*fp64",
-        "order": "*i64",
-        "rows": "*fp64",
-        "coefficients": "*fp64",
-        "max_norm": "i64",
-        "eps": "i64",
-    },
-    "combine_chunks": {"table": "*i64", "coefficients": "*fp64"},
-    "open_routes": {"z": "*fp32", "lists": "*i32"},
-    "route_sum": {"table": "*i64", "z": "*fp32", "lists": "*i32"},
-    "route_products": {"table": "*i64", "z": "*fp32", "inner_products": "*fp32"},
-    "average_sum": {"table": "*i64", "z": "*fp32", "lists": "*i32"},
-    "route_dots": {"table": "*i64", "z": "*fp32", "inner_products": "*fp32"},
+# The types of a kernel's arguments, whichever it has, but for those that are i32; and those of two with other meanings.
+TYPES = {
+    "table": "*i64",
+    "factor": "fp32",
+    "eps": "fp32",
+    "dice_eps": "fp32",
+    "inner": "*fp32",
+    "gram": "*fp64",
+    "order": "*i64",
+    "rows": "*fp64",
+    "coefficients": "*fp64",
+    "max_norm": "i64",
+    "z": "*fp32",
+    "lists": "*i32",
+    "inner_products": "*fp32",
+}
+OTHERS = {
+    "mix_backward": {"weights": "*fp32"},
+    "gram_chunks": {"parts": "*fp64"},
+    "gram_sum": {"parts": "*fp64"},
+    "project_tasks": {"eps": "i64"},
 }
 
 
@@ -97,12 +94,18 @@ class Variant:
 
     @property
     def dtype(self) -> str:
-        return str(dict(self.constants).get("DTYPE", ""))
+        constants = dict(self.constants)
+        return str(constants["KIND"].dtype if "KIND" in constants else constants.get("DTYPE", ""))
 
     def __str__(self) -> str:
-        short = " ".join(f"{name.lower()}={value}" for name, value in self.constants)
+        flat = [pair for name, value in self.constants for pair in _flat(name.lower(), value)]
+        short = " ".join(f"{name}={value}" for name, value in flat)
         tile = self.tile
         return f"{self.kernel} {tile.rows}x{tile.columns}x{tile.depth} warps={tile.warps} stages={tile.stages} {short}"
+
+
+def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+    return zip(value._fields, value, strict=True) if isinstance(value, tuple) else [(name, value)]
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def every_variant(
     """
     without_slopes = ([code for code in codes if not has_slopes(code)] for codes in (forward_codes, backward_codes))
     yield from mixture_variants(*without_slopes, every_gate)
-    yield from norm_variants(forward_codes, backward_codes)
+    yield from layerwise_variants(forward_codes, backward_codes)
     yield from pcgrad_variants()
     yield from snr_variants()
 
@@ -142,89 +145,75 @@ def mixers(choice: tiles.Mixers, every_gate: bool) -> Iterator[tuple[Tile, int]]
             yield tile, gates
 
 
+def _made(kernel: str, tile: Tile, kind: Kind, **constants: Any) -> Variant:
+    return Variant(kernel, tile, (("KIND", kind), *constants.items()))
+
+
 def mixture_variants(
     forward_codes: Sequence[int], backward_codes: Sequence[int], every_gate: bool
 ) -> Iterator[Variant]:
-    """Every configuration of the mixtures' kernels."""
-
-    def made(kernel: str, tile: Tile, dtype: str, **constants: Any) -> Variant:
-        return Variant(kernel, tile, (("DTYPE", dtype), *constants.items()))
-
-    for aligned in (True, False):
-        for dtype in TORCH_DTYPES:
-            # float32 logits take no fewer registers than narrower ones.
-            common: dict[str, Any] = {"LOGITS": "fp32", "ALIGNED": aligned}
-            yield made("mix_forward", mixture.TILES[aligned], dtype, **common)
-            for code in backward_codes:
-                what = {"CODE": code, "FROM_INPUT": from_input(code), "NEED_EXPERTS": True, "NEED_LOGITS": True}
-                yield made("mix_backward", mixture.TILES[aligned], dtype, **common, **what)
-        for dtype, precision in OPERANDS:
-            key = tiles.operands(TORCH_DTYPES[dtype], precision), aligned
-            common = {"ALIGNED": aligned, "PRECISION": precision, "UPCAST": False}
-            products = tiles.PRODUCT[key]
-            for code in forward_codes:
-                for tile, gates in itertools.product(products, (False, True)):
-                    what = {"CODE": code, "KEEP": from_input(code), "GATE_LAYERS": gates}
-                    chosen = tiles.beside_gates(tile) if gates else tile
-                    yield made("layer_forward", chosen, dtype, **common, **what)
-                what = {"LOGITS": "fp32", "CODE": code, "FROM_INPUT": from_input(code), "KEEP": True}
-                for tile, gates in mixers(tiles.MIXING[key], every_gate):
-                    for split in (False, True):
-                        yield made("last_forward", tile, dtype, **common, **what, GATES=gates, SPLIT=split)
-            # Only sums over the readers of an input are split, with gates or without, and no activation is in front.
-            ways = ((False, False), (False, True), (True, False), (True, True))
-            for code, gates, split in (
-                *((code, False, False) for code in backward_codes),
-                *((0, *way) for way in ways),
-            ):
-                for rows, columns in SIZES:
-                    tile = tiles.product(*key, rows, columns, from_input(code))
-                    what = {"CODE": code, "ACTIVATED": from_input(code), "GATE_LAYERS": gates, "SPLIT": split}
-                    yield made("input_gradient", tile, dtype, **common, **what)
-            for gates, split in ways:
-                what = {"NEED_WEIGHTS": True, "NEED_BIASES": True, "GATE_LAYERS": gates, "SPLIT": split}
-                yield made("weight_gradient", tiles.WEIGHT_GRADIENT[key], dtype, **common, **what)
+    """Every configuration of the kernels of mixtures and of levels that are chains."""
+    for kind in VALUES:
+        # float32 logits take no fewer registers than narrower ones.
+        yield _made("mix_forward", mixture.TILES[kind.aligned], kind, LOGITS=tl.float32)
+        for code in backward_codes:
+            what = {"LOGITS": tl.float32, "CODE": code, "NEED_EXPERTS": True, "NEED_LOGITS": True}
+            yield _made("mix_backward", mixture.TILES[kind.aligned], kind, **what)
+    for kind in PRODUCTS:
+        for code in forward_codes:
+            for tile, gates in itertools.product(tiles.PRODUCT[kind.operands], (False, True)):
+                what = {"CODE": code, "KEEP": from_input(code), "LINEAR_GATES": gates}
+                yield _made("layer_forward", tiles.beside_gates(tile) if gates else tile, kind, **what)
+            what = {"LOGITS": tl.float32, "CODE": code, "KEEP": True}
+            for tile, count in mixers(tiles.MIXING[kind.operands], every_gate):
+                for split in (False, True):
+                    yield _made("last_forward", tile, kind, **what, GATES=count, SPLIT=split)
+        # Only sums over the readers of an input are split, with gates or without, and no activation is in front.
+        ways = ((False, False), (False, True), (True, False), (True, True))
+        for code, gates, split in (*((code, False, False) for code in backward_codes), *((0, *way) for way in ways)):
+            for rows, columns in SIZES:
+                tile = tiles.product(kind, rows, columns, from_input(code))
+                what = {"CODE": code, "ACTIVATED": from_input(code), "LINEAR_GATES": gates, "SPLIT": split}
+                yield _made("input_gradient", tile, kind, **what)
+        for gates, split in ways:
+            what = {"NEED_WEIGHTS": True, "NEED_BIASES": True, "LINEAR_GATES": gates, "SPLIT": split}
+            yield _made("weight_gradient", tiles.WEIGHT_GRADIENT[kind.operands], kind, **what)
 
 
-def norm_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
-    """Every configuration of the normalized mixture's kernels, with dropout, which takes registers."""
-    yield Variant("batch_statistics", norm_tiles.TOTALS, ())
-    for dtype in TORCH_DTYPES:
-        yield Variant("norm_totals", norm_tiles.TOTALS, (("SCALES", dtype), ("SUMS", 3)))
-        yield Variant("slope_totals", norm_tiles.SLOPES, (("SCALES", dtype),))
-    for aligned in (True, False):
-        values, sums = norm_tiles.VALUES[aligned], norm_tiles.SUMS[aligned]
-        for dtype, norm in itertools.product(TORCH_DTYPES, (0, 1, 2)):
-            common: tuple[tuple[str, Any], ...] = (("DTYPE", dtype), ("ALIGNED", aligned))
-            styles = (*common, ("SCALES", "fp32"), ("DROPS", True))
-            if norm == 2:
-                yield Variant("layer_statistics", values, common)
+def layerwise_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
+    """Every configuration of the kernels of layerwise levels, with dropout, which takes registers."""
+    norms = (NO_NORM, BATCH_NORM, LAYER_NORM)
+    yield Variant("batch_statistics", tiles.TOTALS, ())
+    for dtype in DTYPES.values():
+        yield Variant("norm_totals", tiles.TOTALS, (("SCALES", dtype), ("SUMS", 3)))
+        yield Variant("slope_totals", tiles.SLOPES, (("SCALES", dtype),))
+    for kind in VALUES:
+        values, sums = tiles.VALUES[kind.aligned], tiles.SUMS[kind.aligned]
+        yield _made("layer_statistics", values, kind)
+        for norm in norms:
+            with_dice = Settings(DICE, norm, True, tl.float32)
             for keeps in (True, False):
-                yield Variant("dice_rows", values, (*styles, ("NORM", norm), ("CODE", DICE), ("HIDDEN", keeps)))
-            yield Variant("dice_gradient_rows", values, (*styles, ("NORM", norm), ("CODE", DICE)))
+                yield _made("dice_rows", values, kind, LAYER=with_dice, HIDDEN=keeps)
+            yield _made("dice_gradient_rows", values, kind, LAYER=with_dice)
             for code in forward_codes:
-                yield Variant("normalize", values, (*styles, ("NORM", norm), ("CODE", code)))
+                yield _made("normalize", values, kind, LAYER=Settings(code, norm, True, tl.float32))
             for code in backward_codes:
-                what = (*styles, ("CODE", code), ("FROM_INPUT", from_input(code)))
-                if norm != 0 or has_slopes(code):  # without either there are no sums
-                    yield Variant("norm_sums", sums, (*what, ("NORM", norm)))
-                if norm == 2:
-                    yield Variant("layer_norm_gradient", values, what)
-                else:
-                    yield Variant("preactivation_gradient", values, (*what, ("NORM", norm)))
-        for (dtype, precision), norm, statistics in itertools.product(OPERANDS, (0, 1, 2), (True, False)):
-            tile = norm_tiles.LAYER[tiles.operands(TORCH_DTYPES[dtype], precision), aligned]
-            common = (("DTYPE", dtype), ("ALIGNED", aligned), ("PRECISION", precision), ("UPCAST", False))
-            for code, drops in (*((code, True) for code in forward_codes), (0, False)):
-                what = (("SCALES", "fp32"), ("NORM", norm), ("CODE", code), ("DROPS", drops))
-                yield Variant("normalized_layer", tile, (*common, *what, ("STATISTICS", statistics)))
+                layer = Settings(code, norm, True, tl.float32)
+                if norm != NO_NORM or has_slopes(code):  # without either there are no sums
+                    yield _made("norm_sums", sums, kind, LAYER=layer)
+                gradient = "layer_norm_gradient" if norm == LAYER_NORM else "preactivation_gradient"
+                yield _made(gradient, values, kind, LAYER=layer)
+    for kind, norm, statistics in itertools.product(PRODUCTS, norms, (True, False)):
+        for code, drops in (*((code, True) for code in forward_codes), (0, False)):
+            what = {"LAYER": Settings(code, norm, drops, tl.float32), "STATISTICS": statistics}
+            yield _made("layerwise_product", tiles.LAYERWISE[kind.operands], kind, **what)
 
 
 def pcgrad_variants() -> Iterator[Variant]:
     """Every configuration of PCGrad's kernels, for products in float64 and in float32."""
-    for dtype, torch_dtype in (TORCH_DTYPES | {"fp64": torch.float64}).items():
+    for torch_dtype, dtype in pcgrad.DTYPES.items():
         for group, single in dict.fromkeys((pcgrad.group_size(t), t <= pcgrad.MAX_GROUP) for t in TASKS):
-            for wide in (True, False) if dtype != "fp64" else (True,):
+            for wide in (True, False) if dtype != tl.float64 else (True,):
                 constants = (("DTYPE", dtype), ("WIDE", wide), ("GROUP", group), ("SINGLE", single))
                 yield Variant("gram_chunks", pcgrad.gram_tile(torch_dtype, wide, single), constants)
         yield Variant("combine_chunks", pcgrad.COMBINE, (("DTYPE", dtype),))
@@ -237,28 +226,22 @@ def pcgrad_variants() -> Iterator[Variant]:
 def snr_variants() -> Iterator[Variant]:
     """Every configuration of SNR's kernels, for up to 16 sub-networks on either side."""
     yield Variant("open_routes", Tile(1, 16, 1, 1, 1), ())
-    for aligned in (True, False):
-        for dtype in TORCH_DTYPES:
-            common: tuple[tuple[str, Any], ...] = (("DTYPE", dtype), ("ALIGNED", aligned))
-            yield Variant("average_sum", mixture.TILES[aligned], common)
-            yield Variant("route_dots", mixture.TILES[aligned], (*common, ("CLOSED_GRAD", False)))
-        for dtype, precision in OPERANDS:
-            key = tiles.operands(TORCH_DTYPES[dtype], precision), aligned
-            common = (("DTYPE", dtype), ("ALIGNED", aligned), ("PRECISION", precision), ("UPCAST", False))
-            for tile in routes.SUM[key]:
-                for transposed in (False, True):
-                    yield Variant("route_sum", tile, (*common, ("TRANSPOSED", transposed)))
-            wanted = (("NEED_WEIGHTS", True), ("NEED_Z", True), ("CLOSED_GRAD", True))
-            yield Variant("route_products", routes.PRODUCT[key], (*common, *wanted))
+    for kind in VALUES:
+        yield _made("average_sum", mixture.TILES[kind.aligned], kind)
+        yield _made("route_dots", mixture.TILES[kind.aligned], kind, CLOSED_GRAD=False)
+    for kind in PRODUCTS:
+        for tile, transposed in itertools.product(routes.SUM[kind.operands], (False, True)):
+            yield _made("route_sum", tile, kind, TRANSPOSED=transposed)
+        wanted = {"NEED_WEIGHTS": True, "NEED_Z": True, "CLOSED_GRAD": True}
+        yield _made("route_products", routes.PRODUCT[kind.operands], kind, **wanted)
 
 
 def compile_variant(variant: Variant, architecture: int) -> Usage:
     """Compiles for an architecture (80, 90, …) and reads from the machine code what it takes."""
     kernel = next(found for m in MODULES if (found := getattr(m, variant.kernel, None)) is not None)
     tile = variant.tile
-    values = dict(variant.constants) | {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    constants = {name: DTYPES.get(v, v) if name in ("DTYPE", "LOGITS", "SCALES") else v for name, v in values.items()}
-    types = ARGUMENTS.get(variant.kernel, {"table": "*i64"})
+    constants = dict(variant.constants) | {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    types = TYPES | OTHERS.get(variant.kernel, {})
     signature = {
         parameter.name: "constexpr" if parameter.is_constexpr else types.get(parameter.name, "i32")
         for parameter in kernel.params

@@ -9,18 +9,20 @@ import torch
 
 from mtlkernels import Routing, expert_mixture, use_backend
 from mtlkernels._backends import interpreting
+from mtlkernels.ops.level.spec import Groups, Layer, LevelSpec
 from tests.ops import zero_widths
 from tests.ops.level import gate_layers
+from tests.ops.level.operator import Operands, with_norms
 from tests.triton import levels, snr
-from tests.triton.cases import Case, cases, check_expert_mixture, check_gated_mixture
+from tests.triton.cases import Case, arguments, cases, check_backward, check_forward, check_gated_mixture, check_level
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
 SMALL = Case("small", 9, (8, 7, 6), activations=(3, 1), num_inputs=2)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_expert_mixture(case: Case) -> None:
-    check_expert_mixture(case, "cpu")
+def test_chain(case: Case) -> None:
+    check_level(case, "cpu")
 
 
 # The mixture knows nothing of layers: cases that differ in these alone are left out.
@@ -31,7 +33,7 @@ def test_gated_mixture(case: Case) -> None:
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4))[:-1], ids=str)
 def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool, bool]) -> None:
-    check_expert_mixture(SMALL, "cpu", needs)
+    check_level(SMALL, "cpu", needs=needs)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
@@ -40,13 +42,13 @@ def test_only_the_mixture_gradients_asked_for(needs: tuple[bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("case", levels.cases(), ids=str)
-def test_expert_level(case: Case) -> None:
-    levels.check(case, "cpu")
+def test_chain_with_linear_gates(case: Case) -> None:
+    check_level(case, "cpu", linear=True)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=5))[:-1], ids=str)
-def test_only_the_level_gradients_asked_for(needs: tuple[bool, ...]) -> None:
-    levels.check(levels.SMALL, "cpu", needs)
+def test_only_the_gradients_asked_for_with_linear_gates(needs: tuple[bool, ...]) -> None:
+    check_level(levels.SMALL, "cpu", linear=True, needs=needs)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["serving", "training"])
@@ -57,15 +59,56 @@ def test_gate_layers_through_the_public_function(seed: int, kind: torch.dtype, g
         gate_layers.check(seed, kind, grad)
 
 
+PARTS = {
+    # Two tasks' experts and shared ones, and a gate of all: MMoE's and PLE's last and inner levels.
+    "ple": Case("ple", 37, (20, 12, 9), 6, activations=(3, 1), num_inputs=3),
+    "many": Case("many", 35, (16, 32), 5, 9, (4,), largest_gate=2),
+}
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_part_of_a_chain(name: str, linear: bool) -> None:
+    """Gradients of what some outputs depend on, of a forward pass of all."""
+    a = arguments(PARTS[name], "cpu")
+    level = a.level(linear)
+    saved = check_forward(level)
+    for used in ([0], [2], [1, 2], []):
+        grads = [grad if k in used else None for k, grad in enumerate(a.grad_outputs)]
+        check_backward(level, grads, saved, Groups(*[True] * 8), 1 + len(used))
+
+
+def test_part_of_a_ple_level() -> None:
+    """Experts of two tasks and a shared one: one task's loss reaches neither the other's experts nor its own stream."""
+    routing = ((0, 0, 1, 1, 2), (0, 1, 4, 2, 3, 4, 0, 1, 2, 3, 4), (3, 3, 5))
+    a = arguments(Case("ple", 37, (20, 12, 9), 5, activations=(3, 1), num_inputs=3), "cpu")
+    logits = torch.randn(37, 11).split((3, 3, 5), 1)
+    level = Operands(LevelSpec(3, *routing, (Layer(3), Layer(1))), [*a.inputs, *a.weights, *a.biases, *logits])
+    saved = check_forward(level)
+    for unused in range(3):
+        grads = [None if k == unused else grad for k, grad in enumerate(a.grad_outputs)]
+        check_backward(level, grads, saved, Groups(*[True] * 8), 1)
+
+
+@pytest.mark.parametrize("rows", [1, 37])
+def test_part_of_a_layerwise_level(rows: int) -> None:
+    """With norms, slopes and dropout, which counts experts as the whole level does."""
+    level = with_norms(torch.float32, rows, False)
+    saved = check_forward(level)
+    for used in ([0], [1], []):
+        grads = [torch.randn(rows, 5) if k in used else None for k in range(2)]
+        check_backward(level, grads, saved, Groups(*[True] * 8), 1)
+
+
 def test_an_expert_outside_a_gate_cannot_reach_it() -> None:
     """Infinite outputs of an expert leave the gates that do not mix it alone: no 0 times infinity."""
-    from mtlkernels.ops.expert_mixture import triton as kernels
+    from mtlkernels.ops.level import triton as kernels
 
     x, weight = torch.ones(32, 4), torch.ones(32, 4)  # whole tiles: beyond them 0 times infinity is harmless
     logits = [torch.zeros(32, 1), torch.zeros(32, 1)]
-    (finite, infinite), _ = kernels.forward(
-        [x], [weight, weight], [None, torch.full((32,), float("inf"))], logits, [0, 0], [0, 1], [1, 1], [0], False
-    )
+    spec = LevelSpec(1, (0, 0), (0, 1), (1, 1), (Layer(0),))
+    level = Operands(spec, [x, weight, weight, None, torch.full((32,), float("inf")), *logits])
+    (finite, infinite), _ = kernels.forward(*level.forward(False))
     assert finite.eq(4).all() and infinite.isinf().all()
 
 

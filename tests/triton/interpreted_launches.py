@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain, product
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from benchmarks.peers.shape import TrunkShape
 from benchmarks.peers.triton_work import Shape, Work
 from mtlkernels import use_backend
 from mtlkernels._backends import interpreting
+from mtlkernels.ops.level.spec import Groups
 from mtlkernels.testing import evaluate
 from tests.ops.level import normalized
 from tests.triton import norms
@@ -32,26 +34,20 @@ WIDTHS = (24, 20, 16, 12)
 SPLIT = Case("split", 70, (24, 20, 16), 5, 3, (1, 3), num_inputs=2)
 
 
-def step(case: Case, *needs: bool) -> list[Tensor]:
-    """Outputs and gradients of a case."""
-    from mtlkernels.ops.expert_mixture import triton as kernels
+def step(case: Case, *needs: bool, linear: bool = False) -> list[Tensor]:
+    """Outputs and gradients of a case, with needs as ``check_level`` has them; ``linear``: its gates are layers."""
+    from mtlkernels.ops.level import triton as kernels
 
     a = arguments(case, "cpu")
-    outputs, saved = kernels.forward(a.inputs, a.weights, a.biases, a.gate_logits, *a.routing, True)
-    operands = (a.grad_outputs, a.inputs, a.weights, a.biases, a.gate_logits, saved)
-    gradients = kernels.backward(*operands, *a.routing, *(needs or (True,) * 4))
-    return [*outputs, *chain(*gradients)]
+    level = a.level(linear)
+    wanted = needs or (True,) * 5
+    kinds = Groups(*wanted[:3], False, False, False, *wanted[3:], *[False] * (5 - len(wanted)))
+    outputs, saved = kernels.forward(*level.forward(True))
+    gradients = kernels.backward(*level.backward(a.grad_outputs, saved, kinds))
+    return [*outputs, *(saved[-1:] if linear else ()), *gradients]
 
 
-def level_step(case: Case, *needs: bool) -> list[Tensor]:
-    """Likewise where the gates are linear layers."""
-    from mtlkernels.ops.expert_level import triton as kernels
-
-    a = arguments(case, "cpu")
-    operands = (a.inputs, a.weights, a.biases, a.gate_weights)
-    outputs, saved, logits = kernels.forward(*operands, a.gate_biases, *a.routing, True)
-    gradients = kernels.backward(a.grad_outputs, *operands, logits, saved, *a.routing, *(needs or (True,) * 5))
-    return [*outputs, logits, *chain(*gradients)]
+level_step = partial(step, linear=True)
 
 
 @pytest.mark.parametrize("gates", [1, 3, 5, 8])
@@ -94,9 +90,9 @@ def test_launches_of_norms() -> None:
     with use_backend("triton"), launched() as found:
         evaluate(normalized.fused, case)
     forward = [
-        "normalized_layer",
+        "layerwise_product",
         "layer_statistics",
-        "normalized_layer",
+        "layerwise_product",
         "batch_statistics",
         "normalize",
         "mix_forward",
@@ -115,7 +111,7 @@ def test_launches_of_dice() -> None:
     case = norms.cases()["dice_alone"]("cpu")
     with use_backend("triton"), launched() as found:
         evaluate(normalized.fused, case)
-    forward = ["normalized_layer", "dice_rows", "normalized_layer", "dice_rows", "mix_forward"]
+    forward = ["layerwise_product", "dice_rows", "layerwise_product", "dice_rows", "mix_forward"]
     backward = ["dice_rows", "dice_rows", "mix_backward"]
     layer = ["dice_gradient_rows", "norm_sums", "norm_totals", "preactivation_gradient"]
     backward += [*layer, "input_gradient", *layer, "slope_totals", "input_gradient", "weight_gradient"]
@@ -127,11 +123,27 @@ def test_launches_of_prelu() -> None:
     case = norms.cases()["prelu_alone"]("cpu")
     with use_backend("triton"), launched() as found:
         evaluate(normalized.fused, case)
-    forward = ["normalized_layer", "normalized_layer", "normalize", "mix_forward"]
+    forward = ["layerwise_product", "layerwise_product", "normalize", "mix_forward"]
     backward = ["normalize", "normalize", "mix_backward"]
     layer = ["norm_sums", "norm_totals", "preactivation_gradient"]
     backward += [*layer, "input_gradient", *layer, "slope_totals", "input_gradient", "weight_gradient"]
     assert [launch.kernel for launch in found] == forward + backward
+
+
+def test_a_part_takes_the_same_launches_and_no_memory_for_the_rest() -> None:
+    """One gate of three, of two of five experts: what is written is what those want."""
+    from mtlkernels.ops.level import triton as kernels
+
+    case = Case("part", 16, (16, 16), 5, 3, (1,), largest_gate=2)
+    a = arguments(case, "cpu")
+    level = a.level(False)
+    _, saved = kernels.forward(*level.forward(True))
+    grads = [a.grad_outputs[0], None, None]
+    with launched() as found:
+        gradients = kernels.backward(*level.backward(grads, saved, Groups(*[True] * 8)))
+    assert [launch.kernel for launch in found] == ["mix_backward", "input_gradient", "weight_gradient"]
+    assert [tuple(grad.shape) for grad in gradients] == [(16, 16)] * 3 + [(16,)] * 2 + [(16, 2)]
+    assert found[-1].written == 2 * (16 * 16 + 16) * 4
 
 
 def test_more_gates_take_one_launch_more() -> None:
@@ -146,7 +158,7 @@ def test_inputs_that_want_no_gradient_save_a_launch() -> None:
     assert [launch.kernel for launch in found[2:]] == ["mix_backward", "input_gradient", "weight_gradient"]
 
 
-@pytest.mark.parametrize("run", [step, level_step])
+@pytest.mark.parametrize("run", [step, level_step], ids=["logits", "linear"])
 def test_order_of_arrival_does_not_matter(run: Callable[..., list[Tensor]]) -> None:
     """Whichever of the programs that share a block comes last, the result has the same bits."""
     case = replace(SPLIT, num_inputs=3)
@@ -189,8 +201,9 @@ def works(case: Case, *needs: bool, linear: bool = False) -> list[Work]:
         precision="ieee",
         aligned=all(width % 16 == 0 for width in case.widths),
         num_inputs=case.num_inputs,
+        gate_inputs=tuple(a.gate_inputs) if linear else (),
         multiprocessors=132,
-        gate_biases=sum(bias.numel() for bias in a.gate_biases if bias is not None) if linear else None,
+        gate_biases=sum(bias.numel() for bias in a.gate_biases if bias is not None),
     )
     return [*triton_work.forward(shape, save=True), *triton_work.backward(shape, *needs)]
 
@@ -214,7 +227,7 @@ def test_work(case: Case, splits: int) -> None:
     assert any(work.scratch for work in expected if work.kernel != "mix_backward") == (splits > 1)
 
 
-# At least as many inputs as gates, where there are several; no expert reads some of them.
+# No expert reads some of the inputs, several gates read one.
 LEVEL_WORKS = [
     *(case for case in WORKS if case is not SPLIT and case.name != "whole_tiles"),
     replace(SPLIT, name="inputs", num_inputs=4),

@@ -1,4 +1,4 @@
-"""The normalized mixture's kernels, as interpreted.py has the others."""
+"""Layerwise levels' kernels, as interpreted.py has the others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is 
 
 
 @pytest.mark.parametrize("name", norms.cases())
-def test_normalized_mixture(name: str) -> None:
+def test_layerwise(name: str) -> None:
     norms.check(name, "cpu")
 
 
 @pytest.mark.parametrize("activation", ["prelu", "dice"])
 @pytest.mark.parametrize("needs", [tuple(i == j for i in range(6)) for j in range(6)], ids=str)
-def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...], activation: str) -> None:
+def test_only_the_gradients_asked_for(needs: tuple[bool, ...], activation: str) -> None:
     norms.check_gradients_asked_for(needs, activation, "cpu")
 
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import torch
 
-from mtlkernels.ops.expert_level import reference
-from tests.triton.cases import Case, arguments, assert_within_budget, exact, poisoned, split_into
+from tests.triton.cases import Case
 
-ALL = (True,) * 5
 SMALL = Case("small", 9, (8, 7, 6), activations=(3, 1), num_inputs=4)
-GROUPS = ("inputs", "weights", "biases", "gates' weights", "gates' biases")
 
 
 def cases(scale: int = 1) -> list[Case]:
@@ -45,32 +40,3 @@ def cases(scale: int = 1) -> list[Case]:
         Case("f16", 140 * scale, (48, 144, 80), activations=(1, 2), dtype=f16),
         Case("f16_odd_unfused", 37, (19, 21, 9), activations=(4, 6), dtype=f16, num_inputs=3, fused=False),
     ]
-
-
-def check(case: Case, device: str, needs: tuple[bool, ...] = ALL) -> None:
-    """Forward with and without saving, and backward, against the reference."""
-    from mtlkernels.ops.expert_level import triton as kernels
-    from mtlkernels.ops.expert_mixture import triton_tiles as tiles
-
-    a = arguments(case, device)
-    operands = (a.inputs, a.weights, a.biases, a.gate_weights, a.gate_biases)
-    expected, _, logits = reference.forward(*operands, *a.routing, True)
-    true, _, true_logits = reference.forward(*map(exact, operands), *a.routing, True)
-    with mock.patch.object(tiles, "MAX_FUSED_GATES", tiles.MAX_FUSED_GATES if case.fused else 0), poisoned():
-        with split_into(3):
-            found, saved, found_logits = kernels.forward(*operands, *a.routing, True)
-        with split_into(1):
-            alone, nothing, empty = kernels.forward(*operands, *a.routing, False)
-    assert nothing == [] and empty.shape == (0, sum(a.gate_sizes))
-    assert_within_budget("outputs", found, expected, true)
-    assert_within_budget("outputs without saving", alone, expected, true)
-    assert_within_budget("logits", [found_logits], [logits], [true_logits])
-
-    backward = (a.grad_outputs, a.inputs, a.weights, a.biases, a.gate_weights, found_logits, saved)
-    wanted = reference.backward(*backward, *a.routing, *needs)
-    ideal = reference.backward(*map(exact, backward), *a.routing, *needs)
-    for count in case.backward_parts(device):
-        with poisoned(), split_into(count):
-            got = kernels.backward(*backward, *a.routing, *needs)
-        for what, *tensors in zip(GROUPS, got, wanted, ideal, strict=True):
-            assert_within_budget(f"gradients of {what}", *tensors)

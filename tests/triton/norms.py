@@ -1,4 +1,4 @@
-"""Cases for the normalized mixture's Triton kernels; for the interpreter and for GPUs alike."""
+"""Cases for layerwise levels' Triton kernels; for the interpreter and for GPUs alike."""
 
 from __future__ import annotations
 

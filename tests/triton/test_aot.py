@@ -15,7 +15,7 @@ pytestmark = [
 PRODUCTS = (
     "layer_forward",
     "last_forward",
-    "normalized_layer",
+    "layerwise_product",
     "input_gradient",
     "weight_gradient",
     "route_sum",
@@ -38,10 +38,10 @@ KERNELS = ("mix_forward", "mix_backward", "open_routes", "average_sum", "route_d
 
 
 def size(  # noqa: N803
-    GROUP: int = 0, GATES: int = 0, GATE_LAYERS: bool = False, SPLIT: bool = False, **others: object
+    GROUP: int = 0, GATES: int = 0, LINEAR_GATES: bool = False, SPLIT: bool = False, **others: object
 ) -> tuple[int, ...]:
     """Of variants with the same tile, those with more of these take more registers."""
-    return GROUP, GATES, GATE_LAYERS, SPLIT
+    return GROUP, GATES, LINEAR_GATES, SPLIT
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 from mtlkernels import Routing, expert_mixture, hard_concrete, snr_aver, snr_trans  # noqa: E402
-from tests import requires
+from mtlkernels.ops.level.spec import Groups  # noqa: E402
+from tests import requires  # noqa: E402
 from tests.triton import levels, norms, snr  # noqa: E402
-from tests.triton.cases import Case, arguments, cases, check_expert_mixture, check_gated_mixture  # noqa: E402
+from tests.triton.cases import Case, arguments, cases, check_backward, check_forward, check_gated_mixture, check_level  # noqa: E402
 
 pytestmark = requires.cuda_gpu
 SMALL = Case("small", 9, (8, 7, 6), activations=(3, 1), num_inputs=2)
@@ -34,10 +35,10 @@ def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 @pytest.mark.parametrize("case", cases(scale=8) + LARGE, ids=str)
-def test_expert_mixture(case: Case, tf32: bool) -> None:
+def test_chain(case: Case, tf32: bool) -> None:
     if tf32 and case.dtype != torch.float32:
         pytest.skip("TF32 concerns float32 alone")
-    check_expert_mixture(case, "cuda")
+    check_level(case, "cuda")
 
 
 @pytest.mark.parametrize("case", cases(scale=8) + LARGE, ids=str)
@@ -47,34 +48,43 @@ def test_gated_mixture(case: Case) -> None:
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4))[:-1], ids=str)
 def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool, bool]) -> None:
-    check_expert_mixture(SMALL, "cuda", needs)
+    check_level(SMALL, "cuda", needs=needs)
 
 
 @pytest.mark.parametrize("case", levels.cases(scale=8) + LARGE, ids=str)
-def test_expert_level(case: Case, tf32: bool) -> None:
+def test_chain_with_linear_gates(case: Case, tf32: bool) -> None:
     if tf32 and case.dtype != torch.float32:
         pytest.skip("TF32 concerns float32 alone")
-    levels.check(case, "cuda")
+    check_level(case, "cuda", linear=True)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=5))[:-1], ids=str)
-def test_only_the_level_gradients_asked_for(needs: tuple[bool, ...]) -> None:
-    levels.check(levels.SMALL, "cuda", needs)
+def test_only_the_gradients_asked_for_with_linear_gates(needs: tuple[bool, ...]) -> None:
+    check_level(levels.SMALL, "cuda", linear=True, needs=needs)
 
 
 @pytest.mark.parametrize("name", norms.cases())
-def test_normalized_mixture(name: str, tf32: bool) -> None:
+def test_layerwise(name: str, tf32: bool) -> None:
     norms.check(name, "cuda", scale=8)
 
 
 @pytest.mark.parametrize("activation", ["prelu", "dice"])
 @pytest.mark.parametrize("needs", [tuple(i == j for i in range(6)) for j in range(6)], ids=str)
-def test_only_the_normalized_gradients_asked_for(needs: tuple[bool, ...], activation: str) -> None:
+def test_only_the_layerwise_gradients_asked_for(needs: tuple[bool, ...], activation: str) -> None:
     norms.check_gradients_asked_for(needs, activation, "cuda")
 
 
 def test_running_statistics() -> None:
     norms.check_statistics("cuda")
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("used", [(0,), (1, 2)], ids=str)
+def test_part_of_a_chain(used: tuple[int, ...], linear: bool) -> None:
+    a = arguments(LARGE[0], "cuda")
+    level = a.level(linear)
+    grads = [grad if k in used else None for k, grad in enumerate(a.grad_outputs)]
+    check_backward(level, grads, check_forward(level), Groups(*[True] * 8), 1)
 
 
 @pytest.mark.parametrize("name", snr.cases())
@@ -88,21 +98,14 @@ def test_closed_routes_take_no_part() -> None:
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_results_are_the_same_every_time(linear: bool) -> None:
-    from mtlkernels.ops.expert_level import triton as levels_kernels
-    from mtlkernels.ops.expert_mixture import triton as kernels
+    from mtlkernels.ops.level import triton as kernels
 
     a = arguments(LARGE[0], "cuda")
-    operands = (a.inputs, a.weights, a.biases)
+    level = a.level(linear)
 
     def results() -> list[torch.Tensor]:
-        if linear:
-            gates = (a.gate_weights, a.gate_biases)
-            outputs, saved, logits = levels_kernels.forward(*operands, *gates, *a.routing, True)
-            tensors = (a.grad_outputs, *operands, a.gate_weights, logits, saved)
-            return [*outputs, *itertools.chain(*levels_kernels.backward(*tensors, *a.routing, *(True,) * 5))]
-        outputs, saved = kernels.forward(*operands, a.gate_logits, *a.routing, True)
-        tensors = (a.grad_outputs, *operands, a.gate_logits, saved)
-        return [*outputs, *itertools.chain(*kernels.backward(*tensors, *a.routing, *(True,) * 4))]
+        outputs, saved = kernels.forward(*level.forward(True))
+        return [*outputs, *kernels.backward(*level.backward(a.grad_outputs, saved, (True,) * 8))]
 
     for first, second in zip(results(), results(), strict=True):
         assert torch.equal(first, second)

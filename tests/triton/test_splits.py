@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+from mtlkernels.ops._triton import DTYPES, Kind  # noqa: E402
 from mtlkernels.ops._triton_splits import MAX_SPLITS, Sums, splits  # noqa: E402
-from mtlkernels.ops.expert_mixture import triton_tiles as tiles  # noqa: E402
+from mtlkernels.ops.level.triton import tiles  # noqa: E402
 
 H100 = 132
+HALF = Kind(DTYPES[torch.bfloat16], True, "ieee")
 
 
 def mixing(rows: int, multiprocessors: int = H100) -> int:
     """The splits of the last layer of workload A: 12 experts, 3 gates, 256 to 128 features in bfloat16."""
-    tile = tiles.mixing("half", True, 3, rows)
+    tile = tiles.mixing(HALF, 3, rows)
     assert tile is not None
     return splits(tiles.mixing_sums(tile, 12, rows, 128, 256, 3, 2), multiprocessors)
 
 
 def weights(rows: int, features: int, multiprocessors: int = H100) -> int:
     """The splits of the weights' gradients of workload A's experts behind that number of features."""
-    tile = tiles.WEIGHT_GRADIENT["half", True]
+    tile = tiles.WEIGHT_GRADIENT[HALF.operands]
     blocks = tiles.weight_blocks(tile, 12, 256, features) + tiles.weight_blocks(tile, 12, 128, 256)
     return splits(tiles.weight_sums(tile, blocks, rows, 2), multiprocessors)
 

@@ -21,10 +21,12 @@ constexpr int64_t kMostPieces = 4096;
 // Results of more bytes are not worth keeping in cache, which they would push everything else out of.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
-// The gradients of one parameter, walked linearly.
+// The gradients of one parameter, walked linearly, and what serves their dtype.
 struct Parameter {
   std::vector<int> tasks;  // that have one
   std::vector<at::Tensor> grads;
+  std::vector<const void*> addresses;
+  const PcgradKernels* kernels = nullptr;
   int64_t elements = 0;
 };
 
@@ -43,36 +45,35 @@ void lay_out_alike(std::vector<at::Tensor>& grads) {
 std::vector<Parameter> parameters_of(GradList grads, int64_t tasks) {
   TORCH_CHECK_VALUE(tasks > 0 && grads.size() % tasks == 0, "mtlkernels: grads must hold num_tasks = ", tasks,
                     " entries a parameter, got ", grads.size());
-  std::vector<Parameter> found(grads.size() / tasks);
-  for (size_t p = 0; p < found.size(); ++p) {
-    Parameter& parameter = found[p];
+  std::vector<Parameter> parameters(grads.size() / tasks);
+  for (size_t p = 0; p < parameters.size(); ++p) {
+    Parameter& parameter = parameters[p];
     for (int64_t t = 0; t < tasks; ++t) {
       std::optional<at::Tensor> grad = grads.get(p * tasks + t);
       if (!grad) continue;
       check_plain(*grad);
       TORCH_CHECK_VALUE(grad->is_cpu() && grad->layout() == at::kStrided, "mtlkernels: grads[", t, "][", p,
                         "] must be a dense tensor on the CPU");
-      if (!parameter.grads.empty()) {
-        const at::Tensor& like = parameter.grads[0];
-        TORCH_CHECK_VALUE(grad->sizes() == like.sizes(), "mtlkernels: grads[", t, "][", p, "] must have shape ",
-                          like.sizes(), ", got ", grad->sizes());
-        TORCH_CHECK_TYPE(grad->scalar_type() == like.scalar_type(), "mtlkernels: grads[", t, "][", p,
-                         "] must have dtype ", like.scalar_type(), ", got ", grad->scalar_type());
-      }
+      const at::Tensor& like = parameter.grads.empty() ? *grad : parameter.grads[0];
+      TORCH_CHECK_VALUE(grad->sizes() == like.sizes(), "mtlkernels: grads[", t, "][", p, "] must have shape ",
+                        like.sizes(), ", got ", grad->sizes());
+      TORCH_CHECK_TYPE(grad->scalar_type() == like.scalar_type(), "mtlkernels: grads[", t, "][", p,
+                       "] must have dtype ", like.scalar_type(), ", got ", grad->scalar_type());
       parameter.tasks.push_back(static_cast<int>(t));
       parameter.grads.push_back(*std::move(grad));
     }
     if (parameter.grads.empty()) continue;
-    dtype_of(parameter.grads[0]);
+    parameter.kernels = &kernels().pcgrad[static_cast<int>(dtype_of(parameter.grads[0]))];
     parameter.elements = parameter.grads[0].numel();
     lay_out_alike(parameter.grads);
+    for (const at::Tensor& grad : parameter.grads) parameter.addresses.push_back(grad.const_data_ptr());
   }
-  return found;
+  return parameters;
 }
 
 struct Piece {
   const Parameter* parameter;
-  int64_t first, elements;
+  PcgradPiece run;
 };
 
 std::vector<Piece> cut(const std::vector<Parameter>& parameters) {
@@ -81,27 +82,13 @@ std::vector<Piece> cut(const std::vector<Parameter>& parameters) {
   const int64_t size = std::max(kPiece, (total / kMostPieces + 63) / 64 * 64);
   std::vector<Piece> pieces;
   for (const Parameter& parameter : parameters) {
+    const int count = static_cast<int>(parameter.tasks.size());
     for (int64_t first = 0; first < parameter.elements; first += size) {
-      pieces.push_back({&parameter, first, std::min(size, parameter.elements - first)});
+      const int64_t elements = std::min(size, parameter.elements - first);
+      pieces.push_back({&parameter, {parameter.addresses.data(), count, first, elements}});
     }
   }
   return pieces;
-}
-
-const PcgradKernels& kernels_for(const Parameter& parameter) {
-  return kernels().pcgrad[static_cast<int>(dtype_of(parameter.grads[0]))];
-}
-
-// Calls f(kernels, piece) with the addresses of the piece's gradients.
-template <typename F>
-void with_piece(const Piece& piece, F f) {
-  const auto& grads = piece.parameter->grads;
-  std::vector<const void*> pointers;
-  pointers.reserve(grads.size());
-  for (const at::Tensor& grad : grads) {
-    pointers.push_back(static_cast<const char*>(grad.const_data_ptr()) + piece.first * grad.element_size());
-  }
-  f(kernels_for(*piece.parameter), PcgradPiece{pointers.data(), static_cast<int>(grads.size()), piece.elements});
 }
 
 at::Tensor gram(GradList grads, int64_t tasks) {
@@ -117,9 +104,7 @@ at::Tensor gram(GradList grads, int64_t tasks) {
   for (int64_t some = 1; some <= tasks; ++some) bytes = std::max(bytes, kernels().pcgrad[0].gram_bytes(some));
   const Scratch scratch(threads, bytes);
   parallel_tasks_on(threads, count, [&](int64_t i, int64_t thread) {
-    with_piece(pieces[i], [&](const PcgradKernels& table, const PcgradPiece& piece) {
-      table.gram(piece, slots + i * tasks * tasks, scratch[thread]);
-    });
+    pieces[i].parameter->kernels->gram(pieces[i].run, slots + i * tasks * tasks, scratch[thread]);
   });
   double* sums = result.mutable_data_ptr<double>();
   for (int64_t i = 0; i < count; ++i) {
@@ -143,26 +128,25 @@ std::tuple<at::Tensor, at::Tensor> weights(const at::Tensor& gram, const std::op
   TORCH_CHECK_TYPE(gram.scalar_type() == at::kDouble, "mtlkernels: gram must be float64, got ", gram.scalar_type());
   const int tasks = static_cast<int>(gram.size(0));
   const at::Tensor from = gram.contiguous();
-  at::Tensor steps;
+  const double* products = from.const_data_ptr<double>();
+  at::Tensor steps = at::empty({tasks, 0}, at::kLong);
   if (order) {
     TORCH_CHECK_VALUE(order->dim() == 2 && order->size(0) == tasks && order->is_cpu(),
                       "mtlkernels: order must be a matrix with a row for each of ", tasks, " tasks on the CPU, got ",
                       order->sizes());
     steps = order->to(at::kLong).contiguous();
   }
-  const ProjectionOptions options{max_norm.value_or(-1), eps, include_self, normalize, project && order.has_value()};
-  const double* products = from.const_data_ptr<double>();
+  const int64_t* entries = steps.const_data_ptr<int64_t>();
+  const int count = static_cast<int>(steps.size(1));
+  const ProjectionOptions options{max_norm.value_or(-1), eps, include_self, normalize, project};
   std::vector<double> scale(tasks);
   projection_scales(products, tasks, options, scale.data(), [](double x) { return std::sqrt(x); });
   const at::Tensor rows = at::empty({tasks, tasks}, gram.options());
   const at::Tensor coefficients = at::zeros({tasks}, gram.options());
-  double* out = rows.mutable_data_ptr<double>();
+  double* row = rows.mutable_data_ptr<double>();
   double* sums = coefficients.mutable_data_ptr<double>();
-  const int64_t count = order ? steps.size(1) : 0;
-  const int64_t* entries = order ? steps.const_data_ptr<int64_t>() : nullptr;
-  for (int i = 0; i < tasks; ++i) {
-    double* row = out + static_cast<int64_t>(i) * tasks;
-    project_row(products, scale.data(), tasks, i, entries + i * count, static_cast<int>(count), options, row);
+  for (int i = 0; i < tasks; ++i, row += tasks) {
+    project_row(products, scale.data(), tasks, i, entries + int64_t{i} * count, count, options, row);
     for (int j = 0; j < tasks; ++j) sums[j] += row[j];
   }
   for (int j = 0; mean && j < tasks; ++j) sums[j] /= tasks;
@@ -196,10 +180,7 @@ std::vector<at::Tensor> combine(GradList grads, int64_t tasks, const at::Tensor&
   const std::vector<Piece> pieces = cut(parameters);
   parallel_tasks(at::get_num_threads(), static_cast<int64_t>(pieces.size()), [&](int64_t i) {
     const int64_t p = pieces[i].parameter - parameters.data();
-    with_piece(pieces[i], [&](const PcgradKernels& table, const PcgradPiece& piece) {
-      char* out = static_cast<char*>(outputs[p]) + pieces[i].first * results[p].element_size();
-      table.combine(piece, chosen[p].data(), out, stream);
-    });
+    pieces[i].parameter->kernels->combine(pieces[i].run, chosen[p].data(), outputs[p], stream);
   });
   return results;
 }

@@ -7,9 +7,9 @@ namespace mtlk {
 
 // A run of elements of one parameter, from the gradients that some tasks have for it.
 struct PcgradPiece {
-  const void* const* grads;  // `count` of them, where the run starts
+  const void* const* grads;  // `count` of them, where the parameter starts
   int count;
-  int64_t elements;
+  int64_t first, elements;
 };
 
 // Kernels for one storage type.
@@ -18,7 +18,7 @@ struct PcgradKernels {
   int64_t (*gram_bytes)(int count);
   void (*gram)(const PcgradPiece&, double* products, void* scratch);
 
-  // out = sum_i coefficients[i] * g_i; past the caches where `stream`.
+  // out = sum_i coefficients[i] * g_i, `out` where the parameter starts; past the caches where `stream`.
   void (*combine)(const PcgradPiece&, const double* coefficients, void* out, bool stream);
 };
 

@@ -78,11 +78,11 @@ class GramPiece {
 
   void add(int64_t first) {
     const int64_t n = piece_.elements - first < columns_ ? piece_.elements - first : columns_;
-    const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
     for (int t = 0; t < piece_.count; ++t) {
       double* row = values_ + t * ld_;
       widen_to_double(grad(t) + first, row, n);
-      for (int64_t i = n; i < whole; ++i) row[i] = 0;
+      for (int64_t i = n; i < padded; ++i) row[i] = 0;
     }
     const int side = rows_ / kTile, count = tiles(piece_.count);
     int done = 0;
@@ -90,11 +90,7 @@ class GramPiece {
       for (int b = a; b < side; ++b, ++done) {
         const Coming coming(*this, piece_.count * done / count, piece_.count * (done + 1) / count, first + n);
         for (int half = 0; half < kTile; half += kHalf) {
-          if (a == b) {
-            multiply<true>(a, b, half, whole, coming);
-          } else {
-            multiply<false>(a, b, half, whole, coming);
-          }
+          a == b ? multiply<true>(a, b, half, padded, coming) : multiply<false>(a, b, half, padded, coming);
         }
       }
     }
@@ -111,7 +107,7 @@ class GramPiece {
     const T* rows[kTile];
   };
 
-  const T* grad(int t) const { return static_cast<const T*>(piece_.grads[t]); }
+  const T* grad(int t) const { return static_cast<const T*>(piece_.grads[t]) + piece_.first; }
 
   // Adds the products of tile (a, b), of kHalf of its columns.
   template <bool Diagonal>
@@ -210,8 +206,9 @@ void combine_piece(const PcgradPiece& piece, const double* coefficients, T* out,
   constexpr int64_t kColumns = kVectors * kLanes;
   // How far ahead gradients are fetched: a dozen streams are too many for the hardware's prefetchers.
   constexpr int64_t kAhead = 2048;
-  int64_t first = 0;
-  for (; first + kColumns <= piece.elements; first += kColumns) {
+  int64_t first = piece.first;
+  const int64_t last = first + piece.elements;
+  for (; first + kColumns <= last; first += kColumns) {
     Vector<double> sums[kVectors] = {};
     for (int t = 0; t < piece.count; ++t) {
       const T* grad = static_cast<const T*>(piece.grads[t]) + first;
@@ -226,7 +223,7 @@ void combine_piece(const PcgradPiece& piece, const double* coefficients, T* out,
     for (int v = 0; v < kVectors; ++v) store(wide + v * kLanes, sums[v]);
     write(wide, kColumns, out + first, stream);
   }
-  for (; first < piece.elements; ++first) {
+  for (; first < last; ++first) {
     double sum = 0;
     for (int t = 0; t < piece.count; ++t) {
       sum += coefficients[t] * to_compute(static_cast<const T*>(piece.grads[t])[first]);

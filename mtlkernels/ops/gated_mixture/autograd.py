@@ -12,8 +12,7 @@ from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import batched_backward, by_example, call, differentiate_twice, front, grads_are_batched
 from mtlkernels.ops._call import run_forward
-from mtlkernels.ops._reach import keep, reach_of
-from mtlkernels.ops.gated_mixture import reference
+from mtlkernels.ops.gated_mixture import reference, schema  # noqa: F401  (it defines the operators)
 
 _OP = "gated_mixture"
 
@@ -64,7 +63,7 @@ def _gradients(plan: Plan, needs: tuple[bool, bool], grads: Any, tensors: Any) -
     grad_experts = next(found) if needs[0] else None
     if not needs[1]:
         return grad_experts, [None] * len(logits)
-    return grad_experts, keep(list(found), [grad is not None for grad in grads])
+    return grad_experts, [None if grad is None else grad_logits for grad, grad_logits in zip(grads, found, strict=True)]
 
 
 class ListMixture(torch.autograd.Function):
@@ -96,8 +95,9 @@ class ListMixture(torch.autograd.Function):
         needs = (any(flags[:count]), any(flags[count:]))
         grad_experts, grad_logits = _gradients(plan, needs, grads[:-1], (stacked, *tensors[count:]))
         each: list[Any] = [None] * count if grad_experts is None else list(grad_experts.unbind(1))
-        reach = reach_of(grads[:-1], 0, range(count), plan.gate_experts, plan.gate_sizes)
-        return (None, None, *(each if reach is None else keep(each, reach.experts)), *grad_logits)
+        gates = zip(reference.split_gates(plan.gate_experts, plan.gate_sizes), grads, strict=False)
+        reached = {e for gate, grad in gates if grad is not None for e in gate}
+        return (None, None, *(grad if e in reached else None for e, grad in enumerate(each)), *grad_logits)
 
 
 class GatedMixtureBackward(torch.autograd.Function):

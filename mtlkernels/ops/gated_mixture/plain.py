@@ -1,4 +1,4 @@
-"""Gated mixture as PyTorch's own operators; see :mod:`mtlkernels.ops.expert_mixture.plain`."""
+"""Gated mixture as PyTorch's own operators; see :mod:`mtlkernels.ops.level.plain`."""
 
 from __future__ import annotations
 

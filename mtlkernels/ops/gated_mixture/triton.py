@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from mtlkernels.ops import _triton
-from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
-from mtlkernels.ops.activations import from_input
+from mtlkernels.ops._triton import DTYPES, Kind, Table, Tile, contiguous, launch
 from mtlkernels.ops.gated_mixture.triton_kernels import mix_backward, mix_forward
 
 # 2,048 elements a tile: two 16-byte loads a thread in half precision, and few enough registers for several programs on
@@ -22,28 +23,46 @@ TILES = {
 }
 
 
+class Gates(NamedTuple):
+    """K gates: their logits, the experts of all, one gate's after another's, and how many each has."""
+
+    logits: Sequence[Tensor]
+    experts: Sequence[int]
+    sizes: Sequence[int]
+
+    def entries(self, table: Table) -> int:
+        """Appends what kernels know of the gates; see ``gate_logits`` in _triton_functions.py.
+
+        K addresses of logits, K row strides, K column strides, K + 1 offsets into the experts of all gates, these.
+        """
+        start = table.pointers(self.logits)
+        table.integers(logits.stride(0) for logits in self.logits)
+        table.integers(logits.stride(1) for logits in self.logits)
+        table.integers(sum(self.sizes[:k]) for k in range(len(self.sizes) + 1))
+        table.integers(self.experts)
+        return start
+
+    def of_experts(self, table: Table, offsets: Sequence[int]) -> int:
+        """Appends which gates mix each expert: E + 1 starts, the gates, and their places in ``experts``.
+
+        Then come ``offsets``, from the first of the experts that are stacked to each.
+        """
+        owners = [k for k, size in enumerate(self.sizes) for _ in range(size)]
+        order = sorted(range(len(self.experts)), key=lambda member: self.experts[member])
+        sizes = [0] * len(offsets)
+        for expert in self.experts:
+            sizes[expert] += 1
+        start = table.integers(accumulate(sizes, initial=0))
+        table.integers(owners[member] for member in order)
+        table.integers(order)
+        table.integers(offsets)
+        return start
+
+
 def strides(table: Table, tensor: Tensor | None, row: int, expert: int) -> int:
     """Appends where the experts' features are: address, stride along dimensions ``row`` and ``expert``."""
     start = table.pointers([tensor])
-    if tensor is None:
-        table.integers((0, 0))
-    else:
-        table.integers((tensor.stride(row), tensor.stride(expert)))
-    return start
-
-
-def seen_entries(table: Table, gate_experts: Sequence[int], gate_sizes: Sequence[int], num_experts: int) -> int:
-    """Appends which gates mix each expert: E + 1 offsets, the gates, and their places in ``gate_experts``."""
-    owners = [k for k, size in enumerate(gate_sizes) for _ in range(size)]
-    order = sorted(range(len(gate_experts)), key=lambda member: gate_experts[member])
-    offsets = [0] * (num_experts + 1)
-    for expert in gate_experts:
-        offsets[expert + 1] += 1
-    for e in range(num_experts):
-        offsets[e + 1] += offsets[e]
-    start = table.integers(offsets)
-    table.integers(owners[member] for member in order)
-    table.integers(order)
+    table.integers((0, 0) if tensor is None else (tensor.stride(row), tensor.stride(expert)))
     return start
 
 
@@ -55,49 +74,29 @@ def forward(
     table = Table()
     at = strides(table, experts, 0, 1)
     shape = (experts.shape[0], experts.shape[2])
-    aligned = _triton.aligned([experts], experts.stride()[:2] + shape[1:])
-    outputs, run = prepare_forward(table, aligned, at, experts, shape, gate_logits, gate_experts, gate_sizes)
+    kind = Kind.of(experts.dtype, _triton.aligned([experts], experts.stride()[:2] + shape[1:]))
+    outputs, run = prepare_forward(table, kind, at, experts, shape, Gates(gate_logits, gate_experts, gate_sizes))
     with _triton.on_device(experts.device):
         run(table.to(experts.device))
     return outputs
 
 
 def prepare_forward(
-    table: Table,
-    aligned: bool,
-    experts: int,
-    like: Tensor,
-    shape: tuple[int, int],
-    gate_logits: Sequence[Tensor],
-    gate_experts: Sequence[int],
-    gate_sizes: Sequence[int],
+    table: Table, kind: Kind, experts: int, like: Tensor, shape: tuple[int, int], gates: Gates
 ) -> tuple[list[Tensor], Callable[[Tensor], None]]:
     """The outputs, of ``shape`` [B, H], and what fills them once the table is complete and on the device.
 
     ``experts`` is a place in the table, see :func:`strides`.
     """
     num_rows, width = shape
-    outputs = [like.new_empty(shape) for _ in gate_sizes]
-    gates = _triton.gate_entries(table, gate_logits, gate_experts, gate_sizes)
-    at_outputs = table.pointers(outputs)
-    tile = TILES[aligned]
+    outputs = [like.new_empty(shape) for _ in gates.sizes]
+    places = (table.pointers(outputs), gates.entries(table), experts)
+    tile = TILES[kind.aligned]
+    programs = triton.cdiv(num_rows, tile.rows) * triton.cdiv(width, tile.columns)
+    constants = {"KIND": kind.without_products, "LOGITS": DTYPES[gates.logits[0].dtype]}
 
     def run(entries: Tensor) -> None:
-        launch(
-            mix_forward,
-            triton.cdiv(num_rows, tile.rows) * triton.cdiv(width, tile.columns),
-            tile,
-            entries,
-            at_outputs,
-            gates,
-            experts,
-            len(gate_sizes),
-            num_rows,
-            width,
-            DTYPE=DTYPES[like.dtype],
-            LOGITS=DTYPES[gate_logits[0].dtype],
-            ALIGNED=aligned,
-        )
+        launch(mix_forward, programs, tile, entries, *places, len(gates.sizes), num_rows, width, **constants)
 
     return outputs, run
 
@@ -114,80 +113,74 @@ def backward(
     """As the reference: the gradients of the experts [B, E, H] and of each gate's logits."""
     experts = experts if experts.stride(2) == 1 else experts.contiguous()
     grad_experts = torch.empty_like(experts, memory_format=torch.contiguous_format) if need_experts else None
+    logits = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in gate_logits if need_logits]
     table = Table()
-    saved, grads = strides(table, experts, 0, 1), strides(table, grad_experts, 0, 1)
+    places = strides(table, experts, 0, 1), strides(table, grad_experts, 0, 1)
+    offsets = [e * experts.stride(1) for e in range(experts.shape[1])]
     grad_outputs = contiguous(grad_outputs)
     aligned = _triton.aligned([experts, *grad_outputs], (*experts.stride()[:2], experts.shape[2]))
-    gates = (gate_logits, gate_experts, gate_sizes)
-    grad_logits, run = prepare_backward(
-        table, aligned, saved, grads, experts.shape[1], 0, grad_outputs, *gates, need_experts, need_logits
+    gates = Gates(gate_logits, gate_experts, gate_sizes)
+    run = prepare_backward(
+        table,
+        Kind.of(experts.dtype, aligned),
+        places,
+        offsets,
+        0,
+        grad_outputs,
+        gates,
+        need_experts,
+        logits,
     )
     with _triton.on_device(experts.device):
         run(table.to(experts.device))
-    return [] if grad_experts is None else [grad_experts], grad_logits
+    return [] if grad_experts is None else [grad_experts], logits
 
 
 def prepare_backward(
     table: Table,
-    aligned: bool,
-    saved: int,
-    grad_experts: int,
-    num_experts: int,
+    kind: Kind,
+    places: tuple[int, int],
+    offsets: Sequence[int],
     code: int,
     grad_outputs: Sequence[Tensor],
-    gate_logits: Sequence[Tensor],
-    gate_experts: Sequence[int],
-    gate_sizes: Sequence[int],
+    gates: Gates,
     need_experts: bool,
-    need_logits: bool,
-    grad_logits: Sequence[Tensor] | None = None,
-) -> tuple[list[Tensor], Callable[[Tensor], None]]:
-    """The logits' gradients, and what fills them and the experts' once the table is complete and on the device.
+    grad_logits: Sequence[Tensor],
+) -> Callable[[Tensor], None]:
+    """What fills the gradients of experts and logits once the table is complete and on the device.
 
-    ``grad_outputs`` are contiguous. ``saved`` and ``grad_experts`` are places in the table, see :func:`strides`;
-    ``code`` is the activation that the experts end with. ``grad_logits``: where the logits' gradients go, in rows that
-    may be longer than the logits', and are filled with zeros; None makes new tensors.
+    Args:
+        table: the call's.
+        kind: of all kernels.
+        places: where in the table the experts and their gradients are, see :func:`strides`.
+        offsets: those of the E experts among the experts that are stacked; of gradients only E are.
+        code: the activation that the experts end with.
+        grad_outputs: contiguous.
+        gates: which mix these E.
+        need_experts: whether the experts' gradients are wanted.
+        grad_logits: where the logits' gradients go, in rows that may be longer than the logits', and are filled with
+            zeros; empty where they are not wanted.
     """
-    if grad_logits is None or not need_logits:
-        grad_logits = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in gate_logits if need_logits]
     num_rows, width = grad_outputs[0].shape
-    members, tile = len(gate_experts), TILES[aligned]
-    blocks = triton.cdiv(width, tile.columns) if need_logits else 0
+    members, tile = len(gates.experts), TILES[kind.aligned]
+    blocks = triton.cdiv(width, tile.columns) if grad_logits else 0
     weights = grad_outputs[0].new_empty((members, num_rows), dtype=torch.float32)
     inner = grad_outputs[0].new_empty((blocks, members, num_rows), dtype=torch.float32)
-    gates = _triton.gate_entries(table, gate_logits, gate_experts, gate_sizes)
-    seen = seen_entries(table, gate_experts, gate_sizes, num_experts)
-    at_outputs = table.pointers(grad_outputs)
+    at = (table.pointers(grad_outputs), gates.entries(table), gates.of_experts(table, offsets), *places)
     at_logits = table.pointers(grad_logits)
     table.integers(t.stride(0) for t in grad_logits)
     table.integers(t.shape[1] for t in grad_logits)
+    sizes = (len(gates.sizes), len(offsets), members, num_rows, width)
+    constants = {
+        "KIND": kind.without_products,
+        "LOGITS": DTYPES[gates.logits[0].dtype],
+        "CODE": code,
+        "NEED_EXPERTS": need_experts,
+        "NEED_LOGITS": len(grad_logits) > 0,
+    }
 
     def run(entries: Tensor) -> None:
-        launch(
-            mix_backward,
-            triton.cdiv(num_rows, tile.rows),
-            tile,
-            entries,
-            weights,
-            inner,
-            at_outputs,
-            gates,
-            seen,
-            saved,
-            grad_experts,
-            at_logits,
-            len(gate_sizes),
-            num_experts,
-            members,
-            num_rows,
-            width,
-            DTYPE=DTYPES[grad_outputs[0].dtype],
-            LOGITS=DTYPES[gate_logits[0].dtype],
-            ALIGNED=aligned,
-            CODE=code,
-            FROM_INPUT=from_input(code),
-            NEED_EXPERTS=need_experts,
-            NEED_LOGITS=need_logits,
-        )
+        programs = triton.cdiv(num_rows, tile.rows)
+        launch(mix_backward, programs, tile, entries, weights, inner, *at, at_logits, *sizes, **constants)
 
-    return list(grad_logits), run
+    return run

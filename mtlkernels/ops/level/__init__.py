@@ -6,6 +6,7 @@ The public function is :func:`mtlkernels.expert_mixture`; :mod:`mtlkernels.ops.l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -88,12 +89,12 @@ def expert_mixture(
             unknown, a rate is not in [0, 1], or a batch norm is to take the statistics of fewer than two rows.
     """
     if isinstance(dropout, float) and not dropout:
-        gates = (gate_logits, gate_weights, gate_biases, gate_norms)
-        outputs = direct(inputs, weights, biases, gates, routing, activation, norms, slopes, dice_eps)
+        of_gates = (gate_logits, gate_weights, gate_biases, gate_norms)
+        outputs = direct(inputs, weights, biases, of_gates, routing, activation, norms, slopes, dice_eps)
         if outputs is not None:
             return outputs
     gates = (gate_logits, routing, activation, gate_weights, gate_biases, gate_norms)
-    arguments = (inputs, weights, biases, *gates, norms, dropout, slopes, dice_eps)
+    arguments: Any = (inputs, weights, biases, *gates, norms, dropout, slopes, dice_eps)
     if needs_plain("expert_mixture", _torch.is_fx_symbolic_tracing() and arguments):
         return plain.expert_mixture(*arguments)
     return evaluate(check_arguments(*arguments), routing)

@@ -64,7 +64,7 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
         gates = (_gate_logits(given.streams, *gates), ())
 
     weights = [weight for layer in layers for weight in layer]
-    of_experts = [weights, biases]
+    of_experts: list[Any] = [weights, biases]
     if spec.has_norms:
         everyone = range(routing.num_experts)
         of_experts += [parameters(norms, part, everyone) for part in ("weight", "bias")]

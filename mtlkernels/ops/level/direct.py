@@ -41,9 +41,11 @@ def direct(
     first = inputs[0] if several and inputs else inputs
     if not (type(first) is Tensor and first.is_cpu and unobserved()):
         return None
-    if type(routing) is not Routing or not isinstance(weights, _LISTS) or routing.wiring.idle:
+    if type(routing) is not Routing or routing.wiring.idle or not (isinstance(weights, _LISTS) and weights):
         return None
     if several and len(inputs) != routing.num_inputs:
+        return None
+    if several and gates[1] is not None and 1 < len(inputs) < routing.num_gates:
         return None
     if gates[1] is None if gates[0] is None else gates[1:] != (None, None, None):
         return None

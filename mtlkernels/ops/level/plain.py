@@ -31,23 +31,25 @@ def expert_mixture(*arguments: Any) -> tuple[Tensor, ...]:
         found = _tracing.quietly(check_arguments, *arguments)
         count = len(found.layers)
         modules = [None if norm is None else norm.modules for norm in found.norms]
-        of_layers = (_by_layer(found.biases, count), modules, _by_layer(found.slopes, count))
-        gates = (found.gates, found.logits, routing, found.codes, found.dropout, found.dice_eps)
+        of_layers: Any = (_by_layer(found.biases, count), modules, _by_layer(found.slopes, count))
+        gates: Any = (found.gates, found.logits, routing, found.codes, found.dropout, found.dice_eps)
         return _evaluate(found.streams, found.layers, *of_layers, *gates)
     # Of proxies, each of which stands for one tensor, nobody can check anything.
     check_routing(routing)
     sizes, count = routing.wiring.gate_sizes, len(weights)
     streams = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
-    of_layers = tuple([None] * count if parts is None else parts for parts in (biases, norms, slopes))
+    offsets_by_layer, norms_by_layer, slopes_by_layer = (
+        [None] * count if parts is None else parts for parts in (biases, norms, slopes)
+    )
+    by_layer = (offsets_by_layer, norms_by_layer, slopes_by_layer)
     layers = None
     if gate_weights is not None:
         offsets = [None] * len(sizes) if gate_biases is None else _by_gate(gate_biases, sizes)
         layers = (_by_gate(gate_weights, sizes), offsets, list(gate_norms or ()))
     logits = [] if layers is not None else logits_by_gate(gate_logits, sizes)
-    numbers = (check_dropout(dropout, count), numbers_by_layer("dice_eps", "number", dice_eps, count))
-    return _evaluate(
-        streams, weights, *of_layers, layers, logits, routing, activation_codes(activation, count), *numbers
-    )
+    rates, epsilons = check_dropout(dropout, count), numbers_by_layer("dice_eps", "number", dice_eps, count)
+    codes = activation_codes(activation, count)
+    return _evaluate(streams, weights, *by_layer, layers, logits, routing, codes, rates, epsilons)
 
 
 def _evaluate(

@@ -108,7 +108,9 @@ def evaluate(
 ) -> tuple[list[Tensor], list[Tensor], list[_Values], list[Tensor]]:
     """Outputs, pre-activations, what becomes of them, and statistics: all means, then all variances."""
     hidden = [groups.inputs[stream] for stream in spec.expert_inputs]
-    before, values, means, variances = [], [], [], []
+    before, values = [], []
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
     for number, layer in enumerate(spec.layers):
         parameters = _of_layer(spec, groups, number)
         z = _products(parameters, hidden)

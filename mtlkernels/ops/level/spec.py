@@ -150,7 +150,8 @@ class LevelSpec:
         where all are zero.
         """
         counts = (self.num_inputs, len(self.expert_inputs), len(self.gate_sizes), len(self.layers))
-        activations, norms, *numbers = (tuple(layer[i] for layer in self.layers) for i in range(5))
+        columns: Any = (tuple(layer[i] for layer in self.layers) for i in range(5))
+        activations, norms, *numbers = columns
         wiring = (*self.expert_inputs, *self.gate_sizes, *activations, *norms, *self.gate_inputs, *self.gate_experts)
         floats = tuple(value for run in numbers for value in run)
         return (*counts, int(len(self.gate_inputs) > 0), *wiring), floats if any(floats) else ()

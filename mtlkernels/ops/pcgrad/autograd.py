@@ -15,7 +15,7 @@ from mtlkernels import _torch
 from mtlkernels._backends import register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import copies
-from mtlkernels.ops.pcgrad import reference
+from mtlkernels.ops.pcgrad import reference, schema  # noqa: F401  (it defines the operators)
 
 _OP = "pcgrad"
 
@@ -33,8 +33,8 @@ def _register(direction: str, function: Callable[..., Any]) -> None:
             copies(value, dim, info.batch_size) if isinstance(value, Tensor) else [value] * info.batch_size
             for value, dim in zip(flat, dims, strict=True)
         ]
-        found = [operator(*_torch.tree_unflatten(row, spec)) for row in zip(*columns, strict=True)]
-        out = _torch.tree_map(lambda *examples: torch.stack(examples), *found)
+        results = [operator(*_torch.tree_unflatten(row, spec)) for row in zip(*columns, strict=True)]
+        out = _torch.tree_map(lambda *examples: torch.stack(examples), *results)
         return out, _torch.tree_map(lambda _: 0, out)
 
     torch.library.register_vmap(f"mtlkernels::{_OP}_{direction}", rule)

@@ -106,17 +106,9 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     return result
 
 
-def weights(
-    gram: Tensor,
-    order: Tensor | None,
-    include_self: bool,
-    max_norm: float | None,
-    normalize: bool,
-    project: bool,
-    eps: float,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
+def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """See :func:`mtlkernels.ops.pcgrad.reference.weights`."""
+    include_self, max_norm, normalize, project, eps, mean = options
     check_gram(gram)
     num_tasks = gram.shape[0]
     _check_tasks(num_tasks)

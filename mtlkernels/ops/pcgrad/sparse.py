@@ -42,10 +42,10 @@ class SparseColumn:
         dtypes = {values.dtype for _, values in rows.values()}
         dtype = self.like.dtype if dtypes == {self.like.dtype} else torch.float64
         self.values = {t: values.to(dtype) for t, (_, values) in rows.items()}
-        keys = [found for found, _ in rows.values()]
-        self.union, place, self._touched = torch.cat(keys).unique(return_inverse=True, return_counts=True)
-        self.place = dict(zip(rows, place.split([len(found) for found in keys]), strict=True))
-        self.aligned = len(keys) * len(self.union) <= _FILL * len(place)
+        keys = torch.cat([keys for keys, _ in rows.values()])
+        self.union, place, self._touched = keys.unique(return_inverse=True, return_counts=True)
+        self.place = dict(zip(rows, place.split([len(values) for values in self.values.values()]), strict=True))
+        self.aligned = len(rows) * len(self.union) <= _FILL * len(place)
         if self.aligned:
             self.values = {t: self._over_union(t) for t in self.values}
 
@@ -58,19 +58,13 @@ class SparseColumn:
         return spread
 
     def for_gram(self) -> list[Tensor | None]:
-        """Columns of dense tensors, flat, of whose Gram matrix :meth:`cross` is what the whole one has besides."""
-        flat = self._column(self.dense) if self.dense else []
-        if self.aligned:
-            return flat + self._column(self.values)
-        for t, values in self.values.items():
-            flat += self._column({t: values})
-        return flat
+        """Columns of dense tensors, one after another; :meth:`cross` is what their Gram matrix lacks."""
+        apart = [self.values] if self.aligned else [{t: values} for t, values in self.values.items()]
+        return [grad for column in (self.dense, *apart) if column for grad in self._column(column)]
 
     def for_combine(self) -> list[Tensor | None]:
         """The column of dense tensors whose weighted sum :meth:`combine` wants, or none."""
-        if self.dense:
-            return self._column(self.dense)
-        return self._column(self.values) if self.aligned else []
+        return self._column(self.dense or self.values) if self.dense or self.aligned else []
 
     def _column(self, grads: dict[int, Tensor]) -> list[Tensor | None]:
         return [grads.get(t) for t in range(self.num_tasks)]
@@ -145,11 +139,11 @@ class SparseColumn:
 
     def _indices(self, keys: Tensor) -> tuple[Tensor, ...]:
         """Where rows are in the parameter: one tensor a sparse dimension."""
-        found = []
+        indices: tuple[Tensor, ...] = ()
         for size in reversed(self.like.shape[1 : self.like.sparse_dim()]):
-            found.append(keys % size)
+            indices = (keys % size, *indices)
             keys = keys // size
-        return (keys, *reversed(found))
+        return (keys, *indices)
 
     def _over_rows(self, values: Tensor) -> Tensor:
         indices = torch.stack(self._indices(self.union))

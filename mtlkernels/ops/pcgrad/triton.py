@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -69,28 +69,21 @@ def is_wide(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float64 or has_fast_float64(device)
 
 
-class Parameters(NamedTuple):
-    """The parameters of one dtype, with places in the table of what kernels know of them."""
-
-    dtype: torch.dtype
-    chunks: int
-    starts: int
-    sizes: int
-    tasks: int
-    outputs: int
-    number: int
-
-
 def by_dtype(
     table: Table, columns: Sequence[Sequence[Tensor | None]], outputs: Sequence[Tensor], chunk: int
-) -> list[Parameters]:
-    """Appends the parameters, those that have elements, to the table; one entry for each dtype."""
+) -> list[tuple[torch.dtype, int, tuple[int, ...]]]:
+    """Appends the parameters, those that have elements, to the table.
+
+    Returns:
+        For each dtype the number of chunks, and what kernels take: where in the table the starts, the sizes, the tasks'
+        addresses and those of ``outputs`` are, and the number of parameters.
+    """
     members: dict[torch.dtype, list[tuple[int, int]]] = {}
     for p, column in enumerate(columns):
         like = first_of(column)
         if like is not None and like.numel():
             members.setdefault(like.dtype, []).append((p, like.numel()))
-    parameters = []
+    dtypes: list[tuple[torch.dtype, int, tuple[int, ...]]] = []
     for dtype, sized in members.items():
         starts = [0]
         for _, size in sized:
@@ -101,8 +94,8 @@ def by_dtype(
             table.pointers(grad for p, _ in sized for grad in columns[p]),
             table.pointers(outputs[p] for p, _ in sized) if outputs else 0,
         )
-        parameters.append(Parameters(dtype, starts[-1], *places, len(sized)))
-    return parameters
+        dtypes.append((dtype, starts[-1], (*places, len(sized))))
+    return dtypes
 
 
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
@@ -116,19 +109,17 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     table = Table()
     at_pairs = table.integers(first for pair in pairs for first in pair)
     dtypes = by_dtype(table, columns, [], GRAM_CHUNK)
-    num_parts = sum(parameters.chunks for parameters in dtypes)
+    num_parts = sum(chunks for _, chunks, _ in dtypes)
     parts = torch.empty((num_tasks, num_tasks, num_parts), dtype=torch.float64, device=device)
     result = torch.empty((num_tasks, num_tasks), dtype=torch.float64, device=device)
     first_part = 0
     with _triton.on_device(device):
         entries = table.to(device)
-        for dtype, chunks, starts, sizes, tasks, _, number in dtypes:
+        for dtype, chunks, (*places, _, number) in dtypes:
             wide = is_wide(dtype, device)
             tile = gram_tile(dtype, wide, single)
-            places = (starts, sizes, tasks, at_pairs)
-            numbers = (number, num_tasks, len(pairs))
             constants = {"DTYPE": DTYPES[dtype], "WIDE": wide, "GROUP": group, "SINGLE": single}
-            args = (entries, parts, first_part, num_parts, *places, *numbers)
+            args = (entries, parts, first_part, num_parts, *places, at_pairs, number, num_tasks, len(pairs))
             launch(gram_chunks, chunks * len(pairs), tile, *args, **constants)
             first_part += chunks
         launch(gram_sum, num_tasks * num_tasks, SUM, parts, result, num_parts, num_tasks)
@@ -140,17 +131,9 @@ def bits(value: float) -> Any:
     return struct.unpack("q", struct.pack("d", value))[0]
 
 
-def weights(
-    gram: Tensor,
-    order: Tensor | None,
-    include_self: bool,
-    max_norm: float | None,
-    normalize: bool,
-    project: bool,
-    eps: float,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
+def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """As the reference: the projected gradients' coefficients [T, T], and the result's [T], in float64."""
+    include_self, max_norm, normalize, project, eps, mean = options
     num_tasks = gram.shape[0]
     gram = gram.contiguous()
     rows, coefficients = torch.empty_like(gram), torch.empty_like(gram[0])
@@ -172,7 +155,7 @@ def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor
     if dtypes:
         with _triton.on_device(coefficients.device):
             entries = table.to(coefficients.device)
-            for dtype, chunks, *places in dtypes:
+            for dtype, chunks, places in dtypes:
                 args = (entries, coefficients, *places, num_tasks)
                 launch(combine_chunks, chunks, COMBINE, *args, DTYPE=DTYPES[dtype])
     return results

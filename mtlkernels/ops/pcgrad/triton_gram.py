@@ -115,25 +115,12 @@ def levelled(exponents, WIDE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def write(
-    out,
-    stride,
-    num_tasks,
-    i,
-    j,
-    total,
-    left,
-    right,
-    level,
-    other_level,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+def write(where, total, left, right, level, other_level, A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr):
     """Adds up the lanes' sums of products of tasks i and j, numbers A and B of their groups, and writes the result.
 
     Exactly zero where one of the gradients is missing, also if the other one is not finite.
     """
+    out, stride, num_tasks, i, j = where
     if WIDE:
         result = tl.sum(total, 0)
     else:
@@ -191,7 +178,7 @@ def gram_pair(
         for i in tl.static_range(j + 1 if SAME else GROUP):
             total = totals[(j * (j + 1) // 2 if SAME else j * GROUP) + i]
             where = (out, stride, num_tasks, first + i, second + j)
-            write(*where, total, addresses, others, level, other_level, i, j, WIDE)
+            write(where, total, addresses, others, level, other_level, i, j, WIDE)
 
 
 @triton.jit(

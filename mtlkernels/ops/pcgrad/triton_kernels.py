@@ -16,12 +16,12 @@ import triton.language as tl
 def find_chunk(table, chunk, starts, sizes, num_parameters, CHUNK: tl.constexpr):
     """The parameter that a chunk belongs to, the chunk's first element in it, and how many elements it has."""
     lanes = tl.arange(0, 128)
-    found = tl.full((), -1, tl.int32)
+    parameter = tl.full((), -1, tl.int32)
     for first in range(0, num_parameters, 128):
         start = tl.load(table + starts + first + lanes, mask=first + lanes < num_parameters, other=0x7FFFFFFFFFFFFFFF)
-        found += tl.sum((start <= chunk).to(tl.int32), 0)
-    offset = (chunk - tl.load(table + starts + found)) * CHUNK
-    return found, offset, tl.minimum(tl.load(table + sizes + found) - offset, CHUNK).to(tl.int32)
+        parameter += tl.sum((start <= chunk).to(tl.int32), 0)
+    offset = (chunk - tl.load(table + starts + parameter)) * CHUNK
+    return parameter, offset, tl.minimum(tl.load(table + sizes + parameter) - offset, CHUNK).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_tasks", "num_steps", "max_norm", "eps"])

@@ -28,7 +28,7 @@ from mtlkernels.ops._snr import (
     register,
     traced,
 )
-from mtlkernels.ops.snr_aver import reference
+from mtlkernels.ops.snr_aver import reference, schema  # noqa: F401  (it defines the operators)
 
 register("snr_aver", reference)
 

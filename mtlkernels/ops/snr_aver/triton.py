@@ -9,44 +9,29 @@ import triton
 from torch import Tensor
 
 from mtlkernels.ops import _triton
-from mtlkernels.ops._triton import DTYPES, Table, contiguous, launch
+from mtlkernels.ops._triton import Kind, Table, contiguous, launch
 from mtlkernels.ops.gated_mixture.triton import TILES
 from mtlkernels.ops.snr_aver.triton_kernels import average_sum, route_dots
 from mtlkernels.ops.snr_trans.triton import Lists
 
 
-def _sum(found: Tensor, lists: Lists, transposed: bool, inputs: int, outputs: int, like: Tensor, aligned: bool) -> None:
-    tile = TILES[aligned]
-    members, num_inputs, num_outputs, input_stride, output_stride = lists.of(transposed)
-    launch(
-        average_sum,
-        triton.cdiv(like.shape[0], tile.rows) * triton.cdiv(like.shape[1], tile.columns),
-        tile,
-        found,
-        lists.z,
-        lists.entries,
-        members,
-        inputs,
-        outputs,
-        num_inputs,
-        num_outputs,
-        *like.shape,
-        input_stride,
-        output_stride,
-        DTYPE=DTYPES[like.dtype],
-        ALIGNED=aligned,
-    )
+def _sum(found: Tensor, lists: Lists, transposed: bool, inputs: int, outputs: int, like: Tensor, kind: Kind) -> None:
+    tile = TILES[kind.aligned]
+    members, num_inputs, num_outputs, *route_strides = lists.of(transposed)
+    programs = triton.cdiv(like.shape[0], tile.rows) * triton.cdiv(like.shape[1], tile.columns)
+    numbers = (members, inputs, outputs, num_inputs, num_outputs, *like.shape, *route_strides)
+    launch(average_sum, programs, tile, found, lists.z, lists.entries, *numbers, KIND=kind)
 
 
 def forward(u: Sequence[Tensor], z: Tensor) -> list[Tensor]:
     """As the reference: I tensors [B, D]."""
     u = contiguous(u)
     outputs = [torch.empty_like(u[0]) for _ in range(z.shape[0])]
-    aligned = _triton.aligned(u, u[0].shape[1:])
+    kind = Kind.of(u[0].dtype, _triton.aligned(u, u[0].shape[1:])).without_products
     with _triton.on_device(z.device):
         table, lists = Table(), Lists(z)
         at_inputs, at_outputs = table.pointers(u), table.pointers(outputs)
-        _sum(table.to(z.device), lists, False, at_inputs, at_outputs, u[0], aligned)
+        _sum(table.to(z.device), lists, False, at_inputs, at_outputs, u[0], kind)
     return outputs
 
 
@@ -57,32 +42,19 @@ def backward(
     u, grads = contiguous(u), contiguous(grad_outputs)
     grad_u = [torch.empty_like(x) for x in u] if need_u else []
     grad_z = []
-    aligned = _triton.aligned((*u, *grads), u[0].shape[1:])
+    kind = Kind.of(u[0].dtype, _triton.aligned((*u, *grads), u[0].shape[1:])).without_products
     with _triton.on_device(z.device):
         table, lists = Table(), Lists(z)
         at_inputs, at_grads, at_grad_u = table.pointers(u), table.pointers(grads), table.pointers(grad_u)
         found = table.to(z.device)
         if need_u:
-            _sum(found, lists, True, at_grads, at_grad_u, u[0], aligned)
+            _sum(found, lists, True, at_grads, at_grad_u, u[0], kind)
         if need_z:
-            tile = TILES[aligned]
+            tile = TILES[kind.aligned]
             programs = triton.cdiv(u[0].shape[0], tile.rows)
             inner_products = lists.z.new_empty((z.numel(), programs))
-            launch(
-                route_dots,
-                programs,
-                tile,
-                found,
-                lists.z,
-                inner_products,
-                at_grads,
-                at_inputs,
-                *z.shape,
-                *u[0].shape,
-                programs,
-                DTYPE=DTYPES[u[0].dtype],
-                ALIGNED=aligned,
-                CLOSED_GRAD=closed_grad,
-            )
+            numbers = (at_grads, at_inputs, *z.shape, *u[0].shape, programs)
+            tensors = (found, lists.z, inner_products)
+            launch(route_dots, programs, tile, *tensors, *numbers, KIND=kind, CLOSED_GRAD=closed_grad)
             grad_z.append(inner_products.sum(1).view(z.shape).to(z.dtype))
     return grad_u, grad_z

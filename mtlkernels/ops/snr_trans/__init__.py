@@ -27,7 +27,7 @@ from mtlkernels.ops._snr import (
     register,
     traced,
 )
-from mtlkernels.ops.snr_trans import reference
+from mtlkernels.ops.snr_trans import reference, schema  # noqa: F401  (it defines the operators)
 from mtlkernels.ops.snr_trans.checks import check_weight
 
 register("snr_trans", reference)

@@ -6,16 +6,16 @@ one for the gradients of u and one for those of the weights and of z. Programs o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from mtlkernels.ops import _triton
-from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
-from mtlkernels.ops.level.triton.tiles import WEIGHT_GRADIENT, operands
+from mtlkernels.ops._triton import Kind, Table, Tile, contiguous, launch
+from mtlkernels.ops.level.triton.tiles import WEIGHT_GRADIENT
 from mtlkernels.ops.snr_trans import triton_kernels as kernels
 from mtlkernels.ops.snr_trans.reference import matrices
 
@@ -27,7 +27,7 @@ class Sums(NamedTuple):
     full: Tile
 
 
-# As the expert mixture's products, but with two accumulators: the sum, and the product that z has yet to scale.
+# As a level's products, but with two accumulators: the sum, and the product that z has yet to scale.
 SUM = {
     ("half", True): Sums(Tile(16, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
     ("tf32", True): Sums(Tile(16, 64, 64, 4, 2), Tile(128, 64, 32, 8, 3)),
@@ -67,49 +67,27 @@ def entries(table: Table, tensors: Sequence[Tensor]) -> int:
     return start
 
 
-def _constants(like: Tensor, aligned: bool) -> tuple[dict[str, Any], tuple[str, bool]]:
-    precision = _triton.precision(like.dtype)
-    constants = {
-        "DTYPE": DTYPES[like.dtype],
-        "ALIGNED": aligned,
-        "PRECISION": precision,
-        "UPCAST": _triton.upcast(),
-    }
-    return constants, (operands(like.dtype, precision), aligned)
-
-
 def _sum(
-    table: Table, lists: Lists, transposed: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor], weights: int
-) -> Any:
+    table: Table,
+    lists: Lists,
+    transposed: bool,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    weights: int,
+    kind: Kind,
+) -> Callable[[Tensor], None]:
     """What runs ``route_sum`` once the table is on the device."""
     at_inputs, at_outputs = entries(table, inputs), entries(table, outputs)
-    like = outputs[0]
+    rows, sums = inputs[0].shape[0], SUM[kind.operands]
+    tile = sums.short if rows <= 2 * sums.short.rows else sums.full
+    blocks = max(triton.cdiv(v.shape[1], tile.columns) for v in outputs)
+    members, num_inputs, num_outputs, *route_strides = lists.of(transposed)
+    programs = triton.cdiv(rows, tile.rows) * num_outputs * blocks
+    numbers = (members, at_inputs, at_outputs, weights, num_inputs, num_outputs, rows, blocks, *route_strides)
 
-    def run(found: Tensor, constants: dict[str, Any], choice: tuple[str, bool]) -> None:
-        sums = SUM[choice]
-        tile = sums.short if like.shape[0] <= 2 * sums.short.rows else sums.full
-        blocks = max(triton.cdiv(v.shape[1], tile.columns) for v in outputs)
-        members, num_inputs, num_outputs, input_stride, output_stride = lists.of(transposed)
-        launch(
-            kernels.route_sum,
-            triton.cdiv(like.shape[0], tile.rows) * num_outputs * blocks,
-            tile,
-            found,
-            lists.z,
-            lists.entries,
-            members,
-            at_inputs,
-            at_outputs,
-            weights,
-            num_inputs,
-            num_outputs,
-            like.shape[0],
-            blocks,
-            input_stride,
-            output_stride,
-            **constants,
-            TRANSPOSED=transposed,
-        )
+    def run(found: Tensor) -> None:
+        tensors = (found, lists.z, lists.entries)
+        launch(kernels.route_sum, programs, tile, *tensors, *numbers, KIND=kind, TRANSPOSED=transposed)
 
     return run
 
@@ -121,8 +99,8 @@ def forward(u: Sequence[Tensor], weights: Sequence[Tensor], z: Tensor) -> list[T
     aligned = _triton.aligned((*u, *matrix), (t.shape[1] for t in (*u, *outputs)))
     with _triton.on_device(z.device):
         table, lists = Table(), Lists(z)
-        run = _sum(table, lists, False, u, outputs, table.pointers(matrix))
-        run(table.to(z.device), *_constants(u[0], aligned))
+        run = _sum(table, lists, False, u, outputs, table.pointers(matrix), Kind.of(u[0].dtype, aligned))
+        run(table.to(z.device))
     return outputs
 
 
@@ -140,45 +118,29 @@ def backward(
     u, weights, grads = contiguous(u), contiguous(weights), contiguous(grad_outputs)
     matrix = matrices(weights)
     aligned = _triton.aligned((*u, *matrix, *grads), (t.shape[1] for t in (*u, *grads)))
-    constants, choice = _constants(u[0], aligned)
+    kind = Kind.of(u[0].dtype, aligned)
     grad_u = [torch.empty_like(x) for x in u] if need_u else []
     grad_weights = [torch.empty_like(w) for w in weights] if need_weights else []
     grad_z = []
     with _triton.on_device(z.device):
         table, lists = Table(), Lists(z)
         at_weights = table.pointers(matrix)
-        run = _sum(table, lists, True, grads, grad_u, at_weights) if need_u else None
+        run = _sum(table, lists, True, grads, grad_u, at_weights, kind) if need_u else None
         at_grads, at_inputs = entries(table, grads), entries(table, u)
         at_outputs = table.pointers(matrices(grad_weights)) if need_weights else 0
         found = table.to(z.device)
         if run is not None:
-            run(found, constants, choice)
-        tile = PRODUCT[choice]
+            run(found)
+        tile = PRODUCT[kind.operands]
         row_blocks = max(triton.cdiv(v.shape[1], tile.rows) for v in grads)
         column_blocks = max(triton.cdiv(x.shape[1], tile.columns) for x in u)
         blocks = row_blocks * column_blocks
         inner_products = lists.z.new_empty((z.numel(), blocks)) if need_z else lists.z
-        launch(
-            kernels.route_products,
-            z.numel() * blocks if need_weights or need_z else 0,
-            tile,
-            found,
-            lists.z,
-            inner_products,
-            at_grads,
-            at_inputs,
-            at_weights,
-            at_outputs,
-            lists.num_outputs,
-            lists.num_inputs,
-            u[0].shape[0],
-            row_blocks,
-            column_blocks,
-            **constants,
-            NEED_WEIGHTS=need_weights,
-            NEED_Z=need_z,
-            CLOSED_GRAD=closed_grad,
-        )
+        tensors, places = (found, lists.z, inner_products), (at_grads, at_inputs, at_weights, at_outputs)
+        sizes = (lists.num_outputs, lists.num_inputs, u[0].shape[0], row_blocks, column_blocks)
+        wanted = {"NEED_WEIGHTS": need_weights, "NEED_Z": need_z, "CLOSED_GRAD": closed_grad}
+        programs = z.numel() * blocks if need_weights or need_z else 0
+        launch(kernels.route_products, programs, tile, *tensors, *places, *sizes, KIND=kind, **wanted)
         if need_z:
             grad_z.append(inner_products.sum(1).view(z.shape).to(z.dtype))
     return grad_u, grad_weights, grad_z

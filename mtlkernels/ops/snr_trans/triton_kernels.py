@@ -8,15 +8,14 @@ Offsets to a program's first row or column are 64-bit; offsets within its block 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from mtlkernels.ops._triton_functions import pointer, product, whole
+from mtlkernels.ops._triton_functions import kernel, multiply, operand, whole
 
 
-@triton.jit(do_not_specialize=["num_outputs", "num_inputs"])
+@kernel(tensors=2)
 def open_routes(
-    z, lists, num_outputs, num_inputs, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+    z, lists, num_outputs, num_inputs, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """For each output how many routes to it are open, and from where; then for each input how many, and to where.
 
@@ -35,43 +34,12 @@ def open_routes(
     tl.store(lists + start + place, others, mask=is_open)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "members",
-        "inputs",
-        "outputs",
-        "weights",
-        "num_inputs",
-        "num_outputs",
-        "num_rows",
-        "blocks",
-        "input_stride",
-        "output_stride",
-    ]
-)
+@kernel(tensors=3)
 def route_sum(
-    table,
-    z,
-    lists,
-    members,
-    inputs,
-    outputs,
-    weights,
-    num_inputs,
-    num_outputs,
-    num_rows,
-    blocks,
-    input_stride,
-    output_stride,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    table, z, lists, members, inputs, outputs, weights, num_inputs, num_outputs, num_rows, blocks,
+    input_stride, output_stride,
+    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """``sum z W u`` over the open routes to each output; with ``TRANSPOSED``, the gradient of u, from those of outputs.
 
     The lists of this direction are in ``lists`` from ``members`` on, see ``open_routes``. Route number
@@ -82,7 +50,7 @@ def route_sum(
     output = block % num_outputs
     first = (block // num_outputs).to(tl.int64) * ROWS
     first_column = (tl.program_id(0) % blocks).to(tl.int64) * COLUMNS
-    width = whole(tl.load(table + outputs + num_outputs + output).to(tl.int32), ALIGNED)
+    width = whole(tl.load(table + outputs + num_outputs + output).to(tl.int32), KIND)
     left_rows = (num_rows - first).to(tl.int32)
     left_columns = (width - first_column).to(tl.int32)
     rows = tl.arange(0, ROWS)
@@ -94,10 +62,10 @@ def route_sum(
     for n in range(count):
         member = tl.load(members + 1 + n)
         number = output * output_stride + member * input_stride
-        depth = whole(tl.load(table + inputs + num_inputs + member).to(tl.int32), ALIGNED)
-        x = pointer(table, inputs + member, DTYPE, ALIGNED) + first * depth
+        depth = whole(tl.load(table + inputs + num_inputs + member).to(tl.int32), KIND)
+        x = operand(table, inputs + member, KIND) + first * depth
         x = x + rows[:, None] * depth + inner[None, :]
-        weight = pointer(table, weights + number, DTYPE, ALIGNED)
+        weight = operand(table, weights + number, KIND)
         if TRANSPOSED:
             weight = weight + first_column + inner[:, None] * width + columns[None, :]
             step = (tl.zeros((), tl.int64) + DEPTH) * width
@@ -105,55 +73,20 @@ def route_sum(
             weight = weight + first_column * depth + columns[None, :] * depth + inner[:, None]
             step = tl.zeros((), tl.int64) + DEPTH
         part = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, depth, DEPTH):
-            a = tl.load(x, mask=(rows < left_rows)[:, None] & (inner < depth - k)[None, :], other=0.0)
-            b = tl.load(weight, mask=(inner < depth - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
-            part = product(a, b, part, PRECISION, UPCAST)
-            x += DEPTH
-            weight += step
+        part = multiply(part, x, weight, (DEPTH, step), rows < left_rows, columns < left_columns, 0, depth, KIND, DEPTH)
         acc += tl.load(z + number) * part
     mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
-    out = pointer(table, outputs + output, DTYPE, ALIGNED) + first * width + first_column
-    tl.store(out + rows[:, None] * width + columns[None, :], acc.to(DTYPE), mask=mask)
+    out = operand(table, outputs + output, KIND) + first * width + first_column
+    tl.store(out + rows[:, None] * width + columns[None, :], acc.to(KIND.dtype), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grads",
-        "inputs",
-        "weights",
-        "outputs",
-        "num_outputs",
-        "num_inputs",
-        "num_rows",
-        "row_blocks",
-        "column_blocks",
-    ]
-)
+@kernel(tensors=3)
 def route_products(
-    table,
-    z,
-    inner_products,
-    grads,
-    inputs,
-    weights,
-    outputs,
-    num_outputs,
-    num_inputs,
-    num_rows,
-    row_blocks,
-    column_blocks,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr,
-    NEED_Z: tl.constexpr,
-    CLOSED_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    table, z, inner_products, grads, inputs, weights, outputs,
+    num_outputs, num_inputs, num_rows, row_blocks, column_blocks,
+    KIND: tl.constexpr, NEED_WEIGHTS: tl.constexpr, NEED_Z: tl.constexpr, CLOSED_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """``M = dv_i^T u_j`` of every route, with the batch along the depth: z M is dW, and <M, W> is dz.
 
     ``inner_products`` [routes, blocks] receives each block's part of dz. M of a closed route is computed only for its
@@ -166,8 +99,8 @@ def route_products(
     member = route % num_inputs
     first = row.to(tl.int64) * ROWS
     first_column = column.to(tl.int64) * COLUMNS
-    height = whole(tl.load(table + grads + num_outputs + output).to(tl.int32), ALIGNED)
-    width = whole(tl.load(table + inputs + num_inputs + member).to(tl.int32), ALIGNED)
+    height = whole(tl.load(table + grads + num_outputs + output).to(tl.int32), KIND)
+    width = whole(tl.load(table + inputs + num_inputs + member).to(tl.int32), KIND)
     left_rows = (height - first).to(tl.int32)
     left_columns = (width - first_column).to(tl.int32)
     rows = tl.arange(0, ROWS)
@@ -177,26 +110,20 @@ def route_products(
     end = tl.where((left_rows > 0) & (left_columns > 0), num_rows, 0)
     if not (NEED_Z and CLOSED_GRAD):
         end = tl.where(scale != 0.0, end, 0)
-    left = pointer(table, grads + output, DTYPE, ALIGNED) + first + inner[None, :] * height + rows[:, None]
-    right = pointer(table, inputs + member, DTYPE, ALIGNED) + first_column + inner[:, None] * width + columns[None, :]
-    left_step = (tl.zeros((), tl.int64) + DEPTH) * height
-    right_step = (tl.zeros((), tl.int64) + DEPTH) * width
+    left = operand(table, grads + output, KIND) + first + inner[None, :] * height + rows[:, None]
+    right = operand(table, inputs + member, KIND) + first_column + inner[:, None] * width + columns[None, :]
+    steps = ((tl.zeros((), tl.int64) + DEPTH) * height, (tl.zeros((), tl.int64) + DEPTH) * width)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in range(0, end, DEPTH):
-        a = tl.load(left, mask=(rows < left_rows)[:, None] & (inner < num_rows - k)[None, :], other=0.0)
-        b = tl.load(right, mask=(inner < num_rows - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
-        acc = product(a, b, acc, PRECISION, UPCAST)
-        left += left_step
-        right += right_step
+    acc = multiply(acc, left, right, steps, rows < left_rows, columns < left_columns, 0, end, KIND, DEPTH)
     mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
     offsets = rows[:, None] * width + columns[None, :]
     corner = first * width + first_column
     if NEED_Z:
         # What the weight of a route that is not evaluated holds must not be looked at.
         there = (rows < tl.where(end > 0, left_rows, 0))[:, None] & (columns < left_columns)[None, :]
-        weight = tl.load(pointer(table, weights + route, DTYPE, ALIGNED) + corner + offsets, mask=there, other=0.0)
+        weight = tl.load(operand(table, weights + route, KIND) + corner + offsets, mask=there, other=0.0)
         total = tl.sum(tl.sum(acc * weight.to(tl.float32), 1), 0)
         tl.store(inner_products + tl.program_id(0), total)
     if NEED_WEIGHTS:
         grad = tl.where(scale != 0.0, scale * acc, 0.0)
-        tl.store(pointer(table, outputs + route, DTYPE, ALIGNED) + corner + offsets, grad.to(DTYPE), mask=mask)
+        tl.store(operand(table, outputs + route, KIND) + corner + offsets, grad.to(KIND.dtype), mask=mask)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from mtlkernels import _extension
 from mtlkernels.ops import activations as act
 from mtlkernels.ops.level.autograd import Level, Plan
 from mtlkernels.ops.level.spec import LAYER_NORM, Layer, LevelSpec
@@ -138,11 +139,24 @@ def test_serving_goes_straight_to_cpp(rows: int, threads: int, monkeypatch: pyte
     monkeypatch.setattr("mtlkernels.ops.level.check_arguments", None)
     with torch.no_grad():
         found = by_layers(**arguments)
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(found, expected)
 
 
 def test_evaluation_is_one_call_of_the_op_without_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Experts(nn.BatchNorm1d).eval()
     monkeypatch.setattr("mtlkernels.ops.level.call.parameters", None)  # of norms that are not folded
     step(model.fused, model, 0)
+
+
+@requires.cpp_kernels
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_an_error_in_cpp_reaches_the_user(wants_gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not for the direct way is a value: nothing that is raised there is taken for it."""
+    arguments = random_layers(3, torch.float32)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(_extension, "function", lambda name: fail)
+    with torch.set_grad_enabled(wants_gradient), pytest.raises(RuntimeError, match="out of order"):
+        by_layers(**arguments)

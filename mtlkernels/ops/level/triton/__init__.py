@@ -1,11 +1,71 @@
-"""Expert mixture on NVIDIA GPUs.
+"""A level on NVIDIA GPUs.
 
-Forward one launch a layer, the last of which mixes as well (or one more launch does, where there are many gates).
-Backward one launch for the mixture, one a layer for the gradient of its inputs, and one for all weights and biases.
+A chain takes one launch a layer forward, the last of which mixes as well (or one more launch does, where there are many
+gates); backward one launch for the mixture, one a layer for the gradient of its inputs, and one for all weights and
+biases. Linear gates are further programs of these launches. Layerwise levels take further launches for statistics, for
+what the last layer gives, and for the gradients of norms and slopes.
 Parameters, inputs and gradients are read and written where they are; only hidden layers, [E, B, H] each, are scratch.
+Of what the forward pass saved, the backward pass of a part of a level reads what belongs to its experts where it is.
 """
 
 from __future__ import annotations
 
-from mtlkernels.ops.expert_mixture.triton_backward import backward as backward
-from mtlkernels.ops.expert_mixture.triton_forward import forward as forward
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mtlkernels.ops.level.reference import check_parts
+from mtlkernels.ops.level.spec import Groups, LevelSpec
+from mtlkernels.ops.level.triton import chain_backward, chain_forward, layerwise_backward, layerwise_forward
+
+
+def forward(
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    gates: Sequence[Tensor | None],
+    spec: Sequence[int],
+    numbers: Sequence[float],
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As the reference."""
+    level = LevelSpec.decoded(spec, numbers)
+    groups = level.split((*inputs, *parameters, *gates))
+    check_parts(level, groups)
+    if level.stores_inputs:
+        return layerwise_forward.forward(level, groups, seed, save)
+    return chain_forward.forward(level, groups, save)
+
+
+def backward(
+    grad_outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    gates: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    spec: Sequence[int],
+    numbers: Sequence[float],
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """As the reference."""
+    level = LevelSpec.decoded(spec, numbers)
+    tensors = (*inputs, *parameters, *gates)
+    check_parts(level, level.split(tensors))
+    returned = level.returned(grad_outputs, tensors, needs)
+    if not any(returned):
+        return []
+    part = level.reached(grad is not None for grad in grad_outputs)
+    needs = Groups(*map(any, part.pick(level.split(returned))))
+    present = [grad for grad in grad_outputs if grad is not None]
+    stored, statistics, logits = level.split_saved(saved)
+    operands = (part.spec, present, part.pick(level.split(tensors)), stored)
+    if level.stores_inputs:
+        found = layerwise_backward.backward(*operands, statistics, seed, needs)
+    else:
+        each = logits[0].split(level.gate_sizes, 1) if logits else ()
+        found = chain_backward.backward(*operands, [each[k] for k in part.gates if each], needs)
+    groups = zip(found, part.spec.sizes, strict=True)
+    values = iter([grad for group, size in groups for grad in group or [None] * size])
+    grads = [next(values) if flag else None for flag in part.flags]
+    return [grad for grad, flag in zip(grads, returned, strict=True) if grad is not None and flag]

@@ -1,106 +1,101 @@
-"""The backward pass of the expert mixture on NVIDIA GPUs."""
+"""The backward pass of a chain on NVIDIA GPUs, and what it has in common with that of a layerwise level."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mtlkernels.ops._triton import Table, contiguous, launch
 from mtlkernels.ops._triton_splits import split
 from mtlkernels.ops.activations import from_input
-from mtlkernels.ops.expert_mixture import triton_tiles as tiles
-from mtlkernels.ops.expert_mixture.triton_gates import GateGradients
-from mtlkernels.ops.expert_mixture.triton_gradients import input_gradient, weight_gradient
-from mtlkernels.ops.expert_mixture.triton_level import Level, Parameters, Run, execute
 from mtlkernels.ops.gated_mixture import triton as mixture
+from mtlkernels.ops.gated_mixture.triton import Gates
+from mtlkernels.ops.level.spec import Groups, LevelSpec
+from mtlkernels.ops.level.triton import tiles
+from mtlkernels.ops.level.triton.gradient_kernels import input_gradient, weight_gradient
+from mtlkernels.ops.level.triton.launches import LevelShape, Parameters, Run, execute
+from mtlkernels.ops.level.triton.linear_gates import GateGradients, LinearGates
 
 # Groups of experts: a place in the table, and the number of members of each.
-Groups = tuple[int, list[int]]
+Members = tuple[int, list[int]]
 
 
 def backward(
+    spec: LevelSpec,
     grad_outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    gate_logits: Sequence[Tensor],
+    groups: Groups,
     saved: Sequence[Tensor],
-    expert_inputs: Sequence[int],
-    gate_experts: Sequence[int],
-    gate_sizes: Sequence[int],
-    activations: Sequence[int],
-    need_inputs: bool,
-    need_weights: bool,
-    need_biases: bool,
-    need_logits: bool,
-    gates: GateGradients | None = None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """As the reference: gradients of the inputs, weights, biases (one a weight) and logits.
+    logits: Sequence[Tensor],
+    needs: Groups,
+) -> Groups:
+    """The gradients of a level, which may be part of the one of which the forward pass ``saved`` something.
 
-    With ``gates`` the logits' go there, as do those of the gates' weights and biases, and the inputs' include theirs.
+    ``logits`` are those of linear gates. Of each kind that ``needs`` asks for there are all gradients, of others none.
     """
-    inputs, weights, saved = contiguous(inputs), contiguous(weights), contiguous(saved)
-    grad_outputs = contiguous(grad_outputs)
-    x, num_experts, last = inputs[0], len(expert_inputs), len(activations) - 1
-    widths = [tensor.shape[2] for tensor in saved]
-    read_whole = (*inputs, *weights, *saved, *grad_outputs, *(gates.layers.weights if gates else ()))
-    level = Level.of(x, num_experts, widths, read_whole)
-    need_experts = need_inputs or need_weights or need_biases
+    inputs, weights, saved, grad_outputs = map(contiguous, (groups.inputs, groups.weights, saved, grad_outputs))
+    x, codes, last = inputs[0], [layer.activation for layer in spec.layers], len(spec.layers) - 1
+    linear = GateGradients(
+        LinearGates(inputs, spec.gate_inputs, contiguous(groups.gates)), needs.gates, needs.gate_biases
+    ) if spec.gate_inputs else None  # fmt: skip
+    read_whole = (*inputs, *weights, *saved, *grad_outputs, *(linear.gates.weights if linear else ()))
+    level = LevelShape.of(x, len(spec.expert_inputs), [tensor.shape[2] for tensor in saved], read_whole)
+    need_experts = needs.inputs or needs.weights or needs.biases
+    need_logits = needs.gates or (linear is not None and (needs.inputs or needs.gate_biases))
     # d of each layer's pre-activation.
-    grads = [torch.empty_like(tensor) for tensor in saved] if need_experts else []
+    grads = [level.outputs(layer) for layer in range(last + 1)] if need_experts else []
     # What the layers above the first read: the activations below, computed again where their input was saved.
-    below = [torch.empty_like(saved[i]) if need_weights and from_input(activations[i]) else None for i in range(last)]
+    below = [level.outputs(i) if needs.weights and from_input(codes[i]) else None for i in range(last)]
 
     table = Table()
-    at_saved = [table.slices(tensor, num_experts) for tensor in saved]
-    at_grads = [table.slices(tensor, num_experts) for tensor in grads]
-    at_below = [table.slices(tensor, num_experts) for tensor in below]
+    experts = range(level.num_experts)
+    at_saved = [table.slices(tensor, spec.numbers) for tensor in saved]
+    at_grads = [table.slices(tensor, experts) for tensor in grads]
+    at_below = [table.slices(tensor, experts) for tensor in below]
     at_weights = table.pointers(weights)
-    grad_logits, run_mixture = mixture.prepare_backward(
+    of_logits = linear.logits() if linear else [x.new_empty(t.shape, dtype=t.dtype) for t in groups.gates]
+    features = mixture.strides(table, saved[-1], 1, 0), mixture.strides(table, grads[-1] if grads else None, 1, 0)
+    gates = Gates(logits or groups.gates, spec.gate_experts, spec.gate_sizes)
+    run_mixture = mixture.prepare_backward(
         table,
-        level.aligned,
-        mixture.strides(table, saved[-1], 1, 0),
-        mixture.strides(table, grads[-1] if grads else None, 1, 0),
-        num_experts,
-        activations[-1],
+        level.kind,
+        features,
+        [number * saved[-1].stride(0) for number in spec.numbers],
+        codes[-1],
         grad_outputs,
-        gate_logits,
-        gate_experts,
-        gate_sizes,
+        gates,
         need_experts,
-        need_logits,
-        gates.each() if gates else None,
+        of_logits if need_logits else [],
     )
-    runs = [run_mixture] if need_experts or need_logits else []
-    grad_inputs = [x.new_empty(stream.shape) for stream in inputs] if need_inputs else []
-    alone = groups_of(table, range(num_experts), num_experts)
+    runs = [run_mixture]
+    alone = members_of(table, experts, len(experts))
     for layer in range(last, 0, -1) if need_experts else ():
-        operands = (at_grads[layer], at_weights + layer * num_experts)
+        operands = (at_grads[layer], at_weights + layer * len(experts))
         again = at_below[layer - 1] if below[layer - 1] is not None else None
         outputs = (at_grads[layer - 1], at_saved[layer - 1], again)
-        runs.append(inputs_gradient(level, table, layer, activations[layer - 1], operands, alone, outputs))
-    if need_inputs:
-        groups = groups_of(table, expert_inputs, len(inputs))
+        runs.append(inputs_gradient(level, table, layer, codes[layer - 1], operands, alone, outputs))
+    grad_inputs = [x.new_empty(stream.shape) for stream in inputs if needs.inputs]
+    if needs.inputs:
+        readers = members_of(table, spec.expert_inputs, len(inputs))
         outputs = (table.pointers(grad_inputs), 0, None)
-        more = gates.members(table) if gates else None
-        runs.append(inputs_gradient(level, table, 0, 0, (at_grads[0], at_weights), groups, outputs, more))
-    read = [table.pointers(inputs[stream] for stream in expert_inputs)]
+        more = linear.members(table) if linear else None
+        runs.append(inputs_gradient(level, table, 0, 0, (at_grads[0], at_weights), readers, outputs, more))
+    read = [table.pointers(inputs[stream] for stream in spec.expert_inputs)]
     read += [at_saved[i] if below[i] is None else at_below[i] for i in range(last)]
-    grad_weights = [x.new_empty(weight.shape) for weight in weights] if need_weights else []
-    grad_biases = [x.new_empty(weight.shape[0]) for weight in weights] if need_biases else []
-    of_gates = gates.parameters(table) if gates and (gates.weights or gates.biases) else []
-    if gates and of_gates and (bool(gates.weights), bool(gates.biases)) != (need_weights, need_biases):
-        runs.append(_parameters_gradient(level, table, [], of_gates, bool(gates.weights), bool(gates.biases)))
+    grad_weights = [x.new_empty(weight.shape) for weight in weights if needs.weights]
+    grad_biases = [x.new_empty(weight.shape[0]) for weight in weights if needs.biases]
+    of_gates = linear.parameters(table) if linear and (needs.gates or needs.gate_biases) else []
+    if of_gates and (needs.gates, needs.gate_biases) != (needs.weights, needs.biases):
+        runs.append(_parameters_gradient(level, table, [], of_gates, needs.gates, needs.gate_biases))
         of_gates = []
-    if need_weights or need_biases:
+    if needs.weights or needs.biases:
         runs.append(parameters_gradient(level, table, at_grads, read, grad_weights, grad_biases, of_gates))
     execute(table, x, runs)
-    return grad_inputs, grad_weights, grad_biases, grad_logits
+    grad_gates, grad_offsets = (linear.weights, linear.biases) if linear else (of_logits if need_logits else [], [])
+    return Groups(grad_inputs, grad_weights, grad_biases, [], [], [], grad_gates, grad_offsets)
 
 
-def groups_of(table: Table, owners: Sequence[int], count: int) -> Groups:
+def members_of(table: Table, owners: Sequence[int], count: int) -> Members:
     """Appends, for each group, an offset, and one more, then the experts of all groups; ``owners`` has theirs."""
     sizes = [0] * count
     for owner in owners:
@@ -111,12 +106,12 @@ def groups_of(table: Table, owners: Sequence[int], count: int) -> Groups:
 
 
 def inputs_gradient(
-    level: Level,
+    level: LevelShape,
     table: Table,
     layer: int,
     code: int,
     operands: tuple[int, int],
-    groups: Groups,
+    members: Members,
     outputs: tuple[int, int, int | None],
     gates: int | None = None,
 ) -> Run:
@@ -126,42 +121,30 @@ def inputs_gradient(
     forward pass saved of the layer below is, and where its activation goes, if that is wanted. ``gates``: where linear
     gates of the inputs are, see :meth:`GateGradients.members`.
     """
-    members, sizes = groups
     width, depth = level.widths[layer : layer + 2]
-    tile = tiles.product(*level.kind, level.num_rows, width, heavy=from_input(code))
+    start, sizes = members
+    tile = tiles.product(level.kind, level.num_rows, width, heavy=from_input(code))
     sums = tiles.input_sums(tile, sizes, level.num_rows, width, depth, level.like.itemsize)
     shares = split(table, sums, level.like)
     at, kept, activated = outputs
+    places = (*operands, start, at, kept, activated or 0, gates or 0)
+    constants = {
+        "KIND": level.kind,
+        "CODE": code,
+        "ACTIVATED": activated is not None,
+        "LINEAR_GATES": gates is not None,
+        "SPLIT": shares.count > 1,
+    }
 
     def run(entries: Tensor) -> None:
-        launch(
-            input_gradient,
-            shares.programs,
-            tile,
-            entries,
-            *operands,
-            members,
-            at,
-            kept,
-            activated or 0,
-            gates or 0,
-            *shares.arguments,
-            len(sizes),
-            level.num_rows,
-            width,
-            depth,
-            **level.constants,
-            CODE=code,
-            ACTIVATED=activated is not None,
-            GATE_LAYERS=gates is not None,
-            SPLIT=shares.count > 1,
-        )
+        numbers = (*places, *shares.arguments, len(sizes), level.num_rows, width, depth)
+        launch(input_gradient, shares.programs, tile, entries, *numbers, **constants)
 
     return run
 
 
 def parameters_gradient(
-    level: Level,
+    level: LevelShape,
     table: Table,
     grads: Sequence[int],
     read: Sequence[int],
@@ -183,7 +166,7 @@ def parameters_gradient(
 
 
 def _parameters_gradient(
-    level: Level,
+    level: LevelShape,
     table: Table,
     experts: Sequence[Parameters],
     gates: Sequence[Parameters],
@@ -191,7 +174,7 @@ def _parameters_gradient(
     need_biases: bool,
 ) -> Run:
     """The gradients of the weights and biases of experts' layers, of linear gates, or of both."""
-    tile = tiles.WEIGHT_GRADIENT[level.kind]
+    tile = tiles.WEIGHT_GRADIENT[level.kind.operands]
     layers: list[int] = []
     blocks = 0
     for part in (*experts, *gates):
@@ -199,23 +182,16 @@ def _parameters_gradient(
         blocks += tiles.weight_blocks(tile, part.members, part.height, part.width if need_weights else 1)
     at_layers = table.integers(layers)
     shares = split(table, tiles.weight_sums(tile, blocks, level.num_rows, level.like.itemsize), level.like)
+    constants = {
+        "KIND": level.kind,
+        "NEED_WEIGHTS": need_weights,
+        "NEED_BIASES": need_biases,
+        "LINEAR_GATES": len(gates) > 0,
+        "SPLIT": shares.count > 1,
+    }
 
     def run(entries: Tensor) -> None:
-        launch(
-            weight_gradient,
-            shares.programs,
-            tile,
-            entries,
-            at_layers,
-            *shares.arguments,
-            len(experts) + len(gates),
-            len(experts),
-            level.num_rows,
-            **level.constants,
-            NEED_WEIGHTS=need_weights,
-            NEED_BIASES=need_biases,
-            GATE_LAYERS=len(gates) > 0,
-            SPLIT=shares.count > 1,
-        )
+        numbers = (at_layers, *shares.arguments, len(experts) + len(gates), len(experts), level.num_rows)
+        launch(weight_gradient, shares.programs, tile, entries, *numbers, **constants)
 
     return run

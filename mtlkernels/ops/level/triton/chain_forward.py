@@ -1,4 +1,4 @@
-"""The forward pass of the expert mixture on NVIDIA GPUs."""
+"""The forward pass of a chain on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -8,145 +8,116 @@ from dataclasses import replace
 import triton
 from torch import Tensor
 
-from mtlkernels.ops import _triton
 from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
 from mtlkernels.ops._triton_splits import split
 from mtlkernels.ops.activations import from_input
-from mtlkernels.ops.expert_mixture import triton_tiles as tiles
-from mtlkernels.ops.expert_mixture.triton_gates import VECTOR, GateLayers
-from mtlkernels.ops.expert_mixture.triton_kernels import last_forward, layer_forward
-from mtlkernels.ops.expert_mixture.triton_level import Level, Run, execute
 from mtlkernels.ops.gated_mixture import triton as mixture
+from mtlkernels.ops.gated_mixture.triton import Gates
+from mtlkernels.ops.level.spec import Groups, LevelSpec
+from mtlkernels.ops.level.triton import tiles
+from mtlkernels.ops.level.triton.chain_kernels import last_forward, layer_forward
+from mtlkernels.ops.level.triton.launches import LevelShape, Run, execute
+from mtlkernels.ops.level.triton.linear_gates import VECTOR, LinearGates
 
-Gates = tuple[Sequence[Tensor], Sequence[int], Sequence[int]]
 
+def forward(spec: LevelSpec, groups: Groups, save: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """As the reference, where no layer stores pre-activations: K outputs [B, H_L], and what is saved.
 
-def forward(
-    inputs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    gate_logits: Sequence[Tensor],
-    expert_inputs: Sequence[int],
-    gate_experts: Sequence[int],
-    gate_sizes: Sequence[int],
-    activations: Sequence[int],
-    save: bool,
-    layers: GateLayers | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """As the reference: K outputs [B, H_L] and, with ``save``, one [E, B, H] tensor a layer for :func:`backward`.
-
-    With ``layers`` the logits are computed first, beside the experts' first layer unless that mixes as well.
+    The logits of linear gates are computed first, beside the experts' first layer unless that mixes as well.
     """
-    inputs, weights = contiguous(inputs), contiguous(weights)
-    biases = [None if bias is None else bias.contiguous() for bias in biases]
-    x, num_experts, last = inputs[0], len(expert_inputs), len(activations) - 1
-    widths = [weights[layer * num_experts].shape[0] for layer in range(last + 1)]
-    level = Level.of(x, num_experts, widths, (*inputs, *weights, *(layers.weights if layers else ())))
-    saved = [x.new_empty((num_experts, x.shape[0], width)) for width in widths] if save else []
-    tile = tiles.mixing(*level.kind, len(gate_sizes), x.shape[0])
-    hidden = _hidden(level, activations, saved, fused=tile is not None)
+    inputs, weights, biases = map(contiguous, groups[:3])
+    x, experts, last = inputs[0], range(len(spec.expert_inputs)), len(spec.layers) - 1
+    widths = [weight.shape[0] for weight in weights[:: len(experts)]]
+    linear, logits = None, list(groups.gates)
+    if spec.gate_inputs:
+        linear = LinearGates(inputs, spec.gate_inputs, contiguous(groups.gates), contiguous(groups.gate_biases))
+        all_logits = x.new_empty((x.shape[0], sum(spec.gate_sizes)))
+        logits = list(all_logits.split(spec.gate_sizes, 1))
+    level = LevelShape.of(x, len(experts), widths, (*inputs, *weights, *(linear.weights if linear else ())))
+    saved = [level.outputs(layer) for layer in range(last + 1)] if save else []
+    tile = tiles.mixing(level.kind, len(spec.gate_sizes), level.num_rows)
+    hidden = _hidden(level, spec, saved, fused=tile is not None)
 
     table = Table()
-    read = [table.pointers(inputs[stream] for stream in expert_inputs)]
-    read += [table.slices(tensor, num_experts) for tensor in hidden]
+    read = [table.pointers(inputs[stream] for stream in spec.expert_inputs)]
+    read += [table.slices(tensor, experts) for tensor in hidden]
     at_weights, at_biases = table.pointers(weights), table.pointers(biases)
-    kept = [table.slices(tensor, num_experts) for tensor in saved] if save else [0] * (last + 1)
+    kept = [table.slices(tensor, experts) for tensor in saved] if save else [0] * (last + 1)
     # Of each layer: where its inputs, weights, biases, outputs and what it keeps are.
     places = [
-        (read[layer], at_weights + layer * num_experts, at_biases + layer * num_experts, read[layer + 1], kept[layer])
+        (read[layer], at_weights + layer * len(experts), at_biases + layer * len(experts), read[layer + 1], kept[layer])
         for layer in range(last + 1)
     ]
-    gates = (gate_logits, gate_experts, gate_sizes)
-    linear = layers.entries(table) if layers else None
+    gates = Gates(logits, spec.gate_experts, spec.gate_sizes)
+    beside = linear.entries(table, all_logits) if linear else None
     runs = []
-    if linear and last == 0 and tile is not None:
+    if beside and last == 0 and tile is not None:
         alone = replace(level, num_experts=0, widths=(level.widths[0], VECTOR))
-        runs.append(_layer(alone, 0, 0, places[0], False, linear))
-        linear = None
+        runs.append(_layer(alone, 0, 0, places[0], False, beside))
     for layer in range(last if tile is not None else last + 1):
-        runs.append(_layer(level, layer, activations[layer], places[layer], save, None if layer else linear))
+        runs.append(_layer(level, layer, spec.layers[layer].activation, places[layer], save, None if layer else beside))
     if tile is None:
-        at = mixture.strides(table, hidden[-1], 1, 0)
-        outputs, run = mixture.prepare_forward(table, level.aligned, at, x, (x.shape[0], widths[-1]), *gates)
+        at, shape = mixture.strides(table, hidden[-1], 1, 0), (level.num_rows, widths[-1])
+        outputs, run = mixture.prepare_forward(table, level.kind, at, x, shape, gates)
     else:
-        outputs, run = _last(level, table, tile, activations[last], places[last], gates, save)
+        outputs, run = _last(level, table, tile, spec.layers[last].activation, places[last], gates, save)
     execute(table, x, [*runs, run])
-    return outputs, saved
+    return outputs, [*saved, all_logits] if save and linear else saved
 
 
 def _layer(
-    level: Level, layer: int, code: int, places: tuple[int, ...], save: bool, gates: tuple[int, int] | None = None
+    level: LevelShape,
+    layer: int,
+    code: int,
+    places: tuple[int, ...],
+    save: bool,
+    gates: tuple[int, int] | None,
 ) -> Run:
-    """One layer of every expert; with ``gates``, see :meth:`GateLayers.entries`, their logits too."""
+    """One layer of every expert; with ``gates``, see :meth:`LinearGates.entries`, their logits too."""
     depth, width = level.widths[layer : layer + 2]
-    tile = tiles.product(*level.kind, level.num_rows, width)
+    tile = tiles.product(level.kind, level.num_rows, width)
     if gates:
         tile = tiles.beside_gates(tile)
     at_gates, gate_tiles = gates or (0, 0)
-    programs = level.num_experts * triton.cdiv(width, tile.columns) + gate_tiles
+    programs = triton.cdiv(level.num_rows, tile.rows) * (
+        level.num_experts * triton.cdiv(width, tile.columns) + gate_tiles
+    )
+    sizes = (level.num_experts, level.num_rows, width, depth)
+    constants = {"CODE": code, "KEEP": save and from_input(code), "LINEAR_GATES": gates is not None}
 
     def run(entries: Tensor) -> None:
-        sizes = (level.num_experts, level.num_rows, width, depth)
-        keep = save and from_input(code)
-        launch(
-            layer_forward,
-            triton.cdiv(level.num_rows, tile.rows) * programs,
-            tile,
-            entries,
-            *places,
-            at_gates,
-            gate_tiles,
-            *sizes,
-            **level.constants,
-            CODE=code,
-            KEEP=keep,
-            GATE_LAYERS=gates is not None,
-        )
+        numbers = (*places, at_gates, gate_tiles, *sizes)
+        launch(layer_forward, programs, tile, entries, *numbers, KIND=level.kind, **constants)
 
     return run
 
 
 def _last(
-    level: Level, table: Table, tile: Tile, code: int, places: tuple[int, ...], gates: Gates, save: bool
+    level: LevelShape, table: Table, tile: Tile, code: int, places: tuple[int, ...], gates: Gates, save: bool
 ) -> tuple[list[Tensor], Run]:
     """The last layer and the mixture: the outputs, and what fills them."""
-    gate_logits, gate_experts, gate_sizes = gates
     depth, width = level.widths[-2:]
-    outputs = [level.like.new_empty((level.num_rows, width)) for _ in gate_sizes]
-    at_outputs = table.pointers(outputs)
-    at_gates = _triton.gate_entries(table, gate_logits, gate_experts, gate_sizes)
-    positions = table.integers(_positions(gate_experts, gate_sizes, level.num_experts))
-    sizes = (level.num_experts, level.num_rows, width, depth)
-    sums = tiles.mixing_sums(tile, *sizes, len(gate_sizes), level.like.itemsize)
-    shares = split(table, sums, level.like)
+    outputs = [level.like.new_empty((level.num_rows, width)) for _ in gates.sizes]
     *operands, _, kept = places
+    at = (*operands, table.pointers(outputs), kept, gates.entries(table), _positions(table, gates, level.num_experts))
+    sizes = (level.num_experts, level.num_rows, width, depth)
+    shares = split(table, tiles.mixing_sums(tile, *sizes, len(gates.sizes), level.like.itemsize), level.like)
+    constants = {
+        "KIND": level.kind,
+        "LOGITS": DTYPES[gates.logits[0].dtype],
+        "CODE": code,
+        "KEEP": save,
+        "GATES": len(gates.sizes),
+        "SPLIT": shares.count > 1,
+    }
 
     def run(entries: Tensor) -> None:
-        launch(
-            last_forward,
-            shares.programs,
-            tile,
-            entries,
-            *operands,
-            at_outputs,
-            kept,
-            at_gates,
-            positions,
-            *shares.arguments,
-            *sizes,
-            **level.constants,
-            LOGITS=DTYPES[gate_logits[0].dtype],
-            CODE=code,
-            FROM_INPUT=from_input(code),
-            KEEP=save,
-            GATES=len(gate_sizes),
-            SPLIT=shares.count > 1,
-        )
+        launch(last_forward, shares.programs, tile, entries, *at, *shares.arguments, *sizes, **constants)
 
     return outputs, run
 
 
-def _hidden(level: Level, activations: Sequence[int], saved: Sequence[Tensor], fused: bool) -> list[Tensor | None]:
+def _hidden(level: LevelShape, spec: LevelSpec, saved: Sequence[Tensor], fused: bool) -> list[Tensor | None]:
     """Where each layer's activations go: what is saved, if that is them, or scratch. None for a fused last layer.
 
     Layers that are not saved alternate between two buffers.
@@ -157,7 +128,7 @@ def _hidden(level: Level, activations: Sequence[int], saved: Sequence[Tensor], f
     for layer, width in enumerate(widths):
         if layer == len(widths) - 1 and fused:
             hidden.append(None)
-        elif saved and not from_input(activations[layer]):
+        elif saved and not from_input(spec.layers[layer].activation):
             hidden.append(saved[layer])
         else:
             parity = layer % 2
@@ -167,12 +138,12 @@ def _hidden(level: Level, activations: Sequence[int], saved: Sequence[Tensor], f
     return hidden
 
 
-def _positions(gate_experts: Sequence[int], gate_sizes: Sequence[int], num_experts: int) -> list[int]:
-    """[K, E], flat: each expert's place among a gate's logits, or -1."""
-    positions = [-1] * (len(gate_sizes) * num_experts)
+def _positions(table: Table, gates: Gates, num_experts: int) -> int:
+    """Appends [K, E], flat: each expert's place among a gate's logits, or -1."""
+    positions = [-1] * (len(gates.sizes) * num_experts)
     start = 0
-    for k, size in enumerate(gate_sizes):
-        for place, expert in enumerate(gate_experts[start : start + size]):
+    for k, size in enumerate(gates.sizes):
+        for place, expert in enumerate(gates.experts[start : start + size]):
             positions[k * num_experts + expert] = place
         start += size
-    return positions
+    return table.integers(positions)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from mtlkernels.ops import _triton
-from mtlkernels.ops._triton import DTYPES, Table
-from mtlkernels.ops.expert_mixture import triton_tiles as tiles
+from mtlkernels.ops._triton import Kind, Table
 
 # A launch, once the table is complete and on the device.
 Run = Callable[[Tensor], None]
@@ -33,8 +32,8 @@ class Parameters(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Level:
-    """Sizes of a level, and what is the same for all of its products.
+class LevelShape:
+    """Sizes of a level, and what is the same for all of its kernels.
 
     ``widths`` are the features in front of each layer and behind the last; ``like`` has the dtype and the device.
     """
@@ -43,32 +42,21 @@ class Level:
     num_experts: int
     num_rows: int
     widths: tuple[int, ...]
-    aligned: bool
+    kind: Kind
 
     @staticmethod
-    def of(x: Tensor, num_experts: int, widths: Iterable[int], tensors: Iterable[Tensor]) -> Level:
+    def of(x: Tensor, num_experts: int, widths: Iterable[int], tensors: Iterable[Tensor]) -> LevelShape:
         """For inputs like ``x``; ``tensors`` are all that kernels read in whole vectors."""
         lengths = (x.shape[1], *widths)
-        return Level(x, num_experts, x.shape[0], lengths, _triton.aligned(tensors, lengths))
+        return LevelShape(x, num_experts, x.shape[0], lengths, Kind.of(x.dtype, _triton.aligned(tensors, lengths)))
 
     @property
     def num_layers(self) -> int:
         return len(self.widths) - 1
 
-    @property
-    def kind(self) -> tuple[str, bool]:
-        """The kind of operands, and whether they are aligned: where the tables of tiles are looked up."""
-        return tiles.operands(self.like.dtype, _triton.precision(self.like.dtype)), self.aligned
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments of every product."""
-        return {
-            "DTYPE": DTYPES[self.like.dtype],
-            "ALIGNED": self.aligned,
-            "PRECISION": _triton.precision(self.like.dtype),
-            "UPCAST": _triton.upcast(),
-        }
+    def outputs(self, layer: int) -> Tensor:
+        """Room for what a layer gives, of every expert."""
+        return self.like.new_empty((self.num_experts, self.num_rows, self.widths[layer + 1]))
 
 
 def execute(table: Table, like: Tensor, runs: Sequence[Run]) -> None:

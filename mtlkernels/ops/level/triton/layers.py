@@ -1,155 +1,143 @@
-"""What the launches of a normalized mixture share: where they find what follows a layer's product, and its settings."""
+"""What follows the products of a layerwise level, as its kernels take it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from mtlkernels.ops._random import kept_scale, threshold
-from mtlkernels.ops._triton import DTYPES, Table, Tile, launch
+from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
 from mtlkernels.ops.activations import DICE
-from mtlkernels.ops.expert_mixture.triton_level import Level, Run
-from mtlkernels.ops.normalized_mixture import triton_tiles as tiles
-from mtlkernels.ops.normalized_mixture.triton_dice import dice_rows
-from mtlkernels.ops.normalized_mixture.triton_kernels import normalize
+from mtlkernels.ops.level import spec as specs
+from mtlkernels.ops.level.spec import Groups, LevelSpec
+from mtlkernels.ops.level.triton import tiles
+from mtlkernels.ops.level.triton.dice_kernels import dice_rows
+from mtlkernels.ops.level.triton.launches import LevelShape, Run
+from mtlkernels.ops.level.triton.layerwise_kernels import normalize
 
-Parameters = Sequence[Tensor | None]
+Statistics = tuple[Tensor, Tensor]
+
+
+class Settings(NamedTuple):
+    """What kernels are compiled for: codes of activation and norm, whether values drop, dtype of scales and slopes."""
+
+    activation: int
+    norm: int
+    drops: bool
+    scales: Any
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What follows the product of a layer; ``norm`` and ``seed`` are places in the table, see triton_functions.py."""
+    """A layer with its place in the table, where the runs of its experts start: see layerwise_functions.py."""
 
     number: int
-    activation: int
-    norm_code: int
-    eps: float
-    dice_eps: float
-    rate: float
-    norm: int
-    seed: int
-    scales: Any  # Triton's dtype of scales, shifts and slopes
+    spec: specs.Layer
+    settings: Settings
+    place: int
 
     @property
-    def dropout(self) -> tuple[int, int, float, float]:
-        """Number, threshold, factor and eps, as the kernels take them."""
-        return self.number, threshold(self.rate), kept_scale(self.rate), self.eps
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        return {
-            "SCALES": self.scales,
-            "NORM": self.norm_code,
-            "CODE": self.activation,
-            "DROPS": self.rate > 0,
-        }
+    def numbers(self) -> tuple[float, float]:
+        """Factor and eps, as kernels take them."""
+        return kept_scale(self.spec.dropout), self.spec.eps
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The operators' arguments that belong to the layers, entered into a call's table.
+class Layers:
+    """What belongs to a level's layers, entered into a call's table.
 
     ``parameters`` are the scales, shifts and slopes as kernels read them, which may be copies; ``dtype`` is theirs.
     ``rows`` is where Dice's numbers of each row go: float32 [4, E, B] a layer that has it.
     """
 
-    layers: tuple[Layer, ...]
-    parameters: tuple[Parameters, ...]
+    each: tuple[Layer, ...]
+    parameters: tuple[list[Tensor | None], ...]
     dtype: torch.dtype
     rows: tuple[Tensor, ...]
 
     @staticmethod
     def of(
         table: Table,
-        level: Level,
-        activations: Sequence[int],
-        norms: Sequence[int],
-        eps: Sequence[float],
-        dice_eps: Sequence[float],
-        dropout: Sequence[float],
+        level: LevelShape,
+        spec: LevelSpec,
+        groups: Groups,
         seed: Tensor | None,
-        parameters: Sequence[Parameters],
-        statistics: Sequence[tuple[Tensor, Tensor] | None],
-    ) -> Settings:
-        """``statistics`` holds means and variances of each layer, None for one without a norm."""
-        ready, dtype = _one_dtype(parameters)
-        at_seed, count = table.pointers([seed]), level.num_experts
-        layers, rows = [], []
-        for i, pair in enumerate(statistics):
-            own = slice(i * count, (i + 1) * count)
-            mean, variance = pair or (None, None)
-            norm = table.slices(mean, count)
-            table.slices(variance, count)
-            for part in ready:
-                table.pointers(part[own])
-            table.integers(0 if slope is None or slope.numel() == 1 else 1 for slope in ready[2][own])
-            if activations[i] == DICE:
-                rows.append(level.like.new_empty((4, count, level.num_rows), dtype=torch.float32))
-                table.slices(rows[-1].flatten(0, 1), 4 * count)
-            numbers = (eps[i], dice_eps[i], dropout[i])
-            layers.append(Layer(i, activations[i], norms[i], *numbers, norm, at_seed, DTYPES[dtype]))
-        return Settings(tuple(layers), ready, dtype, tuple(rows))
+        statistics: Sequence[Statistics | None],
+        stacked: Sequence[int],
+    ) -> Layers:
+        """``statistics`` holds means and variances of each layer, None for one without a norm.
+
+        In these the level's experts have the numbers ``stacked``.
+        """
+        ready, dtype = _one_dtype((groups.scales, groups.shifts, groups.slopes))
+        count, at_seed = level.num_experts, 0 if seed is None else seed.data_ptr()
+        each, rows = [], []
+        for i, (layer, pair) in enumerate(zip(spec.layers, statistics, strict=True)):
+            place, of_rows = len(table.entries), None
+            if layer.activation == DICE:
+                of_rows = level.like.new_empty((4, count, level.num_rows), dtype=torch.float32)
+                rows.append(of_rows)
+            for e in range(count):
+                for tensor in pair or (None, None):
+                    table.slices(tensor, stacked[e : e + 1])
+                own = [part[i * count + e] if part else None for part in ready]
+                table.pointers(own)
+                table.integers([0 if own[2] is None or own[2].numel() == 1 else 1])
+                table.pointers(of_rows[:, e] if of_rows is not None else [None] * 4)
+                table.integers((at_seed, spec.numbers[e], i, threshold(layer.dropout)))
+            settings = Settings(layer.activation, layer.norm, layer.dropout > 0, DTYPES[dtype])
+            each.append(Layer(i, layer, settings, place))
+        return Layers(tuple(each), ready, dtype, tuple(rows))
+
+    @property
+    def untouched(self) -> Layer:
+        """What stands in front of the first layer: inputs are read as they are."""
+        return Layer(0, specs.Layer(0), Settings(0, specs.NO_NORM, False, DTYPES[self.dtype]), 0)
 
 
-def _one_dtype(parameters: Sequence[Parameters]) -> tuple[tuple[Parameters, ...], torch.dtype]:
+def _one_dtype(parameters: Sequence[Any]) -> tuple[tuple[list[Tensor | None], ...], torch.dtype]:
     """Contiguous scales, shifts and slopes of one dtype: float32 where there are several."""
     found = {part.dtype for parts in parameters for part in parts if part is not None}
     dtype = found.pop() if len(found) == 1 else torch.float32
-    ready = ([None if part is None else part.to(dtype).contiguous() for part in parts] for parts in parameters)
+    ready = (contiguous(None if part is None else part.to(dtype) for part in parts) for parts in parameters)
     return tuple(ready), dtype
 
 
-def statistics_of(level: Level, norms: Sequence[int]) -> list[tuple[Tensor, Tensor] | None]:
-    """Room for the means and variances of each layer."""
-    found: list[tuple[Tensor, Tensor] | None] = []
-    for norm, width in zip(norms, level.widths[1:], strict=True):
-        shape = (level.num_experts, width if norm == 1 else level.num_rows)
-        mean, variance = (level.like.new_empty(shape, dtype=torch.float32) for _ in range(2))
-        found.append((mean, variance) if norm else None)
-    return found
-
-
-def blocks_of(level: Level, tile: Tile, width: int, depth: int = 1) -> int:
+def blocks_of(level: LevelShape, tile: Tile, width: int, depth: int = 1) -> int:
     """How many programs cover the values [E, B, width]."""
     rows = triton.cdiv(level.num_rows, tile.rows * depth)
     return level.num_experts * int(rows * triton.cdiv(width, tile.columns))
 
 
-def normalized(level: Level, layer: Layer, values: int, outputs: int) -> Run:
+def normalized(level: LevelShape, layer: Layer, values: int, outputs: int) -> Run:
     """What a layer gives, from its pre-activations."""
-    if layer.activation == DICE:
+    if layer.spec.activation == DICE:
         return dice(level, layer, values, outputs)
-    tile = tiles.VALUES[level.aligned]
+    tile = tiles.VALUES[level.kind.aligned]
     width = level.widths[layer.number + 1]
+    numbers = (values, outputs, layer.place, level.num_experts, level.num_rows, width, *layer.numbers)
 
     def run(entries: Tensor) -> None:
-        programs = blocks_of(level, tile, width)
-        sizes = (level.num_experts, level.num_rows, width)
-        places = (values, outputs, layer.norm, layer.seed)
-        launch(normalize, programs, tile, entries, *places, *sizes, *layer.dropout, **_constants(level, layer))
+        constants = {"KIND": level.kind.without_products, "LAYER": layer.settings}
+        launch(normalize, blocks_of(level, tile, width), tile, entries, *numbers, **constants)
 
     return run
 
 
-def dice(level: Level, layer: Layer, values: int, outputs: int | None) -> Run:
+def dice(level: LevelShape, layer: Layer, values: int, outputs: int | None) -> Run:
     """What Dice has to know of each row and, unless ``outputs`` is None, what the layer gives."""
-    tile = tiles.VALUES[level.aligned]
-    width = level.widths[layer.number + 1]
+    tile = tiles.VALUES[level.kind.aligned]
+    sizes = (level.num_experts, level.num_rows, level.widths[layer.number + 1])
+    numbers = (values, outputs or 0, layer.place, *sizes, *layer.numbers, layer.spec.dice_eps)
+    constants = {"KIND": level.kind.without_products, "LAYER": layer.settings, "HIDDEN": outputs is not None}
 
     def run(entries: Tensor) -> None:
         programs = level.num_experts * triton.cdiv(level.num_rows, tile.rows)
-        places = (values, outputs or 0, layer.norm, layer.seed)
-        numbers = (level.num_experts, level.num_rows, width, *layer.dropout, layer.dice_eps)
-        constants = {**_constants(level, layer), "HIDDEN": outputs is not None}
-        launch(dice_rows, programs, tile, entries, *places, *numbers, **constants)
+        launch(dice_rows, programs, tile, entries, *numbers, **constants)
 
     return run
-
-
-def _constants(level: Level, layer: Layer) -> dict[str, Any]:
-    return {"DTYPE": DTYPES[level.like.dtype], "ALIGNED": level.aligned, **layer.constants}

@@ -1,9 +1,9 @@
-"""The launch configurations of the expert mixture's kernels: fixed, and reasoned rather than tuned.
+"""The launch configurations of a level's kernels: fixed, and reasoned rather than tuned.
 
 They keep every kernel within 255 registers a thread without spilling, which ``tests/triton/aot.py`` checks for each
-entry of the tables below; that is what limits the tiles. Operands come in three kinds: "half" (bfloat16 and float16)
-and "tf32" run on tensor cores, "ieee" (float32) does not. Tensors that are not aligned cannot be copied to shared
-memory 16 bytes at a time; each element then needs an address in registers, and tiles are smaller.
+entry of the tables below; that is what limits the tiles. Tables are looked up by :attr:`Kind.operands`: "half"
+(bfloat16 and float16) and "tf32" run on tensor cores, "ieee" (float32) does not. Tensors that are not aligned cannot be
+copied to shared memory 16 bytes at a time; each element then needs an address in registers, and tiles are smaller.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 import triton
 
-from mtlkernels.ops._triton import Tile
+from mtlkernels.ops._triton import Kind, Tile
 from mtlkernels.ops._triton_splits import Sums
 
 
@@ -70,15 +69,29 @@ WEIGHT_GRADIENT = {
     ("ieee", False): Tile(32, 32, 16, 4, 2),
 }
 
+# A product whose first operand passes through registers, to be normalized there, has less room: its steps along the
+# depth are shorter.
+LAYERWISE = {
+    ("half", True): Tile(128, 128, 32, 8, 3, 255),
+    ("tf32", True): Tile(64, 128, 32, 8, 3, 255),
+    ("ieee", True): Tile(64, 64, 16, 8, 3, 255),
+    ("half", False): Tile(64, 32, 32, 8, 2),
+    ("tf32", False): Tile(32, 32, 32, 8, 2, 255),
+    ("ieee", False): Tile(32, 32, 16, 8, 2),
+}
+# What works value by value: a 16-byte load a thread in half precision. Without alignment each needs its own address.
+VALUES = {True: Tile(16, 64, 1, 4, 1), False: Tile(16, 32, 1, 4, 1, 255)}
+# Of sums over a batch, eight such blocks of rows a program.
+SUMS = {True: Tile(16, 64, 8, 4, 1), False: Tile(16, 32, 8, 4, 1)}
+# Of sums over blocks: 32 of them at a time, one after another.
+TOTALS = Tile(32, 32, 1, 4, 1)
+# Of the channels that share a slope, one a thread at a time.
+SLOPES = Tile(1, 128, 1, 4, 1)
 
-def operands(dtype: torch.dtype, precision: str) -> str:
-    """The kind of operands: "half", "tf32" or "ieee"."""
-    return precision if dtype == torch.float32 else "half"
 
-
-def product(kind: str, aligned: bool, rows: int, columns: int, heavy: bool = False) -> Tile:
+def product(kind: Kind, rows: int, columns: int, heavy: bool = False) -> Tile:
     """For ``layer_forward`` and ``input_gradient``; ``heavy``: the epilogue recomputes an activation."""
-    choice = PRODUCT[kind, aligned]
+    choice = PRODUCT[kind.operands]
     if rows <= 2 * choice.short.rows:
         return choice.short
     return choice.narrow if heavy or columns <= choice.narrow.columns else choice.full
@@ -89,9 +102,9 @@ def beside_gates(tile: Tile) -> Tile:
     return replace(tile, registers=255) if tile == PRODUCT["ieee", True].full else tile
 
 
-def mixing(kind: str, aligned: bool, gates: int, rows: int) -> Tile | None:
+def mixing(kind: Kind, gates: int, rows: int) -> Tile | None:
     """For ``last_forward``; None for more gates than fit."""
-    choice = MIXING[kind, aligned]
+    choice = MIXING[kind.operands]
     if gates > MAX_FUSED_GATES:
         return None
     if rows <= 2 * choice.short.rows:
@@ -102,13 +115,13 @@ def mixing(kind: str, aligned: bool, gates: int, rows: int) -> Tile | None:
 def mixing_sums(tile: Tile, experts: int, rows: int, columns: int, depth: int, gates: int, itemsize: int) -> Sums:
     """What ``last_forward`` adds up: the experts, for every gate."""
     blocks = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    return Sums(blocks, experts, _operands(tile) * depth * itemsize, gates * tile.rows * tile.columns)
+    return Sums(blocks, experts, _lines(tile) * depth * itemsize, gates * tile.rows * tile.columns)
 
 
 def input_sums(tile: Tile, members: Sequence[int], rows: int, columns: int, depth: int, itemsize: int) -> Sums:
     """What ``input_gradient`` adds up: the experts of each group, of which there are ``members``."""
     blocks = len(members) * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    return Sums(blocks, max(members), _operands(tile) * depth * itemsize, tile.rows * tile.columns)
+    return Sums(blocks, max(members), _lines(tile) * depth * itemsize, tile.rows * tile.columns)
 
 
 def weight_blocks(tile: Tile, experts: int, height: int, width: int) -> int:
@@ -119,9 +132,9 @@ def weight_blocks(tile: Tile, experts: int, height: int, width: int) -> int:
 def weight_sums(tile: Tile, blocks: int, rows: int, itemsize: int) -> Sums:
     """What ``weight_gradient`` adds up: the batch."""
     part = (tile.columns + 1) * tile.rows
-    return Sums(blocks, triton.cdiv(rows, tile.depth), _operands(tile) * tile.depth * itemsize, part)
+    return Sums(blocks, triton.cdiv(rows, tile.depth), _lines(tile) * tile.depth * itemsize, part)
 
 
-def _operands(tile: Tile) -> int:
+def _lines(tile: Tile) -> int:
     """Rows and columns of operands that a program reads for a step along the depth."""
     return tile.rows + tile.columns

@@ -1,4 +1,4 @@
-"""The operator gated_mixture.
+"""The operators of gated_mixture.
 
 The routing travels flat: ``gate_experts`` are the experts of all gates one after another, ``gate_sizes`` how many
 belong to each gate.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mtlkernels._library.definition import cast_first, define, empty
+from mtlkernels._library import cast_first, define, empty
 
 
-def _gated_mixture_forward(
+def _forward(
     experts: Tensor, gate_logits: list[Tensor], gate_experts: list[int], gate_sizes: list[int]
 ) -> list[Tensor]:
     rows, _, features = experts.shape
     return [empty(experts, (rows, features)) for _ in gate_sizes]
 
 
-def _gated_mixture_backward(
+def _backward(
     grad_outputs: list[Tensor],
     experts: Tensor,
     gate_logits: list[Tensor],
@@ -34,11 +34,11 @@ def _gated_mixture_backward(
 
 define(
     "gated_mixture_forward(Tensor experts, Tensor[] gate_logits, int[] gate_experts, int[] gate_sizes) -> Tensor[]",
-    _gated_mixture_forward,
+    _forward,
     cast_first(1),
 )
 define(
     "gated_mixture_backward(Tensor[] grad_outputs, Tensor experts, Tensor[] gate_logits, int[] gate_experts,"
     " int[] gate_sizes, bool need_experts, bool need_logits) -> (Tensor[], Tensor[])",
-    _gated_mixture_backward,
+    _backward,
 )

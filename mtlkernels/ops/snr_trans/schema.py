@@ -1,4 +1,4 @@
-"""Sub-network routing's operators.
+"""The operators of snr_trans.
 
 ``weights`` holds one stacked tensor [I, J, D_out, D_in], or I * J matrices: that of the route from sub-network j to
 sub-network i stands at i * J + j. Without ``closed_grad`` the gradient of z is zero where z is.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mtlkernels._library.definition import cast_first, define, empty
+from mtlkernels._library import cast_first, define, empty
 
 
-def _snr_trans_forward(u: list[Tensor], weights: list[Tensor], z: Tensor) -> list[Tensor]:
+def _forward(u: list[Tensor], weights: list[Tensor], z: Tensor) -> list[Tensor]:
     stacked = weights[0].dim() == 4
     widths = [weights[0].shape[2] if stacked else weights[i * len(u)].shape[0] for i in range(z.shape[0])]
     return [empty(u[0], (u[0].shape[0], width)) for width in widths]
 
 
-def _snr_trans_backward(
+def _backward(
     grad_outputs: list[Tensor],
     u: list[Tensor],
     weights: list[Tensor],
@@ -32,25 +32,9 @@ def _snr_trans_backward(
     return grad_u, grad_weights, [empty(z, z.shape)] if need_z else []
 
 
-def _snr_aver_forward(u: list[Tensor], z: Tensor) -> list[Tensor]:
-    return [empty(u[0], u[0].shape) for _ in range(z.shape[0])]
-
-
-def _snr_aver_backward(
-    grad_outputs: list[Tensor], u: list[Tensor], z: Tensor, need_u: bool, need_z: bool, closed_grad: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    return [empty(x, x.shape) for x in u] if need_u else [], [empty(z, z.shape)] if need_z else []
-
-
-define("snr_trans_forward(Tensor[] u, Tensor[] weights, Tensor z) -> Tensor[]", _snr_trans_forward, cast_first(2))
+define("snr_trans_forward(Tensor[] u, Tensor[] weights, Tensor z) -> Tensor[]", _forward, cast_first(2))
 define(
     "snr_trans_backward(Tensor[] grad_outputs, Tensor[] u, Tensor[] weights, Tensor z, bool need_u, bool need_weights,"
     " bool need_z, bool closed_grad) -> (Tensor[], Tensor[], Tensor[])",
-    _snr_trans_backward,
-)
-define("snr_aver_forward(Tensor[] u, Tensor z) -> Tensor[]", _snr_aver_forward, cast_first(1))
-define(
-    "snr_aver_backward(Tensor[] grad_outputs, Tensor[] u, Tensor z, bool need_u, bool need_z, bool closed_grad)"
-    " -> (Tensor[], Tensor[])",
-    _snr_aver_backward,
+    _backward,
 )

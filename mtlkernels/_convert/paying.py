@@ -1,18 +1,58 @@
-"""Whether fused evaluation pays where a module is: by the reference it would be slower than the module's own code."""
+"""Whether fused evaluation pays: with the kernels of the place where a module is, and on so few rows."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _extension
+from mtlkernels.ops._fusing import FOLD_ROWS, Rows, may_fold
 
 # Of an instance: fused evaluation also where it does not pay. In its __dict__, so that copies and pickles have it.
 FORCE = "_mtlkernels_force"
 # Stands for all operators of a level, whose kernels come together.
 _OP = "level"
+# Measured with torch-rechub's and deepctr-torch's PLE: on fewer rows than these, training with batch norm is as fast by
+# modules, and one operator for all mixing saves nothing where the experts' modules are called.
+NORM_ROWS, MIXING_ROWS = 16, 256
+
+_any_size = False
+
+
+@contextlib.contextmanager
+def at_any_size() -> Iterator[None]:
+    """Fused evaluation on however few rows: for trials, which want to see it. Other threads get right numbers too."""
+    global _any_size
+    before, _any_size = _any_size, True
+    try:
+        yield
+    finally:
+        _any_size = before
+
+
+def in_trial() -> bool:
+    """Whether :func:`at_any_size` is at work."""
+    return _any_size
+
+
+def rows_of(x: Tensor | None) -> Rows:
+    """What the rows of a call with such a tensor allow; all where none tells how many there are."""
+    if x is None or _any_size or torch.compiler.is_compiling():
+        return Rows()
+    rows = x.shape[0]
+    return Rows(may_fold(x), rows >= NORM_ROWS, rows >= FOLD_ROWS)
+
+
+def mixing_pays(x: Tensor | None) -> bool:
+    """Whether one operator for all mixing saves time where the experts' modules are called.
+
+    What the compiler makes of the library's own mixing is as fast at any size.
+    """
+    return x is None or _any_size or (not torch.compiler.is_compiling() and x.shape[0] >= MIXING_ROWS)
 
 
 def pays(module: Any, rows: Tensor | None) -> bool:
@@ -22,7 +62,7 @@ def pays(module: Any, rows: Tensor | None) -> bool:
 
     Also where someone asks for an implementation by its name: they get that one or an error.
     """
-    if rows is not None and rows.is_cpu and _extension.loaded():  # at once, as in most calls
+    if (rows is not None and rows.is_cpu and _extension.loaded()) or _any_size:  # at once, as in most calls
         return True
     if getattr(module, FORCE, False) or _backends.forced() is not None:
         return True

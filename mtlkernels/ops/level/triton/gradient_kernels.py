@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Kernels of the expert mixture's backward pass, behind that of the mixture itself. See triton_kernels.py.
+"""Kernels of a level's backward pass that are products: gradients of inputs, and of weights and biases.
 
 A sum that few programs would take long over is split among several; it is added in the same order every time.
 """
@@ -10,8 +10,12 @@ import triton
 import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
-    activate,
+    NONE,
     activation_gradient,
+    activation_of,
+    kernel,
+    multiply,
+    operand,
     parts_to_add,
     pointer,
     product,
@@ -19,104 +23,55 @@ from mtlkernels.ops._triton_functions import (
     sum_of_parts,
     whole,
 )
-from mtlkernels.ops.expert_mixture.triton_kernels import GATE_COLUMNS
+from mtlkernels.ops.level.triton.chain_kernels import GATE_COLUMNS
 
 
 @triton.jit
 def add_gates(
-    acc,
-    table,
-    entry,
-    logits,
-    first,
-    first_column,
-    left_rows,
-    left_columns,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """``acc + d W`` of the gates that read an input; ``entry`` is theirs in what ``input_gradient`` calls ``gates``."""
+    acc, table, entry, logits, first, first_column, a_inside, b_inside,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """``acc + d W`` of the linear gates of an input; ``entry`` is theirs in what ``input_gradient`` calls ``gates``.
+
+    As ``multiply``, but each row of W is found by its own address, and the rows of d go on with zeros.
+    """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
-    stride = whole(tl.load(entry + 2).to(tl.int32), ALIGNED)
-    grad = pointer(entry, 0, DTYPE, ALIGNED) + first * stride + rows[:, None] * stride + inner[None, :]
+    stride = whole(tl.load(entry + 2).to(tl.int32), KIND)
+    grad = operand(entry, 0, KIND) + first * stride + rows[:, None] * stride + inner[None, :]
     addresses = table + tl.load(entry + 3) + inner
     for k in tl.range(0, logits, DEPTH, num_stages=1):  # hardly ever more than once
-        a = tl.load(grad + k, mask=(rows < left_rows)[:, None] & (inner < stride - k)[None, :], other=0.0)
-        weight = tl.load(addresses + k, mask=inner < logits - k, other=0).to(tl.pointer_type(DTYPE))
-        if ALIGNED:
+        a = tl.load(grad + k, mask=a_inside[:, None] & (inner < stride - k)[None, :], other=0.0)
+        weight = tl.load(addresses + k, mask=inner < logits - k, other=0).to(tl.pointer_type(KIND.dtype))
+        if KIND.aligned:
             weight = tl.multiple_of(weight, 16)
         weight = (weight + first_column)[:, None] + columns[None, :]
-        b = tl.load(weight, mask=(inner < logits - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
-        acc = product(a, b, acc, PRECISION, UPCAST)
+        b = tl.load(weight, mask=(inner < logits - k)[:, None] & b_inside[None, :], other=0.0)
+        acc = product(acc, a, b, KIND)
     return acc
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grads",
-        "weights",
-        "members",
-        "outputs",
-        "kept",
-        "activated",
-        "gates",
-        "parts",
-        "counters",
-        "splits",
-        "num_groups",
-        "num_rows",
-        "width",
-        "depth",
-    ]
-)
+@kernel()
 def input_gradient(
-    table,
-    grads,
-    weights,
-    members,
-    outputs,
-    kept,
-    activated,
-    gates,
-    parts,
-    counters,
-    splits,
-    num_groups,
-    num_rows,
-    width,
-    depth,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CODE: tl.constexpr,
-    ACTIVATED: tl.constexpr,
-    GATE_LAYERS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    table, grads, weights, members, outputs, kept, activated, gates, parts, counters, splits,
+    num_groups, num_rows, width, depth,
+    KIND: tl.constexpr, CODE: tl.constexpr, ACTIVATED: tl.constexpr, LINEAR_GATES: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """``sum_e d_e W_e`` over the experts of each group, times the derivative of the activation below.
 
     ``members`` lists num_groups + 1 offsets, then the experts of all groups: for a network's inputs a group is the
     experts that read a stream, which lie side by side along the depth of one product; below other layers a group is one
-    expert. ``kept`` is what the forward pass saved of the layer below (unused if ``CODE`` is 0); ``ACTIVATED`` writes
-    its activation, for the gradient of the weights. ``SPLIT``: ``splits`` programs share a block, each with some of the
-    group's experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split].
-    ``GATE_LAYERS``: gates that are linear layers of an input are one more member of its group. ``gates`` holds four
-    entries a group: the address of the gradients of these gates' logits, how many logits they have, the length of the
-    gradients' rows (which end with zeros), and where the addresses of the rows of their weights are, a row a logit.
+    expert. ``kept`` is what the forward pass saved of the layer below, of use if that has an activation; ``ACTIVATED``
+    writes its activation, for the gradient of the weights. ``SPLIT``: ``splits`` programs share a block, each with some
+    of the group's experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split].
+    ``LINEAR_GATES``: the linear gates of an input are one more member of its group. ``gates`` holds four entries a
+    group: the address of the gradients of these gates' logits, how many logits they have, the length of the gradients'
+    rows (which end with zeros), and where the addresses of the rows of their weights are, a row a logit.
     """
-    width = whole(width, ALIGNED)
-    depth = whole(depth, ALIGNED)
+    width = whole(width, KIND)
+    depth = whole(depth, KIND)
     blocks = tl.cdiv(width, COLUMNS)
     tile = tl.program_id(0)
     if SPLIT:
@@ -131,17 +86,16 @@ def input_gradient(
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
+    a_inside = rows < left_rows
+    b_inside = columns < left_columns
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if GATE_LAYERS:
+    if LINEAR_GATES:
         few: tl.constexpr = DEPTH if DEPTH < GATE_COLUMNS else GATE_COLUMNS
         entry = table + gates + 4 * group
         logits = tl.load(entry + 1).to(tl.int32)
         if SPLIT:
             logits = tl.where(share == 0, logits, 0)
-        acc = add_gates(
-            acc, table, entry, logits, first, first_column, left_rows, left_columns,
-            DTYPE, ALIGNED, PRECISION, UPCAST, ROWS, COLUMNS, few,
-        )  # fmt: skip
+        acc = add_gates(acc, table, entry, logits, first, first_column, a_inside, b_inside, KIND, ROWS, COLUMNS, few)
     start = tl.load(table + members + group).to(tl.int32)
     end = tl.load(table + members + group + 1).to(tl.int32)
     if SPLIT:
@@ -150,18 +104,11 @@ def input_gradient(
         start += low
     for i in range(start, end):
         e = tl.load(table + members + num_groups + 1 + i)
-        grad = pointer(table, grads + e, DTYPE, ALIGNED) + first * depth
-        grad = grad + rows[:, None] * depth + inner[None, :]
-        weight = pointer(table, weights + e, DTYPE, ALIGNED) + first_column
-        weight = weight + inner[:, None] * width + columns[None, :]
+        grad = operand(table, grads + e, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
+        weight = operand(table, weights + e, KIND) + first_column + inner[:, None] * width + columns[None, :]
         step = (tl.zeros((), tl.int64) + DEPTH) * width
-        for k in range(0, depth, DEPTH):
-            a = tl.load(grad, mask=(rows < left_rows)[:, None] & (inner < depth - k)[None, :], other=0.0)
-            b = tl.load(weight, mask=(inner < depth - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
-            acc = product(a, b, acc, PRECISION, UPCAST)
-            grad += DEPTH
-            weight += step
-    mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
+        acc = multiply(acc, grad, weight, (DEPTH, step), a_inside, b_inside, 0, depth, KIND, DEPTH)
+    mask = a_inside[:, None] & b_inside[None, :]
     offsets = rows[:, None] * width + columns[None, :]
     corner = first * width + first_column
     if SPLIT:
@@ -172,45 +119,28 @@ def input_gradient(
         count = parts_to_add(table + counters + tile, splits)
         acc = sum_of_parts(shared, count, area, within)
         mask = mask & (rows < count * ROWS)[:, None]  # nothing but by the last to arrive
-    if CODE or ACTIVATED:
-        saved = tl.load(pointer(table, kept + group, DTYPE, ALIGNED) + corner + offsets, mask=mask, other=0.0)
-        saved = saved.to(tl.float32)
+    if CODE != NONE or ACTIVATED:
+        saved = tl.load(operand(table, kept + group, KIND) + corner + offsets, mask=mask, other=0.0).to(tl.float32)
         acc = activation_gradient(acc, saved, CODE)
         if ACTIVATED:
-            out = pointer(table, activated + group, DTYPE, ALIGNED) + corner
-            tl.store(out + offsets, activate(saved, CODE).to(DTYPE), mask=mask)
-    tl.store(pointer(table, outputs + group, DTYPE, ALIGNED) + corner + offsets, acc.to(DTYPE), mask=mask)
+            out = operand(table, activated + group, KIND) + corner
+            tl.store(out + offsets, activation_of(saved, CODE).to(KIND.dtype), mask=mask)
+    tl.store(operand(table, outputs + group, KIND) + corner + offsets, acc.to(KIND.dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["layers", "parts", "counters", "splits", "num_layers", "gates", "num_rows"])
+@kernel()
 def weight_gradient(
-    table,
-    layers,
-    parts,
-    counters,
-    splits,
-    num_layers,
-    gates,
-    num_rows,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr,
-    NEED_BIASES: tl.constexpr,
-    GATE_LAYERS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    table, layers, parts, counters, splits, num_layers, gates, num_rows,
+    KIND: tl.constexpr, NEED_WEIGHTS: tl.constexpr, NEED_BIASES: tl.constexpr, LINEAR_GATES: tl.constexpr,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """``d^T x`` and the column sums of d, of every layer of every expert, with the batch along the depth.
 
     ``layers`` holds eight entries a layer: its first block, its experts, its outputs, its inputs, and where the
     addresses of the experts' d [B, outputs], x [B, inputs], weight and bias gradients start. ``SPLIT``: ``splits``
     programs share a block, each with some of the batch, and the last one to arrive adds what the others have stored in
     ``parts`` [block, split]: a block of the weight's gradient, then a row of the bias's.
-    ``GATE_LAYERS``: from number ``gates`` on a layer is the gates that read a stream. Its gradients' addresses are one
+    ``LINEAR_GATES``: from number ``gates`` on a layer is the linear gates of a stream. Its gradients' addresses are one
     a row, null behind the last logit.
     """
     tile = tl.program_id(0)
@@ -232,8 +162,8 @@ def weight_gradient(
     entry = table + layers + 8 * layer
     tile = tile - tl.load(entry).to(tl.int32)
     members = tl.load(entry + 1).to(tl.int32)
-    height = whole(tl.load(entry + 2).to(tl.int32), ALIGNED)
-    width = whole(tl.load(entry + 3).to(tl.int32), ALIGNED)
+    height = whole(tl.load(entry + 2).to(tl.int32), KIND)
+    width = whole(tl.load(entry + 3).to(tl.int32), KIND)
     blocks = tl.cdiv(tl.maximum(width, 1), COLUMNS) if NEED_WEIGHTS else 1
     first_column = (tile % blocks).to(tl.int64) * COLUMNS
     tile = tile // blocks
@@ -244,30 +174,24 @@ def weight_gradient(
     inner = tl.arange(0, DEPTH)
     left_rows = (height - first).to(tl.int32)
     there = rows < left_rows
-    if GATE_LAYERS:
+    if LINEAR_GATES:
         own = rows < tl.where(layer >= gates, left_rows, 0)  # rows with addresses of their own
     left_columns = (width - first_column).to(tl.int32)
     start = tl.zeros((), tl.int64) + begin
-    grad = pointer(table, tl.load(entry + 4) + e, DTYPE, ALIGNED) + start * height + first
+    grad = operand(table, tl.load(entry + 4) + e, KIND) + start * height + first
     if NEED_WEIGHTS:
         left = grad + inner[None, :] * height + rows[:, None]
-        right = pointer(table, tl.load(entry + 5) + e, DTYPE, ALIGNED) + start * width + first_column
+        right = operand(table, tl.load(entry + 5) + e, KIND) + start * width + first_column
         right = right + inner[:, None] * width + columns[None, :]
-        left_step = (tl.zeros((), tl.int64) + DEPTH) * height
-        right_step = (tl.zeros((), tl.int64) + DEPTH) * width
+        steps = ((tl.zeros((), tl.int64) + DEPTH) * height, (tl.zeros((), tl.int64) + DEPTH) * width)
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(begin, stop, DEPTH):
-            a = tl.load(left, mask=there[:, None] & (inner < num_rows - k)[None, :], other=0.0)
-            b = tl.load(right, mask=(inner < num_rows - k)[:, None] & (columns < left_columns)[None, :], other=0.0)
-            acc = product(a, b, acc, PRECISION, UPCAST)
-            left += left_step
-            right += right_step
-        out = pointer(table, tl.load(entry + 6) + e, DTYPE, ALIGNED) + first * width + first_column + rows * width
+        acc = multiply(acc, left, right, steps, there, columns < left_columns, begin, stop, KIND, DEPTH)
+        out = operand(table, tl.load(entry + 6) + e, KIND) + first * width + first_column + rows * width
         wanted = there
-        if GATE_LAYERS:
+        if LINEAR_GATES:
             row = tl.load(table + tl.load(entry + 6) + first + rows, mask=own, other=0)
-            out = tl.where(own, row.to(tl.pointer_type(DTYPE)) + first_column, out)
-            if ALIGNED:
+            out = tl.where(own, row.to(tl.pointer_type(KIND.dtype)) + first_column, out)
+            if KIND.aligned:
                 out = tl.multiple_of(out, 16)
             wanted = tl.where(own, row != 0, there)
         out = out[:, None] + columns[None, :]
@@ -276,13 +200,13 @@ def weight_gradient(
         if SPLIT:
             tl.store(part + within, acc)
         else:
-            tl.store(out, acc.to(DTYPE), mask=mask)
+            tl.store(out, acc.to(KIND.dtype), mask=mask)
     if NEED_BIASES:
-        sums = pointer(table, tl.load(entry + 7) + e, DTYPE, ALIGNED) + first + rows
+        sums = operand(table, tl.load(entry + 7) + e, KIND) + first + rows
         wanted = there
-        if GATE_LAYERS:
+        if LINEAR_GATES:
             row = tl.load(table + tl.load(entry + 7) + first + rows, mask=own, other=0)
-            sums = tl.where(own, row.to(tl.pointer_type(DTYPE)), sums)
+            sums = tl.where(own, row.to(tl.pointer_type(KIND.dtype)), sums)
             wanted = tl.where(own, row != 0, there)
         # A pass of its own, by the first of the programs that share these rows: summed beside the product, d would have
         # to be in registers as well as in shared memory.
@@ -291,21 +215,20 @@ def weight_gradient(
             step = (tl.zeros((), tl.int64) + DEPTH) * height
             total = tl.zeros((DEPTH, ROWS), tl.float32)
             for k in range(begin, stop, DEPTH):
-                total += tl.load(summed, mask=(inner < num_rows - k)[:, None] & there[None, :], other=0.0).to(
-                    tl.float32
-                )
+                mask_k = (inner < num_rows - k)[:, None] & there[None, :]
+                total += tl.load(summed, mask=mask_k, other=0.0).to(tl.float32)
                 summed += step
             total = tl.sum(total, 0)
             if SPLIT:
                 tl.store(part + ROWS * COLUMNS + rows, total)
             else:
-                tl.store(sums, total.to(DTYPE), mask=wanted)
+                tl.store(sums, total.to(KIND.dtype), mask=wanted)
     if SPLIT:
         count = parts_to_add(counter, splits)
         if NEED_WEIGHTS:
             value = sum_of_parts(parts, count, size, within)
-            tl.store(out, value.to(DTYPE), mask=mask & (rows < count * ROWS)[:, None])
+            tl.store(out, value.to(KIND.dtype), mask=mask & (rows < count * ROWS)[:, None])
         if NEED_BIASES:
             count = tl.where(first_column == 0, count, 0)
             value = sum_of_parts(parts + ROWS * COLUMNS, count, size, rows)
-            tl.store(sums, value.to(DTYPE), mask=wanted & (rows < count * ROWS))
+            tl.store(sums, value.to(KIND.dtype), mask=wanted & (rows < count * ROWS))

@@ -7,10 +7,12 @@ parameter.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mtlkernels._library.definition import define, empty
+from mtlkernels._library import define, empty
 from mtlkernels.ops._layout import by_parameter
 
 
@@ -19,16 +21,7 @@ def _pcgrad_gram(grads: list[Tensor | None], num_tasks: int) -> Tensor:
     return torch.empty((num_tasks, num_tasks), dtype=torch.float64, device=like.device)
 
 
-def _pcgrad_weights(
-    gram: Tensor,
-    order: Tensor | None,
-    include_self: bool,
-    max_norm: float | None,
-    normalize: bool,
-    project: bool,
-    eps: float,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
+def _pcgrad_weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     return empty(gram, gram.shape), empty(gram, gram.shape[:1])
 
 

@@ -1,0 +1,205 @@
+"""Where a class keeps what its levels are made of, and how the method that holds them is taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mtlkernels._convert.chains import Chain
+from mtlkernels._convert.evaluation import Parts, evaluate, read_experts
+from mtlkernels._convert.gates import has_equal_shares, read_gate
+from mtlkernels._convert.paying import mixing_pays, pays, rows_of
+from mtlkernels.ops._fusing import has_hooks
+from mtlkernels.routing import Routing
+
+
+def only_argument(module: Any, *args: Any, **kwargs: Any) -> Sequence[Tensor] | Tensor | None:
+    """The streams of a method that takes one tensor, or a sequence of one a stream, and nothing else."""
+    given = (*args, *kwargs.values())
+    return given[0] if len(given) == 1 else None
+
+
+def one_argument(module: Any, streams: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The arguments of such a method: a tensor where there is one stream, else a list."""
+    return (streams[0] if len(streams) == 1 else list(streams),)
+
+
+def as_list(module: Any, mixed: Sequence[Tensor]) -> Any:
+    """What most libraries return."""
+    return list(mixed)
+
+
+def children(*modules: Any) -> list[Any]:
+    """All their sub-modules."""
+    return [child for module in modules for child in module._modules.values()]
+
+
+def cgc(specific: Iterable[Sized], shared: Sized, **options: bool) -> Routing:
+    """The routing of CGC with these lists of experts, one a task."""
+    counts = [len(experts) for experts in specific]
+    return Routing.cgc(len(counts), counts, len(shared), **options)
+
+
+@dataclass(frozen=True)
+class LevelDescription:
+    """Where a class keeps what a level is made of.
+
+    Args:
+        experts: from an instance, its experts' chains, in the order of the routing.
+        gates: from an instance, the chains that give each gate's logits, perhaps with a softmax and a dropout behind;
+            None for equal shares.
+        routing: from an instance, who reads what; asked for once.
+        parts: from an instance, the modules that are not called any more, on which a hook may be.
+        num_streams: from an instance, how many streams it takes; None for as many as experts and gates read.
+        gate_inputs: from an instance, the number of the stream that each gate reads; None: gate k reads stream k.
+        level_outputs: from an instance, the K mixtures and the streams that the level read, the streams behind it;
+            None: the mixtures.
+    """
+
+    experts: Callable[[Any], Iterable[Chain]]
+    gates: Callable[[Any], Sequence[Chain]]
+    routing: Callable[[Any], Routing]
+    parts: Callable[[Any], Iterable[Any]] = children
+    num_streams: Callable[[Any], int] | None = None
+    gate_inputs: Callable[[Any], Sequence[int]] | None = None
+    level_outputs: Callable[[Any, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] | None = None
+
+    def read_gates(self, module: Any) -> list[Any]:
+        """For each gate what :func:`read_gate` says."""
+        return [read_gate(chain) for chain in self.gates(module)]
+
+    def read_gate_inputs(self, module: Any, gates: Sequence[Any], routing: Routing) -> Sequence[int] | None:
+        """The stream of each gate; gates of equal shares read none, and have any."""
+        if self.gate_inputs is not None:
+            return tuple(self.gate_inputs(module))
+        if routing.num_inputs > 1 and any(map(has_equal_shares, gates)):
+            return [0 if has_equal_shares(gate) else k for k, gate in enumerate(gates)]
+        return None
+
+    def prepare(self, module: Any, routing: Routing, x: Tensor | None) -> Parts | None:
+        """The parts of a level as :func:`evaluate` takes them, None where the module's own code has to run.
+
+        ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells.
+        """
+        if not pays(module, x):
+            return None
+        chains, rows = list(self.experts(module)), rows_of(x)
+        experts = read_experts(chains, rows, mixing_pays(x))
+        if experts is None:
+            return None
+        gates = self.read_gates(module)
+        if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
+            return None
+        if any(isinstance(gate, str) for gate in gates) or any_hooks(self.parts(module)):
+            return None
+        return Parts(chains, *experts, gates, routing, rows, self.read_gate_inputs(module, gates, routing))
+
+
+def any_hooks(modules: Iterable[Any]) -> bool:
+    """Whether one of the modules, or one below, has a hook."""
+    for module in modules:
+        if module is not None and (has_hooks(module) or (module._modules and any_hooks(module._modules.values()))):
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class TrunkDescription:
+    """How a class's method with one or more levels is taken apart.
+
+    Args:
+        levels: from an instance, its levels, each of which reads what the one before it gave.
+        inputs: from an instance and the arguments of the method, the streams of the first level; None for a call to
+            leave alone.
+        outputs: from an instance and the streams behind the last level, what the method returns.
+        arguments: from an instance and streams, arguments of the method for a trial, from which ``inputs`` makes these
+            streams or others like them.
+        example: in place of ``arguments``: from an instance and a number of rows, arguments of the method.
+        embeds: whether ``inputs`` does more than pick its arguments apart, so that it is called once a call at most.
+        method: its name.
+        refusal: from an instance, why nothing of it can be fused, as far as its settings tell.
+        trial: from an instance, what :func:`mtlkernels._convert.trial.disagreement` takes beside.
+        level_of: from an instance and the arguments of the method, the number of the level that a call evaluates alone;
+            None where it evaluates all.
+        plan: from an instance and its path in the model, its plan, where it is not made as that of other classes.
+    """
+
+    levels: Callable[[Any], Sequence[LevelDescription]]
+    inputs: Callable[..., Sequence[Tensor] | Tensor | None] = only_argument
+    outputs: Callable[[Any, Sequence[Tensor]], Any] = as_list
+    arguments: Callable[[Any, Sequence[Tensor]], tuple[Any, ...]] = one_argument
+    example: Callable[[Any, int], tuple[Any, ...]] | None = None
+    embeds: bool = False
+    method: str = "forward"
+    refusal: Callable[[Any], str | None] = lambda module: None
+    trial: Callable[[Any], Mapping[str, Any]] = lambda module: {}
+    level_of: Callable[..., int] | None = None
+    plan: Callable[[Any, str], Any] | None = None
+
+    @classmethod
+    def of(cls, level: LevelDescription, **options: Any) -> TrunkDescription:
+        """A method with one level."""
+        return cls(levels=lambda module: (level,), **options)
+
+    def call(self, module: Any, plan: Sequence[Routing | None], args: Any, kwargs: Any) -> tuple[Any] | None:
+        """What the method returns, by itself; None where the class's own code has to run."""
+        levels = self.levels(module)
+        if len(levels) != len(plan):
+            return None
+        if self.level_of is not None:
+            number = self.level_of(module, *args, **kwargs)
+            levels, plan = levels[number : number + 1], plan[number : number + 1]
+        if self.embeds:
+            parts = _prepare(levels, plan, module, _first_tensor((args, kwargs)))
+            streams = None if parts is None else self._streams(module, args, kwargs)
+            if streams is not None:
+                _check_streams(streams)
+        else:
+            streams = self._streams(module, args, kwargs)
+            if streams is None or not all(x.dim() == 2 for x in streams):
+                return None
+            parts = _prepare(levels, plan, module, streams[0])
+        if parts is None or streams is None:
+            return None
+        for level, prepared in zip(levels, parts, strict=True):
+            mixed = evaluate(prepared, streams)
+            streams = mixed if level.level_outputs is None else level.level_outputs(module, mixed, streams)
+        return (self.outputs(module, streams),)
+
+    def _streams(self, module: Any, args: Any, kwargs: Any) -> Sequence[Tensor] | None:
+        streams = self.inputs(module, *args, **kwargs)
+        return (streams,) if isinstance(streams, Tensor) else streams
+
+
+def _prepare(
+    levels: Sequence[LevelDescription], plan: Sequence[Routing | None], module: Any, x: Tensor | None
+) -> list[Parts] | None:
+    """The parts of every level, None where the module's own code has to run."""
+    prepared = []
+    for level, routing in zip(levels, plan, strict=True):
+        parts = None if routing is None else level.prepare(module, routing, x)
+        if parts is None:
+            return None
+        prepared.append(parts)
+    return prepared
+
+
+def _check_streams(streams: Sequence[Tensor]) -> None:
+    """What ``inputs`` made of a call cannot be given up for the class's own code, which would do it again."""
+    for i, x in enumerate(streams):
+        if x.dim() != 2:
+            raise ValueError(
+                f"inputs, with which this class is registered, must give streams [B, D], got stream {i} of shape "
+                f"{list(x.shape)}; it has to return None for a call that the class's own code is to run"
+            )
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The first tensor with rows in arguments, to tell how many there are; None where that cannot be told."""
+    if isinstance(value, Tensor):
+        return value if value.dim() > 0 else None
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((tensor for tensor in map(_first_tensor, parts) if tensor is not None), None)

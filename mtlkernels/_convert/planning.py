@@ -1,0 +1,202 @@
+"""The one planner: what becomes of an instance of a class with levels, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlkernels import _torch
+from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
+from mtlkernels._convert.description import LevelDescription, TrunkDescription
+from mtlkernels._convert.gates import Gate, has_equal_shares
+from mtlkernels._convert.report import Line
+from mtlkernels._convert.trial import disagreement, kept_random_state
+from mtlkernels.ops._fusing import Layer, has_hooks, kind_of, weight_refusal
+from mtlkernels.routing import Routing
+
+# Of an instance: for each level its Routing, None for one that is left alone, or None where all are; and the report.
+Plan = tuple[tuple[Routing | None, ...] | None, list[Line]]
+
+
+def left_alone(reason: str, module: nn.Module, path: str) -> Plan:
+    """The plan of a module of which nothing can be fused."""
+    return None, [Line("left alone", path, type(module).__name__, reason)]
+
+
+def plan_trunk(trunk: TrunkDescription, base: Any, module: nn.Module, path: str) -> Plan:
+    """The plan of a module of class ``base``, once it has proved right in a trial."""
+    try:
+        plan = _examine(trunk, base, module)
+    except Exception as error:  # of a description that does not fit; it goes into the report
+        plan = f"its description does not fit: {type(error).__name__}: {error}"
+    if not isinstance(plan, str):
+        plan = _trial(trunk, module, plan) or plan
+    if isinstance(plan, str):
+        return left_alone(plan, module, path)
+    levels, name = trunk.levels(module), type(module).__name__
+    names = [f"{name} level {i}" for i in range(len(levels))] if len(levels) > 1 else [name]
+    return plan, [_replaced_line(level, module, path, part) for level, part in zip(levels, names, strict=True)]
+
+
+def _examine(trunk: TrunkDescription, base: Any, module: Any) -> tuple[Routing, ...] | str:
+    """The routings of levels that can be evaluated otherwise, or why they cannot, as far as their parts tell."""
+    refused = trunk.refusal(module)
+    if refused is not None:
+        return refused
+    if getattr(type(module), trunk.method) is not getattr(base, trunk.method) or trunk.method in vars(module):
+        return f"its {trunk.method} is not that of {base.__name__}"
+    plan = []
+    for level in trunk.levels(module):
+        routing = level.routing(module)
+        reason = _level_refusal(level, module, routing)
+        if reason is not None:
+            return reason
+        plan.append(routing)
+    return tuple(plan) or "it has no levels"
+
+
+def _level_refusal(level: LevelDescription, module: Any, routing: Routing) -> str | None:
+    chains, gate_chains, gates = list(level.experts(module)), level.gates(module), level.read_gates(module)
+    if not chains:
+        return "it has no experts"
+    hooked = _hook_refusal(module, level.parts(module))
+    if hooked is not None:
+        return hooked
+    for chain in chains:
+        layers = read_chain(chain)
+        odd = None if isinstance(layers, str) else weight_refusal(layers)  # which copies for a trial would not have
+        if odd is not None:
+            return odd + path_of(module, chain, odd)
+    for gate, chain in zip(gates, gate_chains, strict=True):
+        if isinstance(gate, str):
+            return gate + path_of(module, chain, gate)
+    if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
+        return f"it has {len(chains)} experts and {len(gates)} gates, but its routing {routing}"
+    for k, (gate, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
+        if gate.size not in (None, len(mixed)):
+            return f"gate {k} has {gate.size} logits for {len(mixed)} experts"
+    at = level.read_gate_inputs(module, gates, routing)
+    if at is not None and len(at) != len(gates):
+        return f"its gate_inputs have {len(at)} entries for {len(gates)} gates"
+    return None
+
+
+def _hook_refusal(model: nn.Module, parts: Iterable[Any]) -> str | None:
+    """The report's words for a part that does more than its class's forward, and that would not be called."""
+    inner = (module for part in parts if part is not None for module in part.modules())
+    hooked = next(filter(has_hooks, inner), None)
+    if hooked is None:
+        return None
+    what = "a forward of its own" if "forward" in vars(hooked) else "a hook"
+    name = next((name for name, module in model.named_modules() if module is hooked), "")
+    return f"{name or type(hooked).__name__} has {what}, and would not be called"
+
+
+def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) -> str | None:
+    """What is wrong with evaluating the levels otherwise, as a trial of copies tells; None where nothing is."""
+
+    def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
+        if trunk.example is not None:
+            return _example(trunk.example, other, rows, generator)
+        return trunk.arguments(other, _random_streams(trunk.levels(other)[0], other, plan[0], rows, generator))
+
+    def fused(other: Any, *args: Any) -> Any:
+        result = trunk.call(other, plan, args, {})
+        if result is None:
+            raise ValueError("inputs gave None, or no streams [B, D], for the arguments of the trial")
+        return result[0]
+
+    def original(other: Any, *args: Any) -> Any:
+        return other(*args) if trunk.method == "forward" else getattr(other, trunk.method)(*args)
+
+    return disagreement(module, fused, arguments, **{"original": original, **trunk.trial(module)})
+
+
+def _random_streams(
+    level: LevelDescription, module: Any, routing: Routing, rows: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Input streams for a trial of a level."""
+    count, gates = routing.num_inputs, level.read_gates(module)
+    at = level.read_gate_inputs(module, gates, routing)
+    if at is not None:
+        count = max(count, *(i + 1 for i, gate in zip(at, gates, strict=True) if not has_equal_shares(gate)))
+    elif level.num_streams is not None:
+        count = level.num_streams(module)
+    elif count > 1:  # without shared experts, a shared gate alone reads the last stream
+        count = max(count, routing.num_gates)
+    # The features of the input: the first matrix has as many columns.
+    chains = [chain for chain in (*level.experts(module), *level.gates(module)) if chain is not None]
+    steps = [step for chain in chains for step in flatten(chain) if isinstance(step, (nn.Module, Product))]
+    width = next(p for step in steps for p in step.parameters() if p.dim() == 2).shape[1]
+    return [torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def _example(
+    example: Callable[[Any, int], tuple[Any, ...]], module: Any, rows: int, generator: torch.Generator
+) -> tuple[Any, ...]:
+    """A user's example with numbers in float64; its random ones are not taken for the forward's."""
+    with kept_random_state():
+        torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        given = example(module, rows)
+    leaves, structure = _torch.tree_flatten(tuple(given))
+    double = [leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    arguments: tuple[Any, ...] = _torch.tree_unflatten(double, structure)
+    return arguments
+
+
+def _replaced_line(level: LevelDescription, module: nn.Module, path: str, part: str) -> Line:
+    """The report's line for a level that is replaced, or of which only the mixing is."""
+    gate_chains, gates = level.gates(module), level.read_gates(module)
+    fused, detail = _describe(module, list(level.experts(module)), gate_chains, gates)
+    return Line("replaced" if fused else "mixing fused", path, part, detail)
+
+
+def _describe(
+    model: Any, chains: Sequence[Chain], gate_chains: Sequence[Chain], gates: Sequence[Gate]
+) -> tuple[bool, str]:
+    """Whether some experts of a level are fused, and the report's words for what becomes of it."""
+    groups: dict[Any, list[list[Layer]]] = {}
+    odd = []
+    for chain in chains:
+        layers = read_chain(chain)
+        if not isinstance(layers, str):
+            layers = weight_refusal(layers) or layers
+        if isinstance(layers, str):
+            odd.append(layers + path_of(model, chain, layers))
+        else:
+            groups.setdefault(kind_of(layers), []).append(layers)
+    fused = [_experts(len(group)) + _layers(group) for group in groups.values()]
+    equal = sum(map(has_equal_shares, gates))
+    count = f"{len(gates) - equal} gates" + (f" and {equal} means" if equal else "")
+    if len(fused) == 1 and not odd:
+        words = f"{fused[0]} and {count} in one expert_mixture"
+    else:
+        parts = [f"{group} in one expert_mixture" for group in fused]
+        parts += [f"{_experts(len(odd))} as modules, because of {odd[0]}"] if odd else []
+        words = ", ".join([*parts, f"{count} in one gated_mixture"])
+    for k, (gate, chain) in enumerate(zip(gates, gate_chains, strict=True)):
+        if gate.layers is None:
+            reason = refusal(gate.modules) or ""
+            words += f"; gate {k} as modules, because of {reason}{path_of(model, chain, reason)}"
+        if gate.dropout is not None and gate.dropout.p > 0:
+            words += f"; gate {k} with dropout {gate.dropout.p} of its shares, mixed by itself in training"
+    return bool(fused), words
+
+
+def _experts(count: int) -> str:
+    return "1 expert" if count == 1 else f"{count} experts"
+
+
+def _layers(experts: Sequence[Sequence[Layer]]) -> str:
+    """What the experts of a group are made of."""
+    layers = [layer for expert in experts for layer in expert]
+    depth = len(experts[0])
+    kinds = {type(layer.norm) for layer in layers}
+    parts = [name for kind, name in ((nn.BatchNorm1d, "batch norm"), (nn.LayerNorm, "layer norm")) if kind in kinds]
+    rate = max((layer.dropout.p for layer in layers if layer.dropout is not None), default=0)
+    parts += [f"dropout {rate}"] if rate > 0 else []
+    words = f" of {depth} layers" if depth > 1 else " of 1 layer"
+    return words + (f" with {' and '.join(parts)}" if parts else "")

@@ -1,0 +1,227 @@
+# mypy: ignore-errors
+"""Kernels of a chain's forward pass: grouped products over the experts, and what follows each of them.
+
+Block rows are numbered outermost, then experts, then block columns: the programs at work at a time share a few blocks
+of rows and all weights, so that the rows come from memory once and the weights from the L2 cache.
+Offsets to a program's first row or column are 64-bit; offsets within its block are not.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mtlkernels.ops._triton_functions import (
+    activate,
+    gate_logits,
+    kernel,
+    multiply,
+    operand,
+    parts_to_add,
+    pointer,
+    probability,
+    saved_of,
+    share_of,
+    softmax_statistics,
+    sum_of_parts,
+    whole,
+)
+
+# How many logits of the gates that read a stream a program computes: few, as there are few, beside many experts.
+GATE_COLUMNS = tl.constexpr(32)
+
+
+@triton.jit
+def add_bias(acc, address, first_column, inside, KIND: tl.constexpr, COLUMNS: tl.constexpr):
+    """``acc + b`` of a block of columns; the address of b may be null."""
+    if address != 0:
+        bias = address.to(tl.pointer_type(KIND.dtype)) + first_column + tl.arange(0, COLUMNS)
+        acc += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def linear(
+    table, inputs, weights, biases, first, first_column, left_rows, left_columns, depth,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """``x W^T + b`` of a block, float32; the places in the table are those of one expert."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inner = tl.arange(0, DEPTH)
+    inside = columns < left_columns
+    x = operand(table, inputs, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
+    weight = operand(table, weights, KIND) + first_column * depth + columns[None, :] * depth + inner[:, None]
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    acc = multiply(acc, x, weight, None, rows < left_rows, inside, 0, depth, KIND, DEPTH)
+    return add_bias(acc, tl.load(table + biases), first_column, inside, KIND, COLUMNS)
+
+
+@triton.jit
+def expert_layer(
+    table, inputs, weights, biases, outputs, kept, e, block, first, left_rows, width, depth,
+    KIND: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of one expert's layer; ``first`` is its first row."""
+    first_column = block.to(tl.int64) * COLUMNS
+    left_columns = (width - first_column).to(tl.int32)
+    acc = linear(
+        table, inputs + e, weights + e, biases + e, first, first_column, left_rows, left_columns, depth,
+        KIND, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
+    offsets = rows[:, None] * width + columns[None, :]
+    corner = first * width + first_column
+    if KEEP:
+        tl.store(operand(table, kept + e, KIND) + corner + offsets, acc.to(KIND.dtype), mask=mask)
+    out = operand(table, outputs + e, KIND) + corner
+    tl.store(out + offsets, activate(acc, CODE).to(KIND.dtype), mask=mask)
+
+
+@triton.jit
+def gate_layer(
+    table, gates, num_tiles, tile, first, left_rows, depth,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Some of the logits of the linear gates that read a stream, whatever gates they belong to.
+
+    ``gates`` holds the address of the logits, the length W of their rows, three entries a tile (the address of its
+    stream, its first column, and how many it has), W addresses of rows of weights, and W of biases, which may be null.
+    """
+    entry = table + gates + 2 + 3 * tile
+    first_column = tl.load(entry + 1).to(tl.int32)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inner = tl.arange(0, DEPTH)
+    inside = columns < tl.load(entry + 2).to(tl.int32)
+    at = table + gates + 2 + 3 * num_tiles + first_column + columns
+    weight = tl.load(at, mask=inside, other=0).to(tl.pointer_type(KIND.dtype))
+    if KIND.aligned:
+        weight = tl.multiple_of(weight, 16)
+    weight = weight[None, :] + inner[:, None]
+    x = operand(entry, 0, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    acc = multiply(acc, x, weight, None, rows < left_rows, inside, 0, depth, KIND, DEPTH)
+    width = tl.load(table + gates + 1).to(tl.int32)
+    bias = tl.load(at + width, mask=inside, other=0)
+    acc += tl.load(bias.to(tl.pointer_type(KIND.dtype)), mask=bias != 0, other=0.0).to(tl.float32)[None, :]
+    out = pointer(table, gates, KIND.dtype) + first * width + first_column
+    mask = (rows < left_rows)[:, None] & inside[None, :]
+    tl.store(out + rows[:, None] * width + columns[None, :], acc.to(KIND.dtype), mask=mask)
+
+
+@kernel()
+def layer_forward(
+    table, inputs, weights, biases, outputs, kept, gates, gate_tiles, num_experts, num_rows, width, depth,
+    KIND: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr, LINEAR_GATES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One layer of every expert, activated; ``KEEP`` writes the activation's input too.
+
+    ``LINEAR_GATES``: behind the experts' programs of a block of rows come ``gate_tiles`` of gates that are linear
+    layers of the same inputs; ``gates`` is described by ``gate_layer``.
+    """
+    width = whole(width, KIND)
+    depth = whole(depth, KIND)
+    blocks = tl.cdiv(width, COLUMNS)
+    of_experts = num_experts * blocks
+    programs = of_experts
+    if LINEAR_GATES:
+        programs += gate_tiles
+    first = (tl.program_id(0) // programs).to(tl.int64) * ROWS
+    place = tl.program_id(0) % programs
+    left_rows = (num_rows - first).to(tl.int32)
+    of_gates = place >= of_experts if LINEAR_GATES else False
+    if of_gates:
+        gate_layer(
+            table, gates, gate_tiles, place - of_experts, first, left_rows, depth, KIND, ROWS, GATE_COLUMNS, DEPTH
+        )
+    else:
+        expert_layer(
+            table, inputs, weights, biases, outputs, kept, place // blocks, place % blocks, first, left_rows,
+            width, depth, KIND, CODE, KEEP, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+
+
+@kernel()
+def last_forward(
+    table, inputs, weights, biases, outputs, kept, gates, positions, parts, counters, splits,
+    num_experts, num_rows, width, depth,
+    KIND: tl.constexpr, LOGITS: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
+    GATES: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The last layer of every expert and all gates' weighted sums of them, held in registers.
+
+    ``positions`` [K, E] holds an expert's place among a gate's logits, or -1. ``KEEP`` writes what the backward pass
+    reads; without it no expert's output reaches memory. ``SPLIT``: ``splits`` programs share a block, each with some of
+    the experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split, gate].
+    """
+    width = whole(width, KIND)
+    depth = whole(depth, KIND)
+    blocks = tl.cdiv(width, COLUMNS)
+    tile = tl.program_id(0)
+    start = 0
+    end = num_experts
+    if SPLIT:
+        share = tile % splits
+        tile = tile // splits
+        start, end = share_of(num_experts, share, splits)
+    first = (tile // blocks).to(tl.int64) * ROWS
+    first_column = (tile % blocks).to(tl.int64) * COLUMNS
+    left_rows = (num_rows - first).to(tl.int32)
+    left_columns = (width - first_column).to(tl.int32)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = rows < left_rows
+    mask = inside[:, None] & (columns < left_columns)[None, :]
+    offsets = rows[:, None] * width + columns[None, :]
+    corner = first * width + first_column
+    gates = table + gates
+
+    maxima = ()
+    totals = ()
+    sums = ()
+    for k in tl.static_range(GATES):
+        logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
+        maximum, total = softmax_statistics(logits, column_stride, high - low, inside, ROWS)
+        maxima = maxima + (maximum,)
+        totals = totals + (total,)
+        sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+
+    for e in range(start, end):
+        acc = linear(
+            table, inputs + e, weights + e, biases + e, first, first_column, left_rows, left_columns, depth,
+            KIND, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+        if KEEP:
+            out = operand(table, kept + e, KIND) + corner
+            tl.store(out + offsets, saved_of(acc, CODE).to(KIND.dtype), mask=mask)
+        expert = activate(acc, CODE)
+        mixed = ()
+        for k in tl.static_range(GATES):
+            position = tl.load(table + positions + k * num_experts + e)
+            value = sums[k]
+            if position >= 0:  # an expert that the gate does not see must not reach it, not even as 0 times infinity
+                logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
+                weight = probability(logits, column_stride, position, maxima[k], totals[k], inside)
+                value += weight[:, None] * expert
+            mixed = mixed + (value,)
+        sums = mixed
+
+    if SPLIT:
+        area: tl.constexpr = ROWS * COLUMNS
+        within = rows[:, None] * COLUMNS + columns[None, :]
+        shared = pointer(table, parts, tl.float32, True) + tile.to(tl.int64) * splits * (GATES * area)
+        for k in tl.static_range(GATES):
+            tl.store(shared + (share * GATES + k) * area + within, sums[k])
+        count = parts_to_add(table + counters + tile, splits)
+        mask = mask & (rows < count * ROWS)[:, None]  # nothing but by the last to arrive
+        for k in tl.static_range(GATES):
+            value = sum_of_parts(shared + k * area, count, GATES * area, within)
+            tl.store(operand(table, outputs + k, KIND) + corner + offsets, value.to(KIND.dtype), mask=mask)
+    else:
+        for k in tl.static_range(GATES):
+            tl.store(operand(table, outputs + k, KIND) + corner + offsets, sums[k].to(KIND.dtype), mask=mask)

@@ -1,0 +1,184 @@
+# mypy: ignore-errors
+"""Functions that a layerwise level's Triton kernels call: norms, slopes, dropout, and their gradients in a block.
+
+What is known of a layer of an expert is a run of ENTRIES in the table. First the addresses of its means, variances,
+scales, shifts and the activation's slopes, of which the last three may be null, and how far a slope is from the next:
+0 where all channels share one. Then, for Dice, the addresses of four numbers a row: means, factors, and the two shares
+of the gradient that these take out, see dice_kernels.py. Then, for dropout, the address of the seed, the numbers of the
+expert and of the layer, and the threshold.
+
+``layer`` is where that run starts, the factor of what dropout keeps, and the norm's eps; ``LAYER`` are the
+:class:`mtlkernels.ops.level.triton.layers.Settings`. ``of_rows`` are six numbers a row: mean and reciprocal deviation
+for a layer norm, then Dice's four; where there is no such norm, or no Dice, they are zeros that nobody uses.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mtlkernels.ops._triton_functions import activate, activation_gradient, pointer, saved_of
+from mtlkernels.ops.activations import CODES
+from mtlkernels.ops.level import spec
+
+NO_NORM = tl.constexpr(spec.NO_NORM)
+BATCH_NORM = tl.constexpr(spec.BATCH_NORM)
+LAYER_NORM = tl.constexpr(spec.LAYER_NORM)
+PRELU = tl.constexpr(CODES["prelu"])
+DICE = tl.constexpr(CODES["dice"])
+ENTRIES = tl.constexpr(14)
+
+
+@triton.jit
+def load_rows(entry, which, first, rows, inside):
+    """One of the numbers that are known of each row, or of each column."""
+    return tl.load(pointer(entry, which, tl.float32) + first + rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def row_statistics(layer, first, rows, inside, LAYER: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr):
+    """``of_rows``; those of Dice's gradient with ``SHARES``."""
+    entry, _, eps = layer
+    mean = tl.zeros((ROWS,), tl.float32)
+    rstd, center, factor, level, along = mean, mean, mean, mean, mean
+    if LAYER.norm == LAYER_NORM:
+        mean = load_rows(entry, 0, first, rows, inside)
+        rstd = 1.0 / tl.sqrt_rn(load_rows(entry, 1, first, rows, inside) + eps)
+    if LAYER.activation == DICE:
+        center = load_rows(entry, 6, first, rows, inside)
+        factor = load_rows(entry, 7, first, rows, inside)
+        if SHARES:
+            level = load_rows(entry, 8, first, rows, inside)
+            along = load_rows(entry, 9, first, rows, inside)
+    return mean, rstd, center, factor, level, along
+
+
+@triton.jit
+def affine(entry, columns, inside, LAYER: tl.constexpr, COLUMNS: tl.constexpr):
+    """Scale and shift of each column: 1 and 0 where there are none."""
+    scale = tl.full((COLUMNS,), 1.0, tl.float32)
+    shift = tl.zeros((COLUMNS,), tl.float32)
+    address = tl.load(entry + 2)
+    if address != 0:
+        scale = tl.load(address.to(tl.pointer_type(LAYER.scales)) + columns, mask=inside, other=0.0).to(tl.float32)
+    address = tl.load(entry + 3)
+    if address != 0:
+        shift = tl.load(address.to(tl.pointer_type(LAYER.scales)) + columns, mask=inside, other=0.0).to(tl.float32)
+    return scale, shift
+
+
+@triton.jit
+def normalized(z, layer, columns, inside, of_rows, LAYER: tl.constexpr, COLUMNS: tl.constexpr):
+    """The standardized pre-activation of a block, and what scale and shift make of it: the activation's input."""
+    s = z
+    if LAYER.norm != NO_NORM:
+        entry, _, eps = layer
+        if LAYER.norm == BATCH_NORM:
+            mean = load_rows(entry, 0, 0, columns, inside)
+            rstd = 1.0 / tl.sqrt_rn(load_rows(entry, 1, 0, columns, inside) + eps)
+            s = (z - mean[None, :]) * rstd[None, :]
+        else:
+            s = (z - of_rows[0][:, None]) * of_rows[1][:, None]
+        scale, shift = affine(entry, columns, inside, LAYER, COLUMNS)
+        z = s * scale[None, :] + shift[None, :]
+    return s, z
+
+
+@triton.jit
+def slopes_of(entry, columns, inside, LAYER: tl.constexpr, COLUMNS: tl.constexpr):
+    """The activation's slope of each column, as a row: 1 where there are none."""
+    slope = tl.full((COLUMNS,), 1.0, tl.float32)
+    address = tl.load(entry + 4)
+    if address != 0:
+        at = address.to(tl.pointer_type(LAYER.scales)) + columns * tl.load(entry + 5)
+        slope = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return slope[None, :]
+
+
+@triton.jit
+def dice_gate(x, inside, of_rows):
+    """Dice's ``u = (x - mean) * factor``, which is between -1 and 1, and its gate ``p``, the sigmoid of that."""
+    u = tl.where(inside[None, :], (x - of_rows[2][:, None]) * of_rows[3][:, None], 0.0)
+    return u, 1.0 / (1.0 + tl.exp(-u))
+
+
+@triton.jit
+def dice_gradient(grad, x, slope, inside, of_rows):
+    """Dice's ``u`` and ``p``; from the gradient of its output those of its slope at each value, and of ``u``."""
+    u, p = dice_gate(x, inside, of_rows)
+    slopes = grad * x * (1.0 - p)
+    return u, p, slopes, (slopes - slopes * slope) * p
+
+
+@triton.jit
+def dropped(x, layer, first, first_column, LAYER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A block of a layer's output, or its gradient, behind dropout, see mtlkernels.ops._random.
+
+    ``first_column`` is a multiple of four, so that the four words of a counter are four columns of the block.
+    """
+    if LAYER.drops:
+        entry, factor, _ = layer
+        key = tl.load(pointer(entry, 10, tl.int64))
+        quads: tl.constexpr = COLUMNS // 4
+        zero = tl.zeros((ROWS, quads), tl.int32)
+        column = zero + (first_column // 4).to(tl.int32) + tl.arange(0, quads)[None, :]
+        row = zero + first.to(tl.int32) + tl.arange(0, ROWS)[:, None]
+        expert = zero + tl.load(entry + 11).to(tl.int32)
+        a, b, c, d = tl.philox(key, column, row, expert, zero + tl.load(entry + 12).to(tl.int32), 10)
+        words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, COLUMNS))
+        x = x * tl.where(words.to(tl.int64) >= tl.load(entry + 13), factor, 0.0)
+    return x
+
+
+@triton.jit
+def hidden(
+    z, layer, first, first_column, columns, inside, of_rows,
+    LAYER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``dropout(activation(norm(z)))`` of a block, float32."""
+    _, z = normalized(z, layer, columns, inside, of_rows, LAYER, COLUMNS)
+    if LAYER.activation == PRELU:
+        z = tl.where(z > 0.0, z, slopes_of(layer[0], columns, inside, LAYER, COLUMNS) * z)
+    elif LAYER.activation == DICE:
+        slope = slopes_of(layer[0], columns, inside, LAYER, COLUMNS)
+        _, p = dice_gate(z, inside, of_rows)
+        z = z * (p + (1.0 - p) * slope)
+    else:
+        z = activate(z, LAYER.activation)
+    return dropped(z, layer, first, first_column, LAYER, ROWS, COLUMNS)
+
+
+@triton.jit
+def read_hidden(z, k, inside, state, LAYER: tl.constexpr, DEPTH: tl.constexpr):
+    """The same on its way into ``multiply``; ``state`` is the layer, the first row, and ``of_rows``."""
+    layer, first, of_rows = state
+    first_column = tl.zeros((), tl.int64) + k
+    columns = k + tl.arange(0, DEPTH)
+    value = hidden(z.to(tl.float32), layer, first, first_column, columns, inside, of_rows, LAYER, z.shape[0], DEPTH)
+    return tl.where(inside[None, :], value, 0.0).to(z.dtype)
+
+
+@triton.jit
+def norm_gradient(
+    grad, z, layer, first, first_column, columns, inside, of_rows,
+    LAYER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of a layer's output that of the activation's input; the standardized pre-activation.
+
+    And the gradient of the activation's slope at each value, if it has one.
+    """
+    s, z = normalized(z, layer, columns, inside, of_rows, LAYER, COLUMNS)
+    grad = dropped(grad, layer, first, first_column, LAYER, ROWS, COLUMNS)
+    slopes = grad
+    if LAYER.activation == PRELU:
+        slope = slopes_of(layer[0], columns, inside, LAYER, COLUMNS)
+        slopes = tl.where(z > 0.0, 0.0, z * grad)
+        grad = tl.where(z > 0.0, grad, slope * grad)
+    elif LAYER.activation == DICE:
+        slope = slopes_of(layer[0], columns, inside, LAYER, COLUMNS)
+        u, p, slopes, w = dice_gradient(grad, z, slope, inside, of_rows)
+        through = of_rows[3][:, None] * (w - of_rows[4][:, None] - u * of_rows[5][:, None])
+        grad = grad * (p + (1.0 - p) * slope) + through
+    else:
+        grad = activation_gradient(grad, saved_of(z, LAYER.activation), LAYER.activation)
+    return grad, s, slopes

@@ -1,0 +1,25 @@
+"""The operators of snr_aver; see those of snr_trans."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mtlkernels._library import cast_first, define, empty
+
+
+def _forward(u: list[Tensor], z: Tensor) -> list[Tensor]:
+    return [empty(u[0], u[0].shape) for _ in range(z.shape[0])]
+
+
+def _backward(
+    grad_outputs: list[Tensor], u: list[Tensor], z: Tensor, need_u: bool, need_z: bool, closed_grad: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [empty(x, x.shape) for x in u] if need_u else [], [empty(z, z.shape)] if need_z else []
+
+
+define("snr_aver_forward(Tensor[] u, Tensor z) -> Tensor[]", _forward, cast_first(1))
+define(
+    "snr_aver_backward(Tensor[] grad_outputs, Tensor[] u, Tensor z, bool need_u, bool need_z, bool closed_grad)"
+    " -> (Tensor[], Tensor[])",
+    _backward,
+)
