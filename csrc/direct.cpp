@@ -14,6 +14,7 @@
 #include "cpu/gemm/kept_weights.h"
 #include "cpu/level/level.h"
 #include "cpu/runtime/check.h"
+#include "cpu/simd/activation_codes.h"
 
 namespace mtlk {
 namespace {
@@ -22,11 +23,17 @@ namespace py = pybind11;
 
 // Each reads one kind of argument, and tells whether it is of the expected structure.
 
-// A plain tensor, or a parameter: one that nothing but its memory stands behind.
+// A plain tensor on the CPU, or a parameter: one that nothing but its memory stands behind, so that the dispatcher has
+// nobody else to ask.
 bool read_tensor(PyObject* object, at::Tensor& tensor) {
+  constexpr auto cpu = c10::BackendComponent::CPUBit;
+  static const uint64_t plain =
+      (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView}) |
+       c10::getAutogradRelatedKeySetFromBackend(cpu) | c10::getAutocastRelatedKeySetFromBackend(cpu))
+          .raw_repr();
   if (!THPVariable_Check(object)) return false;
   tensor = THPVariable_Unpack(object);
-  return !tensor.unsafeGetTensorImpl()->is_python_dispatch();
+  return (tensor.key_set().raw_repr() & ~plain) == 0;
 }
 
 bool read_optional(PyObject* object, at::Tensor& tensor) { return object == Py_None || read_tensor(object, tensor); }
@@ -125,8 +132,8 @@ std::optional<LevelSpec> read_spec(PyObject* spec_ints, PyObject* dice_eps) {
   if (!read_ints(spec_ints, ints)) return std::nullopt;
   if (dice_eps != Py_None) {
     std::vector<double> eps;
-    if (!read_each(dice_eps, [&](PyObject* item) { return read_double(item, eps.emplace_back()); }))
-      return std::nullopt;
+    const auto read = [&](PyObject* item) { return read_double(item, eps.emplace_back()) && eps.back() > 0; };
+    if (!read_each(dice_eps, read)) return std::nullopt;
     floats.resize(3 * eps.size());
     std::copy(eps.begin(), eps.end(), floats.begin() + static_cast<int64_t>(eps.size()));
   }
@@ -167,9 +174,18 @@ bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyOb
   }
   const auto of_layer = [&](PyObject* layer) { return read_norms(layer, level.norms.experts); };
   const auto slopes_of_layer = [&](PyObject* layer) { return read_tensors(layer, tensors.slopes); };
+  // Where an activation has slopes, they are given.
+  const auto complete = [&](const int64_t& code) {
+    const int64_t layer = &code - spec.activations.begin();
+    return has_slopes(static_cast<int>(code)) == tensors.slopes[layer * spec.experts()].defined();
+  };
+  if (slopes == Py_None ? spec.has_slopes()
+                        : !read_layers(slopes, spec, true, tensors.slopes, slopes_of_layer) ||
+                              !std::all_of(spec.activations.begin(), spec.activations.end(), complete)) {
+    return false;
+  }
   return (norms == Py_None || read_layers(norms, spec, true, level.norms.experts, of_layer)) &&
-         (gate_norms == Py_None || read_norms(gate_norms, level.norms.gates)) &&
-         (slopes == Py_None || read_layers(slopes, spec, true, tensors.slopes, slopes_of_layer));
+         (gate_norms == Py_None || read_norms(gate_norms, level.norms.gates));
 }
 
 // A list or a tuple of the groups' tensors, None for an undefined one.

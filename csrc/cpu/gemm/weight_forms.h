@@ -1,39 +1,23 @@
-// Weights in the form that a set of kernels wants.
+// Weights in the form that an engine wants.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "gemm/engine.h"
 #include "gemm/kept_weights.h"
 #include "runtime/memory.h"
-#include "runtime/parallel.h"
 
 namespace mtlk {
 
 // A weight as it can be prepared: one of its strides is 1.
-inline at::Tensor preparable(const at::Tensor& weight, bool transposed) {
-  const at::Tensor plain = weight.stride(1) != 1 && weight.stride(0) != 1 ? weight.contiguous() : weight;
-  return transposed ? plain.t() : plain;
-}
+at::Tensor preparable(const at::Tensor& weight, bool transposed);
+void prepare_weight(const EngineTable& engine, const at::Tensor& weight, void* memory);
 
-inline void prepare_weight(const EngineTable& engine, const at::Tensor& weight, void* memory) {
-  engine.prepare(weight.const_data_ptr(), weight.stride(0), weight.stride(1), weight.size(0), weight.size(1), memory);
-}
-
-// Whether kernels that want prepared weights take this one in its natural form.
-inline bool fits_as_it_is(const EngineTable& engine, const at::Tensor& weight) {
-  return engine.natural_outputs != 0 && weight.size(0) % engine.natural_outputs == 0 && weight.stride(1) == 1 &&
-         weight.stride(0) > 0;
-}
-
-inline bool all_declared(at::TensorList weights) {
-  return std::all_of(weights.begin(), weights.end(),
-                     [](const at::Tensor& w) { return KeptWeights::instance().declared(w); });
-}
+// Whether nobody writes to any of them any more.
+bool all_declared(at::TensorList weights);
 
 // Owns whatever had to be copied to fit the kernels.
 class WeightForms {
@@ -43,68 +27,16 @@ class WeightForms {
   const int64_t* columns() const { return columns_.empty() ? nullptr : columns_.data(); }
 
   // Weights as they are, for kernels that read rows of the storage type.
-  void set_natural(at::TensorList weights) {
-    for (const at::Tensor& weight : weights) {
-      kept_.push_back(weight.stride(1) == 1 ? weight : weight.contiguous());
-      pointers_.push_back(kept_.back().const_data_ptr());
-      ld_.push_back(kept_.back().stride(0));
-    }
-  }
+  void set_natural(at::TensorList weights);
 
   // Weights for a forward pass that makes what is in no fitting form.
-  void set_to_be_made(at::TensorList weights, const EngineTable& engine) {
-    for (const at::Tensor& weight : weights) {
-      const bool repeats = weight.stride(1) == 0 && weight.size(1) > 1;
-      const at::Tensor& kept = kept_.emplace_back(repeats ? weight.contiguous() : preparable(weight, false));
-      pointers_.push_back(kept.const_data_ptr());
-      ld_.push_back(kept.stride(0));
-      columns_.push_back(fits_as_it_is(engine, kept) ? 0 : std::max<int64_t>(kept.stride(1), 1));
-    }
-  }
+  void set_to_be_made(at::TensorList weights, const EngineTable& engine);
 
-  // Weights in the form that the kernels want; `transposed` swaps inputs and outputs where they are prepared.
-  void set(at::TensorList weights, const EngineTable& engine, bool transposed) {
-    if (engine.form == WeightForm::kNatural) return set_natural(weights);
-    if (engine.form == WeightForm::kCompute) {
-      std::vector<at::Tensor> wide(weights.size());
-      parallel_tasks(at::get_num_threads(), weights.size(),
-                     [&](int64_t i) { wide[i] = weights[i].to(at::kFloat).contiguous(); });
-      return set_natural(wide);
-    }
-    std::vector<size_t> numbers;  // of those to be prepared
-    std::vector<int64_t> offsets{0};
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const at::Tensor& weight = weights[i];
-      const bool natural = !transposed && fits_as_it_is(engine, weight);
-      pointers_.push_back(natural ? weight.const_data_ptr() : nullptr);
-      ld_.push_back(natural ? weight.stride(0) : 0);
-      if (natural) continue;
-      if (!transposed && take_kept(engine, weight)) continue;
-      const int64_t outputs = weight.size(transposed ? 1 : 0), inputs = weight.size(transposed ? 0 : 1);
-      numbers.push_back(i);
-      offsets.push_back(offsets.back() + engine.prepared_bytes(outputs, inputs));
-      kept_.push_back(preparable(weight, transposed));
-    }
-    if (numbers.empty()) return;
-    char* memory = static_cast<char*>(prepared_.emplace(1, offsets.back())[0]);
-    for (size_t i = 0; i < numbers.size(); ++i) pointers_[numbers[i]] = memory + offsets[i];
-    parallel_tasks(at::get_num_threads(), numbers.size(),
-                   [&](int64_t i) { prepare_weight(engine, kept_[i], memory + offsets[i]); });
-  }
+  // Weights in the form that the engine wants; `transposed` swaps inputs and outputs where they are prepared.
+  void set(at::TensorList weights, const EngineTable& engine, bool transposed);
 
  private:
-  // Points to what is kept of a weight that was declared frozen.
-  bool take_kept(const EngineTable& engine, const at::Tensor& weight) {
-    const KeptWeights::Memory memory = KeptWeights::instance().prepared(weight, engine, [&] {
-      auto made = std::make_shared<const Scratch>(1, engine.prepared_bytes(weight.size(0), weight.size(1)), false);
-      prepare_weight(engine, preparable(weight, false), (*made)[0]);
-      return made;
-    });
-    if (!memory) return false;
-    pointers_.back() = (*memory)[0];
-    frozen_.push_back(memory);
-    return true;
-  }
+  void prepare(at::TensorList weights, const EngineTable& engine, bool transposed);
 
   std::vector<at::Tensor> kept_;
   std::vector<KeptWeights::Memory> frozen_;
@@ -118,14 +50,7 @@ class WeightForms {
 class GroupForms {
  public:
   // `weights` by layer, then expert.
-  GroupForms(at::TensorList weights, int experts, const EngineTable& engine, bool transposed)
-      : experts_(experts), engine_(engine), pointers_(weights.size()), ld_(weights.size()) {
-    for (const at::Tensor& weight : weights) weights_.push_back(preparable(weight, transposed));
-    for (size_t i = 0; i < weights_.size(); i += experts) {
-      offsets_.push_back(bytes_);
-      bytes_ += engine.prepared_bytes(weights_[i].size(0), weights_[i].size(1));
-    }
-  }
+  GroupForms(at::TensorList weights, int experts, const EngineTable& engine, bool transposed);
 
   const void* const* pointers() const { return pointers_.data(); }
   const int64_t* ld() const { return ld_.data(); }
@@ -134,11 +59,7 @@ class GroupForms {
   int64_t bytes() const { return bytes_; }
   int64_t layers() const { return static_cast<int64_t>(offsets_.size()); }
 
-  void prepare(int64_t layer, int expert, char* memory) {
-    const size_t i = layer * experts_ + expert;
-    prepare_weight(engine_, weights_[i], memory + offsets_[layer]);
-    pointers_[i] = memory + offsets_[layer];
-  }
+  void prepare(int64_t layer, int expert, char* memory);
 
  private:
   int experts_;

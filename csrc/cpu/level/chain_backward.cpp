@@ -255,6 +255,7 @@ void chain_backward(const LevelTensors& tensors, LevelTables& tables, const Leve
   args.grad_output_ld = tables.grad_output_ld();
   args.saved = tables.saved();
   gradients.point(args);
+  if (!args.need_experts && !args.grad_logits) return;
   if (level.rows > kernels.engine.tiny_rows) return run(args, tables, tensors.weights, kernels);
   tables.set_natural_weights();
   args.level = level;

@@ -186,6 +186,7 @@ void layerwise_backward(const LevelSpec& spec, const LevelTensors& tensors, Leve
   if (level.rows == 0) return gradients.zero();
   LayerwiseBackwardArgs args{};
   gradients.point(args);
+  if (!args.need_experts && !args.grad_logits) return;
   for (int l = 0; l < level.layers; ++l) {
     norm_tables.layers()[l].z = const_cast<void*>(tables.saved()[l]);  // the backward pass only reads it
   }

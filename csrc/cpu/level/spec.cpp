@@ -79,7 +79,7 @@ LevelSpec::LevelSpec(std::vector<int64_t> ints, std::vector<double> floats)
     MTLK_CHECK_SPEC(norms[l] <= kLayerNorm, "hold codes of norms, not ", norms[l]);
     MTLK_CHECK_SPEC(dropout[l] >= 0 && dropout[l] <= 1, "hold rates of dropout in [0, 1], not ", dropout[l]);
   }
-  MTLK_CHECK_SPEC(!(linear && stores_inputs()), "take the logits of a level with norms, dropout, slopes");
+  MTLK_CHECK_SPEC(!(linear && stores_inputs()), "take the logits of a level with norms, dropout or slopes");
   numbers.resize(num_experts);
   std::iota(numbers.begin(), numbers.end(), 0);
 }
