@@ -28,7 +28,7 @@ class GatedMixtureRows {
 
   void forward(int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row += kGroup) {
-      const int64_t n = last - row < kGroup ? last - row : kGroup;
+      const int64_t n = rows_of_group(last, row);
       gate_probabilities(gates_, row, n, probabilities_);
       for (int64_t r = 0; r < n; ++r) mix(row + r, r);
     }
@@ -36,7 +36,7 @@ class GatedMixtureRows {
 
   void backward(int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row += kGroup) {
-      const int64_t n = last - row < kGroup ? last - row : kGroup;
+      const int64_t n = rows_of_group(last, row);
       gate_probabilities(gates_, row, n, probabilities_);
       std::memset(inner_, 0, gates_.columns * kGroup * sizeof(C));
       for (int64_t r = 0; r < n; ++r) unmix(row + r, r);
@@ -80,24 +80,13 @@ class GatedMixtureRows {
       for (int u = gates_.use_begin[e]; u < gates_.use_begin[e + 1]; ++u) {
         const C p = probabilities_[gates_.uses[u].column * kGroup + r];
         const C* grad = sums_ + gates_.uses[u].gate * features;
-        if (args_.grad_logits) inner_[gates_.uses[u].column * kGroup + r] = dot(grad, value_);
+        if (args_.grad_logits) inner_[gates_.uses[u].column * kGroup + r] = dot(grad, value_, features);
         if (!args_.grad_values) continue;
         for (int64_t i = 0; i < features; ++i) grad_[i] += p * grad[i];
       }
       if (!args_.grad_values) continue;
       narrow(grad_, static_cast<T*>(args_.grad_values) + (row * args_.experts + e) * features, features);
     }
-  }
-
-  C dot(const C* a, const C* b) const {
-    constexpr int L = Simd<C>::lanes;
-    Vector<C> sum{};
-    int64_t i = 0;
-    for (; i + L <= args_.features; i += L) sum += load(a + i) * load(b + i);
-    C total = 0;
-    for (int lane = 0; lane < L; ++lane) total += sum[lane];
-    for (; i < args_.features; ++i) total += a[i] * b[i];
-    return total;
   }
 
   const GatedMixtureArgs& args_;

@@ -151,38 +151,26 @@ MTLK_INLINE Vector<C> activation_gradient(Vector<C> grad, Vector<C> s) {
   return grad * derivative<Code, C>(s);
 }
 
-// Calls f with the code as a compile-time constant.
 template <int Code>
 struct CodeConstant {
   static constexpr int value = Code;
 };
 
+// f(the code as a compile-time constant) if it is one of these, otherwise f(that of none).
+template <int... Codes, typename F>
+MTLK_INLINE void with_code_of(int code, F f) {
+  if (!((code == Codes && (f(CodeConstant<Codes>{}), true)) || ...)) f(CodeConstant<kNone>{});
+}
+
 template <typename F>
 MTLK_INLINE void with_activation(int code, F f) {
-  switch (code) {
-    case kRelu:
-      return f(CodeConstant<kRelu>{});
-    case kLeakyRelu:
-      return f(CodeConstant<kLeakyRelu>{});
-    case kGelu:
-      return f(CodeConstant<kGelu>{});
-    case kSilu:
-      return f(CodeConstant<kSilu>{});
-    case kTanh:
-      return f(CodeConstant<kTanh>{});
-    case kSigmoid:
-      return f(CodeConstant<kSigmoid>{});
-    default:
-      return f(CodeConstant<kNone>{});
-  }
+  with_code_of<kRelu, kLeakyRelu, kGelu, kSilu, kTanh, kSigmoid>(code, f);
 }
 
 // The same, and for those with slopes.
 template <typename F>
 MTLK_INLINE void with_any_activation(int code, F f) {
-  if (code == kPrelu) return f(CodeConstant<kPrelu>{});
-  if (code == kDice) return f(CodeConstant<kDice>{});
-  with_activation(code, f);
+  with_code_of<kRelu, kLeakyRelu, kGelu, kSilu, kTanh, kSigmoid, kPrelu, kDice>(code, f);
 }
 
 }  // namespace MTLK_ISA

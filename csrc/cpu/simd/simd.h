@@ -37,6 +37,9 @@ constexpr int kGroup = 16;
 inline int64_t group_count(int64_t n) { return (n + kGroup - 1) / kGroup; }
 inline int64_t padded_to_group(int64_t n) { return group_count(n) * kGroup; }
 
+// Of n rows those from `row` on that are in one group.
+inline int64_t rows_of_group(int64_t n, int64_t row) { return n - row < kGroup ? n - row : kGroup; }
+
 template <typename C>
 struct Simd {
   static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(C));
@@ -74,6 +77,19 @@ struct ComputeOf<double> {
 };
 template <typename T>
 using Compute = typename ComputeOf<T>::type;
+
+// <a, b> of n values.
+template <typename C>
+C dot(const C* a, const C* b, int64_t n) {
+  constexpr int L = Simd<C>::lanes;
+  Vector<C> sum{};
+  int64_t i = 0;
+  for (; i + L <= n; i += L) sum += load(a + i) * load(b + i);
+  C total = 0;
+  for (int lane = 0; lane < L; ++lane) total += sum[lane];
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
 
 // Elements of the storage types, one at a time.
 MTLK_INLINE float to_compute(float value) { return value; }

@@ -67,7 +67,7 @@ class SnrTransBlock {
     }
     return widest;
   }
-  int64_t group_rows(int64_t g) const { return nrows_ - g * kGroup < kGroup ? nrows_ - g * kGroup : kGroup; }
+  int64_t group_rows(int64_t g) const { return rows_of_group(nrows_, g * kGroup); }
 
   void pack(int j) {
     const int64_t width = call_.input_widths[j], ld = call_.in_ld[j];
@@ -137,7 +137,7 @@ void snr_make_gradient(const typename Engine::T* rows, int64_t ld, int64_t nrows
   constexpr int64_t kWidth = 32;
   alignas(64) C part[kWidth * kGroup];
   for (int64_t g = 0; g * kGroup < nrows; ++g, rows += kGroup * ld) {
-    const int64_t n = nrows - g * kGroup < kGroup ? nrows - g * kGroup : kGroup;
+    const int64_t n = rows_of_group(nrows, g * kGroup);
     if constexpr (Engine::kGradientIsPanel) {
       pack_panel(rows, ld, n, features, out + g * Engine::gradient_size(features));
     } else {
