@@ -6,6 +6,7 @@
 
 #include "level/blocking.h"
 #include "level/chain.h"
+#include "runtime/parallel.h"
 
 namespace mtlk {
 namespace {

@@ -1,5 +1,6 @@
 #include "level/blocking.h"
 #include "level/chain.h"
+#include "runtime/parallel.h"
 
 namespace mtlk {
 namespace {

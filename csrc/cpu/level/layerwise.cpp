@@ -6,6 +6,7 @@
 
 #include "level/blocking.h"
 #include "level/norm_tables.h"
+#include "runtime/parallel.h"
 
 namespace mtlk {
 namespace {
