@@ -6,6 +6,7 @@
 
 #include "gemm/weight_forms.h"
 #include "level/blocking.h"
+#include "runtime/parallel.h"
 #include "snr/snr_call.h"
 
 namespace mtlk {
