@@ -7,6 +7,7 @@
 #include "gemm/row_blocks.h"
 #include "gemm/weight_forms.h"
 #include "runtime/tensors.h"
+#include "runtime/parallel.h"
 #include "snr/snr_call.h"
 
 namespace mtlk {
