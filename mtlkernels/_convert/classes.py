@@ -22,8 +22,8 @@ _UNSCRIPTED = "__jit_unused_properties__"
 class Fused:
     """Base of converted classes; an instance's plan is a Routing for each level, None for one that is left alone."""
 
+    # torch.jit.script reads annotations of what an instance has, so the plan has none.
     _mtlkernels_original: type
-    _mtlkernels_plan: Any
     _mtlkernels_trunk: Any  # the description, None where it is gone
     _mtlkernels_force = False
     _mtlkernels_key: tuple[Any, ...]

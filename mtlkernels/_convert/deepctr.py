@@ -203,7 +203,7 @@ DESCRIPTIONS: dict[str, Any] = {
         method="cgc_net",
         plan=_plan_ple,
     ),
-    # a trial's copies take the network's input itself.
+    # A trial's copies take the network's input itself.
     "MMOE": TrunkDescription.of(
         _MMOE_LEVEL,
         inputs=_mmoe_inputs,

@@ -151,7 +151,7 @@ class TrunkDescription:
             return None
         if self.level_of is not None:
             number = self.level_of(module, *args, **kwargs)
-            levels, plan = levels[number : number + 1], plan[number : number + 1]
+            levels, plan = [levels[number]], [plan[number]]
         if self.embeds:
             parts = _prepare(levels, plan, module, _first_tensor((args, kwargs)))
             streams = None if parts is None else self._streams(module, args, kwargs)

@@ -37,7 +37,7 @@ DESCRIPTIONS: dict[str, Any] = {
         arguments=lambda module, streams: (list(streams[:-1]), streams[-1]),
         outputs=lambda module, mixed: (list(mixed[:-1]), mixed[-1]),
     ),
-    # a trial's copy has an embedding that gives back what it gets.
+    # A trial's copy has an embedding that gives back what it gets.
     "MMOE": TrunkDescription.of(
         LevelDescription(
             experts=lambda model: _chains(model._modules["experts"]),

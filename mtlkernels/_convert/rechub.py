@@ -45,7 +45,7 @@ def _predictions(model: Any, mixed: Sequence[Tensor]) -> Tensor:
 
 # By the name of the class.
 DESCRIPTIONS: dict[str, Any] = {
-    # its shared experts and its shared gate read the last stream.
+    # Its shared experts and its shared gate read the last stream.
     "CGC": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module._modules["experts_specific"], module._modules["experts_shared"]),
@@ -56,7 +56,7 @@ DESCRIPTIONS: dict[str, Any] = {
         arguments=lambda module, streams: (list(streams),),
         refusal=_cgc_refusal,
     ),
-    # a trial's copies take the features' embeddings themselves, as features keep their embeddings.
+    # A trial's copies take the features' embeddings themselves, as features keep their embeddings.
     "MMOE": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module._modules["experts"]),

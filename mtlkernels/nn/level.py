@@ -71,10 +71,7 @@ class Expert(nn.Module):
 
 
 def read_experts(experts: Any, activation: str) -> Experts | None:
-    """What the op takes of experts without norms and dropout; None where one is not what it was made as.
-
-    ``experts`` is the list that holds them, read now, so that nothing is ever stale.
-    """
+    """What the op takes of experts but for norms and dropout, read now; None where one is not what it was made as."""
     rows = []
     modules = experts._modules.values()
     for expert in modules:
@@ -157,7 +154,7 @@ class TrunkLevel(NotScriptable, nn.Module):
         return expert_mixture(inputs, weights, biases, logits, self.routing, gate_weights=gates, **options)
 
     def _read_experts(self, x: Tensor) -> Experts | None:
-        """What the op takes of the experts; None where they have to run as modules."""
+        """What the op takes of the experts, norms and dropout included; None where they have to run as modules."""
         experts: Any = self._modules["experts"]
         read = read_experts(experts, self.activation)
         if read is None or not (self.batch_norm or self.dropout > 0):
