@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mtlkernels.ops._triton_functions import kernel
 from mtlkernels.ops.pcgrad.triton_kernels import find_chunk
 
 
@@ -181,39 +182,12 @@ def gram_pair(
             write(where, total, addresses, others, level, other_level, i, j, WIDE)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_part",
-        "num_parts",
-        "starts",
-        "sizes",
-        "tasks",
-        "pairs",
-        "num_parameters",
-        "num_tasks",
-        "num_pairs",
-    ]
-)
+@kernel(tensors=2)
 def gram_chunks(
-    table,
-    parts,
-    first_part,
-    num_parts,
-    starts,
-    sizes,
-    tasks,
-    pairs,
-    num_parameters,
-    num_tasks,
-    num_pairs,
-    DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    SINGLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    table, parts, first_part, num_parts, starts, sizes, tasks, pairs, num_parameters, num_tasks, num_pairs,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SINGLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """A chunk's part of ``<g_i, g_j>`` for the tasks i of a group and j of the same or a later one.
 
     ``parts`` [T, T, parts], float64, takes the upper triangle. ``pairs`` holds the first tasks of each pair of groups
@@ -239,8 +213,10 @@ def gram_chunks(
             gram_pair(*what, first, second, *where, False, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["num_parts", "num_tasks"])
-def gram_sum(parts, gram, num_parts, num_tasks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+@kernel(tensors=2)
+def gram_sum(
+    parts, gram, num_parts, num_tasks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """Adds up the parts of one element of the Gram matrix [T, T], in an order that depends on their number alone."""
     i = tl.program_id(0) // num_tasks
     j = tl.program_id(0) % num_tasks

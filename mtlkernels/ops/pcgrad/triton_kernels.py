@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mtlkernels.ops._triton_functions import kernel
+
 
 @triton.jit
 def find_chunk(table, chunk, starts, sizes, num_parameters, CHUNK: tl.constexpr):
@@ -24,24 +26,12 @@ def find_chunk(table, chunk, starts, sizes, num_parameters, CHUNK: tl.constexpr)
     return parameter, offset, tl.minimum(tl.load(table + sizes + parameter) - offset, CHUNK).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_tasks", "num_steps", "max_norm", "eps"])
+@kernel(tensors=4)
 def project_tasks(
-    gram,
-    order,
-    rows,
-    coefficients,
-    num_tasks,
-    num_steps,
-    max_norm,
-    eps,
-    CLIP: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    INCLUDE_SELF: tl.constexpr,
-    MEAN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    gram, order, rows, coefficients, num_tasks, num_steps, max_norm, eps,
+    CLIP: tl.constexpr, NORMALIZE: tl.constexpr, INCLUDE_SELF: tl.constexpr, MEAN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """All projections on T x T coefficients, every task's at the same time, in one program; as in the reference.
 
     ``max_norm`` and ``eps`` are the bits of float64 numbers, as a kernel would take a float for float32.
@@ -84,21 +74,11 @@ def project_tasks(
     tl.store(coefficients + k, total, mask=k < num_tasks)
 
 
-@triton.jit(do_not_specialize=["starts", "sizes", "tasks", "outputs", "num_parameters", "num_tasks"])
+@kernel(tensors=2)
 def combine_chunks(
-    table,
-    coefficients,
-    starts,
-    sizes,
-    tasks,
-    outputs,
-    num_parameters,
-    num_tasks,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    table, coefficients, starts, sizes, tasks, outputs, num_parameters, num_tasks,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """``sum_t coefficients_t * g_t`` in float64, for one chunk; a missing gradient's coefficient is not used."""
     chunk = tl.program_id(0)
     parameter, offset, limit = find_chunk(table, chunk, starts, sizes, num_parameters, ROWS * COLUMNS * DEPTH)

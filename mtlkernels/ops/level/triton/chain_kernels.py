@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
+    Constant,
     activate,
     gate_logits,
     kernel,
@@ -28,7 +29,7 @@ from mtlkernels.ops._triton_functions import (
 )
 
 # How many logits of the gates that read a stream a program computes: few, as there are few, beside many experts.
-GATE_COLUMNS = tl.constexpr(32)
+GATE_COLUMNS = Constant(32)
 
 
 @triton.jit
@@ -196,10 +197,10 @@ def last_forward(
             table, inputs + e, weights + e, biases + e, first, first_column, left_rows, left_columns, depth,
             KIND, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
+        expert = activate(acc, CODE)
         if KEEP:
             out = operand(table, kept + e, KIND) + corner
             tl.store(out + offsets, saved_of(acc, CODE).to(KIND.dtype), mask=mask)
-        expert = activate(acc, CODE)
         mixed = ()
         for k in tl.static_range(GATES):
             position = tl.load(table + positions + k * num_experts + e)

@@ -17,16 +17,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mtlkernels.ops._triton_functions import activate, activation_gradient, pointer, saved_of
+from mtlkernels.ops._triton_functions import Constant, activate, activation_gradient, pointer, saved_of
 from mtlkernels.ops.activations import CODES
 from mtlkernels.ops.level import spec
 
-NO_NORM = tl.constexpr(spec.NO_NORM)
-BATCH_NORM = tl.constexpr(spec.BATCH_NORM)
-LAYER_NORM = tl.constexpr(spec.LAYER_NORM)
-PRELU = tl.constexpr(CODES["prelu"])
-DICE = tl.constexpr(CODES["dice"])
-ENTRIES = tl.constexpr(14)
+NO_NORM = Constant(spec.NO_NORM)
+BATCH_NORM = Constant(spec.BATCH_NORM)
+LAYER_NORM = Constant(spec.LAYER_NORM)
+PRELU = Constant(CODES["prelu"])
+DICE = Constant(CODES["dice"])
+ENTRIES = Constant(14)
 
 
 @triton.jit
