@@ -1,7 +1,7 @@
 #include "level/folded_norms.h"
 
-#include "runtime/check.h"
 #include "level/gate_tables.h"
+#include "runtime/check.h"
 
 namespace mtlk {
 namespace {

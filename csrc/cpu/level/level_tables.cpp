@@ -4,8 +4,8 @@
 #include <cstring>
 #include <numeric>
 
-#include "runtime/check.h"
 #include "level/gate_layers.h"
+#include "runtime/check.h"
 
 namespace mtlk {
 

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "runtime/check.h"
 #include "level/gate_tables.h"
+#include "runtime/check.h"
 #include "simd/activation_codes.h"
 
 namespace mtlk {

@@ -4,8 +4,8 @@
 #include <initializer_list>
 #include <numeric>
 
-#include "runtime/check.h"
 #include "level/level_args.h"
+#include "runtime/check.h"
 #include "simd/activation_codes.h"
 
 namespace mtlk {
