@@ -57,6 +57,20 @@ Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const T
   return gradients.take(tables.gate_streams());
 }
 
+// Whether every stream and every expert is part of what all gates together mix.
+bool all_read(const LevelSpec& spec) {
+  const auto holds = [](at::IntArrayRef values, int64_t value) {
+    return std::find(values.begin(), values.end(), value) != values.end();
+  };
+  for (int64_t e = 0; e < spec.experts(); ++e) {
+    if (!holds(spec.gate_experts, e)) return false;
+  }
+  for (int64_t stream = 0; stream < spec.num_inputs; ++stream) {
+    if (!holds(spec.expert_inputs, stream) && !holds(spec.gate_inputs, stream)) return false;
+  }
+  return true;
+}
+
 Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, const OptionalTensors& parameters,
                  const OptionalTensors& gates, at::TensorList saved, at::IntArrayRef ints, at::ArrayRef<double> floats,
                  const std::optional<at::Tensor>& seed, Needs needs) {
@@ -78,7 +92,6 @@ Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, con
   const size_t statistics = 2 * std::count_if(spec.norms.begin(), spec.norms.end(), [](int64_t norm) { return norm; });
   MTLK_CHECK_VALUE(saved.size() == activations + statistics + linear, "saved must hold ",
                    activations + statistics + linear, " tensors, got ", saved.size());
-  const ReachedLevel part = spec.reached(used);
   Tensors logits = tensors.gates;
   if (linear) {
     MTLK_CHECK_VALUE(saved.back().dim() == 2 && saved.back().size(1) == static_cast<int64_t>(spec.gate_experts.size()),
@@ -87,8 +100,13 @@ Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, con
                     inputs[0].scalar_type(), ", got ", saved.back().scalar_type());
     logits = saved.back().split_with_sizes(spec.gate_sizes, 1);
   }
-  return gradients_of(part.spec, part.pick(tensors), picked(logits, part.gates), grads, saved.slice(0, activations),
-                      saved.slice(activations, statistics), spec.experts(), seed, needs);
+  const auto run = [&](const LevelSpec& reached, const LevelTensors& own, const Tensors& own_logits) {
+    return gradients_of(reached, own, own_logits, grads, saved.slice(0, activations),
+                        saved.slice(activations, statistics), spec.experts(), seed, needs);
+  };
+  if (grads.size() == used.size() && all_read(spec)) return run(spec, tensors, logits);
+  const ReachedLevel part = spec.reached(used);
+  return run(part.spec, part.pick(tensors), picked(logits, part.gates));
 }
 
 }  // namespace

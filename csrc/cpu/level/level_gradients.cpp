@@ -52,8 +52,8 @@ LevelGradients::LevelGradients(const LevelShape& level, const LevelTensors& tens
     for (auto [results, parts, need] : {std::tuple{&scales_, &tensors.scales, need_scales},
                                         {&shifts_, &tensors.shifts, need_shifts},
                                         {&slopes_, &tensors.slopes, need_slopes}}) {
-      const bool wanted = need && !parts->empty() && (*parts)[i].defined();
-      results->add(wanted ? at::zeros({out}, compute) : nothing);
+      if (parts->empty()) continue;
+      results->add(need && (*parts)[i].defined() ? at::zeros({out}, compute) : nothing);
     }
   }
 }
@@ -74,9 +74,9 @@ void LevelGradients::point(GradientArgs& args) const {
 
 void LevelGradients::point(NormLayer* layers) const {
   for (int l = 0; l < layers_; ++l) {
-    layers[l].grad_scales = scales_.data() + l * experts_;
-    layers[l].grad_shifts = shifts_.data() + l * experts_;
-    layers[l].grad_activation_slopes = slopes_.data() + l * experts_;
+    layers[l].grad_scales = scales_.data(l * experts_);
+    layers[l].grad_shifts = shifts_.data(l * experts_);
+    layers[l].grad_activation_slopes = slopes_.data(l * experts_);
   }
 }
 

@@ -39,7 +39,7 @@ class LevelGradients {
       tensors.push_back(tensor);
       pointers.push_back(tensor.defined() ? tensor.mutable_data_ptr() : nullptr);
     }
-    void* const* data() const { return tensors.empty() ? nullptr : pointers.data(); }
+    void* const* data(size_t from = 0) const { return tensors.empty() ? nullptr : pointers.data() + from; }
     bool any() const;
   };
 
