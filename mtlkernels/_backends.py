@@ -141,8 +141,8 @@ def triton_implementation(op: str, direction: str) -> Callable[..., Any]:
 
 
 def _first_tensor(args: Any) -> torch.Tensor:
-    first = args[0]
-    return first if isinstance(first, torch.Tensor) else next(tensor for tensor in first if tensor is not None)
+    each = (arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
+    return next(value for values in each for value in values if isinstance(value, torch.Tensor))
 
 
 def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Callable[..., Any]:
