@@ -5,6 +5,7 @@
 #include "level/blocking.h"
 #include "level/gate_layers.h"
 #include "runtime/memory.h"
+#include "runtime/parallel.h"
 
 namespace mtlk {
 

@@ -6,8 +6,8 @@
 
 #include "gemm/row_blocks.h"
 #include "gemm/weight_forms.h"
-#include "runtime/tensors.h"
 #include "runtime/parallel.h"
+#include "runtime/tensors.h"
 #include "snr/snr_call.h"
 
 namespace mtlk {
