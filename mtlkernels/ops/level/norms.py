@@ -70,13 +70,6 @@ def _check_layer(name: str, entry: Any, width: int, routing: Routing, like: Like
     return Norm(_CODES[type(modules[0])], float(modules[0].eps), uses_running(modules[0]), tuple(modules))
 
 
-def alike(modules: Sequence[Any]) -> bool:
-    """Whether the norms of a layer can be taken together: of one kind, one eps, and one source of statistics."""
-    if any(type(module) not in _CODES for module in modules):
-        return False
-    return len({(type(module), module.eps, uses_running(module)) for module in modules}) == 1
-
-
 def check_module(name: str, module: Any, width: int, like: Like) -> None:
     """A norm of ``width`` features, with parameters that go with the input."""
     shape = (module.num_features,) if type(module) is nn.BatchNorm1d else module.normalized_shape
