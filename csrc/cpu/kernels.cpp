@@ -12,9 +12,9 @@ namespace MTLK_ISA {
 
 // In level/chain_kernels.cpp and level/layerwise_kernels.cpp.
 template <typename Engine>
-ChainKernels chain_kernels();
+ChainKernels chain_kernels(const EngineTable& engine);
 template <typename Engine>
-LayerwiseKernels layerwise_kernels();
+LayerwiseKernels layerwise_kernels(const EngineTable& engine);
 
 // Of this instruction set and of those after it, until they put their own there.
 template <typename K>
@@ -23,17 +23,20 @@ void put(int isa, Dtype dtype, const K& kernels) {
 }
 
 template <typename K>
-void put_on_engine(int isa, Dtype dtype, const K& kernels) {
-  const K& before = KernelTable<KernelsByRows<K>>::kernels[isa][static_cast<int>(dtype)].few;
-  put(isa, dtype, KernelsByRows<K>{kernels, kernels.engine.min_call_rows == 0 ? kernels : before});
+void put_by_rows(int isa, Dtype dtype, const K& kernels, const K* few = nullptr) {
+  const K& before = KernelTable<KernelsByRows<K>>::kernels[isa][static_cast<int>(dtype)].fewer;
+  const K& fewer = kernels.engine.min_call_rows == 0 ? kernels : before;
+  put(isa, dtype, KernelsByRows<K>{kernels, fewer, few ? *few : fewer});
 }
 
 template <typename Engine>
 void fill_dtype(int isa, Dtype dtype) {
   using T = typename Engine::T;
   const EngineTable engine = engine_table<Engine>();
-  put_on_engine(isa, dtype, LevelKernels{engine, chain_kernels<Engine>(), layerwise_kernels<Engine>()});
-  put_on_engine(isa, dtype, snr_trans_kernels<Engine>(engine));
+  const ChainKernels few = chain_kernels<RowsEngine<T>>(engine_table<RowsEngine<T>>());
+  put_by_rows(isa, dtype, chain_kernels<Engine>(engine), &few);
+  put_by_rows(isa, dtype, layerwise_kernels<Engine>(engine));
+  put_by_rows(isa, dtype, snr_trans_kernels<Engine>(engine));
   put(isa, dtype, snr_aver_kernels<T>());
   put(isa, dtype, gated_mixture_kernels<T>());
   put(isa, dtype, pcgrad_kernels<T>());

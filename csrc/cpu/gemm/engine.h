@@ -1,5 +1,5 @@
-// An engine evaluates products for one storage type: float panels, or bfloat16 planes by AMX tiles or dot products.
-// Here is what the host code of every operator that is built on it has to know.
+// An engine evaluates products for one storage type: on float panels, on bfloat16 planes by AMX tiles or dot products,
+// or on a few rows. Here is what the host code of every operator that is built on it has to know.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,6 @@ enum class WeightForm {
 
 struct EngineTable {
   int64_t min_call_rows;  // of a call for which this engine pays
-  int64_t tiny_rows;      // up to which products read weights in natural form, row by row, whatever the form
 
   // Weights: the form, and how to prepare one that has `outputs` x `inputs` elements of the storage type, rows
   // row_stride and columns column_stride apart, one of the strides 1. Where natural_outputs is not 0, an engine that
@@ -32,16 +31,20 @@ struct EngineTable {
   // That a block's intermediates and a chunk's gradients may take.
   int64_t block_bytes, forward_block_bytes, chunk_bytes;
   int64_t weight_sum_multiple, gradient_bytes_each;
-  bool stores_compute;  // the storage type is the compute type
+  bool sums_as_stored;  // sums of weights' gradients are of the storage type
 };
 
-// Kernels that are built on an engine, their `engine`: on the best that an instruction set has, and on one that makes
-// no weights ready, for calls of fewer rows than the other pays for.
+// Rows up to which the engine of a few rows serves, which reads weights as they lie, row by row.
+constexpr int kFewRows = 4;
+
+// Kernels that are built on an engine, their `engine`: on the best that an instruction set has; on one that makes no
+// weights ready, for calls of fewer rows than the other pays for; on that of a few rows, or the one before where it is
+// not built for them.
 template <typename K>
 struct KernelsByRows {
-  K usual, few;
+  K usual, fewer, few;
 
-  const K& of(int64_t rows, int64_t min_rows) const { return rows < min_rows ? few : usual; }
+  const K& of(int64_t rows, int64_t min_rows) const { return rows <= kFewRows ? few : rows < min_rows ? fewer : usual; }
 };
 
 // What serves a call of so many rows.

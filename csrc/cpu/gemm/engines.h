@@ -6,7 +6,7 @@
 #else
 #include "gemm/plain_engine.h"
 #endif
-#include "gemm/few_rows.h"
+#include "gemm/rows_engine.h"
 
 // X(name of the Dtype, engine) for each of them.
 #if !defined(__AVX512BF16__)
@@ -32,7 +32,6 @@ EngineTable engine_table() {
   using T = typename Engine::T;
   EngineTable table{};
   table.min_call_rows = Engine::kMinCallRows;
-  table.tiny_rows = kTinyRows;
   table.form = Engine::kForm;
   table.natural_outputs = Engine::kNaturalOutputs;
   if constexpr (Engine::kForm == WeightForm::kPrepared) {
@@ -51,7 +50,7 @@ EngineTable engine_table() {
   table.chunk_bytes = Engine::kChunkBytes;
   table.weight_sum_multiple = Engine::kSumMultiple;
   table.gradient_bytes_each = Engine::kGradientBytes;
-  table.stores_compute = __is_same(T, typename Engine::C);
+  table.sums_as_stored = Engine::kSumsAsStored;
   return table;
 }
 

@@ -195,6 +195,7 @@ struct PairEngine {
   using Gradient = BFloat16;
   static constexpr int64_t kGradientRows = kStep;
   static constexpr int64_t kGradientBytes = kPlanes * sizeof(BFloat16);
+  static constexpr bool kSumsAsStored = __is_same(T, C);
   static constexpr bool kGradientIsPanel = false;
   static int64_t gradient_size(int64_t features) { return group_count(features) * kPlaneBlock; }
   static void store_gradient(Gradient* base, int64_t features, int64_t group, int64_t feature, int64_t n,

@@ -85,6 +85,7 @@ struct PlainEngine {
   using Gradient = C;
   static constexpr int64_t kGradientRows = kGroup;
   static constexpr int64_t kGradientBytes = sizeof(C);
+  static constexpr bool kSumsAsStored = __is_same(T, C);
   static constexpr bool kGradientIsPanel = true;
   static int64_t gradient_size(int64_t features) { return features * kGroup; }
   // Those of features [feature, feature + n) of a group, in both their places: value(i, j) as in store_each.

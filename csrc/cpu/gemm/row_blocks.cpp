@@ -7,6 +7,7 @@
 namespace mtlk {
 
 int64_t block_rows(int64_t rows, int64_t block_bytes, int64_t bytes_of_a_row) {
+  if (rows <= kMinBlockRows) return kMinBlockRows;
   const int64_t threads = at::get_num_threads();
   const int64_t most = std::clamp(block_bytes / std::max<int64_t>(bytes_of_a_row, 1), kMinBlockRows, kMaxBlockRows);
   const auto of_a_thread = [&](int64_t size) { return divide_up(divide_up(rows, size), threads) * size; };

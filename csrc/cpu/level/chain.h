@@ -12,11 +12,11 @@ struct LevelResults {
 };
 
 // With `save`, what the backward pass wants is saved.
-LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const LevelKernels& kernels,
+LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
                            const RunningNorms& norms, bool save);
 
 // Fills the gradients. The tables have the outputs' gradients and what the forward pass saved.
-void chain_backward(const LevelTensors& tensors, LevelTables& tables, const LevelKernels& kernels,
+void chain_backward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
                     LevelGradients& gradients);
 
 }  // namespace mtlk

@@ -20,25 +20,28 @@ struct BackwardPlan {
   int parts;                             // of a group, where there are fewer blocks than threads
   bool sums;                             // the inputs' gradients are sums of what several parts or groups leave
 
-  static BackwardPlan of(const ChainBackwardArgs& args, const LevelKernels& kernels) {
-    const ChainKernels& table = kernels.chain;
+  static BackwardPlan of(const ChainBackwardArgs& args, const ChainKernels& kernels) {
     constexpr int64_t kExperts = 4;  // of a group: with fewer, the outputs' gradients are read too often
     constexpr int64_t kTasks = 8;    // of a thread: with fewer, it waits too long for the others
     const LevelShape& level = args.level;
     const int64_t threads = at::get_num_threads(), experts = level.experts;
     BackwardPlan plan{};
     plan.capacity = chunk_rows(level, kernels.engine);
-    const int64_t row_bytes = table.backward_bytes(level, kMinBlockRows) / kMinBlockRows;
+    const int64_t row_bytes = kernels.backward_bytes(level, kMinBlockRows) / kMinBlockRows;
     plan.block_rows = std::min(plan.capacity, mtlk::block_rows(plan.capacity, kernels.engine.block_bytes, row_bytes));
     plan.blocks = divide_up(std::min(plan.capacity, level.rows), plan.block_rows);
     const bool even = divide_up(experts, threads) * threads * 8 <= experts * 9;
-    if (level.rows <= kMaxBlockRows && even) {
+    if (!kernels.weight_gradient) {
+      plan.lanes = static_cast<int>(std::min(threads, experts));
+      plan.group = static_cast<int>(divide_up(experts, plan.lanes));
+      plan.parts = 1;
+    } else if (level.rows <= kMaxBlockRows && even) {
       plan.lanes = static_cast<int>(threads);
       plan.group = plan.parts = 1;
     } else {
       BackwardChunk one_expert{};
       one_expert.last = 1;
-      const int64_t tasks = table.weight_tasks(args, one_expert), waiting = divide_up(threads, plan.blocks);
+      const int64_t tasks = kernels.weight_tasks(args, one_expert), waiting = divide_up(threads, plan.blocks);
       const int64_t least = std::max({kExperts, divide_up(kTasks * threads, tasks), waiting});
       plan.lanes = 1;
       plan.group = static_cast<int>(divide_up(experts, divide_up(experts, least)));
@@ -60,10 +63,12 @@ class BackwardRun {
         plan_(plan),
         threads_(at::get_num_threads()),
         forms_(std::move(forms)),
+        apart_(table.weight_gradient != nullptr),
         scratch_(threads_, std::max(table.backward_bytes(level_, plan.block_rows),
-                                    args.need_weights ? table.weight_bytes(level_, plan.capacity) : 0)),
-        gradients_(plan.lanes, args.need_experts ? table.gradient_bytes(level_, plan.capacity, plan.group) : 0),
-        operands_(1, args.need_weights ? table.operand_bytes(level_, plan.capacity) : 0),
+                                    apart_ && args.need_weights ? table.weight_bytes(level_, plan.capacity) : 0)),
+        gradients_(plan.lanes,
+                   apart_ && args.need_experts ? table.gradient_bytes(level_, plan.capacity, plan.group) : 0),
+        operands_(1, apart_ && args.need_weights ? table.operand_bytes(level_, plan.capacity) : 0),
         prepared_(plan.lanes, plan.group * expert_bytes()),
         divided_(args.grad_inputs ? divided() : std::vector<int>()),
         below_(plan.blocks, plan.sums ? plan.lanes * plan.parts * below_bytes(plan.block_rows) : 0),
@@ -159,7 +164,7 @@ class BackwardRun {
     }
   }
 
-  int64_t operands() const { return args_.need_weights ? table_.operand_tasks(args_) : 0; }
+  int64_t operands() const { return apart_ && args_.need_weights ? table_.operand_tasks(args_) : 0; }
 
   // Threads wait for each other as seldom as can be: what the weights' gradients read of the streams is made along with
   // the first group's chain, and where a block has no other parts its last group finishes it.
@@ -181,7 +186,7 @@ class BackwardRun {
   }
 
   void weights(const BackwardChunk& chunk, int64_t lane) const {
-    if (!args_.need_weights && !args_.need_biases) return;
+    if (!apart_ || (!args_.need_weights && !args_.need_biases)) return;
     tasks(lane, table_.weight_tasks(args_, chunk),
           [&](int64_t task, void* scratch) { table_.weight_gradient(args_, chunk, task, scratch); });
   }
@@ -197,27 +202,13 @@ class BackwardRun {
   const BackwardPlan plan_;
   const int64_t threads_;
   const std::vector<GroupForms*> forms_;
+  const bool apart_;  // gradients of weights and biases are made apart from the chain
   const Scratch scratch_, gradients_, operands_, prepared_;
   const std::vector<int> divided_;
   const Scratch below_, inner_;
 };
 
-void run_tiny(const ChainBackwardArgs& args, const ChainKernels& table) {
-  const LevelShape& level = args.level;
-  const int parts = std::min(level.experts, at::get_num_threads());
-  const Scratch scratch(parts, table.tiny_backward_bytes(level));
-  const int64_t below_bytes = table.tiny_below_bytes(level);
-  const Scratch below(1, parts * below_bytes), inner(1, table.tiny_inner_bytes(level));
-  char* const sums = static_cast<char*>(below[0]);
-  parallel_threads(parts, [&](int64_t p) {
-    const int part = static_cast<int>(p);
-    table.tiny_backward(args, part_begin(level, part, parts), part_begin(level, part + 1, parts), scratch[p],
-                        sums + p * below_bytes, inner[0]);
-  });
-  table.tiny_backward_finish(args, sums, parts, inner[0], scratch[0]);
-}
-
-void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const LevelKernels& kernels) {
+void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const ChainKernels& kernels) {
   const EngineTable& engine = kernels.engine;
   const BackwardPlan plan = BackwardPlan::of(args, kernels);
   const int experts = args.level.experts;
@@ -241,12 +232,12 @@ void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, c
     args.last_weight_ld = tables.last_weight_ld();
   }
   args.level = tables.level();
-  BackwardRun(args, kernels.chain, plan, used).run();
+  BackwardRun(args, kernels, plan, used).run();
 }
 
 }  // namespace
 
-void chain_backward(const LevelTensors& tensors, LevelTables& tables, const LevelKernels& kernels,
+void chain_backward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
                     LevelGradients& gradients) {
   const LevelShape& level = tables.level();
   if (level.rows == 0) return gradients.zero();
@@ -257,12 +248,7 @@ void chain_backward(const LevelTensors& tensors, LevelTables& tables, const Leve
   args.saved = tables.saved();
   gradients.point(args);
   if (!args.need_experts && !args.grad_logits) return;
-  if (level.rows > kernels.engine.tiny_rows) return run(args, tables, tensors.weights, kernels);
-  tables.set_natural_weights();
-  args.level = level;
-  args.last_weights = tables.last_weights();
-  args.last_weight_ld = tables.last_weight_ld();
-  run_tiny(args, kernels.chain);
+  run(args, tables, tensors.weights, kernels);
 }
 
 }  // namespace mtlk

@@ -85,6 +85,13 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
                 int64_t row, int64_t nrows, void* memory)
       : RowBlock(args, row, nrows), chunk_(chunk), layout_(layout), s_(args.level, groups_, memory) {}
 
+  static int64_t bytes(const LevelShape& level, int64_t nrows) {
+    return ChainBackwardScratch<Engine>(level, group_count(nrows), nullptr).total;
+  }
+  static int64_t stream_size(const LevelShape& level, int64_t nrows) {
+    return stream_sums<Engine>(level, group_count(nrows));
+  }
+
   // What the parts of a block leave for finish: each its sums of the divided streams' gradients, below[stream][group]
   // [feature][16], all of them inner[column], in the block's own scratch where there is one part.
   int64_t below_size() const { return args_.divided_count * stream_size(); }
@@ -344,7 +351,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     }
   }
 
-  int64_t stream_size() const { return stream_sums<Engine>(level_, groups_); }
+  int64_t stream_size() const { return stream_size(level_, nrows_); }
 
   // Whether the stream's sums are of several parts.
   bool divided(int stream) const { return below_ && args_.grad_inputs && args_.divided[stream] >= 0; }

@@ -5,29 +5,12 @@
 namespace mtlk {
 namespace {
 
-void run_tiny(const ChainForwardArgs& args, const ChainKernels& kernels) {
+void run(const ChainForwardArgs& args, const ChainKernels& kernels) {
   const LevelShape& level = args.level;
-  const int parts = std::min(level.experts, at::get_num_threads());
-  const Scratch scratch(parts, kernels.tiny_bytes(level));
-  if (parts == 1) return kernels.tiny(args, 0, level.experts, scratch[0], nullptr);
-  const int64_t mixed_bytes = kernels.tiny_mixed_bytes(level);
-  const at::Tensor mixed = at::empty({parts * mixed_bytes}, at::kByte);
-  char* sums = static_cast<char*>(mixed.mutable_data_ptr());
-  parallel_threads(parts, [&](int64_t p) {
-    const int part = static_cast<int>(p);
-    kernels.tiny(args, part_begin(level, part, parts), part_begin(level, part + 1, parts), scratch[p],
-                 sums + p * mixed_bytes);
-  });
-  kernels.tiny_finish(args, sums, parts, scratch[0]);
-}
-
-void run_blocks(const ChainForwardArgs& args, const LevelKernels& engine) {
-  const LevelShape& level = args.level;
-  const ChainKernels& kernels = engine.chain;
   const bool save = args.saved != nullptr;
   const int64_t bytes = kernels.forward_bytes(level, kMinBlockRows, save);
   const int64_t bytes_of_a_row = (kernels.forward_bytes(level, 2 * kMinBlockRows, save) - bytes) / kMinBlockRows;
-  const Cut cut = Cut::of(level, engine.engine.forward_block_bytes, bytes_of_a_row);
+  const Cut cut = Cut::of(level, kernels.engine.forward_block_bytes, bytes_of_a_row);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), cut.blocks * cut.parts);
   const Scratch scratch(threads, kernels.forward_bytes(level, cut.block_rows, save));
   const int64_t mixed_bytes = kernels.forward_mixed_bytes(level, cut.block_rows);
@@ -47,7 +30,7 @@ void run_blocks(const ChainForwardArgs& args, const LevelKernels& engine) {
     const int part = static_cast<int>(task % cut.parts);
     kernels.forward(args, block * cut.block_rows, rows_of(block), part_begin(level, part, cut.parts),
                     part_begin(level, part + 1, cut.parts), scratch[thread],
-                    cut.parts > 1 ? sums_of(block, part) : nullptr, false);
+                    cut.parts > 1 ? sums_of(block, part) : nullptr);
   });
   if (cut.parts > 1) {
     parallel_tasks_on(threads, cut.blocks, [&](int64_t block, int64_t thread) {
@@ -59,12 +42,10 @@ void run_blocks(const ChainForwardArgs& args, const LevelKernels& engine) {
 
 }  // namespace
 
-LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const LevelKernels& kernels,
+LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
                            const RunningNorms& norms, bool save) {
   const LevelShape& level = tables.level();
-  const bool tiny = level.rows <= kernels.engine.tiny_rows;
-  const WeightForm form = tiny ? WeightForm::kNatural : kernels.engine.form;
-  const at::Tensor logits = tables.set_gates(norms.gates, kernels.chain.fold_norm, form, save);
+  const at::Tensor logits = tables.set_gates(norms.gates, kernels.fold_norm, kernels.engine.form, save);
   const auto options = tensors.inputs[0].options();
   LevelResults results;
   std::vector<void*> outputs, saved;
@@ -78,13 +59,8 @@ LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, con
   }
   if (save && logits.defined()) results.saved.push_back(logits);
   if (level.rows == 0) return results;
-  if (tiny) {
-    tables.set_natural_weights();
-  } else {
-    tables.set_forward_weights(kernels.engine, !save && all_declared(tensors.weights));
-  }
-  const ChainForwardArgs args{level, outputs.data(), save ? saved.data() : nullptr};
-  tiny ? run_tiny(args, kernels.chain) : run_blocks(args, kernels);
+  tables.set_forward_weights(kernels.engine, !save && all_declared(tensors.weights));
+  run({level, outputs.data(), save ? saved.data() : nullptr}, kernels);
   return results;
 }
 

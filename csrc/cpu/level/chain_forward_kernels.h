@@ -106,7 +106,14 @@ class ChainForward : RowBlock<ChainForwardArgs> {
     }
   }
 
-  int64_t mixed_size() const { return level_.gates.count * groups_ * features() * kGroup; }
+  // Of a block's scratch, and the sums that a part leaves.
+  static int64_t bytes(const LevelShape& level, int64_t nrows, bool save) {
+    return ChainForwardScratch<Engine>(level, group_count(nrows), save, nullptr).total;
+  }
+  static int64_t mixed_size(const LevelShape& level, int64_t nrows) {
+    return level.gates.count * padded_to_group(nrows) * level.widths[level.layers];
+  }
+  int64_t mixed_size() const { return mixed_size(level_, nrows_); }
   const C* mixed() const { return s_.mixed; }
 
   // Sums `parts` blocks of mixed values, `stride` apart, in their order, and writes the outputs.

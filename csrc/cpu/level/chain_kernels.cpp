@@ -1,26 +1,21 @@
 // Instantiates the chain's kernels for one instruction set; CMakeLists.txt compiles this file once for each.
 
 #include "gemm/engines.h"
+#include "level/chain_rows_backward_kernels.h"
 #include "level/chain_weight_kernels.h"
 #include "level/level_kernels.h"
-#include "level/tiny_backward_kernels.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
 
 template <typename Engine>
-void forward(const ChainForwardArgs& args, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed,
-             bool add) {
-  using C = typename Engine::C;
+void forward(const ChainForwardArgs& args, int64_t row, int64_t nrows, int first, int last, void* scratch,
+             void* mixed) {
   Engine::begin();
   ChainForward<Engine> block(args, row, nrows, scratch);
   block.run(first, last);
   if (mixed) {
-    C* const sums = static_cast<C*>(mixed);
-    if (!add) std::memset(sums, 0, block.mixed_size() * sizeof(C));
-    for (int64_t i = 0; i < block.mixed_size(); i += Simd<C>::lanes) {
-      store(sums + i, load(sums + i) + load(block.mixed() + i));
-    }
+    std::memcpy(mixed, block.mixed(), block.mixed_size() * sizeof(typename Engine::C));
   } else {
     block.finish(block.mixed(), 1, 0);
   }
@@ -33,23 +28,6 @@ void forward_finish(const ChainForwardArgs& args, int64_t row, int64_t nrows, co
   using C = typename Engine::C;
   ChainForward<Engine> block(args, row, nrows, scratch);
   block.finish(static_cast<const C*>(mixed), parts, block.mixed_size());
-}
-
-template <typename T>
-void tiny(const ChainForwardArgs& args, int first, int last, void* scratch, void* mixed) {
-  TinyForward<T> forward(args, scratch);
-  forward.run(first, last);
-  if (mixed) {
-    std::memcpy(mixed, forward.mixed(), TinyForward<T>::mixed_size(args.level) * sizeof(Compute<T>));
-  } else {
-    forward.finish(forward.mixed(), 1, 0);
-  }
-}
-
-template <typename T>
-void tiny_finish(const ChainForwardArgs& args, const void* mixed, int parts, void* scratch) {
-  TinyForward<T>(args, scratch)
-      .finish(static_cast<const Compute<T>*>(mixed), parts, TinyForward<T>::mixed_size(args.level));
 }
 
 template <typename Engine>
@@ -79,32 +57,9 @@ auto with_weight_gradients(const ChainBackwardArgs& args, const BackwardChunk& c
   return f(ChainWeightGradients<Engine>(args, chunk, layout));
 }
 
+// What makes the gradients of weights and biases from a chunk's.
 template <typename Engine>
-ChainKernels chain_kernels() {
-  using T = typename Engine::T;
-  using C = typename Engine::C;
-  ChainKernels table{};
-  table.fold_norm = fold_norm<T, C>;
-  table.min_forward_rows = Engine::kMinForwardRows;
-  table.forward_bytes = [](const LevelShape& level, int64_t nrows, bool save) {
-    return ChainForwardScratch<Engine>(level, group_count(nrows), save, nullptr).total;
-  };
-  table.forward_mixed_bytes = [](const LevelShape& level, int64_t nrows) {
-    return static_cast<int64_t>(level.gates.count * group_count(nrows) * kGroup * level.widths[level.layers] *
-                                sizeof(C));
-  };
-  table.forward = forward<Engine>;
-  table.forward_finish = forward_finish<Engine>;
-  table.tiny_bytes = TinyForward<T>::bytes;
-  table.tiny_mixed_bytes = [](const LevelShape& level) {
-    return static_cast<int64_t>(TinyForward<T>::mixed_size(level) * sizeof(C));
-  };
-  table.tiny = tiny<T>;
-  table.tiny_finish = tiny_finish<T>;
-
-  table.backward_bytes = [](const LevelShape& level, int64_t nrows) {
-    return ChainBackwardScratch<Engine>(level, group_count(nrows), nullptr).total;
-  };
+void add_weight_kernels(ChainKernels& table) {
   table.gradient_bytes = [](const LevelShape& level, int64_t chunk_rows, int experts) {
     return BackwardLayout<Engine>{level, chunk_rows, experts}.gradients() *
            static_cast<int64_t>(sizeof(typename Engine::Gradient));
@@ -115,29 +70,6 @@ ChainKernels chain_kernels() {
   };
   table.weight_bytes = [](const LevelShape& level, int64_t chunk_rows) {
     return WeightScratch<Engine>(level, chunk_rows, nullptr).total;
-  };
-  table.backward_below_bytes = [](const LevelShape& level, int64_t nrows) {
-    return static_cast<int64_t>(stream_sums<Engine>(level, group_count(nrows)) * sizeof(C));
-  };
-  table.backward_inner_bytes = [](const LevelShape& level, int64_t nrows) {
-    return static_cast<int64_t>(level.gates.columns * group_count(nrows) * kGroup * sizeof(C));
-  };
-  table.backward = backward<Engine>;
-  table.backward_finish = backward_finish<Engine>;
-  table.tiny_backward_bytes = TinyBackward<T>::bytes;
-  table.tiny_below_bytes = [](const LevelShape& level) {
-    return static_cast<int64_t>(TinyBackward<T>::below_size(level) * sizeof(C));
-  };
-  table.tiny_inner_bytes = [](const LevelShape& level) {
-    return static_cast<int64_t>(TinyBackward<T>::inner_size(level) * sizeof(C));
-  };
-  table.tiny_backward = [](const ChainBackwardArgs& args, int first, int last, void* scratch, void* below,
-                           void* inner) {
-    TinyBackward<T>(args, scratch).run(first, last, static_cast<C*>(below), static_cast<C*>(inner));
-  };
-  table.tiny_backward_finish = [](const ChainBackwardArgs& args, const void* below, int parts, const void* inner,
-                                  void* scratch) {
-    TinyBackward<T>(args, scratch).finish(static_cast<const C*>(below), parts, static_cast<const C*>(inner));
   };
   table.operand_tasks = [](const ChainBackwardArgs& args) { return static_cast<int64_t>(stream_count(args.level)); };
   table.make_operand = [](const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t task) {
@@ -151,10 +83,39 @@ ChainKernels chain_kernels() {
     with_weight_gradients<Engine>(args, chunk, [&](const auto& grads) { grads.run(task, scratch); });
     Engine::end();
   };
+}
+
+template <typename Engine>
+ChainKernels chain_kernels(const EngineTable& engine) {
+  using T = typename Engine::T;
+  using C = typename Engine::C;
+  ChainKernels table{};
+  table.engine = engine;
+  table.fold_norm = fold_norm<T, C>;
+  table.min_forward_rows = Engine::kMinForwardRows;
+  table.forward_bytes = ChainForward<Engine>::bytes;
+  table.forward_mixed_bytes = [](const LevelShape& level, int64_t nrows) {
+    return ChainForward<Engine>::mixed_size(level, nrows) * static_cast<int64_t>(sizeof(C));
+  };
+  table.forward = forward<Engine>;
+  table.forward_finish = forward_finish<Engine>;
+
+  table.backward_bytes = ChainBackward<Engine>::bytes;
+  table.backward_below_bytes = [](const LevelShape& level, int64_t nrows) {
+    return ChainBackward<Engine>::stream_size(level, nrows) * static_cast<int64_t>(sizeof(C));
+  };
+  table.backward_inner_bytes = [](const LevelShape& level, int64_t nrows) {
+    return level.gates.columns * padded_to_group(nrows) * static_cast<int64_t>(sizeof(C));
+  };
+  table.backward = backward<Engine>;
+  table.backward_finish = backward_finish<Engine>;
+  if constexpr (!__is_same(Engine, RowsEngine<T>)) add_weight_kernels<Engine>(table);
   return table;
 }
 
-#define MTLK_INSTANTIATE(dtype, ...) template ChainKernels chain_kernels<__VA_ARGS__>();
+#define MTLK_INSTANTIATE(dtype, ...)                                    \
+  template ChainKernels chain_kernels<__VA_ARGS__>(const EngineTable&); \
+  template ChainKernels chain_kernels<RowsEngine<__VA_ARGS__::T>>(const EngineTable&);
 MTLK_ENGINES(MTLK_INSTANTIATE)
 
 }  // namespace MTLK_ISA

@@ -10,13 +10,13 @@ namespace mtlk {
 
 // Saved are statistics, and with `save` the pre-activations before them.
 LevelResults layerwise_forward(const LevelSpec& spec, const LevelTensors& tensors, LevelTables& tables,
-                               const LevelKernels& kernels, const RunningNorms& norms,
+                               const LayerwiseKernels& kernels, const RunningNorms& norms,
                                const std::optional<at::Tensor>& seed, bool save);
 
 // Fills the gradients, from the statistics of a whole level of so many experts. The tables have the outputs' gradients
 // and the pre-activations.
 void layerwise_backward(const LevelSpec& spec, const LevelTensors& tensors, LevelTables& tables,
-                        const LevelKernels& kernels, at::TensorList statistics, int64_t experts,
+                        const LayerwiseKernels& kernels, at::TensorList statistics, int64_t experts,
                         const std::optional<at::Tensor>& seed, LevelGradients& gradients);
 
 }  // namespace mtlk

@@ -72,7 +72,7 @@ class LayerwiseBackward : RowBlock<LayerwiseBackwardArgs> {
       const int e = level_.order[i];
       Gradient* const gradients = gradients_of(chunk, l, e);
       const C* const values = make_gradients(l, e, gradients);
-      if (tiny(level_)) rows_of_panel(values, level_.widths[l + 1], s_.few[0], tiny_ld(level_), nrows_);
+      if (few_rows(level_)) rows_of_panel(values, level_.widths[l + 1], s_.few[0], few_ld(level_), nrows_);
       if (l > 0) {
         lower_layer(l, e, gradients);
       } else if (args_.grad_inputs) {
@@ -81,7 +81,7 @@ class LayerwiseBackward : RowBlock<LayerwiseBackwardArgs> {
           stream = level_.expert_inputs[e];
           fresh = true;
         }
-        if (tiny(level_)) {
+        if (few_rows(level_)) {
           if (fresh) std::memset(s_.below, 0, stream_size() * sizeof(C));
           multiply(l, e, gradients, [&](int64_t, int64_t, int64_t n, const C* tile) {
             for (int64_t v = 0; v < n * kGroup; v += L) store(s_.below + v, load(s_.below + v) + load(tile + v));
@@ -334,11 +334,11 @@ class LayerwiseBackward : RowBlock<LayerwiseBackwardArgs> {
   // f(group, feature, n, tile) for each tile of the gradients of what layer l read; few rows, from s_.few[0], make one.
   template <typename F>
   void multiply(int l, int e, Gradient* gradients, F f) {
-    if (!tiny(level_)) return multiply_below<Engine>(level_, l, e, panels(gradients), groups_, s_.tile, f);
-    const int64_t width = level_.widths[l], ld = tiny_ld(level_), at = weight_number(level_, l, e);
-    std::memset(s_.few[1], 0, kTinyRows * ld * sizeof(C));
-    add_transposed_rows<T, C>(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, s_.few[0],
-                              ld, level_.widths[l + 1], s_.few[1], ld);
+    if (!few_rows(level_)) return multiply_below<Engine>(level_, l, e, panels(gradients), groups_, s_.tile, f);
+    const int64_t width = level_.widths[l], ld = few_ld(level_), at = weight_number(level_, l, e);
+    std::memset(s_.few[1], 0, kFewRows * ld * sizeof(C));
+    RowsEngine<T>::multiply_back(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width,
+                                 s_.few[0], ld, level_.widths[l + 1], s_.few[1], ld);
     panel_of_rows(s_.few[1], ld, nrows_, width, s_.few_panel);
     f(0, 0, width, s_.few_panel);
   }

@@ -34,8 +34,8 @@ struct LayerwiseBackwardScratch {
     bool dice = false;
     for (int l = 0; l < level.layers; ++l) dice = dice || level.activations[l] == kDice;
     rows = arena.take<C>(dice ? widest * groups * kGroup : 0);
-    for (C*& place : few) place = arena.take<C>(kTinyRows * tiny_ld(level));
-    few_panel = arena.take<C>(tiny_ld(level) * kGroup);
+    for (C*& place : few) place = arena.take<C>(kFewRows * few_ld(level));
+    few_panel = arena.take<C>(few_ld(level) * kGroup);
     panel = arena.take<Element>(Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups);
     kept = arena.take<uint16_t>(widest * groups);
     total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);

@@ -4,7 +4,7 @@
 // pre-activations and what the block adds to the statistics; who reads them next normalises, activates and drops.
 #pragma once
 
-#include "gemm/few_rows.h"
+#include "gemm/rows_engine.h"
 #include "level/chain_forward_kernels.h"
 #include "level/layer_reader.h"
 
@@ -19,10 +19,10 @@ inline int64_t widest_read(const LevelShape& level) {
 }
 
 // Few rows: products with the weights as they are, from and to rows that lie beside each other.
-inline bool tiny(const LevelShape& level) { return level.rows <= kTinyRows; }
-inline int64_t tiny_ld(const LevelShape& level) {
+inline bool few_rows(const LevelShape& level) { return level.rows <= kFewRows; }
+inline int64_t few_ld(const LevelShape& level) {
   const int64_t widest = widest_hidden(level), read = widest_read(level);
-  return tiny(level) ? padded_channels(widest > read ? widest : read) : 0;
+  return few_rows(level) ? padded_channels(widest > read ? widest : read) : 0;
 }
 
 template <typename Engine>
@@ -31,7 +31,7 @@ struct LayerwiseForwardScratch {
   using Element = typename Engine::Element;
   Element* input;
   C *values, *group, *probabilities, *mixed;
-  C *rows_in, *rows_out;  // of few rows: [kTinyRows][rows_ld]
+  C *rows_in, *rows_out;  // of few rows: [kFewRows][rows_ld]
   int64_t rows_ld;
   uint16_t* kept;
   typename Engine::Weight* weights;
@@ -40,9 +40,9 @@ struct LayerwiseForwardScratch {
   LayerwiseForwardScratch(const LevelShape& level, int64_t groups, void* memory) {
     Arena arena(memory);
     const int64_t widest = widest_hidden(level), read = widest_read(level);
-    rows_ld = tiny_ld(level);
-    rows_in = arena.take<C>(kTinyRows * rows_ld);
-    rows_out = arena.take<C>(kTinyRows * rows_ld);
+    rows_ld = few_ld(level);
+    rows_in = arena.take<C>(kFewRows * rows_ld);
+    rows_out = arena.take<C>(kFewRows * rows_ld);
     input = arena.take<Element>(Engine::panel_size(read) * groups);
     values = arena.take<C>(padded_channels(widest) * groups * kGroup);
     group = arena.take<C>(padded_channels(widest) * kGroup);
@@ -116,7 +116,7 @@ class LayerwiseForward : RowBlock<LayerwiseForwardArgs> {
   void load_input(int stream) {
     const int64_t width = level_.widths[0], ld = level_.input_ld[stream];
     const T* rows = static_cast<const T*>(level_.inputs[stream]) + row_ * ld;
-    if (tiny(level_)) {
+    if (few_rows(level_)) {
       for (int64_t r = 0; r < nrows_; ++r) widen(rows + r * ld, s_.rows_in + r * s_.rows_ld, width);
       return;
     }
@@ -149,7 +149,7 @@ class LayerwiseForward : RowBlock<LayerwiseForwardArgs> {
 
   void load_hidden(int l, int e) {
     const LayerReader<T> reader(args_, l, e);
-    if (tiny(level_)) {
+    if (few_rows(level_)) {
       read_group(reader, 0);
       return rows_of_panel(s_.group, reader.width(), s_.rows_in, s_.rows_ld, nrows_);
     }
@@ -166,9 +166,9 @@ class LayerwiseForward : RowBlock<LayerwiseForwardArgs> {
   void product(int l, int e, int next, bool ends) {
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1], at = weight_number(level_, l, e);
     const int64_t tiles = Engine::tiles(width);
-    if (tiny(level_)) {
-      multiply_rows<T, C>(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, s_.rows_in,
-                          depth, s_.rows_out, s_.rows_ld);
+    if (few_rows(level_)) {
+      RowsEngine<T>::multiply(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width,
+                              s_.rows_in, depth, s_.rows_out, s_.rows_ld);
       panel_of_rows(s_.rows_out, s_.rows_ld, nrows_, width, s_.values);
       return complete(l, e, 0, width);
     }

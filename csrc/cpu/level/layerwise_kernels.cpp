@@ -8,9 +8,11 @@ namespace mtlk {
 namespace MTLK_ISA {
 
 template <typename Engine>
-LayerwiseKernels layerwise_kernels() {
+LayerwiseKernels layerwise_kernels(const EngineTable& engine) {
   using C = typename Engine::C;
   LayerwiseKernels table{};
+  table.engine = engine;
+  table.fold_norm = fold_norm<typename Engine::T, C>;
   table.forward_bytes = [](const LevelShape& level, int64_t nrows) {
     return LayerwiseForwardScratch<Engine>(level, group_count(nrows), nullptr).total;
   };
@@ -77,7 +79,7 @@ LayerwiseKernels layerwise_kernels() {
   return table;
 }
 
-#define MTLK_INSTANTIATE(dtype, ...) template LayerwiseKernels layerwise_kernels<__VA_ARGS__>();
+#define MTLK_INSTANTIATE(dtype, ...) template LayerwiseKernels layerwise_kernels<__VA_ARGS__>(const EngineTable&);
 MTLK_ENGINES(MTLK_INSTANTIATE)
 
 }  // namespace MTLK_ISA

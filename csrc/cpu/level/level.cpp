@@ -17,14 +17,17 @@ namespace {
 LevelResults evaluate(const LevelSpec& spec, const LevelTensors& tensors, const RunningNorms& norms,
                       const std::optional<at::Tensor>& seed, bool save) {
   LevelTables tables(spec, tensors);
-  const bool layerwise = spec.stores_inputs();
-  const auto& by_rows = kernels_for<KernelsByRows<LevelKernels>>(dtype_of(tensors.inputs[0]));
-  const LevelKernels& usual = by_rows.usual;
-  const int64_t min_rows = layerwise ? usual.engine.min_call_rows : usual.chain.min_forward_rows;
-  const LevelKernels& kernels = by_rows.of(tables.level().rows, min_rows);
-  tables.set_norms(norms.experts, kernels.chain.fold_norm);
-  return layerwise ? layerwise_forward(spec, tensors, tables, kernels, norms, seed, save)
-                   : chain_forward(tensors, tables, kernels, norms, save);
+  const Dtype dtype = dtype_of(tensors.inputs[0]);
+  const int64_t rows = tables.level().rows;
+  if (spec.stores_inputs()) {
+    const auto& kernels = kernels_for<LayerwiseKernels>(dtype, rows);
+    tables.set_norms(norms.experts, kernels.fold_norm);
+    return layerwise_forward(spec, tensors, tables, kernels, norms, seed, save);
+  }
+  const auto& by_rows = kernels_for<KernelsByRows<ChainKernels>>(dtype);
+  const ChainKernels& kernels = by_rows.of(rows, by_rows.usual.min_forward_rows);
+  tables.set_norms(norms.experts, kernels.fold_norm);
+  return chain_forward(tensors, tables, kernels, norms, save);
 }
 
 std::tuple<Tensors, Tensors> forward(at::TensorList inputs, const OptionalTensors& parameters,
@@ -46,14 +49,16 @@ Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const T
   tables.set_grad_outputs(grad_outputs);
   tables.set_saved(activations, static_cast<int64_t>(activations.size()), experts);
   const LevelShape& level = tables.level();
-  const LevelKernels& kernels = kernels_for<LevelKernels>(dtype_of(tensors.inputs[0]), level.rows);
-  const bool layerwise = spec.stores_inputs(), direct = !layerwise && level.rows <= kernels.engine.tiny_rows;
-  LevelGradients gradients(level, tensors, kernels.engine, direct, needs);
-  if (layerwise) {
-    layerwise_backward(spec, tensors, tables, kernels, statistics, experts, seed, gradients);
-  } else {
+  const Dtype dtype = dtype_of(tensors.inputs[0]);
+  if (!spec.stores_inputs()) {
+    const auto& kernels = kernels_for<ChainKernels>(dtype, level.rows);
+    LevelGradients gradients(level, tensors, kernels.engine, needs);
     chain_backward(tensors, tables, kernels, gradients);
+    return gradients.take(tables.gate_streams());
   }
+  const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows);
+  LevelGradients gradients(level, tensors, kernels.engine, needs);
+  layerwise_backward(spec, tensors, tables, kernels, statistics, experts, seed, gradients);
   return gradients.take(tables.gate_streams());
 }
 

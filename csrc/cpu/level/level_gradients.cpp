@@ -14,7 +14,7 @@ bool LevelGradients::Results::any() const {
 }
 
 LevelGradients::LevelGradients(const LevelShape& level, const LevelTensors& tensors, const EngineTable& engine,
-                               bool direct, const Needs& needs)
+                               const Needs& needs)
     : level_(tensors),
       needs_(needs),
       compute_(tensors.weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
@@ -37,19 +37,19 @@ LevelGradients::LevelGradients(const LevelShape& level, const LevelTensors& tens
   for (int l = 0; l < level.layers; ++l) {
     sum_ld_.push_back(divide_up(level.widths[l], engine.weight_sum_multiple) * engine.weight_sum_multiple);
   }
-  const bool at_once = direct || level.rows == 0 || level.rows <= chunk_rows(level, engine);
+  const bool at_once = level.rows == 0 || level.rows <= chunk_rows(level, engine);
   for (size_t i = 0; i < tensors.weights.size(); ++i) {
     const at::Tensor &weight = tensors.weights[i], nothing;
     const int64_t out = weight.size(0), ld = sum_ld_[i / experts_];
     const auto compute = weight.options().dtype(compute_);
     if (need_weights) {
       weights_.add(pooled(weight.sizes(), weight.options()));
-      const bool fits = direct || (engine.stores_compute && ld == weight.size(1));
+      const bool fits = engine.sums_as_stored && ld == weight.size(1);
       weight_sums_.add(fits ? weights_.tensors[i] : at_once ? nothing : pooled({out, ld}, compute, true));
     }
     const bool bias = need_biases && tensors.biases[i].defined();
     biases_.add(bias ? at::empty({out}, weight.options()) : nothing);
-    bias_sums_.add(!bias || direct || engine.stores_compute ? biases_.tensors[i] : at::empty({out}, compute));
+    bias_sums_.add(!bias || engine.sums_as_stored ? biases_.tensors[i] : at::empty({out}, compute));
     for (auto [results, parts, need] : {std::tuple{&scales_, &tensors.scales, need_scales},
                                         {&shifts_, &tensors.shifts, need_shifts},
                                         {&slopes_, &tensors.slopes, need_slopes}}) {

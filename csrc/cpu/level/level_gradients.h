@@ -10,13 +10,11 @@
 namespace mtlk {
 
 // What a backward call returns, and the sums of the compute type that its kernels add to where these cannot be the
-// results themselves. A weight that gets its whole gradient at once has none, nor have the `direct` kernels, which
-// write the results alone.
+// results themselves. A weight that gets its whole gradient at once has none.
 class LevelGradients {
  public:
   // Of those tensors that there are and whose kind is needed; of linear gates those of the logits.
-  LevelGradients(const LevelShape& level, const LevelTensors& tensors, const EngineTable& engine, bool direct,
-                 const Needs& needs);
+  LevelGradients(const LevelShape& level, const LevelTensors& tensors, const EngineTable& engine, const Needs& needs);
   LevelGradients(const LevelGradients&) = delete;
 
   // Tells the kernels where they go.
@@ -42,8 +40,6 @@ class LevelGradients {
     void* const* data(size_t from = 0) const { return tensors.empty() ? nullptr : pointers.data() + from; }
     bool any() const;
   };
-
-  void add_weight(size_t i, const LevelShape& level, const EngineTable& engine, bool direct, bool at_once);
 
   const LevelTensors& level_;
   const Needs needs_;

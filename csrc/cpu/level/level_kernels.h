@@ -8,30 +8,24 @@ namespace mtlk {
 
 // Scratch is bytes that the caller provides, aligned to a cache line.
 struct ChainKernels {
+  EngineTable engine;
   FoldNorm fold_norm;
   int64_t min_forward_rows;  // as EngineTable::min_call_rows, of a forward pass, which makes weights ready as it goes
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each
-  // part leaves its sums, forward_mixed_bytes(...) of them, in `mixed`, or adds them to what it left there
-  // of other experts, and finish adds the parts in order.
+  // part leaves its sums, forward_mixed_bytes(...) of them, in `mixed`, and finish adds the parts in order.
   int64_t (*forward_bytes)(const LevelShape&, int64_t nrows, bool save);
   int64_t (*forward_mixed_bytes)(const LevelShape&, int64_t nrows);
-  void (*forward)(const ChainForwardArgs&, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed,
-                  bool add);
+  void (*forward)(const ChainForwardArgs&, int64_t row, int64_t nrows, int first, int last, void* scratch, void* mixed);
   void (*forward_finish)(const ChainForwardArgs&, int64_t row, int64_t nrows, const void* mixed, int parts,
                          void* scratch);
-
-  // The same for all rows of a call with at most tiny_rows of them, weights in natural form.
-  int64_t (*tiny_bytes)(const LevelShape&);
-  int64_t (*tiny_mixed_bytes)(const LevelShape&);
-  void (*tiny)(const ChainForwardArgs&, int first, int last, void* scratch, void* mixed);
-  void (*tiny_finish)(const ChainForwardArgs&, const void* mixed, int parts, void* scratch);
 
   // A chunk of the backward pass: the operands of its rows, and for each group of experts the chain for its blocks,
   // then the weights' gradients; each may run its tasks in any order. Blocks start at multiples of 32 rows within the
   // chunk. The chain runs for experts order[first, last) of the group. With more parts or groups than one, each part
   // leaves its sums of the divided streams' gradients in `below`, or adds them to those of an earlier group, all of a
-  // block share `inner`, and finish writes the gradients of the logits and of those streams.
+  // block share `inner`, and finish writes the gradients of the logits and of those streams. With a few rows the chain
+  // writes the gradients of weights and biases too, and what makes them apart is null.
   int64_t (*backward_bytes)(const LevelShape&, int64_t nrows);
   int64_t (*gradient_bytes)(const LevelShape&, int64_t chunk_rows, int experts);
   int64_t (*operand_bytes)(const LevelShape&, int64_t chunk_rows);
@@ -46,19 +40,13 @@ struct ChainKernels {
   void (*make_operand)(const ChainBackwardArgs&, const BackwardChunk&, int64_t task);
   int64_t (*weight_tasks)(const ChainBackwardArgs&, const BackwardChunk&);
   void (*weight_gradient)(const ChainBackwardArgs&, const BackwardChunk&, int64_t task, void* scratch);
-
-  // The whole backward pass for a call with at most tiny_rows rows, weights in natural form; parts as above.
-  int64_t (*tiny_backward_bytes)(const LevelShape&);
-  int64_t (*tiny_below_bytes)(const LevelShape&);
-  int64_t (*tiny_inner_bytes)(const LevelShape&);
-  void (*tiny_backward)(const ChainBackwardArgs&, int first, int last, void* scratch, void* below, void* inner);
-  void (*tiny_backward_finish)(const ChainBackwardArgs&, const void* below, int parts, const void* inner,
-                               void* scratch);
 };
 
-// Kernels for a block of rows, a layer and experts order[first, last); with at most tiny_rows rows they want weights in
-// natural form.
+// Kernels for a block of rows, a layer and experts order[first, last); with at most kFewRows rows they want weights in
+// natural form, whatever the engine's.
 struct LayerwiseKernels {
+  EngineTable engine;
+  FoldNorm fold_norm;
   int64_t (*forward_bytes)(const LevelShape&, int64_t nrows);
   void (*layer)(const LayerwiseForwardArgs&, int64_t block, int l, int first, int last, void* scratch);
   void (*mix)(const LayerwiseForwardArgs&, int64_t block, int64_t part, int64_t parts, void* scratch);
@@ -85,13 +73,6 @@ struct LayerwiseKernels {
                                  int parts, int64_t stride);
   int64_t (*weight_tasks)(const LayerwiseBackwardArgs&, int l);
   void (*weight_gradient)(const LayerwiseBackwardArgs&, const BackwardChunk&, int l, int64_t task, void* scratch);
-};
-
-// What serves levels of one storage type.
-struct LevelKernels {
-  EngineTable engine;
-  ChainKernels chain;
-  LayerwiseKernels layerwise;
 };
 
 }  // namespace mtlk

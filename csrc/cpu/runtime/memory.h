@@ -5,6 +5,7 @@
 
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -76,16 +77,20 @@ class MemoryPool {
 // Uninitialised pieces of equal size, each of which starts on a cache line.
 class Scratch {
  public:
-  Scratch(int64_t pieces, int64_t bytes, bool brief = true)
-      : stride_((bytes + 63) / 64 * 64), memory_(MemoryPool::instance().take(pieces * stride_, brief)) {}
-  ~Scratch() { MemoryPool::instance().give_back(std::move(memory_)); }
+  Scratch(int64_t pieces, int64_t bytes, bool brief = true) : stride_((bytes + 63) / 64 * 64) {
+    if (pieces * stride_ > 0) memory_.emplace(MemoryPool::instance().take(pieces * stride_, brief));
+  }
+  ~Scratch() {
+    if (memory_) MemoryPool::instance().give_back(std::move(*memory_));
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  void* operator[](int64_t piece) const { return memory_.first() + piece * stride_; }
+  void* operator[](int64_t piece) const { return memory_ ? memory_->first() + piece * stride_ : empty_; }
 
  private:
+  alignas(64) static inline char empty_[64];  // pieces without bytes are not null either
   int64_t stride_;
-  MemoryPool::Piece memory_;
+  std::optional<MemoryPool::Piece> memory_;
 };
 
 // An uninitialised tensor whose memory goes back to the pool when its last user is gone, for results that are made at

@@ -130,7 +130,7 @@ class Products {
         if (!open && !(every && call.has_elements(i, j))) continue;
         const int64_t multiple = kernels_.engine.weight_sum_multiple;
         const int64_t ld = divide_up(matrix.size(1), multiple) * multiple;
-        const bool in_place = need_weights && open && kernels_.engine.stores_compute && ld == matrix.size(1);
+        const bool in_place = need_weights && open && kernels_.engine.sums_as_stored && ld == matrix.size(1);
         routes_.push_back({i, j, in_place ? grad : pooled({matrix.size(0), ld}, compute), ld,
                            open ? grad : at::Tensor(), with_unit_stride(matrix)});
       }

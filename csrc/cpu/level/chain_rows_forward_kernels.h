@@ -1,48 +1,50 @@
 // The forward pass of a chain for a few rows: dot products along the weights' rows, which are read once.
 #pragma once
 
-#include "gemm/few_rows.h"
+#include "gemm/rows_engine.h"
 #include "level/chain_forward_kernels.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
 
+// Elements from one row of intermediates to the next.
+inline int64_t row_stride(const LevelShape& level) {
+  int64_t widest = 0;
+  for (int l = 0; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
+  for (int k = 0; k < level.gates.count; ++k) widest = level.gates.sizes[k] > widest ? level.gates.sizes[k] : widest;
+  return padded_to_group(widest);
+}
+
+// All rows of a call.
 template <typename T>
-class TinyForward {
+class ChainForward<RowsEngine<T>> {
  public:
   using C = Compute<T>;
+  using Engine = RowsEngine<T>;
 
-  static int64_t mixed_size(const LevelShape& level) {
-    return level.gates.count * kTinyRows * padded_to_group(level.widths[level.layers]);
+  static int64_t bytes(const LevelShape& level, int64_t, bool) {
+    return 3 * Arena::bytes<C>(kFewRows * row_stride(level)) + Arena::bytes<C>(level.gates.columns * kGroup) +
+           Arena::bytes<C>(mixed_size(level, kFewRows));
   }
-
-  static int64_t bytes(const LevelShape& level) {
-    const int64_t widest = widest_of(level);
-    return 3 * Arena::bytes<C>(kTinyRows * padded_to_group(widest)) + Arena::bytes<C>(level.gates.columns * kGroup) +
-           Arena::bytes<C>(mixed_size(level));
+  static int64_t mixed_size(const LevelShape& level, int64_t) {
+    return level.gates.count * kFewRows * padded_to_group(level.widths[level.layers]);
   }
+  int64_t mixed_size() const { return mixed_size(level_, rows_); }
 
-  static int64_t widest_of(const LevelShape& level) {
-    int64_t widest = 0;
-    for (int l = 0; l <= level.layers; ++l) widest = level.widths[l] > widest ? level.widths[l] : widest;
-    for (int k = 0; k < level.gates.count; ++k) widest = level.gates.sizes[k] > widest ? level.gates.sizes[k] : widest;
-    return widest;
-  }
-
-  TinyForward(const ChainForwardArgs& args, void* memory) : args_(args), level_(args.level), rows_(args.level.rows) {
-    widest_ = padded_to_group(widest_of(level_));
+  ChainForward(const ChainForwardArgs& args, int64_t, int64_t nrows, void* memory)
+      : args_(args), level_(args.level), rows_(nrows), widest_(row_stride(args.level)) {
     Arena arena(memory);
-    input_ = arena.take<C>(kTinyRows * widest_);
-    hidden_[0] = arena.take<C>(kTinyRows * widest_);
-    hidden_[1] = arena.take<C>(kTinyRows * widest_);
+    input_ = arena.take<C>(kFewRows * widest_);
+    hidden_[0] = arena.take<C>(kFewRows * widest_);
+    hidden_[1] = arena.take<C>(kFewRows * widest_);
     probabilities_ = arena.take<C>(level_.gates.columns * kGroup);
-    mixed_ = arena.take<C>(mixed_size(level_));
+    mixed_ = arena.take<C>(mixed_size());
   }
 
   const C* mixed() const { return mixed_; }
 
   void run(int first, int last) {
-    std::memset(mixed_, 0, mixed_size(level_) * sizeof(C));
+    std::memset(mixed_, 0, mixed_size() * sizeof(C));
     int stream = gates();
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
@@ -59,14 +61,14 @@ class TinyForward {
   void finish(const C* mixed, int parts, int64_t stride) {
     const int64_t width = level_.widths[level_.layers], row = padded_to_group(width);
     for (int p = 1; p < parts; ++p) {
-      for (int64_t i = 0; i < mixed_size(level_); ++i) {
+      for (int64_t i = 0; i < mixed_size(); ++i) {
         mixed_[i] = (p == 1 ? mixed[i] : mixed_[i]) + mixed[p * stride + i];
       }
     }
     if (parts > 1) mixed = mixed_;
     for (int k = 0; k < level_.gates.count; ++k) {
       for (int64_t r = 0; r < rows_; ++r) {
-        narrow(mixed + (k * kTinyRows + r) * row, static_cast<T*>(args_.outputs[k]) + r * width, width);
+        narrow(mixed + (k * kFewRows + r) * row, static_cast<T*>(args_.outputs[k]) + r * width, width);
       }
     }
   }
@@ -104,7 +106,7 @@ class TinyForward {
   }
 
   void product(const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out) {
-    multiply_rows<T, C>(rows_, w, ldw, width, in, depth, out, widest_);
+    Engine::multiply(rows_, w, ldw, width, in, depth, out, widest_);
   }
 
   void layer(int e, int l, const C* in, C* out) {
@@ -137,7 +139,7 @@ class TinyForward {
       const GateUse use = gates.uses[u];
       for (int64_t r = 0; r < rows_; ++r) {
         const C p = probabilities_[use.column * kGroup + r];
-        C* acc = mixed_ + (use.gate * kTinyRows + r) * row;
+        C* acc = mixed_ + (use.gate * kFewRows + r) * row;
         for (int64_t o = 0; o < width; ++o) acc[o] += p * values[r * widest_ + o];
       }
     }
@@ -145,8 +147,7 @@ class TinyForward {
 
   const ChainForwardArgs& args_;
   const LevelShape& level_;
-  const int64_t rows_;
-  int64_t widest_;
+  const int64_t rows_, widest_;
   C *input_, *hidden_[2], *probabilities_, *mixed_;
 };
 

@@ -1,12 +1,11 @@
 // Products of a few rows, which lie beside each other, with weights that are read once, as they are.
 #pragma once
 
+#include "gemm/engine.h"
 #include "gemm/panels.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
-
-constexpr int kTinyRows = 4;
 
 // out[i] = the sum of the lanes of partial[i], for 16 vectors.
 template <typename C>
@@ -125,15 +124,29 @@ template <typename F>
 void with_rows(int64_t rows, F f) {
   if (rows == 1) return f(RowsConstant<1>{});
   if (rows == 2) return f(RowsConstant<2>{});
-  f(RowsConstant<kTinyRows>{});
+  f(RowsConstant<kFewRows>{});
 }
 
-// out[row][o] = <in[row], w row o>, rows ld apart.
-template <typename T, typename C>
-void multiply_rows(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out,
-                   int64_t ld) {
-  with_rows(rows,
-            [&](auto constant) { dot_rows<T, C, decltype(constant)::value>(w, ldw, width, in, ld, depth, out, ld); });
+// out row o = the sum over the rows r of factor[r][o] * x row r; `row` has room for one, in whole vectors.
+template <typename T, typename C, int R>
+void outer_products(const C* factor, int64_t ld_factor, int64_t outputs, const C* x, int64_t ldx, int64_t width, C* row,
+                    T* out) {
+  constexpr int L = Simd<C>::lanes;
+  for (int64_t o = 0; o < outputs; ++o) {
+    C* place = row;
+    if constexpr (__is_same(T, C)) {
+      if (width % L == 0) place = out + o * width;
+    }
+    Vector<C> f[R];
+    for (int r = 0; r < R; ++r) f[r] = broadcast(factor[r * ld_factor + o]);
+    for (int64_t i = 0; i < width; i += L) {
+      Vector<C> sum = f[0] * load(x + i);
+#pragma GCC unroll 4
+      for (int r = 1; r < R; ++r) sum += f[r] * load(x + r * ldx + i);
+      store(place + i, sum);
+    }
+    if (place == row) narrow(row, out + o * width, width);
+  }
 }
 
 // Few rows into a plain panel, zeros beyond them, and back.
@@ -150,14 +163,44 @@ void rows_of_panel(const C* panel, int64_t features, C* rows, int64_t ld, int64_
   }
 }
 
-// out[row] += the sum over o < outputs of in[row][o] * w row o.
-template <typename T, typename C>
-void add_transposed_rows(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t ld, int64_t outputs,
-                         C* out, int64_t ld_out) {
-  with_rows(rows, [&](auto constant) {
-    add_rows<T, C, decltype(constant)::value>(w, ldw, outputs, in, ld, width, out, ld_out);
-  });
-}
+template <typename T_>
+struct RowsEngine {
+  using T = T_;
+  using C = Compute<T>;
+  using Weight = T;
+  static constexpr WeightForm kForm = WeightForm::kNatural;
+  static constexpr int64_t kMinCallRows = 0, kMinForwardRows = 0, kNaturalOutputs = 0;
+  static constexpr bool kBackwardTransposed = false, kSumsAsStored = true;
+  static constexpr int64_t kBlockBytes = 640 * 1024, kForwardBlockBytes = kBlockBytes, kChunkBytes = kBlockBytes;
+  static constexpr int64_t kSumMultiple = 1, kGradientBytes = sizeof(C);
+
+  static void begin() {}
+  static void end() {}
+
+  // out[row][o] = <in[row], w row o>, rows ld apart.
+  static void multiply(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out,
+                       int64_t ld) {
+    with_rows(rows,
+              [&](auto constant) { dot_rows<T, C, decltype(constant)::value>(w, ldw, width, in, ld, depth, out, ld); });
+  }
+
+  // out[row] += the sum over o < outputs of in[row][o] * w row o.
+  static void multiply_back(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t ld,
+                            int64_t outputs, C* out, int64_t ld_out) {
+    with_rows(rows, [&](auto constant) {
+      add_rows<T, C, decltype(constant)::value>(w, ldw, outputs, in, ld, width, out, ld_out);
+    });
+  }
+
+  // grad row o = the sum over the rows of gradient[row][o] * in[row], rows ld apart; `row` has room for one, in whole
+  // vectors.
+  static void weight_gradient(int64_t rows, const C* gradient, int64_t outputs, const C* in, int64_t width, int64_t ld,
+                              C* row, T* grad) {
+    with_rows(rows, [&](auto constant) {
+      outer_products<T, C, decltype(constant)::value>(gradient, ld, outputs, in, ld, width, row, grad);
+    });
+  }
+};
 
 }  // namespace MTLK_ISA
 }  // namespace mtlk
