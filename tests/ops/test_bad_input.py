@@ -247,6 +247,7 @@ EXPERT: list[Mistake] = [
     ),
     ("activations too many", put("activation", value=["relu"] * 3), ValueError, r"activation .* 2 layers, got 3"),
     ("activation none", put("activation", value=None), TypeError, r"activation must be a name .*, got NoneType"),
+    ("activation a list", put("activation", value=[["relu"], "relu"]), TypeError, r"activation .*names, got list"),
     ("activation a function", put("activation", value=[torch.relu, "relu"]), TypeError, r"activation .*names, got "),
 ]
 

@@ -25,6 +25,9 @@ from mtlkernels.ops.level.norms import (
 from mtlkernels.ops.level.spec import Layer, LevelSpec
 from mtlkernels.routing import Routing, Wiring
 
+# Of a routing, kept: a rate of dropout that changes with every step must not fill the memory.
+_MAX_SPECS = 64
+
 
 def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_gates: bool) -> LevelSpec:
     """The spec of the experts that some gate mixes; of one input everybody reads that.
@@ -40,6 +43,8 @@ def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_g
         gate_inputs = ((0,) * gates if one else tuple(range(gates))) if linear_gates else ()
         spec = LevelSpec(num_inputs, streams, wiring.gate_experts, wiring.gate_sizes, layers, gate_inputs)
         if not compiling:
+            if len(wiring.specs) == _MAX_SPECS:
+                wiring.specs.clear()
             wiring.specs[key] = spec
     return spec
 

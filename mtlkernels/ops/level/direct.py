@@ -50,7 +50,9 @@ def direct(
     if gates[1] is None if gates[0] is None else gates[1:] != (None, None, None):
         return None
     names = (activation,) * len(weights) if isinstance(activation, str) else activation
-    if not isinstance(names, _LISTS) or len(names) != len(weights) or not all(name in _LAYERS for name in names):
+    if not isinstance(names, _LISTS) or len(names) != len(weights):
+        return None
+    if not all(isinstance(name, str) and name in _LAYERS for name in names):
         return None
     layers = tuple([_LAYERS[name] for name in names])
     sloped = any(has_slopes(layer.activation) for layer in layers)
@@ -82,10 +84,8 @@ def _parts(norms: Any) -> Any:
     """What C++ takes of batch norms by running statistics, of which any may be None."""
     if not isinstance(norms, (*_LISTS, nn.ModuleList)):
         return _NOT_MINE
-    parts = [None if norm is None else running_parts(norm) for norm in norms]
-    return (
-        _NOT_MINE if any(part is None and norm is not None for part, norm in zip(parts, norms, strict=True)) else parts
-    )
+    parts = [None if norm is None else running_parts(norm) or _NOT_MINE for norm in norms]
+    return _NOT_MINE if any(part is _NOT_MINE for part in parts) else parts
 
 
 def _running(norms: Any) -> Any:

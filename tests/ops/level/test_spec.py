@@ -105,3 +105,6 @@ def test_a_spec_is_made_once_for_a_routing() -> None:
     wiring = mk.Routing.mmoe(2, 2).wiring
     assert spec_of(wiring, 1, (Layer(1),), True) is spec_of(wiring, 1, (Layer(1),), True)
     assert spec_of(wiring, 1, (Layer(1),), True) != spec_of(wiring, 1, (Layer(1),), False)
+    for step in range(1000):  # a rate of dropout that changes with every step
+        spec_of(wiring, 1, (Layer(1, dropout=step / 1000),), False)
+    assert len(wiring.specs) <= 64
