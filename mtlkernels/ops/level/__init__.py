@@ -43,7 +43,8 @@ def expert_mixture(
     ``y_k = sum_e softmax(logits_k)_e * expert_e`` over the experts that it sees. With ``Routing.mmoe`` this is a level
     of MMoE (Ma et al., KDD 2018), with ``Routing.cgc`` one of PLE (Tang et al., RecSys 2020). Differentiable in
     ``inputs``, ``weights``, ``biases`` and ``gate_logits``. An expert that no gate mixes is not evaluated, and its
-    gradients are zero. The softmax and the sums are in float32 (float64 for float64 inputs).
+    gradients are zero. Where a loss reads some of the outputs, the backward pass runs what these depend on, and the
+    rest keeps no gradient. The softmax and the sums are in float32 (float64 for float64 inputs).
 
     With ``norms`` or ``dropout`` a layer is ``x <- dropout(activation(norm(x W^T + b)))``. Where a batch norm uses its
     running statistics, it is a scale and a shift behind the product, or folded into weight and bias. Otherwise, and
