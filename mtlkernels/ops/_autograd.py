@@ -41,46 +41,6 @@ def differentiate_twice(
     return tuple(grad_grad_outputs), tuple(grad_primals)
 
 
-def differentiate_lists_twice(
-    forward: Callable[..., Any],
-    groups: Sequence[Sequence[Tensor | None]],
-    needs: Sequence[bool],
-    grad_outputs: Sequence[Tensor],
-    grads: Sequence[Any],
-) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
-    """The same for a ``forward`` of lists of tensors, which may hold None.
-
-    Args:
-        forward: a function of lists like ``groups`` that returns a tuple of tensors.
-        groups: its arguments.
-        needs: whether the backward pass returned gradients of a group; none of them is for a None.
-        grad_outputs: the gradients that the backward pass received.
-        grads: the gradients of what it returned.
-
-    Returns:
-        The gradients of ``grad_outputs``, and an entry for each of the groups' tensors, one group after another.
-    """
-    found = iter(grads)
-    flat = [tensor for group in groups for tensor in group]
-    cotangents = [
-        next(found) if need and tensor is not None else None
-        for group, need in zip(groups, needs, strict=True)
-        for tensor in group
-    ]
-    present = [i for i, tensor in enumerate(flat) if tensor is not None]
-
-    def of_present(*primals: Tensor) -> Any:
-        values = dict(zip(present, primals, strict=True))
-        filled = iter([values.get(i) for i in range(len(flat))])
-        return forward(*([next(filled) for _ in group] for group in groups))
-
-    primals: Any = [flat[i] for i in present]
-    wanted = [cotangents[i] for i in present]
-    grad_grads, grad_primals = differentiate_twice(of_present, primals, grad_outputs, wanted)
-    by_index = dict(zip(present, grad_primals, strict=True))
-    return grad_grads, [by_index.get(i) for i in range(len(flat))]
-
-
 def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """``tensor`` with its vmapped dimension first, expanded where it has none."""
     if dim is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from mtlkernels.ops import activations as act
 from mtlkernels.ops._layout import saved_layers
 from mtlkernels.ops._random import dropout_factors
 from mtlkernels.ops.gated_mixture import reference as mixture
-from mtlkernels.ops.level.spec import BATCH_NORM, Groups, Layer, LevelSpec
+from mtlkernels.ops.level.spec import BATCH_NORM, Groups, Layer, LevelSpec, Reached
 
 
 class _Values(NamedTuple):
@@ -206,6 +207,44 @@ def _layer_gradients(
     return g, grads
 
 
+class Asked(NamedTuple):
+    """What a backward call asks for: the ``part`` of a ``level`` on which the outputs with a gradient depend.
+
+    ``groups`` are the part's tensors, ``grad_outputs`` the gradients that there are, ``needs`` says of each kind
+    whether any gradient of it is returned, ``returned`` of each of the part's tensors whether its is, and ``tensors``
+    are those of which.
+    """
+
+    level: LevelSpec
+    part: Reached
+    groups: Groups
+    grad_outputs: list[Tensor]
+    needs: Groups
+    returned: list[bool]
+    tensors: list[Tensor]
+
+    def pick(self, grads: Iterable[Any]) -> list[Any]:
+        """Those that are returned, from a gradient or None for each of the part's tensors."""
+        return [grad for grad, flag in zip(grads, self.returned, strict=True) if flag]
+
+
+def asked_for(
+    grad_outputs: Sequence[Tensor | None], tensors: Any, spec: Sequence[int], numbers: Sequence[float], needs: Any
+) -> Asked | None:
+    """What a call of the backward operator asks for, once its arguments have been checked; None if it is nothing."""
+    level = LevelSpec.decoded(spec, numbers)
+    check_parts(level, level.split(tensors))
+    returned = level.returned(grad_outputs, tensors, needs)
+    if not any(returned):
+        return None
+    part = level.reached(grad is not None for grad in grad_outputs)
+    present = [grad for grad in grad_outputs if grad is not None]
+    flags = part.pick(level.split(returned))
+    wanted = [tensor for tensor, flag in zip(tensors, returned, strict=True) if flag]
+    of_kinds = Groups(*map(any, flags))
+    return Asked(level, part, part.pick(level.split(tensors)), present, of_kinds, list(chain(*flags)), wanted)
+
+
 def backward(
     grad_outputs: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
@@ -221,19 +260,11 @@ def backward(
 
     Only the part of the level on which the outputs with a gradient depend is evaluated.
     """
-    level = LevelSpec.decoded(spec, numbers)
-    tensors = (*inputs, *parameters, *gates)
-    check_parts(level, level.split(tensors))
-    returned = level.returned(grad_outputs, tensors, needs)
-    if not any(returned):
+    asked = asked_for(grad_outputs, (*inputs, *parameters, *gates), spec, numbers, needs)
+    if asked is None:
         return []
-    part = level.reached(grad is not None for grad in grad_outputs)
-    present = [grad for grad in grad_outputs if grad is not None]
-    found = _gradients(part.spec, part.pick(level.split(tensors)), present, saved, seed, Groups(*needs))
-    grads = iter(found)
-    reached = [next(grads) if flag else None for flag in part.flags]
-    wanted = zip(reached, tensors, returned, strict=True)
-    return [_like(grad, tensor) for grad, tensor, flag in wanted if flag]  # type: ignore[arg-type]
+    found = _gradients(asked.part.spec, asked.groups, asked.grad_outputs, saved, seed, asked.needs)
+    return [_like(*pair) for pair in zip(asked.pick(found), asked.tensors, strict=True)]
 
 
 def _gradients(

@@ -191,23 +191,21 @@ class LevelSpec:
 
     def _find_reached(self, mask: tuple[bool, ...]) -> Reached:
         gates = tuple(k for k, used in enumerate(mask) if used)
+        if not gates:
+            return Reached(self, (), (), (), (False,) * self.num_tensors)
         members = list(_runs(self.gate_experts, self.gate_sizes))
         experts = tuple(sorted({e for k in gates for e in members[k]}))
         read = {self.expert_inputs[e] for e in experts} | {self.gate_inputs[k] for k in gates if self.gate_inputs}
         inputs = tuple(sorted(read))
         place = {e: i for i, e in enumerate(experts)}
-        part = (
-            self
-            if not gates
-            else replace(
-                self,
-                num_inputs=len(inputs),
-                expert_inputs=tuple(inputs.index(self.expert_inputs[e]) for e in experts),
-                gate_experts=tuple(place[e] for k in gates for e in members[k]),
-                gate_sizes=tuple(self.gate_sizes[k] for k in gates),
-                gate_inputs=tuple(inputs.index(self.gate_inputs[k]) for k in gates if self.gate_inputs),
-                numbers=tuple(self.numbers[e] for e in experts),
-            )
+        part = replace(
+            self,
+            num_inputs=len(inputs),
+            expert_inputs=tuple(inputs.index(self.expert_inputs[e]) for e in experts),
+            gate_experts=tuple(place[e] for k in gates for e in members[k]),
+            gate_sizes=tuple(self.gate_sizes[k] for k in gates),
+            gate_inputs=tuple(inputs.index(self.gate_inputs[k]) for k in gates if self.gate_inputs),
+            numbers=tuple(self.numbers[e] for e in experts),
         )
         of_inputs = [i in inputs for i in range(self.num_inputs)]
         of_experts = [e in place for e in range(len(self.expert_inputs))]

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mtlkernels.ops.level.reference import check_parts
-from mtlkernels.ops.level.spec import Groups, LevelSpec
+from mtlkernels.ops.level.reference import asked_for, check_parts
+from mtlkernels.ops.level.spec import LevelSpec
 from mtlkernels.ops.level.triton import chain_backward, chain_forward, layerwise_backward, layerwise_forward
 
 
@@ -49,23 +49,16 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """As the reference."""
-    level = LevelSpec.decoded(spec, numbers)
-    tensors = (*inputs, *parameters, *gates)
-    check_parts(level, level.split(tensors))
-    returned = level.returned(grad_outputs, tensors, needs)
-    if not any(returned):
+    asked = asked_for(grad_outputs, (*inputs, *parameters, *gates), spec, numbers, needs)
+    if asked is None:
         return []
-    part = level.reached(grad is not None for grad in grad_outputs)
-    needs = Groups(*map(any, part.pick(level.split(returned))))
-    present = [grad for grad in grad_outputs if grad is not None]
+    level, part = asked.level, asked.part
     stored, statistics, logits = level.split_saved(saved)
-    operands = (part.spec, present, part.pick(level.split(tensors)), stored)
+    operands = (part.spec, asked.grad_outputs, asked.groups, stored)
     if level.stores_inputs:
-        found = layerwise_backward.backward(*operands, statistics, seed, needs)
+        found = layerwise_backward.backward(*operands, statistics, seed, asked.needs)
     else:
         each = logits[0].split(level.gate_sizes, 1) if logits else ()
-        found = chain_backward.backward(*operands, [each[k] for k in part.gates if each], needs)
+        found = chain_backward.backward(*operands, [each[k] for k in part.gates if each], asked.needs)
     groups = zip(found, part.spec.sizes, strict=True)
-    values = iter([grad for group, size in groups for grad in group or [None] * size])
-    grads = [next(values) if flag else None for flag in part.flags]
-    return [grad for grad, flag in zip(grads, returned, strict=True) if grad is not None and flag]
+    return asked.pick([grad for group, size in groups for grad in group or [None] * size])
