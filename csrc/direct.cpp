@@ -142,15 +142,15 @@ std::optional<LevelSpec> read_spec(PyObject* spec_ints, PyObject* dice_eps) {
   return spec;
 }
 
-struct Level {
+struct Call {
   LevelTensors tensors{};
   RunningNorms norms;
 };
 
 bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyObject* biases, PyObject* gate_logits,
                 PyObject* gate_weights, PyObject* gate_biases, PyObject* norms, PyObject* gate_norms, PyObject* slopes,
-                Level& level) {
-  LevelTensors& tensors = level.tensors;
+                Call& call) {
+  LevelTensors& tensors = call.tensors;
   const bool streams = THPVariable_Check(inputs) ? read_tensor(inputs, tensors.inputs.emplace_back())
                                                  : read_tensors(inputs, tensors.inputs);
   if (!streams || !read_stacked(weights, spec, false, tensors.weights)) return false;
@@ -172,7 +172,7 @@ bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyOb
       return false;
     }
   }
-  const auto of_layer = [&](PyObject* layer) { return read_norms(layer, level.norms.experts); };
+  const auto of_layer = [&](PyObject* layer) { return read_norms(layer, call.norms.experts); };
   const auto slopes_of_layer = [&](PyObject* layer) { return read_tensors(layer, tensors.slopes); };
   // Where an activation has slopes, they are given.
   const auto complete = [&](const int64_t& code) {
@@ -184,8 +184,8 @@ bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyOb
                               !std::all_of(spec.activations.begin(), spec.activations.end(), complete)) {
     return false;
   }
-  return (norms == Py_None || read_layers(norms, spec, true, level.norms.experts, of_layer)) &&
-         (gate_norms == Py_None || read_norms(gate_norms, level.norms.gates));
+  return (norms == Py_None || read_layers(norms, spec, true, call.norms.experts, of_layer)) &&
+         (gate_norms == Py_None || read_norms(gate_norms, call.norms.gates));
 }
 
 // A list or a tuple of the groups' tensors, None for an undefined one.
@@ -208,7 +208,7 @@ py::object wrapped(std::initializer_list<Tensors*> groups) {
   return result;
 }
 
-bool any_requires_grad(const Level& level) {
+bool any_requires_grad(const Call& call) {
   const auto of = [](const Tensors& tensors) {
     return std::any_of(tensors.begin(), tensors.end(),
                        [](const at::Tensor& t) { return t.defined() && t.requires_grad(); });
@@ -219,9 +219,9 @@ bool any_requires_grad(const Level& level) {
              (norm.bias.defined() && norm.bias.requires_grad());
     });
   };
-  const LevelTensors& tensors = level.tensors;
+  const LevelTensors& tensors = call.tensors;
   return of(tensors.inputs) || of(tensors.weights) || of(tensors.biases) || of(tensors.slopes) || of(tensors.gates) ||
-         of(tensors.gate_biases) || of_norms(level.norms.experts) || of_norms(level.norms.gates);
+         of(tensors.gate_biases) || of_norms(call.norms.experts) || of_norms(call.norms.gates);
 }
 
 }  // namespace
@@ -251,13 +251,13 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
                              py::handle slopes, py::handle dice_eps, py::handle spec_ints) {
   try {
     const std::optional<LevelSpec> spec = read_spec(spec_ints.ptr(), dice_eps.ptr());
-    Level level;
+    Call call;
     if (!spec || !read_level(*spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
-                             gate_biases.ptr(), norms.ptr(), gate_norms.ptr(), slopes.ptr(), level)) {
+                             gate_biases.ptr(), norms.ptr(), gate_norms.ptr(), slopes.ptr(), call)) {
       return py::none();
     }
-    LevelTensors& tensors = level.tensors;
-    if (at::GradMode::is_enabled() && any_requires_grad(level)) {
+    LevelTensors& tensors = call.tensors;
+    if (at::GradMode::is_enabled() && any_requires_grad(call)) {
       if (!norms.is_none() || !gate_norms.is_none() || spec->stores_inputs()) return py::none();
       check_level(*spec, tensors);
       return wrapped<py::list>(
@@ -266,7 +266,7 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
     Tensors outputs;
     {
       const py::gil_scoped_release release;
-      outputs = serve_level(*spec, tensors, level.norms);
+      outputs = serve_level(*spec, tensors, call.norms);
     }
     return wrapped<py::tuple>({&outputs});
   } catch (const Refused&) {
