@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 import torch.utils._device
 from torch.utils import _pytree as pytree
@@ -46,6 +49,27 @@ def legacy_vmap_level() -> int:
     level = torch._C._vmapmode_increment_nesting()
     torch._C._vmapmode_decrement_nesting()
     return level - 1
+
+
+def in_compiled_autograd() -> bool:
+    """Whether ``torch._dynamo.compiled_autograd`` takes down what backward passes do instead of doing it."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(module.compiled_autograd_enabled)
+
+
+def sequence_number(node: Any) -> int:
+    """Of a node of autograd's graph: the later in a thread's forward pass, the larger."""
+    return int(node._sequence_nr())
+
+
+def is_node_of(node: Any, function: Any) -> bool:
+    """Whether a node of autograd's graph is that of an autograd Function."""
+    return getattr(type(node), "_forward_cls", None) is function
+
+
+def is_leaf_node(node: Any) -> bool:
+    """Whether a node of autograd's graph is where the gradient of a leaf arrives."""
+    return bool(node.name() == "torch::autograd::AccumulateGrad")
 
 
 def has_amx() -> bool:

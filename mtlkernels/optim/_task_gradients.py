@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from mtlkernels.ops.level.passes import cut, differentiate
 
 Grads = list[Tensor | None]
 
@@ -20,8 +22,9 @@ def task_gradients(
         shared: parameters, all of which require gradients.
         others: likewise.
         mean: whether ``others`` get the mean over losses instead of the sum.
-        how: "grad", a call of ``torch.autograd.grad`` a loss; "batched", one for all; or "backward", a
-            ``loss.backward()`` a loss, whose gradients FSDP reduces.
+        how: "grad", a call of ``torch.autograd.grad`` a loss; "levels", the same, but for levels, whose backward
+            operator runs once for all losses; "batched", one call for all; or "backward", a ``loss.backward()`` a loss,
+            whose gradients FSDP reduces.
 
     Returns:
         The gradients of ``shared``, parameter by parameter, T each, and those of ``others``, whose tensors nothing else
@@ -32,9 +35,13 @@ def task_gradients(
         return _in_one_pass(losses, shared, others, factor)
     by_task: list[Sequence[Tensor | None]] = []
     totals: Grads = [None] * len(others)
-    differentiate = _by_backward if how == "backward" else _by_grad
-    for i, loss in enumerate(losses):
-        grads = differentiate(loss, [*shared, *others], i + 1 < len(losses))
+    parts = cut(losses) if how == "levels" and len(losses) > 1 else []
+    passes: Iterable[Sequence[Tensor | None]]
+    if len(parts) > 1:
+        passes = differentiate(losses, parts, [*shared, *others])
+    else:
+        passes = _one_by_one(losses, [*shared, *others], _by_backward if how == "backward" else _by_grad)
+    for grads in passes:
         by_task.append(grads[: len(shared)])
         totals = [_add(total, grad, factor) for total, grad in zip(totals, grads[len(shared) :], strict=True)]
         del grads  # before the next pass takes memory
@@ -44,6 +51,13 @@ def task_gradients(
             "loss.backward() has left no gradient: FSDP must reduce them, without set_requires_gradient_sync(False)"
         )
     return by_parameter, totals
+
+
+def _one_by_one(
+    losses: Sequence[Tensor], parameters: Sequence[Tensor], differentiate: Callable[..., Sequence[Tensor | None]]
+) -> Iterator[Sequence[Tensor | None]]:
+    for i, loss in enumerate(losses):
+        yield differentiate(loss, parameters, i + 1 < len(losses))
 
 
 def _by_grad(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Sequence[Tensor | None]:

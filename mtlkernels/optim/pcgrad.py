@@ -79,8 +79,11 @@ class PCGrad(Optimizer):
         reduction: "mean" over tasks or "sum", of shared and other parameters alike.
         generator: draws the order of projections; torch's default generator of the device without one.
         include_self, max_norm, normalize, project, eps: as for :func:`mtlkernels.pcgrad`.
-        batched: one batched backward pass for all losses instead of one pass a loss. Often faster for small models; it
-            takes T times the memory of a pass, and operators that can be batched: dense gradients, no compiled model.
+        batched: None: a backward pass a loss, in which the levels of :mod:`mtlkernels.nn` and of converted models run
+            once for all losses, so that what does not depend on the loss is computed once. False: passes that have
+            nothing in common; so it is too where a level's inputs also reach the losses past the level, in compiled
+            models, and with FSDP. True: one batched pass for the whole model. Often faster for small models; it takes T
+            times the memory of a pass, and operators that can be batched: dense gradients, no compiled model.
         beside: other optimizers of the same model, such as SparseAdam for its embeddings beside Adam. Their parameters
             take part in :meth:`pc_backward`; their ``step``, ``zero_grad`` and checkpoints stay the caller's.
         group: the process group of data-parallel ranks, all of which call :meth:`pc_backward`.
@@ -102,7 +105,7 @@ class PCGrad(Optimizer):
         normalize: bool = False,
         project: bool = True,
         eps: float = 0.0,
-        batched: bool = False,
+        batched: bool | None = None,
         beside: Sequence[Optimizer] = (),
         group: ProcessGroup | None = None,
     ) -> None:
@@ -112,8 +115,8 @@ class PCGrad(Optimizer):
             raise TypeError("optimizer must be one that is not wrapped yet, got PCGrad")
         check_group(group)
         check_generator(generator)
-        if not isinstance(batched, bool):
-            raise TypeError(f"batched must be True or False, got {type(batched).__name__}")
+        if batched is not None and not isinstance(batched, bool):
+            raise TypeError(f"batched must be True, False or None, got {type(batched).__name__}")
         self.optimizer = optimizer
         self.generator = generator
         self.group = group
@@ -180,7 +183,7 @@ class PCGrad(Optimizer):
             raise ValueError("group must be None where parameters are DTensors, which know their ranks, got a group")
         if fsdp and self._batched:
             raise ValueError("batched must be False where parameters are DTensors, got True")
-        how = "batched" if self._batched else "backward" if fsdp else "grad"
+        how = "batched" if self._batched else "backward" if fsdp else "levels" if self._batched is None else "grad"
         mean = self._options.reduction == "mean"
         grads, totals = task_gradients(checked, shared, others, mean=mean, how=how)
         return [*shared, *others], gradients_of(grads, len(checked), self.group), totals, unit

@@ -54,7 +54,7 @@ def test_wrong_constructor_arguments() -> None:
         ({"shared": used}, ValueError, "shared must hold at least one parameter, got none"),
         ({"reduction": "max"}, ValueError, "reduction must be 'sum' or 'mean', got 'max'"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int"),
-        ({"batched": 1}, TypeError, "batched must be True or False, got int"),
+        ({"batched": 1}, TypeError, "batched must be True, False or None, got int"),
         ({"max_norm": -1.0}, ValueError, "max_norm must be positive and finite"),
         ({"normalize": 1}, TypeError, "normalize must be True or False, got int"),
     ):

@@ -179,7 +179,7 @@ struct PairEngine {
 
   // The backward pass gets its weights transposed, so that it is the same product; sums of several have room for
   // sum_features.
-  static constexpr bool kBackwardTransposed = true;
+  static constexpr bool kBackwardTransposed = true, kCopiesColumns = false;
   template <typename Meanwhile>
   static void tile_back(const Weight* w, int64_t, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                         int64_t groups, C* out, int64_t out_group, bool add, const Meanwhile& meanwhile) {

@@ -75,6 +75,7 @@ struct PlainEngine {
   // Backward: the same with the weight transposed, n of its columns against gradient panels of `depth` features; sums
   // of several have room for sum_features.
   static constexpr bool kBackwardTransposed = false;
+  static constexpr bool kCopiesColumns = kGroups == 1;
   static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                         int64_t groups, C* out, int64_t out_group, bool add, const Prefetch& ahead) {
     panel_gemm<C>(w + feature, 1, ld, panels, panel_size(depth), depth, n, groups, out, out_group, add, ahead);
@@ -118,11 +119,33 @@ struct PlainEngine {
   }
 
   // Adds gradient^T operand over nrows rows, for its columns [column, column + n), n <= kColumns, to grad[o][0 .. n).
-  static constexpr int64_t kColumns = kGroups * kGroup;
+  // Narrow tiles read the gradient so often that it should come from the second-level cache, and the operand from the
+  // first: some rows at a time, which all columns share, and 16 of the columns next to each other.
+  static constexpr bool kNarrow = kGroups == 1;
+  static constexpr int64_t kColumns = (kNarrow ? 8 : kGroups) * kGroup;
   static constexpr int64_t kSumMultiple = kGroup;  // to which the rows of grad are rounded up
   static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t operand_ld,
                               int64_t nrows, int64_t column, int64_t n, C* grad, int64_t ld, bool add) {
-    const int64_t groups = group_count(n);
+    if constexpr (kNarrow) {
+      constexpr int64_t kPart = 16 * 1024 / (kGroup * sizeof(C));
+      alignas(64) C values[kPart * kGroup];
+      for (int64_t m = 0; m < nrows; m += kPart) {
+        const int64_t part = nrows - m < kPart ? nrows - m : kPart;
+        for (int64_t j = 0; j < n; j += kGroup) {
+          const Operand* first = operand + m * operand_ld + column + j;
+          for (int64_t r = 0; r < part; ++r)
+            std::memcpy(values + r * kGroup, first + r * operand_ld, kGroup * sizeof(C));
+          add_products(gradient + m * outputs, outputs, values, kGroup, 1, part, grad + j, ld, add || m > 0);
+        }
+      }
+    } else {
+      add_products(gradient, outputs, operand + column, operand_ld, group_count(n), nrows, grad, ld, add);
+    }
+  }
+
+  // gradient^T operand, over nrows rows, for `groups` groups of the operand's columns.
+  static void add_products(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t operand_ld,
+                           int64_t groups, int64_t nrows, C* grad, int64_t ld, bool add) {
     for (int64_t t = 0; t < tiles(outputs); ++t) {
       const int64_t o = tile_begin(outputs, t), rows = tile_begin(outputs, t + 1) - o;
       bool on_top = add;
@@ -132,7 +155,7 @@ struct PlainEngine {
         const int64_t inner = left < kGroup ? left : kGroup;
         const int64_t outer = left < kGroup ? 1 : (left < kDepth ? left : kDepth) / kGroup;
         tile_gemm<C>({gradient + m * outputs + o * kGroup, kGroup, 1, gradient_size(outputs), inner,
-                      operand + m * operand_ld + column, operand_ld, kGroup},
+                      operand + m * operand_ld, operand_ld, kGroup},
                      rows, groups, outer, {grad + o * ld, ld, kGroup, on_top});
         on_top = true;
         m += outer * inner;

@@ -15,8 +15,11 @@ struct LevelResults {
 LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
                            const RunningNorms& norms, bool save);
 
-// Fills the gradients. The tables have the outputs' gradients and what the forward pass saved.
+class LossesInCommon;
+
+// Fills the gradients. The tables have the outputs' gradients and what the forward pass saved. `shared`: what this loss
+// shares with others, or null.
 void chain_backward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
-                    LevelGradients& gradients);
+                    LevelGradients& gradients, const LossesInCommon* shared);
 
 }  // namespace mtlk

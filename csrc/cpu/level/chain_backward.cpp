@@ -6,6 +6,7 @@
 
 #include "level/blocking.h"
 #include "level/chain.h"
+#include "level/losses_in_common.h"
 #include "runtime/parallel.h"
 
 namespace mtlk {
@@ -208,11 +209,19 @@ class BackwardRun {
   const Scratch below_, inner_;
 };
 
-void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const ChainKernels& kernels) {
+void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const ChainKernels& kernels,
+         const LossesInCommon* shared) {
   const EngineTable& engine = kernels.engine;
   const BackwardPlan plan = BackwardPlan::of(args, kernels);
   const int experts = args.level.experts;
   const bool again = saved_layers(args.level.layers) < args.level.layers;
+  if (shared) {
+    args.level = tables.level();
+    const LossesInCommon::Pointers pointers = shared->point(args);
+    return BackwardRun(args, kernels, plan, {}).run();
+  }
+  const std::vector<const void*> nothing(experts);
+  args.last_values = nothing.data();
   std::vector<GroupForms*> used;
   std::optional<GroupForms> all, last;
   if (engine.form == WeightForm::kPrepared && plan.capacity >= args.level.rows) {
@@ -238,7 +247,7 @@ void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, c
 }  // namespace
 
 void chain_backward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
-                    LevelGradients& gradients) {
+                    LevelGradients& gradients, const LossesInCommon* shared) {
   const LevelShape& level = tables.level();
   if (level.rows == 0) return gradients.zero();
   ChainBackwardArgs args{};
@@ -248,7 +257,7 @@ void chain_backward(const LevelTensors& tensors, LevelTables& tables, const Chai
   args.saved = tables.saved();
   gradients.point(args);
   if (!args.need_experts && !args.grad_logits) return;
-  run(args, tables, tensors.weights, kernels);
+  run(args, tables, tensors.weights, kernels, shared);
 }
 
 }  // namespace mtlk

@@ -126,6 +126,12 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     if (!below && args_.grad_logits) write_logits();
   }
 
+  // What would have been saved of expert e's last layer, to panels of all rows.
+  void compute_last(int e, C* values) {
+    compute_kept(e);
+    std::memcpy(values + row_ * features(), s_.kept, groups_ * features() * kGroup * sizeof(C));
+  }
+
   // Sums the inputs' gradients of `parts` parts in their order.
   void finish(const C* below, int parts, C* inner) {
     if (args_.grad_logits) {
@@ -232,14 +238,21 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
 
   void expert(int e) {
     const int last = level_.layers - 1;
-    last < saved_layers(level_.layers) ? load_kept(last, e) : compute_kept(e);
+    const bool saved = last < saved_layers(level_.layers);
+    const auto* shared = saved ? nullptr : static_cast<const C*>(args_.last_values[e]);
+    last_ = shared ? shared + row_ * features() : s_.kept;
+    if (saved) {
+      load_kept(last, e);
+    } else if (!shared) {
+      compute_kept(e);
+    }
     for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
     if (!args_.need_experts) return;
     for (int l = last; l > 0; --l) {
       // Where the last layer was computed again, what it read is there.
       if (from_input(level_.activations[l - 1])) {
         load_kept(l - 1, e);
-      } else if (l < saved_layers(level_.layers)) {
+      } else if (l < saved_layers(level_.layers) || shared) {
         load_input(l - 1, e);
       }
       start_panels(l - 1);
@@ -277,7 +290,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     constexpr int L = Simd<C>::lanes;
     const int l = level_.layers - 1, code = level_.activations[l];
     const int64_t values = features() * kGroup;
-    const C* kept = s_.kept + g * values;
+    const C* kept = last_ + g * values;
     const C* after = kept;
     if (from_input(code)) {
       with_activation(code, [&](auto constant) {
@@ -388,6 +401,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   const BackwardChunk& chunk_;
   const BackwardLayout<Engine>& layout_;
   ChainBackwardScratch<Engine> s_;
+  const C* last_ = nullptr;  // of the expert whose turn it is, what its last layer's derivative follows from
   C* below_ = nullptr;
   C* stream_ = nullptr;  // the sums that the experts' input gradients go to
   bool fresh_ = true;    // nothing is in them yet

@@ -6,9 +6,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <functional>
+#include <iterator>
+#include <memory>
 
 #include "level/chain.h"
 #include "level/layerwise.h"
+#include "level/losses_in_common.h"
 #include "runtime/check.h"
 
 namespace mtlk {
@@ -39,26 +43,32 @@ std::tuple<Tensors, Tensors> forward(at::TensorList inputs, const OptionalTensor
   return {std::move(results.outputs), std::move(results.saved)};
 }
 
+// What the forward pass saved.
+struct Saved {
+  at::TensorList activations, statistics;
+  int64_t experts;  // over which they are stacked
+};
+
 // Of a level, all of whose outputs have a gradient; or of the part of another one that was reached.
 Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const Tensors& logits,
-                     at::TensorList grad_outputs, at::TensorList activations, at::TensorList statistics,
-                     int64_t experts, const std::optional<at::Tensor>& seed, const Needs& needs) {
+                     at::TensorList grad_outputs, const Saved& saved, const std::optional<at::Tensor>& seed,
+                     const Needs& needs, const LossesInCommon* shared) {
   LevelTables tables(spec, tensors);
   if (tensors.linear_gates) tables.check_gate_layers();
   tables.set_logits(logits);
   tables.set_grad_outputs(grad_outputs);
-  tables.set_saved(activations, static_cast<int64_t>(activations.size()), experts);
+  tables.set_saved(saved.activations, saved.experts);
   const LevelShape& level = tables.level();
   const Dtype dtype = dtype_of(tensors.inputs[0]);
   if (!spec.stores_inputs()) {
     const auto& kernels = kernels_for<ChainKernels>(dtype, level.rows);
     LevelGradients gradients(level, tensors, kernels.engine, needs);
-    chain_backward(tensors, tables, kernels, gradients);
+    chain_backward(tensors, tables, kernels, gradients, shared);
     return gradients.take(tables.gate_streams());
   }
   const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows);
   LevelGradients gradients(level, tensors, kernels.engine, needs);
-  layerwise_backward(spec, tensors, tables, kernels, statistics, experts, seed, gradients);
+  layerwise_backward(spec, tensors, tables, kernels, saved.statistics, saved.experts, seed, gradients);
   return gradients.take(tables.gate_streams());
 }
 
@@ -76,22 +86,38 @@ bool all_read(const LevelSpec& spec) {
   return true;
 }
 
+// What the losses that reach some of the outputs share; null where there is nothing.
+std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTensors& tensors, const Saved& saved,
+                                          const std::vector<std::vector<bool>>& losses, const Needs& needs) {
+  if (losses.size() < 2 || spec.stores_inputs() || tensors.inputs[0].size(0) == 0) return nullptr;
+  std::vector<bool> any(spec.gates());
+  std::vector<int> count(spec.experts());  // of the losses that reach an expert
+  for (const std::vector<bool>& outputs : losses) {
+    std::transform(any.begin(), any.end(), outputs.begin(), any.begin(), std::logical_or<>());
+    for (const int64_t e : spec.reached(outputs).experts) ++count[e];
+  }
+  const ReachedLevel part = spec.reached(any);
+  std::vector<int> several;
+  for (size_t i = 0; i < part.experts.size(); ++i) {
+    if (count[part.experts[i]] > 1) several.push_back(static_cast<int>(i));
+  }
+  const LevelTensors own = part.pick(tensors);
+  LevelTables tables(part.spec, own);
+  tables.set_saved(saved.activations, saved.experts);
+  const auto& kernels = kernels_for<ChainKernels>(dtype_of(own.inputs[0]), tables.level().rows);
+  const bool need_experts = std::any_of(needs.begin(), needs.begin() + 6, [](bool need) { return need; });
+  return std::make_unique<LossesInCommon>(own, tables, kernels, need_experts, several);
+}
+
 Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, const OptionalTensors& parameters,
                  const OptionalTensors& gates, at::TensorList saved, at::IntArrayRef ints, at::ArrayRef<double> floats,
                  const std::optional<at::Tensor>& seed, Needs needs) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const LevelSpec spec(ints.vec(), floats.vec());
   const LevelTensors tensors = spec.split(inputs, parameters, gates);
-  MTLK_CHECK_VALUE(static_cast<int64_t>(grad_outputs.size()) == spec.gates(),
-                   "grad_outputs must hold an entry for each of ", spec.gates(), " gates, got ", grad_outputs.size());
-  Tensors grads;
-  std::vector<bool> used;
-  for (size_t k = 0; k < grad_outputs.size(); ++k) {
-    const at::Tensor grad = grad_outputs.get(k).value_or(at::Tensor());
-    used.push_back(grad.defined());
-    if (grad.defined()) grads.push_back(grad);
-  }
-  if (grads.empty()) return {};
+  const auto count = static_cast<int64_t>(grad_outputs.size());
+  MTLK_CHECK_VALUE(count > 0 && count % spec.gates() == 0, "grad_outputs must hold an entry for each of ", spec.gates(),
+                   " gates, or as many for each of several losses, got ", count);
   const auto layers = static_cast<size_t>(spec.layers()), linear = static_cast<size_t>(tensors.linear_gates);
   const size_t activations = spec.stores_inputs() ? layers : saved_layers(static_cast<int>(layers));
   const size_t statistics = 2 * std::count_if(spec.norms.begin(), spec.norms.end(), [](int64_t norm) { return norm; });
@@ -105,13 +131,36 @@ Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, con
                     inputs[0].scalar_type(), ", got ", saved.back().scalar_type());
     logits = saved.back().split_with_sizes(spec.gate_sizes, 1);
   }
-  const auto run = [&](const LevelSpec& reached, const LevelTensors& own, const Tensors& own_logits) {
-    return gradients_of(reached, own, own_logits, grads, saved.slice(0, activations),
-                        saved.slice(activations, statistics), spec.experts(), seed, needs);
-  };
-  if (grads.size() == used.size() && all_read(spec)) return run(spec, tensors, logits);
-  const ReachedLevel part = spec.reached(used);
-  return run(part.spec, part.pick(tensors), picked(logits, part.gates));
+  std::vector<Tensors> grads;
+  std::vector<std::vector<bool>> losses;  // whether each output has a gradient; of losses that reach any
+  for (int64_t first = 0; first < count; first += spec.gates()) {
+    Tensors present;
+    std::vector<bool> outputs;
+    for (int64_t k = first; k < first + spec.gates(); ++k) {
+      const at::Tensor grad = grad_outputs.get(k).value_or(at::Tensor());
+      outputs.push_back(grad.defined());
+      if (grad.defined()) present.push_back(grad);
+    }
+    if (present.empty()) continue;
+    grads.push_back(std::move(present));
+    losses.push_back(std::move(outputs));
+  }
+  const Saved kept{saved.slice(0, activations), saved.slice(activations, statistics), spec.experts()};
+  const auto shared = in_common(spec, tensors, kept, losses, needs);
+  Tensors result;
+  for (size_t i = 0; i < losses.size(); ++i) {
+    const auto run = [&](const LevelSpec& reached, const LevelTensors& own, const Tensors& own_logits) {
+      return gradients_of(reached, own, own_logits, grads[i], kept, seed, needs, shared.get());
+    };
+    const auto add = [&](Tensors found) { std::move(found.begin(), found.end(), std::back_inserter(result)); };
+    if (static_cast<int64_t>(grads[i].size()) == spec.gates() && all_read(spec)) {
+      add(run(spec, tensors, logits));
+      continue;
+    }
+    const ReachedLevel part = spec.reached(losses[i]);
+    add(run(part.spec, part.pick(tensors), picked(logits, part.gates)));
+  }
+  return result;
 }
 
 }  // namespace

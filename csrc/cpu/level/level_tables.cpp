@@ -177,9 +177,7 @@ void LevelTables::set_grad_outputs(at::TensorList grad_outputs) {
   }
 }
 
-void LevelTables::set_saved(at::TensorList saved, int64_t layers, int64_t experts) {
-  MTLK_CHECK_VALUE(static_cast<int64_t>(saved.size()) == layers, "saved must hold a tensor for each of ", layers,
-                   " layers, got ", saved.size());
+void LevelTables::set_saved(at::TensorList saved, int64_t experts) {
   for (size_t l = 0; l < saved.size(); ++l) {
     check(saved[l], "saved", l);
     MTLK_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({experts, level_.rows, widths_[l + 1]}), "saved[", l,

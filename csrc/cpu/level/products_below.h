@@ -7,7 +7,33 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
-// product(feature, n, group, groups, ahead) for each tile of the layer below l.
+// A tile's columns of a weight that is not transposed, of `depth` rows: as they lie, or where many groups of rows read
+// them, and one row of the weight after another would be in the way of the last, next to each other.
+template <typename Engine>
+struct TileColumns {
+  using Weight = typename Engine::Weight;
+  static constexpr int64_t kMinGroups = 4, kMaxDepth = 512;
+
+  TileColumns(const Weight* w, int64_t w_ld, int64_t first, int64_t n, int64_t depth, int64_t groups)
+      : weight(w), ld(w_ld), feature(first) {
+    if constexpr (Engine::kCopiesColumns) {
+      if (groups < kMinGroups || depth > kMaxDepth) return;
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int64_t i = 0; i < n; ++i) copy[k * Engine::kRows + i] = w[k * w_ld + first + i];
+      }
+      weight = copy;
+      ld = Engine::kRows;
+      feature = 0;
+    }
+  }
+  TileColumns(const TileColumns&) = delete;
+
+  const Weight* weight;
+  int64_t ld, feature;
+  alignas(64) Weight copy[Engine::kCopiesColumns ? kMaxDepth * Engine::kRows : 1];
+};
+
+// product(columns, feature, n, group, groups, ahead) for each tile of the layer below l.
 template <typename Engine, typename F>
 void each_tile_below(const LevelShape& level, int l, int e, int64_t all_groups, F product) {
   const int64_t depth = level.widths[l + 1], width = level.widths[l];
@@ -15,13 +41,14 @@ void each_tile_below(const LevelShape& level, int l, int e, int64_t all_groups, 
   const auto* weight = static_cast<const typename Engine::Weight*>(level.weights[at]);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
+    const TileColumns<Engine> columns(weight, level.weight_ld[at], o, n, depth, all_groups);
     Prefetch ahead;  // a weight that is not transposed lies in too many pieces
     if (Engine::kBackwardTransposed && t + 1 < tiles) {
       ahead = Engine::weight_rows(weight, level.weight_ld[at], depth, o + n, Engine::tile_begin(width, t + 2) - o - n);
     }
     for (int64_t g = 0; g < all_groups; g += Engine::kGroups) {
       const int64_t groups = all_groups - g < Engine::kGroups ? all_groups - g : Engine::kGroups;
-      product(o, n, g, groups, ahead.share(g, groups, all_groups));
+      product(columns, o, n, g, groups, ahead.share(g, groups, all_groups));
     }
   }
 }
@@ -30,15 +57,14 @@ void each_tile_below(const LevelShape& level, int l, int e, int64_t all_groups, 
 template <typename Engine, typename F>
 void multiply_below(const LevelShape& level, int l, int e, const typename Engine::Element* panels, int64_t groups,
                     typename Engine::C* tile, F f) {
-  const int64_t depth = level.widths[l + 1], at = weight_number(level, l, e);
-  const auto* weight = static_cast<const typename Engine::Weight*>(level.weights[at]);
+  const int64_t depth = level.widths[l + 1];
   constexpr int64_t tile_group = Engine::kRows * kGroup;
-  each_tile_below<Engine>(
-      level, l, e, groups, [&](int64_t o, int64_t n, int64_t g0, int64_t ng, const Prefetch& ahead) {
-        Engine::tile_back(weight, level.weight_ld[at], o, n, panels + g0 * Engine::panel_size(depth), depth, ng, tile,
-                          tile_group, false, ahead);
-        for (int64_t g = g0; g < g0 + ng; ++g) f(g, o, n, tile + (g - g0) * tile_group);
-      });
+  each_tile_below<Engine>(level, l, e, groups,
+                          [&](const auto& w, int64_t o, int64_t n, int64_t g0, int64_t ng, const Prefetch& ahead) {
+                            Engine::tile_back(w.weight, w.ld, w.feature, n, panels + g0 * Engine::panel_size(depth),
+                                              depth, ng, tile, tile_group, false, ahead);
+                            for (int64_t g = g0; g < g0 + ng; ++g) f(g, o, n, tile + (g - g0) * tile_group);
+                          });
 }
 
 // The gradients of a stream are sums over experts, [group][feature][16] with the features rounded up to whole tiles of
@@ -53,11 +79,11 @@ template <typename Engine>
 void add_to_stream(const LevelShape& level, int e, const typename Engine::Element* panels, int64_t groups,
                    typename Engine::C* sums, bool add) {
   const int64_t depth = level.widths[1], group_size = Engine::sum_features(level.widths[0]) * kGroup;
-  const auto* weight = static_cast<const typename Engine::Weight*>(level.weights[e]);
-  each_tile_below<Engine>(level, 0, e, groups, [&](int64_t o, int64_t n, int64_t g, int64_t ng, const Prefetch& ahead) {
-    Engine::tile_back(weight, level.weight_ld[e], o, n, panels + g * Engine::panel_size(depth), depth, ng,
-                      sums + g * group_size + o * kGroup, group_size, add, ahead);
-  });
+  each_tile_below<Engine>(level, 0, e, groups,
+                          [&](const auto& w, int64_t o, int64_t n, int64_t g, int64_t ng, const Prefetch& ahead) {
+                            Engine::tile_back(w.weight, w.ld, w.feature, n, panels + g * Engine::panel_size(depth),
+                                              depth, ng, sums + g * group_size + o * kGroup, group_size, add, ahead);
+                          });
 }
 
 // Rows [row, row + nrows) of a stream's gradient from its sums.

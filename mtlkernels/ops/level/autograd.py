@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,12 +31,14 @@ _OP = "level"
 class Plan(NamedTuple):
     """What is static about a call: the level, and how to run it.
 
-    ``direct``: straight to the C++ operator, whose arguments have been checked.
+    ``direct``: straight to the C++ operator, whose arguments have been checked. ``losses``: of how many the backward
+    pass gets the outputs' gradients, one after another.
     """
 
     spec: LevelSpec
     backend: str | None
     direct: bool = False
+    losses: int = 1
 
 
 class Level(torch.autograd.Function):
@@ -61,24 +63,20 @@ class Level(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # zeros for what is saved, as large as that, took a tenth of a step
         ctx.plan, ctx.num_saved = plan, len(saved)
+        ctx.num_gates = len(plan.spec.gate_sizes)
+        ctx.losses = None  # several of them, while they take the place of one: see mtlkernels.ops.level.passes
         ctx.save_for_backward(*tensors, *saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        plan: Plan = ctx.plan
-        spec = plan.spec
-        count, gates = spec.num_tensors, len(spec.gate_sizes)
-        grad_outputs = grads[:gates]
+        grad_outputs = grads[: ctx.num_gates]
+        nothing = (None,) * len(ctx.needs_input_grad)
+        if ctx.losses is not None:
+            ctx.losses.run(ctx, grad_outputs)
+            return nothing
         if all(grad is None for grad in grad_outputs):
-            return (None,) * len(ctx.needs_input_grad)
-        stored = ctx.saved_tensors  # once: checkpointing recomputes them at each access
-        tensors, saved = stored[: -ctx.num_saved], stored[-ctx.num_saved :]
-        flags = ctx.needs_input_grad[1:]
-        needs = tuple(any(group) for group in spec.split(flags))
-        run = _by_parts if spec.gate_inputs and _looked_through(grad_outputs) else _by_operator
-        result = run(plan, needs, grad_outputs, tensors[: count + 1], saved) if any(needs) else [None] * count
-        idle = zip(tensors[count + 1 :], flags[count + 1 :], strict=True)
-        return (None, *result, None, *(torch.zeros_like(t) if t is not None and need else None for t, need in idle))
+            return nothing
+        return (None, *level_gradients(ctx, ctx.saved_tensors, grad_outputs))  # once: checkpointing recomputes them
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Any) -> Any:
@@ -88,16 +86,81 @@ class Level(torch.autograd.Function):
         return _vmap_forward(run, info.batch_size, in_dims[1:], plan.spec, tensors)
 
 
-def _looked_through(grad_outputs: Sequence[Any]) -> bool:
-    """Whether somebody differentiates or batches the gradients of gates that are in the operator."""
-    return torch.is_grad_enabled() or grads_are_batched(grad_outputs)
+class Losses:
+    """What several losses' passes bring to a level's outputs; once it has run, what they take on from its inputs.
+
+    ``loss`` is the one whose pass runs the level.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.loss = 0
+        self._grads: list[Sequence[Tensor | None]] = [()] * count
+        self._found: list[list[Tensor | None]] = [[] for _ in range(count)]
+        self._stream: Any = None
+
+    def hold(self, loss: int, grad_outputs: Sequence[Tensor | None]) -> None:
+        self._grads[loss] = grad_outputs
+
+    def run(self, ctx: Any, grad_outputs: Sequence[Tensor | None]) -> None:
+        """The level's backward pass, of the losses that bring a gradient."""
+        self.hold(self.loss, grad_outputs)
+        reaching = [i for i, grads in enumerate(self._grads) if any(grad is not None for grad in grads)]
+        if not reaching:
+            return
+        stored = ctx.saved_tensors
+        found = level_gradients(ctx, stored, [grad for i in reaching for grad in self._grads[i]])
+        # A node has an edge for each tensor that its function was applied to.
+        tensors = [i for i, tensor in enumerate(stored[: -ctx.num_saved]) if tensor is not None]
+        width = len(found) // len(reaching)
+        for number, loss in enumerate(reaching):
+            self._found[loss] = [found[number * width + i] for i in tensors]
+        if stored[0].is_cuda:
+            self._stream = torch.cuda.current_stream(stored[0].device)
+
+    def take(self) -> list[list[Tensor | None]]:
+        """For each loss the gradients of the level's tensors, or none; for the stream of whoever calls."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        return self._found
+
+
+def level_gradients(ctx: Any, stored: Sequence[Any], grad_outputs: Sequence[Any]) -> list[Tensor | None]:
+    """Of all tensors that :class:`Level` was applied to; of several losses' ``grad_outputs``, one after another.
+
+    ``stored`` are the saved tensors of its node, which is ``ctx``.
+    """
+    plan: Plan = ctx.plan
+    spec, flags = plan.spec, ctx.needs_input_grad[1:]
+    count, gates = spec.num_tensors, len(spec.gate_sizes)
+    plan = plan._replace(losses=len(grad_outputs) // gates)
+    tensors, saved = stored[: -ctx.num_saved], stored[-ctx.num_saved :]
+    needs = tuple(any(group) for group in spec.split(flags))
+    # Gradients of linear gates have derivatives where they are made step by step.
+    run = _by_parts if spec.gate_inputs and torch.is_grad_enabled() else _by_operator
+    found: list[Any] = [None] * (count * plan.losses)
+    if any(needs):
+        found = run(plan, needs, grad_outputs, tensors[: count + 1], saved)
+    result: list[Tensor | None] = []
+    for loss in range(plan.losses):
+        result += [*found[loss * count : (loss + 1) * count], None]
+        for tensor, need in zip(tensors[count + 1 :], flags[count + 1 :], strict=True):
+            result.append(torch.zeros_like(tensor) if tensor is not None and need else None)
+    return result
 
 
 def _by_operator(plan: Plan, needs: Any, grad_outputs: Any, tensors: Any, saved: Any) -> list[Tensor | None]:
     """A gradient for each of the level's tensors, None where none is wanted or no gradient reaches it."""
-    grads = iter(call(LevelBackward, plan, needs, *grad_outputs, *tensors, *saved))
-    returned = plan.spec.returned(grad_outputs, tensors[:-1], needs)
-    return [next(grads) if flag else None for flag in returned]
+    grads = call(LevelBackward, plan, needs, *grad_outputs, *tensors, *saved)
+    return _in_place(plan.spec, grad_outputs, tensors[:-1], needs, grads)
+
+
+def _in_place(spec: LevelSpec, grad_outputs: Any, tensors: Any, needs: Any, grads: Iterable[Any]) -> list[Any]:
+    """What the operator returns, at the place of the tensor whose gradient it is; of one loss after another."""
+    losses = len(grad_outputs) // len(spec.gate_sizes)
+    result: list[Any] = [None] * (losses * spec.num_tensors)
+    for at, grad in zip(spec.returned(grad_outputs, tensors, needs), grads, strict=True):
+        result[at] = grad
+    return result
 
 
 def _by_parts(plan: Plan, needs: Any, grad_outputs: Any, tensors: Any, saved: Any) -> list[Tensor | None]:
@@ -131,13 +194,14 @@ def _by_parts(plan: Plan, needs: Any, grad_outputs: Any, tensors: Any, saved: An
 class LevelBackward(torch.autograd.Function):
     """``apply(plan, needs, *grad_outputs, *tensors, seed, *saved)`` -> the gradients that the operator returns.
 
-    A function of its own so that it has derivatives and a rule for vmap.
+    A function of its own so that it has derivatives and a rule for vmap. ``grad_outputs`` are those of the plan's
+    losses, one after another.
     """
 
     @staticmethod
     def forward(plan: Plan, needs: tuple[bool, ...], *arguments: Any) -> Any:
         spec = plan.spec
-        gates = len(spec.gate_sizes)
+        gates = len(spec.gate_sizes) * plan.losses
         if grads_are_batched(arguments[:gates]):
             return batched_backward(LevelBackward, (plan, needs), arguments)
         grad_outputs, tensors = arguments[:gates], arguments[gates:]
@@ -152,57 +216,84 @@ class LevelBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        spec: LevelSpec = ctx.plan.spec
-        gates, count = len(spec.gate_sizes), spec.num_tensors
-        arguments = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        spec, arguments = plan.spec, ctx.saved_tensors
+        each, count = len(spec.gate_sizes), spec.num_tensors
+        gates = each * plan.losses
         grad_outputs, tensors, seed = arguments[:gates], arguments[gates : gates + count], arguments[gates + count]
-        part = spec.reached(grad is not None for grad in grad_outputs)
-        chosen = [i for i, flag in enumerate(part.flags) if flag and tensors[i] is not None]
-        found = iter(grads)
-        returned = spec.returned(grad_outputs, tensors, ctx.needs)
-        cotangents = [next(found) if flag else None for flag in returned]
-
-        def forward(*primals: Tensor) -> tuple[Tensor, ...]:
-            filled = list(tensors)
-            for i, primal in zip(chosen, primals, strict=True):
-                filled[i] = primal
-            return tuple(reference.evaluate(part.spec, part.pick(spec.split(filled)), seed)[0])
-
-        present = [grad for grad in grad_outputs if grad is not None]
-        primals = [tensors[i] for i in chosen]
-        of_present, of_chosen = differentiate_twice(forward, primals, present, [cotangents[i] for i in chosen])
-        grad_grads, by_place = iter(of_present), dict(zip(chosen, of_chosen, strict=True))
-        of_outputs = [None if grad is None else next(grad_grads) for grad in grad_outputs]
-        rest = len(arguments) - gates - count
-        return (None, None, *of_outputs, *(by_place.get(i) for i in range(count)), *[None] * rest)
+        cotangents = _in_place(spec, grad_outputs, tensors, ctx.needs, grads)
+        of_outputs: list[Any] = []
+        totals: list[Any] = [None] * count
+        for loss in range(plan.losses):
+            own = grad_outputs[loss * each : (loss + 1) * each]
+            found = _second_derivatives(spec, own, tensors, seed, cotangents[loss * count : (loss + 1) * count])
+            of_outputs += found[0]
+            for i, grad in found[1].items():
+                totals[i] = grad if totals[i] is None or grad is None else totals[i] + grad
+        return (None, None, *of_outputs, *totals, *[None] * (len(arguments) - gates - count))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *arguments: Any) -> Any:
         spec, size, dims = plan.spec, info.batch_size, in_dims[2:]
+        gates, count = len(spec.gate_sizes), spec.num_tensors
+        grads = _slices(arguments[:gates], dims[:gates], size, 1)
+        rest = arguments[gates:]
+        if plan.losses > 1:
+            return example_by_example(
+                lambda *example: LevelBackward.apply(plan, needs, *example), size, dims, arguments
+            )
+        returned = spec.returned(arguments[:gates], rest[:count], needs)
+        if all(dim is None for dim in dims[gates:]):  # one level, of whose outputs there are several gradients
+            out = LevelBackward.apply(plan._replace(losses=size), needs, *grads, *rest)
+            found = _in_place(spec, grads, rest[:count], needs, out)
+            return tuple(torch.stack(found[i::count]) for i in returned), (0,) * len(returned)
         if spec.stores_inputs or spec.gate_inputs:
             return example_by_example(
                 lambda *example: LevelBackward.apply(plan, needs, *example), size, dims, arguments
             )
-        gates, count = len(spec.gate_sizes), spec.num_tensors
-        grads = _slices(arguments[:gates], dims[:gates], size, 1)
-        groups, group_dims = spec.split(arguments[gates:]), spec.split(dims[gates:])
+        groups, group_dims = spec.split(rest), spec.split(dims[gates:])
         shared = not needs[0] and all(dim is None for dim in group_dims.inputs)
         wide = _side_by_side(spec, groups, group_dims, size, shared)
-        kept = zip(arguments[gates + count + 1 :], dims[gates + count + 1 :], strict=True)
+        kept = zip(rest[count + 1 :], dims[gates + count + 1 :], strict=True)
         saved = [front(t, dim, size).flatten(0, 1) for t, dim in kept]
-        wide_plan = plan._replace(spec=spec.repeated(size, shared))
-        out = iter(LevelBackward.apply(wide_plan, needs, *grads, *wide, None, *saved))
-        returned = iter(spec.returned(arguments[:gates], arguments[gates : gates + count], needs))
-        result = []
-        for number, group in enumerate(groups):
-            flags = [next(returned) for _ in group]
-            blocks = len(spec.layers) if 1 <= number <= 5 else 1
-            width = len(flags) // blocks
-            for block in range(blocks):
-                present = [i for i in range(width) if flags[block * width + i]]
-                run = [[next(out) for _ in present] for _ in range(size)]
-                result += [torch.stack([example[i] for example in run]) for i in range(len(present))]
-        return tuple(result), (0,) * len(result)
+        wide_spec = spec.repeated(size, shared)
+        out = LevelBackward.apply(plan._replace(spec=wide_spec), needs, *grads, *wide, None, *saved)
+        return _restacked(spec, returned, wide_spec, _in_place(wide_spec, grads, wide, needs, out), size)
+
+
+def _second_derivatives(
+    spec: LevelSpec, grad_outputs: Sequence[Any], tensors: Sequence[Any], seed: Any, cotangents: Sequence[Any]
+) -> tuple[list[Any], dict[int, Any]]:
+    """The gradients of one loss's ``grad_outputs``, and of tensors by their place; ``cotangents`` has one a tensor."""
+    part = spec.reached(grad is not None for grad in grad_outputs)
+    chosen = [i for i in part.places if tensors[i] is not None]
+
+    def forward(*primals: Tensor) -> tuple[Tensor, ...]:
+        filled = list(tensors)
+        for i, primal in zip(chosen, primals, strict=True):
+            filled[i] = primal
+        return tuple(reference.evaluate(part.spec, part.pick(spec.split(filled)), seed)[0])
+
+    present = [grad for grad in grad_outputs if grad is not None]
+    primals = [tensors[i] for i in chosen]
+    of_present, of_chosen = differentiate_twice(forward, primals, present, [cotangents[i] for i in chosen])
+    found = iter(of_present)
+    return [None if grad is None else next(found) for grad in grad_outputs], dict(zip(chosen, of_chosen, strict=True))
+
+
+def _restacked(spec: LevelSpec, returned: Sequence[int], wide: LevelSpec, found: Sequence[Any], size: int) -> Any:
+    """The vmapped gradients of a level from those of its examples, which stand side by side in ``wide``."""
+    blocks = (1, *[len(spec.layers)] * 5, 1, 1)
+    by_tensor: list[Any] = []
+    for run, of_wide, count in zip(spec.split(range(spec.num_tensors)), wide.split(found), blocks, strict=True):
+        width = len(run) // count
+        step = len(of_wide) // count
+        by_tensor += [
+            [of_wide[block * step + v * width + i] for v in range(step // max(width, 1))]
+            for block in range(count)
+            for i in range(width)
+        ]
+    return tuple(torch.stack(by_tensor[i]) for i in returned), (0,) * len(returned)
 
 
 def _vmap_forward(run: Callable[..., Any], size: int, in_dims: Any, spec: LevelSpec, tensors: Any) -> Any:

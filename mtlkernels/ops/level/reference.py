@@ -158,7 +158,7 @@ def forward(
 
 def _of_part(spec: LevelSpec, stacked: Tensor) -> Tensor:
     """What is stacked over a whole level's experts, of those of a part."""
-    return stacked if len(spec.numbers) == stacked.shape[0] else stacked[list(spec.numbers)]
+    return stacked if spec.numbers == tuple(range(stacked.shape[0])) else stacked[list(spec.numbers)]
 
 
 def _from_saved(spec: LevelSpec, groups: Groups, saved: Sequence[Tensor], seed: Tensor | None) -> list[_Values]:
@@ -211,8 +211,7 @@ class Asked(NamedTuple):
     """What a backward call asks for: the ``part`` of a ``level`` on which the outputs with a gradient depend.
 
     ``groups`` are the part's tensors, ``grad_outputs`` the gradients that there are, ``needs`` says of each kind
-    whether any gradient of it is returned, ``returned`` of each of the part's tensors whether its is, and ``tensors``
-    are those of which.
+    whether any gradient of it is returned, ``returned`` of each of the part's tensors whether its is.
     """
 
     level: LevelSpec
@@ -221,11 +220,11 @@ class Asked(NamedTuple):
     grad_outputs: list[Tensor]
     needs: Groups
     returned: list[bool]
-    tensors: list[Tensor]
 
     def pick(self, grads: Iterable[Any]) -> list[Any]:
-        """Those that are returned, from a gradient or None for each of the part's tensors."""
-        return [grad for grad, flag in zip(grads, self.returned, strict=True) if flag]
+        """Those that are returned, in that order, from a gradient or None for each of the part's tensors."""
+        found = zip(self.part.places, grads, self.returned, strict=True)
+        return [grad for _, grad, flag in sorted(found, key=lambda entry: entry[0]) if flag]
 
 
 def asked_for(
@@ -233,16 +232,17 @@ def asked_for(
 ) -> Asked | None:
     """What a call of the backward operator asks for, once its arguments have been checked; None if it is nothing."""
     level = LevelSpec.decoded(spec, numbers)
-    check_parts(level, level.split(tensors))
-    returned = level.returned(grad_outputs, tensors, needs)
-    if not any(returned):
-        return None
+    whole = level.split(tensors)
+    check_parts(level, whole)
     part = level.reached(grad is not None for grad in grad_outputs)
+    wanted = set(level.returned(grad_outputs, tensors, needs))
+    if not wanted:
+        return None
+    returned = [at in wanted for at in part.places]
+    groups = part.pick(whole)
+    of_kinds = Groups(*map(any, part.spec.split(returned)))
     present = [grad for grad in grad_outputs if grad is not None]
-    flags = part.pick(level.split(returned))
-    wanted = [tensor for tensor, flag in zip(tensors, returned, strict=True) if flag]
-    of_kinds = Groups(*map(any, flags))
-    return Asked(level, part, part.pick(level.split(tensors)), present, of_kinds, list(chain(*flags)), wanted)
+    return Asked(level, part, groups, present, of_kinds, returned)
 
 
 def backward(
@@ -256,15 +256,19 @@ def backward(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients that :meth:`LevelSpec.returned` names, in the order of the level's tensors.
+    """The gradients that :meth:`LevelSpec.returned` names, in its order: of one loss after another.
 
-    Only the part of the level on which the outputs with a gradient depend is evaluated.
+    Only the part of the level on which a loss's outputs with a gradient depend is evaluated.
     """
-    asked = asked_for(grad_outputs, (*inputs, *parameters, *gates), spec, numbers, needs)
-    if asked is None:
-        return []
-    found = _gradients(asked.part.spec, asked.groups, asked.grad_outputs, saved, seed, asked.needs)
-    return [_like(*pair) for pair in zip(asked.pick(found), asked.tensors, strict=True)]
+    tensors, each = (*inputs, *parameters, *gates), len(LevelSpec.decoded(spec, numbers).gate_sizes)
+    result: list[Tensor] = []
+    for start in range(0, len(grad_outputs), each):
+        asked = asked_for(grad_outputs[start : start + each], tensors, spec, numbers, needs)
+        if asked is None:
+            continue
+        found = _gradients(asked.part.spec, asked.groups, asked.grad_outputs, saved, seed, asked.needs)
+        result += [_like(*pair) for pair in zip(asked.pick(found), asked.pick(chain(*asked.groups)), strict=True)]
+    return result
 
 
 def _gradients(

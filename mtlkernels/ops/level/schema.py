@@ -6,7 +6,8 @@ A level's tensors travel in three lists, in the order of :class:`mtlkernels.ops.
 :mod:`mtlkernels.ops._random`. ``saved`` is what :meth:`LevelSpec.split_saved` takes apart.
 
 ``grad_outputs`` are None for outputs that nobody used, and the backward operator returns the gradients of what the
-others depend on, see :meth:`LevelSpec.returned`; ``needs`` is one for each kind of tensor.
+others depend on, see :meth:`LevelSpec.returned`; ``needs`` is one for each kind of tensor. They may be those of several
+losses, K of one after K of another, whose gradients are then returned apart.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _backward(
 ) -> list[Tensor]:
     tensors: list[Any] = [*inputs, *parameters, *gates]
     returned = LevelSpec.decoded(spec, numbers).returned(grad_outputs, tensors, needs)
-    return [tensor.new_empty(tensor.shape) for tensor, flag in zip(tensors, returned, strict=True) if flag]
+    return [tensors[at % len(tensors)].new_empty(tensors[at % len(tensors)].shape) for at in returned]
 
 
 def _autocast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:

@@ -17,6 +17,9 @@ from mtlkernels.ops.activations import CODES, has_slopes
 
 Item = TypeVar("Item")
 
+# Of a level, kept: losses may reach outputs in many ways.
+_MAX_PARTS = 64
+
 # The code of a norm is the dimension of the pre-activations [E, B, H] over which its statistics are taken.
 NO_NORM, BATCH_NORM, LAYER_NORM = 0, 1, 2
 
@@ -53,17 +56,17 @@ class Groups(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """The part of a level on which some of its outputs depend.
+    """The part of a level on which some of its outputs depend; or such parts of several losses, side by side.
 
     ``spec`` is that of the part, unless it is empty; ``inputs``, ``experts`` and ``gates`` are the numbers that its own
-    have in the whole, ``flags`` says of each of the whole level's tensors whether it is in the part.
+    have in the whole. ``places`` are where its tensors stand among those of the whole level, once for each loss.
     """
 
     spec: LevelSpec
     inputs: tuple[int, ...]
     experts: tuple[int, ...]
     gates: tuple[int, ...]
-    flags: tuple[bool, ...]
+    places: tuple[int, ...]
 
     def pick(self, groups: Groups) -> Groups:
         """The part's tensors of those of the whole level."""
@@ -182,46 +185,63 @@ class LevelSpec:
     # Parts -----------------------------------------------------------------------------------------------------------
 
     def reached(self, outputs: Iterable[bool]) -> Reached:
-        """The part of the level on which those outputs depend of which ``outputs`` is true."""
+        """The part of the level on which those outputs depend of which ``outputs`` is true.
+
+        Of several losses there are K flags each; the part is then a level of the parts that each of them reaches, side
+        by side: streams, experts and gates are in it once for each loss that reaches them.
+        """
         mask = tuple(outputs)
         found = self._reached.get(mask)
         if found is None:
+            if len(self._reached) == _MAX_PARTS:
+                self._reached.clear()
             found = self._reached[mask] = self._find_reached(mask)
         return found
 
     def _find_reached(self, mask: tuple[bool, ...]) -> Reached:
-        gates = tuple(k for k, used in enumerate(mask) if used)
-        if not gates:
-            return Reached(self, (), (), (), (False,) * self.num_tensors)
-        members = list(_runs(self.gate_experts, self.gate_sizes))
-        experts = tuple(sorted({e for k in gates for e in members[k]}))
-        read = {self.expert_inputs[e] for e in experts} | {self.gate_inputs[k] for k in gates if self.gate_inputs}
-        inputs = tuple(sorted(read))
-        place = {e: i for i, e in enumerate(experts)}
+        if not any(mask):
+            return Reached(self, (), (), (), ())
+        count, members = len(self.gate_sizes), list(_runs(self.gate_experts, self.gate_sizes))
+        # A loss and a number in the whole level, of each stream, expert and gate of the part.
+        inputs: list[tuple[int, int]] = []
+        experts: list[tuple[int, int]] = []
+        gates: list[tuple[int, int]] = []
+        for loss, start in enumerate(range(0, len(mask), count)):
+            used = [k for k in range(count) if mask[start + k]]
+            live = sorted({e for k in used for e in members[k]})
+            read = {self.expert_inputs[e] for e in live} | {self.gate_inputs[k] for k in used if self.gate_inputs}
+            for pairs, numbers in ((inputs, sorted(read)), (experts, live), (gates, used)):
+                pairs += [(loss, number) for number in numbers]
+        stream, place = ({pair: i for i, pair in enumerate(pairs)} for pairs in (inputs, experts))
         part = replace(
             self,
             num_inputs=len(inputs),
-            expert_inputs=tuple(inputs.index(self.expert_inputs[e]) for e in experts),
-            gate_experts=tuple(place[e] for k in gates for e in members[k]),
-            gate_sizes=tuple(self.gate_sizes[k] for k in gates),
-            gate_inputs=tuple(inputs.index(self.gate_inputs[k]) for k in gates if self.gate_inputs),
-            numbers=tuple(self.numbers[e] for e in experts),
+            expert_inputs=tuple(stream[loss, self.expert_inputs[e]] for loss, e in experts),
+            gate_experts=tuple(place[loss, e] for loss, k in gates for e in members[k]),
+            gate_sizes=tuple(self.gate_sizes[k] for _, k in gates),
+            gate_inputs=tuple(stream[loss, self.gate_inputs[k]] for loss, k in gates if self.gate_inputs),
+            numbers=tuple(self.numbers[e] for _, e in experts),
         )
-        of_inputs = [i in inputs for i in range(self.num_inputs)]
-        of_experts = [e in place for e in range(len(self.expert_inputs))]
-        flags = [of_inputs, *[of_experts] * 5, list(mask), list(mask)]
-        whole = [flag * (size // len(flag)) for flag, size in zip(flags, self.sizes, strict=True)]
-        return Reached(part, inputs, experts, gates, tuple(value for group in whole for value in group))
+        places: list[int] = []
+        first = 0
+        widths = (self.num_inputs, *[len(self.expert_inputs)] * 5, count, count)
+        for size, width, pairs in zip(self.sizes, widths, (inputs, *[experts] * 5, gates, gates), strict=True):
+            for block in range(first, first + size, width):
+                places += [loss * self.num_tensors + block + number for loss, number in pairs]
+            first += size
+        of_inputs, of_experts, of_gates = (tuple(number for _, number in pairs) for pairs in (inputs, experts, gates))
+        return Reached(part, of_inputs, of_experts, of_gates, tuple(places))
 
-    def returned(self, grad_outputs: Sequence[Any], tensors: Sequence[Any], needs: Sequence[bool]) -> list[bool]:
-        """Of which of a level's tensors the backward operator returns the gradient.
+    def returned(self, grad_outputs: Sequence[Any], tensors: Sequence[Any], needs: Sequence[bool]) -> list[int]:
+        """Whose gradients the backward operator returns, in that order.
 
-        Of one that there is, of a kind of which ``needs`` is true (one for each of :class:`Groups`), and on which an
-        output depends that has a gradient.
+        Of those of a level's tensors that there are, of a kind of which ``needs`` is true (one for each of
+        :class:`Groups`), and on which an output depends that has a gradient: their numbers; and where ``grad_outputs``
+        are those of several losses, loss * num_tensors + number.
         """
-        flags = self.reached(grad is not None for grad in grad_outputs).flags
-        wanted = zip(tensors, flags, self.spread(needs), strict=True)
-        return [tensor is not None and reached and need for tensor, reached, need in wanted]
+        wanted, count = self.spread(needs), self.num_tensors
+        places = sorted(self.reached(grad is not None for grad in grad_outputs).places)
+        return [at for at in places if wanted[at % count] and tensors[at % count] is not None]
 
     def repeated(self, times: int, shared_inputs: bool) -> LevelSpec:
         """``times`` independent copies side by side; with ``shared_inputs`` all read the same streams."""

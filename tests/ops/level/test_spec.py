@@ -55,9 +55,10 @@ def test_a_part_is_what_its_outputs_depend_on(seed: int) -> None:
     experts = {e for k in used for e in members[k]}
     inputs = {spec.expert_inputs[e] for e in experts} | {spec.gate_inputs[k] for k in used if spec.gate_inputs}
     assert (set(part.experts), set(part.inputs), list(part.gates)) == (experts, inputs, used)
-    groups = spec.split(part.flags)
+    groups = spec.split([at in part.places for at in range(spec.num_tensors)])
     assert [i for i, flag in enumerate(groups.inputs) if flag] == sorted(inputs)
     assert list(groups.weights) == [e in experts for e in range(len(spec.expert_inputs))] * len(spec.layers)
+    assert list(part.places) == sorted(part.places)
     if used:
         # The part is a level of its own: the same experts, streams and gates under other numbers.
         names = iter(part.spec.gate_experts)
@@ -65,7 +66,33 @@ def test_a_part_is_what_its_outputs_depend_on(seed: int) -> None:
         assert [part.inputs[i] for i in part.spec.expert_inputs] == [spec.expert_inputs[e] for e in part.experts]
         assert part.spec.numbers == part.experts
         whole = part.spec.reached([True] * len(used))
-        assert all(whole.flags[: len(part.inputs)]) and whole.experts == tuple(range(len(part.experts)))
+        assert whole.places == tuple(range(part.spec.num_tensors))
+        assert whole.experts == tuple(range(len(part.experts)))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_parts_of_several_losses_stand_side_by_side(seed: int) -> None:
+    rng = random.Random(seed)
+    spec = random_spec(rng)
+    masks = [[rng.random() < 0.5 for _ in spec.gate_sizes] for _ in range(rng.randint(2, 4))]
+    part = spec.reached(flag for mask in masks for flag in mask)
+    alone = [spec.reached(mask) for mask in masks]
+    for name in ("inputs", "experts", "gates"):
+        assert getattr(part, name) == tuple(number for one in alone for number in getattr(one, name))
+    count = spec.num_tensors
+    assert sorted(part.places) == sorted(at + t * count for t, one in enumerate(alone) for at in one.places)
+    if not part.gates:
+        return
+    # Cut again, loss by loss, they are the parts that they were.
+    cut = iter(range(len(part.gates)))
+    for one in alone:
+        own = set(next(cut) for _ in one.gates)
+        again = part.spec.reached(k in own for k in range(len(part.gates)))
+        if own:
+            assert again.spec == one.spec
+    # Of tensors that are their places, the part's own are where it says.
+    tensors = part.pick(spec.split(range(count)))
+    assert [tensor for group in tensors for tensor in group] == [at % count for at in part.places]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ Of what the forward pass saved, the backward pass of a part of a level reads wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from mtlkernels.ops.level.reference import asked_for, check_parts
+from mtlkernels.ops.level.reference import Asked, asked_for, check_parts
 from mtlkernels.ops.level.spec import LevelSpec
 from mtlkernels.ops.level.triton import chain_backward, chain_forward, layerwise_backward, layerwise_forward
 
@@ -49,9 +49,33 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """As the reference."""
-    asked = asked_for(grad_outputs, (*inputs, *parameters, *gates), spec, numbers, needs)
-    if asked is None:
-        return []
+    tensors, level = (*inputs, *parameters, *gates), LevelSpec.decoded(spec, numbers)
+    found: list[Tensor] = []
+    for losses in _together(level, grad_outputs):
+        asked = asked_for(losses, tensors, spec, numbers, needs)
+        found += [] if asked is None else _gradients(asked, saved, seed)
+    return found
+
+
+def _together(level: LevelSpec, grad_outputs: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:
+    """The gradients of losses that go through the same launches.
+
+    As many as there is room for, since each launch costs the host time: hidden layers' gradients, of which every loss
+    has its own, then take at most twice what they take for a loss that reaches all experts.
+    """
+    each, room = len(level.gate_sizes), 2 * len(level.expert_inputs)
+    first = experts = 0
+    for start in range(0, len(grad_outputs), each):
+        own = len(level.reached(grad is not None for grad in grad_outputs[start : start + each]).experts)
+        if experts + own > room:
+            yield grad_outputs[first:start]
+            first, experts = start, 0
+        experts += own
+    yield grad_outputs[first:]
+
+
+def _gradients(asked: Asked, saved: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+    """What is asked for, by the launches of one level."""
     level, part = asked.level, asked.part
     stored, statistics, logits = level.split_saved(saved)
     operands = (part.spec, asked.grad_outputs, asked.groups, stored)

@@ -1,0 +1,170 @@
+"""The backward passes of several losses, in which each level runs once for all of them.
+
+The graph is cut at its levels. The passes go, one after another, from the losses to the outputs of the levels that they
+meet first; such a level runs its backward operator once, with the gradients of all losses; and the passes go on from
+its inputs. Whatever else is in the graph, as towers and embeddings are, is walked once a loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from mtlkernels import _torch
+from mtlkernels.ops.level.autograd import Level, Losses
+
+Grads = list[Tensor | None]
+
+
+@dataclass
+class Part:
+    """What of a graph lies between ``level``, or the losses where that is None, and the ``levels`` below.
+
+    ``leaves`` are the ids of the leaves in it.
+    """
+
+    level: Any
+    levels: list[Any] = field(default_factory=list)
+    leaves: set[int] = field(default_factory=set)
+
+
+def cut(losses: Sequence[Tensor]) -> list[Part]:
+    """The parts of the losses' graph, each behind those above it; only one where it cannot be cut.
+
+    It can where every node lies in one part. One in two would get its gradient in two pieces, and hooks, or functions
+    that are not linear in it, would see these instead of their sum.
+    """
+    whole = [Part(None)]
+    if _torch.in_compiled_autograd():
+        return whole
+    parts = [Part(None, leaves={id(loss) for loss in losses if loss.grad_fn is None})]
+    numbers: dict[Any, int] = {}  # of the parts, by node
+    waiting: set[Any] = set()
+    below = [loss.grad_fn for loss in losses]
+    while _walk(below, parts[-1], len(parts), numbers):
+        waiting.update(parts[-1].levels)
+        if not waiting:
+            return parts
+        level = max(waiting, key=_torch.sequence_number)  # no other of these is above it
+        waiting.remove(level)
+        below = [node for node, _ in level.next_functions]
+        parts.append(Part(level))
+    return whole
+
+
+def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int]) -> bool:
+    """Fills a part with what is below ``start``; False where some of that lies in another one."""
+    stack = [node for node in start if node is not None]
+    while stack:
+        node = stack.pop()
+        before = numbers.get(node)
+        if before is not None:
+            if before != number:
+                return False
+            continue
+        numbers[node] = number
+        if _torch.is_node_of(node, Level):
+            part.levels.append(node)
+            continue
+        if _torch.is_leaf_node(node):
+            part.leaves.add(id(node.variable))
+        stack += [below for below, _ in node.next_functions if below is not None]
+    return True
+
+
+def differentiate(losses: Sequence[Tensor], parts: Sequence[Part], leaves: Sequence[Tensor]) -> list[Grads]:
+    """The gradients of each loss for some leaves, None for one that it does not reach; frees the graph.
+
+    ``parts`` are those of :func:`cut`.
+    """
+    result: list[Grads] = [[None] * len(leaves) for _ in losses]
+    # Where each loss's pass goes on below a level, and with which gradients.
+    starts: dict[Any, list[tuple[list[Any], Any]]] = {None: [([loss], None) for loss in losses]}
+    for part in parts:
+        own = starts.pop(part.level)
+        wanted = [i for i, leaf in enumerate(leaves) if id(leaf) in part.leaves]
+        of_losses = {level: Losses(len(losses)) for level in part.levels}
+        last, to_run = max((i for i, (outputs, _) in enumerate(own) if outputs), default=0), _last_to_reach(own, part)
+        for i, (outputs, grads) in enumerate(own):
+            # The last pass that reaches a level runs its node, which sees to all losses; the others end at its outputs.
+            running = [level for level in part.levels if to_run.get(level) == i]
+            ends = {level: [_end(level)] if level in running else _outputs(level) for level in part.levels}
+            sought: list[Any] = [*(leaves[at] for at in wanted), *itertools.chain(*ends.values())]
+            if not outputs or not sought:
+                continue
+            with _run(running, of_losses, i):
+                found = iter(torch.autograd.grad(outputs, sought, grads, retain_graph=i < last, allow_unused=True))
+            for at in wanted:
+                result[i][at] = next(found)
+            for level, edges in ends.items():
+                reached = [next(found) for _ in edges]
+                if level not in running:
+                    of_losses[level].hold(i, reached)
+        starts |= {level: _going_on(level, held.take()) for level, held in of_losses.items()}
+    return result
+
+
+def _outputs(level: Any) -> list[GradientEdge]:
+    return [GradientEdge(level, k) for k in range(level.num_gates)]
+
+
+def _inputs(level: Any) -> list[GradientEdge | None]:
+    """Where gradients of the tensors that the level was applied to go; None for those that want none."""
+    return [None if node is None else GradientEdge(node, number) for node, number in level.next_functions]
+
+
+def _end(level: Any) -> GradientEdge:
+    """The input of a level at which a pass may end that runs the level, and nothing below it.
+
+    Nothing that was made before a node is above it.
+    """
+    edges = [edge for edge in _inputs(level) if edge is not None]
+    inner = [edge for edge in edges if not _torch.is_leaf_node(edge.node)]
+    return max(inner, key=lambda edge: _torch.sequence_number(edge.node)) if inner else edges[0]
+
+
+def _last_to_reach(starts: Sequence[tuple[list[Any], Any]], part: Part) -> dict[Any, int]:
+    """For each level that is next below, which of the passes is the last to come to it."""
+    found: dict[Any, int] = {}
+    for i in range(len(starts) - 1, -1, -1):
+        if len(found) == len(part.levels):
+            break
+        below = Part(None)
+        _walk(
+            [output.node if isinstance(output, GradientEdge) else output.grad_fn for output in starts[i][0]],
+            below,
+            0,
+            {},
+        )
+        for level in below.levels:
+            found.setdefault(level, i)
+    return found
+
+
+@contextmanager
+def _run(levels: Sequence[Any], of_losses: dict[Any, Losses], loss: int) -> Iterator[None]:
+    """The nodes of these levels see to all losses, of which this one's pass comes to them."""
+    try:
+        for level in levels:
+            of_losses[level].loss, level.losses = loss, of_losses[level]
+        yield
+    finally:
+        for level in levels:
+            level.losses = None
+
+
+def _going_on(level: Any, found: Sequence[Grads]) -> list[tuple[list[Any], Any]]:
+    """Where each loss's pass goes on from a level with these gradients of its inputs."""
+    result: list[tuple[list[Any], Any]] = []
+    for grads in found:
+        pairs = zip(_inputs(level), grads, strict=True) if grads else ()
+        present = [(edge, grad) for edge, grad in pairs if edge is not None and grad is not None]
+        result.append(([edge for edge, _ in present], [grad for _, grad in present]))
+    return result

@@ -1,0 +1,206 @@
+"""Several losses whose backward passes run each level once: the gradients of passes on their own."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import mtlkernels as mk
+from mtlkernels.ops.level.passes import cut, differentiate
+from mtlkernels.testing import assert_within_budget
+from tests.ops.level.test_partial import KINDS, ROUTINGS, Kind, Model, by_kind, gradients
+
+# The outputs that each loss reads: one, several, all, the same as another's.
+LOSSES = [(0,), (1,), (0, 2), (0,), (0, 1, 2)]
+
+
+def together(losses: list[Tensor], tensors: dict[str, Tensor], num_parts: int) -> list[dict[str, Tensor | None]]:
+    parts = cut(losses)
+    assert len(parts) == num_parts
+    found = differentiate(losses, parts, list(tensors.values()))
+    return [dict(zip(tensors, grads, strict=True)) for grads in found]
+
+
+def apart(losses: list[Tensor], tensors: dict[str, Tensor]) -> list[dict[str, Tensor | None]]:
+    found = [torch.autograd.grad(y, list(tensors.values()), allow_unused=True, retain_graph=True) for y in losses]
+    return [dict(zip(tensors, grads, strict=True)) for grads in found]
+
+
+def assert_same(found: Any, expected: Any, usual: Any) -> None:
+    """None for the same tensors; and each loss's gradients within the budget that ``usual``, one by one, sets."""
+    for own, exact, baseline in zip(found, expected, usual, strict=True):
+        assert {n for n, g in own.items() if g is None} == {n for n, g in exact.items() if g is None}
+        assert_within_budget(*map(by_kind, (own, exact, baseline)))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+def test_a_level(routing: mk.Routing, kind: Kind, backend: str) -> None:
+    for rows, dtype in ((9, torch.float64), (3, torch.float32), (70, torch.float32), (20, torch.bfloat16)):
+        if dtype == torch.bfloat16 and kind.norm is not None:
+            continue  # modules round between their steps
+        make = functools.partial(Model, routing, kind, rows)
+        exact, baseline, tested = make(torch.float64), make(dtype), make(dtype)
+        chosen = [used for used in LOSSES if max(used) < routing.num_gates]
+        with mk.use_backend(backend):
+            outputs = tested.fused()
+            losses = [sum(outputs[k].pow(3).sum() for k in used) for used in chosen]
+            found = together(losses, tested.tensors, 2)  # type: ignore[arg-type]
+        expected, usual = ([gradients(m.plain(), used, m.tensors) for used in chosen] for m in (exact, baseline))
+        assert_same(found, expected, usual)
+
+
+@pytest.mark.parametrize("rows", [4, 300, 700])
+def test_threads_and_blocks_of_rows(rows: int, backend: str) -> None:
+    torch.set_num_threads(2)
+    make = functools.partial(Model, ROUTINGS["cgc"], KINDS["linear gates"], rows)
+    exact, baseline, tested = make(torch.float64), make(torch.float32), make(torch.float32)
+    with mk.use_backend(backend):
+        outputs = tested.fused()
+        found = together([outputs[k].pow(3).sum() for k in (0, 1, 0)], tested.tensors, 2)
+    expected, usual = ([gradients(m.plain(), (k,), m.tensors) for k in (0, 1, 0)] for m in (exact, baseline))
+    assert_same(found, expected, usual)
+
+
+class Tower(nn.Module):
+    """PLE or MMoE with gate layers or without, towers, and an embedding below."""
+
+    def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(rng.randrange(1000))
+        self.tasks = rng.randint(2, 4)
+        options: dict[str, Any] = {"expert_units": (6, 4), "gate_units": rng.choice([(), (5,)])}
+        options |= {"batch_norm": rng.random() < 0.3, "activation": rng.choice(["relu", "gelu", "prelu"])}
+        if rng.random() < 0.7:
+            shape = {
+                "num_specific": rng.randint(1, 2),
+                "num_shared": rng.randint(1, 2),
+                "num_levels": rng.randint(1, 3),
+            }
+            self.trunk: nn.Module = mk.nn.PLE(5, self.tasks, **shape, **options)
+        else:
+            self.trunk = mk.nn.MMoE(5, self.tasks, num_experts=3, **options)
+        self.embedding = nn.Embedding(20, 5)
+        self.towers = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)) for _ in range(self.tasks)
+        )
+        self.to(dtype)
+        self.ids = torch.randint(20, (13,))
+        # Losses that read one task's output, several, or one of two losses for one output.
+        self.read = [[t] for t in range(self.tasks)] + [rng.sample(range(self.tasks), 2), [0]]
+
+    def forward(self) -> list[Tensor]:
+        streams = self.trunk(self.embedding(self.ids))
+        outputs = [tower(stream) for tower, stream in zip(self.towers, streams, strict=True)]
+        return [torch.cat([outputs[t] for t in read]).square().mean() for read in self.read]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_models(seed: int, backend: str) -> None:
+    """Levels one above the other, with what lies between, above and below them."""
+    with mk.use_backend(backend):
+        exact, model = (Tower(random.Random(seed), dtype) for dtype in (torch.float64, torch.float32))
+        found = together(model(), dict(model.named_parameters()), 1 + getattr(model.trunk, "num_levels", 1))
+        usual = apart(model(), dict(model.named_parameters()))
+    with mk.use_backend("reference"):
+        expected = apart(exact(), dict(exact.named_parameters()))
+    for own, true, baseline in zip(found, expected, usual, strict=True):
+        assert {n for n, g in own.items() if g is None} == {n for n, g in baseline.items() if g is None}
+        names = [name for name, grad in own.items() if grad is not None]
+        assert_within_budget(*({name: [grads[name]] for name in names} for grads in (own, true, baseline)))
+
+
+def ple() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return mk.nn.PLE(5, 2, num_specific=1, num_shared=1, expert_units=(6, 4)), torch.randn(7, 5)
+
+
+def test_losses_that_no_level_reaches() -> None:
+    model, x = ple()
+    other = torch.ones(3, requires_grad=True)
+    leaf = torch.ones((), requires_grad=True)
+    losses = [model(x)[0].sum(), (2 * other).sum(), leaf]
+    tensors = {**dict(model.named_parameters()), "other": other, "leaf": leaf}
+    found = together(losses, tensors, 3)
+    assert [name for name, grad in found[1].items() if grad is not None] == ["other"]
+    assert [name for name, grad in found[2].items() if grad is not None] == ["leaf"]
+    assert found[1]["other"].tolist() == [2, 2, 2] and found[2]["leaf"] == 1  # type: ignore[union-attr]
+
+
+def test_a_graph_that_goes_past_a_level_is_not_cut() -> None:
+    """What is below would get its gradient in two pieces, and a hook would see both."""
+    model, x = ple()
+    stem = nn.Linear(5, 5)
+    hidden = stem(x)
+    assert len(cut([y.sum() + hidden.sum() for y in model(hidden)])) == 1
+    assert len(cut([y.sum() + stem(x).sum() for y in model(hidden)])) == 1  # the stem's weight has two users
+    assert len(cut([y.sum() for y in model(hidden)])) == 3
+
+
+def test_hooks_see_whole_gradients() -> None:
+    """Of parameters, of the trunk's outputs and of its input; they may change gradients."""
+    seen: dict[str, list[Tensor | None]] = {}
+
+    def watch(name: str, tensor: Tensor) -> None:
+        def hook(grad: Tensor | None) -> Tensor | None:
+            seen.setdefault(name, []).append(grad)
+            return None if grad is None else 2 * grad
+
+        tensor.register_hook(hook)
+
+    results = []
+    for run in (together, lambda losses, tensors, _: apart(losses, tensors)):
+        seen.clear()
+        model, x = ple()
+        stem = nn.Linear(5, 5)
+        hidden = stem(x)
+        outputs = model(hidden)
+        tensors = dict(stem.named_parameters()) | dict(model.named_parameters())
+        for name, tensor in {"input": hidden, "output": outputs[0], "weight": next(model.parameters())}.items():
+            watch(name, tensor)
+        found = run([y.square().sum() for y in outputs], tensors, 3)
+        results.append(([list(grads.values()) for grads in found], {name: len(grads) for name, grads in seen.items()}))
+    assert results[0][1] == results[1][1]
+    for own, wanted in zip(*(grads for grads, _ in results), strict=True):
+        torch.testing.assert_close(own, wanted)
+
+
+def test_what_is_saved_is_freed() -> None:
+    model, x = ple()
+    losses = [y.sum() for y in model(x)]
+    together(losses, dict(model.named_parameters()), 3)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
+
+
+def test_checkpointing_recomputes_a_level_once() -> None:
+    model, x = ple()
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    tensors = dict(model.named_parameters())
+    expected = apart([y.square().sum() for y in model(x)], tensors)
+    calls.clear()
+    outputs = checkpoint(model, x, use_reentrant=False)
+    found = together([y.square().sum() for y in outputs], tensors, 3)
+    assert len(calls) <= 3  # forward, and again for each of its two levels
+    for own, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, wanted)
+
+
+def test_an_error_leaves_the_levels_as_they_were() -> None:
+    model, x = ple()
+    x.requires_grad_()
+    outputs = model(x)
+    x.register_hook(lambda _: 1 / 0)
+    losses = [y.sum() for y in outputs]
+    parts = cut(losses)
+    with pytest.raises(ZeroDivisionError):
+        differentiate(losses, parts, [x])
+    assert all(part.level.losses is None for part in parts[1:])

@@ -1,0 +1,213 @@
+"""mk.optim.PCGrad on models with fused levels: the gradients of the same model's modules, whatever lies around them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import mtlkernels as mk
+from mtlkernels.ops.level import passes
+from mtlkernels.optim import _task_gradients
+from mtlkernels.testing import assert_within_budget
+from tests.convert.models import by_name, features, mmoe, ple, rechub_mmoe, rechub_ple
+from tests.ops.level.test_norms_pytorch import COMPILING
+
+ROWS = 24
+LIBRARIES: dict[str, tuple[Callable[[], Any], Callable[[Tensor], Any]]] = {
+    "rechub PLE": (rechub_ple, by_name),
+    "rechub MMOE": (rechub_mmoe, by_name),
+    "deepctr PLE": (ple, lambda x: x),
+    "deepctr MMOE": (mmoe, lambda x: x),
+    "deepctr PLE, batch norm": (lambda: ple(dnn_use_bn=True), lambda x: x),
+}
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Into how many parts the graph of each call was cut."""
+    found: list[int] = []
+
+    def cut(losses: Any) -> Any:
+        parts = passes.cut(losses)
+        found.append(len(parts))
+        return parts
+
+    monkeypatch.setattr(_task_gradients, "cut", cut)
+    return found
+
+
+def surgery(model: nn.Module, losses: Callable[[], list[Tensor]], **options: Any) -> dict[str, Tensor | None]:
+    """What a call leaves in ``.grad``; every parameter is shared."""
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(3)
+    optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()), generator=generator, **options)
+    optimizer.pc_backward(losses())
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    """In float64, where what is exactly zero is rounding: within so many epsilons of the largest gradient of all."""
+    assert {name for name, g in found.items() if g is None} == {name for name, g in expected.items() if g is None}
+    pairs = [(g.to_dense(), expected[name].to_dense()) for name, g in found.items() if g is not None]  # type: ignore[union-attr]
+    largest = max(float(wanted.abs().max()) for _, wanted in pairs)
+    assert largest > 0
+    for grad, wanted in pairs:
+        assert float((grad - wanted).abs().max()) <= 64 * torch.finfo(torch.float64).eps * largest
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_converted_models(name: str, runs: list[int]) -> None:
+    """Three passes of a library's PLE and one of its MMOE meet their levels together."""
+    make, arguments = LIBRARIES[name]
+    original = make().double()
+    model = copy.deepcopy(original)
+    mk.convert(model)
+    x, y = features(ROWS).double(), torch.rand(ROWS, 3, generator=torch.Generator().manual_seed(1)).round().double()
+
+    def losses(of: nn.Module) -> list[Tensor]:
+        outputs = of(arguments(x))
+        return [F.binary_cross_entropy(outputs[:, t], y[:, t]) for t in range(outputs.shape[1])]
+
+    found = surgery(model, lambda: losses(model))
+    expected = surgery(original, lambda: losses(original), batched=False)
+    assert runs and runs[0] > 1
+    assert_same(found, expected)
+
+
+class Model(nn.Module):
+    """An embedding, PLE of two levels and towers."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, *, sparse: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(30, 6, sparse=sparse)
+        self.trunk = mk.nn.PLE(6, 3, num_specific=2, num_shared=2, expert_units=(8, 5), dropout=0.0)
+        self.towers = nn.ModuleList(nn.Linear(5, 1) for _ in range(3))
+        self.to(dtype)
+        self.ids = torch.randint(30, (ROWS,))
+        self.y = torch.randn(3, ROWS, 1).to(dtype)
+        self.way: list[Callable[[Tensor], Any]] = [self.trunk]  # in a list, so that it is not a module's child
+
+    def forward(self) -> list[Tensor]:
+        streams = self.way[0](self.embedding(self.ids))
+        outputs = [tower(h) for tower, h in zip(self.towers, streams, strict=True)]
+        return [
+            F.mse_loss(out.float() if out.dtype != y.dtype else out, y) for out, y in zip(outputs, self.y, strict=True)
+        ]
+
+
+def test_sparse_embeddings(runs: list[int]) -> None:
+    found = surgery(model := Model(sparse=True), model)
+    assert runs == [3]
+    assert found["embedding.weight"].is_sparse  # type: ignore[union-attr]
+    assert_same(found, surgery(model := Model(), model, batched=False))
+
+
+def test_heads_of_their_own_and_accumulation(runs: list[int]) -> None:
+    results = []
+    for batched in (None, False):
+        model = Model()
+        sgd = torch.optim.SGD(model.parameters())
+        optimizer = mk.optim.PCGrad(
+            sgd, shared=model.trunk.parameters(), batched=batched, generator=torch.Generator().manual_seed(2)
+        )
+        for _ in range(2):
+            optimizer.pc_backward(model())
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    assert runs == [3, 3]
+    assert_same(*results)
+
+
+def test_scaler_and_autocast(runs: list[int]) -> None:
+    results = []
+    for batched in (None, False):
+        model = Model(torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        optimizer = mk.optim.PCGrad(
+            torch.optim.SGD(model.parameters()), batched=batched, generator=torch.Generator().manual_seed(2)
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = model()
+        gram = optimizer.pc_backward(losses, scaler=scaler)
+        results.append([gram, *(p.grad for p in model.parameters())])
+    assert runs == [3]
+    for found, expected in zip(*results, strict=True):  # the same products of the same numbers
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_checkpointing(runs: list[int]) -> None:
+    model = Model()
+    model.way = [lambda x: checkpoint(model.trunk, x, use_reentrant=False)]
+    found = surgery(model, model)
+    assert runs == [3]
+    assert_same(found, surgery(model := Model(), model, batched=False))
+
+
+def test_losses_that_reach_some_tasks() -> None:
+    """Two losses of one task, one of two tasks, one that the trunk has no part in, and tasks that no loss reads."""
+    for chosen in ([[0], [0], [2]], [[0, 2], [1]], [[1], []], [[2]]):
+
+        def losses(model: Model, chosen: list[list[int]] = chosen) -> list[Tensor]:
+            all_losses = model()
+            weight = model.towers[0].weight
+            return [sum((all_losses[t] for t in tasks), weight.square().sum() * 1e-3) for tasks in chosen]
+
+        model, plain = Model(), Model()
+        found = surgery(model, lambda model=model: losses(model))  # type: ignore[misc]
+        assert_same(found, surgery(plain, lambda plain=plain: losses(plain), batched=False))  # type: ignore[misc]
+
+
+def test_past_a_level_passes_have_nothing_in_common(runs: list[int]) -> None:
+    """Something adds what a level reads to what it gives: the graph is not cut, and the gradients are right."""
+    models = Model(), Model()
+    for model in models:
+        adapter = nn.Linear(6, 5, dtype=torch.float64)
+        nn.init.ones_(adapter.weight)
+        nn.init.zeros_(adapter.bias)
+        model.way = [lambda x, trunk=model.trunk, adapter=adapter: [h + adapter(x) for h in trunk(x)]]
+    found, expected = (surgery(m, m, batched=b) for m, b in zip(models, (None, False), strict=True))
+    assert runs == [1]
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+class TestCompiled:
+    pytestmark = [
+        *COMPILING,
+        # PyTorch looks at .grad of all that goes into compiled code.
+        pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    ]
+
+    @pytest.mark.parametrize("trained_before", [False, True])
+    def test_a_compiled_trunk(self, compiler: str, trained_before: bool) -> None:
+        """Inductor's buffers can be walked through once unless it is told otherwise, which PyTorch then says."""
+        torch.compiler.reset()
+        model = Model(torch.float32)
+        model.way = [torch.compile(model.trunk, backend=compiler)]
+        if trained_before:
+            sum(model()).backward()  # type: ignore[union-attr]
+        with contextlib.ExitStack() as stack:
+            found: dict[str, Tensor | None] = {}
+            try:
+                found = surgery(model, model)
+            except RuntimeError as error:
+                assert "torch._functorch.config.donated_buffer" in str(error)
+                assert all(p.grad is None for p in model.parameters())
+                torch.compiler.reset()
+                stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
+                model.way = [torch.compile(model.trunk, backend=compiler)]
+                found = surgery(model, model)
+        exact = Model()
+        expected = surgery(exact, exact, batched=False)
+        usual = surgery(model := Model(torch.float32), model, batched=False)
+        names = [name for name, grad in expected.items() if grad is not None]
+        assert {name for name, grad in found.items() if grad is not None} == set(names)
+        assert_within_budget(*({name: [grads[name]] for name in names} for grads in (found, expected, usual)))
