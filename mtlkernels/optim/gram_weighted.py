@@ -66,7 +66,8 @@ class GramWeighted(Optimizer):
 
     TorchJD's ``autogram`` makes such a matrix too, by hooks on the modules that have parameters. Levels of ``mk.nn``
     and of converted models see these hooks, and call all of their modules, so that its matrix is right; but they are
-    not fused then, as they are here.
+    not fused then, as they are here. It may miss a module of yours that has parameters of its own and returns a fused
+    level's outputs, or those of another operator of this package, as they are: see :func:`mtlkernels.convert`.
 
     With a :class:`torch.amp.GradScaler` write ``optimizer.backward(losses, scaler=scaler)``,
     ``scaler.step(optimizer)``, ``scaler.update()``; ``weighting`` then sees the matrix of the unscaled gradients.
