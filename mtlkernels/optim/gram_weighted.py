@@ -58,7 +58,7 @@ class GramWeighted(Optimizer):
         optimizer.step()
 
     and a function of your own, as ``lambda gram: gram.diagonal().rsqrt()``, by which all tasks' gradients get one norm.
-    Tested with TorchJD 0.18's weightings of PCGrad (Yu et al., NeurIPS 2020; :class:`PCGrad` is faster, and waits for
+    Tested with TorchJD 0.18's weightings of PCGrad (Yu et al., NeurIPS 2020; :class:`PCGrad` itself waits for
     nothing), UPGrad (Quinton and Rey, "Jacobian descent for multi-objective optimization", 2024), MGDA (Désidéri,
     Comptes Rendus Mathématique 2012), CAGrad (Liu et al., NeurIPS 2021), GradVac (Wang et al., ICLR 2021), DualProj
     (Lopez-Paz and Ranzato, NeurIPS 2017) and Aligned-MTL (Senushkin et al., CVPR 2023). A method that looks at single
