@@ -47,8 +47,12 @@ class Convert(Registration):
     at each call: a write to a weight or a statistic is seen at once, whoever makes it. A level with a hook is left
     alone. The experts' modules are not called where they are fused, so a hook that is put on one later makes its level
     run the original code; hooks for all modules
-    (``torch.nn.modules.module.register_module_forward_hook``) do not see experts. What only unused outputs depend on
-    keeps no gradient, as before; under ``torch.compile`` its gradient is zero.
+    (``torch.nn.modules.module.register_module_forward_hook``) do not see experts. TorchJD's autogram puts such hooks on
+    all modules with parameters: its Gram matrix is right, and levels are not fused while its ``Engine`` lives;
+    :class:`mtlkernels.optim.GramWeighted` makes the matrix of fused levels. Only where a module of yours has parameters
+    of its own and returns a fused level's outputs as they are, that ``Engine`` (0.18) may miss that module, as any that
+    returns what a custom ``autograd.Function`` gives: put these parameters into a module that it calls. What only
+    unused outputs depend on keeps no gradient, as before; under ``torch.compile`` its gradient is zero.
 
     A class may have been edited, so each module is first tried: a copy with random weights in float64 has to do the
     same fused as by its own code. Outputs in training and evaluation, gradients, random numbers that are drawn,

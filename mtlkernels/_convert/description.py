@@ -146,6 +146,8 @@ class TrunkDescription:
 
     def call(self, module: Any, plan: Sequence[Routing | None], args: Any, kwargs: Any) -> tuple[Any] | None:
         """What the method returns, by itself; None where the class's own code has to run."""
+        if module._forward_hooks and module._parameters:
+            return None  # TorchJD's autogram looks for its parameters, and may not find them behind a fused level
         levels = self.levels(module)
         if len(levels) != len(plan):
             return None

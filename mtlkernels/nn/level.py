@@ -35,6 +35,19 @@ DICE_EPS = 1e-3
 _Linear, _Parameter = nn.Linear, nn.Parameter
 
 
+class Slopes(nn.ParameterList):
+    """The slopes of an expert's activations, one [1] a layer; unlike a list of parameters it can be called.
+
+    It is called where somebody listens to it: TorchJD's autogram, which finds parameters by hooks on modules.
+    """
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [B, D] → for each layer [B, 1], its slope for each row."""
+        return tuple(slope.expand(x.shape[0], 1) for slope in self)
+
+
 class Expert(nn.Module):
     """An MLP, [Linear → (BatchNorm1d) → activation → (Dropout)] a layer; also the hidden layers of a gate.
 
@@ -42,7 +55,7 @@ class Expert(nn.Module):
     that learns one. A layer with batch norm has no bias of its own.
     """
 
-    slopes: nn.ParameterList | None
+    slopes: Slopes | None
 
     def __init__(self, in_features: int, units: Sequence[int], style: Style) -> None:
         super().__init__()
@@ -57,28 +70,37 @@ class Expert(nn.Module):
         self.slopes = None
         if act.has_slopes(self._code):
             first = _FIRST_SLOPE[style.activation]
-            self.slopes = nn.ParameterList(torch.full((1,), first, **style.factory) for _ in units)
+            self.slopes = Slopes(torch.full((1,), first, **style.factory) for _ in units)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D] → [B, H]."""
+        slopes: Any = self.slopes
+        if slopes is not None and slopes._forward_hooks:
+            slopes = slopes(x)
         for i, linear in enumerate(self.linears):
             x = linear(x)
             if self.norms:
                 x = self.norms[i](x)
-            slope = None if self.slopes is None else self.slopes[i]
-            x = self.dropout(act.activate(self._code, x, slope, DICE_EPS))
+            x = self.dropout(act.activate(self._code, x, None if slopes is None else slopes[i], DICE_EPS))
         return x
 
 
 def read_experts(experts: Any, activation: str) -> Experts | None:
-    """What the op takes of experts but for norms and dropout, read now; None where one is not what it was made as."""
+    """What the op takes of experts but for norms and dropout, read now; None where they have to be called.
+
+    That is where one is not what it was made as, or where gradients are recorded and somebody listens by a forward
+    hook, as TorchJD's autogram does. In serving nobody looks for hooks: the look-ups show when one row is served.
+    """
     rows = []
     modules = experts._modules.values()
+    heard = torch.is_grad_enabled()
     for expert in modules:
-        if type(expert) is not Expert:
+        if type(expert) is not Expert or (heard and expert._forward_hooks):
             return None
         row: list[Any] = []
         for layer in expert._modules["linears"]._modules.values():  # type: ignore[union-attr]
+            if heard and layer._forward_hooks:  # type: ignore[union-attr]
+                return None
             parameters = layer._parameters  # type: ignore[union-attr]
             weight = parameters.get("weight")
             if type(layer) is _Linear and type(weight) is _Parameter:  # as plain_parameters, without a call
@@ -93,6 +115,8 @@ def read_experts(experts: Any, activation: str) -> Experts | None:
     biases = [None if layer[0][1] is None else [b for _, b in layer] for layer in layers]
     options: dict[str, Any] = {"activation": activation}
     if next(iter(modules)).slopes is not None:
+        if heard and any(expert.slopes._forward_hooks for expert in modules):
+            return None
         options.update(slopes=list(zip(*(expert.slopes for expert in modules), strict=True)), dice_eps=DICE_EPS)
     return weights, biases, options
 
@@ -101,10 +125,11 @@ class TrunkLevel(NotScriptable, nn.Module):
     """Experts and gates of one level: ``y_k = sum_e softmax(gate_k(x))_e * expert_e(x)``.
 
     The experts, batch norm and dropout included, and all mixing are one :func:`mtlkernels.expert_mixture`; the experts'
-    modules are then not called, so hooks on them do not run. They are called, and their outputs mixed by
-    :func:`mtlkernels.gated_mixture`, where they differ (some in training, a norm exchanged for another kind), where a
-    layer or its weight is no longer a plain one (LoRA, quantization), where folding batch norm into weights that want
-    gradients would take longer, and where a tracer can see nothing else.
+    modules are then not called. They are called, and their outputs mixed by :func:`mtlkernels.gated_mixture`, where
+    gradients are recorded and one of them, or a part of one with parameters, has a forward hook, where they differ
+    (some in training, a norm exchanged for another kind), where a layer or its weight is no longer a plain one (LoRA,
+    quantization), where folding batch norm into weights that want gradients would take longer, and where a tracer can
+    see nothing else.
 
     Args:
         in_features: D, the width of every input stream.
@@ -165,6 +190,8 @@ class TrunkLevel(NotScriptable, nn.Module):
         norms = list(zip(*(part["norms"]._modules.values() for part in parts), strict=True))
         kinds = [common([kind_of_norm(norm) for norm in layer]) for layer in norms]
         if len(rates) > 1 or None in kinds:
+            return None
+        if torch.is_grad_enabled() and any(norm._forward_hooks for layer in norms for norm in layer):
             return None
         if not may_fold(x) and any(
             uses_running(norm) and wants_gradient(weight, None, norm)

@@ -32,8 +32,8 @@ from mtlkernels.routing import Routing
 class SubNetworks(nn.Module):
     """The sub-networks of a level, each an MLP with an input of its own, or all with one.
 
-    Without batch norm and without active dropout they are one :func:`mtlkernels.expert_mixture`, each mixed by a gate
-    that sees it alone; otherwise they run as modules.
+    Without batch norm, active dropout and forward hooks they are one :func:`mtlkernels.expert_mixture`, each mixed by a
+    gate that sees it alone; otherwise they run as modules.
     """
 
     def __init__(self, experts: Sequence[Expert], style: Style) -> None:
@@ -213,7 +213,11 @@ class SNR(NotScriptable, nn.Module):
         return [(z > 0.5).to(z.dtype) + (z - z.detach()) for z in drawn]
 
     def l0_penalty(self) -> Tensor:
-        """The expected number of open routes: what to add to the loss, times a weight, so that routes close."""
+        """The expected number of open routes: what to add to the loss, times a weight, so that routes close.
+
+        TorchJD's autogram misses its gradient, as that of all that is computed outside of a module's call: leave it out
+        of the losses whose matrix that makes.
+        """
         return torch.stack([l0_penalty(joint.log_alpha, **self._interval) for joint in self._joints()]).sum()
 
     def routes(self) -> RouteMap:

@@ -56,7 +56,8 @@ class MMoE(_Trunk):
     are the gates' one after another; otherwise gate t is ``level.gates.{t}``.
 
     The level is one fused :func:`mtlkernels.expert_mixture`, with ``batch_norm`` and ``dropout`` too; hooks on experts
-    do not run then.
+    do not run then. Only where gradients are recorded, a forward hook on an expert, its linear layers, norms or slopes,
+    as TorchJD's autogram puts there, makes the level call its modules instead.
 
     Args:
         in_features: D, the number of input features.

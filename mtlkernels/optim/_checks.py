@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -81,3 +82,36 @@ def check_trained(shared: Sequence[Tensor], others: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"shared parameter {i} must be on {shared[0].device} as the first one is, got {parameter.device}"
             )
+
+
+def check_weighting(weighting: Any) -> None:
+    """A function from a Gram matrix to weights; what may be taken for one by mistake is told what it is."""
+    expected = "weighting must be a function from a Gram matrix [T, T] to weights [T]"
+    if isinstance(weighting, type):
+        raise TypeError(f"{expected}, got the class {weighting.__name__}: make an instance of it")
+    if not callable(weighting):
+        raise TypeError(f"{expected}, got {type(weighting).__name__}")
+    # If nothing has imported TorchJD there are none. Each takes a Jacobian, and would take the matrix for one.
+    aggregator = getattr(sys.modules.get("torchjd.aggregation"), "Aggregator", None)
+    if aggregator is not None and isinstance(weighting, aggregator):
+        name = type(weighting).__name__
+        instead = f": give {name}Weighting" if hasattr(weighting, "gramian_weighting") else ""
+        raise TypeError(f"{expected}, got TorchJD's aggregator {name}, which takes a Jacobian{instead}")
+
+
+def check_weights(weights: Any, gram: Tensor) -> Tensor:
+    """What a weighting has returned, as a new tensor [T] of the dtype and on the device of the Gram matrix."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weighting must return a tensor of weights [T], got {type(weights).__name__}")
+    if weights.layout != torch.strided or weights.is_complex() or weights.dtype == torch.bool:
+        raise TypeError(f"weighting must return a dense tensor of real numbers, got {weights.dtype}, {weights.layout}")
+    if weights.shape != gram.shape[:1]:
+        raise ValueError(
+            f"weighting must return a weight a task, of shape {shape_of(gram[0])}, got shape {shape_of(weights)}"
+        )
+    own = torch.empty_like(gram[0]).copy_(weights)
+    if not bool(own.isfinite().all()):
+        raise ValueError(
+            f"weighting must return finite weights for a finite Gram matrix, got {own.tolist()} for {gram.tolist()}"
+        )
+    return own

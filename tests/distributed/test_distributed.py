@@ -12,7 +12,7 @@ from tests.distributed.processes import logs, run
 from tests.distributed.worker import checks_of
 
 pytestmark = requires.gloo
-MODULES = ["data_parallel", "sharded", "optimizer", "converted", "failure"]  # the last one ends a rank
+MODULES = ["data_parallel", "sharded", "optimizer", "weighting", "converted", "failure"]  # the last one ends a rank
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

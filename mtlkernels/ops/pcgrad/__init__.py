@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,7 +153,7 @@ def pcgrad(
         return options, gradients, draw_order(order, generator, gradients.num_tasks, gradients.device, project)
 
     options, gradients, drawn = fail_together(group, prepared)
-    results, _ = projected(mean_over_ranks(group, gradients, options), drawn, options)
+    results, _ = projected(mean_over_ranks(group, gradients, **options._asdict()), drawn, options)
     return results[0] if isinstance(grads, Tensor) else results
 
 
@@ -173,17 +173,27 @@ def draw_order(
     return keys.argsort(dim=1).to(device, non_blocking=True)
 
 
-def projected(
-    gradients: Gradients, order: Tensor | None, options: Options, unit: Tensor | None = None
+def projected(gradients: Gradients, order: Tensor | None, options: Options) -> tuple[list[Tensor | None], Tensor]:
+    """What PCGrad makes of gradients, and their Gram matrix."""
+
+    def coefficients(gram: Tensor) -> Tensor:
+        # The order is elsewhere only where this rank of a group has no gradient.
+        return solve(gram, None if order is None else order.to(gram.device), options)[1]
+
+    return weighted(gradients, coefficients)
+
+
+def weighted(
+    gradients: Gradients, coefficients: Callable[[Tensor], Tensor], unit: Tensor | None = None
 ) -> tuple[list[Tensor | None], Tensor]:
-    """What PCGrad makes of gradients, and their Gram matrix; ``unit`` is what a scaler has multiplied them by."""
+    """The sum of gradients by coefficients [T] that are made of their Gram matrix [T, T], and that matrix.
+
+    ``unit`` is what a scaler has multiplied the gradients by; the matrix is that of the unscaled ones.
+    """
     gram = gradients.gram()
     if unit is not None:
         gram = gram / unit.to(gram).square()
-    if order is not None:
-        order = order.to(gram.device)  # elsewhere only where this rank of a group has no gradient
-    _, coefficients = solve(gram, order, options)
-    return gradients.combine(gradients.agreed(coefficients)), gram
+    return gradients.combine(gradients.agreed(coefficients(gram))), gram
 
 
 def solve(gram: Tensor, order: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:

@@ -90,10 +90,7 @@ def check_options(
     include_self: Any, max_norm: Any, normalize: Any, project: Any, eps: Any, reduction: Any = "sum"
 ) -> Options:
     """The options, put together."""
-    if not isinstance(reduction, str):
-        raise TypeError(f"reduction must be 'sum' or 'mean', got {type(reduction).__name__}")
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    check_reduction(reduction)
     for name, flag in (("include_self", include_self), ("normalize", normalize), ("project", project)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
@@ -105,6 +102,13 @@ def check_options(
     if not (eps >= 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be at least 0 and finite, got {eps}")
     return Options(include_self, max_norm, normalize, project, eps, reduction)
+
+
+def check_reduction(reduction: Any) -> None:
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be 'sum' or 'mean', got {type(reduction).__name__}")
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
 
 
 def check_order(order: Any, num_tasks: int) -> Tensor:

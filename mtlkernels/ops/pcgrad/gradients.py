@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mtlkernels.ops._checks import as_sequence, shape_of
-from mtlkernels.ops.pcgrad.checks import Options
 from mtlkernels.ops.pcgrad.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -74,16 +73,14 @@ def gradients_of(grads: Sequence[Any], num_tasks: int, group: ProcessGroup | Non
     return parameters
 
 
-def mean_over_ranks(
-    group: ProcessGroup | None, gradients: Gradients, options: Options | None = None, **others: Any
-) -> Gradients:
-    """The mean over the ranks of a group, all of which must have the same ``options`` and ``others``."""
+def mean_over_ranks(group: ProcessGroup | None, gradients: Gradients, **alike: Any) -> Gradients:
+    """The mean over the ranks of a group, all of which must have the same values by the names in ``alike``."""
     if group is None or group.size() == 1:
         return gradients
     from mtlkernels.ops.pcgrad.distributed.data_parallel import DataParallel
 
     assert isinstance(gradients, Parameters)
-    return DataParallel(gradients, group, {**({} if options is None else options._asdict()), **others})
+    return DataParallel(gradients, group, alike)
 
 
 def fail_together(group: ProcessGroup | None, function: Callable[[], Result]) -> Result:

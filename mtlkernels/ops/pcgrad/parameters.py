@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from mtlkernels.ops._call import direct_to_cpp, needs_function, needs_plain, run
 from mtlkernels.ops._layout import first_of
 from mtlkernels.ops.pcgrad.checks import check_gradients
 from mtlkernels.ops.pcgrad.sparse import SparseColumn, is_sparse
+
+Result = TypeVar("Result")
 
 
 class Parameters:
@@ -68,6 +70,10 @@ class Parameters:
     def agreed(self, coefficients: Tensor) -> Tensor:
         """The coefficients that all ranks use, from this rank's: there is no other."""
         return coefficients
+
+    def succeed_together(self, function: Callable[[], Result]) -> Result:
+        """Calls what may fail on some ranks; here there is one."""
+        return function()
 
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:
         """The sum over tasks of coefficient times gradient, for each parameter."""

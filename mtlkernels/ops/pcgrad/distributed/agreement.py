@@ -71,6 +71,29 @@ def fail_together(group: dist.ProcessGroup, function: Callable[[], Result]) -> R
         raise
 
 
+def succeed_together(groups: Sequence[dist.ProcessGroup], function: Callable[[], Result]) -> Result:
+    """Calls what ranks do between two collectives; an exception on one of them becomes one on all ranks of the groups.
+
+    The groups are those of a mesh's dimensions, or one; what one has told is told on in the next.
+    """
+    try:
+        result = function()
+    except Exception as error:
+        _told(groups, f"{type(error).__name__}: {error}")
+        raise
+    failure = _told(groups, None)
+    if failure is not None:
+        raise RuntimeError(f"another rank has failed: {failure}")
+    return result
+
+
+def _told(groups: Sequence[dist.ProcessGroup], failure: str | None) -> str | None:
+    """A failure of any rank, this one's first."""
+    for group in groups:
+        failure = next((other for other in (failure, *_gathered(group, failure)) if other is not None), None)
+    return failure
+
+
 def _exchange(group: dist.ProcessGroup, mine: Facts | None, failure: str | None) -> list[Facts] | None:
     """Every rank's facts, or None if they are all the same."""
     digest = hashlib.blake2b(repr((mine, failure)).encode(), digest_size=16).digest()

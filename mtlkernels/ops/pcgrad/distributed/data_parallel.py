@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mtlkernels.ops._layout import first_of
-from mtlkernels.ops.pcgrad.distributed.agreement import ColumnFacts, agree, facts_of
+from mtlkernels.ops.pcgrad.distributed.agreement import ColumnFacts, agree, facts_of, succeed_together
 from mtlkernels.ops.pcgrad.distributed.buckets import Buckets
 from mtlkernels.ops.pcgrad.distributed.sparse import mean_column
 from mtlkernels.ops.pcgrad.parameters import Parameters
+
+Result = TypeVar("Result")
 
 
 class DataParallel:
@@ -69,6 +71,10 @@ class DataParallel:
         if not self._empty:
             dist.broadcast(coefficients, group=self.group, group_src=0)
         return coefficients
+
+    def succeed_together(self, function: Callable[[], Result]) -> Result:
+        """Calls what may fail on some ranks of the group; an exception becomes one on all of them."""
+        return succeed_together([self.group], function)
 
     @torch.no_grad()
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,10 @@ from torch.distributed.tensor import DTensor
 from mtlkernels.ops._checks import shape_of
 from mtlkernels.ops._layout import first_of
 from mtlkernels.ops.pcgrad.checks import check_gradients
+from mtlkernels.ops.pcgrad.distributed.agreement import succeed_together
 from mtlkernels.ops.pcgrad.parameters import Parameters
+
+Result = TypeVar("Result")
 
 
 class Sharded:
@@ -64,13 +67,21 @@ class Sharded:
 
     def agreed(self, coefficients: Tensor) -> Tensor:
         """The coefficients of the first rank of the mesh, whose order of projections they stand for."""
+        for group in self._mesh_groups():
+            dist.broadcast(coefficients, group=group, group_src=0)
+        return coefficients
+
+    def succeed_together(self, function: Callable[[], Result]) -> Result:
+        """Calls what may fail on some ranks of the mesh; an exception becomes one on all of them."""
+        return succeed_together(self._mesh_groups(), function)
+
+    def _mesh_groups(self) -> list[dist.ProcessGroup]:
+        """The process groups of all dimensions of all meshes."""
         groups: dict[str, dist.ProcessGroup] = {}
         for like in self._like:
             for group in [] if like is None else like.device_mesh.get_all_groups():
                 groups[group.group_name] = group
-        for group in groups.values():
-            dist.broadcast(coefficients, group=group, group_src=0)
-        return coefficients
+        return list(groups.values())
 
     @torch.no_grad()
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:

@@ -1,0 +1,292 @@
+"""Any weighting of task gradients that their Gram matrix decides, around an optimizer."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from mtlkernels.ops.pcgrad import weighted
+from mtlkernels.ops.pcgrad.checks import check_group, check_reduction
+from mtlkernels.ops.pcgrad.gradients import Gradients, fail_together, gradients_of, has_dtensor, mean_over_ranks
+from mtlkernels.optim._checks import (
+    check_losses,
+    check_optimizers,
+    check_shared,
+    check_trained,
+    check_weighting,
+    check_weights,
+    parameters_of,
+)
+from mtlkernels.optim._task_gradients import Grads, task_gradients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def _wrapped(name: str) -> Any:
+    """A method that calls the wrapped optimizer's: hooks are registered with that one, and receive it."""
+
+    @functools.wraps(getattr(Optimizer, name))
+    def method(self: GramWeighted, *args: Any, **kwargs: Any) -> RemovableHandle:
+        handle: RemovableHandle = getattr(self.optimizer, name)(*args, **kwargs)
+        return handle
+
+    return method
+
+
+class GramWeighted(Optimizer):
+    """Weights tasks' gradients by a function of their Gram matrix, for whatever optimizer it wraps.
+
+    :meth:`backward` takes the place of ``loss.backward()``. It makes one gradient a task of the shared parameters, asks
+    ``weighting`` for weights w [T] from the matrix G [T, T] of their inner products, and writes ``sum_t w_t g_t`` into
+    ``.grad`` in one pass over the parameters, without a Jacobian [T, P]. All else is the wrapped optimizer's. Methods
+    that need nothing but G plug in, those of TorchJD, say::
+
+        from torchjd.aggregation import UPGradWeighting
+
+        adam = torch.optim.Adam([*trunk.parameters(), *towers.parameters()])
+        optimizer = mk.optim.GramWeighted(adam, UPGradWeighting(), shared=trunk.parameters())
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        optimizer.step()
+
+    and a function of your own, as ``lambda gram: gram.diagonal().rsqrt()``, by which all tasks' gradients get one norm.
+    Tested with TorchJD 0.18's weightings of PCGrad (Yu et al., NeurIPS 2020; :class:`PCGrad` itself waits for
+    nothing), UPGrad (Quinton and Rey, "Jacobian descent for multi-objective optimization", 2024), MGDA (Désidéri,
+    Comptes Rendus Mathématique 2012), CAGrad (Liu et al., NeurIPS 2021), GradVac (Wang et al., ICLR 2021), DualProj
+    (Lopez-Paz and Ranzato, NeurIPS 2017) and Aligned-MTL (Senushkin et al., CVPR 2023). A method that looks at single
+    gradients' entries, as GradDrop does, is none of these.
+
+    TorchJD's ``autogram`` makes such a matrix too, by hooks on the modules that have parameters. Levels of ``mk.nn``
+    and of converted models see these hooks, and call all of their modules, so that its matrix is right; but they are
+    not fused then, as they are here. It may miss a module of yours that has parameters of its own and returns a fused
+    level's outputs, or those of another operator of this package, as they are: see :func:`mtlkernels.convert`.
+
+    With a :class:`torch.amp.GradScaler` write ``optimizer.backward(losses, scaler=scaler)``,
+    ``scaler.step(optimizer)``, ``scaler.update()``; ``weighting`` then sees the matrix of the unscaled gradients.
+    Accumulation, sparse gradients, hooks, several machines (``group``, or FSDP2's DTensors): as :class:`PCGrad`.
+
+    ``weighting`` is called once in a :meth:`backward`, under ``torch.no_grad``, with a copy of the matrix; it may keep
+    state. On several machines every rank calls its own, with the same matrix, and the weights of the group's, or the
+    mesh's, first rank are everybody's; ranks tell each other if one failed. :meth:`state_dict` is the wrapped
+    optimizer's: save the state of a weighting, an ``nn.Module`` say, beside it. Copies and pickles of the wrapper take
+    the weighting along.
+
+    Whether its numbers are finite is looked at, which on a GPU waits for the matrix and for the weights, as most
+    weightings do anyway. A matrix that is not finite is not given to ``weighting``: the update becomes NaN, by which a
+    scaler that is on skips the step. Weights that are not finite, though the matrix is, are an error.
+
+    Args:
+        optimizer: the optimizer to wrap; it stays reachable as ``.optimizer``.
+        weighting: from the Gram matrix [T, T], in float64 on the device of the gradients, to weights [T], a tensor of
+            real numbers, on any device. The matrix may be singular; a task whose loss reaches no shared parameter has
+            zeros in it. An ``nn.Module`` will do. Stays reachable as ``.weighting``.
+        shared: the parameters whose task gradients are weighted, such as ``model.trunk.parameters()``. The others, the
+            tasks' own heads, get the sum or mean of their gradients. None: all parameters are shared.
+        reduction: "mean" over tasks or "sum", of the parameters that are not shared; of the others ``weighting`` alone
+            decides.
+        batched: how the backward passes of several losses share their work; see :class:`PCGrad`.
+        beside: other optimizers of the same model, such as SparseAdam for its embeddings beside Adam. Their parameters
+            take part in :meth:`backward`; their ``step``, ``zero_grad`` and checkpoints stay the caller's.
+        group: the process group of data-parallel ranks, all of which call :meth:`backward`.
+
+    Raises:
+        TypeError: an argument is of the wrong kind; an aggregator of TorchJD, which takes a Jacobian, among them.
+        ValueError: a value is out of range, or a tensor in ``shared`` is not a parameter of the optimizer.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weighting: Callable[[Tensor], Tensor],
+        *,
+        shared: Iterable[Tensor] | None = None,
+        reduction: str = "mean",
+        batched: bool | None = None,
+        beside: Sequence[Optimizer] = (),
+        group: ProcessGroup | None = None,
+    ) -> None:
+        # Not Optimizer.__init__: groups, state and hooks are the wrapped optimizer's.
+        self._optimizers = check_optimizers(optimizer, beside)
+        if isinstance(optimizer, GramWeighted):
+            raise TypeError(f"optimizer must be one that is not wrapped yet, got {type(optimizer).__name__}")
+        check_weighting(weighting)
+        check_group(group)
+        check_reduction(reduction)
+        if batched is not None and not isinstance(batched, bool):
+            raise TypeError(f"batched must be True, False or None, got {type(batched).__name__}")
+        self.optimizer = optimizer
+        self.weighting = weighting
+        self.group = group
+        self._shared = None if shared is None else check_shared(shared, self._optimizers)
+        self._alike: dict[str, Any] = {"reduction": reduction}  # on all ranks
+        self._batched = batched
+
+    def backward(
+        self, losses: Sequence[Tensor] | Tensor, *, scaler: torch.amp.grad_scaler.GradScaler | None = None
+    ) -> Tensor:
+        """Adds to ``.grad`` the weighted sum of the losses' gradients.
+
+        The last backward pass frees the graph that it runs through. What another loss alone has, such as a head, lives
+        as long as that loss does; with ``batched`` all is freed.
+
+        Args:
+            losses: T scalars, one a task, or a vector of them.
+            scaler: scales the losses, so that ``.grad`` is scaled as after ``scaler.scale(loss).backward()``. The Gram
+                matrix is that of the unscaled gradients.
+
+        Returns:
+            The Gram matrix [T, T], in float64, of the tasks' gradients of the shared parameters.
+            Tasks i and j conflict where its entry is negative.
+
+        Raises:
+            TypeError: an argument, what ``weighting`` returns, or a shared parameter's dtype is of the wrong kind.
+            ValueError: a loss is not a scalar or does not require gradients, shared parameters' devices differ, or
+                weights are not finite or not T. In this case, and where ``weighting`` raises, ``.grad`` stays as it is.
+            RuntimeError: ``batched`` was asked for, and the backward pass cannot be batched; another rank of the group
+                has failed in this call; or FSDP has not reduced the gradients.
+        """
+        parameters, gradients, totals, unit = fail_together(self.group, lambda: self._differentiate(losses, scaler))
+        with torch.no_grad():
+            others = {"the number of parameters that are not shared": len(totals)}
+            gradients = mean_over_ranks(self.group, gradients, **self._alike, **others)
+            results, gram = weighted(gradients, functools.partial(self._weights, gradients), unit)
+            if self.group is not None and totals:
+                local = fail_together(self.group, lambda: gradients_of(totals, 1, self.group))
+                mean = mean_over_ranks(self.group, local)
+                totals = mean.combine(torch.ones(1, dtype=torch.float64, device=mean.device))
+            _accumulate(parameters, [*results, *totals])
+        return gram
+
+    def _weights(self, gradients: Gradients, gram: Tensor) -> Tensor:
+        """The weights [T] of the gradients with this Gram matrix, in float64 beside it, in memory of their own."""
+        if not bool(gram.isfinite().all()):
+            return torch.full_like(gram[0], torch.nan)
+        return gradients.succeed_together(lambda: check_weights(self.weighting(gram.clone()), gram))
+
+    def _differentiate(self, losses: Any, scaler: Any) -> tuple[list[Tensor], Gradients, Grads, Tensor | None]:
+        """What a rank does alone, with all of the checks.
+
+        Returns:
+            The parameters, shared ones first; the tasks' gradients of these; the gradients of the others; what
+            the losses were scaled by.
+        """
+        checked = check_losses(losses)
+        if scaler is not None and not isinstance(scaler, torch.amp.grad_scaler.GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
+        shared, others = self._trained()
+        check_trained(shared, others)
+        unit = None
+        if scaler is not None:
+            with torch.enable_grad():
+                checked = [scaler.scale(loss) for loss in checked]
+            unit = scaler.scale(torch.ones((), device=checked[0].device))
+        fsdp = has_dtensor((*shared, *others))
+        if fsdp and self.group is not None:
+            raise ValueError("group must be None where parameters are DTensors, which know their ranks, got a group")
+        if fsdp and self._batched:
+            raise ValueError("batched must be False where parameters are DTensors, got True")
+        how = "batched" if self._batched else "backward" if fsdp else "levels" if self._batched is None else "grad"
+        mean = self._alike["reduction"] == "mean"
+        grads, totals = task_gradients(checked, shared, others, mean=mean, how=how)
+        return [*shared, *others], gradients_of(grads, len(checked), self.group), totals, unit
+
+    def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that require gradients: the shared ones, and the others."""
+        trained = [parameter for parameter in parameters_of(self._optimizers) if parameter.requires_grad]
+        if self._shared is None:
+            return trained, []
+        shared = {id(parameter) for parameter in self._shared}
+        return (
+            [parameter for parameter in trained if id(parameter) in shared],
+            [parameter for parameter in trained if id(parameter) not in shared],
+        )
+
+    # What follows is the wrapped optimizer's.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of the wrapped optimizer; a closure calls :meth:`zero_grad` and :meth:`backward`."""
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all parameters."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, so that checkpoints with and without the wrapper are the same."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict`, or that of the wrapped optimizer, has returned."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group: shared where all parameters are, or where ``shared`` held its parameters while frozen."""
+        self.optimizer.add_param_group(param_group)
+
+    register_step_pre_hook = _wrapped("register_step_pre_hook")
+    register_step_post_hook = _wrapped("register_step_post_hook")
+    register_state_dict_pre_hook = _wrapped("register_state_dict_pre_hook")
+    register_state_dict_post_hook = _wrapped("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = _wrapped("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = _wrapped("register_load_state_dict_post_hook")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.pop("step", None)  # a scheduler's, which counts steps in a function that cannot be pickled
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GramWeighted:
+        memo[id(self.group)] = self.group  # processes cannot be copied
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+
+def _accumulate(parameters: Sequence[Tensor], grads: Grads) -> None:
+    """Adds to ``.grad``; gradients that are the first become ``.grad`` as they are."""
+    totals: dict[type, list[Tensor]] = {}
+    addends: dict[type, list[Tensor]] = {}
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if grad is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = grad
+        elif parameter.grad.is_sparse and not grad.is_sparse:
+            parameter.grad = grad.add_(parameter.grad)
+        elif parameter.grad.is_sparse or grad.is_sparse:
+            parameter.grad.add_(grad)
+        else:
+            kind = type(grad)  # one call takes DTensors alone or none
+            totals.setdefault(kind, []).append(parameter.grad)
+            addends.setdefault(kind, []).append(grad)
+    for kind, total in totals.items():
+        torch._foreach_add_(total, addends[kind])
