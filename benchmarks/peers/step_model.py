@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ TOWER_BIAS = 0.5
 POSITIVE = (0.8, 0.2)
 # Rows drawn beside those that are wanted, as a share of them and a number: some have an input of a ReLU at its corner.
 SPARE_SHARE, SPARE_ROWS = 0.25, 16
+_GATE = re.compile(r"gate \d+")
 
 
 class StepModel(nn.Module):
@@ -40,7 +42,7 @@ class StepModel(nn.Module):
         )
         with torch.no_grad():
             bias = self.before_relu()[-1].bias
-            bias += TOWER_BIAS * bias.sign()
+            bias.add_(TOWER_BIAS * bias.sign())
         for tower in self.towers[:-1]:
             tower.load_state_dict(self.towers[-1].state_dict())
 
@@ -63,11 +65,17 @@ class StepModel(nn.Module):
         return [*self.trunk.before_relu(), *(linear for linear in towers if isinstance(linear, nn.Linear))]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Parameters' gradients under the names that all contenders share; those of a tower one after another."""
-        found = self.trunk.gradients()
+        """Parameters' gradients under the names that all contenders share.
+
+        The gates' weights of a level are one tensor, and so are their biases: one gate has four of them or a few more,
+        and what bfloat16 makes of so few is a matter of luck. A tower's parameters are one tensor as well.
+        """
+        parts: dict[str, list[Tensor]] = {}
+        for name, grad in self.trunk.gradients().items():
+            parts.setdefault(_GATE.sub("gates", name), []).append(grad.flatten())
         for task, tower in enumerate(self.towers):
-            found[f"gradients: tower {task}"] = torch.cat([_grad(p).flatten() for p in tower.parameters()])
-        return found
+            parts[f"gradients: tower {task}"] = [_grad(p).flatten() for p in tower.parameters()]
+        return {name: torch.cat(grads) for name, grads in parts.items()}
 
 
 def _grad(parameter: Tensor) -> Tensor:
