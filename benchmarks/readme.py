@@ -16,7 +16,7 @@ from benchmarks.harness import plots, report
 from benchmarks.harness.case import OURS, amount
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.table import milliseconds
-from benchmarks.suites import pcgrad, snr
+from benchmarks.suites import pcgrad, pcgrad_step, snr
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -160,6 +160,26 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
             _peaks(pcgrad.USUAL, "usual"),
         ),
         _pcgrad_shown,
+    ),
+    "pcgrad-step": Table(
+        "pcgrad-step",
+        (
+            Column("tasks", lambda row: str(row.size["T"])),
+            Column("levels", lambda row: str(row.size["levels"])),
+            Column("rows", lambda row: str(row.size["B"])),
+            _words("dtype", lambda row: row.dtype),
+            _time("modules, the usual PCGrad", pcgrad_step.USUAL),
+            _time("modules, pytorch-optimizer 4.1.0", pcgrad_step.OPTIMIZER),
+            _time("modules, TorchJD 0.18", pcgrad_step.TORCHJD),
+            _time("modules, `mk.optim.PCGrad`", pcgrad_step.MODULES),
+            _time("fused, `mk.optim.PCGrad`", OURS),
+            _speedup("vs usual", pcgrad_step.USUAL, bold=True),
+            _speedup("vs TorchJD", pcgrad_step.TORCHJD),
+            _speedup("vs modules", pcgrad_step.MODULES, bold=True),
+            _time("floor: modules, plain sum", pcgrad_step.SUM),
+            _time("floor: fused, plain sum", pcgrad_step.FUSED_SUM),
+            _peaks(pcgrad_step.USUAL, "usual"),
+        ),
     ),
     "snr": Table(
         "snr",

@@ -66,11 +66,14 @@ class Contender:
         label: how plots call it.
         build: makes the step, with copies of the parameters that the case made. May raise where this install or
             device cannot run the contender; it is then reported as unavailable.
+        expected: evaluates in float64 what this one computes, where it is a floor: it leaves a part of the work out,
+            and shows what the rest costs. The budget is the baseline's all the same.
     """
 
     name: str
     label: str
     build: Callable[[], Step]
+    expected: Callable[[], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

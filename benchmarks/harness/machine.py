@@ -33,6 +33,11 @@ def _isa() -> list[str]:
     return sorted(name for name, there in found.items() if there is True and wanted.match(name))
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16, without which PyTorch's are slow."""
+    return any("bf16" in name for name in _isa())
+
+
 def describe(device: torch.device) -> dict[str, object]:
     """The machine, in JSON's types."""
     machine: dict[str, object] = {

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 COLOURS = {"compile": "#E69F00", "graph": "#CC79A7", "batched": "#56B4E9", "prepared": "#009E73", OURS: "#0072B2"}
 MARKERS = {"compile": "s", "graph": "D", "batched": "^", "prepared": "P", OURS: "*"}
 BASELINE_COLOUR, BASELINE_MARKER = "#777777", "o"
-OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442")
-OTHER_MARKERS = ("v", "P", "X", "<")
+OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442", "#CC79A7")
+OTHER_MARKERS = ("v", "P", "X", "<", ">")
 # Inches: a title with the machine's name, and an entry of a legend.
 TITLE_WIDTH, LEGEND_WIDTH = 8.5, 3.2
 AXES = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.per_expert import PerExpertLevel, PerExpertTrunk
+from benchmarks.peers.per_expert import PerExpertTrunk
 
 # Rows evaluated at a time, so that float64 intermediates of a large batch fit in memory.
 CHUNK = 8192
@@ -37,29 +38,33 @@ def evaluate(source: PerExpertTrunk, x: Tensor, cotangents: list[Tensor] | None)
     return found
 
 
-def rows_at_a_corner(source: PerExpertTrunk, x: Tensor) -> Tensor:
+class HasCorners(Protocol):
+    """A module in which some linear layers are followed by a ReLU."""
+
+    def before_relu(self) -> list[nn.Linear]:
+        """These layers."""
+
+
+def rows_at_a_corner(source: HasCorners, x: Tensor) -> Tensor:
     """[B] bool: rows in which some pre-activation is zero but for rounding in the dtype of ``x``.
 
     There the derivative jumps, so two right implementations may differ by all of it. In bfloat16 and float16 this
     befalls every row, and every implementation about equally often; those dtypes get no such rows.
     """
-    if x.dtype.itemsize < 4:
-        return torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
-    trunk = copy.deepcopy(source).double()
-    near = CORNER * torch.finfo(x.dtype).eps
     corner = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    if x.dtype.itemsize < 4:
+        return corner
+    module: Any = copy.deepcopy(source).double()
+    near = CORNER * torch.finfo(x.dtype).eps
     start = 0
 
     def look(_: nn.Module, __: object, before: Tensor) -> None:
         scale = before.square().mean().sqrt()
         corner[start : start + before.shape[0]] |= (before.abs() <= near * scale).any(1)
 
-    for level in trunk.levels:
-        assert isinstance(level, PerExpertLevel)
-        for layer in range(level.num_layers):
-            for linear in level.linears(layer):
-                linear.register_forward_hook(look)
+    for linear in module.before_relu():
+        linear.register_forward_hook(look)
     with torch.no_grad():
         for start in range(0, x.shape[0], CHUNK):
-            trunk(x.detach()[start : start + CHUNK].double())
+            module(x.detach()[start : start + CHUNK].double())
     return corner

@@ -36,7 +36,7 @@ class _Objective:
             parameter.grad = grad
 
 
-class _GivenOrder:
+class GivenOrder:
     """Stands for the module ``random`` and shuffles the tasks' gradients to the next row of the order."""
 
     def __init__(self, order: Sequence[Sequence[int]]) -> None:
@@ -62,7 +62,7 @@ class PytorchOptimizer(Surgery):
     def update(self) -> Sequence[Tensor]:
         for parameter in self.parameters:
             parameter.grad = None
-        with replaced(self.module, "random", _GivenOrder(self.order)):
+        with replaced(self.module, "random", GivenOrder(self.order)):
             self.optimizer.pc_backward(self.objectives)
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 

@@ -66,6 +66,11 @@ class PerExpertTrunk(nn.Module):
             streams = level(streams)
         return tuple(streams)
 
+    def before_relu(self) -> list[nn.Linear]:
+        """The linear layers whose outputs go into a ReLU."""
+        levels = [level for level in self.levels if isinstance(level, PerExpertLevel)]
+        return [linear for level in levels for layer in range(level.num_layers) for linear in level.linears(layer)]
+
     def gradients(self) -> dict[str, Tensor]:
         """Parameters' gradients under the names that all contenders share; experts are stacked."""
         found = {}

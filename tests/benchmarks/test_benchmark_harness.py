@@ -225,7 +225,7 @@ def test_all_suites_by_one_command(
     first, folder = "mixture", tmp_path / "results"
 
     def measured(cases: list[Case], *_: object) -> list[reports.Row]:
-        seen.append([path.name.split("-")[0] for path in sorted(folder.glob("*.json"))])
+        seen.append(sorted(name for path in folder.glob("*.json") for name in reports.load(path).suites))
         return [replace(row, workload=cases[0].workload) for row in report.rows[first]]
 
     seen: list[list[str]] = []

@@ -12,7 +12,7 @@ from benchmarks.harness.case import Case
 from benchmarks.harness.work import projection, sparse_projection
 from benchmarks.peers import task_gradients
 from benchmarks.peers.shape import TrunkShape
-from benchmarks.suites import mixture, snr
+from benchmarks.suites import mixture, pcgrad_step, snr
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -45,6 +45,22 @@ def test_trunks(shape: TrunkShape, training: bool, precision: torch.dtype) -> No
     moved = [step.x, *step.module.parameters(), *step.outputs]
     gradients = [step.x.grad, *(p.grad for p in step.module.parameters()), *step.cotangents] if training else []
     assert sum(tensor.nbytes for tensor in (*moved, *gradients)) == case.traffic
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_pcgrad_steps(levels: int) -> None:
+    """Each task's gradients are counted that its loss has."""
+    shape = TrunkShape(6, num_tasks=3, num_specific=2, num_shared=1, units=(5, 4), num_levels=levels)
+    case = pcgrad_step.case(shape, ROWS, torch.float32)
+    step = baseline(case)
+    assert counted_flop(step, torch.ops.aten.bmm) == case.flop  # mixing is the only bmm
+    step.forget()
+    losses = step.model.losses(step.model.trunk(step.x), step.labels)
+    moved = [step.x, *(9 * list(step.model.parameters()))]
+    for loss in losses:
+        found = torch.autograd.grad(loss, step.shared, retain_graph=True, allow_unused=True)
+        moved += 3 * [grad for grad in found if grad is not None]
+    assert sum(tensor.nbytes for tensor in moved) == case.traffic
 
 
 @pytest.mark.parametrize("training", [False, True])
