@@ -22,22 +22,26 @@ ROWS = 6  # a rank
 
 
 class Model(nn.Module):
-    """A trunk, a head a task, and an expert that only rows of rank 0 reach."""
+    """A trunk, which may be of fused levels, a head a task, and an expert that only rows of rank 0 reach."""
 
-    def __init__(self, *, sparse: bool = False) -> None:
+    def __init__(self, *, sparse: bool = False, fused: bool = False) -> None:
         super().__init__()
         self.table = nn.Embedding(11, 5, sparse=sparse)
-        self.trunk = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh())
+        self.trunk: nn.Module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh())
+        if fused:
+            self.trunk = mk.nn.PLE(5, 3, num_specific=1, num_shared=1, expert_units=(7, 3), activation="tanh")
         self.expert = nn.Linear(5, 3)
         self.heads = nn.ModuleList(nn.Linear(3, 1) for _ in range(3))
         self.unused = nn.Linear(2, 2)
 
     def forward(self, x: Tensor, *, with_expert: bool) -> list[Tensor]:
         embedded = self.table(x).double()
-        h = self.trunk(embedded)
+        streams = self.trunk(embedded)
+        if isinstance(streams, Tensor):
+            streams = [streams] * 3
         if with_expert:
-            h = torch.cat([h[:ROWS] + self.expert(embedded[:ROWS]), h[ROWS:]])
-        return [head(h) for head in self.heads]
+            streams = [torch.cat([h[:ROWS] + self.expert(embedded[:ROWS]), h[ROWS:]]) for h in streams]
+        return [head(h) for head, h in zip(self.heads, streams, strict=True)]
 
     def shared(self) -> list[nn.Parameter]:
         return [*self.table.parameters(), *self.trunk.parameters(), *self.expert.parameters()]
@@ -94,9 +98,11 @@ def mine() -> slice:
     return slice(dist.get_rank() * ROWS, (dist.get_rank() + 1) * ROWS)
 
 
-def assert_trains_alike(model: Model, grams: list[Tensor], **options: Any) -> None:
-    alone = build()
-    expected = train(alone, alone, part=slice(None), with_expert=True, **options)
+def assert_trains_alike(
+    model: Model, grams: list[Tensor], *, fused: bool = False, with_expert: bool = True, **options: Any
+) -> None:
+    alone = build(fused=fused)
+    expected = train(alone, alone, part=slice(None), with_expert=with_expert, **options)
     assert any(bool((gram < 0).any()) for gram in expected)  # tasks conflict
     for found, want in zip(grams, expected, strict=True):
         assert float((found - want).abs().max()) < 1e-12 * float(want.abs().max())
@@ -111,6 +117,14 @@ def check_data_parallel() -> None:
         grams = train(model, model, part=mine(), with_expert=dist.get_rank() == 0, group=world(), **options)
         assert_trains_alike(model, grams, **options)
         assert_same_on_all_ranks(list(model.parameters()))
+
+
+def check_fused_levels() -> None:
+    """Their backward passes run once for all losses; all ranks' losses come together as before."""
+    for batched in (None, False):
+        model = build(fused=True)
+        grams = train(model, model, part=mine(), with_expert=False, group=world(), batched=batched)
+        assert_trains_alike(model, grams, fused=True, with_expert=False)
 
 
 def check_sparse_embedding() -> None:

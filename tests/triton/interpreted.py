@@ -90,6 +90,29 @@ def test_part_of_a_ple_level() -> None:
         check_backward(level, grads, saved, Groups(*[True] * 8), 1)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_losses_of_a_chain(name: str, linear: bool) -> None:
+    """Gradients of several losses, one that reaches nothing among them, as many together as there is room for."""
+    a = arguments(PARTS[name], "cpu")
+    level = a.level(linear)
+    saved = check_forward(level)
+    for losses in ([[0], [2]], [[1], [], [0, 2], [1], [0, 1, 2]]):
+        grads = [
+            (grad + i) if k in used else None for i, used in enumerate(losses) for k, grad in enumerate(a.grad_outputs)
+        ]
+        check_backward(level, grads, saved, Groups(*[True] * 8), 1)
+    check_backward(level, grads, saved, Groups(*[i in (0, 2, 6) for i in range(8)]), 1)
+
+
+@pytest.mark.parametrize("rows", [5, 37])
+def test_losses_of_a_layerwise_level(rows: int) -> None:
+    """The same draws of dropout, and the same statistics, for all losses."""
+    level = with_norms(torch.float32, rows, False)
+    grads = [torch.randn(rows, 5) if k in used else None for used in ([0], [1], [0, 1], [1]) for k in range(2)]
+    check_backward(level, grads, check_forward(level), Groups(*[True] * 8), 1)
+
+
 @pytest.mark.parametrize("rows", [1, 37])
 def test_part_of_a_layerwise_level(rows: int) -> None:
     """With norms, slopes and dropout, which counts experts as the whole level does."""

@@ -87,6 +87,15 @@ def test_part_of_a_chain(used: tuple[int, ...], linear: bool) -> None:
     check_backward(level, grads, check_forward(level), Groups(*[True] * 8), 1)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_losses_of_a_chain(linear: bool) -> None:
+    a = arguments(LARGE[0], "cuda")
+    level = a.level(linear)
+    losses = ([0], [1, 2], [], [0, 2])
+    grads = [grad if k in used else None for used in losses for k, grad in enumerate(a.grad_outputs)]
+    check_backward(level, grads, check_forward(level), Groups(*[True] * 8), 1)
+
+
 @pytest.mark.parametrize("name", snr.cases())
 def test_snr(name: str, tf32: bool) -> None:
     snr.check(name, "cuda", scale=8)

@@ -11,6 +11,28 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// 8 x 8, as transpose16.
+MTLK_INLINE void transpose8(const uint32_t* in, int64_t ld_in, uint32_t* out, int64_t ld_out) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in + i * ld_in));
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(out + i * ld_out), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(out + (i + 4) * ld_out), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#endif
+
 // 16 x 16 transpose of 32-bit elements: rows of `in`, `ld_in` apart, become columns of `out`.
 MTLK_INLINE void transpose16(const void* in, int64_t ld_in, void* out, int64_t ld_out) {
   const uint32_t* a = static_cast<const uint32_t*>(in);
@@ -39,6 +61,10 @@ MTLK_INLINE void transpose16(const void* in, int64_t ld_in, void* out, int64_t l
     _mm512_storeu_si512(b + (i + 4) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
     _mm512_storeu_si512(b + (i + 8) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
     _mm512_storeu_si512(b + (i + 12) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+#elif defined(__AVX2__)
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = 0; j < 16; j += 8) transpose8(a + i * ld_in + j, ld_in, b + j * ld_out + i, ld_out);
   }
 #else
   for (int i = 0; i < 16; ++i) {

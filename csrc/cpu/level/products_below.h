@@ -18,8 +18,14 @@ struct TileColumns {
       : weight(w), ld(w_ld), feature(first) {
     if constexpr (Engine::kCopiesColumns) {
       if (groups < kMinGroups || depth > kMaxDepth) return;
-      for (int64_t k = 0; k < depth; ++k) {
-        for (int64_t i = 0; i < n; ++i) copy[k * Engine::kRows + i] = w[k * w_ld + first + i];
+      if (n == Engine::kRows) {
+        for (int64_t k = 0; k < depth; ++k) {
+          std::memcpy(copy + k * Engine::kRows, w + k * w_ld + first, Engine::kRows * sizeof(Weight));
+        }
+      } else {
+        for (int64_t k = 0; k < depth; ++k) {
+          std::memcpy(copy + k * Engine::kRows, w + k * w_ld + first, n * sizeof(Weight));
+        }
       }
       weight = copy;
       ld = Engine::kRows;

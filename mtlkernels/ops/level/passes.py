@@ -85,6 +85,7 @@ def differentiate(losses: Sequence[Tensor], parts: Sequence[Part], leaves: Seque
     ``parts`` are those of :func:`cut`.
     """
     result: list[Grads] = [[None] * len(leaves) for _ in losses]
+    places = {id(leaf): i for i, leaf in enumerate(leaves)}
     # Where each loss's pass goes on below a level, and with which gradients.
     starts: dict[Any, list[tuple[list[Any], Any]]] = {None: [([loss], None) for loss in losses]}
     for part in parts:
@@ -102,12 +103,13 @@ def differentiate(losses: Sequence[Tensor], parts: Sequence[Part], leaves: Seque
             with _run(running, of_losses, i):
                 found = iter(torch.autograd.grad(outputs, sought, grads, retain_graph=i < last, allow_unused=True))
             for at in wanted:
-                result[i][at] = next(found)
+                result[i][at] = _sum(result[i][at], next(found))
             for level, edges in ends.items():
                 reached = [next(found) for _ in edges]
                 if level not in running:
                     of_losses[level].hold(i, reached)
-        starts |= {level: _going_on(level, held.take()) for level, held in of_losses.items()}
+        for level, held in of_losses.items():
+            starts[level] = [_going_on(level, *pair, places) for pair in zip(held.take(), result, strict=True)]
     return result
 
 
@@ -160,11 +162,26 @@ def _run(levels: Sequence[Any], of_losses: dict[Any, Losses], loss: int) -> Iter
             level.losses = None
 
 
-def _going_on(level: Any, found: Sequence[Grads]) -> list[tuple[list[Any], Any]]:
-    """Where each loss's pass goes on from a level with these gradients of its inputs."""
-    result: list[tuple[list[Any], Any]] = []
-    for grads in found:
-        pairs = zip(_inputs(level), grads, strict=True) if grads else ()
-        present = [(edge, grad) for edge, grad in pairs if edge is not None and grad is not None]
-        result.append(([edge for edge, _ in present], [grad for _, grad in present]))
-    return result
+def _going_on(level: Any, grads: Grads, result: Grads, places: dict[int, int]) -> tuple[list[Any], Any]:
+    """Where a loss's pass goes on from a level with these gradients of its inputs.
+
+    Those of leaves have arrived, and go to their places in ``result``, unless hooks wait for them.
+    """
+    edges, going_on = [], []
+    for edge, grad in zip(_inputs(level), grads, strict=True) if grads else ():
+        if edge is None or grad is None:
+            continue
+        node: Any = edge.node
+        if _torch.is_leaf_node(node) and not node.variable._backward_hooks:
+            place = places.get(id(node.variable))
+            if place is not None:
+                result[place] = _sum(result[place], grad)
+        else:
+            edges.append(edge)
+            going_on.append(grad)
+    return edges, going_on
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Of two parts of a gradient, as a parameter has that is used twice."""
+    return a + b if a is not None and b is not None else b if a is None else a
