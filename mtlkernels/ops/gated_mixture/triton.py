@@ -16,11 +16,11 @@ from mtlkernels.ops.gated_mixture.triton_kernels import mix_backward, mix_forwar
 
 # 2,048 elements a tile: two 16-byte loads a thread in half precision, and few enough registers for several programs on
 # a multiprocessor (8 or more forward, 4 backward), whose loads hide each other's latency.
-# Without alignment every element needs an address of its own, in registers: half the columns, and twice the threads, as
-# gelu's derivative spilled on sm_100.
+# Without alignment every element needs an address of its own, in registers: half the columns, and as many registers as
+# gelu's derivative takes, which the compiler otherwise spilled on sm_100 for the sake of more programs.
 TILES = {
     True: Tile(rows=16, columns=128, depth=1, warps=4, stages=1),
-    False: Tile(rows=16, columns=64, depth=1, warps=8, stages=1),
+    False: Tile(rows=16, columns=64, depth=1, warps=4, stages=1, registers=192),
 }
 
 
