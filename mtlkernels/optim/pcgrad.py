@@ -92,6 +92,8 @@ class PCGrad(GramWeighted):
         beside: other optimizers of the same model, such as SparseAdam for its embeddings beside Adam. Their parameters
             take part in :meth:`pc_backward`; their ``step``, ``zero_grad`` and checkpoints stay the caller's.
         group: the process group of data-parallel ranks, all of which call :meth:`pc_backward`.
+        gram_every: k > 1 trades exactness for time: the gradients are projected in one call of k, and in the next k - 1
+            the weights of that earlier batch stand for the projection; see :class:`GramWeighted`.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -115,6 +117,7 @@ class PCGrad(GramWeighted):
         batched: bool | None = None,
         beside: Sequence[Optimizer] = (),
         group: ProcessGroup | None = None,
+        gram_every: int = 1,
     ) -> None:
         options = check_options(include_self, max_norm, normalize, project, eps, reduction)
         check_generator(generator)
@@ -126,6 +129,7 @@ class PCGrad(GramWeighted):
             batched=batched,
             beside=beside,
             group=group,
+            gram_every=gram_every,
         )
         self._alike = options._asdict()
 
@@ -154,7 +158,8 @@ class PCGrad(GramWeighted):
 
         Returns:
             The Gram matrix [T, T], in float64, of the tasks' gradients of the shared parameters before the projection.
-            Tasks i and j conflict where its entry is negative. Nothing has waited for it on a GPU.
+            Tasks i and j conflict where its entry is negative. Nothing has waited for it on a GPU. With ``gram_every``,
+            the last one that was made, which has been waited for.
 
         Raises:
             TypeError: an argument, or a shared parameter's dtype, is of the wrong kind.

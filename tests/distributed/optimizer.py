@@ -208,4 +208,5 @@ def check_fsdp_bad_input() -> None:
 
     assert_refused(lambda: backward(group=world()), ValueError, "group must be None where parameters are DTensors")
     assert_refused(lambda: backward(batched=True), ValueError, "batched must be False where parameters are DTensors")
+    assert_refused(lambda: backward(gram_every=3), ValueError, "gram_every must be 1 where parameters are DTensors")
     assert_refused(lambda: backward(synchronized=False), RuntimeError, "loss.backward() has left no gradient")
