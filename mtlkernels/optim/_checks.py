@@ -84,6 +84,15 @@ def check_trained(shared: Sequence[Tensor], others: Sequence[Tensor]) -> None:
             )
 
 
+def check_gram_every(gram_every: Any) -> int:
+    """Of how many calls one is exact."""
+    if isinstance(gram_every, bool) or not isinstance(gram_every, int):
+        raise TypeError(f"gram_every must be an int, got {type(gram_every).__name__}")
+    if gram_every < 1:
+        raise ValueError(f"gram_every must be at least 1, got {gram_every}")
+    return gram_every
+
+
 def check_weighting(weighting: Any) -> None:
     """A function from a Gram matrix to weights; what may be taken for one by mistake is told what it is."""
     expected = "weighting must be a function from a Gram matrix [T, T] to weights [T]"

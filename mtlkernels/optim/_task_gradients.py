@@ -1,4 +1,4 @@
-"""One gradient a task for shared parameters, the ordinary gradient of all losses for the others."""
+"""One gradient a task, or one by weights, for shared parameters; the ordinary gradient of all losses for the others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def task_gradients(
     parts = cut(losses) if how == "levels" and len(losses) > 1 else []
     passes: Iterable[Sequence[Tensor | None]]
     if len(parts) > 1:
-        passes = differentiate(losses, parts, [*shared, *others])
+        passes = differentiate([([loss], None) for loss in losses], parts, [*shared, *others])
     else:
         passes = _one_by_one(losses, [*shared, *others], _by_backward if how == "backward" else _by_grad)
     for grads in passes:
@@ -51,6 +51,57 @@ def task_gradients(
             "loss.backward() has left no gradient: FSDP must reduce them, without set_requires_gradient_sync(False)"
         )
     return by_parameter, totals
+
+
+def weighted_gradients(
+    losses: Sequence[Tensor],
+    weights: Sequence[float],
+    shared: Sequence[Tensor],
+    others: Sequence[Tensor],
+    *,
+    mean: bool,
+    levels: bool,
+) -> tuple[Grads, Grads]:
+    """The gradients of one weighted sum of the losses for ``shared``, of their plain sum or mean for ``others``.
+
+    Each is a pass that walks only what its parameters want: where the others are towers, one pass through the trunk.
+    Where some of them are in or below a level, such as gates, the level would run in both passes; it then runs once for
+    both. Frees the graphs.
+
+    Args:
+        losses: T scalars.
+        weights: T.
+        shared, others, mean: as for :func:`task_gradients`.
+        levels: whether levels may run once for both passes.
+
+    Returns:
+        The gradients of ``shared``, and those of ``others``, whose tensors nothing else refers to. None where no loss
+        reaches a parameter.
+    """
+    factor = 1 / len(losses) if mean else 1.0
+    by_weights, plainly = (
+        (losses, [torch.full_like(loss, float(value)) for loss, value in zip(losses, values, strict=True)])
+        for values in (weights, [factor] * len(losses))
+    )
+    parts = cut(losses) if levels and shared and others else []
+    below = {leaf for part in parts[1:] for leaf in part.leaves}
+    if any(id(parameter) in below for parameter in others):
+        grads, totals = differentiate([by_weights, plainly], parts, [*shared, *others])
+        grads, totals = grads[: len(shared)], totals[len(shared) :]
+    else:
+        totals = _of_sum(plainly, others, retain=bool(shared))
+        grads = _of_sum(by_weights, shared, retain=False)
+    return grads, [_add(None, total, 1.0) for total in totals]
+
+
+def _of_sum(
+    summands: tuple[Sequence[Tensor], Sequence[Tensor]], parameters: Sequence[Tensor], *, retain: bool
+) -> Grads:
+    """Of losses, each times a factor."""
+    if not parameters:
+        return []
+    losses, factors = summands
+    return list(torch.autograd.grad(losses, parameters, factors, retain_graph=retain, allow_unused=True))
 
 
 def _one_by_one(

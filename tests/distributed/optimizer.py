@@ -217,9 +217,12 @@ def check_fsdp_bad_input() -> None:
     def backward(*, synchronized: bool = True, **options: Any) -> None:
         model = sharded(mesh)
         model.set_requires_gradient_sync(synchronized)
-        optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()), **options)
-        optimizer.pc_backward([y.sum() for y in model(torch.arange(6), with_expert=False)])
+        sgd, weighting = torch.optim.SGD(model.parameters()), lambda gram: gram[0]
+        wrap = mk.optim.GramWeighted if "gram_every" in options else mk.optim.PCGrad
+        optimizer = wrap(sgd, *[weighting] * ("gram_every" in options), **options)
+        optimizer.backward([y.sum() for y in model(torch.arange(6), with_expert=False)])
 
     assert_refused(lambda: backward(group=world()), ValueError, "group must be None where parameters are DTensors")
     assert_refused(lambda: backward(batched=True), ValueError, "batched must be False where parameters are DTensors")
+    assert_refused(lambda: backward(gram_every=3), ValueError, "gram_every must be 1 where parameters are DTensors")
     assert_refused(lambda: backward(synchronized=False), RuntimeError, "loss.backward() has left no gradient")

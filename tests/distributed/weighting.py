@@ -132,3 +132,38 @@ def check_reductions_that_differ() -> None:
     )
     losses = [y.sum() for y in model(torch.arange(6), with_expert=False)]
     assert_refused(lambda: optimizer.backward(losses), ValueError, "reduction must be one value on every rank")
+
+
+def check_gram_every() -> None:
+    """Every other call goes by old weights, those of the group's first rank, whatever the others' weightings say."""
+    first = dist.get_rank() == 0
+    for sparse in (False, True):
+        model, alone = build(sparse=sparse), build()
+        train(model, Shuffled(own=True), mine(), with_expert=first, group=world(), gram_every=2)
+        train(alone, Shuffled(own=False), slice(None), with_expert=True, gram_every=2)
+        for (name, found), want in zip(model.named_parameters(), alone.parameters(), strict=True):
+            assert torch.allclose(found, want, rtol=1e-11, atol=1e-12), name
+        assert_same_on_all_ranks(list(model.parameters()))
+
+
+def check_ranks_that_are_not_exact_together() -> None:
+    """One has another ``gram_every``, or has loaded a checkpoint: an error on all of them, and no hang."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for loads in (False, True):
+        model = build()
+        sgd = torch.optim.SGD(model.parameters())
+        every = 4 + (last and not loads)
+        optimizer = mk.optim.GramWeighted(sgd, equal_norms, group=world(), gram_every=every)
+
+        def backward(model: Model = model, optimizer: Any = optimizer) -> None:
+            optimizer.backward([y.square().sum() for y in model(torch.arange(6), with_expert=False)])
+
+        words = "gram_every must be one value on every rank"
+        if loads:
+            backward()
+            optimizer.zero_grad()
+            words = "the number of calls since the last Gram matrix, of gram_every, must be one value on every rank"
+            if last:
+                optimizer.load_state_dict(optimizer.state_dict())
+        assert_refused(backward, ValueError, words)
+        assert all(parameter.grad is None for parameter in model.parameters())

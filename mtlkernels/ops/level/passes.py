@@ -79,15 +79,18 @@ def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int]
     return True
 
 
-def differentiate(losses: Sequence[Tensor], parts: Sequence[Part], leaves: Sequence[Tensor]) -> list[Grads]:
+def differentiate(
+    losses: Sequence[tuple[Sequence[Any], Any]], parts: Sequence[Part], leaves: Sequence[Tensor]
+) -> list[Grads]:
     """The gradients of each loss for some leaves, None for one that it does not reach; frees the graph.
 
-    ``parts`` are those of :func:`cut`.
+    A loss is a sum of ``(tensors, factors)``; without factors, None, they count once. ``parts`` are those of
+    :func:`cut`, from all of these tensors.
     """
     result: list[Grads] = [[None] * len(leaves) for _ in losses]
     places = {id(leaf): i for i, leaf in enumerate(leaves)}
     # Where each loss's pass goes on below a level, and with which gradients.
-    starts: dict[Any, list[tuple[list[Any], Any]]] = {None: [([loss], None) for loss in losses]}
+    starts: dict[Any, list[tuple[Sequence[Any], Any]]] = {None: list(losses)}
     for part in parts:
         own = starts.pop(part.level)
         wanted = [i for i, leaf in enumerate(leaves) if id(leaf) in part.leaves]
@@ -132,7 +135,7 @@ def _end(level: Any) -> GradientEdge:
     return max(inner, key=lambda edge: _torch.sequence_number(edge.node)) if inner else edges[0]
 
 
-def _last_to_reach(starts: Sequence[tuple[list[Any], Any]], part: Part) -> dict[Any, int]:
+def _last_to_reach(starts: Sequence[tuple[Sequence[Any], Any]], part: Part) -> dict[Any, int]:
     """For each level that is next below, which of the passes is the last to come to it."""
     found: dict[Any, int] = {}
     for i in range(len(starts) - 1, -1, -1):
@@ -162,7 +165,7 @@ def _run(levels: Sequence[Any], of_losses: dict[Any, Losses], loss: int) -> Iter
             level.losses = None
 
 
-def _going_on(level: Any, grads: Grads, result: Grads, places: dict[int, int]) -> tuple[list[Any], Any]:
+def _going_on(level: Any, grads: Grads, result: Grads, places: dict[int, int]) -> tuple[Sequence[Any], Any]:
     """Where a loss's pass goes on from a level with these gradients of its inputs.
 
     Those of leaves have arrived, and go to their places in ``result``, unless hooks wait for them.

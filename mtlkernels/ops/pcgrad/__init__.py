@@ -180,20 +180,21 @@ def projected(gradients: Gradients, order: Tensor | None, options: Options) -> t
         # The order is elsewhere only where this rank of a group has no gradient.
         return solve(gram, None if order is None else order.to(gram.device), options)[1]
 
-    return weighted(gradients, coefficients)
+    return weighted(gradients, coefficients)[:2]
 
 
 def weighted(
     gradients: Gradients, coefficients: Callable[[Tensor], Tensor], unit: Tensor | None = None
-) -> tuple[list[Tensor | None], Tensor]:
-    """The sum of gradients by coefficients [T] that are made of their Gram matrix [T, T], and that matrix.
+) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    """The sum of gradients by coefficients [T] that are made of their Gram matrix [T, T], that matrix, and these.
 
     ``unit`` is what a scaler has multiplied the gradients by; the matrix is that of the unscaled ones.
     """
     gram = gradients.gram()
     if unit is not None:
         gram = gram / unit.to(gram).square()
-    return gradients.combine(gradients.agreed(coefficients(gram))), gram
+    agreed = gradients.agreed(coefficients(gram))
+    return gradients.combine(agreed), gram, agreed
 
 
 def solve(gram: Tensor, order: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
