@@ -57,9 +57,9 @@ class PCGrad(GramWeighted):
     ``eps`` then see scaled gradients. ``scaler.unscale_`` wants the object that ``scaler.step`` gets: the wrapper for
     both, or the wrapped optimizer for both.
 
-    A model compiled by Inductor whose graph was first walked by an ordinary backward pass cannot be walked again for
-    the next loss: PyTorch says so, and that ``torch._functorch.config.donated_buffer = False`` in front of the
-    compilation helps.
+    A model compiled by Inductor whose code an ordinary backward pass was the first to run cannot be walked again for
+    the next loss, as its buffers are donated: PyTorch then raises an error, which names the setting to turn off before
+    the model is compiled.
 
     ``.grad`` is added to, as in ``backward``: several calls before ``step`` accumulate gradients. A parameter that no
     loss reaches keeps ``grad=None``. Sparse gradients, as those of ``nn.Embedding(sparse=True)``, stay sparse.
