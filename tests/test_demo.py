@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import mtlkernels as mk
 
 MISSING = [
     name
@@ -24,10 +28,12 @@ if not MISSING:
     from benchmarks.demo import __main__ as demo
     from benchmarks.demo import flights as data
     from benchmarks.demo import model as ple
+    from benchmarks.demo import surgery
     from benchmarks.demo.plot import smooth
 from benchmarks.demo.progress import Progress  # noqa: E402 (has no such needs)
 
 ROWS = 3000
+CLOSE = 1e-10  # of trainings in float64, and nothing that float32 gives
 OUTCOME = ["dep_time", "dep_delay", "arr_time", "arr_delay", "air_time"]
 
 
@@ -99,28 +105,75 @@ def test_the_loss_leaves_unknown_labels_out(flights: Any) -> None:
     assert labels.isnan().any()
 
 
+OPTIONS = ["--rows", str(ROWS), "--batch", "640", "--sizes", "1", "8", "--seconds", "0.05", "--steps", "2", "--out"]
+
+
+def table(part: str, title: str) -> list[list[str]]:
+    """The rows of a table, cells apart, without the line of its heads."""
+    lines = part.split(f"\n{title}")[1].split("\n\n")[0].splitlines()
+    return [line.split() for line in lines[2:]]
+
+
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--rows", str(ROWS), "--batch", "640", "--sizes", "1", "8", "--seconds", "0.05"]
-    demo.main([*options, "--out", str(tmp_path / "new")])
+    demo.main([*OPTIONS, str(tmp_path / "new")])
     out = capsys.readouterr().out
     assert out.count("replaced ") == 4
     assert "left alone" not in out
-    _, deepctr, rechub = out.split("=== ")
-    for part, name in ((deepctr, "deepctr-torch"), (rechub, "torch-rechub")):
-        losses = [line.split() for line in part.split("Training loss")[1].split("Area")[0].splitlines()[2:] if line]
+    _, deepctr, rechub, pcgrad = out.split("=== ")
+    for client, part in zip(ple.CLIENTS, (deepctr, rechub), strict=True):
+        losses = table(part, "Training loss")
         assert len(losses) == 4  # a line a step where there are few
         for _, before, after, _ in losses:
             assert float(after) == pytest.approx(float(before), abs=1e-3)
-        for task in data.TASKS:
-            (line,) = (line for line in part.splitlines() if line.startswith(f"  {task}"))
-            before, after = map(float, line.split()[-2:])
-            assert after == pytest.approx(before, abs=0.01)
+        for *_, before, after in table(part, "Area"):
+            assert float(after) == pytest.approx(float(before), abs=0.01)
         # Two sizes, trained and served; batch norm does not train on one row.
-        assert part.count("×\n") == (4 if name == "deepctr-torch" else 3)
+        assert part.count("×\n") == (3 if client is ple.RECHUB else 4)
+    assert len(table(pcgrad, "Training loss")) == 2
+    assert [row[0] for row in table(pcgrad, "Steps in which")] == ["1-1", "2-2", "1-2"]
+    assert pcgrad.count("×\n") == 2
+    for name in ("deepctr-torch", "torch-rechub", "pcgrad"):
         assert (tmp_path / "new" / f"demo-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("options", [["--rows", "0"], ["--epochs", "-1"], ["--sizes", "16", "0"]])
+def test_what_pcgrad_shares(flights: Any) -> None:
+    model = ple.build(flights)
+    shared, towers = surgery.parts(model)
+    own = [*model.tower_dnn.parameters(), *model.tower_dnn_final_layer.parameters(), *model.out.parameters()]
+    assert own and {id(p) for p in towers} == {id(p) for p in own}
+    assert {id(p) for p in shared} == {id(p) for p in model.parameters()} - {id(p) for p in own}
+
+
+def test_the_usual_pcgrad_and_ours_train_the_same(flights: Any) -> None:
+    """In float64: losses, which depend on the updates of all parameters, and conflicts by their definition."""
+    model = ple.build(flights).double()
+    features, labels = ple.tensors(model, flights)
+    order = list(itertools.islice(ple.batches(flights.train, 1, 64), 6))
+    _, losses, conflicts = surgery.train(model, features, labels, order)
+    assert losses[surgery.OURS] == pytest.approx(losses[surgery.USUAL], rel=CLOSE)
+    assert losses[surgery.USUAL][-1] < losses[surgery.USUAL][0]
+
+    shared, _ = surgery.parts(model)
+    rows = [
+        torch.autograd.grad(loss, shared, retain_graph=True, materialize_grads=True)
+        for loss in ple.task_losses(model, features[order[0]], labels[order[0]])
+    ]
+    flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    assert [found[0] for found in conflicts.values()] == [bool(flat[i] @ flat[j] < 0) for i, j in surgery.PAIRS]
+    assert sum(found[0] for found in conflicts.values()) == 2  # so that a task is projected twice, and order matters
+
+
+def test_distances_of_first_updates(flights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is within rounding of the usual in float64; the plain sum would not be."""
+    model = ple.build(flights)
+    features, labels = ple.tensors(model, flights)
+    found = surgery.distances(model, features[:64], labels[:64])
+    assert found[f"{surgery.OURS} from {surgery.USUAL}, both in float64"] < CLOSE
+    monkeypatch.setattr(mk.optim, "PCGrad", functools.partial(mk.optim.PCGrad, project=False))
+    assert min(list(surgery.distances(model, features[:64], labels[:64]).values())[1:]) > 1e-3
+
+
+@pytest.mark.parametrize("options", [["--rows", "0"], ["--epochs", "-1"], ["--steps", "0"], ["--sizes", "16", "0"]])
 def test_bad_options(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         demo.main(options)
