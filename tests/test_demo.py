@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import mtlkernels as mk
+from mtlkernels.testing import assert_within_budget
 
 MISSING = [
     name
@@ -114,19 +117,27 @@ def table(part: str, title: str) -> list[list[str]]:
     return [line.split() for line in lines[2:]]
 
 
-def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tables and plots; and that a trained model predicts the same once it is converted."""
+    predict, seen = ple.predict, []
+
+    def recorded(model: Any, features: torch.Tensor) -> torch.Tensor:
+        found = predict(model, features)
+        seen.append((found, predict(copy.deepcopy(model).double(), features.double())))
+        return found
+
+    monkeypatch.setattr(ple, "predict", recorded)
     demo.main([*OPTIONS, str(tmp_path / "new")])
     out = capsys.readouterr().out
     assert out.count("replaced ") == 4
     assert "left alone" not in out
     _, deepctr, rechub, pcgrad = out.split("=== ")
     for client, part in zip(ple.CLIENTS, (deepctr, rechub), strict=True):
-        losses = table(part, "Training loss")
-        assert len(losses) == 4  # a line a step where there are few
-        for _, before, after, _ in losses:
-            assert float(after) == pytest.approx(float(before), abs=1e-3)
-        for *_, before, after in table(part, "Area"):
-            assert float(after) == pytest.approx(float(before), abs=0.01)
+        (before, exact), _, (served, _) = (seen.pop(0) for _ in range(3))
+        assert_within_budget({"predictions": [served]}, {"predictions": [exact]}, {"predictions": [before]})
+        assert f"before and after convert   {float((served - before).abs().max()):.1e}\n" in part
+        assert len(table(part, "Training loss")) == 4  # a line a step where there are few
+        assert len(table(part, "Area")) == len(data.TASKS)
         # Two sizes, trained and served; batch norm does not train on one row.
         assert part.count("×\n") == (3 if client is ple.RECHUB else 4)
     assert len(table(pcgrad, "Training loss")) == 2
@@ -134,6 +145,31 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert pcgrad.count("×\n") == 2
     for name in ("deepctr-torch", "torch-rechub", "pcgrad"):
         assert (tmp_path / "new" / f"demo-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["deepctr-torch", "torch-rechub"])
+def test_converted_models_train_the_same(
+    name: str, flights: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The small run in float64, where what a training makes of rounding stays far below what is printed.
+
+    In float32 it does not, in a model that is not converted either: the gradient of a bias in front of a batch norm is
+    zero but for rounding, of which Adam makes whole steps, and running means lag behind these. From weights one
+    rounding apart, or with another number of threads, predictions end some 1e-4 apart, and the AUC of the few cancelled
+    flights of the test period up to 0.04.
+    """
+    (client,) = (client for client in ple.CLIENTS if client.name == name)
+    client = dataclasses.replace(client, build=lambda flights, build=client.build: build(flights).double())
+    demo.run(client, flights, demo.arguments([*OPTIONS, str(tmp_path)]))
+    out = capsys.readouterr().out
+    losses = table(out, "Training loss")
+    assert len({before for _, before, _, _ in losses}) == 4  # it trains
+    for _, _, _, difference in losses:
+        assert abs(float(difference)) < CLOSE
+    for *_, before, after in table(out, "Area"):
+        assert before == after
+    for line in ("before and after convert", "each trained by itself"):
+        assert float(out.split(line)[1].split()[0]) < CLOSE, line
 
 
 def test_what_pcgrad_shares(flights: Any) -> None:
