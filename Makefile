@@ -28,7 +28,7 @@ ARGS ?=
 .PHONY: help demo test matrix check bench bench-guard readme aot clean
 
 help:
-	@echo "make demo    train two libraries' PLE on real data, before and after mk.convert"
+	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
 	@echo "make test    check, then the whole test suite"
 	@echo "make matrix  build and test the last commit with other Pythons and PyTorches; ARGS='--pairs 3.10:2.10'"
 	@echo "make check   formatting, lint and types; with nvcc, what the CUDA kernels use"

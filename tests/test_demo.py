@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import importlib.util
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import mtlkernels as mk
+from mtlkernels.testing import assert_within_budget
 
 MISSING = [
     name
@@ -24,10 +31,12 @@ if not MISSING:
     from benchmarks.demo import __main__ as demo
     from benchmarks.demo import flights as data
     from benchmarks.demo import model as ple
+    from benchmarks.demo import surgery
     from benchmarks.demo.plot import smooth
 from benchmarks.demo.progress import Progress  # noqa: E402 (has no such needs)
 
 ROWS = 3000
+CLOSE = 1e-10  # of trainings in float64, and nothing that float32 gives
 OUTCOME = ["dep_time", "dep_delay", "arr_time", "arr_delay", "air_time"]
 
 
@@ -99,28 +108,108 @@ def test_the_loss_leaves_unknown_labels_out(flights: Any) -> None:
     assert labels.isnan().any()
 
 
-def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--rows", str(ROWS), "--batch", "640", "--sizes", "1", "8", "--seconds", "0.05"]
-    demo.main([*options, "--out", str(tmp_path / "new")])
+OPTIONS = ["--rows", str(ROWS), "--batch", "640", "--sizes", "1", "8", "--seconds", "0.05", "--steps", "2", "--out"]
+
+
+def table(part: str, title: str) -> list[list[str]]:
+    """The rows of a table, cells apart, without the line of its heads."""
+    lines = part.split(f"\n{title}")[1].split("\n\n")[0].splitlines()
+    return [line.split() for line in lines[2:]]
+
+
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tables and plots; and that a trained model predicts the same once it is converted."""
+    predict, seen = ple.predict, []
+
+    def recorded(model: Any, features: torch.Tensor) -> torch.Tensor:
+        found = predict(model, features)
+        seen.append((found, predict(copy.deepcopy(model).double(), features.double())))
+        return found
+
+    monkeypatch.setattr(ple, "predict", recorded)
+    demo.main([*OPTIONS, str(tmp_path / "new")])
     out = capsys.readouterr().out
     assert out.count("replaced ") == 4
     assert "left alone" not in out
-    _, deepctr, rechub = out.split("=== ")
-    for part, name in ((deepctr, "deepctr-torch"), (rechub, "torch-rechub")):
-        losses = [line.split() for line in part.split("Training loss")[1].split("Area")[0].splitlines()[2:] if line]
-        assert len(losses) == 4  # a line a step where there are few
-        for _, before, after, _ in losses:
-            assert float(after) == pytest.approx(float(before), abs=1e-3)
-        for task in data.TASKS:
-            (line,) = (line for line in part.splitlines() if line.startswith(f"  {task}"))
-            before, after = map(float, line.split()[-2:])
-            assert after == pytest.approx(before, abs=0.01)
+    _, deepctr, rechub, pcgrad = out.split("=== ")
+    for client, part in zip(ple.CLIENTS, (deepctr, rechub), strict=True):
+        (before, exact), _, (served, _) = (seen.pop(0) for _ in range(3))
+        assert_within_budget({"predictions": [served]}, {"predictions": [exact]}, {"predictions": [before]})
+        assert f"before and after convert   {float((served - before).abs().max()):.1e}\n" in part
+        assert len(table(part, "Training loss")) == 4  # a line a step where there are few
+        assert len(table(part, "Area")) == len(data.TASKS)
         # Two sizes, trained and served; batch norm does not train on one row.
-        assert part.count("×\n") == (4 if name == "deepctr-torch" else 3)
+        assert part.count("×\n") == (3 if client is ple.RECHUB else 4)
+    assert len(table(pcgrad, "Training loss")) == 2
+    assert [row[0] for row in table(pcgrad, "Steps in which")] == ["1-1", "2-2", "1-2"]
+    assert pcgrad.count("×\n") == 2
+    for name in ("deepctr-torch", "torch-rechub", "pcgrad"):
         assert (tmp_path / "new" / f"demo-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("options", [["--rows", "0"], ["--epochs", "-1"], ["--sizes", "16", "0"]])
+@pytest.mark.parametrize("name", ["deepctr-torch", "torch-rechub"])
+def test_converted_models_train_the_same(
+    name: str, flights: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The small run in float64, where what a training makes of rounding stays far below what is printed.
+
+    In float32 it does not, in a model that is not converted either: the gradient of a bias in front of a batch norm is
+    zero but for rounding, of which Adam makes whole steps, and running means lag behind these. From weights one
+    rounding apart, or with another number of threads, predictions end some 1e-4 apart, and the AUC of the few cancelled
+    flights of the test period up to 0.04.
+    """
+    (client,) = (client for client in ple.CLIENTS if client.name == name)
+    client = dataclasses.replace(client, build=lambda flights, build=client.build: build(flights).double())
+    demo.run(client, flights, demo.arguments([*OPTIONS, str(tmp_path)]))
+    out = capsys.readouterr().out
+    losses = table(out, "Training loss")
+    assert len({before for _, before, _, _ in losses}) == 4  # it trains
+    for _, _, _, difference in losses:
+        assert abs(float(difference)) < CLOSE
+    for *_, before, after in table(out, "Area"):
+        assert before == after
+    for line in ("before and after convert", "each trained by itself"):
+        assert float(out.split(line)[1].split()[0]) < CLOSE, line
+
+
+def test_what_pcgrad_shares(flights: Any) -> None:
+    model = ple.build(flights)
+    shared, towers = surgery.parts(model)
+    own = [*model.tower_dnn.parameters(), *model.tower_dnn_final_layer.parameters(), *model.out.parameters()]
+    assert own and {id(p) for p in towers} == {id(p) for p in own}
+    assert {id(p) for p in shared} == {id(p) for p in model.parameters()} - {id(p) for p in own}
+
+
+def test_the_usual_pcgrad_and_ours_train_the_same(flights: Any) -> None:
+    """In float64: losses, which depend on the updates of all parameters, and conflicts by their definition."""
+    model = ple.build(flights).double()
+    features, labels = ple.tensors(model, flights)
+    order = list(itertools.islice(ple.batches(flights.train, 1, 64), 6))
+    _, losses, conflicts = surgery.train(model, features, labels, order)
+    assert losses[surgery.OURS] == pytest.approx(losses[surgery.USUAL], rel=CLOSE)
+    assert losses[surgery.USUAL][-1] < losses[surgery.USUAL][0]
+
+    shared, _ = surgery.parts(model)
+    rows = [
+        torch.autograd.grad(loss, shared, retain_graph=True, materialize_grads=True)
+        for loss in ple.task_losses(model, features[order[0]], labels[order[0]])
+    ]
+    flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    assert [found[0] for found in conflicts.values()] == [bool(flat[i] @ flat[j] < 0) for i, j in surgery.PAIRS]
+    assert sum(found[0] for found in conflicts.values()) == 2  # so that a task is projected twice, and order matters
+
+
+def test_distances_of_first_updates(flights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is within rounding of the usual in float64; the plain sum would not be."""
+    model = ple.build(flights)
+    features, labels = ple.tensors(model, flights)
+    found = surgery.distances(model, features[:64], labels[:64])
+    assert found[f"{surgery.OURS} from {surgery.USUAL}, both in float64"] < CLOSE
+    monkeypatch.setattr(mk.optim, "PCGrad", functools.partial(mk.optim.PCGrad, project=False))
+    assert min(list(surgery.distances(model, features[:64], labels[:64]).values())[1:]) > 1e-3
+
+
+@pytest.mark.parametrize("options", [["--rows", "0"], ["--epochs", "-1"], ["--steps", "0"], ["--sizes", "16", "0"]])
 def test_bad_options(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         demo.main(options)

@@ -1,1 +1,1 @@
-"""The demo: models of two libraries on real data, as they are and after ``mtlkernels.convert``."""
+"""The demo: models of two libraries on real data, as they are and after ``mtlkernels.convert``, and under PCGrad."""

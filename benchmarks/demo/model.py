@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,31 +78,52 @@ class Client:
     fewest: int = 1
 
 
-CLIENTS = (
-    Client("deepctr-torch's PLE", "deepctr-torch", build),
-    Client("torch-rechub's PLE", "torch-rechub", build_rechub, fewest=2),  # batch norm needs two
-)
+DEEPCTR = Client("deepctr-torch's PLE", "deepctr-torch", build)
+RECHUB = Client("torch-rechub's PLE", "torch-rechub", build_rechub, fewest=2)  # batch norm needs two
+CLIENTS = (DEEPCTR, RECHUB)
 
 
 def tensors(model: Any, flights: Flights) -> tuple[Tensor, Tensor]:
-    """Features [N, F] in the order in which the model wants them, and labels [N, T]."""
+    """Features [N, F] in the order in which the model wants them, and labels [N, T], in its dtype."""
     values = {**flights.sparse, **flights.dense}
     features = np.stack([values[name] for name in model.feature_index], axis=1).astype("float32")
-    return torch.from_numpy(features), torch.from_numpy(flights.labels)
+    dtype = next(model.parameters()).dtype
+    return torch.from_numpy(features).to(dtype), torch.from_numpy(flights.labels).to(dtype)
+
+
+def task_losses(model: Any, features: Tensor, labels: Tensor) -> Tensor:
+    """[T]: binary cross-entropy of each task a flight, over the labels that flights have."""
+    known = ~labels.isnan()
+    weight = known.to(labels.dtype)
+    entropy = F.binary_cross_entropy(model(features), labels.nan_to_num(), weight=weight, reduction="none")
+    losses: Tensor = entropy.sum(0) / len(features)
+    return losses
+
+
+def penalty(model: Any) -> Tensor | None:
+    """The model's own regularisation, where it has one."""
+    return model.get_regularization_loss().squeeze() if hasattr(model, "get_regularization_loss") else None
 
 
 def loss_of(model: Any, features: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy a flight, over the labels that it has, and the model's own regularisation."""
-    known = ~labels.isnan()
-    entropy = F.binary_cross_entropy(model(features), labels.nan_to_num(), weight=known.float(), reduction="sum")
-    loss: Tensor = entropy / len(features)
-    return loss + model.get_regularization_loss().squeeze() if hasattr(model, "get_regularization_loss") else loss
+    """The sum of the tasks' losses, and the model's own regularisation."""
+    loss = task_losses(model, features, labels).sum()
+    own = penalty(model)
+    return loss if own is None else loss + own
 
 
-def training_step(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def adam(model: nn.Module) -> torch.optim.Adam:
+    """The optimizer of all trainings."""
+    return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+Step = Callable[[Tensor, Tensor], Tensor]  # from the features and labels of a batch to the loss
+
+
+def training_step(model: Any) -> Step:
     """A function that takes one step of Adam and returns the loss."""
     model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = adam(model)
 
     def step(features: Tensor, labels: Tensor) -> Tensor:
         loss = loss_of(model, features, labels)
@@ -114,17 +135,21 @@ def training_step(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return step
 
 
-def train(
-    model: Any, features: Tensor, labels: Tensor, epochs: int, rows: int, on_step: Callable[[int, float], None]
-) -> list[float]:
-    """Trains over batches of ``rows`` in an order that depends on nothing but :data:`SEED`; the loss of each step."""
+def batches(flights: int, epochs: int, rows: int) -> Iterator[Tensor]:
+    """The flights of each batch of ``rows``, in an order that depends on nothing but :data:`SEED`."""
     shuffle = torch.Generator().manual_seed(SEED)
-    step = training_step(model)
-    losses: list[float] = []
     for _ in range(epochs):
-        for batch in torch.randperm(len(features), generator=shuffle).split(rows):
-            losses.append(step(features[batch], labels[batch]).item())
-            on_step(len(losses), losses[-1])
+        yield from torch.randperm(flights, generator=shuffle).split(rows)
+
+
+def train(
+    step: Step, features: Tensor, labels: Tensor, order: Iterable[Tensor], on_step: Callable[[int, float], None]
+) -> list[float]:
+    """Trains over batches of these flights; the loss of each step."""
+    losses: list[float] = []
+    for batch in order:
+        losses.append(step(features[batch], labels[batch]).item())
+        on_step(len(losses), losses[-1])
     return losses
 
 

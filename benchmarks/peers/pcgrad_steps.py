@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import mtlkernels as mk
 from benchmarks.peers.pcgrad_libraries import GivenOrder, replaced
 from benchmarks.peers.step_model import StepModel
-from benchmarks.peers.usual_pcgrad import usual
+from benchmarks.peers.usual_pcgrad import usual_backward
 
 
 def fused_adam(module: nn.Module) -> torch.optim.Adam:
@@ -65,19 +65,10 @@ class UsualStep(SummedStep):
         super().__init__(model, x, labels)
         self.order = order
         self.shared = list(model.trunk.parameters())
-        self.own = [list(tower.parameters()) for tower in model.towers]
+        self.own = list(model.towers.parameters())
 
     def differentiate(self, features: Sequence[Tensor], losses: list[Tensor]) -> None:
-        by_task = []
-        for task, (loss, own) in enumerate(zip(losses, self.own, strict=True)):
-            retain = task + 1 < len(losses)
-            grads = torch.autograd.grad(loss, [*self.shared, *own], retain_graph=retain, allow_unused=True)
-            pairs = zip(grads, self.shared, strict=False)
-            by_task.append([torch.zeros_like(p) if g is None else g for g, p in pairs])
-            for parameter, grad in zip(own, grads[len(self.shared) :], strict=True):
-                parameter.grad = grad
-        for parameter, update in zip(self.shared, usual(by_task, self.order), strict=True):
-            parameter.grad = update
+        usual_backward(losses, self.shared, self.own, self.order)
 
 
 class PytorchOptimizerStep(SummedStep):

@@ -31,6 +31,29 @@ def usual(grads: Grads, order: Sequence[Sequence[int]]) -> list[Tensor]:
     return [part.view_as(grad) for part, grad in zip(parts, grads[0], strict=True)]
 
 
+def usual_backward(
+    losses: Sequence[Tensor], shared: Sequence[Tensor], others: Sequence[Tensor], order: Sequence[Sequence[int]]
+) -> None:
+    """Leaves gradients in ``.grad``: a backward pass a loss, zeros where it does not reach a shared parameter.
+
+    Shared parameters get the sum of the projected gradients, the others that of their gradients as they are.
+    """
+    by_task: list[list[Tensor]] = []
+    of_others: list[list[Tensor]] = [[] for _ in others]
+    for task, loss in enumerate(losses):
+        retain = task + 1 < len(losses)
+        grads = torch.autograd.grad(loss, [*shared, *others], retain_graph=retain, allow_unused=True)
+        pairs = zip(grads, shared, strict=False)
+        by_task.append([torch.zeros_like(p) if g is None else g for g, p in pairs])
+        for found, grad in zip(of_others, grads[len(shared) :], strict=True):
+            if grad is not None:
+                found.append(grad)
+    for parameter, update in zip(shared, usual(by_task, order), strict=True):
+        parameter.grad = update
+    for parameter, found in zip(others, of_others, strict=True):
+        parameter.grad = torch.stack(found).sum(0) if found else None
+
+
 class Surgery:
     """One call on fixed gradients; what each contender of the suite is a kind of."""
 
