@@ -95,7 +95,8 @@ def draw_surgery(path: Path, label: str, losses: Losses, conflicts: Mapping[str,
         right.plot(at, 100 * shares, line, color=colour, linewidth=1.8, label=pair)
     right.set_xlabel("training step")
     right.set_ylabel(f"share of steps, mean over {width} (%)")
-    right.set_ylim(-3, 103)
+    right.set_ylim(-3, 135)  # with room for the legend
+    right.set_yticks(range(0, 101, 20))
     right.set_title("Pairs of tasks whose gradients conflict")
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="upper right")
     _save(figure, f"{label} on 2013 flights from New York, under PCGrad. {place}", path)
