@@ -69,15 +69,18 @@ class LayerwiseWeightGradients {
     const LayerReader<T> reader(args_, l_ - 1, e);
     const T* rows = reader.rows(chunk.row) + column;
     with_any_activation(reader.code(), [&](auto constant) {
-      uint32_t kept[2];
-      Engine::make_operand(
-          rows, reader.width(), chunk.rows, n, out, [&](C* values, int64_t count, int64_t r, int64_t first) {
-            if (reader.drops() && r % 2 == 0) {
-              reader.dropout().two_rows(chunk.row + r, column + first, kept);
-            }
-            const uint32_t* bits = reader.drops() ? kept + r % 2 : nullptr;
-            read<decltype(constant)::value>(reader, chunk.row + r, column + first, count, bits, values);
-          });
+      constexpr int64_t kDrawn = 32;  // columns whose bits of two rows are drawn together
+      uint32_t kept[(Engine::kColumns + kDrawn - 1) / kDrawn][2];
+      Engine::make_operand(rows, reader.width(), chunk.rows, n, out,
+                           [&](C* values, int64_t count, int64_t r, int64_t first) {
+                             for (int64_t i = 0; i < count; i += kDrawn) {
+                               const int64_t row = chunk.row + r, at = column + first + i;
+                               uint32_t* const bits = kept[i / kDrawn];
+                               if (reader.drops() && r % 2 == 0) reader.dropout().two_rows(row, at, bits);
+                               read<decltype(constant)::value>(reader, row, at, count - i < kDrawn ? count - i : kDrawn,
+                                                               reader.drops() ? bits + r % 2 : nullptr, values + i);
+                             }
+                           });
     });
   }
 
