@@ -23,7 +23,7 @@ LOSSES = [(0,), (1,), (0, 2), (0,), (0, 1, 2)]
 def together(losses: list[Tensor], tensors: dict[str, Tensor], num_parts: int) -> list[dict[str, Tensor | None]]:
     parts = cut(losses)
     assert len(parts) == num_parts
-    found = differentiate(losses, parts, list(tensors.values()))
+    found = differentiate([([loss], None) for loss in losses], parts, list(tensors.values()))
     return [dict(zip(tensors, grads, strict=True)) for grads in found]
 
 
@@ -202,5 +202,5 @@ def test_an_error_leaves_the_levels_as_they_were() -> None:
     losses = [y.sum() for y in outputs]
     parts = cut(losses)
     with pytest.raises(ZeroDivisionError):
-        differentiate(losses, parts, [x])
+        differentiate([([loss], None) for loss in losses], parts, [x])
     assert all(part.level.losses is None for part in parts[1:])
