@@ -220,8 +220,6 @@ void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, c
     const LossesInCommon::Pointers pointers = shared->point(args);
     return BackwardRun(args, kernels, plan, {}).run();
   }
-  const std::vector<const void*> nothing(experts);
-  args.last_values = nothing.data();
   std::vector<GroupForms*> used;
   std::optional<GroupForms> all, last;
   if (engine.form == WeightForm::kPrepared && plan.capacity >= args.level.rows) {

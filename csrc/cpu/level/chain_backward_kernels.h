@@ -5,72 +5,12 @@
 // of the pre-activations of a chunk of rows; the weights' gradients then take the batch as the depth of their GEMM.
 #pragma once
 
+#include "level/chain_backward_scratch.h"
 #include "level/chain_forward_kernels.h"
 #include "level/products_below.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
-
-// Where the gradients of a chunk lie: layer by layer, those of each expert together.
-template <typename Engine>
-struct BackwardLayout {
-  const LevelShape& level;
-  int64_t chunk_rows;  // of a full chunk
-  int experts;         // of the chunk's group
-
-  int64_t gradient_block(int l) const {
-    return (chunk_rows + Engine::kGradientRows - 1) / Engine::kGradientRows *
-           Engine::gradient_size(level.widths[l + 1]);
-  }
-  // Of the group's expert number `index`.
-  int64_t gradient_offset(int l, int index) const {
-    int64_t offset = 0;
-    for (int i = 0; i < l; ++i) offset += experts * gradient_block(i);
-    return offset + index * gradient_block(l);
-  }
-  int64_t gradients() const {
-    int64_t size = 0;
-    for (int l = 0; l < level.layers; ++l) size += experts * gradient_block(l);
-    return size;
-  }
-};
-
-inline int stream_count(const LevelShape& level) {
-  int count = 0;
-  for (int e = 0; e < level.experts; ++e) {
-    count = level.expert_inputs[e] >= count ? static_cast<int>(level.expert_inputs[e]) + 1 : count;
-  }
-  return count;
-}
-
-template <typename Engine>
-struct ChainBackwardScratch {
-  using C = typename Engine::C;
-  using Element = typename Engine::Element;
-  C *grad_outputs, *probabilities, *inner, *kept, *after, *whole, *below, *tile;
-  Element *panel[2], *input;
-  int64_t total;
-
-  ChainBackwardScratch(const LevelShape& level, int64_t groups, void* memory) {
-    Arena arena(memory);
-    const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
-    int64_t read = 0;
-    for (int l = 1; l < level.layers; ++l) read = level.widths[l] > read ? level.widths[l] : read;
-    grad_outputs = arena.take<C>(level.gates.count * groups * features * kGroup);
-    probabilities = arena.take<C>(level.gates.columns * groups * kGroup);
-    inner = arena.take<C>(level.gates.columns * groups * kGroup);
-    kept = arena.take<C>(widest * groups * kGroup);
-    after = arena.take<C>(features * kGroup);
-    whole = arena.take<C>(features * kGroup);
-    below = arena.take<C>(stream_sums<Engine>(level, groups));
-    tile = arena.take<C>(Engine::kRows * Engine::kGroups * kGroup);
-    const int64_t panels = Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups;
-    panel[0] = arena.take<Element>(panels);
-    panel[1] = arena.take<Element>(panels);
-    input = arena.take<Element>(Engine::panel_size(read) * groups);
-    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
-  }
-};
 
 template <typename Engine>
 class ChainBackward : RowBlock<ChainBackwardArgs> {
@@ -239,13 +179,9 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   void expert(int e) {
     const int last = level_.layers - 1;
     const bool saved = last < saved_layers(level_.layers);
-    const auto* shared = saved ? nullptr : static_cast<const C*>(args_.last_values[e]);
+    const auto* shared = args_.last_values ? static_cast<const C*>(args_.last_values[e]) : nullptr;
     last_ = shared ? shared + row_ * features() : s_.kept;
-    if (saved) {
-      load_kept(last, e);
-    } else if (!shared) {
-      compute_kept(e);
-    }
+    if (!shared) saved ? load_kept(last, e) : compute_kept(e);
     for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
     if (!args_.need_experts) return;
     for (int l = last; l > 0; --l) {

@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <functional>
 #include <iterator>
 #include <memory>
 
@@ -86,23 +85,23 @@ bool all_read(const LevelSpec& spec) {
   return true;
 }
 
-// What the losses that reach some of the outputs share; null where there is nothing.
+// What the backward passes of several losses, each of which reaches a part of the level, share; null for nothing.
 std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTensors& tensors, const Saved& saved,
-                                          const std::vector<std::vector<bool>>& losses, const Needs& needs) {
-  if (losses.size() < 2 || spec.stores_inputs() || tensors.inputs[0].size(0) == 0) return nullptr;
-  std::vector<bool> any(spec.gates());
+                                          const std::vector<ReachedLevel>& parts, const Needs& needs) {
+  if (parts.size() < 2 || spec.stores_inputs() || tensors.inputs[0].size(0) == 0) return nullptr;
+  std::vector<bool> reached(spec.gates());
   std::vector<int> count(spec.experts());  // of the losses that reach an expert
-  for (const std::vector<bool>& outputs : losses) {
-    std::transform(any.begin(), any.end(), outputs.begin(), any.begin(), std::logical_or<>());
-    for (const int64_t e : spec.reached(outputs).experts) ++count[e];
+  for (const ReachedLevel& part : parts) {
+    for (const int64_t k : part.gates) reached[k] = true;
+    for (const int64_t e : part.experts) ++count[e];
   }
-  const ReachedLevel part = spec.reached(any);
+  const ReachedLevel all = spec.reached(reached);
   std::vector<int> several;
-  for (size_t i = 0; i < part.experts.size(); ++i) {
-    if (count[part.experts[i]] > 1) several.push_back(static_cast<int>(i));
+  for (size_t i = 0; i < all.experts.size(); ++i) {
+    if (count[all.experts[i]] > 1) several.push_back(static_cast<int>(i));
   }
-  const LevelTensors own = part.pick(tensors);
-  LevelTables tables(part.spec, own);
+  const LevelTensors own = all.pick(tensors);
+  LevelTables tables(all.spec, own);
   tables.set_saved(saved.activations, saved.experts);
   const auto& kernels = kernels_for<ChainKernels>(dtype_of(own.inputs[0]), tables.level().rows);
   const bool need_experts = std::any_of(needs.begin(), needs.begin() + 6, [](bool need) { return need; });
@@ -146,19 +145,17 @@ Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, con
     losses.push_back(std::move(outputs));
   }
   const Saved kept{saved.slice(0, activations), saved.slice(activations, statistics), spec.experts()};
-  const auto shared = in_common(spec, tensors, kept, losses, needs);
+  if (losses.size() == 1 && static_cast<int64_t>(grads[0].size()) == spec.gates() && all_read(spec)) {
+    return gradients_of(spec, tensors, logits, grads[0], kept, seed, needs, nullptr);
+  }
+  std::vector<ReachedLevel> parts;
+  for (const std::vector<bool>& outputs : losses) parts.push_back(spec.reached(outputs));
+  const auto shared = in_common(spec, tensors, kept, parts, needs);
   Tensors result;
-  for (size_t i = 0; i < losses.size(); ++i) {
-    const auto run = [&](const LevelSpec& reached, const LevelTensors& own, const Tensors& own_logits) {
-      return gradients_of(reached, own, own_logits, grads[i], kept, seed, needs, shared.get());
-    };
-    const auto add = [&](Tensors found) { std::move(found.begin(), found.end(), std::back_inserter(result)); };
-    if (static_cast<int64_t>(grads[i].size()) == spec.gates() && all_read(spec)) {
-      add(run(spec, tensors, logits));
-      continue;
-    }
-    const ReachedLevel part = spec.reached(losses[i]);
-    add(run(part.spec, part.pick(tensors), picked(logits, part.gates)));
+  for (size_t i = 0; i < parts.size(); ++i) {
+    Tensors found = gradients_of(parts[i].spec, parts[i].pick(tensors), picked(logits, parts[i].gates), grads[i], kept,
+                                 seed, needs, shared.get());
+    std::move(found.begin(), found.end(), std::back_inserter(result));
   }
   return result;
 }

@@ -136,7 +136,7 @@ struct ChainBackwardArgs : GradientArgs {
   const int64_t* last_weight_ld;
 
   // [experts], what would have been saved of it, of the compute type in panels of all rows; null for an expert whose
-  // last layer is computed again.
+  // last layer is computed again, and altogether where no other loss shares it.
   const void* const* last_values;
 
   // The streams whose experts do not all go together, so that sums of their gradients have to be kept: which of them

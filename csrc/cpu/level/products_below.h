@@ -18,7 +18,7 @@ struct TileColumns {
       : weight(w), ld(w_ld), feature(first) {
     if constexpr (Engine::kCopiesColumns) {
       if (groups < kMinGroups || depth > kMaxDepth) return;
-      if (n == Engine::kRows) {
+      if (n == Engine::kRows) {  // copies of a size that is known call nothing
         for (int64_t k = 0; k < depth; ++k) {
           std::memcpy(copy + k * Engine::kRows, w + k * w_ld + first, Engine::kRows * sizeof(Weight));
         }

@@ -238,16 +238,13 @@ class LevelBackward(torch.autograd.Function):
         gates, count = len(spec.gate_sizes), spec.num_tensors
         grads = _slices(arguments[:gates], dims[:gates], size, 1)
         rest = arguments[gates:]
-        if plan.losses > 1:
-            return example_by_example(
-                lambda *example: LevelBackward.apply(plan, needs, *example), size, dims, arguments
-            )
         returned = spec.returned(arguments[:gates], rest[:count], needs)
-        if all(dim is None for dim in dims[gates:]):  # one level, of whose outputs there are several gradients
+        one_level = all(dim is None for dim in dims[gates:])  # of whose outputs there are several gradients
+        if plan.losses == 1 and one_level:
             out = LevelBackward.apply(plan._replace(losses=size), needs, *grads, *rest)
             found = _in_place(spec, grads, rest[:count], needs, out)
             return tuple(torch.stack(found[i::count]) for i in returned), (0,) * len(returned)
-        if spec.stores_inputs or spec.gate_inputs:
+        if plan.losses > 1 or spec.stores_inputs or spec.gate_inputs:
             return example_by_example(
                 lambda *example: LevelBackward.apply(plan, needs, *example), size, dims, arguments
             )
