@@ -2,7 +2,7 @@
 // mtlkernels.prepare.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <atomic>
 #include <memory>

@@ -1,7 +1,7 @@
 // Weights in the form that an engine wants.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <vector>

@@ -1,3 +1,5 @@
+#include <ATen/ops/empty.h>
+
 #include "level/blocking.h"
 #include "level/chain.h"
 #include "runtime/parallel.h"

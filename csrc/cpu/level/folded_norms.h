@@ -2,7 +2,7 @@
 // made of the statistics and parameters at each call, so that they are never stale.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <vector>

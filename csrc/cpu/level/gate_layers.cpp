@@ -1,5 +1,9 @@
 #include "level/gate_layers.h"
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+
 #include <algorithm>
 
 namespace mtlk {

@@ -1,7 +1,7 @@
 // Builds the kernels' view of gates from tensors.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <vector>
 

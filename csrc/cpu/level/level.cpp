@@ -2,6 +2,7 @@
 
 #include "level/level.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/record_function.h>
 #include <torch/library.h>
 

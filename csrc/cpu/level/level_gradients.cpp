@@ -1,5 +1,8 @@
 #include "level/level_gradients.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
 #include <algorithm>
 
 #include "level/blocking.h"

@@ -1,5 +1,9 @@
 #include "level/level_tables.h"
 
+#include <ATen/ops/addcmul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+
 #include <algorithm>
 #include <cstring>
 #include <numeric>

@@ -1,5 +1,7 @@
 #include "level/norm_tables.h"
 
+#include <ATen/ops/empty.h>
+
 #include <algorithm>
 
 #include "level/gate_tables.h"

@@ -1,5 +1,7 @@
 #include "level/spec.h"
 
+#include <ATen/core/List.h>
+
 #include <algorithm>
 #include <initializer_list>
 #include <numeric>

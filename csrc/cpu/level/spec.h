@@ -1,7 +1,7 @@
 // What is static about a level, and the order in which its tensors travel: mtlkernels/ops/level/spec.py in C++.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <array>
 #include <optional>

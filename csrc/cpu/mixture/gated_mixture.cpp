@@ -1,5 +1,6 @@
 // The operator gated_mixture on CPUs.
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "level/gate_tables.h"

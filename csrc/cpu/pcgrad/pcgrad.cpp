@@ -1,5 +1,7 @@
 // PCGrad's operators on CPUs: the pieces that lists of gradients are cut into.
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>

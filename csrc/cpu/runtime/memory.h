@@ -1,7 +1,7 @@
 // Memory for intermediates.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <map>
 #include <mutex>

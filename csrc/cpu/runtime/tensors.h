@@ -1,7 +1,7 @@
 // What operators ask of the tensors that they are called with.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "common/dtypes.h"
 

@@ -1,5 +1,6 @@
 // The operator snr_aver on CPUs.
 
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "runtime/kernel_tables.h"

@@ -1,7 +1,7 @@
 // Builds the kernels' view of SNR's routes from an operator's arguments.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
 
 #include <vector>

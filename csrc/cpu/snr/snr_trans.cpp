@@ -1,5 +1,6 @@
 // The operator snr_trans on CPUs: which routes are evaluated, and how a call is cut into blocks and chunks of rows.
 
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cstring>
