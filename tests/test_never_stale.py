@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +34,9 @@ class Plain(nn.Module):
         return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
 
 
+@functools.cache
 def converted(act: Callable[[], nn.Module]) -> nn.Module:
+    """To be copied, as the trial of a conversion takes longer than most tests here."""
     model = nn.Sequential(Plain(act))
     report = mk.convert(model)
     assert report.replaced and not report.left_alone, str(report)
@@ -47,8 +50,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         40, 2, (48, 40), num_specific=1, num_shared=1, num_levels=2, activation="prelu", batch_norm=True
     ),
     "snr": lambda: mk.nn.SNR(40, 2, (48, 32), num_subnets=(3, 3), mode="trans"),
-    "converted, batch norm": lambda: converted(nn.ReLU),
-    "converted, PReLU and batch norm": lambda: converted(nn.PReLU),
+    "converted, batch norm": lambda: copy.deepcopy(converted(nn.ReLU)),
+    "converted, PReLU and batch norm": lambda: copy.deepcopy(converted(nn.PReLU)),
 }
 # Few rows and many, on either side of where kernels take over from each other.
 ROWS = (1, 16, 80, 200)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,17 @@ class Kind:
     inputs: Callable[[int, int], tuple[Any, ...]]
     convert: bool = False
 
-    def model(self, training: bool = False) -> Any:
+    @functools.cached_property
+    def _made(self) -> Any:
+        """To be copied, as the trial of a conversion takes longer than most tests here."""
         model = self.make().float()
         if self.convert:
             report = mk.convert(model)
             assert report.replaced, report
-        return model.train(training)
+        return model
+
+    def model(self, training: bool = False) -> Any:
+        return copy.deepcopy(self._made).train(training)
 
     def original(self, training: bool = False) -> Any:
         return self.make().float().train(training)

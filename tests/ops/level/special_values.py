@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +168,7 @@ class Level(nn.Module):
 
     def results(self, fused: bool, grad: bool) -> dict[str, Tensor]:
         """Outputs and gradients by name; leaves the level as it was."""
-        before = copy.deepcopy(self.state_dict())
+        before = [buffer.clone() for buffer in self.buffers()]  # a batch norm's statistics
         with torch.set_grad_enabled(grad):
             outputs = self.fused() if fused else self.by_modules()
         found = {f"output {k}": y.detach() for k, y in enumerate(outputs)}
@@ -177,7 +176,8 @@ class Level(nn.Module):
             leaves = self.leaves()
             grads = torch.autograd.grad(outputs, list(leaves.values()), self.upstream)
             found.update((f"gradient of {name}", g) for name, g in zip(leaves, grads, strict=True))
-        self.load_state_dict(before)
+        for buffer, value in zip(self.buffers(), before, strict=True):
+            buffer.copy_(value)
         return found
 
     def right_results(self, grad: bool) -> dict[str, list[Tensor]]:
