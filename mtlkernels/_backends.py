@@ -21,6 +21,8 @@ _TRITON_WITHOUT_FLOAT64 = tuple(op for op in OPS if op != "pcgrad")
 # Ops that have CUDA C++ kernels.
 _CUDA = ("pcgrad",)
 BACKENDS = ("cpp", "cuda", "triton", "reference")
+# NVIDIA GPUs before compute capability 8.0 have no machine code here, and Triton's kernels would spill on them.
+MIN_MAJOR = 8
 
 # A plain module variable, not a ContextVar: autograd runs a CUDA backward in a thread of its own, and torch.compile
 # guards on it.
@@ -49,8 +51,17 @@ def has_cuda(op: str) -> bool:
     return op in _CUDA and _extension.cuda_loaded()
 
 
+def is_old(gpu: torch.device | None = None) -> bool:
+    """Whether a GPU, the current one if None, is older than those that kernels are for: the reference serves it."""
+    return (
+        torch.version.hip is None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_properties(gpu).major < MIN_MAJOR
+    )
+
+
 def fast(op: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether this install has kernels of an op for a type of device and a dtype.
+    """Whether this install has kernels of an op for a type of device and a dtype; of GPUs for the current one.
 
     Otherwise the reference serves them, which is slower than modules that compute the same. Tensors on "meta" are going
     to be elsewhere: there it is enough that some device has kernels.
@@ -58,7 +69,7 @@ def fast(op: str, device: str, dtype: torch.dtype) -> bool:
     on_cuda = has_cuda(op) or (has_triton() and not (dtype == torch.float64 and op in _TRITON_WITHOUT_FLOAT64))
     if device == "meta":
         return has_cpp(op) or on_cuda
-    return has_cpp(op) if device == "cpu" else device == "cuda" and on_cuda
+    return has_cpp(op) if device == "cpu" else device == "cuda" and on_cuda and not is_old()
 
 
 def interpreting() -> bool:
@@ -71,13 +82,13 @@ def backends() -> dict[str, dict[str, tuple[str, ...]]]:
 
     ``"cpp"`` are the C++ kernels for CPUs, ``"cuda"`` the CUDA C++ kernels for NVIDIA GPUs, ``"triton"`` the Triton
     kernels for them (float64 mixtures go to the reference), ``"reference"`` is readable PyTorch and serves every device
-    and dtype.
+    and dtype. GPUs before compute capability 8.0 have the reference alone; ``"cuda"`` is said of the current one.
     """
     return {_FUNCTIONS.get(op, op): _by_device(op) for op in OPS}
 
 
-def _by_device(op: str) -> dict[str, tuple[str, ...]]:
-    return {"cpu": _on_cpu(op), "cuda": _on_cuda(op), "other": ("reference",)}
+def _by_device(op: str, gpu: torch.device | None = None) -> dict[str, tuple[str, ...]]:
+    return {"cpu": _on_cpu(op), "cuda": _on_cuda(op, gpu), "other": ("reference",)}
 
 
 def _on_cpu(op: str) -> tuple[str, ...]:
@@ -85,8 +96,9 @@ def _on_cpu(op: str) -> tuple[str, ...]:
     return tuple(name for name, there in found.items() if there)
 
 
-def _on_cuda(op: str) -> tuple[str, ...]:
-    found = {"cuda": has_cuda(op), "triton": has_triton(), "reference": True}
+def _on_cuda(op: str, gpu: torch.device | None) -> tuple[str, ...]:
+    new = not is_old(gpu)
+    found = {"cuda": new and has_cuda(op), "triton": new and has_triton(), "reference": True}
     return tuple(name for name, there in found.items() if there)
 
 
@@ -146,13 +158,16 @@ def _first_tensor(args: Any) -> torch.Tensor:
 
 
 def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """What a CUDA call runs: CUDA C++ or Triton, or the reference for what these do not take."""
+    """What a CUDA call runs: CUDA C++ or Triton, or the reference for what these do not take, and on old GPUs."""
+    first = _first_tensor(args)
+    if is_old(first.device):
+        return reference_implementation(op, direction)
     if has_cuda(op) and _forced != "triton":
         module = importlib.import_module(f"mtlkernels.ops.{op}.cuda")
         if _forced == "cuda" or module.takes(direction, args):
             function: Callable[..., Any] = getattr(module, direction)
             return function
-    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and _first_tensor(args).dtype == torch.float64):
+    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and first.dtype == torch.float64):
         return reference_implementation(op, direction)
     return triton_implementation(op, direction)
 
@@ -175,7 +190,7 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
         return _outside_autocast(reference_implementation(op, direction), device)
     if backend is None:
         return operator
-    found = _by_device(op)
+    found = _by_device(op, like.device if device == "cuda" else None)
     names = found.get(device, found["other"])
     if backend == "triton" and op in _TRITON_WITHOUT_FLOAT64 and like.dtype == torch.float64:
         names = tuple(name for name in names if name != "triton")

@@ -63,6 +63,8 @@ def no_kernels(device: str, dtype: torch.dtype) -> str:
         more = ", with what `mk.show_config()` shows" if found.output else ""
         return f"{found.cause}{more}; {found.remedy}"
     if device == "cuda":
+        if _backends.is_old():
+            return f"the kernels are for NVIDIA GPUs of compute capability {_backends.MIN_MAJOR}.0 and later"
         if _backends.has_triton():
             return f"there are kernels for other dtypes than {dtype} only"
         return f"Triton is missing; {TRITON}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import mtlkernels as mk
-from mtlkernels import _backends, _extension
+from mtlkernels import _backends, _diagnosis, _extension
 from mtlkernels.testing import Case, CaseFactory
 from tests import requires
 
@@ -217,3 +218,25 @@ def test_the_choice_of_an_instruction_set_ends_with_the_block() -> None:
 def test_an_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="name must be one of .* got 'mmx'"), _extension.instruction_set("mmx"):
         pass
+
+
+@pytest.mark.parametrize(("major", "old"), [(7, True), (8, False), (12, False)])
+def test_old_gpus_run_the_reference(
+    with_cuda: None, major: int, old: bool, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no machine code of the CUDA kernels, and Triton's would spill on them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: types.SimpleNamespace(major=major))
+    monkeypatch.setattr(_backends, "has_triton", lambda: True)
+    monkeypatch.setattr(_backends, "triton_implementation", lambda op, direction: f"triton {direction}")
+    grads = [torch.ones(2)] * 3
+    reference = _backends.reference_implementation
+    found = _backends.cuda_implementation("pcgrad", "combine", (grads, 3, torch.ones(3, dtype=torch.float64)))
+    assert (found is reference("pcgrad", "combine")) == old
+    level = _backends.cuda_implementation("level", "forward", ([torch.ones(2, 2)],))
+    assert level is reference("level", "forward") if old else level == "triton forward"
+    assert mk.backends()["expert_mixture"]["cuda"] == (("reference",) if old else ("triton", "reference"))
+    assert mk.backends()["pcgrad"]["cuda"] == (("reference",) if old else ("cuda", "triton", "reference"))
+    assert _backends.fast("level", "cuda", torch.float32) != old
+    if old:
+        assert "compute capability 8.0" in _diagnosis.no_kernels("cuda", torch.float32)

@@ -52,7 +52,7 @@ def describe(device: torch.device) -> dict[str, object]:
         machine["gpu"] = properties.name
         machine["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
         machine["gpu_capability"] = f"sm_{properties.major}{properties.minor}"
-        machine["allow_tf32"] = torch.backends.cuda.matmul.allow_tf32
+        machine["allow_tf32"] = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return machine
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# CUDA stages a pageable copy of at most this many bytes at once; it may wait for the device before it reads more.
-_STAGED = 65536
-# Hosts' copies of tables that a CUDA graph reads whenever it is replayed.
+# A CUDA graph reads the host's copy of a table whenever it is replayed. PyTorch keeps pinned memory that is allocated
+# during a capture for the graph, and frees it with that; where it does not yet, the copies stay here.
+GRAPHS_KEEP_PINNED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _captured: list[Tensor] = []
 
 
@@ -41,14 +41,11 @@ class Table:
         return self.integers(start + i * step for i in numbers)
 
     def to(self, device: torch.device) -> Tensor:
-        """The table on the device, without waiting for it."""
+        """The table on the device, without waiting for it, as only a copy from pinned memory is sure not to."""
         if device.type != "cuda":
             return torch.tensor(self.entries, dtype=torch.int64)
-        # A graph reads the source again at every replay, so there it must be pinned, and stay.
-        capturing = torch.cuda.is_current_stream_capturing()
-        pinned = capturing or 8 * len(self.entries) > _STAGED
-        host = torch.tensor(self.entries, dtype=torch.int64, pin_memory=pinned)
-        if capturing:
+        host = torch.tensor(self.entries, dtype=torch.int64, pin_memory=True)
+        if not GRAPHS_KEEP_PINNED and torch.cuda.is_current_stream_capturing():
             _captured.append(host)
         return host.to(device, non_blocking=True)
 

@@ -35,11 +35,11 @@ class Kind(NamedTuple):
 
     @staticmethod
     def of(dtype: torch.dtype, aligned: bool) -> Kind:
-        """With PyTorch's own precision: TF32 for float32 where its products may use it.
+        """With PyTorch's own precision: TF32 for float32 where its products may use it, by either of its two settings.
 
         Triton's interpreter computes products of bfloat16 wrongly.
         """
-        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return Kind(DTYPES[dtype], aligned, "tf32" if tf32 else "ieee", _backends.interpreting())
 
     @property

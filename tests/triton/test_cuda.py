@@ -28,10 +28,10 @@ LARGE = [
 @pytest.fixture(params=[False, True], ids=["ieee", "tf32"])
 def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Both settings of PyTorch's own switch, which the kernels follow."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if request.param else "ieee"
     yield request.param
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("case", cases(scale=8) + LARGE, ids=str)

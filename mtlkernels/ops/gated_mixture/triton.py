@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from mtlkernels.ops import _triton
+from mtlkernels.ops._operands import check_count, check_gate_logits, check_operands
 from mtlkernels.ops._triton import DTYPES, Kind, Table, Tile, contiguous, launch
 from mtlkernels.ops.gated_mixture.triton_kernels import mix_backward, mix_forward
 
@@ -67,10 +68,25 @@ def strides(table: Table, tensor: Tensor | None, row: int, expert: int) -> int:
     return start
 
 
+def _check(
+    experts: Tensor, gate_logits: Sequence[Tensor], gate_experts: Sequence[int], gate_sizes: Sequence[int]
+) -> None:
+    """Refuses what the C++ kernels refuse."""
+    if experts.dim() != 3 or experts.dtype not in DTYPES or experts.layout is not torch.strided:
+        given = f"{experts.dim()}-D {experts.dtype} of layout {experts.layout}"
+        raise TypeError(f"experts must be a dense tensor [B, E, H] in float32, bfloat16 or float16, got {given}")
+    if sum(gate_sizes) != len(gate_experts) or not all(0 <= e < experts.shape[1] for e in gate_experts):
+        raise ValueError(
+            f"gate_experts must name {sum(gate_sizes)} experts in [0, {experts.shape[1]}), got {list(gate_experts)}"
+        )
+    check_gate_logits(gate_logits, gate_sizes, experts.shape[0], experts)
+
+
 def forward(
     experts: Tensor, gate_logits: Sequence[Tensor], gate_experts: Sequence[int], gate_sizes: Sequence[int]
 ) -> list[Tensor]:
     """As the reference: K tensors [B, H] of the dtype of ``experts``."""
+    _check(experts, gate_logits, gate_experts, gate_sizes)
     experts = experts if experts.stride(2) == 1 else experts.contiguous()
     table = Table()
     at = strides(table, experts, 0, 1)
@@ -112,6 +128,9 @@ def backward(
     need_logits: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference: the gradients of the experts [B, E, H] and of each gate's logits."""
+    _check(experts, gate_logits, gate_experts, gate_sizes)
+    check_count("grad_outputs", grad_outputs, len(gate_sizes), "gates")
+    check_operands("grad_outputs", grad_outputs, [(experts.shape[0], experts.shape[2])] * len(gate_sizes), experts)
     experts = experts if experts.stride(2) == 1 else experts.contiguous()
     grad_experts = torch.empty_like(experts, memory_format=torch.contiguous_format) if need_experts else None
     logits = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in gate_logits if need_logits]

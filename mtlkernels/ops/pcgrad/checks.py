@@ -76,6 +76,38 @@ def _mistake(grad: Any, device: Any, column: Sequence[Any], dense: bool) -> tupl
     return None
 
 
+def check_flat(grads: Sequence[Any], num_tasks: int) -> None:
+    """What a GPU's kernels read addresses of, as operators can be called directly: dense gradients, T a parameter."""
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+    if len(grads) % num_tasks:
+        raise ValueError(f"grads must hold num_tasks = {num_tasks} entries a parameter, got {len(grads)}")
+    check_gradients(grads, num_tasks, dense=True)
+
+
+def check_coefficients(grads: Sequence[Any], num_tasks: int, coefficients: Tensor) -> None:
+    """:func:`check_flat`, with a gradient for each parameter, and T coefficients on the same device."""
+    check_flat(grads, num_tasks)
+    if coefficients.shape != (num_tasks,) or coefficients.dtype != torch.float64:
+        given = f"{list(coefficients.shape)} in {coefficients.dtype}"
+        raise ValueError(f"coefficients must have shape [{num_tasks}] in float64, got {given}")
+    for p in range(len(grads) // num_tasks):
+        like: Any = first_of(grads[p * num_tasks : (p + 1) * num_tasks])
+        if like is None:
+            raise ValueError(f"grads must hold a gradient for each parameter, got none for {p}")
+        if like.device != coefficients.device:
+            raise ValueError(f"grads must be on {coefficients.device} as coefficients are, got {like.device}")
+
+
+def check_steps(gram: Tensor, order: Tensor | None) -> None:
+    """The Gram matrix, and an order of projections with a row for each task on the same device."""
+    check_gram(gram)
+    tasks = gram.shape[0]
+    if order is not None and (order.dim() != 2 or order.shape[0] != tasks or order.device != gram.device):
+        where = f"{list(order.shape)} on {order.device}"
+        raise ValueError(f"order must have a row for each of {tasks} tasks on {gram.device}, got {where}")
+
+
 def check_gram(gram: Any) -> None:
     """A square matrix in float64."""
     if not isinstance(gram, Tensor):

@@ -15,7 +15,7 @@ from torch import Tensor
 from mtlkernels._backends import has_triton
 from mtlkernels.ops._layout import by_parameter, first_of
 from mtlkernels.ops._table import Table, has_fast_float64, on_device
-from mtlkernels.ops.pcgrad.checks import check_gradients, check_gram
+from mtlkernels.ops.pcgrad.checks import check_coefficients, check_flat, check_steps
 
 # As in csrc/common/chunks.h, elements.h and csrc/cuda/pcgrad.h.
 MAX_TASKS = 64
@@ -38,21 +38,13 @@ class Arguments(NamedTuple):
 
 
 def arguments(grads: Sequence[Tensor | None], num_tasks: int, *, with_results: bool) -> Arguments:
-    """Lays the parameters that have a gradient out as csrc/common/chunks.h says; with tensors for their results.
-
-    Checks what it reads addresses of, as operators can be called directly.
-    """
-    if len(grads) % num_tasks:
-        raise ValueError(f"grads must hold num_tasks = {num_tasks} entries a parameter, got {len(grads)}")
-    check_gradients(grads, num_tasks, dense=True)
+    """Lays the parameters that have a gradient out as csrc/common/chunks.h says; with tensors for their results."""
     starts, sizes, formats, presents, addresses = [0], [], [], [], []
     walked: list[Tensor | None] = []
     results: list[Tensor] = []
-    for p, column in enumerate(by_parameter(grads, num_tasks)):
+    for column in by_parameter(grads, num_tasks):
         like = first_of(column)
         if like is None:
-            if with_results:
-                raise ValueError(f"grads must hold a gradient for each parameter, got none for {p}")
             continue
         walked += column
         pointers = [0 if grad is None else grad.data_ptr() for grad in column]
@@ -96,6 +88,7 @@ def takes(direction: str, args: tuple[Any, ...]) -> bool:
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     """See :func:`mtlkernels.ops.pcgrad.reference.gram`. At most 64 tasks, or a RuntimeError, as below."""
     _check_tasks(num_tasks)
+    check_flat(grads, num_tasks)
     device = next(grad.device for grad in grads if grad is not None)
     with on_device(device):
         call = arguments(grads, num_tasks, with_results=False)
@@ -109,12 +102,9 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
 def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """See :func:`mtlkernels.ops.pcgrad.reference.weights`."""
     include_self, max_norm, normalize, project, eps, mean = options
-    check_gram(gram)
+    check_steps(gram, order)
     num_tasks = gram.shape[0]
     _check_tasks(num_tasks)
-    if order is not None and (order.dim() != 2 or order.shape[0] != num_tasks or order.device != gram.device):
-        where = f"{list(order.shape)} on {order.device}"
-        raise ValueError(f"order must have a row for each of {num_tasks} tasks on {gram.device}, got {where}")
     gram = gram.contiguous()
     steps = gram.new_empty((num_tasks, 0), dtype=torch.int64) if order is None else order.long().contiguous()
     rows, coefficients = torch.empty_like(gram), gram.new_empty(num_tasks)
@@ -126,21 +116,15 @@ def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, 
 def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
     """See :func:`mtlkernels.ops.pcgrad.reference.combine`."""
     _check_tasks(num_tasks)
-    if coefficients.shape != (num_tasks,) or coefficients.dtype != torch.float64:
-        given = f"{list(coefficients.shape)} in {coefficients.dtype}"
-        raise ValueError(f"coefficients must have shape [{num_tasks}] in float64, got {given}")
+    check_coefficients(grads, num_tasks, coefficients)
     device = coefficients.device
     with on_device(device):
         call = arguments(grads, num_tasks, with_results=True)
-        if call.results and call.results[0].device != device:
-            raise ValueError(f"grads must be on {device} as coefficients are, got {call.results[0].device}")
         table = call.table.to(device)
         torch.ops.mtlkernels_cuda.combine(table, call.parameters, call.chunks, coefficients.contiguous())
     return call.results
 
 
 def _check_tasks(num_tasks: int) -> None:
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
     if num_tasks > MAX_TASKS:
         raise RuntimeError(f"pcgrad's 'cuda' implementation takes at most {MAX_TASKS} tasks, got {num_tasks}")

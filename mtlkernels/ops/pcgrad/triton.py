@@ -21,6 +21,7 @@ from mtlkernels.ops import _triton
 from mtlkernels.ops._layout import by_parameter, first_of
 from mtlkernels.ops._table import has_fast_float64
 from mtlkernels.ops._triton import Table, Tile, launch
+from mtlkernels.ops.pcgrad.checks import check_coefficients, check_flat, check_steps
 from mtlkernels.ops.pcgrad.triton_gram import gram_chunks, gram_sum
 from mtlkernels.ops.pcgrad.triton_kernels import combine_chunks, project_tasks
 
@@ -100,6 +101,7 @@ def by_dtype(
 
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     """As the reference: [T, T] in float64."""
+    check_flat(grads, num_tasks)
     device = next(grad.device for grad in grads if grad is not None)
     columns = by_parameter(grads, num_tasks)
     group = group_size(num_tasks)
@@ -134,6 +136,7 @@ def bits(value: float) -> Any:
 def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """As the reference: the projected gradients' coefficients [T, T], and the result's [T], in float64."""
     include_self, max_norm, normalize, project, eps, mean = options
+    check_steps(gram, order)
     num_tasks = gram.shape[0]
     gram = gram.contiguous()
     rows, coefficients = torch.empty_like(gram), torch.empty_like(gram[0])
@@ -147,9 +150,10 @@ def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, 
 
 def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
     """As the reference: one tensor a parameter, in the dtype and the layout of its gradients."""
+    check_coefficients(grads, num_tasks, coefficients)
     columns = by_parameter(grads, num_tasks)
     results = [torch.empty_like(next(grad for grad in column if grad is not None)) for column in columns]
-    coefficients = coefficients.to(torch.float64).contiguous()
+    coefficients = coefficients.contiguous()
     table = Table()
     dtypes = by_dtype(table, columns, results, COMBINE.rows * COMBINE.columns * COMBINE.depth)
     if dtypes:

@@ -9,10 +9,11 @@ import triton
 from torch import Tensor
 
 from mtlkernels.ops import _triton
+from mtlkernels.ops._operands import check_count, check_operands
 from mtlkernels.ops._triton import Kind, Table, contiguous, launch
 from mtlkernels.ops.gated_mixture.triton import TILES
 from mtlkernels.ops.snr_aver.triton_kernels import average_sum, route_dots
-from mtlkernels.ops.snr_trans.triton import Lists
+from mtlkernels.ops.snr_trans.triton import Lists, check_routes
 
 
 def _sum(found: Tensor, lists: Lists, transposed: bool, inputs: int, outputs: int, like: Tensor, kind: Kind) -> None:
@@ -23,8 +24,14 @@ def _sum(found: Tensor, lists: Lists, transposed: bool, inputs: int, outputs: in
     launch(average_sum, programs, tile, found, lists.z, lists.entries, *numbers, KIND=kind)
 
 
+def _check(u: Sequence[Tensor], z: Tensor) -> None:
+    check_routes(u, z)
+    check_operands("u", u, [tuple(u[0].shape)] * len(u), u[0])
+
+
 def forward(u: Sequence[Tensor], z: Tensor) -> list[Tensor]:
     """As the reference: I tensors [B, D]."""
+    _check(u, z)
     u = contiguous(u)
     outputs = [torch.empty_like(u[0]) for _ in range(z.shape[0])]
     kind = Kind.of(u[0].dtype, _triton.aligned(u, u[0].shape[1:])).without_products
@@ -39,6 +46,9 @@ def backward(
     grad_outputs: Sequence[Tensor], u: Sequence[Tensor], z: Tensor, need_u: bool, need_z: bool, closed_grad: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference: gradients of u and of z."""
+    _check(u, z)
+    check_count("grad_outputs", grad_outputs, z.shape[0], "outputs")
+    check_operands("grad_outputs", grad_outputs, [tuple(u[0].shape)] * len(grad_outputs), u[0])
     u, grads = contiguous(u), contiguous(grad_outputs)
     grad_u = [torch.empty_like(x) for x in u] if need_u else []
     grad_z = []

@@ -14,6 +14,8 @@ import triton
 from torch import Tensor
 
 from mtlkernels.ops import _triton
+from mtlkernels.ops._checks import shape_of
+from mtlkernels.ops._operands import check_count, check_operands
 from mtlkernels.ops._triton import Kind, Table, Tile, contiguous, launch
 from mtlkernels.ops.level.triton.tiles import WEIGHT_GRADIENT
 from mtlkernels.ops.snr_trans import triton_kernels as kernels
@@ -38,6 +40,33 @@ SUM = {
 }
 # Without tensor cores a product and a tile of the weight beside it take more registers than four warps have.
 PRODUCT = {**WEIGHT_GRADIENT, ("ieee", True): Tile(64, 64, 16, 8, 2)}
+
+
+def check_routes(u: Sequence[Tensor], z: Tensor) -> None:
+    """Refuses streams and routes that the C++ kernels refuse."""
+    if not u or u[0].dim() != 2 or u[0].dtype not in _triton.DTYPES:
+        raise TypeError("u must hold at least one matrix [B, D] in float32, bfloat16 or float16")
+    check_operands("u", u, [(u[0].shape[0], x.shape[-1]) for x in u], u[0])
+    if z.dim() != 2 or z.shape[0] == 0 or z.shape[1] != len(u):
+        raise ValueError(f"z must have shape [I, {len(u)}], got {shape_of(z)}")
+    if z.dtype not in _triton.DTYPES:
+        raise TypeError(f"z must be float32 or narrower beside u in {u[0].dtype}, got {z.dtype}")
+    check_operands("z", [z], [tuple(z.shape)], u[0], (z.dtype,))
+
+
+def _check(u: Sequence[Tensor], weights: Sequence[Tensor], z: Tensor) -> list[int]:
+    """The outputs' widths, once all operands are what kernels read."""
+    check_routes(u, z)
+    outputs, inputs = z.shape
+    if len(weights) == 1 and weights[0].dim() == 4:
+        shape = (outputs, inputs, weights[0].shape[2], u[0].shape[1])
+        check_operands("weights", weights, [shape], u[0])
+        check_operands("u", u, [tuple(u[0].shape)] * inputs, u[0])
+        return [shape[2]] * outputs
+    check_count("weights", weights, outputs * inputs, "routes")
+    widths = [weight.shape[0] for weight in weights[::inputs]]
+    check_operands("weights", weights, [(width, x.shape[1]) for width in widths for x in u], u[0])
+    return widths
 
 
 class Lists:
@@ -94,6 +123,7 @@ def _sum(
 
 def forward(u: Sequence[Tensor], weights: Sequence[Tensor], z: Tensor) -> list[Tensor]:
     """As the reference: I tensors [B, D_out_i]."""
+    _check(u, weights, z)
     u, matrix = contiguous(u), matrices(contiguous(weights))
     outputs = [u[0].new_empty((u[0].shape[0], w.shape[0])) for w in matrix[:: len(u)]]
     aligned = _triton.aligned((*u, *matrix), (t.shape[1] for t in (*u, *outputs)))
@@ -115,6 +145,9 @@ def backward(
     closed_grad: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """As the reference: gradients of u, of the weights in the form that they have, and of z."""
+    widths = _check(u, weights, z)
+    check_count("grad_outputs", grad_outputs, len(widths), "outputs")
+    check_operands("grad_outputs", grad_outputs, [(u[0].shape[0], width) for width in widths], u[0])
     u, weights, grads = contiguous(u), contiguous(weights), contiguous(grad_outputs)
     matrix = matrices(weights)
     aligned = _triton.aligned((*u, *matrix, *grads), (t.shape[1] for t in (*u, *grads)))

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from mtlkernels.ops.level.reference import Asked, asked_for, check_parts
+from mtlkernels.ops.level.reference import Asked, asked_for
 from mtlkernels.ops.level.spec import LevelSpec
 from mtlkernels.ops.level.triton import chain_backward, chain_forward, layerwise_backward, layerwise_forward
+from mtlkernels.ops.level.triton.operands import check_level, check_saved
 
 
 def forward(
@@ -30,8 +31,7 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference."""
     level = LevelSpec.decoded(spec, numbers)
-    groups = level.split((*inputs, *parameters, *gates))
-    check_parts(level, groups)
+    groups = check_level(level, (*inputs, *parameters, *gates), seed)
     if level.stores_inputs:
         return layerwise_forward.forward(level, groups, seed, save)
     return chain_forward.forward(level, groups, save)
@@ -50,6 +50,7 @@ def backward(
 ) -> list[Tensor]:
     """As the reference."""
     tensors, level = (*inputs, *parameters, *gates), LevelSpec.decoded(spec, numbers)
+    check_saved(level, check_level(level, tensors, seed), grad_outputs, saved)
     found: list[Tensor] = []
     for losses in _together(level, grad_outputs):
         asked = asked_for(losses, tensors, spec, numbers, needs)
