@@ -296,7 +296,9 @@ def main() -> int:
             failures += usage.fails
             figures = f"{usage.registers:>9}  {usage.stack:>5}  {usage.shared:>6}  {usage.tensor_core:>11}"
             print(f"{architecture:>4}  {figures}  {variant}  {usage.error}".rstrip(), flush=True)
-    print(f"{len(tasks)} compiled for {', '.join(f'sm_{a}' for a in args.arch)}: {failures} spill, want too much or fail")
+    print(
+        f"{len(tasks)} compiled for {', '.join(f'sm_{a}' for a in args.arch)}: {failures} spill, want too much or fail"
+    )
     return 1 if failures else 0
 
 

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter quicker."""
+"""Makes Triton's interpreter quicker, and watches what it launches."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ def _without_repetitions() -> Iterator[None]:
             *_types_once(tl),
         ):
             patches.enter_context(mock.patch.object(of, name, new))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _checked_launches(_without_repetitions: None) -> Iterator[None]:
+    """Every launch is checked for accesses out of bounds and for races."""
+    if not interpreting():
+        yield
+        return
+    from tests.triton.checker import checked
+
+    with checked():
         yield
 
 

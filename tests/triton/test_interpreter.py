@@ -14,7 +14,13 @@ from tests.summary import note_those_of
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-FILES = ("interpreted.py", "interpreted_norms.py", "interpreted_launches.py", "interpreted_pcgrad.py")
+FILES = (
+    "interpreted.py",
+    "interpreted_norms.py",
+    "interpreted_launches.py",
+    "interpreted_pcgrad.py",
+    "interpreted_checker.py",
+)
 
 
 @pytest.mark.parametrize("name", FILES)
