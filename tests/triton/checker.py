@@ -8,8 +8,9 @@ stands between them, which the other has moved after it stored and this one befo
 from __future__ import annotations
 
 import gc
+import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from unittest import mock
 import numpy as np
 import torch
 from triton.runtime import interpreter
+
+from mtlkernels.ops._table import Table
 
 LISTED = 3  # findings of a launch that its error names
 
@@ -31,7 +34,7 @@ class Access(NamedTuple):
 
 
 class Memory:
-    """Where live tensors are: sorted, disjoint runs of bytes."""
+    """Where live tensors are: sorted, disjoint runs of bytes, each known by its first."""
 
     def __init__(self, runs: Iterable[tuple[int, int]]) -> None:
         merged: list[tuple[int, int]] = []
@@ -43,9 +46,9 @@ class Memory:
         self.starts, self.ends = [start for start, _ in merged], [end for _, end in merged]
 
     def run_of(self, low: int, high: int) -> int | None:
-        """The number of the run that holds the bytes [low, high); None where none does."""
+        """The run that holds the bytes [low, high); None where none does."""
         i = bisect_right(self.starts, low) - 1
-        return i if i >= 0 and high <= self.ends[i] else None
+        return self.starts[i] if i >= 0 and high <= self.ends[i] else None
 
     def outside(self, addresses: Any, size: int) -> int:
         """How many of the addresses have not all of their ``size`` bytes in one run."""
@@ -61,14 +64,39 @@ def runs_of(objects: Iterable[Any]) -> Iterator[tuple[int, int]]:
                 yield storage.data_ptr(), storage.nbytes()
 
 
+class Known:
+    """The tensors that tables have been told of, which nearly all accesses go to; others take a walk to be found."""
+
+    def __init__(self) -> None:
+        gc.unfreeze()
+        self.for_good = list(runs_of(gc.get_objects()))  # what the walk leaves out once it is frozen
+        gc.freeze()
+        self.told: list[weakref.ref[torch.Tensor]] = []
+
+    def tell(self, tensors: Iterable[torch.Tensor | None]) -> None:
+        self.told += [weakref.ref(tensor) for tensor in tensors if tensor is not None]
+
+    def alive(self, arguments: Iterable[Any]) -> Memory:
+        """Those of them that are alive, and what a launch is given."""
+        found = [tensor for ref in self.told if (tensor := ref()) is not None]
+        self.told = [weakref.ref(tensor) for tensor in found]
+        return Memory(runs_of([*found, *arguments]))
+
+    def walk(self) -> Memory:
+        """All live tensors."""
+        return Memory([*self.for_good, *runs_of(gc.get_objects())])
+
+
 @dataclass
 class Launch:
     """What the programs of one launch have touched so far."""
 
     kernel: str
     memory: Memory
+    walk: Callable[[], Memory]  # finds all memory, where what is known first does not do
     program: int = -1
     time: int = 0
+    walked: bool = False
     loads: list[tuple[Access, set[int]]] = field(default_factory=list)  # with the runs that they are in
     stores: list[Access] = field(default_factory=list)
     stored_runs: set[int] = field(default_factory=set)
@@ -82,7 +110,11 @@ class Launch:
         if not chosen.size:
             return
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-        run = self.memory.run_of(int(chosen.min()), int(chosen.max()) + size)
+        low, high = int(chosen.min()), int(chosen.max()) + size
+        run = self.memory.run_of(low, high)
+        if run is None and not self.walked:
+            self.memory, self.walked = self.walk(), True
+            run = self.memory.run_of(low, high)
         runs = {run} if run is not None else self._runs(what, chosen, size)
         access = Access(self.program, self.time, chosen)
         if what == "counts":
@@ -146,17 +178,15 @@ def checked() -> Iterator[None]:
     Raises:
         AssertionError: out of a launch that has findings.
     """
-    gc.unfreeze()
-    for_good = list(runs_of(gc.get_objects()))
-    gc.freeze()
+    known = Known()
     builder = interpreter.InterpreterBuilder
     call, index = interpreter.GridExecutor.__call__, builder.set_grid_idx
     load, store, count = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    point, cut = Table.pointers, Table.slices
     current: list[Launch] = []
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        memory = Memory([*for_good, *runs_of(gc.get_objects())])
-        own = Launch(self.fn.__name__, memory)
+        own = Launch(self.fn.__name__, known.alive((*args, *kwargs.values())), known.walk)
         current.append(own)
         try:
             call(self, *args, **kwargs)
@@ -185,8 +215,19 @@ def checked() -> Iterator[None]:
         current[-1].touch("counts", pointers, mask)
         return count(self, operation, pointers, value, mask, *rest)
 
+    def pointers(self: Any, tensors: Iterable[torch.Tensor | None]) -> int:
+        listed = list(tensors)
+        known.tell(listed)
+        return point(self, listed)
+
+    def slices(self: Any, tensor: torch.Tensor | None, numbers: Iterable[int]) -> int:
+        known.tell([tensor])
+        return cut(self, tensor, numbers)
+
     with ExitStack() as patches:
         for of, name, new in (
+            (Table, "pointers", pointers),
+            (Table, "slices", slices),
             (interpreter.GridExecutor, "__call__", launch),
             (builder, "set_grid_idx", next_program),
             (builder, "create_masked_load", loads),
