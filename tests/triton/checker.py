@@ -1,8 +1,9 @@
 """Watches what interpreted launches touch, and finds what a GPU would punish without saying so.
 
 Bounds: every address that is loaded from, stored to or counted at lies in the memory of a tensor that is alive when the
-launch begins. Races: no two programs store to one address, and none loads what another one stores unless a counter
-stands between them, which the other has moved after it stored and this one before it loads.
+launch begins, and is a multiple of what is read there. Races: no two programs store to one address, and none loads what
+another one stores unless a counter stands between them, which the other has moved after it stored and this one before
+it loads.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Launch:
     loads: list[tuple[Access, set[int]]] = field(default_factory=list)  # with the runs that they are in
     stores: list[Access] = field(default_factory=list)
     stored_runs: set[int] = field(default_factory=set)
-    counts: dict[int, list[int]] = field(default_factory=dict)  # when a program moved a counter
+    counts: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # when a program moved a counter, and which
     findings: list[str] = field(default_factory=list)
 
     def touch(self, what: str, pointers: Any, mask: Any) -> None:
@@ -117,8 +118,11 @@ class Launch:
             run = self.memory.run_of(low, high)
         runs = {run} if run is not None else self._runs(what, chosen, size)
         access = Access(self.program, self.time, chosen)
+        if (chosen % size).any():
+            self._end(f"program {self.program} {what} at addresses that are no multiples of {size}")
         if what == "counts":
-            self.counts.setdefault(self.program, []).append(self.time)
+            moved = self.counts.setdefault(self.program, [])
+            moved += [(self.time, address) for address in chosen.tolist()]
         elif what == "loads":
             self.loads.append((access, runs))
         else:
@@ -129,10 +133,14 @@ class Launch:
         """Of an access that is not within one run; ends the launch where some of it is in none."""
         outside = self.memory.outside(chosen, size)
         if outside:
-            self.findings.append(f"program {self.program} {what} outside of every tensor, at {outside} addresses")
-            raise IndexError(self.findings[-1])
+            self._end(f"program {self.program} {what} outside of every tensor, at {outside} addresses")
         found = (self.memory.run_of(a, a + size) for a in chosen.tolist())
         return {run for run in found if run is not None}
+
+    def _end(self, finding: str) -> None:
+        """Such an access may end the process, or harm it."""
+        self.findings.append(finding)
+        raise IndexError(finding)
 
     def finish(self) -> list[str]:
         """All findings, races among them."""
@@ -166,9 +174,13 @@ class Launch:
                     )
 
     def _ordered(self, writer: int, stored: int, load: Access) -> bool:
-        """Whether the writer moved a counter after its store, and the reader one after that and before its load."""
-        moved = [time for time in self.counts.get(writer, ()) if time > stored]
-        return any(min(moved) < time < load.time for time in self.counts.get(load.program, ())) if moved else False
+        """Whether the writer moved a counter after its store, and the reader that one later, before its load."""
+        first: dict[int, int] = {}
+        for time, counter in self.counts.get(writer, ()):
+            if time > stored:
+                first.setdefault(counter, time)
+        own = self.counts.get(load.program, ())
+        return any(counter in first and first[counter] < time < load.time for time, counter in own)
 
 
 @contextmanager

@@ -24,11 +24,14 @@ def copy(source, target, size, MASKED: tl.constexpr, APART: tl.constexpr):  # ty
 
 
 @triton.jit
-def total(source, parts, counter, result, programs, COUNTS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """The sum of what each program has summed up, by the last to come; or by the last program without asking."""
+def total(source, parts, counter, result, programs, COUNTS: tl.constexpr, APART: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """The sum of what each program has summed up, by the last to come; or by the last program without asking.
+
+    With counters that are apart, each program moves one of its own.
+    """
     program = tl.program_id(0)
     tl.store(parts + program, tl.sum(tl.load(source + program * 8 + tl.arange(0, 8))))
-    arrived = tl.atomic_add(counter, 1) if COUNTS else program
+    arrived = tl.atomic_add(counter + program * APART, 1) + program * APART if COUNTS else program
     if arrived == programs - 1:
         at = tl.arange(0, 4)
         tl.store(result, tl.sum(tl.load(parts + at, mask=at < programs, other=0.0)))
@@ -53,7 +56,7 @@ def test_nothing_is_found_where_nothing_is_wrong() -> None:
     copy[(3,)](x, y, 20, MASKED=True, APART=True)
     assert torch.equal(x, y)
     result = torch.zeros(1)
-    total[(2,)](x, torch.zeros(2), torch.zeros(1, dtype=torch.int32), result, 2, COUNTS=True)
+    total[(2,)](x, torch.zeros(2), torch.zeros(1, dtype=torch.int32), result, 2, COUNTS=True, APART=False)
     assert result == x[:16].sum()
     table = Table()
     table.pointers([x])
@@ -74,8 +77,17 @@ def test_two_programs_that_store_to_one_address() -> None:
 
 
 def test_reading_what_another_program_stores() -> None:
-    arguments = (torch.arange(16.0), torch.zeros(2), torch.zeros(1, dtype=torch.int32), torch.zeros(1), 2)
-    assert "program 1 loads what program 0 stores, without a counter" in found(total, 2, *arguments, COUNTS=False)
+    """Without a counter, and with one that the other program does not know."""
+    arguments = (torch.arange(16.0), torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(1), 2)
+    for constants in ({"COUNTS": False, "APART": False}, {"COUNTS": True, "APART": True}):
+        message = found(total, 2, *arguments, **constants)
+        assert message == "total: program 1 loads what program 0 stores, without a counter between them"
+
+
+def test_addresses_within_elements() -> None:
+    x, table = torch.zeros(9), Table()
+    table.integers([x.data_ptr() + 2])
+    assert "loads at addresses that are no multiples of 4" in found(by_table, 1, table.to(x.device), torch.zeros(8))
 
 
 def test_an_address_of_what_is_gone() -> None:
