@@ -25,7 +25,7 @@ DEVICE ?= cpu
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test matrix check bench bench-guard readme aot clean
+.PHONY: help demo test matrix check bench bench-guard readme aot gpu clean
 
 help:
 	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-guard    instructions of small calls against the baseline, under valgrind; ARGS=--update keeps them"
 	@echo "make readme  rewrite README's tables from benchmarks/results"
 	@echo "make aot     compile every Triton kernel for every architecture, without a GPU; ARGS='--arch 90'"
+	@echo "make gpu     on a machine with a GPU: build, tests, sanitizer, suites, by PYTHON's packages; ARGS='--list'"
 	@echo "make clean   remove everything that make has made, .venv included"
 
 $(VENV)/.created:
@@ -88,6 +89,10 @@ readme: $(VENV)/.installed
 
 aot: $(VENV)/.installed
 	$(PY) -m tests.triton.aot $(ARGS)
+
+# With the packages of PYTHON, as such a machine may have no network: PyTorch with CUDA, Triton, pytest, pybind11, ninja.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mtlkernels/_C*.so mtlkernels/_cuda*.so mtlkernels/_build.json demo-out bench-out

@@ -168,6 +168,34 @@ def test_snr_does_not_wait_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_two_streams_at_a_time() -> None:
+    """Counters and scratch of one call are not those of another that runs beside it."""
+    _, gradients = _training_step(linear=True)
+    expected, streams = gradients(), [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(gradients())
+    torch.cuda.synchronize()
+    for own in found:
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA GPU")
+def test_a_device_that_is_not_the_current_one() -> None:
+    x = torch.randn(300, 64)
+    weight, logits = torch.randn(6, 32, 64), torch.randn(300, 8)
+    routing = Routing.cgc(2, 2, 2, single_input=True)
+    first, second = (
+        expert_mixture(x.to(device), [weight.to(device)], None, logits.to(device), routing)
+        for device in ("cuda:0", "cuda:1")
+    )
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu())
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_a_graph_can_be_captured_and_replayed(linear: bool) -> None:
     x, gradients = _training_step(linear)

@@ -1,0 +1,69 @@
+"""What runs on a machine with a GPU, slice by slice: the build, the tests, the sanitizer, the suites."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LEVEL, PROJECTIONS, CUDA = "tests/triton/test_cuda.py", "tests/triton/test_cuda_pcgrad.py", "tests/cuda"
+PYTHON = sys.executable
+# Cases that between them take every kernel of levels and SNR, with and without alignment; and of PCGrad, whose lists
+# are small. The sanitizer slows them 10 to 50 times.
+SMALL = "ieee and (one_row or aligned or odd) and not large"
+SMALL_LISTS = "random_lists or strided or missing or unaligned"
+HOST = "waits or wait_for or graph or stream or device"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Commands that belong together; ``tool``: a program without which they cannot run."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    tool: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """What it lacks here."""
+        return self.tool if self.tool and shutil.which(self.tool) is None else None
+
+
+def _tests(*arguments: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=50", *arguments)
+
+
+def _sanitized(tool: str) -> Slice:
+    watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+    small = _tests("-x", LEVEL, "-k", SMALL), _tests("-x", PROJECTIONS, CUDA, "-k", SMALL_LISTS)
+    return Slice(tool, tuple((*watch, *tests) for tests in small), "compute-sanitizer")
+
+
+def _suite(name: str, folder: Path, *arguments: str) -> tuple[str, ...]:
+    written = ("--json", str(folder), "--plot", str(folder))
+    return (PYTHON, "benchmarks/run.py", name, "--device", "cuda", *written, *arguments)
+
+
+def every_slice(folder: Path) -> Sequence[Slice]:
+    """In the order in which they are worth their time; results go to ``folder``."""
+    build = (PYTHON, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", str(ROOT))
+    config = (PYTHON, "-c", "import mtlkernels; print(mtlkernels.show_config())")
+    return (
+        Slice("build", (build, config)),
+        Slice("smoke", (_tests("-x", LEVEL, "-k", SMALL), _tests("-x", PROJECTIONS, CUDA, "-k", "options or strided"))),
+        Slice("chains", (_tests(LEVEL, "-k", "not layerwise and not snr"),)),
+        Slice("norms", (_tests(LEVEL, "-k", "layerwise or statistics"),)),
+        Slice("snr", (_tests(LEVEL, "-k", "snr or routes"),)),
+        Slice("pcgrad", (_tests(PROJECTIONS, CUDA),)),
+        Slice("host", (_tests(LEVEL, PROJECTIONS, CUDA, "-k", HOST),)),
+        _sanitized("memcheck"),
+        _sanitized("racecheck"),
+        _sanitized("synccheck"),
+        *(
+            Slice(f"suite-{suite}", (_suite(suite, folder, "--quick"), _suite(suite, folder)))
+            for suite in ("mixture", "pcgrad", "pcgrad-step", "snr")
+        ),
+    )
