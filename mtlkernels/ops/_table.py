@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A CUDA graph reads the host's copy of a table whenever it is replayed. PyTorch keeps pinned memory that is allocated
+from mtlkernels import _torch
+
+# A CUDA graph reads the host's copy of a tensor whenever it is replayed. PyTorch keeps pinned memory that is allocated
 # during a capture for the graph, and frees it with that; where it does not yet, the copies stay here.
 GRAPHS_KEEP_PINNED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _captured: list[Tensor] = []
@@ -44,10 +46,21 @@ class Table:
         """The table on the device, without waiting for it, as only a copy from pinned memory is sure not to."""
         if device.type != "cuda":
             return torch.tensor(self.entries, dtype=torch.int64)
-        host = torch.tensor(self.entries, dtype=torch.int64, pin_memory=True)
-        if not GRAPHS_KEEP_PINNED and torch.cuda.is_current_stream_capturing():
-            _captured.append(host)
-        return host.to(device, non_blocking=True)
+        return _copied(torch.tensor(self.entries, dtype=torch.int64, pin_memory=True), device)
+
+
+def _copied(pinned: Tensor, device: torch.device) -> Tensor:
+    if not GRAPHS_KEEP_PINNED and torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; unless it is traced or transformed, without waiting for that."""
+    plain = not (torch.compiler.is_compiling() or _torch.func_transforms_active())
+    if device.type == "cuda" and tensor.is_cpu and plain:
+        return _copied(tensor.pin_memory(), device)
+    return tensor.to(device)
 
 
 # GPUs whose float64 arithmetic runs at half the rate of float32; on all others at 1/64 of it.

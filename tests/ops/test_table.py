@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtlkernels.ops import _table
-from mtlkernels.ops._table import Table
+from mtlkernels.ops._table import Table, moved
 
 GPU = torch.device("cuda", 0)
 
@@ -21,8 +21,13 @@ class Host:
     def __init__(self, entries: list[int], dtype: torch.dtype, pin_memory: bool) -> None:
         Host.made.append((len(entries), pin_memory))
 
-    def to(self, device: torch.device, non_blocking: bool) -> tuple[torch.device, bool]:
+    def to(self, device: torch.device, non_blocking: bool = False) -> tuple[torch.device, bool]:
         return device, non_blocking
+
+    is_cpu = True
+
+    def pin_memory(self) -> Host:
+        return Host([0], torch.int64, True)
 
 
 @pytest.mark.parametrize("capturing", [False, True])
@@ -43,3 +48,8 @@ def test_copies_come_from_pinned_memory(
     assert table.to(GPU) == (GPU, True)  # type: ignore[comparison-overlap]
     assert Host.made == [(count, True)]
     assert len(kept) == (capturing and not keeps)
+    order: Any = Host([0], torch.int64, False)
+    assert moved(order, GPU) == (GPU, True)  # type: ignore[comparison-overlap]
+    assert moved(order, torch.device("cpu")) == (torch.device("cpu"), False)  # type: ignore[comparison-overlap]
+    assert Host.made[1:] == [(1, False), (1, True)]
+    assert len(kept) == 2 * (capturing and not keeps)

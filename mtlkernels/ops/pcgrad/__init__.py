@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtlkernels import _backends
 from mtlkernels.ops._call import needs_function, needs_plain, traced_under_func
+from mtlkernels.ops._table import moved
 from mtlkernels.ops.pcgrad import autograd, reference  # noqa: F401  (autograd registers the operators' rules)
 from mtlkernels.ops.pcgrad.checks import Options, check_generator, check_gram, check_group, check_options, check_order
 from mtlkernels.ops.pcgrad.gradients import Gradients, fail_together, flattened, gradients_of, mean_over_ranks
@@ -165,12 +166,12 @@ def draw_order(
     if order is not None:
         if generator is not None:
             raise ValueError("generator must be None where order is given, got both")
-        return check_order(order, num_tasks).to(device, torch.int64, non_blocking=True)
+        return moved(check_order(order, num_tasks).to(torch.int64), device)
     if not project:
         return None
     where = device if generator is None else generator.device
     keys = torch.rand(num_tasks, num_tasks, generator=generator, device=where, dtype=torch.float64)
-    return keys.argsort(dim=1).to(device, non_blocking=True)
+    return moved(keys.argsort(dim=1), device)
 
 
 def projected(gradients: Gradients, order: Tensor | None, options: Options) -> tuple[list[Tensor | None], Tensor]:
