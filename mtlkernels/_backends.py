@@ -53,11 +53,12 @@ def has_cuda(op: str) -> bool:
 
 def is_old(gpu: torch.device | None = None) -> bool:
     """Whether a GPU, the current one if None, is older than those that kernels are for: the reference serves it."""
-    return (
-        torch.version.hip is None
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_properties(gpu).major < MIN_MAJOR
-    )
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    try:
+        return bool(torch.cuda.get_device_properties(gpu).major < MIN_MAJOR)
+    except (RuntimeError, AssertionError):  # in a child of a fork, where nothing runs on a GPU
+        return False
 
 
 def fast(op: str, device: str, dtype: torch.dtype) -> bool:
@@ -87,8 +88,8 @@ def backends() -> dict[str, dict[str, tuple[str, ...]]]:
     return {_FUNCTIONS.get(op, op): _by_device(op) for op in OPS}
 
 
-def _by_device(op: str, gpu: torch.device | None = None) -> dict[str, tuple[str, ...]]:
-    return {"cpu": _on_cpu(op), "cuda": _on_cuda(op, gpu), "other": ("reference",)}
+def _by_device(op: str) -> dict[str, tuple[str, ...]]:
+    return {"cpu": _on_cpu(op), "cuda": _on_cuda(op), "other": ("reference",)}
 
 
 def _on_cpu(op: str) -> tuple[str, ...]:
@@ -96,7 +97,7 @@ def _on_cpu(op: str) -> tuple[str, ...]:
     return tuple(name for name, there in found.items() if there)
 
 
-def _on_cuda(op: str, gpu: torch.device | None) -> tuple[str, ...]:
+def _on_cuda(op: str, gpu: torch.device | None = None) -> tuple[str, ...]:
     new = not is_old(gpu)
     found = {"cuda": new and has_cuda(op), "triton": new and has_triton(), "reference": True}
     return tuple(name for name, there in found.items() if there)
@@ -190,8 +191,9 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
         return _outside_autocast(reference_implementation(op, direction), device)
     if backend is None:
         return operator
-    found = _by_device(op, like.device if device == "cuda" else None)
-    names = found.get(device, found["other"])
+    names: tuple[str, ...] = ("reference",)
+    if device in ("cpu", "cuda"):
+        names = _on_cpu(op) if device == "cpu" else _on_cuda(op, like.device)
     if backend == "triton" and op in _TRITON_WITHOUT_FLOAT64 and like.dtype == torch.float64:
         names = tuple(name for name in names if name != "triton")
     if backend not in names:

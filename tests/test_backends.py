@@ -240,3 +240,15 @@ def test_old_gpus_run_the_reference(
     assert _backends.fast("level", "cuda", torch.float32) != old
     if old:
         assert "compute capability 8.0" in _diagnosis.no_kernels("cuda", torch.float32)
+
+
+def test_a_gpu_that_cannot_be_asked_is_not_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch raises in a child of a fork; what runs on the CPU there goes on."""
+
+    def refuse(gpu: object) -> None:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", refuse)
+    assert not _backends.is_old()
+    assert mk.backends()["expert_mixture"]["other"] == ("reference",)
