@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mtlkernels import _torch
 
-# A CUDA graph reads the host's copy of a tensor whenever it is replayed. Since 2.11 PyTorch gives pinned memory that was
-# allocated during a capture to nobody else; before, the copies have to stay here.
+# A CUDA graph reads the host's copy of a tensor whenever it is replayed. Since 2.11 PyTorch gives pinned memory that
+# was allocated during a capture to nobody else; before, the copies have to stay here.
 GRAPHS_KEEP_PINNED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 _captured: list[Tensor] = []
 
