@@ -98,8 +98,12 @@ def product(kind: Kind, rows: int, columns: int, heavy: bool = False) -> Tile:
 
 
 def beside_gates(tile: Tile) -> Tile:
-    """``tile`` for a ``layer_forward`` with linear gates; of one, the compiler would spill a few registers else."""
-    return replace(tile, registers=255) if tile == PRODUCT["ieee", True].full else tile
+    """``tile`` for a ``layer_forward`` with linear gates; of two, the compiler would spill a few registers else.
+
+    Without alignment it does so on sm_86 and sm_89 alone.
+    """
+    spills = tile in (PRODUCT["ieee", True].full, PRODUCT["ieee", False].full)
+    return replace(tile, registers=255) if spills else tile
 
 
 def mixing(kind: Kind, gates: int, rows: int) -> Tile | None:
