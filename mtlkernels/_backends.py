@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -59,6 +60,10 @@ def is_old(gpu: torch.device | None = None) -> bool:
         return bool(torch.cuda.get_device_properties(gpu).major < MIN_MAJOR)
     except (RuntimeError, AssertionError):  # in a child of a fork, where nothing runs on a GPU
         return False
+
+
+# Each call of a kernel asks this; compiled code, which cannot look anything up, asks the function above.
+_is_old_once = functools.cache(is_old)
 
 
 def fast(op: str, device: str, dtype: torch.dtype) -> bool:
@@ -161,7 +166,7 @@ def _first_tensor(args: Any) -> torch.Tensor:
 def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """What a CUDA call runs: CUDA C++ or Triton, or the reference for what these do not take, and on old GPUs."""
     first = _first_tensor(args)
-    if is_old(first.device):
+    if _is_old_once(first.device):
         return reference_implementation(op, direction)
     if has_cuda(op) and _forced != "triton":
         module = importlib.import_module(f"mtlkernels.ops.{op}.cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -220,9 +221,17 @@ def test_an_unknown_instruction_set() -> None:
         pass
 
 
+@pytest.fixture
+def asked_again() -> Iterator[None]:
+    """What GPUs are is forgotten, before and after."""
+    _backends._is_old_once.cache_clear()
+    yield
+    _backends._is_old_once.cache_clear()
+
+
 @pytest.mark.parametrize(("major", "old"), [(7, True), (8, False), (12, False)])
 def test_old_gpus_run_the_reference(
-    with_cuda: None, major: int, old: bool, case: Case, monkeypatch: pytest.MonkeyPatch
+    with_cuda: None, asked_again: None, major: int, old: bool, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They have no machine code of the CUDA kernels, and Triton's would spill on them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

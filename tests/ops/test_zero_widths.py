@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 NAMES = ("reference", *_extension.instruction_sets())
-THIRDS = NAMES[1:-1]  # which share their sources with the best: each checks a third, together all
+THIRDS = NAMES[1:-1]  # which share their sources with the best: each checks a third, and three of them all
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -26,13 +26,18 @@ class Options(NamedTuple):
     reduction: str
 
 
-def check_gradients(grads: Sequence[Any], num_tasks: int, *, dense: bool = False) -> None:
-    """Every gradient is a floating-point tensor, on one device, of its parameter's shape and dtype."""
+def check_gradients(grads: Sequence[Any], num_tasks: int, *, dense: bool = False, each: bool = False) -> None:
+    """Every gradient is a floating-point tensor, on one device, of its parameter's shape and dtype.
+
+    ``each``: there is one for each parameter.
+    """
     first = first_of(grads)
     device = first.device if isinstance(first, Tensor) else None
     for start in range(0, len(grads), num_tasks):
         column = grads[start : start + num_tasks]
         like: Any = first_of(column)
+        if each and like is None:
+            raise ValueError(f"grads must hold a gradient for each parameter, got none for {start // num_tasks}")
         known = isinstance(like, Tensor) and like.dtype in DTYPES
         shape, dtype = (like.shape, like.dtype) if known else (None, None)
         for t, grad in enumerate(column):
@@ -76,27 +81,24 @@ def _mistake(grad: Any, device: Any, column: Sequence[Any], dense: bool) -> tupl
     return None
 
 
-def check_flat(grads: Sequence[Any], num_tasks: int) -> None:
+def check_flat(grads: Sequence[Any], num_tasks: int, *, each: bool = False) -> None:
     """What a GPU's kernels read addresses of, as operators can be called directly: dense gradients, T a parameter."""
     if num_tasks < 1:
         raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
     if len(grads) % num_tasks:
         raise ValueError(f"grads must hold num_tasks = {num_tasks} entries a parameter, got {len(grads)}")
-    check_gradients(grads, num_tasks, dense=True)
+    check_gradients(grads, num_tasks, dense=True, each=each)
 
 
 def check_coefficients(grads: Sequence[Any], num_tasks: int, coefficients: Tensor) -> None:
     """:func:`check_flat`, with a gradient for each parameter, and T coefficients on the same device."""
-    check_flat(grads, num_tasks)
+    check_flat(grads, num_tasks, each=True)
     if coefficients.shape != (num_tasks,) or coefficients.dtype != torch.float64:
         given = f"{list(coefficients.shape)} in {coefficients.dtype}"
         raise ValueError(f"coefficients must have shape [{num_tasks}] in float64, got {given}")
-    for p in range(len(grads) // num_tasks):
-        like: Any = first_of(grads[p * num_tasks : (p + 1) * num_tasks])
-        if like is None:
-            raise ValueError(f"grads must hold a gradient for each parameter, got none for {p}")
-        if like.device != coefficients.device:
-            raise ValueError(f"grads must be on {coefficients.device} as coefficients are, got {like.device}")
+    like: Any = first_of(grads)  # all are on its device
+    if like is not None and like.device != coefficients.device:
+        raise ValueError(f"grads must be on {coefficients.device} as coefficients are, got {like.device}")
 
 
 def check_steps(gram: Tensor, order: Tensor | None) -> None:
