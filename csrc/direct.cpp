@@ -23,14 +23,17 @@ namespace py = pybind11;
 
 // Each reads one kind of argument, and tells whether it is of the expected structure.
 
-// A plain tensor on the CPU, or a parameter: one that nothing but its memory stands behind, so that the dispatcher has
-// nobody else to ask.
+// A plain tensor on the CPU or a GPU, or a parameter: one that nothing but its memory stands behind, so that the
+// dispatcher has nobody else to ask.
 bool read_tensor(PyObject* object, at::Tensor& tensor) {
-  constexpr auto cpu = c10::BackendComponent::CPUBit;
-  static const uint64_t plain =
-      (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView}) |
-       c10::getAutogradRelatedKeySetFromBackend(cpu) | c10::getAutocastRelatedKeySetFromBackend(cpu))
-          .raw_repr();
+  static const uint64_t plain = [] {
+    c10::DispatchKeySet keys({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView});
+    for (const auto backend : {c10::BackendComponent::CPUBit, c10::BackendComponent::CUDABit}) {
+      keys =
+          keys | c10::getAutogradRelatedKeySetFromBackend(backend) | c10::getAutocastRelatedKeySetFromBackend(backend);
+    }
+    return keys.raw_repr();
+  }();
   if (!THPVariable_Check(object)) return false;
   tensor = THPVariable_Unpack(object);
   return (tensor.key_set().raw_repr() & ~plain) == 0;
@@ -234,6 +237,27 @@ void keep_prepared_from_python(py::handle weights) {
     return true;
   });
   if (!fit) throw py::value_error("mtlkernels: a list of plain tensors was expected");
+}
+
+// The tensors of a level without norms and slopes as operators take them, whose shapes nobody has checked, and whether
+// a gradient of any is wanted; or None, as above.
+py::object level_tensors_from_python(py::handle inputs, py::handle weights, py::handle biases, py::handle gate_logits,
+                                     py::handle gate_weights, py::handle gate_biases, py::handle spec_ints) {
+  try {
+    const py::none none;
+    const std::optional<LevelSpec> spec = read_spec(spec_ints.ptr(), none.ptr());
+    Call call;
+    if (!spec || !read_level(*spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
+                             gate_biases.ptr(), none.ptr(), none.ptr(), none.ptr(), call)) {
+      return none;
+    }
+    const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
+    LevelTensors& own = call.tensors;
+    return py::make_tuple(wrapped<py::list>({&own.inputs, &own.weights, &own.biases, &own.gates, &own.gate_biases}),
+                          wanted);
+  } catch (const Refused&) {
+    return py::none();
+  }
 }
 
 std::pair<std::vector<int64_t>, std::vector<double>> recoded_level(std::vector<int64_t> ints,

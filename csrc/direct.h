@@ -14,6 +14,11 @@ pybind11::object level_from_python(pybind11::handle inputs, pybind11::handle wei
                                    pybind11::handle gate_biases, pybind11::handle norms, pybind11::handle gate_norms,
                                    pybind11::handle slopes, pybind11::handle dice_eps, pybind11::handle spec_ints);
 
+// mtlkernels._C.level_tensors, see direct.cpp.
+pybind11::object level_tensors_from_python(pybind11::handle inputs, pybind11::handle weights, pybind11::handle biases,
+                                           pybind11::handle gate_logits, pybind11::handle gate_weights,
+                                           pybind11::handle gate_biases, pybind11::handle spec_ints);
+
 // mtlkernels._C.recoded_level: a spec's lists, once decoded and encoded again. Throws a ValueError for others.
 std::pair<std::vector<int64_t>, std::vector<double>> recoded_level(std::vector<int64_t> ints,
                                                                    std::vector<double> floats);

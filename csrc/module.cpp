@@ -14,6 +14,7 @@
 #include "cpu/runtime/kernel_tables.h"
 #include "cpu/runtime/memory.h"
 #include "direct.h"
+#include "recording.h"
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels of mtlkernels";
@@ -37,6 +38,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("instruction_sets", &mtlk::instruction_sets, "The instruction sets that can serve here, the best last.");
   module.def("level", &mtlk::level_from_python,
              "mtlkernels.expert_mixture by the direct way: outputs, tensors for its Function, or None: not its call.");
+  module.def("level_tensors", &mtlk::level_tensors_from_python,
+             "The tensors of an expert_mixture in the operators' order, and whether a gradient is wanted; or None.");
   module.def("recoded_level", &mtlk::recoded_level, "A LevelSpec's encoding, decoded and encoded again.");
   module.def(
       "release_memory",
@@ -47,5 +50,6 @@ PYBIND11_MODULE(_C, module) {
       "Lets go of the memory that the kernels keep for later calls; the number of bytes.");
   module.def("keep_prepared", &mtlk::keep_prepared_from_python,
              "Keeps what is prepared of each of these weights, which nobody writes to any more.");
+  mtlk::define_recording(module);
   module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
 }

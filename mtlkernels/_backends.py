@@ -152,10 +152,23 @@ def reference_implementation(op: str, direction: str) -> Callable[..., Any]:
     return _references[op, direction]
 
 
+@functools.cache
+def triton_module(op: str) -> Any:
+    """An op's Triton launchers; Triton is imported when they are first asked for."""
+    return importlib.import_module(f"mtlkernels.ops.{op}.triton")
+
+
 def triton_implementation(op: str, direction: str) -> Callable[..., Any]:
-    """The Triton launcher of one direction of an op; Triton is imported when it is first asked for."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"mtlkernels.ops.{op}.triton"), direction)
+    """The Triton launcher of one direction of an op."""
+    function: Callable[..., Any] = getattr(triton_module(op), direction)
     return function
+
+
+def runs_triton(op: str, like: torch.Tensor) -> bool:
+    """Whether a call with a tensor like this runs Triton's launchers; on a CPU, where they are interpreted."""
+    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and like.dtype == torch.float64):
+        return False
+    return like.is_cpu or (like.is_cuda and not _is_old_once(like.device) and not has_cuda(op))
 
 
 def _first_tensor(args: Any) -> torch.Tensor:

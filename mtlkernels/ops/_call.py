@@ -79,7 +79,12 @@ def apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
     if torch.compiler.is_compiling() or _torch.func_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*_torch.unwrap_dead_wrappers(args))
+    return apply_plain(function, *_torch.unwrap_dead_wrappers(args))
+
+
+def apply_plain(function: Any, *args: Any) -> Any:
+    """The same of plain tensors, where nobody looks on."""
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:
@@ -107,6 +112,19 @@ def unobserved() -> bool:
         _extension.loaded()
         and _backends.forced() in (None, "cpp")
         and not torch.is_autocast_enabled("cpu")
+        and not _tracing.observed()
+    )
+
+
+def replays(op: str, like: Tensor) -> bool:
+    """Whether calls with plain tensors like this one may go straight to Triton's launchers, past the dispatcher."""
+    if like.is_cpu and not (_backends.forced() == "triton" and _backends.interpreting()):
+        return False
+    return (
+        _extension.loaded()
+        and _backends.forced() in (None, "triton")
+        and _backends.runs_triton(op, like)
+        and not _backends.autocast_enabled(like.device.type)
         and not _tracing.observed()
     )
 

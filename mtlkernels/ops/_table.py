@@ -1,19 +1,20 @@
 """The table of a call: one int64 tensor through which kernels on a GPU find their tensors.
 
 It holds addresses, strides and indices. Tensors thus stay where they are, however many there are, and a call copies one
-small array to the device.
+small array to the device. What the call allocates, results and scratch, is allocated through its table as well, so that
+a recording of the call knows all of it, see :mod:`mtlkernels.ops._recording`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtlkernels import _torch
+from mtlkernels import _extension, _torch
 
 # A CUDA graph reads the host's copy of a tensor whenever it is replayed. Since 2.11 PyTorch gives pinned memory that
 # was allocated during a capture to nobody else; before, the copies have to stay here.
@@ -22,10 +23,32 @@ _captured: list[Tensor] = []
 
 
 class Table:
-    """Collects what the kernels of a call look up."""
+    """Collects what the kernels of a call look up, and what the call allocates.
+
+    ``addresses`` are the places in it that hold addresses; ``rooms`` are the call's allocations, of one or several
+    tensors; ``launches`` those that it has made.
+    """
 
     def __init__(self) -> None:
         self.entries: list[int] = []
+        self.addresses: list[int] = []
+        self.rooms: list[list[Tensor]] = []
+        self.launches: list[Any] = []
+
+    def room(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """An empty tensor on the device of ``like``, of its dtype unless another is given."""
+        self.rooms.append([like.new_empty(shape, dtype=dtype)])
+        return self.rooms[-1][0]
+
+    def together(self, like: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The same for several shapes. Where there is an extension they share one allocation, and are no views."""
+        if not shapes:
+            return []
+        if not _extension.loaded():
+            return [self.room(like, shape) for shape in shapes]
+        found: list[Tensor] = _extension.function("together")(like, like.dtype, shapes)
+        self.rooms.append(found)
+        return found
 
     def integers(self, values: Iterable[int]) -> int:
         """Appends integers and returns where they start."""
@@ -35,21 +58,26 @@ class Table:
 
     def pointers(self, tensors: Iterable[Tensor | None]) -> int:
         """Appends the addresses of tensors, 0 for None, and returns where they start."""
-        return self.integers(0 if t is None else t.data_ptr() for t in tensors)
+        start = self.integers(0 if t is None else t.data_ptr() for t in tensors)
+        self.addresses += range(start, len(self.entries))
+        return start
 
     def slices(self, tensor: Tensor | None, numbers: Iterable[int]) -> int:
         """Appends the addresses of ``tensor[i]`` for each of ``numbers``, or zeros, and returns where they start."""
-        start, step = (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0) * tensor.element_size())
-        return self.integers(start + i * step for i in numbers)
+        first, step = (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0) * tensor.element_size())
+        start = self.integers(first + i * step for i in numbers)
+        self.addresses += range(start, len(self.entries))
+        return start
 
     def to(self, device: torch.device) -> Tensor:
         """The table on the device, without waiting for it, as only a copy from pinned memory is sure not to."""
-        if device.type != "cuda":
-            return torch.tensor(self.entries, dtype=torch.int64)
-        return _copied(torch.tensor(self.entries, dtype=torch.int64, pin_memory=True), device)
+        return copied(torch.tensor(self.entries, dtype=torch.int64, pin_memory=device.type == "cuda"), device)
 
 
-def _copied(pinned: Tensor, device: torch.device) -> Tensor:
+def copied(pinned: Tensor, device: torch.device) -> Tensor:
+    """What lies in pinned memory on the device, without waiting for it; on a CPU it is there."""
+    if device.type != "cuda":
+        return pinned
     if not GRAPHS_KEEP_PINNED and torch.cuda.is_current_stream_capturing():
         _captured.append(pinned)
     return pinned.to(device, non_blocking=True)
@@ -59,7 +87,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device; unless it is traced or transformed, without waiting for that."""
     plain = not (torch.compiler.is_compiling() or _torch.func_transforms_active())
     if device.type == "cuda" and tensor.is_cpu and plain:
-        return _copied(tensor.pin_memory(), device)
+        return copied(tensor.pin_memory(), device)
     return tensor.to(device)
 
 

@@ -6,7 +6,7 @@ where they are. The launchers pass the place in the table where each run of entr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,17 +85,26 @@ def contiguous(tensors: Iterable[Any]) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def launch(kernel: Any, programs: int, tile: Tile, *args: Any, **constants: Any) -> None:
+class Launch(NamedTuple):
+    """A launch that has been made. ``compiled`` is what Triton made of the kernel, None in its interpreter."""
+
+    kernel: Any
+    compiled: Any
+    programs: int
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+# Makes a launch, once the table is complete and on the device.
+Run = Callable[[Tensor], Launch | None]
+
+
+def launch(kernel: Any, programs: int, tile: Tile, *args: Any, **constants: Any) -> Launch | None:
     """Launches ``programs`` programs of a kernel, if any."""
-    if programs:
-        kernel[(programs,)](
-            *args,
-            **constants,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **({} if tile.registers is None else {"maxnreg": tile.registers}),
-            enable_fp_fusion=True,
-        )
+    if not programs:
+        return None
+    constants.update(ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth)
+    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    if tile.registers is not None:
+        options["maxnreg"] = tile.registers
+    return Launch(kernel, kernel[(programs,)](*args, **constants, **options), programs, args, constants | options)

@@ -87,6 +87,6 @@ def split(table: Table, sums: Sums, like: Tensor) -> Split:
     count = splits(sums, multiprocessors(like.device))
     if count == 1:
         return Split(sums.blocks)
-    parts = like.new_empty(sums.blocks * count * sums.part, dtype=torch.float32)
+    parts = table.room(like, (sums.blocks * count * sums.part,), torch.float32)
     at_parts = table.pointers([parts])
     return Split(sums.blocks * count, count, parts, at_parts, table.integers([0] * sums.blocks))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
+from mtlkernels import _torch
 from mtlkernels.ops._table import Table
 
 LISTED = 3  # findings of a launch that its error names
@@ -59,7 +60,8 @@ class Memory:
 def runs_of(objects: Iterable[Any]) -> Iterator[tuple[int, int]]:
     """The storages of CPU tensors among objects: first byte and length."""
     for value in objects:
-        if type(value) in (torch.Tensor, torch.nn.Parameter) and value.is_cpu and value.layout is torch.strided:
+        plain = type(value) in (torch.Tensor, torch.nn.Parameter) and not _torch.is_legacy_batched_tensor(value)
+        if plain and value.is_cpu and value.layout is torch.strided:
             storage = value.untyped_storage()
             if storage.nbytes():
                 yield storage.data_ptr(), storage.nbytes()

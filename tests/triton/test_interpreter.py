@@ -20,6 +20,7 @@ FILES = (
     "interpreted_launches.py",
     "interpreted_pcgrad.py",
     "interpreted_checker.py",
+    "interpreted_recordings.py",
 )
 
 

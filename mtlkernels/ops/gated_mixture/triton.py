@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtlkernels.ops import _triton
 from mtlkernels.ops._operands import check_count, check_gate_logits, check_operands
-from mtlkernels.ops._triton import DTYPES, Kind, Table, Tile, contiguous, launch
+from mtlkernels.ops._triton import DTYPES, Kind, Launch, Run, Table, Tile, contiguous, launch
 from mtlkernels.ops.gated_mixture.triton_kernels import mix_backward, mix_forward
 
 # 2,048 elements a tile: two 16-byte loads a thread in half precision, and few enough registers for several programs on
@@ -100,20 +100,20 @@ def forward(
 
 def prepare_forward(
     table: Table, kind: Kind, experts: int, like: Tensor, shape: tuple[int, int], gates: Gates
-) -> tuple[list[Tensor], Callable[[Tensor], None]]:
+) -> tuple[list[Tensor], Run]:
     """The outputs, of ``shape`` [B, H], and what fills them once the table is complete and on the device.
 
     ``experts`` is a place in the table, see :func:`strides`.
     """
     num_rows, width = shape
-    outputs = [like.new_empty(shape) for _ in gates.sizes]
+    outputs = [table.room(like, shape) for _ in gates.sizes]
     places = (table.pointers(outputs), gates.entries(table), experts)
     tile = TILES[kind.aligned]
     programs = triton.cdiv(num_rows, tile.rows) * triton.cdiv(width, tile.columns)
     constants = {"KIND": kind.without_products, "LOGITS": DTYPES[gates.logits[0].dtype]}
 
-    def run(entries: Tensor) -> None:
-        launch(mix_forward, programs, tile, entries, *places, len(gates.sizes), num_rows, width, **constants)
+    def run(entries: Tensor) -> Launch | None:
+        return launch(mix_forward, programs, tile, entries, *places, len(gates.sizes), num_rows, width, **constants)
 
     return outputs, run
 
@@ -166,7 +166,7 @@ def prepare_backward(
     gates: Gates,
     need_experts: bool,
     grad_logits: Sequence[Tensor],
-) -> Callable[[Tensor], None]:
+) -> Run:
     """What fills the gradients of experts and logits once the table is complete and on the device.
 
     Args:
@@ -184,8 +184,8 @@ def prepare_backward(
     num_rows, width = grad_outputs[0].shape
     members, tile = len(gates.experts), TILES[kind.aligned]
     blocks = triton.cdiv(width, tile.columns) if grad_logits else 0
-    weights = grad_outputs[0].new_empty((members, num_rows), dtype=torch.float32)
-    inner = grad_outputs[0].new_empty((blocks, members, num_rows), dtype=torch.float32)
+    weights = table.room(grad_outputs[0], (members, num_rows), torch.float32)
+    inner = table.room(grad_outputs[0], (blocks, members, num_rows), torch.float32)
     at = (table.pointers(grad_outputs), gates.entries(table), gates.of_experts(table, offsets), *places)
     at_logits = table.pointers(grad_logits)
     table.integers(t.stride(0) for t in grad_logits)
@@ -199,8 +199,8 @@ def prepare_backward(
         "NEED_LOGITS": len(grad_logits) > 0,
     }
 
-    def run(entries: Tensor) -> None:
+    def run(entries: Tensor) -> Launch | None:
         programs = triton.cdiv(num_rows, tile.rows)
-        launch(mix_backward, programs, tile, entries, weights, inner, *at, at_logits, *sizes, **constants)
+        return launch(mix_backward, programs, tile, entries, weights, inner, *at, at_logits, *sizes, **constants)
 
     return run

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtlkernels._backends import implementation, register_reference
+from mtlkernels._backends import implementation, register_reference, triton_module
 from mtlkernels._library import register_autograd
+from mtlkernels._tracing import observed
 from mtlkernels.ops._autograd import (
     batched_backward,
     by_example,
@@ -31,13 +32,15 @@ _OP = "level"
 class Plan(NamedTuple):
     """What is static about a call: the level, and how to run it.
 
-    ``direct``: straight to the C++ operator, whose arguments have been checked. ``losses``: of how many the backward
-    pass gets the outputs' gradients, one after another.
+    ``direct``: straight to the C++ operator, whose arguments have been checked. ``recording``: straight to a GPU, by
+    what was recorded of a call like this one. ``losses``: of how many the backward pass gets the outputs' gradients,
+    one after another.
     """
 
     spec: LevelSpec
     backend: str | None
     direct: bool = False
+    recording: Any = None
     losses: int = 1
 
 
@@ -51,6 +54,8 @@ class Level(torch.autograd.Function):
     @staticmethod
     def forward(plan: Plan, *tensors: Any) -> Any:
         spec = plan.spec
+        if plan.recording is not None:
+            return tuple(plan.recording.replay(triton_module(_OP).moving(spec, tensors[: spec.num_tensors])))
         args = (*spec.operands(tensors), *spec.encoded, tensors[spec.num_tensors], True)
         run = run_cpp(_OP, "forward", *args) if plan.direct else run_forward(_OP, plan.backend, tensors[0], *args)
         outputs, saved = run
@@ -76,6 +81,13 @@ class Level(torch.autograd.Function):
             return nothing
         if all(grad is None for grad in grad_outputs):
             return nothing
+        plan = ctx.plan
+        if plan.recording is not None and not (
+            torch.is_grad_enabled() or observed() or grads_are_batched(grad_outputs)
+        ):
+            stored, count, flags = ctx.saved_tensors, plan.spec.num_tensors, ctx.needs_input_grad[1:-1]
+            own = (stored[:count], stored[count + 1 :], flags)
+            return (None, *triton_module(_OP).in_place(plan.spec, grad_outputs, *own), None)
         return (None, *level_gradients(ctx, ctx.saved_tensors, grad_outputs))  # once: checkpointing recomputes them
 
     @staticmethod
@@ -172,7 +184,7 @@ def _by_parts(plan: Plan, needs: Any, grad_outputs: Any, tensors: Any, saved: An
     of_gates = needs[0] or needs[6] or needs[7]
     inner_needs = (*needs[:6], of_gates, False)
     kept = saved[:-1]  # without the logits
-    inner_plan = plan._replace(spec=inner, direct=False)
+    inner_plan = plan._replace(spec=inner, direct=False, recording=None)
     found = inner.split(_by_operator(inner_plan, inner_needs, grad_outputs, (*of_level, None), kept))
     grad_inputs = list(found.inputs)
     grad_weights: list[Any] = [None] * len(logits)
@@ -206,6 +218,9 @@ class LevelBackward(torch.autograd.Function):
             return batched_backward(LevelBackward, (plan, needs), arguments)
         grad_outputs, tensors = arguments[:gates], arguments[gates:]
         saved = tensors[spec.num_tensors + 1 :]
+        if plan.recording is not None and not observed():
+            own = tensors[: spec.num_tensors]
+            return tuple(triton_module(_OP).gradients(spec, grad_outputs, own, saved, None, needs))
         args = (*spec.operands(tensors), saved, *spec.encoded, tensors[spec.num_tensors], needs)
         return tuple(implementation(_OP, "backward", plan.backend, tensors[0])(grad_outputs, *args))
 

@@ -1,4 +1,4 @@
-"""A call on a CPU, where the way through checks and dispatcher would take as long as a small batch."""
+"""The way past checks and dispatcher, which would take as long as a small batch on a CPU, and longer on a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _extension
-from mtlkernels.ops._call import apply, unobserved
+from mtlkernels.ops._call import apply_plain, replays, unobserved
 from mtlkernels.ops.activations import CODES, has_slopes
 from mtlkernels.ops.level.autograd import Level, Plan
 from mtlkernels.ops.level.call import spec_of
@@ -34,12 +34,16 @@ def direct(
     """The level's outputs from the public function's arguments; ``gates`` are logits, weights, biases and norms.
 
     C++ takes the tensors out of the caller's lists, checks them, and serves; where a gradient is wanted it hands them
-    back, and they go straight to its operator. None is "not mine": where somebody looks on, where the arguments are
-    not such as C++ takes, or do not fit each other. The checks in Python then find out why, in the caller's terms.
+    back, and they go straight to its operator. On a GPU it hands them back always, for a recording of a call that was
+    checked. None is "not mine": where somebody looks on, where the arguments are not such as C++ takes, or do not fit
+    each other. The checks in Python then find out why, in the caller's terms.
     """
     several = isinstance(inputs, _LISTS)
     first = inputs[0] if several and inputs else inputs
-    if not (type(first) is Tensor and first.is_cpu and unobserved()):
+    if type(first) is not Tensor:
+        return None
+    on_gpu = replays("level", first)
+    if not on_gpu and not (first.is_cpu and unobserved()):
         return None
     if type(routing) is not Routing or routing.wiring.idle or not (isinstance(weights, _LISTS) and weights):
         return None
@@ -58,6 +62,8 @@ def direct(
     sloped = any(has_slopes(layer.activation) for layer in layers)
     if sloped != (slopes is not None) or (sloped and not isinstance(slopes, _LISTS)):
         return None
+    if on_gpu:
+        return None if sloped or norms is not None else _on_gpu(inputs, weights, biases, gates, routing, layers)
     epsilons = None
     if sloped:
         epsilons = [dice_eps] * len(layers) if isinstance(dice_eps, float) else dice_eps
@@ -73,7 +79,32 @@ def direct(
     )
     if not isinstance(found, list) or spec.unread:
         return None if isinstance(found, list) else found
-    out = apply(Level, Plan(spec, _backends.forced(), True), *found, None)
+    out = apply_plain(Level, Plan(spec, _backends.forced(), True), *found, None)
+    return tuple(out[: len(spec.gate_sizes)])
+
+
+def _on_gpu(
+    inputs: Any,
+    weights: Any,
+    biases: Any,
+    gates: tuple[Any, Any, Any, Any],
+    routing: Routing,
+    layers: tuple[Layer, ...],
+) -> tuple[Tensor, ...] | None:
+    """By what was recorded of a call like this one, None where nothing was."""
+    count = len(inputs) if isinstance(inputs, _LISTS) else 1
+    spec = spec_of(routing.wiring, count, layers, gates[1] is not None).shared
+    found = _extension.function("level_tensors")(inputs, weights, biases, *gates[:3], spec.encoded[0])
+    if found is None or spec.unread or gates[3] is not None:
+        return None
+    tensors, wanted = found
+    launcher = _backends.triton_module("level")
+    recording = launcher.recorded(spec, tensors, wanted)
+    if recording is None:
+        return None
+    if not wanted:
+        return tuple(recording.replay(launcher.moving(spec, tensors)))
+    out = apply_plain(Level, Plan(spec, _backends.forced(), recording=recording), *tensors, None)
     return tuple(out[: len(spec.gate_sizes)])
 
 

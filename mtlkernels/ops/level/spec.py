@@ -113,6 +113,8 @@ class LevelSpec:
     unread: tuple[int, ...] = field(init=False, repr=False, compare=False)
     encoded: tuple[tuple[int, ...], tuple[float, ...]] = field(init=False, repr=False, compare=False)
     _reached: dict[tuple[bool, ...], Reached] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # What launchers on GPUs remember of earlier calls, by their direction, see mtlkernels.ops._recording.
+    recordings: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         has_norms = any(layer.norm for layer in self.layers)
@@ -255,6 +257,16 @@ class LevelSpec:
             gate_inputs=tuple(s + v * streams for v in range(times) for s in self.gate_inputs),
             numbers=(),
         )
+
+    @property
+    def shared(self) -> LevelSpec:
+        """The spec that everybody gets who decodes this one's encoding, and that therefore keeps the recordings."""
+        found = self.__dict__.get("_shared")
+        if found is None:
+            found = LevelSpec.decoded(*self.encoded)
+            object.__setattr__(self, "_shared", found)
+        spec: LevelSpec = found
+        return spec
 
     @staticmethod
     def decoded(ints: Sequence[int], floats: Sequence[float]) -> LevelSpec:

@@ -11,13 +11,19 @@ Of what the forward pass saved, the backward pass of a part of a level reads wha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from mtlkernels.ops._recording import Recording, Recordings, signature
+from mtlkernels.ops._triton import Table, contiguous
 from mtlkernels.ops.level.reference import Asked, asked_for
 from mtlkernels.ops.level.spec import LevelSpec
 from mtlkernels.ops.level.triton import chain_backward, chain_forward, layerwise_backward, layerwise_forward
 from mtlkernels.ops.level.triton.operands import check_level, check_saved
+
+Tensors = Sequence[Any]
 
 
 def forward(
@@ -30,11 +36,26 @@ def forward(
     save: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference."""
-    level = LevelSpec.decoded(spec, numbers)
-    groups = check_level(level, (*inputs, *parameters, *gates), seed)
+    level, tensors = LevelSpec.decoded(spec, numbers), (*inputs, *parameters, *gates)
     if level.stores_inputs:
-        return layerwise_forward.forward(level, groups, seed, save)
-    return chain_forward.forward(level, groups, save)
+        return layerwise_forward.forward(Table(), level, check_level(level, tensors, seed), seed, save)
+    count = len(level.gate_sizes)
+    recording = recorded(level, tensors, save)
+    if recording is not None:
+        found = recording.replay(moving(level, tensors))
+        return found[:count], found[count:]
+    groups, table = check_level(level, tensors, seed), Table()
+    outputs, saved = chain_forward.forward(table, level, groups, save)
+    if _whole(level, tensors):
+        own = moving(level, tensors), _fixed(level, tensors)
+        _keep(level, "forward", (save, _precision(inputs[0])), table, *own, (*outputs, *saved))
+    return outputs, saved
+
+
+def recorded(level: LevelSpec, tensors: Tensors, save: bool) -> Recording | None:
+    """What was recorded of a forward pass with such tensors, which need no checks then."""
+    static = (save, _precision(tensors[0]))
+    return _find(level, "forward", static, moving(level, tensors), _fixed(level, tensors))
 
 
 def backward(
@@ -49,13 +70,104 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """As the reference."""
-    tensors, level = (*inputs, *parameters, *gates), LevelSpec.decoded(spec, numbers)
-    check_saved(level, check_level(level, tensors, seed), grad_outputs, saved)
+    tensors = (*inputs, *parameters, *gates)
+    return gradients(LevelSpec.decoded(spec, numbers), grad_outputs, tensors, saved, seed, tuple(needs))
+
+
+def gradients(
+    level: LevelSpec, grad_outputs: Tensors, tensors: Tensors, saved: Tensors, seed: Tensor | None, needs: Any
+) -> list[Tensor]:
+    """The same, of a spec's shared object and of all tensors in one list."""
+    if len(grad_outputs) == len(level.gate_sizes):
+        return _of_losses(level, grad_outputs, tensors, saved, seed, needs)
     found: list[Tensor] = []
     for losses in _together(level, grad_outputs):
-        asked = asked_for(losses, tensors, spec, numbers, needs)
-        found += [] if asked is None else _gradients(asked, saved, seed)
+        found += _of_losses(level, losses, tensors, saved, seed, needs)
     return found
+
+
+def in_place(
+    level: LevelSpec, grad_outputs: Tensors, tensors: Tensors, saved: Tensors, flags: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of one loss, each where its tensor stands. ``flags`` says which are wanted; of its kind all may be returned."""
+    return _of_losses(level, grad_outputs, tensors, saved, None, flags, True)
+
+
+def _of_losses(
+    level: LevelSpec,
+    losses: Tensors,
+    tensors: Tensors,
+    saved: Tensors,
+    seed: Tensor | None,
+    wanted: Any,
+    in_place: bool = False,
+) -> list[Any]:
+    """The gradients that losses bring which go through the same launches."""
+    mask = tuple(grad is not None for grad in losses)
+    present = contiguous([grad for grad in losses if grad is not None])
+    others, fixed = (*moving(level, tensors), *saved), _fixed(level, tensors)
+    static = (in_place, mask, wanted, _precision(tensors[0]))
+    if not level.stores_inputs and present:
+        recording = _find(level, "backward", static, (*present, *others), fixed)
+        if recording is not None:
+            return recording.replay((*present, *others))
+    needs = tuple(any(group) for group in level.split(wanted)) if in_place else wanted
+    check_saved(level, check_level(level, tensors, seed), losses, saved)
+    asked = asked_for(losses, tensors, level.encoded[0], level.encoded[1], needs)
+    if asked is None:
+        return [None] * level.num_tensors if in_place else []
+    # One gradient for several outputs may be several the next time.
+    apart = [grad.clone() if any(grad is other for other in present[:i]) else grad for i, grad in enumerate(present)]
+    table = Table()
+    found: list[Any] = _gradients(table, asked._replace(grad_outputs=apart), saved, seed)
+    if in_place:
+        of_places = dict(zip(level.returned(losses, tensors, needs), found, strict=True))
+        found = [of_places.get(i) for i in range(level.num_tensors)]
+    if not level.stores_inputs and _whole(level, (*tensors, *saved)):
+        _keep(level, "backward", static, table, (*apart, *others), fixed, found)
+    return found
+
+
+# Recordings ----------------------------------------------------------------------------------------------------------
+
+
+def moving(level: LevelSpec, tensors: Tensors) -> Tensors:
+    """Those of a level's tensors that change from call to call: inputs, and logits that are given."""
+    inputs = tensors[: level.num_inputs]
+    return inputs if level.gate_inputs else (*inputs, *tensors[-len(level.gate_sizes) :])
+
+
+def _fixed(level: LevelSpec, tensors: Tensors) -> Tensors:
+    """The others, which are parameters."""
+    return tensors[level.num_inputs :] if level.gate_inputs else tensors[level.num_inputs : -len(level.gate_sizes)]
+
+
+def _whole(level: LevelSpec, tensors: Tensors) -> bool:
+    """Whether the launchers take all of them as they are, without a copy."""
+    logits = () if level.gate_inputs else tensors[level.num_tensors - len(level.gate_sizes) : level.num_tensors]
+    return all(t is None or t.is_contiguous() or any(t is other for other in logits) for t in tensors)
+
+
+def _precision(x: Tensor) -> str:
+    """What PyTorch's settings say of products of this dtype."""
+    return str(torch.backends.cuda.matmul.fp32_precision) if x.dtype == torch.float32 else ""
+
+
+def _find(level: LevelSpec, direction: str, static: Any, moving: Tensors, fixed: Tensors) -> Recording | None:
+    kept: Recordings | None = level.recordings.get(direction)
+    words = None if kept is None else signature(moving, fixed)
+    return None if kept is None or words is None else kept.find(static, words)
+
+
+def _keep(
+    level: LevelSpec, direction: str, static: Any, table: Table, moving: Tensors, fixed: Tensors, returned: Tensors
+) -> None:
+    words = signature(moving, fixed)
+    if words is not None:
+        level.recordings.setdefault(direction, Recordings()).keep(static, words, table, moving, fixed, returned)
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
 
 
 def _together(level: LevelSpec, grad_outputs: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:
@@ -75,11 +187,11 @@ def _together(level: LevelSpec, grad_outputs: Sequence[Tensor | None]) -> Iterat
     yield grad_outputs[first:]
 
 
-def _gradients(asked: Asked, saved: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+def _gradients(table: Table, asked: Asked, saved: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
     """What is asked for, by the launches of one level."""
     level, part = asked.level, asked.part
     stored, statistics, logits = level.split_saved(saved)
-    operands = (part.spec, asked.grad_outputs, asked.groups, stored)
+    operands = (table, part.spec, asked.grad_outputs, asked.groups, stored)
     if level.stores_inputs:
         found = layerwise_backward.backward(*operands, statistics, seed, asked.needs)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mtlkernels.ops._triton import Table, contiguous, launch
+from mtlkernels.ops._triton import Launch, Run, Table, contiguous, launch
 from mtlkernels.ops._triton_splits import split
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.gated_mixture import triton as mixture
@@ -14,7 +14,7 @@ from mtlkernels.ops.gated_mixture.triton import Gates
 from mtlkernels.ops.level.spec import Groups, LevelSpec
 from mtlkernels.ops.level.triton import tiles
 from mtlkernels.ops.level.triton.gradient_kernels import input_gradient, weight_gradient
-from mtlkernels.ops.level.triton.launches import LevelShape, Parameters, Run, execute
+from mtlkernels.ops.level.triton.launches import LevelShape, Parameters, execute
 from mtlkernels.ops.level.triton.linear_gates import GateGradients, LinearGates
 
 # Groups of experts: a place in the table, and the number of members of each.
@@ -22,6 +22,7 @@ Members = tuple[int, list[int]]
 
 
 def backward(
+    table: Table,
     spec: LevelSpec,
     grad_outputs: Sequence[Tensor],
     groups: Groups,
@@ -31,29 +32,29 @@ def backward(
 ) -> Groups:
     """The gradients of a level, which may be part of the one of which the forward pass ``saved`` something.
 
-    ``logits`` are those of linear gates. Of each kind that ``needs`` asks for there are all gradients, of others none.
+    ``table`` is the call's, which is empty; ``logits`` are those of linear gates. Of each kind that ``needs`` asks for
+    there are all gradients, of others none.
     """
     inputs, weights, saved, grad_outputs = map(contiguous, (groups.inputs, groups.weights, saved, grad_outputs))
     x, codes, last = inputs[0], [layer.activation for layer in spec.layers], len(spec.layers) - 1
     linear = GateGradients(
-        LinearGates(inputs, spec.gate_inputs, contiguous(groups.gates)), needs.gates, needs.gate_biases
+        table, LinearGates(inputs, spec.gate_inputs, contiguous(groups.gates)), needs.gates, needs.gate_biases
     ) if spec.gate_inputs else None  # fmt: skip
     read_whole = (*inputs, *weights, *saved, *grad_outputs, *(linear.gates.weights if linear else ()))
     level = LevelShape.of(x, len(spec.expert_inputs), [tensor.shape[2] for tensor in saved], read_whole)
     need_experts = needs.inputs or needs.weights or needs.biases
     need_logits = needs.gates or (linear is not None and (needs.inputs or needs.gate_biases))
     # d of each layer's pre-activation.
-    grads = [level.outputs(layer) for layer in range(last + 1)] if need_experts else []
+    grads = [level.outputs(table, layer) for layer in range(last + 1)] if need_experts else []
     # What the layers above the first read: the activations below, computed again where their input was saved.
-    below = [level.outputs(i) if needs.weights and from_input(codes[i]) else None for i in range(last)]
+    below = [level.outputs(table, i) if needs.weights and from_input(codes[i]) else None for i in range(last)]
 
-    table = Table()
     experts = range(level.num_experts)
     at_saved = [table.slices(tensor, spec.numbers) for tensor in saved]
     at_grads = [table.slices(tensor, experts) for tensor in grads]
     at_below = [table.slices(tensor, experts) for tensor in below]
     at_weights = table.pointers(weights)
-    of_logits = linear.logits() if linear else [x.new_empty(t.shape, dtype=t.dtype) for t in groups.gates]
+    of_logits = linear.logits() if linear else [table.room(x, t.shape, t.dtype) for t in groups.gates]
     features = mixture.strides(table, saved[-1], 1, 0), mixture.strides(table, grads[-1] if grads else None, 1, 0)
     gates = Gates(logits or groups.gates, spec.gate_experts, spec.gate_sizes)
     run_mixture = mixture.prepare_backward(
@@ -74,7 +75,7 @@ def backward(
         again = at_below[layer - 1] if below[layer - 1] is not None else None
         outputs = (at_grads[layer - 1], at_saved[layer - 1], again)
         runs.append(inputs_gradient(level, table, layer, codes[layer - 1], operands, alone, outputs))
-    grad_inputs = [x.new_empty(stream.shape) for stream in inputs if needs.inputs]
+    grad_inputs = [table.room(x, stream.shape) for stream in inputs if needs.inputs]
     if needs.inputs:
         readers = members_of(table, spec.expert_inputs, len(inputs))
         outputs = (table.pointers(grad_inputs), 0, None)
@@ -82,8 +83,8 @@ def backward(
         runs.append(inputs_gradient(level, table, 0, 0, (at_grads[0], at_weights), readers, outputs, more))
     read = [table.pointers(inputs[stream] for stream in spec.expert_inputs)]
     read += [at_saved[i] if below[i] is None else at_below[i] for i in range(last)]
-    grad_weights = [x.new_empty(weight.shape) for weight in weights if needs.weights]
-    grad_biases = [x.new_empty(weight.shape[0]) for weight in weights if needs.biases]
+    grad_weights = table.together(x, [weight.shape for weight in weights if needs.weights])
+    grad_biases = table.together(x, [weight.shape[:1] for weight in weights if needs.biases])
     of_gates = linear.parameters(table) if linear and (needs.gates or needs.gate_biases) else []
     if of_gates and (needs.gates, needs.gate_biases) != (needs.weights, needs.biases):
         runs.append(_parameters_gradient(level, table, [], of_gates, needs.gates, needs.gate_biases))
@@ -136,9 +137,9 @@ def inputs_gradient(
         "SPLIT": shares.count > 1,
     }
 
-    def run(entries: Tensor) -> None:
+    def run(entries: Tensor) -> Launch | None:
         numbers = (*places, *shares.arguments, len(sizes), level.num_rows, width, depth)
-        launch(input_gradient, shares.programs, tile, entries, *numbers, **constants)
+        return launch(input_gradient, shares.programs, tile, entries, *numbers, **constants)
 
     return run
 
@@ -190,8 +191,8 @@ def _parameters_gradient(
         "SPLIT": shares.count > 1,
     }
 
-    def run(entries: Tensor) -> None:
+    def run(entries: Tensor) -> Launch | None:
         numbers = (at_layers, *shares.arguments, len(experts) + len(gates), len(experts), level.num_rows)
-        launch(weight_gradient, shares.programs, tile, entries, *numbers, **constants)
+        return launch(weight_gradient, shares.programs, tile, entries, *numbers, **constants)
 
     return run

@@ -8,7 +8,7 @@ from dataclasses import replace
 import triton
 from torch import Tensor
 
-from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
+from mtlkernels.ops._triton import DTYPES, Launch, Run, Table, Tile, contiguous, launch
 from mtlkernels.ops._triton_splits import split
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.gated_mixture import triton as mixture
@@ -16,14 +16,15 @@ from mtlkernels.ops.gated_mixture.triton import Gates
 from mtlkernels.ops.level.spec import Groups, LevelSpec
 from mtlkernels.ops.level.triton import tiles
 from mtlkernels.ops.level.triton.chain_kernels import last_forward, layer_forward
-from mtlkernels.ops.level.triton.launches import LevelShape, Run, execute
+from mtlkernels.ops.level.triton.launches import LevelShape, execute
 from mtlkernels.ops.level.triton.linear_gates import VECTOR, LinearGates
 
 
-def forward(spec: LevelSpec, groups: Groups, save: bool) -> tuple[list[Tensor], list[Tensor]]:
+def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference, where no layer stores pre-activations: K outputs [B, H_L], and what is saved.
 
-    The logits of linear gates are computed first, beside the experts' first layer unless that mixes as well.
+    The logits of linear gates are computed first, beside the experts' first layer unless that mixes as well. ``table``
+    is the call's, which is empty.
     """
     inputs, weights, biases = map(contiguous, groups[:3])
     x, experts, last = inputs[0], range(len(spec.expert_inputs)), len(spec.layers) - 1
@@ -31,14 +32,13 @@ def forward(spec: LevelSpec, groups: Groups, save: bool) -> tuple[list[Tensor], 
     linear, logits = None, list(groups.gates)
     if spec.gate_inputs:
         linear = LinearGates(inputs, spec.gate_inputs, contiguous(groups.gates), contiguous(groups.gate_biases))
-        all_logits = x.new_empty((x.shape[0], sum(spec.gate_sizes)))
+        all_logits = table.room(x, (x.shape[0], sum(spec.gate_sizes)))
         logits = list(all_logits.split(spec.gate_sizes, 1))
     level = LevelShape.of(x, len(experts), widths, (*inputs, *weights, *(linear.weights if linear else ())))
-    saved = [level.outputs(layer) for layer in range(last + 1)] if save else []
+    saved = [level.outputs(table, layer) for layer in range(last + 1)] if save else []
     tile = tiles.mixing(level.kind, len(spec.gate_sizes), level.num_rows)
-    hidden = _hidden(level, spec, saved, fused=tile is not None)
+    hidden = _hidden(table, level, spec, saved, fused=tile is not None)
 
-    table = Table()
     read = [table.pointers(inputs[stream] for stream in spec.expert_inputs)]
     read += [table.slices(tensor, experts) for tensor in hidden]
     at_weights, at_biases = table.pointers(weights), table.pointers(biases)
@@ -85,9 +85,9 @@ def _layer(
     sizes = (level.num_experts, level.num_rows, width, depth)
     constants = {"CODE": code, "KEEP": save and from_input(code), "LINEAR_GATES": gates is not None}
 
-    def run(entries: Tensor) -> None:
+    def run(entries: Tensor) -> Launch | None:
         numbers = (*places, at_gates, gate_tiles, *sizes)
-        launch(layer_forward, programs, tile, entries, *numbers, KIND=level.kind, **constants)
+        return launch(layer_forward, programs, tile, entries, *numbers, KIND=level.kind, **constants)
 
     return run
 
@@ -97,7 +97,7 @@ def _last(
 ) -> tuple[list[Tensor], Run]:
     """The last layer and the mixture: the outputs, and what fills them."""
     depth, width = level.widths[-2:]
-    outputs = [level.like.new_empty((level.num_rows, width)) for _ in gates.sizes]
+    outputs = [table.room(level.like, (level.num_rows, width)) for _ in gates.sizes]
     *operands, _, kept = places
     at = (*operands, table.pointers(outputs), kept, gates.entries(table), _positions(table, gates, level.num_experts))
     sizes = (level.num_experts, level.num_rows, width, depth)
@@ -111,13 +111,15 @@ def _last(
         "SPLIT": shares.count > 1,
     }
 
-    def run(entries: Tensor) -> None:
-        launch(last_forward, shares.programs, tile, entries, *at, *shares.arguments, *sizes, **constants)
+    def run(entries: Tensor) -> Launch | None:
+        return launch(last_forward, shares.programs, tile, entries, *at, *shares.arguments, *sizes, **constants)
 
     return outputs, run
 
 
-def _hidden(level: LevelShape, spec: LevelSpec, saved: Sequence[Tensor], fused: bool) -> list[Tensor | None]:
+def _hidden(
+    table: Table, level: LevelShape, spec: LevelSpec, saved: Sequence[Tensor], fused: bool
+) -> list[Tensor | None]:
     """Where each layer's activations go: what is saved, if that is them, or scratch. None for a fused last layer.
 
     Layers that are not saved alternate between two buffers.
@@ -133,7 +135,7 @@ def _hidden(level: LevelShape, spec: LevelSpec, saved: Sequence[Tensor], fused: 
         else:
             parity = layer % 2
             if parity not in buffers:
-                buffers[parity] = level.like.new_empty(size * max(widths[parity::2]))
+                buffers[parity] = table.room(level.like, (size * max(widths[parity::2]),))
             hidden.append(buffers[parity][: size * width].view(level.num_experts, level.num_rows, width))
     return hidden
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from mtlkernels.ops import _triton
-from mtlkernels.ops._triton import Kind, Table
-
-# A launch, once the table is complete and on the device.
-Run = Callable[[Tensor], None]
+from mtlkernels.ops._triton import Kind, Run, Table
 
 
 class Parameters(NamedTuple):
@@ -54,14 +51,13 @@ class LevelShape:
     def num_layers(self) -> int:
         return len(self.widths) - 1
 
-    def outputs(self, layer: int) -> Tensor:
+    def outputs(self, table: Table, layer: int) -> Tensor:
         """Room for what a layer gives, of every expert."""
-        return self.like.new_empty((self.num_experts, self.num_rows, self.widths[layer + 1]))
+        return table.room(self.like, (self.num_experts, self.num_rows, self.widths[layer + 1]))
 
 
 def execute(table: Table, like: Tensor, runs: Sequence[Run]) -> None:
     """Copies the table to the device and launches."""
     with _triton.on_device(like.device):
         entries = table.to(like.device)
-        for run in runs:
-            run(entries)
+        table.launches += [run(entries) for run in runs]

@@ -11,13 +11,13 @@ import triton
 from torch import Tensor
 
 from mtlkernels.ops._random import kept_scale, threshold
-from mtlkernels.ops._triton import DTYPES, Table, Tile, contiguous, launch
+from mtlkernels.ops._triton import DTYPES, Launch, Run, Table, Tile, contiguous, launch
 from mtlkernels.ops.activations import DICE
 from mtlkernels.ops.level import spec as specs
 from mtlkernels.ops.level.spec import Groups, LevelSpec
 from mtlkernels.ops.level.triton import tiles
 from mtlkernels.ops.level.triton.dice_kernels import dice_rows
-from mtlkernels.ops.level.triton.launches import LevelShape, Run
+from mtlkernels.ops.level.triton.launches import LevelShape
 from mtlkernels.ops.level.triton.layerwise_kernels import normalize
 
 Statistics = tuple[Tensor, Tensor]
@@ -80,7 +80,7 @@ class Layers:
         for i, (layer, pair) in enumerate(zip(spec.layers, statistics, strict=True)):
             place, of_rows = len(table.entries), None
             if layer.activation == DICE:
-                of_rows = level.like.new_empty((4, count, level.num_rows), dtype=torch.float32)
+                of_rows = table.room(level.like, (4, count, level.num_rows), torch.float32)
                 rows.append(of_rows)
             for e in range(count):
                 for tensor in pair or (None, None):
@@ -122,9 +122,9 @@ def normalized(level: LevelShape, layer: Layer, values: int, outputs: int) -> Ru
     width = level.widths[layer.number + 1]
     numbers = (values, outputs, layer.place, level.num_experts, level.num_rows, width, *layer.numbers)
 
-    def run(entries: Tensor) -> None:
+    def run(entries: Tensor) -> Launch | None:
         constants = {"KIND": level.kind.without_products, "LAYER": layer.settings}
-        launch(normalize, blocks_of(level, tile, width), tile, entries, *numbers, **constants)
+        return launch(normalize, blocks_of(level, tile, width), tile, entries, *numbers, **constants)
 
     return run
 
@@ -136,8 +136,8 @@ def dice(level: LevelShape, layer: Layer, values: int, outputs: int | None) -> R
     numbers = (values, outputs or 0, layer.place, *sizes, *layer.numbers, layer.spec.dice_eps)
     constants = {"KIND": level.kind.without_products, "LAYER": layer.settings, "HIDDEN": outputs is not None}
 
-    def run(entries: Tensor) -> None:
+    def run(entries: Tensor) -> Launch | None:
         programs = level.num_experts * triton.cdiv(level.num_rows, tile.rows)
-        launch(dice_rows, programs, tile, entries, *numbers, **constants)
+        return launch(dice_rows, programs, tile, entries, *numbers, **constants)
 
     return run

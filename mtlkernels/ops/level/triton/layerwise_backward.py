@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mtlkernels.ops._triton import DTYPES, Table, contiguous, launch
+from mtlkernels.ops._triton import DTYPES, Launch, Run, Table, contiguous, launch
 from mtlkernels.ops.activations import DICE, has_slopes
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture.triton import Gates
@@ -16,7 +16,7 @@ from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM, Groups, LevelSpec
 from mtlkernels.ops.level.triton import tiles
 from mtlkernels.ops.level.triton.chain_backward import inputs_gradient, members_of, parameters_gradient
 from mtlkernels.ops.level.triton.dice_kernels import dice_gradient_rows
-from mtlkernels.ops.level.triton.launches import LevelShape, Run, execute
+from mtlkernels.ops.level.triton.launches import LevelShape, execute
 from mtlkernels.ops.level.triton.layers import Layer, Layers, blocks_of, dice, normalized
 from mtlkernels.ops.level.triton.layerwise_gradients import (
     layer_norm_gradient,
@@ -28,6 +28,7 @@ from mtlkernels.ops.level.triton.layerwise_gradients import (
 
 
 def backward(
+    table: Table,
     spec: LevelSpec,
     grad_outputs: Sequence[Tensor],
     groups: Groups,
@@ -42,11 +43,9 @@ def backward(
     level = LevelShape.of(x, count, [z.shape[2] for z in saved], (*inputs, *weights, *saved, *grad_outputs))
     need_experts = any(needs[:6])
     # The gradient of what each layer gives, then, in its place, that of its pre-activations.
-    grads = [level.outputs(i) for i in range(last + 1)] if need_experts else []
+    grads = [level.outputs(table, i) for i in range(last + 1)] if need_experts else []
     # What the layers give: the last one's for the mixture, the others' for the weights above them.
-    hidden = [level.outputs(i) if needs.weights or i == last else None for i in range(last + 1)]
-
-    table = Table()
+    hidden = [level.outputs(table, i) if needs.weights or i == last else None for i in range(last + 1)]
     experts, means = range(count), contiguous(statistics)
     pairs = iter(zip(means, means[len(means) // 2 :], strict=False))
     layers = Layers.of(
@@ -61,7 +60,7 @@ def backward(
             runs.append(normalized(level, layer, value, at))
         elif layer.spec.activation == DICE and need_experts:
             runs.append(dice(level, layer, value, None))
-    logits = [x.new_empty(t.shape, dtype=t.dtype) for t in groups.gates if needs.gates]
+    logits = [table.room(x, t.shape, t.dtype) for t in groups.gates if needs.gates]
     features = mixture.strides(table, hidden[-1], 1, 0), mixture.strides(table, grads[-1] if grads else None, 1, 0)
     gates = Gates(groups.gates, spec.gate_experts, spec.gate_sizes)
     offsets = [e * level.num_rows * level.widths[-1] for e in experts]
@@ -73,23 +72,22 @@ def backward(
         for parts, need in zip(layers.parameters, needs[3:6], strict=True)
     )
     shared: list[tuple[Tensor, Tensor]] = []
-    scratch: list[Tensor] = []  # the table holds addresses only
     alone = members_of(table, experts, count)
     for i in range(last, -1, -1) if need_experts else ():
         wanted = [part[i * count : (i + 1) * count] or [None] * count for part in (shifts, scales, slopes)]
-        runs += _preactivations(level, table, scratch, shared, layers.each[i], (values[i], at_grads[i]), wanted)
+        runs += _preactivations(level, table, shared, layers.each[i], (values[i], at_grads[i]), wanted)
         if i:
             operands = (at_grads[i], at_weights + i * count)
             runs.append(inputs_gradient(level, table, i, 0, operands, alone, (at_grads[i - 1], 0, None)))
     runs += [_shared_slopes(table, shared, layers)] if shared else []
-    grad_inputs = [x.new_empty(stream.shape) for stream in inputs if needs.inputs]
+    grad_inputs = [table.room(x, stream.shape) for stream in inputs if needs.inputs]
     if needs.inputs:
         readers = members_of(table, spec.expert_inputs, len(inputs))
         outputs = (table.pointers(grad_inputs), 0, None)
         runs.append(inputs_gradient(level, table, 0, 0, (at_grads[0], at_weights), readers, outputs))
     read = [table.pointers(inputs[stream] for stream in spec.expert_inputs), *at_hidden[:last]]
-    grad_weights = [x.new_empty(weight.shape) for weight in weights if needs.weights]
-    grad_biases = [x.new_empty(weight.shape[0]) for weight in weights if needs.biases]
+    grad_weights = table.together(x, [weight.shape for weight in weights if needs.weights])
+    grad_biases = table.together(x, [weight.shape[:1] for weight in weights if needs.biases])
     if needs.weights or needs.biases:
         runs.append(parameters_gradient(level, table, at_grads, read, grad_weights, grad_biases))
     execute(table, x, runs)
@@ -107,7 +105,6 @@ def backward(
 def _preactivations(
     level: LevelShape,
     table: Table,
-    scratch: list[Tensor],
     shared: list[tuple[Tensor, Tensor]],
     layer: Layer,
     places: tuple[int, int],
@@ -123,8 +120,7 @@ def _preactivations(
     aligned = level.kind.aligned
     blocks = triton.cdiv(level.num_rows, tiles.SUMS[aligned].rows * tiles.SUMS[aligned].depth)
     sums = layer.spec.norm == BATCH_NORM or any(grad is not None for part in wanted for grad in part)
-    parts, totals = (level.like.new_empty((n * sums, count, 3, width), dtype=torch.float32) for n in (blocks, 1))
-    scratch += (parts, totals)
+    parts, totals = (table.room(level.like, (n * sums, count, 3, width), torch.float32) for n in (blocks, 1))
     at_parts, at_totals = table.pointers([parts]), table.pointers([totals])
     shifts, scales, slopes = wanted
     one = [grad is not None and grad.numel() == 1 for grad in slopes]
@@ -135,27 +131,31 @@ def _preactivations(
     constants = {"KIND": level.kind.without_products, "LAYER": layer.settings}
     rows = count * triton.cdiv(level.num_rows, tiles.VALUES[aligned].rows)
 
-    def add(entries: Tensor) -> None:
+    def add(entries: Tensor) -> Launch | None:
         tile = tiles.SUMS[aligned]
         programs = count * blocks * triton.cdiv(width, tile.columns)
-        launch(norm_sums, programs, tile, entries, *places, layer.place, at_parts, *shape, **constants)
+        return launch(norm_sums, programs, tile, entries, *places, layer.place, at_parts, *shape, **constants)
 
-    def add_blocks(entries: Tensor) -> None:
+    def add_blocks(entries: Tensor) -> Launch | None:
         programs = count * triton.cdiv(width, tiles.TOTALS.columns)
         numbers = (at_parts, at_totals, at_wanted, count, blocks, width)
         own = {"SCALES": layer.settings.scales, "SUMS": 3 if has_slopes(layer.spec.activation) else 2}
-        launch(norm_totals, programs, tiles.TOTALS, entries, *numbers, **own)
+        return launch(norm_totals, programs, tiles.TOTALS, entries, *numbers, **own)
 
-    def of_columns(entries: Tensor) -> None:
+    def of_columns(entries: Tensor) -> Launch | None:
         tile = tiles.VALUES[aligned]
         numbers = (*places, layer.place, at_totals, *shape)
-        launch(preactivation_gradient, blocks_of(level, tile, width), tile, entries, *numbers, **constants)
+        return launch(preactivation_gradient, blocks_of(level, tile, width), tile, entries, *numbers, **constants)
 
-    def of_rows(entries: Tensor) -> None:
-        launch(layer_norm_gradient, rows, tiles.VALUES[aligned], entries, *places, layer.place, *shape, **constants)
+    def of_rows(entries: Tensor) -> Launch | None:
+        return launch(
+            layer_norm_gradient, rows, tiles.VALUES[aligned], entries, *places, layer.place, *shape, **constants
+        )
 
-    def dice_sums(entries: Tensor) -> None:
-        launch(dice_gradient_rows, rows, tiles.VALUES[aligned], entries, *places, layer.place, *shape, **constants)
+    def dice_sums(entries: Tensor) -> Launch | None:
+        return launch(
+            dice_gradient_rows, rows, tiles.VALUES[aligned], entries, *places, layer.place, *shape, **constants
+        )
 
     runs = [dice_sums] if layer.spec.activation == DICE else []
     return [*runs, *([add, add_blocks] if sums else []), of_rows if layer.spec.norm == LAYER_NORM else of_columns]
@@ -166,7 +166,7 @@ def _shared_slopes(table: Table, shared: Sequence[tuple[Tensor, Tensor]], layers
     totals, grads = zip(*shared, strict=True)
     places = (table.pointers(totals), table.pointers(grads), table.integers(total.numel() for total in totals))
 
-    def run(entries: Tensor) -> None:
-        launch(slope_totals, len(totals), tiles.SLOPES, entries, *places, SCALES=DTYPES[layers.dtype])
+    def run(entries: Tensor) -> Launch | None:
+        return launch(slope_totals, len(totals), tiles.SLOPES, entries, *places, SCALES=DTYPES[layers.dtype])
 
     return run

@@ -68,7 +68,8 @@ class LinearGates:
         start = table.pointers([logits])
         table.integers([logits.shape[1]])
         for stream, first, count in tiles:
-            table.integers((self.inputs[stream].data_ptr(), first, count))
+            table.pointers([self.inputs[stream]])
+            table.integers((first, count))
         rows_of(table, self.weights, self.sizes)
         rows_of(table, self.biases, self.sizes)
         return start, len(tiles)
@@ -80,13 +81,13 @@ class GateGradients:
     ``weights`` and ``biases`` are the gradients that are wanted, or empty.
     """
 
-    def __init__(self, gates: LinearGates, need_weights: bool, need_biases: bool) -> None:
+    def __init__(self, table: Table, gates: LinearGates, need_weights: bool, need_biases: bool) -> None:
         x = gates.inputs[0]
         self.gates, self.readers, self.sizes = gates, gates.readers, gates.sizes
-        self.weights = [weight.new_empty(weight.shape) for weight in gates.weights if need_weights]
-        self.biases = [weight.new_empty(weight.shape[0]) for weight in gates.weights if need_biases]
+        self.weights = table.together(x, [weight.shape for weight in gates.weights if need_weights])
+        self.biases = table.together(x, [weight.shape[:1] for weight in gates.weights if need_biases])
         self.totals = {stream: sum(self.sizes[k] for k in readers) for stream, readers in self.readers.items()}
-        self.grads = {stream: x.new_empty((x.shape[0], padded(total))) for stream, total in self.totals.items()}
+        self.grads = {stream: table.room(x, (x.shape[0], padded(total))) for stream, total in self.totals.items()}
 
     def logits(self) -> list[Tensor]:
         """Those of each gate's logits, for the mixture to fill; the last of an input with the rest of its rows."""
@@ -99,12 +100,16 @@ class GateGradients:
 
     def members(self, table: Table) -> int:
         """Appends what ``input_gradient`` looks up for each input, and returns where it starts."""
-        entries = [0] * (4 * len(self.gates.inputs))
-        for stream, readers in self.readers.items():
-            at = rows_of(table, [self.gates.weights[k] for k in readers], [self.sizes[k] for k in readers])
-            grad = self.grads[stream]
-            entries[4 * stream : 4 * stream + 4] = grad.data_ptr(), self.totals[stream], grad.shape[1], at
-        return table.integers(entries)
+        rows = {
+            stream: rows_of(table, [self.gates.weights[k] for k in readers], [self.sizes[k] for k in readers])
+            for stream, readers in self.readers.items()
+        }
+        start = table.integers(())
+        for stream in range(len(self.gates.inputs)):
+            grad = self.grads.get(stream)
+            table.pointers([grad])
+            table.integers((0, 0, 0) if grad is None else (self.totals[stream], grad.shape[1], rows[stream]))
+        return start
 
     def parameters(self, table: Table) -> list[Parameters]:
         """Appends where the gradients of weights and biases go; an entry for each input that has gates."""

@@ -1,0 +1,1 @@
+"""What a call on a GPU costs the host, measured without one."""
