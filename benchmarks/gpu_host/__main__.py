@@ -1,4 +1,4 @@
-"""The host's time for calls on a GPU: ``python -m benchmarks.gpu_host [--experts 6 12 63] [--rows 64] [--json FILE]``."""
+"""The host's time for calls on a GPU: ``python -m benchmarks.gpu_host [--experts 6 63] [--rows 64] [--json FILE]``."""
 
 from __future__ import annotations
 

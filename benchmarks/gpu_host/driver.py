@@ -7,7 +7,8 @@ whose place is that for CPUs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from triton.runtime import driver
 
 import mtlkernels as mk
 from mtlkernels import _backends
+from mtlkernels.ops._triton import Kind
 
 
 class _Utilities:
@@ -34,20 +36,23 @@ class _Utilities:
 
 
 class Driver:
-    """``launches`` counts what it was asked to launch."""
+    """``launches`` counts what it was asked to launch; ``watch``, if there is one, is shown grids and arguments."""
 
     utils = _Utilities()
 
     def __init__(self, arch: int) -> None:
         self.launches = 0
+        self.watch: Callable[[tuple[int, ...], tuple[Any, ...]], None] | None = None
         self._target = GPUTarget("cuda", arch, 32)
 
     def launcher_cls(self, *_: Any) -> Any:
         """What makes a compiled kernel's launches."""
         return self._launch
 
-    def _launch(self, *_: Any) -> None:
+    def _launch(self, *call: Any) -> None:
         self.launches += 1
+        if self.watch is not None:
+            self.watch(call[:3], call[9:])
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -65,12 +70,24 @@ class Driver:
         return kind
 
 
+@functools.cache
+def _driver(arch: int) -> Driver:
+    """One for all: compiled kernels keep the launcher that they were first given."""
+    return Driver(arch)
+
+
+def _compiled(of: Callable[..., Kind], *args: Any) -> Kind:
+    """The kind that kernels are compiled for, which is not that of the interpreter's."""
+    return of(*args)._replace(upcast=False)
+
+
 @contextmanager
 def launching_nothing(arch: int = 90) -> Iterator[Driver]:
     """Within the block calls with tensors on the CPU go the way of a GPU's, as far as the driver."""
-    found = Driver(arch)
+    found = _driver(arch)
     with ExitStack() as block:
         block.enter_context(mock.patch.object(driver, "_active", found))
         block.enter_context(mock.patch.object(_backends, "interpreting", lambda: True))
+        block.enter_context(mock.patch.object(Kind, "of", staticmethod(functools.partial(_compiled, Kind.of))))
         block.enter_context(mk.use_backend("triton"))
         yield found

@@ -1,0 +1,105 @@
+"""What the host does for a call on a GPU, with a driver that launches nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtlkernels as mk
+from mtlkernels import _extension
+
+pytest.importorskip("triton")
+from benchmarks.gpu_host.driver import Driver, launching_nothing  # noqa: E402
+from benchmarks.suites import gpu_host  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not _extension.loaded(), reason="the C++ kernels are not built")
+PACKAGE = str(Path(mk.__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    with launching_nothing() as found:
+        yield found
+
+
+def level(experts: int) -> tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]:
+    """A call of a level whose experts all gates mix, and its parameters."""
+    routing = mk.Routing.mmoe(experts, 2)
+    weights = [torch.randn(16, 16).bfloat16() for _ in range(experts)]
+    biases = [torch.randn(16).bfloat16() for _ in range(experts)]
+    gates = [torch.randn(experts, 16).bfloat16() for _ in range(2)]
+    x = torch.randn(4, 16).bfloat16()
+
+    def run() -> tuple[Tensor, ...]:
+        return mk.expert_mixture(x, [weights], [biases], None, routing, gate_weights=gates)
+
+    return run, [x, *weights, *biases, *gates]
+
+
+def step(run: Callable[[], tuple[Tensor, ...]]) -> None:
+    torch.autograd.backward(run(), [torch.ones(4, 16).bfloat16() for _ in range(2)])
+
+
+def launched(driver: Driver, run: Callable[[], Any]) -> list[Any]:
+    """Grids and arguments, of which tensors only by dtype and shape."""
+    found: list[Any] = []
+
+    def watch(grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        found.append((grid, [(a.dtype, tuple(a.shape)) if isinstance(a, Tensor) else a for a in args]))
+
+    driver.watch = watch
+    try:
+        run()
+    finally:
+        driver.watch = None
+    return found
+
+
+def test_a_replayed_call_launches_what_triton_itself_does(driver: Driver) -> None:
+    run, parameters = level(3)
+    assert launched(driver, run) == launched(driver, run) != []
+    for parameter in parameters:
+        parameter.requires_grad_()
+    whole = [launched(driver, lambda: step(run)) for _ in range(3)]
+    assert whole[0] == whole[1] == whole[2] and len(whole[0]) > 3
+
+
+def calls_of_ours(run: Callable[[], Any]) -> int:
+    """How many of this package's Python functions a call runs."""
+    found = 0
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        nonlocal found
+        found += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward and backward"])
+def test_no_work_in_python_grows_with_the_experts(driver: Driver, trains: bool) -> None:
+    counts = []
+    for experts in (3, 12):
+        run, parameters = level(experts)
+        for parameter in parameters:
+            parameter.requires_grad_(trains)
+        whole = (lambda run=run: step(run)) if trains else run  # type: ignore[misc]
+        for _ in range(3):
+            whole()
+        counts.append(calls_of_ours(whole))
+    assert counts[0] == counts[1] and counts[0] <= (70 if trains else 36)
+
+
+def test_the_study(driver: Driver) -> None:
+    found = gpu_host.STUDY.run(torch.device("cpu"), True)
+    assert {row["experts"] for row in found["rows"]} and "| forward |" in gpu_host.STUDY.show(found, True)
