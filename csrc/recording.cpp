@@ -30,7 +30,7 @@ void add(std::string& words, int64_t value) { words.append(reinterpret_cast<cons
 void describe(std::string& words, const at::Tensor& tensor, bool fixed) {
   const int64_t address = reinterpret_cast<int64_t>(tensor.const_data_ptr());
   add(words, static_cast<int64_t>(tensor.key_set().raw_repr()));
-  add(words, static_cast<int64_t>(tensor.scalar_type()) << 32 | tensor.device().index() << 16 | tensor.dim());
+  add(words, static_cast<int64_t>(tensor.scalar_type()) << 32 | tensor.dim() << 16 | (tensor.device().index() & 0xff));
   for (const int64_t size : tensor.sizes()) add(words, size);
   for (const int64_t stride : tensor.strides()) add(words, stride);
   add(words, fixed ? address : address % kAlignment);

@@ -118,7 +118,7 @@ class Recordings:
         memory = [[tensor] for tensor in moving] + table.rooms
         allocated = {id(tensor) for room in table.rooms for tensor in room}
         if not (
-            all(part[0].numel() for part in memory)
+            all(t.numel() for part in memory for t in part)
             and all(tensor is None or id(tensor) in allocated for tensor in returned)
         ):
             return

@@ -309,15 +309,16 @@ def test_products_in_tf32_have_recordings_of_their_own(replayed: list[Recording]
     assert len(replayed) == 2 and replayed[0] is not replayed[1]
 
 
-def test_bad_input_is_refused_as_before() -> None:
-    level = Level()
+@pytest.mark.parametrize("own, other", [(torch.float32, torch.float16), (torch.bfloat16, torch.float16)])
+def test_bad_input_is_refused_as_before(own: torch.dtype, other: torch.dtype) -> None:
+    level = Level(dtype=own)
     with mk.use_backend("triton"):
         for _ in range(2):
             level(level.inputs(4))
         with pytest.raises(ValueError, match=r"weights\[0\]"):
             level([level.random(4, WIDTHS[0] + 1)])
-        with pytest.raises(TypeError, match="inputs"):
-            level([level.random(4, WIDTHS[0]).half()])
+        with pytest.raises(TypeError, match=r"weights\[0\]\[0\].*float16"):
+            level([level.random(4, WIDTHS[0]).to(other)])
 
 
 def test_how_many_are_kept(monkeypatch: pytest.MonkeyPatch, replayed: list[Recording]) -> None:
