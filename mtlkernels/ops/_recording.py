@@ -8,13 +8,13 @@ fills a table and launches what was compiled, by a few calls in C++ whatever the
 Parameters are *fixed*: their addresses are part of the signature, which each call takes anew, so that a parameter that
 has moved, or has another shape, never meets an old recording. Inputs, outputs' gradients and what the forward pass
 saved are *moving*: each call brings others. No recording is made of a call that does more than allocate and launch, as
-one does that copies a strided parameter, nor of one whose moving tensors share memory with others, where an address
-does not tell whose it is. Without the C++ extension there are none.
+one does that copies a strided parameter, nor of one in which a tensor has two parts. Nothing is recorded of a signature
+that is seen for the first time: where parameters are made anew for each call, as folded norms are, that is all that
+there will be. Without the C++ extension there are none.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -24,8 +24,12 @@ from torch import Tensor
 from mtlkernels import _extension, _torch
 from mtlkernels.ops._table import Table, copied, on_device
 
-# Of a level and a direction, kept: one for each number of rows, set of parameters, and so on.
-_MAX_RECORDINGS = 32
+# Of a level and a direction, kept: one for each number of rows, set of parameters, and so on; and signatures that were
+# seen once.
+_MAX_RECORDINGS, _MAX_SEEN = 32, 32
+
+
+Finish = Callable[[list[Any]], None]
 
 
 class Recording:
@@ -33,20 +37,21 @@ class Recording:
 
     Args:
         table: the call's, complete.
-        moving: what the next call brings others of.
         returned: what the call returns, of what its table has allocated, and None.
         bases: for each of the table's entries what it is relative to, see csrc/recording.cpp.
         addresses: where the moving tensors and the rooms are.
+        finish: what is done with what is returned, if anything, once all is launched.
     """
 
     def __init__(
         self,
         table: Table,
-        moving: Sequence[Tensor],
         returned: Sequence[Tensor | None],
         bases: list[int],
         addresses: list[int],
+        finish: Finish | None,
     ) -> None:
+        self._finish = finish
         numbers = {id(tensor): i for i, tensor in enumerate(tensor for room in table.rooms for tensor in room)}
         entries = [
             entry - addresses[base - 1] if base else entry for entry, base in zip(table.entries, bases, strict=True)
@@ -71,6 +76,8 @@ class Recording:
                         args[at] = rooms[room]
                 start(entries, *args)
         found: list[Any] = returned
+        if self._finish is not None:
+            self._finish(found)
         return found
 
 
@@ -92,9 +99,7 @@ class Recordings:
 
     def __init__(self) -> None:
         self._kept: list[tuple[Any, bytes, Recording]] = []
-
-    def __len__(self) -> int:
-        return len(self._kept)
+        self._seen: list[tuple[Any, bytes]] = []
 
     def find(self, static: Any, signature: bytes) -> Recording | None:
         """That of a call with this signature, and the same of whatever else is ``static`` about it."""
@@ -105,6 +110,13 @@ class Recordings:
                 return entry[2]
         return None
 
+    def seen(self, static: Any, signature: bytes) -> bool:
+        """Whether this was asked of the same before."""
+        found = (static, signature) in self._seen
+        if not found:
+            self._seen = [(static, signature), *self._seen[: _MAX_SEEN - 1]]
+        return found
+
     def keep(
         self,
         static: Any,
@@ -113,34 +125,46 @@ class Recordings:
         moving: Sequence[Tensor],
         fixed: Sequence[Tensor | None],
         returned: Sequence[Tensor | None],
+        finish: Finish | None = None,
     ) -> None:
         """Keeps what a call did, if it can be done again."""
-        memory = [[tensor] for tensor in moving] + table.rooms
+        origins = _Origins(table, moving, fixed)
         allocated = {id(tensor) for room in table.rooms for tensor in room}
-        if not (
-            all(t.numel() for part in memory for t in part)
-            and all(tensor is None or id(tensor) in allocated for tensor in returned)
-        ):
-            return
-        spans = [(part[0].data_ptr(), _end(part[-1])) for part in memory]
-        others = [(t.data_ptr(), _end(t)) for t in fixed if t is not None and t.numel()]
-        order = sorted(range(len(spans)), key=lambda i: spans[i])
-        starts = [spans[i][0] for i in order]
-
-        def base(start: int, end: int) -> int:
-            """The number of the span that has some of these bytes, from 1 on, or 0."""
-            found = bisect_left(starts, end) - 1
-            return order[found] + 1 if found >= 0 and spans[order[found]][1] > start else 0
-
-        if any(spans[a][1] > spans[b][0] for a, b in zip(order, order[1:], strict=False)) or any(
-            base(*span) for span in others
-        ):
-            return
         bases = [0] * len(table.entries)
-        for place in table.addresses:
-            bases[place] = base(table.entries[place], table.entries[place] + 1)
-        recording = Recording(table, moving, returned, bases, [start for start, _ in spans])
-        self._kept = [(static, signature, recording), *self._kept[: _MAX_RECORDINGS - 1]]
+        for place, tensor in table.addresses:
+            found = origins.find(table.entries[place], tensor)
+            if found is None:
+                return
+            bases[place] = found
+        if all(tensor is None or id(tensor) in allocated for tensor in returned):
+            recording = Recording(table, returned, bases, [start for start, _ in origins.spans], finish)
+            self._kept = [(static, signature, recording), *self._kept[: _MAX_RECORDINGS - 1]]
+
+
+class _Origins:
+    """Whose an address in a table is: of which moving tensor, or of which room."""
+
+    def __init__(self, table: Table, moving: Sequence[Tensor], fixed: Sequence[Tensor | None]) -> None:
+        memory = [[tensor] for tensor in moving] + table.rooms
+        self.spans = [(part[0].data_ptr(), _end(part[-1])) for part in memory]
+        apart = [part for part in memory[len(moving) :] if len(part) > 1]
+        self._empty = not all(t.numel() for part in (moving, *apart) for t in part)
+        self._known: dict[int, list[int]] = {}
+        for base, tensor in (*((0, t) for t in fixed if t is not None), *enumerate(moving, 1)):
+            self._known.setdefault(id(tensor), []).append(base)
+
+    def find(self, address: int, tensor: Tensor | None) -> int | None:
+        """0 where the address stays, otherwise the number of what it is in, from 1 on; None where that is not known.
+
+        A parameter or a moving tensor is known as the object that it is; what is made of one, as a part of a saved
+        tensor is, by the only memory that has the address. Nobody knows a copy.
+        """
+        if address == 0:
+            return 0
+        found = self._known.get(id(tensor))
+        if found is None:
+            found = [i for i, (start, end) in enumerate(self.spans, 1) if start <= address < end]
+        return None if self._empty or len(found) != 1 else found[0]
 
 
 def _end(tensor: Tensor) -> int:

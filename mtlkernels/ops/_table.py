@@ -25,28 +25,30 @@ _captured: list[Tensor] = []
 class Table:
     """Collects what the kernels of a call look up, and what the call allocates.
 
-    ``addresses`` are the places in it that hold addresses; ``rooms`` are the call's allocations, of one or several
-    tensors; ``launches`` those that it has made.
+    ``addresses`` are the places in it that hold addresses, and in which tensor these lie; ``rooms`` are the call's
+    allocations, of one or several tensors; ``launches`` those that it has made; ``unmoved`` are results that were then
+    multiplied by zero.
     """
 
     def __init__(self) -> None:
         self.entries: list[int] = []
-        self.addresses: list[int] = []
+        self.addresses: list[tuple[int, Tensor | None]] = []
         self.rooms: list[list[Tensor]] = []
         self.launches: list[Any] = []
+        self.unmoved: list[Tensor] = []
 
     def room(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """An empty tensor on the device of ``like``, of its dtype unless another is given."""
         self.rooms.append([like.new_empty(shape, dtype=dtype)])
         return self.rooms[-1][0]
 
-    def together(self, like: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    def together(self, like: Tensor, shapes: Sequence[Sequence[int]], dtype: torch.dtype | None = None) -> list[Tensor]:
         """The same for several shapes. Where there is an extension they share one allocation, and are no views."""
         if not shapes:
             return []
         if not _extension.loaded():
-            return [self.room(like, shape) for shape in shapes]
-        found: list[Tensor] = _extension.function("together")(like, like.dtype, shapes)
+            return [self.room(like, shape, dtype) for shape in shapes]
+        found: list[Tensor] = _extension.function("together")(like, dtype or like.dtype, shapes)
         self.rooms.append(found)
         return found
 
@@ -58,15 +60,16 @@ class Table:
 
     def pointers(self, tensors: Iterable[Tensor | None]) -> int:
         """Appends the addresses of tensors, 0 for None, and returns where they start."""
-        start = self.integers(0 if t is None else t.data_ptr() for t in tensors)
-        self.addresses += range(start, len(self.entries))
+        found = list(tensors)
+        start = self.integers(0 if t is None else t.data_ptr() for t in found)
+        self.addresses += zip(range(start, len(self.entries)), found, strict=True)
         return start
 
     def slices(self, tensor: Tensor | None, numbers: Iterable[int]) -> int:
         """Appends the addresses of ``tensor[i]`` for each of ``numbers``, or zeros, and returns where they start."""
         first, step = (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0) * tensor.element_size())
         start = self.integers(first + i * step for i in numbers)
-        self.addresses += range(start, len(self.entries))
+        self.addresses += ((place, tensor) for place in range(start, len(self.entries)))
         return start
 
     def to(self, device: torch.device) -> Tensor:

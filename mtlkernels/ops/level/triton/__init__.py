@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlkernels.ops._recording import Recording, Recordings, signature
+from mtlkernels.ops._recording import Finish, Recording, Recordings, signature
 from mtlkernels.ops._triton import Table, contiguous
 from mtlkernels.ops.level.reference import Asked, asked_for
 from mtlkernels.ops.level.spec import LevelSpec
@@ -37,25 +37,25 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference."""
     level, tensors = LevelSpec.decoded(spec, numbers), (*inputs, *parameters, *gates)
-    if level.stores_inputs:
-        return layerwise_forward.forward(Table(), level, check_level(level, tensors, seed), seed, save)
     count = len(level.gate_sizes)
-    recording = recorded(level, tensors, save)
+    recording = recorded(level, tensors, save, seed)
     if recording is not None:
-        found = recording.replay(moving(level, tensors))
+        found = recording.replay(moving(level, tensors, seed))
         return found[:count], found[count:]
     groups, table = check_level(level, tensors, seed), Table()
-    outputs, saved = chain_forward.forward(table, level, groups, save)
-    if _whole(level, tensors):
-        own = moving(level, tensors), _fixed(level, tensors)
-        _keep(level, "forward", (save, _precision(inputs[0])), table, *own, (*outputs, *saved))
+    if level.stores_inputs:
+        outputs, saved = layerwise_forward.forward(table, level, groups, seed, save)
+    else:
+        outputs, saved = chain_forward.forward(table, level, groups, save)
+    own = moving(level, tensors, seed), _fixed(level, tensors)
+    _keep(level, "forward", (save, _precision(inputs[0])), table, *own, (*outputs, *saved))
     return outputs, saved
 
 
-def recorded(level: LevelSpec, tensors: Tensors, save: bool) -> Recording | None:
+def recorded(level: LevelSpec, tensors: Tensors, save: bool, seed: Tensor | None = None) -> Recording | None:
     """What was recorded of a forward pass with such tensors, which need no checks then."""
     static = (save, _precision(tensors[0]))
-    return _find(level, "forward", static, moving(level, tensors), _fixed(level, tensors))
+    return _find(level, "forward", static, moving(level, tensors, seed), _fixed(level, tensors))
 
 
 def backward(
@@ -105,9 +105,9 @@ def _of_losses(
     """The gradients that losses bring which go through the same launches."""
     mask = tuple(grad is not None for grad in losses)
     present = contiguous([grad for grad in losses if grad is not None])
-    others, fixed = (*moving(level, tensors), *saved), _fixed(level, tensors)
+    others, fixed = (*moving(level, tensors, seed), *saved), _fixed(level, tensors)
     static = (in_place, mask, wanted, _precision(tensors[0]))
-    if not level.stores_inputs and present:
+    if present:
         recording = _find(level, "backward", static, (*present, *others), fixed)
         if recording is not None:
             return recording.replay((*present, *others))
@@ -123,29 +123,24 @@ def _of_losses(
     if in_place:
         of_places = dict(zip(level.returned(losses, tensors, needs), found, strict=True))
         found = [of_places.get(i) for i in range(level.num_tensors)]
-    if not level.stores_inputs and _whole(level, (*tensors, *saved)):
-        _keep(level, "backward", static, table, (*apart, *others), fixed, found)
+    _keep(level, "backward", static, table, (*apart, *others), fixed, found)
     return found
 
 
 # Recordings ----------------------------------------------------------------------------------------------------------
 
 
-def moving(level: LevelSpec, tensors: Tensors) -> Tensors:
-    """Those of a level's tensors that change from call to call: inputs, and logits that are given."""
+def moving(level: LevelSpec, tensors: Tensors, seed: Tensor | None = None) -> Tensors:
+    """Those of a level's tensors that change from call to call: inputs, logits that are given, and the seed."""
     inputs = tensors[: level.num_inputs]
-    return inputs if level.gate_inputs else (*inputs, *tensors[-len(level.gate_sizes) :])
+    if level.gate_inputs:
+        return inputs
+    return (*inputs, *tensors[-len(level.gate_sizes) :], *([] if seed is None else [seed]))
 
 
 def _fixed(level: LevelSpec, tensors: Tensors) -> Tensors:
     """The others, which are parameters."""
     return tensors[level.num_inputs :] if level.gate_inputs else tensors[level.num_inputs : -len(level.gate_sizes)]
-
-
-def _whole(level: LevelSpec, tensors: Tensors) -> bool:
-    """Whether the launchers take all of them as they are, without a copy."""
-    logits = () if level.gate_inputs else tensors[level.num_tensors - len(level.gate_sizes) : level.num_tensors]
-    return all(t is None or t.is_contiguous() or any(t is other for other in logits) for t in tensors)
 
 
 def _precision(x: Tensor) -> str:
@@ -162,9 +157,22 @@ def _find(level: LevelSpec, direction: str, static: Any, moving: Tensors, fixed:
 def _keep(
     level: LevelSpec, direction: str, static: Any, table: Table, moving: Tensors, fixed: Tensors, returned: Tensors
 ) -> None:
+    kept: Recordings = level.recordings.setdefault(direction, Recordings())
     words = signature(moving, fixed)
-    if words is not None:
-        level.recordings.setdefault(direction, Recordings()).keep(static, words, table, moving, fixed, returned)
+    if words is not None and kept.seen(static, words):
+        kept.keep(static, words, table, moving, fixed, returned, _finish(table, returned))
+
+
+def _finish(table: Table, returned: Tensors) -> Finish | None:
+    """What a call does with its results behind its launches: some become zeros, unless they are NaN."""
+    unmoved = [i for i, tensor in enumerate(returned) if any(tensor is other for other in table.unmoved)]
+    if not unmoved:
+        return None
+
+    def finish(found: list[Any]) -> None:
+        torch._foreach_mul_([found[i] for i in unmoved], 0.0)
+
+    return finish
 
 
 # Losses --------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class Layers:
         In these the level's experts have the numbers ``stacked``.
         """
         ready, dtype = _one_dtype((groups.scales, groups.shifts, groups.slopes))
-        count, at_seed = level.num_experts, 0 if seed is None else seed.data_ptr()
+        count = level.num_experts
         each, rows = [], []
         for i, (layer, pair) in enumerate(zip(spec.layers, statistics, strict=True)):
             place, of_rows = len(table.entries), None
@@ -89,7 +89,8 @@ class Layers:
                 table.pointers(own)
                 table.integers([0 if own[2] is None or own[2].numel() == 1 else 1])
                 table.pointers(of_rows[:, e] if of_rows is not None else [None] * 4)
-                table.integers((at_seed, spec.numbers[e], i, threshold(layer.dropout)))
+                table.pointers([seed])
+                table.integers((spec.numbers[e], i, threshold(layer.dropout)))
             settings = Settings(layer.activation, layer.norm, layer.dropout > 0, DTYPES[dtype])
             each.append(Layer(i, layer, settings, place))
         return Layers(tuple(each), ready, dtype, tuple(rows))

@@ -68,7 +68,7 @@ def backward(
         mixture.prepare_backward(table, level.kind, features, offsets, 0, grad_outputs, gates, need_experts, logits)
     )
     scales, shifts, slopes = (
-        [torch.empty_like(part) if need and part is not None else None for part in parts]
+        _like(table, x, [part if need else None for part in parts])
         for parts, need in zip(layers.parameters, needs[3:6], strict=True)
     )
     shared: list[tuple[Tensor, Tensor]] = []
@@ -92,14 +92,21 @@ def backward(
         runs.append(parameters_gradient(level, table, at_grads, read, grad_weights, grad_biases))
     execute(table, x, runs)
     # A constant does not move what a batch norm gives; a NaN stays.
-    unmoved = [grad for i, grad in enumerate(grad_biases) if spec.layers[i // count].norm == BATCH_NORM]
-    if unmoved:
-        torch._foreach_mul_(unmoved, 0.0)
+    table.unmoved = [grad for i, grad in enumerate(grad_biases) if spec.layers[i // count].norm == BATCH_NORM]
+    if table.unmoved:
+        torch._foreach_mul_(table.unmoved, 0.0)
     scales, shifts, slopes = (
         [None if grad is None else grad.to(part.dtype) for grad, part in zip(*pair, strict=True)]
         for pair in zip((scales, shifts, slopes), groups[3:6], strict=True)
     )
     return Groups(grad_inputs, grad_weights, grad_biases, scales, shifts, slopes, logits, [])
+
+
+def _like(table: Table, x: Tensor, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Room for a gradient of each that there is."""
+    present = [part for part in parts if part is not None]
+    made = iter(table.together(x, [part.shape for part in present], present[0].dtype) if present else ())
+    return [None if part is None else next(made) for part in parts]
 
 
 def _preactivations(
