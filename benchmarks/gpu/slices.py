@@ -15,7 +15,7 @@ PYTHON = sys.executable
 # are small. The sanitizer slows them 10 to 50 times.
 SMALL = "ieee and (one_row or aligned or odd) and not large"
 SMALL_LISTS = "random_lists or strided or missing or unaligned"
-HOST = "waits or wait_for or graph or stream or device"
+HOST = "waits or wait_for or graph or stream or device or recorded"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def every_slice(folder: Path) -> Sequence[Slice]:
     # Without the CUDA kernels their tests would be skipped, and their slices pass.
     there = "assert mk.backends()['pcgrad']['cuda'][:2] == ('cuda', 'triton'), 'kernels are missing'"
     config = (PYTHON, "-c", f"import mtlkernels as mk; print(mk.show_config()); {there}")
+    driver = (PYTHON, "-m", "benchmarks.gpu_host", "--json", str(folder / "gpu-host.json"))
     return (
         Slice("build", (build, config)),
         Slice("smoke", (_tests("-x", LEVEL, "-k", SMALL), _tests("-x", PROJECTIONS, CUDA, "-k", "options or strided"))),
@@ -60,7 +61,7 @@ def every_slice(folder: Path) -> Sequence[Slice]:
         Slice("norms", (_tests(LEVEL, "-k", "layerwise or statistics"),)),
         Slice("snr", (_tests(LEVEL, "-k", "snr or routes"),)),
         Slice("pcgrad", (_tests(PROJECTIONS, CUDA),)),
-        Slice("host", (_tests(LEVEL, PROJECTIONS, CUDA, "-k", HOST),)),
+        Slice("host", (_tests(LEVEL, PROJECTIONS, CUDA, "-k", HOST), driver)),
         _sanitized("memcheck"),
         _sanitized("racecheck"),
         _sanitized("synccheck"),

@@ -13,11 +13,14 @@ from benchmarks.peers.per_expert import PerExpertTrunk
 Forward = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def compiled(source: PerExpertTrunk, *, cuda_graphs: bool = False) -> tuple[PerExpertTrunk, Forward]:
-    """A copy of the trunk, and the function that evaluates it, specialised on the shapes that it first meets."""
+def compiled(source: PerExpertTrunk, mode: str = "default") -> tuple[PerExpertTrunk, Forward]:
+    """A copy of the trunk, and the function that evaluates it, specialised on the shapes that it first meets.
+
+    On a GPU all modes of ``torch.compile`` but the default take CUDA graphs.
+    """
     trunk = copy.deepcopy(source)
-    run: Forward = torch.compile(trunk, dynamic=False, mode="reduce-overhead" if cuda_graphs else "default")
-    if not cuda_graphs:
+    run: Forward = torch.compile(trunk, dynamic=False, mode=mode)
+    if mode == "default":
         return trunk, run
 
     def run_graph(x: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,45 @@ from torch.nn import functional as F
 
 from benchmarks.peers.per_expert import PerExpertLevel, PerExpertTrunk
 
+# One layer of all experts: from hidden [E, B, D], weights [E, H, D] and biases [E, H] what it gives, [E, B, H].
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def by_bmm(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.relu(torch.baddbmm(bias.unsqueeze(1), hidden, weight.transpose(1, 2)))
+
+
+def by_grouped_mm(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """PyTorch's grouped product, which takes bfloat16."""
+    return F.relu(F.grouped_mm(hidden, weight.transpose(1, 2)) + bias.unsqueeze(1))
+
+
+def by_quack() -> Layer:
+    """QuACK's product with bias and activation in its epilogue, forward alone.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from quack.gemm_interface import gemm_act  # type: ignore[import-not-found]
+
+    def layer(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        found: Tensor = gemm_act(hidden, weight.transpose(1, 2), bias=bias, activation="relu", store_preact=False)[1]
+        return found
+
+    return layer
+
 
 class HandBatchedLevel(nn.Module):
     """One level with the parameters of a :class:`PerExpertLevel`, copied into stacks.
 
     The first layer is one linear over all experts that read the same stream, later layers are a ``baddbmm`` over
     experts, all gates that read the same stream are one linear with a logit for every expert, minus infinity for those
-    that a gate does not see, and the mixing is one ``bmm``.
+    that a gate does not see, and the mixing is one ``bmm``. ``layer`` evaluates a later layer of all experts.
     """
 
-    def __init__(self, level: PerExpertLevel) -> None:
+    def __init__(self, level: PerExpertLevel, layer: Layer) -> None:
         super().__init__()
+        self.layer = layer
         self.routing = level.routing
         inputs = self.routing.expert_inputs
         # Experts of one stream are neighbours in Routing.cgc, so a group's output is a slice of the level's.
@@ -69,7 +97,7 @@ class HandBatchedLevel(nn.Module):
         ]
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         for weight, bias in zip(self.later, self.later_bias, strict=True):
-            hidden = F.relu(torch.baddbmm(bias.unsqueeze(1), hidden, weight.transpose(1, 2)))
+            hidden = self.layer(hidden, weight, bias)
         return hidden
 
     def _logits(self, streams: Sequence[Tensor]) -> Tensor:
@@ -101,10 +129,10 @@ class HandBatchedLevel(nn.Module):
 class HandBatchedTrunk(nn.Module):
     """All levels, with copies of the parameters of a :class:`PerExpertTrunk`."""
 
-    def __init__(self, source: PerExpertTrunk) -> None:
+    def __init__(self, source: PerExpertTrunk, layer: Layer | None = None) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
-            HandBatchedLevel(level) for level in source.levels if isinstance(level, PerExpertLevel)
+            HandBatchedLevel(level, layer or by_bmm) for level in source.levels if isinstance(level, PerExpertLevel)
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -21,6 +21,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,8 @@ from benchmarks.harness.case import BASELINE, FORWARD, OURS, TRAINING, Bench, Ca
 from benchmarks.peers.compiled import compiled
 from benchmarks.peers.exact import evaluate, rows_at_a_corner
 from benchmarks.peers.fused import fused_launches, fused_trunk
-from benchmarks.peers.hand_batched import HandBatchedTrunk
+from benchmarks.peers.graphed import graphed
+from benchmarks.peers.hand_batched import HandBatchedTrunk, by_grouped_mm, by_quack
 from benchmarks.peers.per_expert import PerExpertTrunk
 from benchmarks.peers.shape import TrunkShape
 
@@ -105,13 +108,16 @@ def build(shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, devi
         trunk = copy.deepcopy(source)
         return TrunkStep(trunk, trunk, trunk.gradients, x, cotangents)
 
-    def compile_modules(cuda_graphs: bool) -> Step:
-        trunk, forward = compiled(source, cuda_graphs=cuda_graphs)
+    def compile_modules(mode: str) -> Step:
+        trunk, forward = compiled(source, mode)
         return TrunkStep(trunk, forward, trunk.gradients, x, cotangents)
 
     def batched() -> Step:
         trunk = HandBatchedTrunk(source)
         return TrunkStep(trunk, trunk, trunk.gradients, x, cotangents)
+
+    def in_graph(trunk: Any) -> Step:
+        return TrunkStep(trunk, graphed(trunk.train(training), x, training), trunk.gradients, x, cotangents)
 
     def ours() -> Step:
         trunk = fused_trunk(shape, source)
@@ -124,15 +130,28 @@ def build(shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, devi
     backend = mk.backends()["expert_mixture"][device.type][0]
     contenders = [
         Contender(BASELINE, "per-expert modules, eager", eager),
-        Contender("compile", "per-expert modules, torch.compile", lambda: compile_modules(False)),
+        Contender("compile", "per-expert modules, torch.compile", lambda: compile_modules("default")),
         Contender("batched", "hand-batched: one linear + bmm", batched),
         Contender(OURS, f"mtlkernels ({backend})", ours),
     ]
     if device.type == "cpu" and not training:
         contenders.append(Contender("prepared", "mtlkernels, a copy by mk.prepare", prepared))
     if device.type == "cuda":
-        graph = Contender("graph", "torch.compile under CUDA graphs", lambda: compile_modules(True))
-        contenders.insert(2, graph)
+        modes = (("graph", "reduce-overhead"), ("autotuned", "max-autotune"))
+        contenders[2:2] = [
+            Contender(name, f"torch.compile, {mode}", partial(compile_modules, mode)) for name, mode in modes
+        ]
+        graphs: dict[str, tuple[str, Callable[[], Any]]] = {
+            "batched-graph": ("hand-batched by bmm", lambda: HandBatchedTrunk(source)),
+            "grouped-graph": ("hand-batched by F.grouped_mm", lambda: HandBatchedTrunk(source, by_grouped_mm)),
+            "ours-graph": (f"mtlkernels ({backend})", lambda: fused_trunk(shape, source)),
+        }
+        if not training:
+            graphs["quack-graph"] = ("hand-batched by QuACK's gemm_act", lambda: HandBatchedTrunk(source, by_quack()))
+        contenders += [
+            Contender(name, f"{label}, in a CUDA graph", lambda make=make: in_graph(make()))  # type: ignore[misc]
+            for name, (label, make) in graphs.items()
+        ]
     return Bench(contenders, lambda: evaluate(source, x, cotangents))
 
 
