@@ -53,7 +53,7 @@ def every_slice(folder: Path) -> Sequence[Slice]:
     # Without the CUDA kernels their tests would be skipped, and their slices pass.
     there = "assert mk.backends()['pcgrad']['cuda'][:2] == ('cuda', 'triton'), 'kernels are missing'"
     config = (PYTHON, "-c", f"import mtlkernels as mk; print(mk.show_config()); {there}")
-    driver = (PYTHON, "-m", "benchmarks.gpu_host", "--json", str(folder / "gpu-host.json"))
+    driver = (PYTHON, "benchmarks/run.py", "gpu-host", "--json", str(folder), "--plot", str(folder))
     return (
         Slice("build", (build, config)),
         Slice("smoke", (_tests("-x", LEVEL, "-k", SMALL), _tests("-x", PROJECTIONS, CUDA, "-k", "options or strided"))),

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.gpu import __main__ as day
 from benchmarks.gpu.slices import ROOT, Slice, every_slice
-from benchmarks.suites import SUITES
+from benchmarks.suites import STUDIES, SUITES
 
 
 def saying(words: str, code: int = 0) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def test_what_slices_name_is_there(tmp_path: Path) -> None:
     suites = {
         command[command.index("benchmarks/run.py") + 1] for p in parts for command in p.commands if "--json" in command
     }
-    assert suites == {"mixture", "pcgrad", "pcgrad-step", "snr"} <= set(SUITES)
+    assert suites == {"mixture", "pcgrad", "pcgrad-step", "snr", "gpu-host"} <= {*SUITES, *STUDIES}
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
