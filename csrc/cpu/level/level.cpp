@@ -45,8 +45,8 @@ std::tuple<Tensors, Tensors> forward(at::TensorList inputs, const OptionalTensor
 
 // What the forward pass saved.
 struct Saved {
-  at::TensorList activations, statistics;
-  int64_t experts;  // over which they are stacked
+  at::TensorList activations, statistics;  // signs, if any, are the last of the activations
+  int64_t experts;                         // over which they are stacked
 };
 
 // Of a level, all of whose outputs have a gradient; or of the part of another one that was reached.
@@ -119,7 +119,8 @@ Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, con
   MTLK_CHECK_VALUE(count > 0 && count % spec.gates() == 0, "grad_outputs must hold an entry for each of ", spec.gates(),
                    " gates, or as many for each of several losses, got ", count);
   const auto layers = static_cast<size_t>(spec.layers()), linear = static_cast<size_t>(tensors.linear_gates);
-  const size_t activations = spec.stores_inputs() ? layers : saved_layers(static_cast<int>(layers));
+  const size_t activations =
+      (spec.stores_inputs() ? layers : saved_layers(static_cast<int>(layers))) + spec.saves_signs(dtype_of(inputs[0]));
   const size_t statistics = 2 * std::count_if(spec.norms.begin(), spec.norms.end(), [](int64_t norm) { return norm; });
   MTLK_CHECK_VALUE(saved.size() == activations + statistics + linear, "saved must hold ",
                    activations + statistics + linear, " tensors, got ", saved.size());
