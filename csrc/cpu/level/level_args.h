@@ -149,12 +149,16 @@ struct ChainBackwardArgs : GradientArgs {
   LevelShape level;
   const void* const* saved;  // as the forward pass wrote them, of the whole level's experts
 
+  // Whether signs_suffice, to these kernels too; and the signs, null where all outputs pass a gradient.
+  bool from_signs;
+  const uint8_t* signs;
+
   // Of the last layer, in the forward pass's form, for each expert: where it was not saved.
   const void* const* last_weights;
   const int64_t* last_weight_ld;
 
   // [experts], what would have been saved of it, of the compute type in panels of all rows; null for an expert whose
-  // last layer is computed again, and altogether where no other loss shares it.
+  // last layer is computed again or not at all, and altogether where no other loss shares it.
   const void* const* last_values;
 
   // The streams whose experts do not all go together, so that sums of their gradients have to be kept: which of them
