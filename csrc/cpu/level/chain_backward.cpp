@@ -254,6 +254,9 @@ void chain_backward(const LevelTensors& tensors, LevelTables& tables, const Chai
   args.grad_output_ld = tables.grad_output_ld();
   args.saved = tables.saved();
   gradients.point(args);
+  args.signs = tables.signs();
+  args.from_signs =
+      args.need_experts && kernels.from_signs(level.layers, level.activations, dtype_of(tensors.inputs[0]));
   if (!args.need_experts && !args.grad_logits) return;
   run(args, tables, tensors.weights, kernels, shared);
 }

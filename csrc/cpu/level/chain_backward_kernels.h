@@ -7,6 +7,7 @@
 
 #include "level/chain_backward_scratch.h"
 #include "level/chain_forward_kernels.h"
+#include "level/chain_signs_kernels.h"
 #include "level/products_below.h"
 
 namespace mtlk {
@@ -178,13 +179,16 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
 
   void expert(int e) {
     const int last = level_.layers - 1;
-    const bool saved = last < saved_layers(level_.layers);
     const auto* shared = args_.last_values ? static_cast<const C*>(args_.last_values[e]) : nullptr;
-    last_ = shared ? shared + row_ * features() : s_.kept;
-    if (!shared) saved ? load_kept(last, e) : compute_kept(e);
-    for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
+    const bool done = last_from_signs(e);
+    if (!done) {
+      const bool saved = last < saved_layers(level_.layers);
+      last_ = shared ? shared + row_ * features() : s_.kept;
+      if (!shared) saved ? load_kept(last, e) : compute_kept(e);
+      for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
+    }
     if (!args_.need_experts) return;
-    for (int l = last; l > 0; --l) {
+    for (int l = done ? last - 1 : last; l > 0; --l) {
       // Where the last layer was computed again, what it read is there.
       if (from_input(level_.activations[l - 1])) {
         load_kept(l - 1, e);
@@ -219,6 +223,17 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
         return activation_gradient<kCode, C>(load(grad + i * kGroup + j), s);
       });
     });
+  }
+
+  // Whether expert e's last two layers have their gradients, and its gate's probability what it wants, from signs.
+  bool last_from_signs([[maybe_unused]] int e) {
+    if constexpr (Engine::kForm == WeightForm::kNatural) {
+      const int l = level_.layers - 1, first = level_.gates.use_begin[e];
+      if (!args_.from_signs || level_.gates.use_begin[e + 1] != first + 1) return false;
+      load_input(l - 1, e);
+      return LastFromSigns<Engine>(args_, row_, nrows_, s_, e, gradients(l), gradients(l - 1)).run();
+    }
+    return false;
   }
 
   // One group of an expert's outputs: <dy, output> for every gate that mixes it, and the last layer's gradient.

@@ -45,6 +45,7 @@ struct ChainBackwardScratch {
   using Element = typename Engine::Element;
   C *grad_outputs, *probabilities, *inner, *kept, *after, *whole, *below, *tile;
   Element *panel[2], *input;
+  Word<C>* signs;
   int64_t total;
 
   ChainBackwardScratch(const LevelShape& level, int64_t groups, void* memory) {
@@ -64,6 +65,7 @@ struct ChainBackwardScratch {
     panel[0] = arena.take<Element>(panels);
     panel[1] = arena.take<Element>(panels);
     input = arena.take<Element>(Engine::panel_size(read) * groups);
+    signs = arena.take<Word<C>>(sign_words_size(features));
     total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
   }
 };

@@ -59,10 +59,16 @@ LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, con
   for (int l = 0; save && l < saved_layers(level.layers); ++l) {
     add(results.saved, saved, {level.experts, level.rows, level.widths[l + 1]});
   }
+  uint8_t* signs = nullptr;
+  if (save && saves_signs(level.layers, level.activations, dtype_of(tensors.inputs[0]))) {
+    const int64_t bytes = sign_bytes(level.widths[level.layers]);
+    results.saved.push_back(pooled({level.experts, level.rows, bytes}, options.dtype(at::kByte)));
+    signs = results.saved.back().mutable_data_ptr<uint8_t>();
+  }
   if (save && logits.defined()) results.saved.push_back(logits);
   if (level.rows == 0) return results;
   tables.set_forward_weights(kernels.engine, !save && all_declared(tensors.weights));
-  run({level, outputs.data(), save ? saved.data() : nullptr}, kernels);
+  run({level, outputs.data(), save ? saved.data() : nullptr, signs}, kernels);
   return results;
 }
 

@@ -6,6 +6,7 @@
 #include "level/forward_weights.h"
 #include "level/gates.h"
 #include "level/row_block.h"
+#include "level/signs.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -54,6 +55,7 @@ struct ChainForwardScratch {
   Element *input, *hidden[2], *kept;
   C *probabilities, *tile, *before, *mixed;
   typename Engine::Weight* weights;
+  Word<C>* signs;
   int64_t total;
 
   ChainForwardScratch(const LevelShape& level, int64_t groups, bool save, void* memory) {
@@ -69,6 +71,7 @@ struct ChainForwardScratch {
     before = arena.take<C>(tile_size);
     mixed = arena.take<C>(level.gates.count * groups * level.widths[level.layers] * kGroup);
     weights = arena.take<typename Engine::Weight>(2 * ForwardWeights<Engine>::made_size(level));
+    signs = arena.take<Word<C>>(save ? sign_words_size(level.widths[level.layers]) * groups : 0);
     total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
   }
 };
@@ -192,6 +195,9 @@ class ChainForward : RowBlock<ChainForwardArgs> {
     for (int64_t g = 0; g < groups_ && panel_out(l); ++g) {
       Engine::clear_margin(out + g * Engine::panel_size(width), width);
     }
+    const bool signs = args_.signs && l + 1 == level_.layers;
+    const int64_t words = sign_words_size(width);
+    if (signs) std::memset(s_.signs, 0, words * groups_ * sizeof(Word<C>));
     for (int64_t t = 0; t < tiles; ++t) {
       const TileWeights<Engine> weights = weights_.get({at, t});
       const bool last = t + 1 == tiles;
@@ -200,6 +206,10 @@ class ChainForward : RowBlock<ChainForwardArgs> {
     }
     if constexpr (!Engine::kSavesTiles) {
       if (args_.saves(l)) write_saved(e, l, saves_before(l) ? s_.kept : out);
+    }
+    for (int64_t g = 0; signs && g < groups_; ++g) {
+      store_signs(s_.signs + g * words, width, group_rows(g),
+                  args_.signs + (e * level_.rows + row(g)) * sign_bytes(width));
     }
   }
 
@@ -222,6 +232,10 @@ class ChainForward : RowBlock<ChainForwardArgs> {
                    meanwhile.share(g0, ng, groups_));
       for (int64_t g = g0; g < g0 + ng; ++g) {
         C* values = s_.tile + (g - g0) * tile_group;
+        if (last && args_.signs) {
+          add_signs<C>(o, n, s_.signs + g * sign_words_size(width),
+                       [&](int64_t i, int j) { return affine(load(values + i * kGroup + j), i); });
+        }
         if (last && !save && uses(e) <= kFusedUses) {
           mix_activated(e, g, o, n, values, affine);
           continue;

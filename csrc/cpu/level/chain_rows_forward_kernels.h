@@ -128,6 +128,11 @@ class ChainForward<RowsEngine<T>> {
         if (saved && before) narrow(row, saved, width);
         for (int64_t o = 0; o < width; o += L) store(row + o, activate<decltype(constant)::value, C>(load(row + o)));
         if (saved && !before) narrow(row, saved, width);
+        if (args_.signs && l + 1 == level_.layers) {
+          uint8_t* const bytes = args_.signs + (e * rows_ + r) * sign_bytes(width);
+          std::memset(bytes, 0, sign_bytes(width));
+          for (int64_t o = 0; o < width; ++o) bytes[o / 8] |= static_cast<uint8_t>(!(row[o] <= 0)) << o % 8;
+        }
       }
     });
   }

@@ -45,8 +45,8 @@ std::tuple<Tensors, Tensors> forward(at::TensorList inputs, const OptionalTensor
 
 // What the forward pass saved.
 struct Saved {
-  at::TensorList activations, statistics;
-  int64_t experts;  // over which they are stacked
+  at::TensorList activations, statistics;  // signs, if any, are the last of the activations
+  int64_t experts;                         // over which they are stacked
 };
 
 // Of a level, all of whose outputs have a gradient; or of the part of another one that was reached.
@@ -89,12 +89,20 @@ bool all_read(const LevelSpec& spec) {
 // What the backward passes of several losses, each of which reaches a part of the level, share; null for nothing.
 std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTensors& tensors, const Saved& saved,
                                           const std::vector<ReachedLevel>& parts, const Needs& needs) {
-  if (parts.size() < 2 || spec.stores_inputs() || tensors.inputs[0].size(0) == 0) return nullptr;
+  const at::Tensor& x = tensors.inputs[0];
+  if (parts.size() < 2 || spec.stores_inputs() || x.size(0) == 0) return nullptr;
+  const Dtype dtype = dtype_of(x);
+  const auto& kernels = kernels_for<ChainKernels>(dtype, x.size(0));
+  const bool need_experts = std::any_of(needs.begin(), needs.begin() + 6, [](bool need) { return need; });
+  const bool from_signs = need_experts && kernels.from_signs(spec.layers(), spec.activations.data(), dtype);
   std::vector<bool> reached(spec.gates());
-  std::vector<int> count(spec.experts());  // of the losses that reach an expert
+  std::vector<int> count(spec.experts());  // of the losses that want an expert's outputs
   for (const ReachedLevel& part : parts) {
     for (const int64_t k : part.gates) reached[k] = true;
-    for (const int64_t e : part.experts) ++count[e];
+    const at::IntArrayRef uses = part.spec.gate_experts;
+    for (size_t i = 0; i < part.experts.size(); ++i) {
+      count[part.experts[i]] += !from_signs || std::count(uses.begin(), uses.end(), static_cast<int64_t>(i)) != 1;
+    }
   }
   const ReachedLevel all = spec.reached(reached);
   std::vector<int> several;
@@ -104,8 +112,6 @@ std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTens
   const LevelTensors own = all.pick(tensors);
   LevelTables tables(all.spec, own);
   tables.set_saved(saved.activations, saved.experts);
-  const auto& kernels = kernels_for<ChainKernels>(dtype_of(own.inputs[0]), tables.level().rows);
-  const bool need_experts = std::any_of(needs.begin(), needs.begin() + 6, [](bool need) { return need; });
   return std::make_unique<LossesInCommon>(own, tables, kernels, need_experts, several);
 }
 
@@ -119,7 +125,8 @@ Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, con
   MTLK_CHECK_VALUE(count > 0 && count % spec.gates() == 0, "grad_outputs must hold an entry for each of ", spec.gates(),
                    " gates, or as many for each of several losses, got ", count);
   const auto layers = static_cast<size_t>(spec.layers()), linear = static_cast<size_t>(tensors.linear_gates);
-  const size_t activations = spec.stores_inputs() ? layers : saved_layers(static_cast<int>(layers));
+  const size_t activations =
+      (spec.stores_inputs() ? layers : saved_layers(static_cast<int>(layers))) + spec.saves_signs(dtype_of(inputs[0]));
   const size_t statistics = 2 * std::count_if(spec.norms.begin(), spec.norms.end(), [](int64_t norm) { return norm; });
   MTLK_CHECK_VALUE(saved.size() == activations + statistics + linear, "saved must hold ",
                    activations + statistics + linear, " tensors, got ", saved.size());

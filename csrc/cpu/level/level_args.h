@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtypes.h"
+#include "simd/activation_codes.h"
 
 namespace mtlk {
 
@@ -119,10 +120,27 @@ struct BackwardChunk {
 // product in place of the memory that they would take.
 inline int saved_layers(int layers) { return layers > 1 ? layers - 1 : layers; }
 
+// Whether the backward pass can do without what the last layer gave, which was not saved, where one gate mixes an
+// expert. With p the gate's probability, dy its output's gradient, d = dy where the last activation passes a gradient
+// and otherwise 0, and h what the layer below gave, the backward pass makes u = W^T d anyway, as p * u is the gradient
+// of h; and <dy, output> = <d, W h + b> = <u, h> + <d, b>. Where d is not 0 has to be saved for relu, as signs.
+// LevelSpec.saves_signs is the same rule in Python.
+inline bool signs_suffice(int64_t layers, const int64_t* activations, Dtype dtype) {
+  if (saved_layers(static_cast<int>(layers)) == layers) return false;
+  const int64_t last = activations[layers - 1];
+  return (dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64) && (last == kRelu || last == kNone) &&
+         !from_input(static_cast<int>(activations[layers - 2]));
+}
+inline bool saves_signs(int64_t layers, const int64_t* activations, Dtype dtype) {
+  return signs_suffice(layers, activations, dtype) && activations[layers - 1] == kRelu;
+}
+inline int64_t sign_bytes(int64_t features) { return (features + 7) / 8; }
+
 struct ChainForwardArgs {
   LevelShape level;
   void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
   void* const* saved;    // a contiguous [experts, rows, width] for each of the saved layers, or null
+  uint8_t* signs;        // [experts, rows, sign_bytes] of the last layer's outputs, see signs.h, or null
 
   bool saves(int layer) const { return saved != nullptr && layer < saved_layers(level.layers); }
 };
@@ -131,12 +149,16 @@ struct ChainBackwardArgs : GradientArgs {
   LevelShape level;
   const void* const* saved;  // as the forward pass wrote them, of the whole level's experts
 
+  // Whether signs_suffice, to these kernels too; and the signs, null where all outputs pass a gradient.
+  bool from_signs;
+  const uint8_t* signs;
+
   // Of the last layer, in the forward pass's form, for each expert: where it was not saved.
   const void* const* last_weights;
   const int64_t* last_weight_ld;
 
   // [experts], what would have been saved of it, of the compute type in panels of all rows; null for an expert whose
-  // last layer is computed again, and altogether where no other loss shares it.
+  // last layer is computed again or not at all, and altogether where no other loss shares it.
   const void* const* last_values;
 
   // The streams whose experts do not all go together, so that sums of their gradients have to be kept: which of them

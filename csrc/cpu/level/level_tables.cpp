@@ -38,11 +38,11 @@ LevelTables::LevelTables(const LevelSpec& spec, const LevelTensors& tensors)
   level_.gates = gates_.gates();
 }
 
-void LevelTables::check(const at::Tensor& tensor, const char* name, size_t i) const {
+void LevelTables::check(const at::Tensor& tensor, const char* name, size_t i, at::ScalarType dtype) const {
   MTLK_CHECK_TYPE(tensor.defined(), name, "[", i, "] must be a tensor");
   check_plain(tensor);
-  MTLK_CHECK_TYPE(tensor.scalar_type() == dtype_ && tensor.layout() == at::kStrided, name, "[", i,
-                  "] must be a dense tensor of ", dtype_, ", got ", tensor.layout(), " of ", tensor.scalar_type());
+  MTLK_CHECK_TYPE(tensor.scalar_type() == dtype && tensor.layout() == at::kStrided, name, "[", i,
+                  "] must be a dense tensor of ", dtype, ", got ", tensor.layout(), " of ", tensor.scalar_type());
   MTLK_CHECK_VALUE(tensor.is_cpu(), name, "[", i, "] must be on the CPU, got ", tensor.device());
 }
 
@@ -183,12 +183,14 @@ void LevelTables::set_grad_outputs(at::TensorList grad_outputs) {
 
 void LevelTables::set_saved(at::TensorList saved, int64_t experts) {
   for (size_t l = 0; l < saved.size(); ++l) {
-    check(saved[l], "saved", l);
-    MTLK_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({experts, level_.rows, widths_[l + 1]}), "saved[", l,
-                     "] must have shape [", experts, ", ", level_.rows, ", ", widths_[l + 1], "], got ",
-                     saved[l].sizes());
+    const bool signs = l + 1 == saved.size() && spec_.saves_signs(dtype_of(tensors_.inputs[0]));
+    const int64_t width = signs ? sign_bytes(widths_.back()) : widths_[l + 1];
+    check(saved[l], "saved", l, signs ? at::kByte : dtype_);
+    MTLK_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({experts, level_.rows, width}), "saved[", l,
+                     "] must have shape [", experts, ", ", level_.rows, ", ", width, "], got ", saved[l].sizes());
     kept_.push_back(saved[l].contiguous());
     saved_.push_back(kept_.back().const_data_ptr());
+    if (signs) signs_ = static_cast<const uint8_t*>(saved_.back());
   }
 }
 

@@ -36,12 +36,13 @@ class LevelTables {
   void check_gate_layers();
 
   // Of a backward pass: the outputs' gradients; and what the forward pass saved of each of the first layers of a whole
-  // level of so many experts.
+  // level of so many experts, then the last one's signs where it saves these.
   void set_grad_outputs(at::TensorList grad_outputs);
   void set_saved(at::TensorList saved, int64_t experts);
   const void* const* grad_outputs() const { return grad_outputs_.data(); }
   const int64_t* grad_output_ld() const { return grad_output_ld_.data(); }
   const void* const* saved() const { return saved_.data(); }
+  const uint8_t* signs() const { return signs_; }
 
   // The experts' weights in their natural form, or in that which the engine's backward pass wants.
   void set_natural_weights();
@@ -57,7 +58,8 @@ class LevelTables {
   const int64_t* last_weight_ld() const { return last_forms().ld() + last_offset(); }
 
  private:
-  void check(const at::Tensor& tensor, const char* name, size_t i) const;
+  void check(const at::Tensor& tensor, const char* name, size_t i) const { check(tensor, name, i, dtype_); }
+  void check(const at::Tensor& tensor, const char* name, size_t i, at::ScalarType dtype) const;
   void check_experts();
   const void* bias_of(const at::Tensor& bias, int64_t size, const char* name, size_t i);
   void add_rows(const at::Tensor& x, std::vector<const void*>& pointers, std::vector<int64_t>& ld);
@@ -74,6 +76,7 @@ class LevelTables {
   std::vector<int> order_, gate_streams_;
   std::vector<int64_t> widths_, input_ld_, grad_output_ld_, gate_weight_ld_;
   std::vector<const void*> inputs_, biases_, grad_outputs_, saved_, gate_weights_, gate_biases_;
+  const uint8_t* signs_ = nullptr;
   Tensors kept_;
   WeightForms weights_;
   std::optional<WeightForms> last_weights_;

@@ -11,7 +11,7 @@
 namespace mtlk {
 
 // Of a level, or of the part of one that the losses reach together: weights in the forms that the kernels want; and
-// where the forward pass has not saved what the last layer gave, that of the experts which several losses reach.
+// where the forward pass has not saved what the last layer gave, that of the experts of which several losses want it.
 class LossesInCommon {
  public:
   // The tables have what the forward pass saved; `several` are the experts, by their number in this level.

@@ -94,6 +94,10 @@ bool LevelSpec::has_slopes() const {
   return std::any_of(activations.begin(), activations.end(), [](int64_t code) { return mtlk::has_slopes(code); });
 }
 
+bool LevelSpec::saves_signs(Dtype dtype) const {
+  return !stores_inputs() && mtlk::saves_signs(layers(), activations.data(), dtype);
+}
+
 bool LevelSpec::stores_inputs() const {
   return has_norms() || has_slopes() ||
          std::any_of(dropout.begin(), dropout.end(), [](double rate) { return rate > 0; });

@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/dtypes.h"
+
 namespace mtlk {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
@@ -43,7 +45,8 @@ class LevelSpec {
   int64_t experts() const { return static_cast<int64_t>(expert_inputs.size()); }
   int64_t gates() const { return static_cast<int64_t>(gate_sizes.size()); }
   int64_t layers() const { return static_cast<int64_t>(activations.size()); }
-  bool stores_inputs() const;  // the pre-activations of all layers are stored
+  bool stores_inputs() const;           // the pre-activations of all layers are stored
+  bool saves_signs(Dtype dtype) const;  // see level_args.h
   bool has_norms() const;
   bool has_slopes() const;
 

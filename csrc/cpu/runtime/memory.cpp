@@ -150,7 +150,8 @@ at::Tensor pooled(at::IntArrayRef sizes, at::IntArrayRef strides, const at::Tens
       at::for_blob(first, sizes).strides(strides).options(options).context(memory.release(), give_back).make_tensor();
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
-    result.fill_(std::numeric_limits<double>::quiet_NaN());  // as fresh memory is filled then
+    // As fresh memory is filled then.
+    result.fill_(result.is_floating_point() ? std::numeric_limits<double>::quiet_NaN() : 255);
   }
   return result;
 }

@@ -140,7 +140,8 @@ def forward(
     Returns the K outputs [B, H_L] and what :meth:`LevelSpec.split_saved` takes apart. Between two products all is in
     the dtype of accumulation. Saved are, with ``save``, the pre-activations [E, B, H] of each layer before its norm, if
     ``stores_inputs`` is true; otherwise, for each of the ``saved_layers``, the output of the activation, or its input
-    where its derivative follows from that. Statistics are saved always, logits of linear gates with ``save``.
+    where its derivative follows from that, then the last layer's signs where ``saves_signs`` is true. Statistics are
+    saved always, logits of linear gates with ``save``.
     """
     level = LevelSpec.decoded(spec, numbers)
     groups = level.split((*inputs, *parameters, *gates))
@@ -152,8 +153,17 @@ def forward(
     elif save:
         kept = zip(level.layers, before, values, range(saved_layers(len(before), inputs[0].device)), strict=False)
         saved = [z if act.from_input(layer.activation) else value.hidden for layer, z, value, _ in kept]
+        if level.saves_signs(inputs[0]):
+            saved.append(_signs(values[-1].hidden))
     logits = [torch.cat(gate_logits(level, groups), 1)] if save and level.gate_inputs else []
     return outputs, [*saved, *stats, *logits]
+
+
+def _signs(outputs: Tensor) -> Tensor:
+    """Which of the outputs [E, B, H] are not <= 0, as :meth:`LevelSpec.saves_signs` describes it."""
+    flags = F.pad((~(outputs <= 0)).to(torch.uint8), (0, -outputs.shape[2] % 8))
+    places = torch.arange(8, dtype=torch.uint8, device=outputs.device)
+    return torch.bitwise_left_shift(flags.unflatten(2, (flags.shape[2] // 8, 8)), places).sum(3, dtype=torch.uint8)
 
 
 def _of_part(spec: LevelSpec, stacked: Tensor) -> Tensor:

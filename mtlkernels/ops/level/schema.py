@@ -41,6 +41,8 @@ def _forward(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for norm, width in norms * 2:
         saved.append(x.new_empty((experts, rows if norm == LAYER_NORM else width), dtype=dtype))
+    if save and level.saves_signs(x):
+        saved.append(x.new_empty((experts, rows, -(-widths[-1] // 8)), dtype=torch.uint8))
     if save and level.gate_inputs:
         saved.append(x.new_empty((rows, sum(level.gate_sizes))))
     return [x.new_empty((rows, widths[-1])) for _ in level.gate_sizes], saved

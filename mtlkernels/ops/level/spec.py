@@ -12,8 +12,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
-from mtlkernels.ops.activations import CODES, has_slopes
+from mtlkernels.ops._layout import saved_layers
+from mtlkernels.ops.activations import CODES, from_input, has_slopes
 
 Item = TypeVar("Item")
 
@@ -178,11 +180,26 @@ class LevelSpec:
         """What the forward pass saved: a tensor [E, B, H] a layer; then statistics of norms, or linear gates' logits.
 
         Statistics are the means of all layers that have a norm, then the variances; of what is without norms the
-        second part is empty. The third is the logits [B, sum N_k], in a list.
+        second part is empty. The third is the logits [B, sum N_k], in a list. Behind the layers there may be signs,
+        see :meth:`saves_signs`, which only the C++ kernels read: they are in no part.
         """
         stats = sum(layer.norm > 0 for layer in self.layers)
         end = len(saved) - 2 * stats - bool(self.gate_inputs)
-        return saved[:end], saved[end : end + 2 * stats], saved[end + 2 * stats :]
+        layers = end - (end > 0 and saved[end - 1].dtype == torch.uint8)
+        return saved[:layers], saved[end : end + 2 * stats], saved[end + 2 * stats :]
+
+    def saves_signs(self, x: Tensor) -> bool:
+        """Whether the forward pass saves, for inputs like ``x``, which of the last layer's outputs are not <= 0.
+
+        A bit each, bit i % 8 of byte i // 8 of uint8 [E, B, ceil(H / 8)]: all that relu's gradient wants of a last
+        layer that is not saved. What gates want of it follows from its gradient and from the output of the layer below,
+        see csrc/cpu/level/level_args.h, which has the same rule.
+        """
+        if self.stores_inputs or saved_layers(len(self.layers), x.device) == len(self.layers):
+            return False
+        below, last = self.layers[-2:]
+        exact = x.dtype in (torch.float32, torch.float64)
+        return exact and last.activation == CODES["relu"] and not from_input(below.activation)
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

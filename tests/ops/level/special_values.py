@@ -87,6 +87,8 @@ class Style:
     linear_gates: bool = False
     rows: int = 7
     widths: tuple[int, ...] = (5, 6, 4)
+    # Outputs that have a gradient: with the first alone, one gate mixes each expert.
+    used: int = 2
 
 
 class Level(nn.Module):
@@ -174,7 +176,9 @@ class Level(nn.Module):
         found = {f"output {k}": y.detach() for k, y in enumerate(outputs)}
         if grad:
             leaves = self.leaves()
-            grads = torch.autograd.grad(outputs, list(leaves.values()), self.upstream)
+            used = slice(self.style.used)
+            roots, upstream = outputs[used], self.upstream[used]
+            grads = torch.autograd.grad(roots, list(leaves.values()), upstream, materialize_grads=True)
             found.update((f"gradient of {name}", g) for name, g in zip(leaves, grads, strict=True))
         for buffer, value in zip(self.buffers(), before, strict=True):
             buffer.copy_(value)

@@ -55,6 +55,16 @@ def test_instruction_sets(activation: str, rows: int, isa: str) -> None:
 
 
 @INSTRUCTION_SETS
+@pytest.mark.parametrize("rows", [1, 7, 40, 700])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_one_gate_an_expert(activation: str, rows: int, isa: str) -> None:
+    """What its last layer gave is not computed again then, unless something is not finite."""
+    with _extension.instruction_set(isa), mk.use_backend("cpp"):
+        for kind in (torch.float32, torch.float64):
+            check(Style(activation, rows=rows, used=1), kind)
+
+
+@INSTRUCTION_SETS
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16], ids=str)
 def test_norms_of_instruction_sets(kind: torch.dtype, isa: str) -> None:
     """Not in bfloat16, which rounds a value close to zero to either sign, as an infinite weight then shows."""

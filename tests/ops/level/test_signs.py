@@ -1,0 +1,98 @@
+"""Gradients of gates and last layers from the signs that the forward pass saves in place of the last layer."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import mtlkernels as mk
+from mtlkernels import _extension
+from mtlkernels.ops.level import reference
+from mtlkernels.testing import Case, CaseFactory
+from tests import requires
+from tests.ops import agreement
+from tests.ops.level import operator
+from tests.ops.level.definition import formula
+
+OPS = torch.ops.mtlkernels
+INSTRUCTION_SETS = pytest.mark.parametrize("isa", _extension.instruction_sets())
+EXACT = pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+ROUTINGS = {
+    "one gate an expert": mk.Routing((0, 0, 1), ((0, 2), (1,))),
+    "one and two": mk.Routing.cgc(2, 2, 1),
+    "one and many": mk.Routing((0, 0, 0), ((0, 1), (1,), (1, 2), (1,), (1,))),
+}
+
+
+def case(kind: torch.dtype, rows: int, routing: mk.Routing, last: str = "relu", **options: Any) -> Case:
+    widths = {1: [5, 3, 1], 5: [7, 9, 8, 16], 17: [20, 33, 13], 33: [24, 16, 70], 100: [19, 24, 33], 1537: [9, 30, 41]}
+    names = ["tanh", "relu", "leaky_relu"][: len(widths[rows]) - 2] + [last]
+    return CaseFactory(rows, kind).expert_mixture(rows, widths[rows], routing, activation=names, **options)
+
+
+@INSTRUCTION_SETS
+@EXACT
+@pytest.mark.parametrize("rows", [1, 5, 17, 33, 100])
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+@pytest.mark.parametrize("last", ["relu", "none"])
+def test_formula(last: str, routing: mk.Routing, rows: int, kind: torch.dtype, isa: str) -> None:
+    with _extension.instruction_set(isa):
+        for biases in (True, False):
+            agreement.check(
+                mk.expert_mixture, formula, case(kind, rows, routing, last, biases=biases), "cpp", rows % 2 + 1
+            )
+
+
+@INSTRUCTION_SETS
+@pytest.mark.parametrize("rows", [33, 1537])
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+def test_losses_at_once_as_one_by_one(routing: mk.Routing, rows: int, isa: str) -> None:
+    """To the bit: each loss takes an expert from signs, or not, whatever others do."""
+    operands = operator.of_case(case(torch.float32, rows, routing).map(Tensor.detach))
+    with _extension.instruction_set(isa):
+        outputs, saved = OPS.level_forward(*operands.forward(True))
+        grads = [torch.randn_like(y) for y in outputs]
+        used = [*({k} for k in range(len(grads))), {0, 1}, set(range(len(grads)))]
+        losses = [[grad if k in own else None for k, grad in enumerate(grads)] for own in used]
+        needs = [True] * 8
+        apart = [OPS.level_backward(*operands.backward(loss, saved, needs)) for loss in losses]
+        together = OPS.level_backward(*operands.backward([grad for loss in losses for grad in loss], saved, needs))
+    for got, want in zip(together, [grad for own in apart for grad in own], strict=True):
+        assert torch.equal(got, want)
+
+
+@EXACT
+@pytest.mark.parametrize("width", [0, 1, 8, 13, 33, 70])
+@pytest.mark.parametrize("rows", [1, 3, 17, 100])
+@pytest.mark.parametrize("isa", ["reference", *_extension.instruction_sets()])
+def test_signs(isa: str, rows: int, width: int, kind: torch.dtype) -> None:
+    """Bit for bit; of gates that mix a single expert the outputs are that expert's."""
+    routing = mk.Routing((0, 0), ((0,), (1,)))
+    operands = operator.of_case(CaseFactory(0, kind).expert_mixture(rows, [6, 20, width], routing).map(Tensor.detach))
+    operands.tensors[0][rows // 2, 2] = float("nan")  # type: ignore[index]
+    run = reference.forward if isa == "reference" else OPS.level_forward
+    with nullcontext() if isa == "reference" else _extension.instruction_set(isa):
+        outputs, (_, signs) = run(*operands.forward(True))
+    expected = np.packbits(~(torch.stack(outputs) <= 0).numpy(), axis=-1, bitorder="little")
+    assert signs.dtype == torch.uint8 and np.array_equal(signs.numpy(), expected)
+
+
+@requires.cpp_kernels
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda signs: [], ValueError, "saved must hold 2 tensors, got 1"),
+        (lambda signs: [signs.float()], TypeError, r"saved\[1\] must be a dense tensor of Byte, got Strided of Float"),
+        (lambda signs: [signs[:, :, 1:]], ValueError, r"saved\[1\] must have shape \[5, 17, 2\], got \[5, 17, 1\]"),
+    ],
+)
+def test_refusals(wrong: Any, error: type[Exception], message: str) -> None:
+    operands = operator.of_case(case(torch.float32, 17, ROUTINGS["one and two"]).map(Tensor.detach))
+    outputs, (hidden, signs) = OPS.level_forward(*operands.forward(True))
+    with pytest.raises(error, match=message):
+        OPS.level_backward(*operands.backward(outputs, [hidden, *wrong(signs)], [True] * 8))
