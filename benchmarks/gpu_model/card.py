@@ -34,6 +34,7 @@ class Card:
     l2_latency: int
     memory_latency: int
     barrier: int  # cycles
+    product_latency: int  # cycles from the end of a product in tensor cores until a program that waits for it goes on
     issue_interval: int  # cycles between two instructions of a warp
     ramp: float  # seconds
     sources: dict[str, str]
@@ -65,6 +66,7 @@ H100 = Card(
     l2_latency=265,
     memory_latency=650,
     barrier=30,
+    product_latency=60,
     issue_interval=2,
     ramp=1.5e-6,
     sources={
@@ -87,6 +89,7 @@ H100 = Card(
         "l2_latency": f"{BENCHES}, H100 PCIe, the near half",
         "memory_latency": f"{BENCHES}, H100 PCIe",
         "barrier": "assumed: about an access to shared memory",
+        "product_latency": "assumed: two barriers",
         "issue_interval": "assumed: every other instruction of a warp waits 4 cycles for the one before",
         "ramp": "assumed: from the last program of a launch to the first of the next on a stream",
     },

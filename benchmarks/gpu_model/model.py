@@ -89,46 +89,58 @@ def need(part: Part, code: Code, tile: Tile, cold: bool, card: Card) -> Need:
     """Of one program; ``cold``: what it reads comes from memory, not from L2."""
     latency = card.memory_latency if cold else card.l2_latency
     loop = code.products[part.product] if part.product is not None else None
-    threads, slots = WARP * tile.warps, tile.warps / card.schedulers
-    interval = max(card.issue_interval, slots)
-    # Instructions of a warp outside of the product's loop, the barriers among them, and bytes that they move.
-    runs = [(1, code.once(loop))]
+    runs = [_Run(1, code.once(loop), tile, card)]
     for other in code.others(loop):
         holds = loop is not None and other.holds(loop)
-        runs.append((part.fills if holds else part.others(code, other), code.own(other)))
-    issued, barriers, moved = (sum(n) for n in zip(*(_outside(*run) for run in runs), strict=True))
-    outside = moved * threads / card.l2_bytes
-    alone = interval * issued + card.barrier * barriers + part.near * card.l1_latency
-    alone += part.fills * (part.chain * card.l2_latency + latency) + max(part.far * latency, outside)
+        runs.append(_Run(part.members if holds else part.others(code, other), code.own(other), tile, card))
+    waits = part.near * card.l1_latency + part.far * latency
     if loop is None:
-        return Need((0.0, slots * issued, 0.0, outside), alone)
-    tensor, shared, copied = _of_step(loop, tile, card)
-    issue, from_l2 = interval * len(loop.body) + card.barrier * loop.count("BAR"), copied / card.l2_bytes
-    step = max(tensor, shared, from_l2, issue, latency / max(tile.stages - 1, 1))
-    of_steps = (tensor, slots * len(loop.body), shared, from_l2)
-    of_rest = (0.0, slots * issued, 0.0, outside)
-    busy = tuple(part.steps * each + once for each, once in zip(of_steps, of_rest, strict=True))
-    return Need(busy, alone + part.steps * step)
+        busy = (0.0, sum(run.slots for run in runs), 0.0, sum(run.from_l2 for run in runs))
+        return Need(busy, waits + sum(run.time for run in runs))
+    step, after = _Run(1, loop.always, tile, card), _Run(part.members, loop.skipped, tile, card)
+    tensor, shared, copies = _of_step(loop, tile, card)
+    compute = max(tensor + loop.waits_for_products * card.product_latency, shared, step.issue)
+    copy = max(copies, latency / max(tile.stages - 1, 1))
+    fill = part.chain * card.l2_latency + latency
+    if code.around(loop):
+        alone = part.members * fill + part.steps * max(compute, copy)
+    else:  # the copies of the next member go on after the product of one, and only the first addresses are new
+        addresses = (part.members - 1) * part.chain * card.l1_latency
+        alone = fill + max(addresses + part.steps * compute + after.time, part.steps * copy)
+    busy = (
+        part.steps * tensor,
+        part.steps * step.slots + after.slots + sum(run.slots for run in runs),
+        part.steps * shared,
+        part.steps * copies + after.from_l2 + sum(run.from_l2 for run in runs),
+    )
+    return Need(busy, alone + waits + sum(run.time for run in runs))
 
 
-def _outside(times: int, instructions: Sequence[Instruction]) -> tuple[int, int, int]:
-    """How many run, how many barriers among them, and how many bytes of tiles they move for a thread."""
-    barriers = sum(i.name == "BAR" for i in instructions)
-    moved = sum(i.bytes for i in instructions if i.name in ("LDG", "STG") and i.bytes >= OF_TILES)
-    return times * len(instructions), times * barriers, times * moved
+class _Run:
+    """Instructions that each warp of a program issues so many times: what they need, in cycles of a program."""
+
+    def __init__(self, times: int, instructions: Sequence[Instruction], tile: Tile, card: Card) -> None:
+        slots = tile.warps / card.schedulers
+        issued = times * len(instructions)
+        barriers = times * sum(i.name == "BAR" for i in instructions)
+        moved = times * sum(i.bytes for i in instructions if i.name in ("LDG", "STG") and i.bytes >= OF_TILES)
+        self.slots = slots * issued
+        self.from_l2 = moved * WARP * tile.warps / card.l2_bytes
+        self.issue = max(card.issue_interval, slots) * issued + card.barrier * barriers
+        self.time = self.issue + self.from_l2
 
 
 def _of_step(loop: Loop, tile: Tile, card: Card) -> tuple[float, float, float]:
-    """A pass through a product's loop: cycles of tensor cores and of shared memory, and bytes copied from L2."""
+    """A pass through a product's loop: cycles of tensor cores, of shared memory, and of copies from L2."""
     by_group = loop.products[0].opcode == "HGMMA"
     teams = tile.warps // GROUP if by_group else tile.warps
     tensor = teams * loop.arithmetic / (card.multiply_adds * (1.0 if by_group else card.warp_level))
     threads = WARP * tile.warps
-    copied = loop.moved("LDGSTS") * threads
-    moved = teams * ITEMSIZE * sum(mma.shared_elements for mma in loop.products)
-    moved += copied + loop.moved("LDS", "STS") * threads
-    moved += sum(_of_matrices(i.opcode) for i in loop.body if i.name in ("LDSM", "STSM")) * tile.warps
-    return tensor, moved / card.shared_bytes, float(copied)
+    copied = threads * sum(i.bytes for i in loop.always if i.name == "LDGSTS")
+    moved = copied + threads * sum(i.bytes for i in loop.always if i.name in ("LDS", "STS"))
+    moved += teams * ITEMSIZE * sum(mma.shared_elements for mma in loop.products)
+    moved += tile.warps * sum(_of_matrices(i.opcode) for i in loop.always if i.name in ("LDSM", "STSM"))
+    return tensor, moved / card.shared_bytes, copied / card.l2_bytes
 
 
 def _of_matrices(opcode: str) -> int:

@@ -16,16 +16,17 @@ class Part:
     Args:
         programs: how many there are.
         product: the loop of its product, by its place in :attr:`Code.products`; None without one.
-        fills: how often the pipeline of that loop fills and drains.
+        members: how many products a program computes one after another, which is how often their loop's pipeline fills,
+            unless the compiler has made one loop of them.
         steps: how often a program passes through that loop, in all.
         others: the same of other loops that do not hold the product's; of those not named, once.
-        chain: loads one after another before the first copies of a fill: entries of the table, and what they point to.
+        chain: loads one after another before a member's first copies: entries of the table, and what they point to.
         near, far: further loads that it waits for, one after another, from L1 and from behind it.
     """
 
     programs: int
     product: int | None = None
-    fills: int = 0
+    members: int = 0
     steps: int = 0
     others: Callable[[Code, Loop], int] = field(default=lambda code, loop: 1)
     chain: int = 2
@@ -83,7 +84,7 @@ def _input_gradient(launch: Launch) -> list[Part]:
 
 
 def _weight_gradient(launch: Launch) -> list[Part]:
-    """Of the programs that share rows of a weight, the first adds up the biases' gradients too."""
+    """Of the programs that share rows of a weight the first adds up the biases' gradients too, in a loop of its own."""
     splits, tile = launch.arguments["splits"], launch.tile
     steps = _quotient(_quotient(launch.arguments["num_rows"], tile.depth), splits)
     layers = _entries(launch, launch.arguments["layers"], 8 * launch.arguments["num_layers"])
@@ -92,19 +93,7 @@ def _weight_gradient(launch: Launch) -> list[Part]:
         rows, columns = _quotient(height, tile.rows), _quotient(width, tile.columns)
         first += members * rows * splits
         others += members * rows * (columns - 1) * splits
-
-    def sums(code: Code, loop: Loop) -> int:
-        return steps if _adds_biases(code, loop) else 1
-
-    def no_sums(code: Code, loop: Loop) -> int:
-        return 0 if _adds_biases(code, loop) else 1
-
-    return [Part(first, 0, 1, steps, sums, 4, far=steps), Part(others, 0, 1, steps, no_sums, 4)]
-
-
-def _adds_biases(code: Code, loop: Loop) -> bool:
-    """Whether it is the loop behind the product's."""
-    return loop.begin > code.products[0].end
+    return [Part(programs, place, 1, steps, chain=4) for place, programs in enumerate((first, others))]
 
 
 def _mix_backward(launch: Launch) -> list[Part]:

@@ -87,8 +87,27 @@ class Loop:
         """Multiply-adds of a pass, of a warp or a warp group."""
         return sum(mma.m * mma.n * mma.k for mma in self.products)
 
-    def count(self, *names: str) -> int:
-        return sum(i.name in names for i in self.body)
+    @cached_property
+    def skipped(self) -> tuple[Instruction, ...]:
+        """What branches inside of it may skip, of what has neither products nor copies: what follows a product."""
+        places = {i.address: at for at, i in enumerate(self.body)}
+        skipped: set[int] = set()
+        for at, branch in enumerate(self.body):
+            end = places.get(branch.target or 0, 0)
+            if not any(i.name == "LDGSTS" or i.mma for i in self.body[at + 1 : end]):
+                skipped.update(range(at + 1, end))
+        return tuple(self.body[at] for at in sorted(skipped))
+
+    @cached_property
+    def always(self) -> tuple[Instruction, ...]:
+        """The rest of it."""
+        skipped = set(self.skipped)
+        return tuple(i for i in self.body if i not in skipped)
+
+    @property
+    def waits_for_products(self) -> int:
+        """How often a pass waits until no product is under way any more."""
+        return sum(i.opcode == "WARPGROUP.DEPBAR.LE" and i.operands.endswith(", 0x0") for i in self.body)
 
     def moved(self, *names: str) -> int:
         """Bytes that instructions of these names move for a thread in a pass."""
@@ -108,9 +127,9 @@ class Code:
 
     @cached_property
     def products(self) -> list[Loop]:
-        """Innermost loops with tensor-core instructions, that with the most arithmetic first."""
+        """Innermost loops with tensor-core instructions, that with the most arithmetic and copies first."""
         found = [loop for loop in self.loops if loop.products and not any(map(loop.holds, self.loops))]
-        return sorted(found, key=lambda loop: -loop.arithmetic)
+        return sorted(found, key=lambda loop: (-loop.arithmetic, -loop.moved("LDGSTS")))
 
     def around(self, inner: Loop) -> list[Loop]:
         """The loops that hold it, the outermost first."""

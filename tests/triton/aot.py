@@ -54,6 +54,7 @@ SIZES = ((1, 1), (4096, 16), (4096, 4096))  # rows and columns that between them
 # gelu takes the most registers, but its derivative is computed in smaller tiles than those that follow from the output.
 # Of the activations with slopes, which only layerwise levels have, dice takes the most.
 FORWARD_CODES = (CODES["gelu"], DICE)
+FLAT_CODES = (CODES["leaky_relu"],)  # of those with which the last layer's kernel is one loop over all experts
 BACKWARD_CODES = (CODES["tanh"], CODES["gelu"], DICE)
 TASKS = (*range(1, 9), 12, 16, 32, 64)  # every size of a group, and of a projection
 
@@ -138,6 +139,7 @@ def mixture_variants(
             for tile, gates in itertools.product(tiles.PRODUCT[kind.operands], (False, True)):
                 what = {"CODE": code, "KEEP": from_input(code), "LINEAR_GATES": gates}
                 yield _made("layer_forward", tiles.beside_gates(tile) if gates else tile, kind, **what)
+        for code in dict.fromkeys((*forward_codes, *FLAT_CODES)):
             what = {"LOGITS": tl.float32, "CODE": code, "KEEP": True}
             for tile, count in mixers(tiles.MIXING[kind.operands], every_gate):
                 for split in (False, True):
