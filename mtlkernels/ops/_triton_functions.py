@@ -87,16 +87,19 @@ def product(acc, a, b, KIND: tl.constexpr):
 @triton.jit
 def multiply(
     acc, a, b, steps, a_inside, b_inside, begin, end, KIND: tl.constexpr, DEPTH: tl.constexpr,
-    READ: tl.constexpr = None, state=None, LAYER: tl.constexpr = None,
+    READ: tl.constexpr = None, state=None, LAYER: tl.constexpr = None, SUMS: tl.constexpr = False, sums=None,
 ):  # fmt: skip
     """``acc + A B`` along the depth from ``begin`` to ``end``: the loop of every product.
 
     ``a`` [rows, DEPTH] and ``b`` [DEPTH, columns] are pointers to where both begin, which ``steps`` move on by DEPTH;
     they are None where both are contiguous along the depth, and begin at 0. ``a_inside`` and ``b_inside`` say which
     rows of A and columns of B there are. ``READ``, a function of a block of A, where it is along the depth and which
-    part of that is inside, ``state`` and ``LAYER``, gives what is multiplied.
+    part of that is inside, ``state`` and ``LAYER``, gives what is multiplied. ``SUMS`` gives ``sums`` [rows, 16] plus A
+    times ones as well, the sums of A's rows 16 times: from tensor cores, for which A is in shared memory already.
     """
     inner = tl.arange(0, DEPTH)
+    if SUMS:
+        ones = tl.full((DEPTH, 16), 1.0, KIND.dtype)
     for k in range(begin, end, DEPTH):
         there = inner < end - k
         left = tl.load(a + k if steps is None else a, mask=a_inside[:, None] & there[None, :], other=0.0)
@@ -104,9 +107,13 @@ def multiply(
             left = READ(left, k, there, state, LAYER, DEPTH)
         right = tl.load(b + k if steps is None else b, mask=there[:, None] & b_inside[None, :], other=0.0)
         acc = product(acc, left, right, KIND)
+        if SUMS:
+            sums = product(sums, left, ones, KIND)
         if steps is not None:
             a += steps[0]
             b += steps[1]
+    if SUMS:
+        acc = (acc, sums)
     return acc
 
 

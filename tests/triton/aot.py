@@ -12,20 +12,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from benchmarks.gpu_model.cubin import compile_kernel
 from mtlkernels.ops._triton import DTYPES, Kind, Tile
 from mtlkernels.ops.activations import CODES, DICE, from_input, has_slopes
 from mtlkernels.ops.gated_mixture import triton as mixture
@@ -51,7 +46,6 @@ LEVEL = (chain_kernels, gradient_kernels, layerwise_kernels, layerwise_gradients
 MODULES = (*LEVEL, mixtures, grams, projections, transforms, averages)
 # The shared memory that a program can have, in bytes (CUDA's programming guide, "Technical Specifications").
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # The kinds of kernels without products, and of products.
 VALUES = [Kind(dtype, aligned) for aligned in (True, False) for dtype in DTYPES.values()]
 PRODUCTS = [kind._replace(precision="ieee") for kind in VALUES]
@@ -60,30 +54,9 @@ SIZES = ((1, 1), (4096, 16), (4096, 4096))  # rows and columns that between them
 # gelu takes the most registers, but its derivative is computed in smaller tiles than those that follow from the output.
 # Of the activations with slopes, which only layerwise levels have, dice takes the most.
 FORWARD_CODES = (CODES["gelu"], DICE)
+FLAT_CODES = (CODES["leaky_relu"],)  # of those with which the last layer's kernel is one loop over all experts
 BACKWARD_CODES = (CODES["tanh"], CODES["gelu"], DICE)
 TASKS = (*range(1, 9), 12, 16, 32, 64)  # every size of a group, and of a projection
-# The types of a kernel's arguments, whichever it has, but for those that are i32; and those of two with other meanings.
-TYPES = {
-    "table": "*i64",
-    "factor": "fp32",
-    "eps": "fp32",
-    "dice_eps": "fp32",
-    "inner": "*fp32",
-    "gram": "*fp64",
-    "order": "*i64",
-    "rows": "*fp64",
-    "coefficients": "*fp64",
-    "max_norm": "i64",
-    "z": "*fp32",
-    "lists": "*i32",
-    "inner_products": "*fp32",
-}
-OTHERS = {
-    "mix_backward": {"weights": "*fp32"},
-    "gram_chunks": {"parts": "*fp64"},
-    "gram_sum": {"parts": "*fp64"},
-    "project_tasks": {"eps": "i64"},
-}
 
 
 @dataclass(frozen=True)
@@ -166,6 +139,7 @@ def mixture_variants(
             for tile, gates in itertools.product(tiles.PRODUCT[kind.operands], (False, True)):
                 what = {"CODE": code, "KEEP": from_input(code), "LINEAR_GATES": gates}
                 yield _made("layer_forward", tiles.beside_gates(tile) if gates else tile, kind, **what)
+        for code in dict.fromkeys((*forward_codes, *FLAT_CODES)):
             what = {"LOGITS": tl.float32, "CODE": code, "KEEP": True}
             for tile, count in mixers(tiles.MIXING[kind.operands], every_gate):
                 for split in (False, True):
@@ -241,37 +215,14 @@ def snr_variants() -> Iterator[Variant]:
 def compile_variant(variant: Variant, architecture: int) -> Usage:
     """Compiles for an architecture (80, 90, …) and reads from the machine code what it takes."""
     kernel = next(found for m in MODULES if (found := getattr(m, variant.kernel, None)) is not None)
-    tile = variant.tile
-    constants = dict(variant.constants) | {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    types = TYPES | OTHERS.get(variant.kernel, {})
-    signature = {
-        parameter.name: "constexpr" if parameter.is_constexpr else types.get(parameter.name, "i32")
-        for parameter in kernel.params
-    }
-    pointers = [i for i, parameter in enumerate(kernel.params) if signature[parameter.name].startswith("*")]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": True}
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        found = compile_kernel(kernel, variant.tile, dict(variant.constants), architecture)
     except Exception as error:  # whatever the compiler raises is this row's result
         return Usage(error=f"{type(error).__name__}: {error}".splitlines()[0])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        resources = _cuobjdump("--dump-resource-usage", file.name)
-        code = _cuobjdump("-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
-    if found is None:
-        return Usage(error="cuobjdump shows no resource usage")
-    instructions = len(re.findall(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b", code))
-    shared, most = compiled.metadata.shared, SHARED[architecture]
-    error = f"more shared memory than the {most} bytes that there are" if shared > most else ""
-    return Usage(int(found[1]), int(found[2]), shared, instructions, error)
-
-
-def _cuobjdump(option: str, path: str) -> str:
-    return subprocess.run([TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
+    instructions = len(re.findall(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b", found.sass))
+    most = SHARED[architecture]
+    error = f"more shared memory than the {most} bytes that there are" if found.shared > most else ""
+    return Usage(found.registers, found.stack, found.shared, instructions, error)
 
 
 def _compile(task: tuple[Variant, int]) -> Usage:

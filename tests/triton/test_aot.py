@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("triton")
+from benchmarks.gpu_model.cubin import TOOLS  # noqa: E402
 from mtlkernels._backends import interpreting  # noqa: E402
 from tests.triton import aot  # noqa: E402
 
 pytestmark = [
-    pytest.mark.skipif(not (aot.TOOLS / "ptxas").exists(), reason="this Triton has no ptxas"),
+    pytest.mark.skipif(not (TOOLS / "ptxas").exists(), reason="this Triton has no ptxas"),
     pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler"),
 ]
 PRODUCTS = (

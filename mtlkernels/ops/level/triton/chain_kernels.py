@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
+    LEAKY_RELU,
     Constant,
     activate,
     gate_logits,
@@ -160,6 +161,9 @@ def last_forward(
     reads; without it no expert's output reaches memory. ``SPLIT``: ``splits`` programs share a block, each with some of
     the experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split, gate].
     """
+    # As one loop, the next expert's operands are copied while one is mixed, if they are copied in whole vectors. Where
+    # there are more gates, or more to compute in between, that takes some registers too many on some architectures.
+    FLAT: tl.constexpr = GATES <= 3 and CODE <= LEAKY_RELU and KIND.dtype != tl.float32 and KIND.aligned
     width = whole(width, KIND)
     depth = whole(depth, KIND)
     blocks = tl.cdiv(width, COLUMNS)
@@ -192,7 +196,7 @@ def last_forward(
         totals = totals + (total,)
         sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float32),)
 
-    for e in range(start, end):
+    for e in tl.range(start, end, flatten=FLAT):
         acc = linear(
             table, inputs + e, weights + e, biases + e, first, first_column, left_rows, left_columns, depth,
             KIND, ROWS, COLUMNS, DEPTH,

@@ -143,6 +143,10 @@ def weight_gradient(
     ``LINEAR_GATES``: from number ``gates`` on a layer is the linear gates of a stream. Its gradients' addresses are one
     a row, null behind the last logit.
     """
+    # The biases' gradients come with the product, from the first of the programs that share these rows; but float32
+    # would be rounded for tensor cores, or added up by as many instructions as the product takes, and without alignment
+    # a few registers would be too many on sm_100.
+    TOGETHER: tl.constexpr = NEED_WEIGHTS and NEED_BIASES and KIND.dtype != tl.float32 and KIND.aligned
     tile = tl.program_id(0)
     begin = 0
     stop = num_rows
@@ -185,7 +189,17 @@ def weight_gradient(
         right = right + inner[:, None] * width + columns[None, :]
         steps = ((tl.zeros((), tl.int64) + DEPTH) * height, (tl.zeros((), tl.int64) + DEPTH) * width)
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        acc = multiply(acc, left, right, steps, there, columns < left_columns, begin, stop, KIND, DEPTH)
+        inside = columns < left_columns
+        if TOGETHER:
+            ones = tl.zeros((ROWS, 16), tl.float32)
+            if first_column == 0:
+                acc, ones = multiply(
+                    acc, left, right, steps, there, inside, begin, stop, KIND, DEPTH, SUMS=True, sums=ones
+                )
+            else:
+                acc = multiply(acc, left, right, steps, there, inside, begin, stop, KIND, DEPTH)
+        else:
+            acc = multiply(acc, left, right, steps, there, inside, begin, stop, KIND, DEPTH)
         out = operand(table, tl.load(entry + 6) + e, KIND) + first * width + first_column + rows * width
         wanted = there
         if LINEAR_GATES:
@@ -195,7 +209,7 @@ def weight_gradient(
                 out = tl.multiple_of(out, 16)
             wanted = tl.where(own, row != 0, there)
         out = out[:, None] + columns[None, :]
-        mask = wanted[:, None] & (columns < left_columns)[None, :]
+        mask = wanted[:, None] & inside[None, :]
         within = rows[:, None] * COLUMNS + columns[None, :]
         if SPLIT:
             tl.store(part + within, acc)
@@ -208,17 +222,18 @@ def weight_gradient(
             row = tl.load(table + tl.load(entry + 7) + first + rows, mask=own, other=0)
             sums = tl.where(own, row.to(tl.pointer_type(KIND.dtype)), sums)
             wanted = tl.where(own, row != 0, there)
-        # A pass of its own, by the first of the programs that share these rows: summed beside the product, d would have
-        # to be in registers as well as in shared memory.
         if first_column == 0:
-            summed = grad + inner[:, None] * height + rows[None, :]
-            step = (tl.zeros((), tl.int64) + DEPTH) * height
-            total = tl.zeros((DEPTH, ROWS), tl.float32)
-            for k in range(begin, stop, DEPTH):
-                mask_k = (inner < num_rows - k)[:, None] & there[None, :]
-                total += tl.load(summed, mask=mask_k, other=0.0).to(tl.float32)
-                summed += step
-            total = tl.sum(total, 0)
+            if TOGETHER:
+                total = tl.sum(ones * (1 / 16), 1)
+            else:
+                summed = grad + inner[:, None] * height + rows[None, :]
+                step = (tl.zeros((), tl.int64) + DEPTH) * height
+                total = tl.zeros((DEPTH, ROWS), tl.float32)
+                for k in range(begin, stop, DEPTH):
+                    mask_k = (inner < num_rows - k)[:, None] & there[None, :]
+                    total += tl.load(summed, mask=mask_k, other=0.0).to(tl.float32)
+                    summed += step
+                total = tl.sum(total, 0)
             if SPLIT:
                 tl.store(part + ROWS * COLUMNS + rows, total)
             else:
