@@ -112,9 +112,11 @@ def every_variant(
     yield from snr_variants()
 
 
-def mixers(choice: tiles.Mixers, every_gate: bool) -> Iterator[tuple[Tile, int]]:
-    """The tiles of the last layer's kernel, each with numbers of gates that it serves."""
+def mixers(choice: tiles.Mixers, code: int, every_gate: bool) -> Iterator[tuple[Tile, int]]:
+    """The tiles of the last layer's kernel with an activation, each with numbers of gates that it serves."""
     most = tiles.MAX_FUSED_GATES
+    if choice.wide and code in FLAT_CODES:
+        yield from ((choice.wide, gates) for gates in range(1, chain_kernels.FLAT_GATES.value + 1))
     for tile, low, high in ((choice.short, 1, most), (choice.full, 1, choice.few), (choice.many, choice.few + 1, most)):
         for gates in range(low, high + 1, 1 if every_gate else max(high - low, 1)):
             yield tile, gates
@@ -141,7 +143,7 @@ def mixture_variants(
                 yield _made("layer_forward", tiles.beside_gates(tile) if gates else tile, kind, **what)
         for code in dict.fromkeys((*forward_codes, *FLAT_CODES)):
             what = {"LOGITS": tl.float32, "CODE": code, "KEEP": True}
-            for tile, count in mixers(tiles.MIXING[kind.operands], every_gate):
+            for tile, count in mixers(tiles.MIXING[kind.operands], code, every_gate):
                 for split in (False, True):
                     yield _made("last_forward", tile, kind, **what, GATES=count, SPLIT=split)
         # Only sums over the readers of an input are split, with gates or without, and no activation is in front.

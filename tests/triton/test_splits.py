@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 from mtlkernels.ops._triton import DTYPES, Kind  # noqa: E402
 from mtlkernels.ops._triton_splits import MAX_SPLITS, Sums, splits  # noqa: E402
+from mtlkernels.ops.activations import CODES  # noqa: E402
 from mtlkernels.ops.level.triton import tiles  # noqa: E402
 
 H100 = 132
@@ -16,7 +17,7 @@ HALF = Kind(DTYPES[torch.bfloat16], True, "ieee")
 
 def mixing(rows: int, multiprocessors: int = H100) -> int:
     """The splits of the last layer of workload A: 12 experts, 3 gates, 256 to 128 features in bfloat16."""
-    tile = tiles.mixing(HALF, 3, rows)
+    tile = tiles.mixing(HALF, 3, rows, 128, CODES["relu"])
     assert tile is not None
     return splits(tiles.mixing_sums(tile, 12, rows, 128, 256, 3, 2), multiprocessors)
 

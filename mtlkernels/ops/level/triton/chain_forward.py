@@ -36,7 +36,7 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
         logits = list(all_logits.split(spec.gate_sizes, 1))
     level = LevelShape.of(x, len(experts), widths, (*inputs, *weights, *(linear.weights if linear else ())))
     saved = [level.outputs(table, layer) for layer in range(last + 1)] if save else []
-    tile = tiles.mixing(level.kind, len(spec.gate_sizes), level.num_rows)
+    tile = tiles.mixing(level.kind, len(spec.gate_sizes), level.num_rows, widths[-1], spec.layers[last].activation)
     hidden = _hidden(table, level, spec, saved, fused=tile is not None)
 
     read = [table.pointers(inputs[stream] for stream in spec.expert_inputs)]

@@ -31,6 +31,8 @@ from mtlkernels.ops._triton_functions import (
 
 # How many logits of the gates that read a stream a program computes: few, as there are few, beside many experts.
 GATE_COLUMNS = Constant(32)
+# With so many gates at most, the last layer's kernel is one loop over all experts.
+FLAT_GATES = Constant(3)
 
 
 @triton.jit
@@ -163,7 +165,7 @@ def last_forward(
     """
     # As one loop, the next expert's operands are copied while one is mixed, if they are copied in whole vectors. Where
     # there are more gates, or more to compute in between, that takes some registers too many on some architectures.
-    FLAT: tl.constexpr = GATES <= 3 and CODE <= LEAKY_RELU and KIND.dtype != tl.float32 and KIND.aligned
+    FLAT: tl.constexpr = GATES <= FLAT_GATES and CODE <= LEAKY_RELU and KIND.dtype != tl.float32 and KIND.aligned
     width = whole(width, KIND)
     depth = whole(depth, KIND)
     blocks = tl.cdiv(width, COLUMNS)

@@ -16,6 +16,8 @@ import triton
 
 from mtlkernels.ops._triton import Kind, Tile
 from mtlkernels.ops._triton_splits import Sums
+from mtlkernels.ops.activations import CODES
+from mtlkernels.ops.level.triton.chain_kernels import FLAT_GATES
 
 
 class Products(NamedTuple):
@@ -43,21 +45,25 @@ PRODUCT = {
 
 
 class Mixers(NamedTuple):
-    """Tiles of the last layer's kernel: for few rows, and otherwise for up to ``few`` gates and for up to eight."""
+    """Tiles of the last layer's kernel: for few rows, and otherwise for up to ``few`` gates and for up to eight.
+
+    ``wide``, if there is one, is for as many columns where the kernel is one loop.
+    """
 
     short: Tile
     full: Tile
     many: Tile
     few: int
+    wide: Tile | None = None
 
 
 # One accumulator a gate and one for the product, of 16 or 8 registers a thread each. Registers are given outright: the
 # compiler would rather spill a few, for an occupancy that a loop fed by asynchronous copies does not need. By the
-# model, three gates take 427 us at 65,536 rows of workload A and 26 at 4,096. With 64 x 128 x 32, where the weights of
-# an expert's rows are computed once instead of twice, they would take 275 and 24, but silu would spill.
+# model, three gates take 275 us at 65,536 rows of workload A and 24 at 4,096 with 64 x 128 x 32, where the weights of an
+# expert's rows are computed once, instead of 427 and 26 with 64 x 64 x 64; but silu would spill.
 MAX_FUSED_GATES = 8
 MIXING = {
-    ("half", True): Mixers(Tile(16, 32, 128, 4, 3, 255), Tile(64, 64, 64, 8, 3, 255), Tile(64, 32, 64, 8, 3, 255), 6),
+    ("half", True): Mixers(Tile(16, 32, 128, 4, 3, 255), Tile(64, 64, 64, 8, 3, 255), Tile(64, 32, 64, 8, 3, 255), 6, Tile(64, 128, 32, 8, 3, 255)),
     ("tf32", True): Mixers(Tile(16, 32, 64, 4, 3, 255), Tile(64, 64, 32, 8, 3, 255), Tile(64, 32, 32, 8, 3, 255), 6),
     ("ieee", True): Mixers(Tile(16, 32, 16, 4, 2, 255), Tile(32, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 255), 8),
     ("half", False): Mixers(Tile(16, 32, 32, 4, 2, 255), Tile(64, 32, 32, 8, 2, 255), Tile(32, 32, 32, 8, 2, 255), 4),
@@ -113,13 +119,15 @@ def beside_gates(tile: Tile) -> Tile:
     return replace(tile, registers=255) if spills else tile
 
 
-def mixing(kind: Kind, gates: int, rows: int) -> Tile | None:
-    """For ``last_forward``; None for more gates than fit."""
+def mixing(kind: Kind, gates: int, rows: int, columns: int, code: int) -> Tile | None:
+    """For ``last_forward`` with an activation of that code; None for more gates than fit."""
     choice = MIXING[kind.operands]
     if gates > MAX_FUSED_GATES:
         return None
     if rows <= 2 * choice.short.rows:
         return choice.short
+    if choice.wide and columns >= choice.wide.columns and gates <= FLAT_GATES.value and code <= CODES["leaky_relu"]:
+        return choice.wide
     return choice.full if gates <= choice.few else choice.many
 
 
