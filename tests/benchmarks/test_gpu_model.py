@@ -21,6 +21,7 @@ from benchmarks.peers.shape import TrunkShape  # noqa: E402
 from benchmarks.suites.mixture import LEVEL, TWO_LEVELS  # noqa: E402
 from mtlkernels.ops._triton import DTYPES as KINDS  # noqa: E402
 from mtlkernels.ops._triton import Kind, Tile  # noqa: E402
+from mtlkernels.ops.activations import CODES  # noqa: E402
 from mtlkernels.ops.level.triton import tiles  # noqa: E402
 
 # A way through a loop of products, in a loop over experts, and a way through another, behind which there is a sum.
