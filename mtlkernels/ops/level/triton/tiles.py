@@ -63,7 +63,13 @@ class Mixers(NamedTuple):
 # expert's rows are computed once, instead of 427 and 26 with 64 x 64 x 64; but silu would spill.
 MAX_FUSED_GATES = 8
 MIXING = {
-    ("half", True): Mixers(Tile(16, 32, 128, 4, 3, 255), Tile(64, 64, 64, 8, 3, 255), Tile(64, 32, 64, 8, 3, 255), 6, Tile(64, 128, 32, 8, 3, 255)),
+    ("half", True): Mixers(
+        Tile(16, 32, 128, 4, 3, 255),
+        Tile(64, 64, 64, 8, 3, 255),
+        Tile(64, 32, 64, 8, 3, 255),
+        6,
+        Tile(64, 128, 32, 8, 3, 255),
+    ),
     ("tf32", True): Mixers(Tile(16, 32, 64, 4, 3, 255), Tile(64, 64, 32, 8, 3, 255), Tile(64, 32, 32, 8, 3, 255), 6),
     ("ieee", True): Mixers(Tile(16, 32, 16, 4, 2, 255), Tile(32, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 255), 8),
     ("half", False): Mixers(Tile(16, 32, 32, 4, 2, 255), Tile(64, 32, 32, 8, 2, 255), Tile(32, 32, 32, 8, 2, 255), 4),
