@@ -164,11 +164,11 @@ def triton_implementation(op: str, direction: str) -> Callable[..., Any]:
     return function
 
 
-def runs_triton(op: str, like: torch.Tensor) -> bool:
-    """Whether a call with a tensor like this runs Triton's launchers; on a CPU, where they are interpreted."""
-    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and like.dtype == torch.float64):
+def runs_triton(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a call there runs Triton's launchers; on a CPU, where they are interpreted."""
+    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and dtype == torch.float64):
         return False
-    return like.is_cpu or (like.is_cuda and not _is_old_once(like.device) and not has_cuda(op))
+    return device.type == "cpu" or (device.type == "cuda" and not _is_old_once(device) and not has_cuda(op))
 
 
 def _first_tensor(args: Any) -> torch.Tensor:

@@ -116,15 +116,15 @@ def unobserved() -> bool:
     )
 
 
-def replays(op: str, like: Tensor) -> bool:
-    """Whether calls with plain tensors like this one may go straight to Triton's launchers, past the dispatcher."""
-    if like.is_cpu and not (_backends.forced() == "triton" and _backends.interpreting()):
+def replays(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether calls with plain tensors there may go straight to Triton's launchers, past the dispatcher."""
+    if device.type == "cpu" and not (_backends.forced() == "triton" and _backends.interpreting()):
         return False
     return (
         _extension.loaded()
         and _backends.forced() in (None, "triton")
-        and _backends.runs_triton(op, like)
-        and not _backends.autocast_enabled(like.device.type)
+        and _backends.runs_triton(op, device, dtype)
+        and not _backends.autocast_enabled(device.type)
         and not _tracing.observed()
     )
 

@@ -104,7 +104,9 @@ def _of_losses(
 ) -> list[Any]:
     """The gradients that losses bring which go through the same launches."""
     mask = tuple(grad is not None for grad in losses)
-    present = contiguous([grad for grad in losses if grad is not None])
+    present = [grad for grad in losses if grad is not None]
+    if all(grad.layout is torch.strided for grad in present):
+        present = contiguous(present)
     others, fixed = (*moving(level, tensors, seed), *saved), _fixed(level, tensors)
     static = (in_place, mask, wanted, _precision(tensors[0]))
     if present:
