@@ -42,8 +42,8 @@ def direct(
     first = inputs[0] if several and inputs else inputs
     if type(first) is not Tensor:
         return None
-    on_gpu = not first.is_cpu or _backends.forced() == "triton"
-    if not (replays("level", first.device, first.dtype) if on_gpu else unobserved()):
+    on_gpu = not (first.is_cpu and unobserved())
+    if on_gpu and not replays("level", first.device, first.dtype):
         return None
     if type(routing) is not Routing or routing.wiring.idle or not (isinstance(weights, _LISTS) and weights):
         return None
