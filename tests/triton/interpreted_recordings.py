@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -350,6 +351,22 @@ def test_parameters_made_anew_are_not_recorded(monkeypatch: pytest.MonkeyPatch) 
             level.weights = [[t.clone() for t in layer] for layer in level.weights]
             kept.append(level.weights)
             level(level.inputs(4))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_of_a_model_have_recordings_of_their_own(copied: Any, replayed: list[Recording]) -> None:
+    model = mk.nn.MMoE(in_features=12, num_experts=2, num_tasks=2, expert_units=(8,))
+    x = torch.randn(4, 12)
+    with mk.use_backend("triton"), torch.no_grad():
+        for _ in range(3):
+            expected = model(x)
+        assert len(replayed) == 1
+        other = copied(model)
+        for _ in range(3):
+            assert all(torch.equal(*pair) for pair in zip(other(x), expected, strict=True))
+    assert len(replayed) == 2 and replayed[0] is not replayed[1]
 
 
 def test_autocast_goes_another_way(replayed: list[Recording]) -> None:

@@ -136,6 +136,11 @@ class LevelSpec:
         object.__setattr__(self, "unread", tuple(i for i in range(self.num_inputs) if i not in read))
         object.__setattr__(self, "encoded", self._encoded())
 
+    def __reduce__(self) -> Any:
+        """Copies and pickles are made anew: what this one keeps is of calls that were made with it."""
+        own = (self.num_inputs, self.expert_inputs, self.gate_experts, self.gate_sizes, self.layers, self.gate_inputs)
+        return LevelSpec, (*own, self.numbers)
+
     def _check(self, stores_inputs: bool) -> None:
         experts, gates = len(self.expert_inputs), len(self.gate_sizes)
         _require(min(experts, gates, len(self.layers), *self.gate_sizes) > 0, "hold an expert, a layer and full gates")
