@@ -8,9 +8,9 @@ fills a table and launches what was compiled, by a few calls in C++ whatever the
 Parameters are *fixed*: their addresses are part of the signature, which each call takes anew, so that a parameter that
 has moved, or has another shape, never meets an old recording. Inputs, outputs' gradients and what the forward pass
 saved are *moving*: each call brings others. No recording is made of a call that does more than allocate and launch, as
-one does that copies a strided parameter, nor of one in which a tensor has two parts. Nothing is recorded of a signature
-that is seen for the first time: where parameters are made anew for each call, as folded norms are, that is all that
-there will be. Without the C++ extension there are none.
+one does that copies a strided parameter. Nothing is recorded of a signature that is seen for the first time: where
+parameters are made anew for each call, as folded norms are, that is all that there will be; what could not be recorded
+the second time is not tried again. Without the C++ extension there are no recordings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mtlkernels import _extension, _torch
 from mtlkernels.ops._table import Table, copied, on_device
 
 # Of a level and a direction, kept: one for each number of rows, set of parameters, and so on; and signatures that were
-# seen once.
+# seen once, or recorded.
 _MAX_RECORDINGS, _MAX_SEEN = 32, 32
 
 
@@ -100,6 +100,7 @@ class Recordings:
     def __init__(self) -> None:
         self._kept: list[tuple[Any, bytes, Recording]] = []
         self._seen: list[tuple[Any, bytes]] = []
+        self._tried: list[tuple[Any, bytes]] = []
 
     def find(self, static: Any, signature: bytes) -> Recording | None:
         """That of a call with this signature, and the same of whatever else is ``static`` about it."""
@@ -110,11 +111,17 @@ class Recordings:
                 return entry[2]
         return None
 
-    def seen(self, static: Any, signature: bytes) -> bool:
-        """Whether this was asked of the same before."""
-        found = (static, signature) in self._seen
-        if not found:
-            self._seen = [(static, signature), *self._seen[: _MAX_SEEN - 1]]
+    def wants(self, static: Any, signature: bytes) -> bool:
+        """Whether this call is to be recorded: the second of its kind that comes here."""
+        call = (static, signature)
+        if call in self._tried:
+            return False
+        found = call in self._seen
+        if found:
+            self._tried = [call, *self._tried[: _MAX_SEEN - 1]]
+            self._seen = [other for other in self._seen if other != call]
+        else:
+            self._seen = [call, *self._seen[: _MAX_SEEN - 1]]
         return found
 
     def keep(
@@ -139,6 +146,8 @@ class Recordings:
         if all(tensor is None or id(tensor) in allocated for tensor in returned):
             recording = Recording(table, returned, bases, [start for start, _ in origins.spans], finish)
             self._kept = [(static, signature, recording), *self._kept[: _MAX_RECORDINGS - 1]]
+            # One that has to go may be recorded again.
+            self._tried = [call for call in self._tried if call != (static, signature)]
 
 
 class _Origins:
@@ -156,8 +165,8 @@ class _Origins:
     def find(self, address: int, tensor: Tensor | None) -> int | None:
         """0 where the address stays, otherwise the number of what it is in, from 1 on; None where that is not known.
 
-        A parameter or a moving tensor is known as the object that it is; what is made of one, as a part of a saved
-        tensor is, by the only memory that has the address. Nobody knows a copy.
+        A parameter or a moving tensor is known as the object that it is, see :func:`apart`; what is made of one, as a
+        part of a saved tensor is, by the only memory that has the address. Nobody knows a copy.
         """
         if address == 0:
             return 0
@@ -165,6 +174,17 @@ class _Origins:
         if found is None:
             found = [i for i, (start, end) in enumerate(self.spans, 1) if start <= address < end]
         return None if self._empty or len(found) != 1 else found[0]
+
+
+def apart(tensors: Sequence[Any]) -> list[Any]:
+    """The tensors, each an object of its own: of one that comes again, as an input for two streams may, an alias."""
+    met: set[int] = set()
+    found = []
+    for tensor in tensors:
+        again = tensor is not None and id(tensor) in met
+        found.append(tensor.view_as(tensor) if again else tensor)
+        met.add(id(tensor))
+    return found
 
 
 def _end(tensor: Tensor) -> int:

@@ -186,8 +186,8 @@ def test_inputs_of_another_layout_and_alignment(replayed: list[Recording]) -> No
         assert len(replayed) == count
 
 
-def test_inputs_that_share_memory(replayed: list[Recording]) -> None:
-    """With a parameter; and one tensor for two streams, where it would not be known which of them an address is of."""
+def test_tensors_that_share_memory(replayed: list[Recording]) -> None:
+    """An input and a parameter, one tensor for two streams, one parameter for two experts; and then no longer."""
     level = Level(mk.Routing.cgc(2, 1, 1))
     for _ in range(3):
         check(level, outputs, [level.weights[0][0][:4], *level.inputs(4)[1:]])
@@ -195,12 +195,26 @@ def test_inputs_that_share_memory(replayed: list[Recording]) -> None:
     x, others = level.random(5, WIDTHS[0]), level.inputs(5)
     for _ in range(3):
         check(level, outputs, [x, x, others[2]])
-    assert len(replayed) == 1
-    for _ in range(2):
-        check(level, outputs, level.inputs(5))
     assert len(replayed) == 2
-    check(level, outputs, [x, x, x])  # a recording of distinct ones serves these
-    assert len(replayed) == 3
+    check(level, outputs, level.inputs(5))
+    check(level, outputs, [x, x, x])
+    assert len(replayed) == 4 and len({*map(id, replayed)}) == 2
+    level.weights[0][2] = level.weights[0][0]
+    for _ in range(3):
+        check(level, outputs, level.inputs(5))
+    assert len(replayed) == 5
+    level.weights[0][2] = level.weights[0][0].clone() * 2
+    check(level, outputs, level.inputs(5))
+
+
+def test_what_cannot_be_recorded_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    level, tried = Level(), []
+    level.gates[0] = level.random(WIDTHS[0], level.sizes[0]).t()
+    keep = _recording.Recordings.keep
+    monkeypatch.setattr(_recording.Recordings, "keep", lambda *args: (tried.append(args), keep(*args)))
+    for _ in range(4):
+        check(level, outputs, level.inputs(4))
+    assert len(tried) == 1
 
 
 def test_one_gradient_for_several_outputs(replayed: list[Recording]) -> None:

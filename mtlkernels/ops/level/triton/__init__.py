@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlkernels.ops._recording import Finish, Recording, Recordings, signature
+from mtlkernels.ops._recording import Finish, Recording, Recordings, apart, signature
 from mtlkernels.ops._triton import Table, contiguous
 from mtlkernels.ops.level.reference import Asked, asked_for
 from mtlkernels.ops.level.spec import LevelSpec
@@ -36,13 +36,16 @@ def forward(
     save: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference."""
-    level, tensors = LevelSpec.decoded(spec, numbers), (*inputs, *parameters, *gates)
+    level = LevelSpec.decoded(spec, numbers)
+    tensors: Tensors = (*inputs, *parameters, *gates)
     count = len(level.gate_sizes)
     recording = recorded(level, tensors, save, seed)
     if recording is not None:
         found = recording.replay(moving(level, tensors, seed))
         return found[:count], found[count:]
-    groups, table = check_level(level, tensors, seed), Table()
+    check_level(level, tensors, seed)
+    tensors = apart(tensors)
+    groups, table = level.split(tensors), Table()
     if level.stores_inputs:
         outputs, saved = layerwise_forward.forward(table, level, groups, seed, save)
     else:
@@ -115,17 +118,18 @@ def _of_losses(
             return recording.replay((*present, *others))
     needs = tuple(any(group) for group in level.split(wanted)) if in_place else wanted
     check_saved(level, check_level(level, tensors, seed), losses, saved)
+    own = apart((*present, *tensors))
+    present, tensors = own[: len(present)], own[len(present) :]
+    others, fixed = (*moving(level, tensors, seed), *saved), _fixed(level, tensors)
     asked = asked_for(losses, tensors, level.encoded[0], level.encoded[1], needs)
     if asked is None:
         return [None] * level.num_tensors if in_place else []
-    # One gradient for several outputs may be several the next time.
-    apart = [grad.clone() if any(grad is other for other in present[:i]) else grad for i, grad in enumerate(present)]
     table = Table()
-    found: list[Any] = _gradients(table, asked._replace(grad_outputs=apart), saved, seed)
+    found: list[Any] = _gradients(table, asked._replace(grad_outputs=present), saved, seed)
     if in_place:
         of_places = dict(zip(level.returned(losses, tensors, needs), found, strict=True))
         found = [of_places.get(i) for i in range(level.num_tensors)]
-    _keep(level, "backward", static, table, (*apart, *others), fixed, found)
+    _keep(level, "backward", static, table, (*present, *others), fixed, found)
     return found
 
 
@@ -161,7 +165,7 @@ def _keep(
 ) -> None:
     kept: Recordings = level.recordings.setdefault(direction, Recordings())
     words = signature(moving, fixed)
-    if words is not None and kept.seen(static, words):
+    if words is not None and kept.wants(static, words):
         kept.keep(static, words, table, moving, fixed, returned, _finish(table, returned))
 
 
