@@ -396,11 +396,8 @@ def test_autocast_goes_another_way(replayed: list[Recording]) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"batch_norm": True},
         {"batch_norm": True, "dropout": 0.3},
-        {"dropout": 0.3},
         {"activation": "prelu"},
-        {"activation": "dice", "batch_norm": True},
     ],
     ids=str,
 )
