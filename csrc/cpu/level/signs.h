@@ -11,16 +11,8 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
-template <int Bytes>
-struct WordOfSize {
-  using type = uint32_t;
-};
-template <>
-struct WordOfSize<8> {
-  using type = uint64_t;
-};
 template <typename C>
-using Word = typename WordOfSize<sizeof(C)>::type;
+using Word = typename IntOf<sizeof(C)>::word;
 
 // Of a group of rows.
 inline int64_t sign_words_size(int64_t features) { return (features + 31) / 32 * kGroup; }

@@ -134,15 +134,6 @@ class Dropout {
   uint32_t layer_, expert_;
 };
 
-template <size_t Size>
-struct IntOf {
-  using type = int32_t;
-};
-template <>
-struct IntOf<8> {
-  using type = int64_t;
-};
-
 // Bit i in lane i.
 template <typename Int>
 struct LaneBits {

@@ -78,6 +78,18 @@ struct ComputeOf<double> {
 template <typename T>
 using Compute = typename ComputeOf<T>::type;
 
+// Integers of a size in bytes.
+template <size_t Size>
+struct IntOf {
+  using type = int32_t;
+  using word = uint32_t;
+};
+template <>
+struct IntOf<8> {
+  using type = int64_t;
+  using word = uint64_t;
+};
+
 // <a, b> of n values.
 template <typename C>
 C dot(const C* a, const C* b, int64_t n) {
