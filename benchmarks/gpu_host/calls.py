@@ -76,7 +76,7 @@ def measure(experts: int, rows: int, calls: int, widths: Sequence[int] = WIDTHS)
         for name, run in (("forward", served), ("forward+backward", step), (PYTORCH, carried)):
             for leaf in leaves:
                 leaf.requires_grad_(run is not served)
-            for _ in range(3):
+            for _ in range(5):
                 before = driver.launches
                 run()
             launches[name] = driver.launches - before

@@ -1,8 +1,8 @@
 """A driver for Triton that launches nothing, on tensors in the host's memory: what remains is the host's part.
 
 Kernels are compiled for the architecture as they would be, and each launch goes as far as the driver. Not measured are
-the driver's own time for a launch (2 to 3 us), for a copy from pinned memory, and PyTorch's allocator for GPUs, in
-whose place is that for CPUs.
+the driver's own time for a launch and for a copy from pinned memory, and PyTorch's allocator for GPUs, in whose place
+is that for CPUs.
 """
 
 from __future__ import annotations
