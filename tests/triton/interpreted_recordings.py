@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,97 +21,19 @@ from mtlkernels import _extension
 from mtlkernels._backends import interpreting
 from mtlkernels.ops import _recording
 from mtlkernels.ops._recording import Recording
-from mtlkernels.testing import assert_within_budget
+from tests.triton.recorded import WIDTHS, Level, Run, agree, check, cotangents, gradients, noted, outputs
 
 pytestmark = [
     pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set"),
     pytest.mark.skipif(not _extension.loaded(), reason="the C++ kernels are not built"),
 ]
-WIDTHS = (16, 32, 16)
-
-
-@dataclass
-class Level:
-    """Parameters of a level with linear gates, or with gates whose logits come from outside."""
-
-    routing: mk.Routing = field(default_factory=lambda: mk.Routing.cgc(2, 2, 1, single_input=True))
-    linear: bool = True
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        experts, shapes = self.routing.num_experts, list(zip(WIDTHS[1:], WIDTHS, strict=False))
-        self.weights = [[self.random(*shape) / 4 for _ in range(experts)] for shape in shapes]
-        self.biases = [[self.random(shape[0]) for _ in range(experts)] for shape in shapes]
-        self.sizes = [len(gate) for gate in self.routing.gate_experts]
-        self.gates = [self.random(size, WIDTHS[0]) for size in self.sizes]
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=self.dtype)
-
-    def inputs(self, rows: int) -> list[Tensor]:
-        """New ones: the streams, then logits where those are given."""
-        streams = [self.random(rows, WIDTHS[0]) for _ in range(self.routing.num_inputs)]
-        return streams + ([] if self.linear else [self.random(rows, size) for size in self.sizes])
-
-    def parameters(self) -> list[Tensor]:
-        return [t for layer in self.weights + self.biases for t in layer] + (self.gates if self.linear else [])
-
-    def __call__(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        count = self.routing.num_inputs
-        gates: Any = (
-            {"gate_logits": None, "gate_weights": self.gates} if self.linear else {"gate_logits": inputs[count:]}
-        )
-        return mk.expert_mixture(inputs[:count], self.weights, self.biases, routing=self.routing, **gates)
 
 
 @pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recording]]:
+def replayed() -> Iterator[list[Recording]]:
     """The recordings, in the order in which they are replayed."""
-    found: list[Recording] = []
-    replay = Recording.replay
-
-    def noted(self: Recording, moving: Any) -> Any:
-        found.append(self)
-        return replay(self, moving)
-
-    monkeypatch.setattr(Recording, "replay", noted)
-    yield found
-
-
-def outputs(level: Level, inputs: list[Tensor]) -> list[Tensor]:
-    return list(level(inputs))
-
-
-def gradients(level: Level, inputs: list[Tensor]) -> list[Tensor]:
-    """Of all that there is; outputs too."""
-    leaves = [*inputs, *level.parameters()]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    results = level(inputs)
-    torch.manual_seed(1)
-    grads = [torch.randn_like(y) for y in results]
-    found = torch.autograd.grad(results, leaves, grads)
-    for leaf in leaves:
-        leaf.requires_grad_(False)
-    return [*(y.detach() for y in results), *found]
-
-
-Run = Callable[[Level, list[Tensor]], list[Tensor]]
-
-
-def check(level: Level, run: Run, inputs: list[Tensor]) -> None:
-    """Against the reference, in the same dtype and in float64."""
-    with mk.use_backend("triton"):
-        found = run(level, inputs)
-    with mk.use_backend("reference"):
-        expected = run(level, inputs)
-        wide = Level(level.routing, level.linear, torch.float64)
-        for name in ("weights", "biases"):
-            setattr(wide, name, [[t.double() for t in layer] for layer in getattr(level, name)])
-        wide.gates = [gate.double() for gate in level.gates]
-        exact = run(wide, [x.double() for x in inputs])
-    assert_within_budget({"all": found}, {"all": exact}, {"all": expected})
+    with noted() as found:
+        yield found
 
 
 @pytest.mark.parametrize("linear", [True, False], ids=["linear gates", "logits"])
@@ -218,54 +141,45 @@ def test_what_cannot_be_recorded_is_tried_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_gradient_for_several_outputs(replayed: list[Recording]) -> None:
+    """And then one for each, by the same recording."""
     level = Level()
 
-    def same_first(level: Level, inputs: list[Tensor], same: bool) -> list[Tensor]:
+    def step(level: Level, inputs: list[Tensor], same: bool) -> list[Tensor]:
         for parameter in level.parameters():
             parameter.requires_grad_()
         results = level(inputs)
-        grads = (
-            [torch.ones_like(results[0])] * 2 if same else [torch.ones_like(y) * (i + 1) for i, y in enumerate(results)]
-        )
+        grads = cotangents(results[:1]) * 2 if same else cotangents(results)
         found = torch.autograd.grad(results, level.parameters(), grads)
         for parameter in level.parameters():
             parameter.requires_grad_(False)
         return list(found)
 
-    inputs = level.inputs(4)
-    with mk.use_backend("triton"):
-        for _ in range(3):
-            same_first(level, inputs, True)
-        assert len(replayed) == 1
-        for _ in range(2):
-            found = same_first(level, inputs, False)
-        assert len(replayed) == 4
-    with mk.use_backend("reference"):
-        expected = same_first(level, inputs, False)
-    for pair in zip(found, expected, strict=True):
-        torch.testing.assert_close(*pair)
+    for same, count in ((True, 0), (True, 0), (True, 1), (True, 2), (True, 4), (False, 6)):
+        check(level, partial(step, same=same), level.inputs(4))
+        assert len(replayed) == count
 
 
 def test_which_gradients_are_wanted(replayed: list[Recording]) -> None:
+    """They take turns; what nobody wants has none."""
     level = Level()
-    inputs = level.inputs(4)
-    for wanted in ("weights", "biases", "inputs") * 4:
+
+    def step(level: Level, inputs: list[Tensor], wanted: str) -> list[Tensor]:
         leaves = {"weights": level.weights[1], "biases": level.biases[0], "inputs": inputs}[wanted]
-        found = []
-        for backend in ("triton", "reference"):
-            for leaf in leaves:
-                leaf.grad = None
-                leaf.requires_grad_()
-            with mk.use_backend(backend):
-                sum(y.square().sum() for y in level(inputs)).backward()  # type: ignore[union-attr]
-            others = [t for t in (*inputs, *level.parameters()) if not any(t is leaf for leaf in leaves)]
-            assert all(t.grad is None for t in others)
-            found.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.requires_grad_()
+        results = level(inputs)
+        torch.autograd.backward(results, cotangents(results))
+        others = [t for t in (*inputs, *level.parameters()) if not any(t is leaf for leaf in leaves)]
+        assert all(t.grad is None for t in others)
+        found = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.requires_grad_(False)
             leaf.grad = None
-        for pair in zip(*found, strict=True):
-            torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-4)
+        return found  # type: ignore[return-value]
+
+    for wanted in ("weights", "biases", "inputs") * 4:
+        check(level, partial(step, wanted=wanted), level.inputs(4))
+    assert len({*map(id, replayed)}) == 4  # one forward, and a backward pass each
 
 
 def test_gradients_are_tensors_of_their_own() -> None:
@@ -284,43 +198,33 @@ def test_gradients_are_tensors_of_their_own() -> None:
 def test_losses_one_by_one_and_together(replayed: list[Recording]) -> None:
     """Those of a step under PCGrad, which reach a gate each."""
     level = Level(mk.Routing.cgc(2, 1, 1, single_input=True))
-    found: dict[str, list[list[Tensor]]] = {"triton": [], "reference": []}
-    for backend, steps in found.items():
-        torch.manual_seed(3)
-        with mk.use_backend(backend):
-            for batched in (False, False, False, True, True, True, False):
-                parameters = [torch.nn.Parameter(t) for t in level.parameters()]
-                own = Level(level.routing)
-                own.weights = [
-                    parameters[: len(own.weights[0])],
-                    parameters[len(own.weights[0]) : 2 * len(own.weights[0])],
-                ]
-                own.biases = [parameters[2 * len(own.weights[0]) :][: len(own.biases[0])]] + [
-                    parameters[2 * len(own.weights[0]) + len(own.biases[0]) : -len(own.gates)]
-                ]
-                own.gates = parameters[-len(own.gates) :]
-                optimizer = mk.optim.PCGrad(torch.optim.SGD(parameters, lr=0.0), batched=batched)
-                torch.manual_seed(4)
-                results = own(own.inputs(4))
-                optimizer.backward([y.square().mean() for y in results])
-                steps.append([p.grad for p in parameters])  # type: ignore[misc]
-    for pair in zip(*found.values(), strict=True):
-        for grads in zip(*pair, strict=True):
-            torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
+
+    def step(level: Level, inputs: list[Tensor], batched: bool) -> list[Tensor]:
+        own = level.mapped(torch.nn.Parameter)  # in the same memory
+        optimizer = mk.optim.PCGrad(torch.optim.SGD(own.parameters(), lr=0.0), batched=batched)
+        torch.manual_seed(0)
+        optimizer.backward([y.square().mean() for y in own(inputs)])
+        return [parameter.grad for parameter in own.parameters()]  # type: ignore[misc]
+
+    for batched in (False, False, False, False, True, True, True, False):
+        check(level, partial(step, batched=batched), level.inputs(4))
+    assert len({*map(id, replayed)}) >= 4
 
 
 def test_second_derivatives_after_a_recording(replayed: list[Recording]) -> None:
     level = Level()
-    for _ in range(4):
-        check(level, gradients, level.inputs(3))
-    found = []
-    inputs = level.inputs(3)
-    for backend in ("triton", "reference"):
-        with mk.use_backend(backend):
-            weight = level.weights[0][0].requires_grad_()
-            (grad,) = torch.autograd.grad(sum(y.square().sum() for y in level(inputs)), weight, create_graph=True)  # type: ignore[arg-type]
-            found.append(torch.autograd.grad(grad.square().sum(), weight)[0])
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
+
+    def twice(level: Level, inputs: list[Tensor]) -> list[Tensor]:
+        weight = level.weights[0][0].requires_grad_()
+        total = torch.stack([y.square().sum() for y in level(inputs)]).sum()
+        (grad,) = torch.autograd.grad(total, weight, create_graph=True)
+        found = torch.autograd.grad(grad.square().sum(), weight)
+        weight.requires_grad_(False)
+        return list(found)
+
+    for count in (0, 0, 2, 4):
+        check(level, twice, level.inputs(3))
+        assert len(replayed) == count
 
 
 def test_products_in_tf32_have_recordings_of_their_own(replayed: list[Recording]) -> None:
@@ -406,18 +310,54 @@ def test_norms_dropout_and_slopes(settings: dict[str, Any], replayed: list[Recor
     model = mk.nn.PLE(
         in_features=12, num_tasks=2, expert_units=(16, 8), num_specific=1, num_shared=1, num_levels=1, **settings
     )
-    found: dict[str, list[list[Tensor]]] = {"triton": [], "reference": []}
-    for backend, steps in found.items():
-        own = copy.deepcopy(model)
+    runs, names = [], []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        own = copy.deepcopy(model).to(dtype)
         torch.manual_seed(1)
+        steps: list[Tensor] = []
+        names = []
         with mk.use_backend(backend):
-            for _ in range(4):
+            for step in range(4):
                 own.zero_grad()
-                results = own(torch.randn(9, 12))
-                sum(y.square().sum() for y in results).backward()  # type: ignore[union-attr]
-                grads = [p.grad.clone() for p in own.parameters() if p.grad is not None]
-                steps.append([*(y.detach() for y in results), *grads, *(b.clone().float() for b in own.buffers())])
+                results = own(torch.randn(9, 12).to(dtype))
+                torch.autograd.backward(results, cotangents(results))
+                values = [("output", y.detach()) for y in results]
+                values += [(name, p.grad.clone()) for name, p in own.named_parameters() if p.grad is not None]
+                values += [(name, b.clone()) for name, b in own.named_buffers() if b.is_floating_point()]
+                steps += [value for _, value in values]
+                names += [f"step {step}: {re.sub('[0-9]+', '*', name)}" for name, _ in values]
+        runs.append(steps)
     assert len(replayed) == 4
-    for pair in zip(*found.values(), strict=True):
-        for tensors in zip(*pair, strict=True):
-            torch.testing.assert_close(*tensors, rtol=1e-4, atol=1e-4)
+    agree(*runs, names)
+
+
+def test_a_converted_model_under_pcgrad(replayed: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole step of a library's PLE with embeddings, norms and Adam is the same to the bit without recordings."""
+    features = pytest.importorskip("torch_rechub.basic.features")
+    from torch_rechub.models.multi_task import PLE
+
+    torch.manual_seed(0)
+    columns = [*(features.DenseFeature(f"d{i}") for i in range(4)), features.SparseFeature("s", 10, 8)]
+    parts = {"expert_params": {"dims": [8], "dropout": 0.0}, "tower_params_list": [{"dims": [4]}] * 2}
+    source = PLE(columns, ["classification"] * 2, n_level=1, n_expert_specific=1, n_expert_shared=1, **parts)
+
+    def train() -> list[Tensor]:
+        model = copy.deepcopy(source)
+        mk.convert(model, force=True)
+        optimizer = mk.optim.PCGrad(torch.optim.Adam(model.parameters(), lr=0.01))
+        torch.manual_seed(1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            given = {f"d{i}": torch.randn(17) for i in range(4)} | {"s": torch.randint(0, 10, (17,))}
+            with mk.use_backend("triton"):
+                y = model(given)
+                optimizer.backward([y[:, 0].square().mean(), (1 - y[:, 1]).square().mean()])
+            optimizer.step()
+        return [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+
+    recorded = train()
+    count = len(replayed)
+    assert count == 6  # of three steps the forward pass, and the backward pass of both losses
+    monkeypatch.setattr(_recording.Recordings, "wants", lambda *_: False)
+    assert all(torch.equal(*pair) for pair in zip(recorded, train(), strict=True))
+    assert len(replayed) == count

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from mtlkernels.ops.level.spec import Groups  # noqa: E402
 from tests import requires  # noqa: E402
 from tests.triton import levels, norms, snr  # noqa: E402
 from tests.triton.cases import Case, arguments, cases, check_backward, check_forward, check_gated_mixture, check_level  # noqa: E402
+from tests.triton.recorded import agree, cotangents, noted  # noqa: E402
 
 pytestmark = requires.cuda_gpu
 SMALL = Case("small", 9, (8, 7, 6), activations=(3, 1), num_inputs=2)
@@ -211,46 +211,47 @@ def test_a_graph_can_be_captured_and_replayed(linear: bool) -> None:
     torch.testing.assert_close(captured, gradients())
 
 
+def _results(trunk: Any, batches: list[torch.Tensor], dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+    """Outputs and gradients of each batch, on two streams by turns."""
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    torch.manual_seed(1)
+    for i, x in enumerate(batches):
+        stream = streams[i % 2]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            trunk.zero_grad()
+            results = trunk(x.to(dtype))
+            torch.autograd.backward(results, cotangents(results))
+        torch.cuda.current_stream().wait_stream(stream)
+        grads = [p.grad.clone() for p in trunk.parameters() if p.grad is not None]
+        yield [*(y.detach().clone() for y in results), *grads]
+
+
+def _check_steps(model: torch.nn.Module, run: Any) -> None:
+    """``run``, which may be the model itself, against the reference in float32 and in float64."""
+    plain, wide = copy.deepcopy(model), copy.deepcopy(model).double()
+    batches = [torch.randn(64, 32, device="cuda") for _ in range(8)]
+    found = list(_results(run, batches, torch.float32))
+    with use_backend("reference"):
+        expected = list(_results(plain, batches, torch.float32))
+        exact = list(_results(wide, batches, torch.float64))
+    for each in zip(found, expected, exact, strict=True):
+        agree(*each)
+
+
 @pytest.mark.parametrize("settings", [{}, {"batch_norm": True, "dropout": 0.2}], ids=["chain", "layerwise"])
 def test_recorded_calls_with_other_inputs(settings: dict[str, Any]) -> None:
-    """The third call of each kind is replayed, on whatever stream."""
+    """From the fifth call on all is replayed, on whatever stream."""
     torch.manual_seed(0)
     model = nn.PLE(in_features=32, num_tasks=2, expert_units=(48, 16), num_specific=2, num_shared=2, **settings).cuda()
-    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
-    batches = [torch.randn(70, 32, device="cuda") for _ in range(8)]
-    found = []
-    for backend in (None, "reference"):
-        own = copy.deepcopy(model)
-        torch.manual_seed(1)
-        with nullcontext() if backend is None else use_backend(backend):
-            for i, x in enumerate(batches):
-                stream = streams[i % 2]
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    own.zero_grad()
-                    results = own(x)
-                    sum(y.square().mean() for y in results).backward()
-                torch.cuda.current_stream().wait_stream(stream)
-                grads = [p.grad.clone() for p in own.parameters() if p.grad is not None]
-                found.append([*(y.detach().clone() for y in results), *grads])
-    for own_results, expected in zip(found[:8], found[8:], strict=True):
-        for pair in zip(own_results, expected, strict=True):
-            torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
+    with noted() as replayed:
+        _check_steps(model, model)
+    assert replayed
 
 
 def test_a_graphed_callable() -> None:
     """The way that README names for small batches: forward and backward of a trunk in a CUDA graph each."""
     torch.manual_seed(0)
     model = nn.PLE(in_features=32, num_tasks=2, expert_units=(48, 16), num_specific=2, num_shared=2).cuda()
-    own = copy.deepcopy(model)
-    graphed = torch.cuda.make_graphed_callables(model, (torch.randn(64, 32, device="cuda"),))
-    for _ in range(3):
-        x = torch.randn(64, 32, device="cuda")
-        found = []
-        for trunk in (graphed, own):
-            trunk.zero_grad()
-            results = trunk(x)
-            sum(y.square().mean() for y in results).backward()
-            found.append([*(y.detach().clone() for y in results), *(p.grad.clone() for p in trunk.parameters())])
-        for pair in zip(*found, strict=True):
-            torch.testing.assert_close(*pair)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (torch.randn(64, 32, device="cuda"),))
+    _check_steps(model, graphed)
