@@ -12,6 +12,7 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _backends, _extension
 from mtlkernels.testing import DTYPES
+from tests.seeding import seed
 
 pytest_plugins = ["tests.summary"]
 
@@ -80,7 +81,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     """One thread: most tests are too small for more, and waiting for each other on a busy machine takes minutes."""
-    torch.manual_seed(0)
+    seed(0)
     torch.set_num_threads(1)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
+from tests.seeding import seed
 from tests.summary import note_second_trial
 
 # float32 results that differ by less than a few roundings are the same.
@@ -39,7 +40,7 @@ def train_and_serve(model: Any, inputs: Inputs, rows: int, serve: tuple[int, ...
     optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-3, weight_decay=1.0)
     found: dict[str, dict[str, Any]] = {"outputs": {}, "gradients": {}, "optimizer": {}, "serving": {}}
     for step in range(STEPS):
-        torch.manual_seed(step)
+        seed(step)
         results = model(*inputs(rows, step, dtype))
         found["outputs"][f"step {step}"] = flat(results)
         loss = sum((y - 0.3).square().sum() for y in tensors(results))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mtlkernels as mk
 from mtlkernels.testing import Case, assert_within_budget, evaluate, poisoned_outputs
+from tests.seeding import seed
 from tests.summary import note_second_trial
 
 # The slope below zero of the activations that have a kink there.
@@ -26,7 +27,7 @@ def kink_slack(case: Case, exact: dict[str, list[Tensor]], formula: Callable[...
     noisy = functools.partial(formula, kink_noise=4 * torch.finfo(case.dtype).eps)
     slack = {name: [torch.zeros_like(t) for t in group] for name, group in exact.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        seed(0)
         for _ in range(8):
             moved = evaluate(noisy, wide, allow_unused=True)
             for name, group in slack.items():

@@ -51,7 +51,7 @@ def cases(scale: int = 1) -> dict[str, Make]:
     """Small sizes for the interpreter; on a GPU, ``scale`` makes the batches of the larger ones larger."""
     both, mixed = ["batch", "batch"], ["layer", "batch"]
     found = {
-        "aligned": _case(F32, 150 * scale, [32, 48, 16], both),
+        "aligned": _case(F32, 150 * scale, [32, 48, 16], both, routing=FEW),
         "aligned_dropout": _case(F32, 70 * scale, [32, 48, 16], mixed, dropout=[0.3, 0.1]),
         "odd": _case(F32, 67 * scale, [33, 21, 19], both, dropout=[0.0, 0.5]),
         "odd_layer_norm": _case(F32, 37 * scale, [33, 75, 19], ["layer", "layer"], dropout=[0.2, 0.0], routing=FEW),
@@ -65,7 +65,7 @@ def cases(scale: int = 1) -> dict[str, Make]:
         ),
         "no_scales": _case(F32, 35, [12, 16, 9], mixed, affine=[False, False]),
         "some_scales": _case(F32, 35, [12, 16, 9], mixed, affine=[False, True], biases=[True, False]),
-        "many_blocks_of_rows": _case(F32, 140 * scale, [8, 70], ["batch"], eps=[1e-5]),
+        "many_blocks_of_rows": _case(F32, 140 * scale, [8, 70], ["batch"], eps=[1e-5], routing=FEW),
         "strided": _case(F32, 35, [16, 32, 16], mixed, "strided", dropout=[0.5, 0.0]),
         "unaligned": _case(F32, 35, [16, 32, 16], mixed, "offset"),
         "many_gates": _case(F32, 20, [8, 12], ["batch"], routing=mk.Routing.mmoe(3, 10)),
@@ -78,7 +78,7 @@ def cases(scale: int = 1) -> dict[str, Make]:
         both_ways: dict[str, Any] = {"activation": name, "one_slope": [True, False]}
         few = {**both_ways, "routing": FEW}
         found |= {
-            f"{name}_aligned": _case(F32, 150 * scale, [32, 48, 16], ["batch", "layer"], **both_ways),
+            f"{name}_aligned": _case(F32, 150 * scale, [32, 48, 16], ["batch", "layer"], **few),
             f"{name}_odd": _case(F32, 67 * scale, [33, 75, 19], mixed, dropout=[0.2, 0.5], **few),
             f"{name}_alone": _case(F32, 37 * scale, [20, 70, 10], ["none", "none"], **both_ways),
             f"{name}_everything_dropped": _case(F32, 9, [5, 6], ["none"], dropout=[1.0], activation=name),

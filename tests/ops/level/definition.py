@@ -14,6 +14,7 @@ from torch import Tensor
 import mtlkernels as mk
 from tests.ops.agreement import KINKED
 from tests.ops.gated_mixture.definition import mix
+from tests.seeding import seed
 
 KINDS = ("none", "batch", "layer")
 SEED = 11  # of torch's generator, before each call that drops
@@ -68,7 +69,7 @@ def kept(key: int, layer: int, expert: int, rows: int, width: int, rate: float) 
 def drawn_seed(device: torch.device) -> int:
     """The seed that a call with dropout draws; leaves the generator, of which noise at kinks comes, alone."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(SEED)
+        seed(SEED)
         return int(torch.randint(0, 2**63 - 1, (1,), device=device))
 
 

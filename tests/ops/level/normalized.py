@@ -16,6 +16,7 @@ from mtlkernels.testing import LAYOUTS, Case, CaseFactory, random_routing
 from tests.ops import agreement
 from tests.ops.agreement import reference_op
 from tests.ops.level.definition import KINDS, SEED, dice, drawn_seed, dropped, entry, formula
+from tests.seeding import seed
 
 ROWS = (2, 3, 5, 16, 31, 64, 65, 100, 127, 128, 129, 255, 256, 257)
 # A norm divides by a spread that rounding moves, so that errors scatter more than those of sums.
@@ -87,7 +88,7 @@ def fused(*, kinds: Sequence[str], eps: Sequence[float], scales: Any, shifts: An
         parts = [part[layer] or [None] * experts for part in (scales, shifts)]
         made = [module(kind, width, eps[layer], *pair) for pair in zip(*parts, strict=True)] if kind != "none" else None
         norms.append(made)
-    torch.manual_seed(SEED)
+    seed(SEED)
     return mk.expert_mixture(**arguments, norms=norms)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from tests.ops.agreement import kinds
+from tests.seeding import seed
 
 # "large" has a square that is finite; "huge" has not, so that norms and products overflow at once.
 ORDINARY = ("nan", "inf", "-inf", "large", "denormal", "-0.0")
@@ -96,7 +97,7 @@ class Level(nn.Module):
 
     def __init__(self, style: Style, dtype: torch.dtype) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed(0)
         self.style = style
         self.experts = nn.ModuleList([self._expert() for _ in range(ROUTING.num_experts)])
         self.gates = nn.ModuleList([nn.Linear(style.widths[0], len(gate)) for gate in ROUTING.gate_experts])
@@ -223,6 +224,15 @@ def _difference(name: str, got: Tensor, expected: Tensor, style: Style, value: s
     return None if error <= tolerance * max(scale, 1e-2) else f"{name} is off by {error}, of {scale}"
 
 
+def _agree(got: dict[str, Tensor], rights: dict[str, list[Tensor]]) -> bool:
+    """Whether all tensors together are what the first of PyTorch's ways has, by the least that is asked of any."""
+    found = torch.cat([tensor.flatten() for tensor in got.values()]).double()
+    right = torch.cat([rights[name][0].flatten() for name in got]).double()
+    finite = right.isfinite()
+    error = (found[finite] - right[finite]).abs()
+    return torch.equal(kinds(found), kinds(right)) and bool((error <= TOLERANCE[got["output 0"].dtype] * 1e-2).all())
+
+
 def differences(
     style: Style,
     dtype: torch.dtype,
@@ -248,7 +258,10 @@ def differences(
             flat[at] = special(value, dtype)
             for grad in grads if place != "upstream" else [True] * any(grads):
                 got = level.results(True, grad)
-                for name, right in level.right_results(grad).items():
+                rights = level.right_results(grad)
+                if _agree(got, rights):
+                    continue
+                for name, right in rights.items():
                     found = [_difference(name, got[name], expected, style, value) for expected in right]
                     if all(found):
                         yield f"{style}, {value} in {place}, grad={grad}: {found[0]}"

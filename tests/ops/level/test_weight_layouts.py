@@ -24,7 +24,7 @@ EVERY_SET = pytest.mark.parametrize(
     "isa, kind", [(isa, kind) for kind in DTYPES for isa in SETS if kind != torch.float64 or isa == SETS[-1]]
 )
 EVERY_LAYOUT = pytest.mark.parametrize("layout", [*LAYOUTS, "repeated columns", "mixed"])
-EVERY_WIDTH = pytest.mark.parametrize("widths", [(64, 48, 32), (33, 70, 1), (1, 17, 40, 31)], ids=str)
+WIDE, NARROW, THREE_LAYERS = (64, 48, 32), (33, 70, 1), (1, 17, 40, 31)
 
 
 def _factory(seed: int, layout: str, dtype: torch.dtype) -> CaseFactory:
@@ -41,8 +41,9 @@ def _repeated(tensor: torch.Tensor) -> torch.Tensor:
 
 @EVERY_SET
 @EVERY_LAYOUT
-@EVERY_WIDTH
-@pytest.mark.parametrize("rows", [64, 101, 300])
+@pytest.mark.parametrize(
+    "rows, widths", [(64, THREE_LAYERS), (101, WIDE), (101, NARROW), (300, WIDE), (300, THREE_LAYERS)], ids=str
+)
 def test_every_layout(rows: int, widths: tuple[int, ...], layout: str, isa: str, kind: torch.dtype) -> None:
     case = _factory(rows, layout, kind).expert_mixture(rows, widths, PLE, activation="silu")
     if layout == "repeated columns":
@@ -53,8 +54,7 @@ def test_every_layout(rows: int, widths: tuple[int, ...], layout: str, isa: str,
 
 @EVERY_SET
 @EVERY_LAYOUT
-@EVERY_WIDTH
-@pytest.mark.parametrize("rows", [101, 300])
+@pytest.mark.parametrize("rows, widths", [(101, WIDE), (101, THREE_LAYERS), (300, NARROW), (300, WIDE)], ids=str)
 def test_layers_that_store_their_inputs(
     rows: int, widths: tuple[int, ...], layout: str, isa: str, kind: torch.dtype
 ) -> None:
