@@ -57,7 +57,12 @@ class PairProducts {
   template <int Tiles, typename Row, typename Work>
   static void rows_against(const BFloat16* a, Row row, int64_t a_step, int64_t a_rows, const PairFactor& b,
                            int64_t steps, float* out0, float* out1, int64_t ld, bool add, Work& work) {
-    __m512 sums[kRows][Tiles] = {}, rest[kRows][Tiles] = {};
+    __m512 sums[kRows][Tiles], rest[kRows][Tiles];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+      for (int t = 0; t < Tiles; ++t) sums[i][t] = rest[i][t] = _mm512_setzero_ps();
+    }
     const BFloat16 *first = b.first, *second = b.second;
     for (int64_t k = 0; k < steps; ++k, a += a_step, first += b.step, second += b.step) {
       work.step();
@@ -68,23 +73,32 @@ class PairProducts {
         }
       }
     }
-    for (int t = 0; t < Tiles; ++t) {
-      float* const out = t == 0 ? out0 : out1;
-      if constexpr (Planes > 1) {
+    if constexpr (Planes > 1) {
+      for (int t = 0; t < Tiles; ++t) {
         alignas(64) float lead[kRows * kGroup], small[kRows * kGroup];
         for (int64_t i = 0; i < kRows; ++i) {
           _mm512_store_ps(lead + i * kGroup, sums[i][t]);
           _mm512_store_ps(small + i * kGroup, rest[i][t]);
         }
         const BFloat16* tile = t == 0 ? b.first : b.second;
-        store_sums<Planes, kRows>(a - steps * a_step, a_step, tile, b.step, steps, lead, kGroup, small, a_rows, out, ld,
-                                  add);
-        continue;
+        store_sums<Planes, kRows>(a - steps * a_step, a_step, tile, b.step, steps, lead, kGroup, small, a_rows,
+                                  t == 0 ? out0 : out1, ld, add);
       }
-      for (int64_t i = 0; i < kRows; ++i) {
-        float* place = out + i * ld;
-        _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sums[i][t]) : sums[i][t]);
-      }
+    } else if (add) {
+      leave<Tiles>(sums, out0, out1, ld,
+                   [](float* place, __m512 sum) { return _mm512_add_ps(_mm512_loadu_ps(place), sum); });
+    } else {
+      leave<Tiles>(sums, out0, out1, ld, [](float*, __m512 sum) { return sum; });
+    }
+  }
+
+  // value(place, sum) to each place. Unrolled: sums that a loop's counter chooses would lie in memory.
+  template <int Tiles, typename F>
+  MTLK_INLINE static void leave(const __m512 (&sums)[kRows][Tiles], float* out0, float* out1, int64_t ld, F value) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kRows; ++i) {
+      _mm512_storeu_ps(out0 + i * ld, value(out0 + i * ld, sums[i][0]));
+      if constexpr (Tiles == 2) _mm512_storeu_ps(out1 + i * ld, value(out1 + i * ld, sums[i][1]));
     }
   }
 

@@ -44,7 +44,12 @@ template <typename C, int Rows, int Groups>
 MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t outer, const Destination<C>& to) {
   constexpr int P = Simd<C>::per_group;
   constexpr int L = Simd<C>::lanes;
-  Vector<C> acc[Rows][Groups * P] = {};
+  Vector<C> acc[Rows][Groups * P];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Groups * P; ++j) acc[i][j] = Vector<C>{};
+  }
   // A pointer for every third row: the rows between are one and two strides away, which addressing modes can express.
   constexpr int kPointers = (Rows + 2) / 3;
   const C* a[kPointers];
@@ -52,6 +57,14 @@ MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t outer, const Destinat
   const C* b = x.b;
   const char* ahead = x.ahead;
   const int64_t jump = x.a_outer - x.inner * x.a_inner;
+  // Where it goes is often in no cache, as a weight's gradient is not; it comes while the sums are made.
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Groups * P; ++j) {
+      __builtin_prefetch(to.out + i * to.row + (j / P) * to.group + (j % P) * L, 1);
+    }
+  }
   for (int64_t o = 0; o < outer; ++o) {
     if (outer > 1) {  // the next run lies elsewhere, where no hardware prefetcher looks
       for (int i = 0; i < Rows; ++i) __builtin_prefetch(a[i / 3] + (i % 3) * x.a_row + x.a_outer);
@@ -74,11 +87,22 @@ MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t outer, const Destinat
     }
     for (int i = 0; i < kPointers; ++i) a[i] += jump;
   }
-  for (int i = 0; i < Rows; ++i) {
-    for (int j = 0; j < Groups * P; ++j) {
-      C* place = to.out + i * to.row + (j / P) * to.group + (j % P) * L;
-      store(place, to.add ? load(place) + acc[i][j] : acc[i][j]);
+  // Unrolled, here and above: accumulators that a loop's counter chooses would lie in memory.
+  const auto leave = [&](auto value) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      C* const row = to.out + i * to.row;
+#pragma GCC unroll 8
+      for (int j = 0; j < Groups * P; ++j) {
+        C* const place = row + (j / P) * to.group + (j % P) * L;
+        store(place, value(place, acc[i][j]));
+      }
     }
+  };
+  if (to.add) {
+    leave([](const C* place, Vector<C> sum) { return load(place) + sum; });
+  } else {
+    leave([](const C*, Vector<C> sum) { return sum; });
   }
 }
 
