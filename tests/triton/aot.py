@@ -3,15 +3,14 @@
     python -m tests.triton.aot [--arch 80 90 100] [--kernel NAME ...] [--activations] [--gates]
 
 A row a kernel, configuration and architecture: registers a thread, bytes of stack (spilled registers), bytes of shared
-memory, and the number of tensor-core instructions. Fails if anything spills, takes more shared memory than a program
-can have there, or does not compile.
+memory, and the number of tensor-core instructions. Fails if anything does not compile, or has one of the faults that
+``faults.py`` looks for: spills, resources that a card has not, narrow products and copies, counters without fences.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 import triton.language as tl
 
 from benchmarks.gpu_model.cubin import compile_kernel
+from benchmarks.gpu_model.sass import Code
 from mtlkernels.ops._triton import DTYPES, Kind, Tile
 from mtlkernels.ops.activations import CODES, DICE, from_input, has_slopes
 from mtlkernels.ops.gated_mixture import triton as mixture
@@ -41,11 +41,10 @@ from mtlkernels.ops.pcgrad import triton_kernels as projections
 from mtlkernels.ops.snr_aver import triton_kernels as averages
 from mtlkernels.ops.snr_trans import triton as routes
 from mtlkernels.ops.snr_trans import triton_kernels as transforms
+from tests.triton.faults import SHARED, TENSOR_CORE, faults
 
 LEVEL = (chain_kernels, gradient_kernels, layerwise_kernels, layerwise_gradients, dice_kernels)
 MODULES = (*LEVEL, mixtures, grams, projections, transforms, averages)
-# The shared memory that a program can have, in bytes (CUDA's programming guide, "Technical Specifications").
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # The kinds of kernels without products, and of products.
 VALUES = [Kind(dtype, aligned) for aligned in (True, False) for dtype in DTYPES.values()]
 PRODUCTS = [kind._replace(precision="ieee") for kind in VALUES]
@@ -85,17 +84,13 @@ def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled variant takes; ``error`` is empty unless it did not compile, or cannot be launched."""
+    """What a compiled variant takes; ``error`` is empty unless it did not compile, or must not be shipped."""
 
     registers: int = 0
     stack: int = 0
     shared: int = 0
     tensor_core: int = 0
     error: str = ""
-
-    @property
-    def fails(self) -> bool:
-        return bool(self.error) or self.stack > 0
 
 
 def every_variant(
@@ -221,10 +216,9 @@ def compile_variant(variant: Variant, architecture: int) -> Usage:
         found = compile_kernel(kernel, variant.tile, dict(variant.constants), architecture)
     except Exception as error:  # whatever the compiler raises is this row's result
         return Usage(error=f"{type(error).__name__}: {error}".splitlines()[0])
-    instructions = len(re.findall(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b", found.sass))
-    most = SHARED[architecture]
-    error = f"more shared memory than the {most} bytes that there are" if found.shared > most else ""
-    return Usage(found.registers, found.stack, found.shared, instructions, error)
+    instructions = sum(bool(TENSOR_CORE.fullmatch(i.name)) for i in Code(found.sass).instructions)
+    wrong = faults(variant.kernel, variant.tile, dict(variant.constants), found, architecture)
+    return Usage(found.registers, found.stack, found.shared, instructions, "; ".join(wrong))
 
 
 def _compile(task: tuple[Variant, int]) -> Usage:
@@ -246,12 +240,10 @@ def main() -> int:
     print("arch  registers  stack  shared  tensor-core  kernel")
     with ProcessPoolExecutor(2) as pool:
         for (variant, architecture), usage in zip(tasks, pool.map(_compile, tasks, chunksize=4), strict=True):
-            failures += usage.fails
+            failures += bool(usage.error)
             figures = f"{usage.registers:>9}  {usage.stack:>5}  {usage.shared:>6}  {usage.tensor_core:>11}"
             print(f"{architecture:>4}  {figures}  {variant}  {usage.error}".rstrip(), flush=True)
-    print(
-        f"{len(tasks)} compiled for {', '.join(f'sm_{a}' for a in args.arch)}: {failures} spill, want too much or fail"
-    )
+    print(f"{len(tasks)} compiled for {', '.join(f'sm_{a}' for a in args.arch)}: {failures} with faults")
     return 1 if failures else 0
 
 
