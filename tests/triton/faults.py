@@ -19,6 +19,7 @@ GROUP_PRODUCTS = {90: r"HGMMA", 100: r"UTC\w*MMA"}
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 GROUP_ROWS, GROUP_WARPS = 64, 4
 COPY_BYTES = 16
+NARROW = 1 / 8  # of what is copied: the columns of a few gates are less than all threads copy by 16 bytes each
 # Kernels whose product's rows are columns of what they read, so that a tile's rows are not those of the product.
 TRANSPOSED = ("weight_gradient", "route_products")
 
@@ -50,8 +51,9 @@ def _product_faults(kernel: str, tile: Tile, kind: Kind, code: Code, architectur
     # Wide products in TF32 read operands from shared memory by rows of the depth alone: others are turned on their way.
     turned = kind.operands[0] == "tf32" and wide is not None
     if kind.aligned and not turned:
-        narrow = [i for i in code.instructions if i.name == "LDGSTS" and i.bytes < COPY_BYTES]
-        if narrow:
+        copies = [i.bytes for i in code.instructions if i.name == "LDGSTS"]
+        narrow = [count for count in copies if count < COPY_BYTES]
+        if sum(narrow) > NARROW * sum(copies):
             yield f"{len(narrow)} copies of fewer than {COPY_BYTES} bytes"
 
 
