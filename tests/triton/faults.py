@@ -40,7 +40,7 @@ def faults(kernel: str, tile: Tile, constants: Mapping[str, Any], cubin: Cubin, 
 
 
 def _product_faults(kernel: str, tile: Tile, kind: Kind, code: Code, architecture: int) -> Iterator[str]:
-    """The widest products that there are, and copies of 16 bytes where addresses allow them."""
+    """The widest products that there are, and beside them copies of 16 bytes where addresses allow that."""
     names = {i.name for i in code.instructions if TENSOR_CORE.fullmatch(i.name)}
     if kind.operands[0] != "ieee" and not names:
         yield "no products of tensor cores"
@@ -50,7 +50,7 @@ def _product_faults(kernel: str, tile: Tile, kind: Kind, code: Code, architectur
         yield f"products of single warps, {', '.join(sorted(names))}, where a group of warps has {wide}"
     # Wide products in TF32 read operands from shared memory by rows of the depth alone: others are turned on their way.
     turned = kind.operands[0] == "tf32" and wide is not None
-    if kind.aligned and not turned:
+    if names and kind.aligned and not turned:  # where there are none, arithmetic takes far longer than copies
         copies = [i.bytes for i in code.instructions if i.name == "LDGSTS"]
         narrow = [count for count in copies if count < COPY_BYTES]
         if sum(narrow) > NARROW * sum(copies):
