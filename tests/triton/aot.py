@@ -217,7 +217,7 @@ def compile_variant(variant: Variant, architecture: int) -> Usage:
     except Exception as error:  # whatever the compiler raises is this row's result
         return Usage(error=f"{type(error).__name__}: {error}".splitlines()[0])
     instructions = sum(bool(TENSOR_CORE.fullmatch(i.name)) for i in Code(found.sass).instructions)
-    wrong = faults(variant.kernel, variant.tile, dict(variant.constants), found, architecture)
+    wrong = faults(variant.tile, dict(variant.constants), found, architecture)
     return Usage(found.registers, found.stack, found.shared, instructions, "; ".join(wrong))
 
 

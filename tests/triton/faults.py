@@ -20,11 +20,9 @@ TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 GROUP_ROWS, GROUP_WARPS = 64, 4
 COPY_BYTES = 16
 NARROW = 1 / 8  # of what is copied: the columns of a few gates are less than all threads copy by 16 bytes each
-# Kernels whose product's rows are columns of what they read, so that a tile's rows are not those of the product.
-TRANSPOSED = ("weight_gradient", "route_products")
 
 
-def faults(kernel: str, tile: Tile, constants: Mapping[str, Any], cubin: Cubin, architecture: int) -> Iterator[str]:
+def faults(tile: Tile, constants: Mapping[str, Any], cubin: Cubin, architecture: int) -> Iterator[str]:
     """What is wrong with a kernel that was compiled for an architecture (80, 90, …), in words."""
     if cubin.stack:
         yield f"{cubin.stack} bytes of registers spilled"
@@ -35,17 +33,17 @@ def faults(kernel: str, tile: Tile, constants: Mapping[str, Any], cubin: Cubin, 
     code = Code(cubin.sass)
     kind = constants.get("KIND")
     if isinstance(kind, Kind) and kind.precision:  # which kernels with products alone have
-        yield from _product_faults(kernel, tile, kind, code, architecture)
+        yield from _product_faults(tile, kind, code, architecture)
     yield from _counter_faults(code, shares=bool(constants.get("SPLIT")))
 
 
-def _product_faults(kernel: str, tile: Tile, kind: Kind, code: Code, architecture: int) -> Iterator[str]:
+def _product_faults(tile: Tile, kind: Kind, code: Code, architecture: int) -> Iterator[str]:
     """The widest products that there are, and beside them copies of 16 bytes where addresses allow that."""
     names = {i.name for i in code.instructions if TENSOR_CORE.fullmatch(i.name)}
     if kind.operands[0] != "ieee" and not names:
         yield "no products of tensor cores"
     wide = GROUP_PRODUCTS.get(architecture)
-    fills_a_group = kernel not in TRANSPOSED and tile.rows >= GROUP_ROWS and tile.warps >= GROUP_WARPS
+    fills_a_group = tile.rows >= GROUP_ROWS and tile.warps >= GROUP_WARPS
     if wide and names and fills_a_group and not any(re.fullmatch(wide, name) for name in names):
         yield f"products of single warps, {', '.join(sorted(names))}, where a group of warps has {wide}"
     # Wide products in TF32 read operands from shared memory by rows of the depth alone: others are turned on their way.

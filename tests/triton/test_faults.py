@@ -76,7 +76,7 @@ def cubin(variant: Variant) -> Cubin:
 
 
 def found_in(variant: Variant, cubin: Cubin) -> list[str]:
-    return list(faults(variant.kernel, variant.tile, dict(variant.constants), cubin, ARCHITECTURE))
+    return list(faults(variant.tile, dict(variant.constants), cubin, ARCHITECTURE))
 
 
 def test_as_it_is_shipped(variant: Variant, cubin: Cubin) -> None:
@@ -91,6 +91,4 @@ def test_a_fault_is_found(fault: str, variant: Variant, cubin: Cubin) -> None:
 
 def test_an_atomic_operation_that_nothing_asks_for(variant: Variant, cubin: Cubin) -> None:
     constants = dict(variant.constants) | {"SPLIT": False}
-    assert list(faults(variant.kernel, variant.tile, constants, cubin, ARCHITECTURE)) == [
-        "an atomic operation that nothing asks for"
-    ]
+    assert list(faults(variant.tile, constants, cubin, ARCHITECTURE)) == ["an atomic operation that nothing asks for"]
