@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,13 +54,10 @@ def direct(
         return None
     if gates[1] is None if gates[0] is None else gates[1:] != (None, None, None):
         return None
-    names = (activation,) * len(weights) if isinstance(activation, str) else activation
-    if not isinstance(names, _LISTS) or len(names) != len(weights):
+    named = _named(activation, len(weights))
+    if named is None:
         return None
-    if not all(isinstance(name, str) and name in _LAYERS for name in names):
-        return None
-    layers = tuple([_LAYERS[name] for name in names])
-    sloped = any(has_slopes(layer.activation) for layer in layers)
+    layers, sloped = named
     if sloped != (slopes is not None) or (sloped and not isinstance(slopes, _LISTS)):
         return None
     if on_gpu:
@@ -81,6 +79,22 @@ def direct(
         return None if isinstance(found, list) else found
     out = apply_plain(Level, Plan(spec, _backends.forced(), True), *found, None)
     return tuple(out[: len(spec.gate_sizes)])
+
+
+def _named(activation: Any, count: int) -> tuple[tuple[Layer, ...], bool] | None:
+    """The layers by the names of their activations, and whether any has slopes."""
+    if isinstance(activation, str):
+        return _alike(activation, count)
+    if not isinstance(activation, _LISTS) or len(activation) != count:
+        return None
+    if not all(isinstance(name, str) and name in _LAYERS for name in activation):
+        return None
+    return tuple([_LAYERS[name] for name in activation]), any(has_slopes(CODES[name]) for name in activation)
+
+
+@functools.lru_cache(64)
+def _alike(activation: str, count: int) -> tuple[tuple[Layer, ...], bool] | None:
+    return _named((activation,) * count, count)
 
 
 def _on_gpu(

@@ -154,7 +154,9 @@ def pcgrad(
         return options, gradients, draw_order(order, generator, gradients.num_tasks, gradients.device, project)
 
     options, gradients, drawn = fail_together(group, prepared)
-    results, _ = projected(mean_over_ranks(group, gradients, **options._asdict()), drawn, options)
+    if group is not None:
+        gradients = mean_over_ranks(group, gradients, **options._asdict())
+    results, _ = projected(gradients, drawn, options)
     return results[0] if isinstance(grads, Tensor) else results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -32,8 +33,8 @@ class Parameters:
     def __init__(self, grads: Sequence[Tensor | None], num_tasks: int, *, at_once: bool = False) -> None:
         self.grads, self.num_tasks = grads, num_tasks
         present = [grad for grad in grads if grad is not None]
-        tensors = all(isinstance(grad, Tensor) for grad in present)
-        mixed = tensors and any(grad.layout != torch.strided for grad in present)
+        tensors = all(issubclass(kind, Tensor) for kind in set(map(type, present)))
+        mixed = tensors and not set(map(attrgetter("layout"), present)) <= {torch.strided}
         self._checked = at_once or not tensors or mixed or not direct_to_cpp(present[0] if present else None)
         if self._checked:
             check_gradients(grads, num_tasks)
