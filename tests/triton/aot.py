@@ -130,7 +130,7 @@ def mixture_variants(
         yield _made("mix_forward", mixture.TILES[kind.aligned], kind, LOGITS=tl.float32)
         for code in backward_codes:
             what = {"LOGITS": tl.float32, "CODE": code, "NEED_EXPERTS": True, "NEED_LOGITS": True}
-            yield _made("mix_backward", mixture.TILES[kind.aligned], kind, **what)
+            yield _made("mix_backward", mixture.backward_tile(kind), kind, **what)
     for kind in PRODUCTS:
         for code in forward_codes:
             for tile, gates in itertools.product(tiles.PRODUCT[kind.operands], (False, True)):
