@@ -15,6 +15,7 @@
 #include "cpu/level/level.h"
 #include "cpu/runtime/check.h"
 #include "cpu/simd/activation_codes.h"
+#include "level_node.h"
 
 namespace mtlk {
 namespace {
@@ -23,20 +24,11 @@ namespace py = pybind11;
 
 // Each reads one kind of argument, and tells whether it is of the expected structure.
 
-// A plain tensor on the CPU or a GPU, or a parameter: one that nothing but its memory stands behind, so that the
-// dispatcher has nobody else to ask.
+// A plain tensor, or a parameter.
 bool read_tensor(PyObject* object, at::Tensor& tensor) {
-  static const uint64_t plain = [] {
-    c10::DispatchKeySet keys({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView});
-    for (const auto backend : {c10::BackendComponent::CPUBit, c10::BackendComponent::CUDABit}) {
-      keys =
-          keys | c10::getAutogradRelatedKeySetFromBackend(backend) | c10::getAutocastRelatedKeySetFromBackend(backend);
-    }
-    return keys.raw_repr();
-  }();
   if (!THPVariable_Check(object)) return false;
   tensor = THPVariable_Unpack(object);
-  return (tensor.key_set().raw_repr() & ~plain) == 0;
+  return is_plain(tensor);
 }
 
 bool read_optional(PyObject* object, at::Tensor& tensor) { return object == Py_None || read_tensor(object, tensor); }
@@ -266,13 +258,12 @@ std::pair<std::vector<int64_t>, std::vector<double>> recoded_level(std::vector<i
 }
 
 // Arguments are as mtlkernels.expert_mixture's, with a level's ints in the place of routing and activation. `norms` and
-// `gate_norms`, batch norms by running statistics, are tuples of their tensors and eps. Returns
-//   None, where the call is not for the direct way;
-//   a tuple, the outputs, where no gradient is wanted;
-//   a list, where one is: the level's tensors as operators take them, whose shapes have been checked.
+// `gate_norms`, batch norms by running statistics, are tuples of their tensors and eps. `trains`: whether calls whose
+// gradients are wanted are for the direct way too; `by_name`, whether "cpp" was asked for. Returns the outputs, or
+// None, where the call is not for the direct way.
 py::object level_from_python(py::handle inputs, py::handle weights, py::handle biases, py::handle gate_logits,
                              py::handle gate_weights, py::handle gate_biases, py::handle norms, py::handle gate_norms,
-                             py::handle slopes, py::handle dice_eps, py::handle spec_ints) {
+                             py::handle slopes, py::handle dice_eps, py::handle spec_ints, bool trains, bool by_name) {
   try {
     const std::optional<LevelSpec> spec = read_spec(spec_ints.ptr(), dice_eps.ptr());
     Call call;
@@ -280,17 +271,12 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
                              gate_biases.ptr(), norms.ptr(), gate_norms.ptr(), slopes.ptr(), call)) {
       return py::none();
     }
-    LevelTensors& tensors = call.tensors;
-    if (at::GradMode::is_enabled() && any_requires_grad(call)) {
-      if (!norms.is_none() || !gate_norms.is_none() || spec->stores_inputs()) return py::none();
-      check_level(*spec, tensors);
-      return wrapped<py::list>(
-          {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.gates, &tensors.gate_biases});
-    }
+    const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
+    if (wanted && !(trains && norms.is_none() && gate_norms.is_none() && !spec->stores_inputs())) return py::none();
     Tensors outputs;
     {
       const py::gil_scoped_release release;
-      outputs = serve_level(*spec, tensors, call.norms);
+      outputs = wanted ? trained_level(*spec, call.tensors, by_name) : serve_level(*spec, call.tensors, call.norms);
     }
     return wrapped<py::tuple>({&outputs});
   } catch (const Refused&) {

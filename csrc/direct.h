@@ -12,7 +12,8 @@ namespace mtlk {
 pybind11::object level_from_python(pybind11::handle inputs, pybind11::handle weights, pybind11::handle biases,
                                    pybind11::handle gate_logits, pybind11::handle gate_weights,
                                    pybind11::handle gate_biases, pybind11::handle norms, pybind11::handle gate_norms,
-                                   pybind11::handle slopes, pybind11::handle dice_eps, pybind11::handle spec_ints);
+                                   pybind11::handle slopes, pybind11::handle dice_eps, pybind11::handle spec_ints,
+                                   bool trains, bool by_name);
 
 // mtlkernels._C.level_tensors, see direct.cpp.
 pybind11::object level_tensors_from_python(pybind11::handle inputs, pybind11::handle weights, pybind11::handle biases,

@@ -14,6 +14,7 @@
 #include "cpu/runtime/kernel_tables.h"
 #include "cpu/runtime/memory.h"
 #include "direct.h"
+#include "level_node.h"
 #include "recording.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -37,7 +38,7 @@ PYBIND11_MODULE(_C, module) {
   });
   module.def("instruction_sets", &mtlk::instruction_sets, "The instruction sets that can serve here, the best last.");
   module.def("level", &mtlk::level_from_python,
-             "mtlkernels.expert_mixture by the direct way: outputs, tensors for its Function, or None: not its call.");
+             "mtlkernels.expert_mixture by the direct way: outputs, or None: not its call.");
   module.def("level_tensors", &mtlk::level_tensors_from_python,
              "The tensors of an expert_mixture in the operators' order, and whether a gradient is wanted; or None.");
   module.def("recoded_level", &mtlk::recoded_level, "A LevelSpec's encoding, decoded and encoded again.");
@@ -51,5 +52,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("keep_prepared", &mtlk::keep_prepared_from_python,
              "Keeps what is prepared of each of these weights, which nobody writes to any more.");
   mtlk::define_recording(module);
+  mtlk::define_level_node(module);
   module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
 }

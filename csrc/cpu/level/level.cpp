@@ -115,18 +115,15 @@ std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTens
   return std::make_unique<LossesInCommon>(own, tables, kernels, need_experts, several);
 }
 
-Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, const OptionalTensors& parameters,
-                 const OptionalTensors& gates, at::TensorList saved, at::IntArrayRef ints, at::ArrayRef<double> floats,
-                 const std::optional<at::Tensor>& seed, Needs needs) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  const LevelSpec spec(ints.vec(), floats.vec());
-  const LevelTensors tensors = spec.split(inputs, parameters, gates);
+// Of one loss after another.
+Tensors gradients_of_losses(const LevelSpec& spec, const LevelTensors& tensors, const Tensors& grad_outputs,
+                            at::TensorList saved, const std::optional<at::Tensor>& seed, const Needs& needs) {
   const auto count = static_cast<int64_t>(grad_outputs.size());
   MTLK_CHECK_VALUE(count > 0 && count % spec.gates() == 0, "grad_outputs must hold an entry for each of ", spec.gates(),
                    " gates, or as many for each of several losses, got ", count);
   const auto layers = static_cast<size_t>(spec.layers()), linear = static_cast<size_t>(tensors.linear_gates);
-  const size_t activations =
-      (spec.stores_inputs() ? layers : saved_layers(static_cast<int>(layers))) + spec.saves_signs(dtype_of(inputs[0]));
+  const size_t activations = (spec.stores_inputs() ? layers : saved_layers(static_cast<int>(layers))) +
+                             spec.saves_signs(dtype_of(tensors.inputs[0]));
   const size_t statistics = 2 * std::count_if(spec.norms.begin(), spec.norms.end(), [](int64_t norm) { return norm; });
   MTLK_CHECK_VALUE(saved.size() == activations + statistics + linear, "saved must hold ",
                    activations + statistics + linear, " tensors, got ", saved.size());
@@ -134,8 +131,8 @@ Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, con
   if (linear) {
     MTLK_CHECK_VALUE(saved.back().dim() == 2 && saved.back().size(1) == static_cast<int64_t>(spec.gate_experts.size()),
                      "the saved logits must have ", spec.gate_experts.size(), " columns, got ", saved.back().sizes());
-    MTLK_CHECK_TYPE(saved.back().scalar_type() == inputs[0].scalar_type(), "the saved logits must be of ",
-                    inputs[0].scalar_type(), ", got ", saved.back().scalar_type());
+    MTLK_CHECK_TYPE(saved.back().scalar_type() == tensors.inputs[0].scalar_type(), "the saved logits must be of ",
+                    tensors.inputs[0].scalar_type(), ", got ", saved.back().scalar_type());
     logits = saved.back().split_with_sizes(spec.gate_sizes, 1);
   }
   std::vector<Tensors> grads;
@@ -144,9 +141,8 @@ Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, con
     Tensors present;
     std::vector<bool> outputs;
     for (int64_t k = first; k < first + spec.gates(); ++k) {
-      const at::Tensor grad = grad_outputs.get(k).value_or(at::Tensor());
-      outputs.push_back(grad.defined());
-      if (grad.defined()) present.push_back(grad);
+      outputs.push_back(grad_outputs[k].defined());
+      if (grad_outputs[k].defined()) present.push_back(grad_outputs[k]);
     }
     if (present.empty()) continue;
     grads.push_back(std::move(present));
@@ -168,6 +164,16 @@ Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, con
   return result;
 }
 
+Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, const OptionalTensors& parameters,
+                 const OptionalTensors& gates, at::TensorList saved, at::IntArrayRef ints, at::ArrayRef<double> floats,
+                 const std::optional<at::Tensor>& seed, Needs needs) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const LevelSpec spec(ints.vec(), floats.vec());
+  Tensors grads;
+  for (size_t i = 0; i < grad_outputs.size(); ++i) grads.push_back(grad_outputs.get(i).value_or(at::Tensor()));
+  return gradients_of_losses(spec, spec.split(inputs, parameters, gates), grads, saved, seed, needs);
+}
+
 }  // namespace
 
 Tensors serve_level(const LevelSpec& spec, const LevelTensors& tensors, const RunningNorms& norms) {
@@ -175,10 +181,38 @@ Tensors serve_level(const LevelSpec& spec, const LevelTensors& tensors, const Ru
   return evaluate(spec, tensors, norms, std::nullopt, false).outputs;
 }
 
-void check_level(const LevelSpec& spec, const LevelTensors& tensors) {
-  LevelTables tables(spec, tensors);
-  dtype_of(tensors.inputs[0]);
-  tensors.linear_gates ? tables.check_gate_layers() : tables.set_logits(tensors.gates);
+LevelResults train_level(const LevelSpec& spec, const LevelTensors& tensors) {
+  RECORD_FUNCTION("mtlkernels::level_forward", {});
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return evaluate(spec, tensors, {}, std::nullopt, true);
+}
+
+Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, const Tensors& grad_outputs,
+                            at::TensorList saved, const Needs& needs) {
+  RECORD_FUNCTION("mtlkernels::level_backward", {});
+  const at::AutoDispatchBelowADInplaceOrView below;
+  Tensors found = gradients_of_losses(spec, tensors, grad_outputs, saved, std::nullopt, needs);
+  std::vector<bool> outputs;
+  for (const at::Tensor& grad : grad_outputs) outputs.push_back(grad.defined());
+  const ReachedLevel part = spec.reached(outputs);
+  Tensors result;
+  auto next = found.begin();
+  // `numbers` are of the part's among `count` of a kind in each of the blocks, as layers are.
+  const auto place = [&](size_t kind, const Tensors& all, const std::vector<int64_t>& numbers, int64_t count) {
+    const auto first = static_cast<int64_t>(result.size());
+    result.resize(first + all.size());
+    for (int64_t block = 0; needs[kind] && block < static_cast<int64_t>(all.size()); block += count) {
+      for (const int64_t number : numbers) {
+        if (all[block + number].defined()) result[first + block + number] = std::move(*next++);
+      }
+    }
+  };
+  place(0, tensors.inputs, part.inputs, spec.num_inputs);
+  place(1, tensors.weights, part.experts, spec.experts());
+  place(2, tensors.biases, part.experts, spec.experts());
+  place(6, tensors.gates, part.gates, spec.gates());
+  place(7, tensors.gate_biases, part.gates, spec.gates());
+  return result;
 }
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {

@@ -118,21 +118,29 @@ LevelTensors LevelSpec::split(at::TensorList inputs, const OptionalTensors& para
                    inputs.size());
   MTLK_CHECK_VALUE(parameters.size() == count, "parameters must hold ", count, " entries, got ", parameters.size());
   MTLK_CHECK_VALUE(gates.size() == of_gates, "gates must hold ", of_gates, " entries, got ", gates.size());
-  const auto taken = [](const OptionalTensors& list, size_t& at, size_t number) {
-    Tensors result;
-    for (const size_t end = at + number; at < end; ++at) result.push_back(list.get(at).value_or(at::Tensor()));
-    return result;
+  Tensors all = inputs.vec();
+  for (const OptionalTensors* list : {&parameters, &gates}) {
+    for (size_t i = 0; i < list->size(); ++i) all.push_back(list->get(i).value_or(at::Tensor()));
+  }
+  return split(all);
+}
+
+LevelTensors LevelSpec::split(at::TensorList all) const {
+  const size_t each = experts() * layers(), of_norms = has_norms() ? each : 0, of_slopes = has_slopes() ? each : 0;
+  size_t at = 0;
+  const auto taken = [&](size_t count) {
+    at += count;
+    return all.slice(at - count, count).vec();
   };
   LevelTensors result{};
-  size_t at = 0, gate = 0;
-  result.inputs = inputs.vec();
-  result.weights = taken(parameters, at, each);
-  result.biases = taken(parameters, at, each);
-  result.scales = taken(parameters, at, of_norms);
-  result.shifts = taken(parameters, at, of_norms);
-  result.slopes = taken(parameters, at, of_slopes);
-  result.gates = taken(gates, gate, gate_sizes.size());
-  result.gate_biases = taken(gates, gate, gate_inputs.size());
+  result.inputs = taken(num_inputs);
+  result.weights = taken(each);
+  result.biases = taken(each);
+  result.scales = taken(of_norms);
+  result.shifts = taken(of_norms);
+  result.slopes = taken(of_slopes);
+  result.gates = taken(gate_sizes.size());
+  result.gate_biases = taken(gate_inputs.size());
   result.linear_gates = !gate_inputs.empty();
   return result;
 }

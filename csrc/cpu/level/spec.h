@@ -54,6 +54,8 @@ class LevelSpec {
 
   // The tensors of a call of an operator. Throws a ValueError where there are not as many as there should be.
   LevelTensors split(at::TensorList inputs, const OptionalTensors& parameters, const OptionalTensors& gates) const;
+  // The same of all of them in one list, undefined ones standing for None, which has their number.
+  LevelTensors split(at::TensorList all) const;
 
   // The part of the level on which those outputs depend of which `outputs` is true.
   ReachedLevel reached(const std::vector<bool>& outputs) const;

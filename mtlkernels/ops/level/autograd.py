@@ -22,7 +22,7 @@ from mtlkernels.ops._autograd import (
     front,
     grads_are_batched,
 )
-from mtlkernels.ops._call import run_cpp, run_forward
+from mtlkernels.ops._call import run_forward
 from mtlkernels.ops.level import reference, schema  # noqa: F401  (it defines the operators)
 from mtlkernels.ops.level.spec import Groups, LevelSpec
 
@@ -32,15 +32,13 @@ _OP = "level"
 class Plan(NamedTuple):
     """What is static about a call: the level, and how to run it.
 
-    ``direct``: straight to the C++ operator, whose arguments have been checked. ``recording``: straight to a GPU, by
-    what was recorded of a call like this one. ``losses``: of how many the backward pass gets the outputs' gradients,
-    one after another.
+    ``recorded``: the forward pass was replayed by what was recorded of a call like this one, as the backward pass may
+    be. ``losses``: of how many that gets the outputs' gradients, one after another.
     """
 
     spec: LevelSpec
     backend: str | None
-    direct: bool = False
-    recording: Any = None
+    recorded: bool = False
     losses: int = 1
 
 
@@ -54,11 +52,8 @@ class Level(torch.autograd.Function):
     @staticmethod
     def forward(plan: Plan, *tensors: Any) -> Any:
         spec = plan.spec
-        if plan.recording is not None:
-            return tuple(plan.recording.replay(triton_module(_OP).moving(spec, tensors[: spec.num_tensors])))
         args = (*spec.operands(tensors), *spec.encoded, tensors[spec.num_tensors], True)
-        run = run_cpp(_OP, "forward", *args) if plan.direct else run_forward(_OP, plan.backend, tensors[0], *args)
-        outputs, saved = run
+        outputs, saved = run_forward(_OP, plan.backend, tensors[0], *args)
         return (*outputs, *saved)
 
     @staticmethod
@@ -69,7 +64,7 @@ class Level(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # zeros for what is saved, as large as that, took a tenth of a step
         ctx.plan, ctx.num_saved = plan, len(saved)
         ctx.num_gates = len(plan.spec.gate_sizes)
-        ctx.losses = None  # several of them, while they take the place of one: see mtlkernels.ops.level.passes
+        ctx.losses = None  # several of them, while they take the place of one: see mtlkernels.ops.level.node
         ctx.save_for_backward(*tensors, *saved)
 
     @staticmethod
@@ -82,9 +77,7 @@ class Level(torch.autograd.Function):
         if all(grad is None for grad in grad_outputs):
             return nothing
         plan = ctx.plan
-        if plan.recording is not None and not (
-            torch.is_grad_enabled() or observed() or grads_are_batched(grad_outputs)
-        ):
+        if plan.recorded and not (torch.is_grad_enabled() or observed() or grads_are_batched(grad_outputs)):
             stored, count, flags = ctx.saved_tensors, plan.spec.num_tensors, ctx.needs_input_grad[1:-1]
             own = (stored[:count], stored[count + 1 :], flags)
             return (None, *triton_module(_OP).in_place(plan.spec, grad_outputs, *own), None)
@@ -96,44 +89,6 @@ class Level(torch.autograd.Function):
             return Level.apply(plan._replace(spec=spec), *arguments)
 
         return _vmap_forward(run, info.batch_size, in_dims[1:], plan.spec, tensors)
-
-
-class Losses:
-    """What several losses' passes bring to a level's outputs; once it has run, what they take on from its inputs.
-
-    ``loss`` is the one whose pass runs the level.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.loss = 0
-        self._grads: list[Sequence[Tensor | None]] = [()] * count
-        self._found: list[list[Tensor | None]] = [[] for _ in range(count)]
-        self._stream: Any = None
-
-    def hold(self, loss: int, grad_outputs: Sequence[Tensor | None]) -> None:
-        self._grads[loss] = grad_outputs
-
-    def run(self, ctx: Any, grad_outputs: Sequence[Tensor | None]) -> None:
-        """The level's backward pass, of the losses that bring a gradient."""
-        self.hold(self.loss, grad_outputs)
-        reaching = [i for i, grads in enumerate(self._grads) if any(grad is not None for grad in grads)]
-        if not reaching:
-            return
-        stored = ctx.saved_tensors
-        found = level_gradients(ctx, stored, [grad for i in reaching for grad in self._grads[i]])
-        # A node has an edge for each tensor that its function was applied to.
-        tensors = [i for i, tensor in enumerate(stored[: -ctx.num_saved]) if tensor is not None]
-        width = len(found) // len(reaching)
-        for number, loss in enumerate(reaching):
-            self._found[loss] = [found[number * width + i] for i in tensors]
-        if stored[0].is_cuda:
-            self._stream = torch.cuda.current_stream(stored[0].device)
-
-    def take(self) -> list[list[Tensor | None]]:
-        """For each loss the gradients of the level's tensors, or none; for the stream of whoever calls."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        return self._found
 
 
 def level_gradients(ctx: Any, stored: Sequence[Any], grad_outputs: Sequence[Any]) -> list[Tensor | None]:
@@ -184,7 +139,7 @@ def _by_parts(plan: Plan, needs: Any, grad_outputs: Any, tensors: Any, saved: An
     of_gates = needs[0] or needs[6] or needs[7]
     inner_needs = (*needs[:6], of_gates, False)
     kept = saved[:-1]  # without the logits
-    inner_plan = plan._replace(spec=inner, direct=False, recording=None)
+    inner_plan = plan._replace(spec=inner, recorded=False)
     found = inner.split(_by_operator(inner_plan, inner_needs, grad_outputs, (*of_level, None), kept))
     grad_inputs = list(found.inputs)
     grad_weights: list[Any] = [None] * len(logits)
@@ -218,7 +173,7 @@ class LevelBackward(torch.autograd.Function):
             return batched_backward(LevelBackward, (plan, needs), arguments)
         grad_outputs, tensors = arguments[:gates], arguments[gates:]
         saved = tensors[spec.num_tensors + 1 :]
-        if plan.recording is not None and not observed():
+        if plan.recorded and not observed():
             own = tensors[: spec.num_tensors]
             return tuple(triton_module(_OP).gradients(spec, grad_outputs, own, saved, None, needs))
         args = (*spec.operands(tensors), saved, *spec.encoded, tensors[spec.num_tensors], needs)

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _extension
-from mtlkernels.ops._call import apply_plain, replays, unobserved
+from mtlkernels.ops._call import replays, unobserved
 from mtlkernels.ops.activations import CODES, has_slopes
-from mtlkernels.ops.level.autograd import Level, Plan
 from mtlkernels.ops.level.call import spec_of
 from mtlkernels.ops.level.norms import running_parts
 from mtlkernels.ops.level.spec import Layer
@@ -34,10 +33,9 @@ def direct(
 ) -> tuple[Tensor, ...] | None:
     """The level's outputs from the public function's arguments; ``gates`` are logits, weights, biases and norms.
 
-    C++ takes the tensors out of the caller's lists, checks them, and serves; where a gradient is wanted it hands them
-    back, and they go straight to its operator. On a GPU it hands them back always, for a recording of a call that was
-    checked. None is "not mine": where somebody looks on, where the arguments are not such as C++ takes, or do not fit
-    each other. The checks in Python then find out why, in the caller's terms.
+    C++ takes the tensors out of the caller's lists, checks them, and serves or trains. On a GPU it hands them back, for
+    a recording of a call that was checked. None is "not mine": where somebody looks on, where the arguments are not
+    such as C++ takes, or do not fit each other. The checks in Python then find out why, in the caller's terms.
     """
     several = isinstance(inputs, _LISTS)
     first = inputs[0] if several and inputs else inputs
@@ -72,13 +70,11 @@ def direct(
     if running is _NOT_MINE or running_gates is _NOT_MINE:
         return None
     spec = spec_of(routing.wiring, len(inputs) if several else 1, layers, gates[1] is not None and not sloped)
-    found = _extension.function("level")(
-        inputs, weights, biases, *gates[:3], running, running_gates, slopes, epsilons, spec.encoded[0]
+    way = spec.encoded[0], not spec.unread, _backends.forced() is not None
+    found: tuple[Tensor, ...] | None = _extension.function("level")(
+        inputs, weights, biases, *gates[:3], running, running_gates, slopes, epsilons, *way
     )
-    if not isinstance(found, list) or spec.unread:
-        return None if isinstance(found, list) else found
-    out = apply_plain(Level, Plan(spec, _backends.forced(), True), *found, None)
-    return tuple(out[: len(spec.gate_sizes)])
+    return found
 
 
 def _named(activation: Any, count: int) -> tuple[tuple[Layer, ...], bool] | None:
@@ -116,10 +112,11 @@ def _on_gpu(
     recording = launcher.recorded(spec, tensors, wanted)
     if recording is None:
         return None
+    results = recording.replay(launcher.moving(spec, tensors))
     if not wanted:
-        return tuple(recording.replay(launcher.moving(spec, tensors)))
-    out = apply_plain(Level, Plan(spec, _backends.forced(), recording=recording), *tensors, None)
-    return tuple(out[: len(spec.gate_sizes)])
+        return tuple(results)
+    with_node = _extension.function("recorded_level")
+    return tuple(with_node(tensors, results, spec.encoded[0], _backends.forced() is not None))
 
 
 _NOT_MINE = object()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mtlkernels import _torch
-from mtlkernels.ops.level.autograd import Level, Losses
+from mtlkernels.ops.level.node import Losses, level_of
 
 Grads = list[Tensor | None]
 
@@ -70,7 +70,7 @@ def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int]
                 return False
             continue
         numbers[node] = number
-        if _torch.is_node_of(node, Level):
+        if level_of(node) is not None:
             part.levels.append(node)
             continue
         if _torch.is_leaf_node(node):
@@ -117,7 +117,7 @@ def differentiate(
 
 
 def _outputs(level: Any) -> list[GradientEdge]:
-    return [GradientEdge(level, k) for k in range(level.num_gates)]
+    return [GradientEdge(level, k) for k in range(level_of(level).num_gates)]
 
 
 def _inputs(level: Any) -> list[GradientEdge | None]:
@@ -158,11 +158,11 @@ def _run(levels: Sequence[Any], of_losses: dict[Any, Losses], loss: int) -> Iter
     """The nodes of these levels see to all losses, of which this one's pass comes to them."""
     try:
         for level in levels:
-            of_losses[level].loss, level.losses = loss, of_losses[level]
+            of_losses[level].loss, level_of(level).losses = loss, of_losses[level]
         yield
     finally:
         for level in levels:
-            level.losses = None
+            level_of(level).losses = None
 
 
 def _going_on(level: Any, grads: Grads, result: Grads, places: dict[int, int]) -> tuple[Sequence[Any], Any]:

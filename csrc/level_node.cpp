@@ -1,0 +1,278 @@
+#include "level_node.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/gil_safe_call_once.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/level/level.h"
+#include "cpu/runtime/check.h"
+
+namespace mtlk {
+namespace {
+
+namespace py = pybind11;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// What a node keeps beside tensors, by name. Compiled autograd wants to hash it, so that it is made of strings and
+// ints.
+const std::string kSpec = "spec";      // the level's ints, byte by byte
+const std::string kWanted = "wanted";  // of each tensor: a byte of those below
+const std::string kWay = "way";        // bits of those below
+const std::string kSaved = "saved";    // how many tensors the forward pass saved
+const std::string kLosses = "losses";  // the address of a mtlkernels.ops.level.node.Losses, or 0
+
+constexpr char kAbsent = 0, kConstant = 1, kVariable = 2;
+
+// How the forward pass was run: by what was recorded of such a call, or by the C++ kernels; as the caller asked by
+// name.
+constexpr int64_t kRecorded = 1, kByName = 2;
+
+// A call whose results become those of a node.
+struct Call {
+  const LevelSpec& spec;
+  const Tensors& tensors;  // all of the level's in their order
+  int64_t way;
+  const LevelTensors* own;  // the same by kind, to be computed with
+  LevelResults results;     // or what was computed with them
+};
+
+class Context {
+ public:
+  explicit Context(AutogradContext* context) : context_(context) {}
+
+  LevelSpec spec() const {
+    const std::string& bytes = string(kSpec);
+    std::vector<int64_t> ints(bytes.size() / sizeof(int64_t));
+    std::memcpy(ints.data(), bytes.data(), bytes.size());
+    return LevelSpec(std::move(ints), {});
+  }
+  const std::string& wanted() const { return string(kWanted); }
+  bool recorded() const { return (integer(kWay) & kRecorded) != 0; }
+  bool by_name() const { return (integer(kWay) & kByName) != 0; }
+  int64_t num_saved() const { return integer(kSaved); }
+  PyObject* losses() const { return reinterpret_cast<PyObject*>(integer(kLosses)); }
+  void set_losses(PyObject* losses) { context_->saved_data[kLosses] = reinterpret_cast<int64_t>(losses); }
+
+  // Of all tensors, whether this backward pass has a use for their gradients.
+  std::vector<bool> needs() const {
+    std::vector<bool> result;
+    size_t edge = 0;
+    for (const char kind : wanted()) result.push_back(kind != kAbsent && context_->needs_input_grad(edge++));
+    return result;
+  }
+
+  // All tensors, then what the forward pass saved. Once: checkpointing computes it anew each time.
+  variable_list saved() const { return context_->get_saved_variables(); }
+
+ private:
+  const std::string& string(const std::string& name) const { return context_->saved_data.at(name).toStringRef(); }
+  int64_t integer(const std::string& name) const { return context_->saved_data.at(name).toInt(); }
+
+  AutogradContext* context_;
+};
+
+// Whether someone wants to see what a backward pass does, or stands behind its tensors.
+bool observed(const variable_list& grads) {
+  static const c10::DispatchKeySet watchers({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                             c10::DispatchKey::FuncTorchVmapMode, c10::DispatchKey::VmapMode,
+                                             c10::DispatchKey::Functionalize, c10::DispatchKey::Tracer});
+  return at::GradMode::is_enabled() || at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
+         !(c10::impl::tls_local_dispatch_key_set().included_ & watchers).empty() ||
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) ||
+         !std::all_of(grads.begin(), grads.end(), [](const at::Tensor& t) { return !t.defined() || is_plain(t); });
+}
+
+// Of each kind of a level's tensors, in their order.
+Needs needs_by_kind(const std::vector<bool>& needs, const LevelTensors& tensors) {
+  Needs result{};
+  auto next = needs.begin();
+  size_t kind = 0;
+  for (const Tensors* of_kind : {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.scales, &tensors.shifts,
+                                 &tensors.slopes, &tensors.gates, &tensors.gate_biases}) {
+    const auto end = next + static_cast<int64_t>(of_kind->size());
+    result[kind++] = std::find(next, end, true) != end;
+    next = end;
+  }
+  return result;
+}
+
+Tensors by_cpp(const Context& context, const variable_list& grads) {
+  const LevelSpec spec = context.spec();
+  const std::vector<bool> needs = context.needs();
+  const variable_list saved = context.saved();
+  const LevelTensors tensors = spec.split(at::TensorList(saved).slice(0, needs.size()));
+  return differentiate_level(spec, tensors, grads, at::TensorList(saved).slice(needs.size()),
+                             needs_by_kind(needs, tensors));
+}
+
+py::object wrap(const at::Tensor& tensor) {
+  PyObject* const object = THPVariable_Wrap(tensor);  // None where it is undefined
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+py::list wrapped(at::TensorList tensors) {
+  py::list result;
+  for (const at::Tensor& tensor : tensors) result.append(wrap(tensor));
+  return result;
+}
+
+Tensors unwrapped(py::handle tensors) {
+  Tensors result;
+  for (const py::handle tensor : tensors) {
+    if (tensor.is_none()) {
+      result.emplace_back();
+    } else if (THPVariable_Check(tensor.ptr())) {
+      result.push_back(THPVariable_Unpack(tensor.ptr()));
+    } else {
+      throw py::type_error("mtlkernels: a tensor or None was expected");
+    }
+  }
+  return result;
+}
+
+Tensors by_python(const Context& context, const variable_list& grads) {
+  const py::gil_scoped_acquire gil;
+  try {
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> function;
+    function.call_once_and_store_result(
+        [] { return py::module_::import("mtlkernels.ops.level.node").attr("gradients_of_node"); });
+    return unwrapped(function.get_stored()(context, wrapped(grads)));
+  } catch (py::error_already_set& error) {
+    error.restore();
+    python_error persistent;  // as autograd's threads carry errors
+    persistent.persist();
+    throw persistent;
+  }
+}
+
+struct LevelFunction : torch::autograd::Function<LevelFunction> {
+  // `given` are the tensors that there are: each has an edge.
+  static variable_list forward(AutogradContext* context, at::TensorList given, Call& call) {
+    if (call.own) call.results = train_level(call.spec, *call.own);
+    context->set_materialize_grads(false);
+    const auto [ints, floats] = call.spec.encoded();
+    std::string wanted;
+    for (const at::Tensor& tensor : call.tensors) {
+      wanted += !tensor.defined() ? kAbsent : tensor.requires_grad() ? kVariable : kConstant;
+    }
+    context->saved_data[kSpec] = std::string(reinterpret_cast<const char*>(ints.data()), ints.size() * sizeof(int64_t));
+    context->saved_data[kWanted] = std::move(wanted);
+    context->saved_data[kWay] = call.way;
+    context->saved_data[kSaved] = static_cast<int64_t>(call.results.saved.size());
+    context->saved_data[kLosses] = int64_t{0};
+    variable_list kept = call.tensors;
+    kept.insert(kept.end(), call.results.saved.begin(), call.results.saved.end());
+    context->save_for_backward(std::move(kept));
+    return std::move(call.results.outputs);
+  }
+
+  static variable_list backward(AutogradContext* saved, variable_list grads) {
+    const Context context(saved);
+    const std::string& wanted = context.wanted();
+    // One for each that was given, and one for the call.
+    variable_list result(wanted.size() - std::count(wanted.begin(), wanted.end(), kAbsent) + 1);
+    const bool reached = std::any_of(grads.begin(), grads.end(), [](const at::Tensor& t) { return t.defined(); });
+    if (!reached && !context.losses()) return result;
+    const bool in_cpp = !context.recorded() && !context.losses() && !observed(grads);
+    Tensors found = in_cpp ? by_cpp(context, grads) : by_python(context, grads);
+    size_t edge = 0;
+    for (size_t i = 0; i < found.size(); ++i) {
+      if (wanted[i] != kAbsent) result[edge++] = std::move(found[i]);
+    }
+    return result;
+  }
+};
+
+Tensors with_node(Call& call) {
+  Tensors given;
+  std::copy_if(call.tensors.begin(), call.tensors.end(), std::back_inserter(given),
+               [](const at::Tensor& tensor) { return tensor.defined(); });
+  return LevelFunction::apply(at::TensorList(given), call);
+}
+
+// The outputs among what a recorded call has `found`, with a node.
+py::list recorded_level(py::handle tensors, py::handle found, std::vector<int64_t> ints, bool by_name) {
+  const LevelSpec spec(std::move(ints), {});
+  Tensors outputs = unwrapped(found);
+  Tensors saved(outputs.begin() + spec.gates(), outputs.end());
+  outputs.resize(spec.gates());
+  const Tensors all = unwrapped(tensors);
+  Call call{spec, all, by_name ? kRecorded | kByName : kRecorded, nullptr, {std::move(outputs), std::move(saved)}};
+  return wrapped(with_node(call));
+}
+
+// The context of a node that is one of ours, otherwise None.
+py::object level_context(py::handle node) {
+  if (!torch::autograd::THPCppFunction_Check(node.ptr())) return py::none();
+  auto* const function = reinterpret_cast<torch::autograd::THPCppFunction*>(node.ptr())->cdata.get();
+  auto* const own = dynamic_cast<torch::autograd::CppNode<LevelFunction>*>(function);
+  return own ? py::cast(Context(&own->ctx_)) : py::none();
+}
+
+}  // namespace
+
+bool is_plain(const at::Tensor& tensor) {
+  static const uint64_t plain = [] {
+    c10::DispatchKeySet keys({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView});
+    for (const auto backend : {c10::BackendComponent::CPUBit, c10::BackendComponent::CUDABit}) {
+      keys =
+          keys | c10::getAutogradRelatedKeySetFromBackend(backend) | c10::getAutocastRelatedKeySetFromBackend(backend);
+    }
+    return keys.raw_repr();
+  }();
+  return (tensor.key_set().raw_repr() & ~plain) == 0;
+}
+
+Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, bool by_name) {
+  Tensors all;
+  for (const Tensors* of_kind :
+       {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.gates, &tensors.gate_biases}) {
+    all.insert(all.end(), of_kind->begin(), of_kind->end());
+  }
+  Call call{spec, all, by_name ? kByName : 0, &tensors, {}};
+  return with_node(call);
+}
+
+void define_level_node(py::module_& module) {
+  module.def("recorded_level", &recorded_level, "The outputs of a call that was replayed, with a node of its tensors.");
+  module.def("level_context", &level_context, "The context of a node that was made in C++, otherwise None.");
+  py::class_<Context>(module, "LevelContext")
+      .def_property_readonly("ints", [](const Context& context) { return context.spec().encoded().first; })
+      .def_property_readonly("recorded", &Context::recorded)
+      .def_property_readonly("by_name", &Context::by_name)
+      .def_property_readonly("needs", &Context::needs)
+      .def_property_readonly("variables",
+                             [](const Context& context) {
+                               std::vector<bool> result;
+                               for (const char kind : context.wanted()) result.push_back(kind == kVariable);
+                               return result;
+                             })
+      .def_property_readonly("num_saved", &Context::num_saved)
+      .def_property_readonly("saved", [](const Context& context) { return wrapped(context.saved()); })
+      .def_property(
+          "losses",
+          [](const Context& context) {
+            PyObject* const losses = context.losses();
+            return losses ? py::reinterpret_borrow<py::object>(losses) : py::none();
+          },
+          // Whoever sets them holds them until they are set back.
+          [](Context& context, py::handle losses) { context.set_losses(losses.is_none() ? nullptr : losses.ptr()); });
+}
+
+}  // namespace mtlk

@@ -1,0 +1,25 @@
+// A level in autograd's graph without Python: the node of a call by the direct way.
+//
+// A Function in Python takes longer than a small level, and longer with each tensor that it is applied to. This one
+// holds the same tensors, and runs the level's backward operator where nobody looks on; whatever else a backward pass
+// may be, one that is differentiated again, traced, or of several losses at once, it hands to that Function in Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "cpu/level/spec.h"
+
+namespace mtlk {
+
+// Whether nothing but its memory stands behind a tensor on the CPU or a GPU, so that the dispatcher has nobody else to
+// ask.
+bool is_plain(const at::Tensor& tensor);
+
+// The outputs of a level without norms, dropout and slopes, of which gradients are wanted. `by_name`: "cpp" was asked
+// for.
+Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, bool by_name);
+
+// mtlkernels._C.recorded_level, LevelContext and level_context, see level_node.cpp.
+void define_level_node(pybind11::module_& module);
+
+}  // namespace mtlk

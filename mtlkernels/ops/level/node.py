@@ -1,0 +1,105 @@
+"""A level's node in autograd's graph, whichever made it: the Function in Python, or C++ past it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlkernels import _extension, _torch
+from mtlkernels.ops.level import autograd
+from mtlkernels.ops.level.spec import LevelSpec
+
+
+class Node:
+    """A level's node that C++ has made, which holds its tensors, as the backward pass of :class:`Level` knows its own.
+
+    Args:
+        context: the node's ``mtlkernels._C.LevelContext``.
+        node: the node, which has to be there as long as this is used.
+    """
+
+    def __init__(self, context: Any, node: Any = None) -> None:
+        self._context, self._node = context, node
+        backend = None if not context.by_name else "triton" if context.recorded else "cpp"
+        self.plan = autograd.Plan(LevelSpec.decoded(context.ints, ()), backend, context.recorded)
+        self.num_gates = len(self.plan.spec.gate_sizes)
+
+    @property
+    def losses(self) -> Losses | None:
+        found: Losses | None = self._context.losses
+        return found
+
+    @losses.setter
+    def losses(self, losses: Losses | None) -> None:
+        self._context.losses = losses
+
+    @cached_property
+    def needs_input_grad(self) -> tuple[bool, ...]:
+        """As that of :meth:`Level.apply`'s arguments. For several losses whatever this pass is after."""
+        context = self._context
+        return (False, *(context.needs if context.losses is None else context.variables), False)
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        saved, count = self._context.saved, self.plan.spec.num_tensors
+        return (*saved[:count], None, *saved[count:])
+
+    @property
+    def num_saved(self) -> int:
+        return int(self._context.num_saved)
+
+
+def gradients_of_node(context: Any, grads: Sequence[Any]) -> Sequence[Tensor | None]:
+    """What C++ asks of a node's backward pass: gradients of all of the level's tensors."""
+    found: Sequence[Tensor | None] = autograd.Level.backward(Node(context), *grads)[1:-1]
+    return found
+
+
+def level_of(node: Any) -> Any:
+    """What the backward pass of :class:`Level` knows of a node in autograd's graph; None for one of anything else."""
+    if _torch.is_node_of(node, autograd.Level):
+        return node
+    context = _extension.function("level_context")(node) if _extension.loaded() else None
+    return None if context is None else Node(context, node)
+
+
+class Losses:
+    """What several losses' passes bring to a level's outputs; once it has run, what they take on from its inputs.
+
+    ``loss`` is the one whose pass runs the level.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.loss = 0
+        self._grads: list[Sequence[Tensor | None]] = [()] * count
+        self._found: list[list[Tensor | None]] = [[] for _ in range(count)]
+        self._stream: Any = None
+
+    def hold(self, loss: int, grad_outputs: Sequence[Tensor | None]) -> None:
+        self._grads[loss] = grad_outputs
+
+    def run(self, ctx: Any, grad_outputs: Sequence[Tensor | None]) -> None:
+        """The level's backward pass, of the losses that bring a gradient."""
+        self.hold(self.loss, grad_outputs)
+        reaching = [i for i, grads in enumerate(self._grads) if any(grad is not None for grad in grads)]
+        if not reaching:
+            return
+        stored = ctx.saved_tensors
+        found = autograd.level_gradients(ctx, stored, [grad for i in reaching for grad in self._grads[i]])
+        # A node has an edge for each tensor that its function was applied to.
+        tensors = [i for i, tensor in enumerate(stored[: -ctx.num_saved]) if tensor is not None]
+        width = len(found) // len(reaching)
+        for number, loss in enumerate(reaching):
+            self._found[loss] = [found[number * width + i] for i in tensors]
+        if stored[0].is_cuda:
+            self._stream = torch.cuda.current_stream(stored[0].device)
+
+    def take(self) -> list[list[Tensor | None]]:
+        """For each loss the gradients of the level's tensors, or none; for the stream of whoever calls."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        return self._found
