@@ -20,6 +20,7 @@
 
 #include "cpu/level/level.h"
 #include "cpu/runtime/check.h"
+#include "recording.h"
 
 namespace mtlk {
 namespace {
@@ -133,6 +134,7 @@ py::list wrapped(at::TensorList tensors) {
 }
 
 Tensors unwrapped(py::handle tensors) {
+  if (py::isinstance<Results>(tensors)) return std::move(tensors.cast<Results&>().tensors);
   Tensors result;
   for (const py::handle tensor : tensors) {
     if (tensor.is_none()) {

@@ -146,7 +146,8 @@ class Recording {
       base.push_back(reinterpret_cast<int64_t>(tensor->const_data_ptr()));
     });
     std::vector<at::Tensor> tensors;
-    py::list firsts, returned;
+    py::list firsts;
+    Results results;
     for (const Room& room : rooms_) {
       std::vector<at::Tensor> found = allocate(room, *like);
       base.push_back(reinterpret_cast<int64_t>(found[0].const_data_ptr()));
@@ -157,8 +158,9 @@ class Recording {
     at::Tensor table = at::empty({count}, at::TensorOptions().dtype(at::kLong).pinned_memory(like->is_cuda()));
     auto* const values = table.mutable_data_ptr<int64_t>();
     for (int64_t i = 0; i < count; ++i) values[i] = entries_[i] + base[bases_[i]];
-    for (const int32_t number : returned_) append(returned, number < 0 ? at::Tensor() : tensors[number]);
-    return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(table))), firsts, returned);
+    for (const int32_t number : returned_) results.tensors.push_back(number < 0 ? at::Tensor() : tensors[number]);
+    return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(table))), firsts,
+                          std::move(results));
   }
 
  private:
@@ -172,6 +174,11 @@ class Recording {
 
 void define_recording(py::module_& module) {
   module.def("signature", &signature, "What of moving and of fixed tensors a call's launches depend on, or None.");
+  py::class_<Results>(module, "Results").def("list", [](const Results& results) {
+    py::list found;
+    for (const at::Tensor& tensor : results.tensors) append(found, tensor);
+    return found;
+  });
   module.def("together", &together, "Tensors of these shapes, in one allocation.");
   py::class_<Recording>(module, "Recording")
       .def(py::init<std::vector<int64_t>, std::vector<int32_t>,

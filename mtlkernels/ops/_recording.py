@@ -63,10 +63,10 @@ class Recording:
         firsts = {id(room[0]): i for i, room in enumerate(table.rooms)}
         self._launches = [_again(launch, firsts) for launch in table.launches if launch is not None]
 
-    def replay(self, moving: Sequence[Tensor]) -> list[Any]:
-        """What the call returns for other tensors in the place of those that it was recorded with."""
+    def replay(self, moving: Sequence[Tensor]) -> Any:
+        """What the call returns, as ``_C.Results``, for other tensors in the place of those of the recorded one."""
         device = moving[0].device
-        host, rooms, returned = self._prepare(moving)
+        host, rooms, results = self._prepare(moving)
         with on_device(device):
             entries = copied(host, device)
             for start, args, places in self._launches:
@@ -75,10 +75,9 @@ class Recording:
                     for at, room in places:
                         args[at] = rooms[room]
                 start(entries, *args)
-        found: list[Any] = returned
         if self._finish is not None:
-            self._finish(found)
-        return found
+            self._finish(results.list())
+        return results
 
 
 def _again(made: Any, rooms: dict[int, int]) -> tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]:

@@ -76,11 +76,6 @@ class Level(torch.autograd.Function):
             return nothing
         if all(grad is None for grad in grad_outputs):
             return nothing
-        plan = ctx.plan
-        if plan.recorded and not (torch.is_grad_enabled() or observed() or grads_are_batched(grad_outputs)):
-            stored, count, flags = ctx.saved_tensors, plan.spec.num_tensors, ctx.needs_input_grad[1:-1]
-            own = (stored[:count], stored[count + 1 :], flags)
-            return (None, *triton_module(_OP).in_place(plan.spec, grad_outputs, *own), None)
         return (None, *level_gradients(ctx, ctx.saved_tensors, grad_outputs))  # once: checkpointing recomputes them
 
     @staticmethod

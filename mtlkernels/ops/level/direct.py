@@ -114,7 +114,7 @@ def _on_gpu(
         return None
     results = recording.replay(launcher.moving(spec, tensors))
     if not wanted:
-        return tuple(results)
+        return tuple(results.list())
     with_node = _extension.function("recorded_level")
     return tuple(with_node(tensors, results, spec.encoded[0], _backends.forced() is not None))
 

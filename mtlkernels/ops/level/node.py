@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _extension, _torch
+from mtlkernels._backends import triton_module
+from mtlkernels._tracing import observed
+from mtlkernels.ops._autograd import grads_are_batched
 from mtlkernels.ops.level import autograd
 from mtlkernels.ops.level.spec import LevelSpec
 
@@ -53,10 +56,14 @@ class Node:
         return int(self._context.num_saved)
 
 
-def gradients_of_node(context: Any, grads: Sequence[Any]) -> Sequence[Tensor | None]:
-    """What C++ asks of a node's backward pass: gradients of all of the level's tensors."""
-    found: Sequence[Tensor | None] = autograd.Level.backward(Node(context), *grads)[1:-1]
-    return found
+def gradients_of_node(context: Any, grads: Sequence[Any]) -> Any:
+    """What C++ asks of a node's backward pass: gradients of all of the level's tensors, in a list or ``_C.Results``."""
+    node = Node(context)
+    watched = torch.is_grad_enabled() or observed() or grads_are_batched(grads)
+    if not node.plan.recorded or node.losses is not None or watched:
+        return autograd.Level.backward(node, *grads)[1:-1]
+    stored, count = context.saved, node.plan.spec.num_tensors
+    return triton_module("level").in_place(node.plan.spec, grads, stored[:count], stored[count:], tuple(context.needs))
 
 
 def level_of(node: Any) -> Any:

@@ -41,7 +41,7 @@ def forward(
     count = len(level.gate_sizes)
     recording = recorded(level, tensors, save, seed)
     if recording is not None:
-        found = recording.replay(moving(level, tensors, seed))
+        found = recording.replay(moving(level, tensors, seed)).list()
         return found[:count], found[count:]
     check_level(level, tensors, seed)
     tensors = apart(tensors)
@@ -82,17 +82,18 @@ def gradients(
 ) -> list[Tensor]:
     """The same, of a spec's shared object and of all tensors in one list."""
     if len(grad_outputs) == len(level.gate_sizes):
-        return _of_losses(level, grad_outputs, tensors, saved, seed, needs)
+        return list(_of_losses(level, grad_outputs, tensors, saved, seed, needs))
     found: list[Tensor] = []
     for losses in _together(level, grad_outputs):
         found += _of_losses(level, losses, tensors, saved, seed, needs)
     return found
 
 
-def in_place(
-    level: LevelSpec, grad_outputs: Tensors, tensors: Tensors, saved: Tensors, flags: Sequence[bool]
-) -> list[Tensor | None]:
-    """Of one loss, each where its tensor stands. ``flags`` says which are wanted; of its kind all may be returned."""
+def in_place(level: LevelSpec, grad_outputs: Tensors, tensors: Tensors, saved: Tensors, flags: Sequence[bool]) -> Any:
+    """Of one loss, each where its tensor stands, in a list or as ``_C.Results``.
+
+    ``flags`` says which are wanted; of its kind all may be returned.
+    """
     return _of_losses(level, grad_outputs, tensors, saved, None, flags, True)
 
 
@@ -104,7 +105,7 @@ def _of_losses(
     seed: Tensor | None,
     wanted: Any,
     in_place: bool = False,
-) -> list[Any]:
+) -> Any:
     """The gradients that losses bring which go through the same launches."""
     mask = tuple(grad is not None for grad in losses)
     present = [grad for grad in losses if grad is not None]
@@ -115,7 +116,8 @@ def _of_losses(
     if present:
         recording = _find(level, "backward", static, (*present, *others), fixed)
         if recording is not None:
-            return recording.replay((*present, *others))
+            results = recording.replay((*present, *others))
+            return results if in_place else results.list()
     needs = tuple(any(group) for group in level.split(wanted)) if in_place else wanted
     check_saved(level, check_level(level, tensors, seed), losses, saved)
     own = apart((*present, *tensors))
