@@ -3,24 +3,28 @@
 // Threads switch only where they wait for each other, and run in a random order, in half of the blocks one warp far
 // ahead of the others, so that a missing barrier changes results, or reads what a later thread has yet to write.
 // Waiting is strict: all threads of the block, or of the warp, must come to the same line, and none may have returned.
-// What it does not show: fences, and blocks at the same time.
+//
+// With MTLK_BLOCKS_AT_ONCE several threads of the host run blocks at the same time, for ThreadSanitizer to watch: what
+// orders two blocks then is a counter with a fence in front of it and one behind it, and nothing else.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <functional>
 #include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define MTLK_GLOBAL
 #define MTLK_DEVICE
 #define __launch_bounds__(threads)
-#define __shared__ static
+#define __shared__ static thread_local  // a thread of the host runs one block at a time
 #define __syncthreads() emulated::Block::now->wait(emulated::kBlock, __LINE__)
 #define __syncwarp() emulated::Block::now->wait(emulated::kWarp, __LINE__)
 
@@ -40,9 +44,9 @@ struct Fiber {
 
 class Block {
  public:
-  static inline Block* now = nullptr;
+  static inline thread_local Block* now = nullptr;
   static constexpr std::size_t kStack = 1 << 16;
-  static inline std::vector<std::unique_ptr<char[]>> stacks;  // a thread's serves all blocks
+  static inline thread_local std::vector<std::unique_ptr<char[]>> stacks;  // a fiber's serves all blocks
 
   Block(int threads, std::mt19937& random, std::function<void()> kernel)
       : fibers_(threads), random_(random), kernel_(std::move(kernel)) {}
@@ -95,7 +99,7 @@ class Block {
 
 }  // namespace emulated
 
-inline emulated::Index threadIdx, blockIdx, gridDim;
+inline thread_local emulated::Index threadIdx, blockIdx, gridDim;
 
 inline void emulated::Block::run() {
   now = this;
@@ -130,7 +134,25 @@ inline void emulated::Block::run() {
   }
 }
 
-inline void __threadfence() {}
+namespace emulated {
+
+// What a fence does depends on the counter of the thread that comes to it: in front of it, all that was written is seen
+// by whoever counts later and has a fence behind that. Tests leave one of the two out.
+inline thread_local bool fenced = false;
+inline thread_local long long* counted = nullptr;
+inline bool without_fence_before = false, without_fence_behind = false;
+
+}  // namespace emulated
+
+inline void __threadfence() {
+  using namespace emulated;
+  if (counted == nullptr) {
+    fenced = !without_fence_before;
+  } else {
+    if (!without_fence_behind) std::atomic_ref(*counted).load(std::memory_order_acquire);
+    counted = nullptr;
+  }
+}
 
 namespace mtlk::cuda {
 
@@ -148,13 +170,24 @@ inline void mma(double (&sums)[2], double a, double b) {
   }
 }
 
-inline long long count_up(long long* counter) { return (*counter)++; }
+inline long long count_up(long long* counter) {
+  const auto order = emulated::fenced ? std::memory_order_release : std::memory_order_relaxed;
+  emulated::fenced = false;
+  emulated::counted = counter;
+  return std::atomic_ref(*counter).fetch_add(1, order);
+}
 
 inline double read_shared_by_blocks(const double* source) { return *source; }
 
 }  // namespace mtlk::cuda
 
 namespace emulated {
+
+#ifdef MTLK_BLOCKS_AT_ONCE
+constexpr unsigned kWorkers = 4;  // threads of the host
+#else
+constexpr unsigned kWorkers = 1;
+#endif
 
 // Runs a kernel; nullptr, or what would have gone wrong.
 inline const char* launch(unsigned blocks, int threads, unsigned seed, const std::function<void()>& kernel) {
@@ -163,17 +196,30 @@ inline const char* launch(unsigned blocks, int threads, unsigned seed, const std
   std::vector<unsigned> order(blocks);
   for (unsigned i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random);
-  gridDim.x = blocks;
-  try {
-    for (const unsigned block : order) {
-      blockIdx.x = block;
-      Block(threads, random, kernel).run();
+  std::string errors[kWorkers];
+  const auto work = [&](unsigned worker) {
+    std::mt19937 own(seed + worker);
+    gridDim.x = blocks;
+    try {
+      for (unsigned i = worker; i < blocks; i += kWorkers) {
+        blockIdx.x = order[i];
+        Block(threads, own, kernel).run();
+      }
+    } catch (const std::exception& failure) {
+      errors[worker] = failure.what();
     }
-    return nullptr;
-  } catch (const std::exception& failure) {
-    error = failure.what();
-    return error.c_str();
+  };
+  if (kWorkers == 1) {
+    work(0);
+  } else {
+    std::vector<std::thread> workers;
+    for (unsigned worker = 0; worker < kWorkers; ++worker) workers.emplace_back(work, worker);
+    for (std::thread& worker : workers) worker.join();
   }
+  for (const std::string& found : errors) {
+    if (!found.empty()) return (error = found).c_str();
+  }
+  return nullptr;
 }
 
 }  // namespace emulated
