@@ -9,12 +9,16 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -42,15 +46,6 @@ constexpr char kAbsent = 0, kConstant = 1, kVariable = 2;
 // How the forward pass was run: by what was recorded of such a call, or by the C++ kernels; as the caller asked by
 // name.
 constexpr int64_t kRecorded = 1, kByName = 2;
-
-// A call whose results become those of a node.
-struct Call {
-  const LevelSpec& spec;
-  const Tensors& tensors;  // all of the level's in their order
-  int64_t way;
-  const LevelTensors* own;  // the same by kind, to be computed with
-  LevelResults results;     // or what was computed with them
-};
 
 class Context {
  public:
@@ -164,31 +159,10 @@ Tensors by_python(const Context& context, const variable_list& grads) {
 }
 
 struct LevelFunction : torch::autograd::Function<LevelFunction> {
-  // `given` are the tensors that there are: each has an edge.
-  static variable_list forward(AutogradContext* context, at::TensorList given, Call& call) {
-    if (call.own) call.results = train_level(call.spec, *call.own);
-    context->set_materialize_grads(false);
-    const auto [ints, floats] = call.spec.encoded();
-    std::string wanted;
-    for (const at::Tensor& tensor : call.tensors) {
-      wanted += !tensor.defined() ? kAbsent : tensor.requires_grad() ? kVariable : kConstant;
-    }
-    context->saved_data[kSpec] = std::string(reinterpret_cast<const char*>(ints.data()), ints.size() * sizeof(int64_t));
-    context->saved_data[kWanted] = std::move(wanted);
-    context->saved_data[kWay] = call.way;
-    context->saved_data[kSaved] = static_cast<int64_t>(call.results.saved.size());
-    context->saved_data[kLosses] = int64_t{0};
-    variable_list kept = call.tensors;
-    kept.insert(kept.end(), call.results.saved.begin(), call.results.saved.end());
-    context->save_for_backward(std::move(kept));
-    return std::move(call.results.outputs);
-  }
-
   static variable_list backward(AutogradContext* saved, variable_list grads) {
     const Context context(saved);
     const std::string& wanted = context.wanted();
-    // One for each that was given, and one for the call.
-    variable_list result(wanted.size() - std::count(wanted.begin(), wanted.end(), kAbsent) + 1);
+    variable_list result(wanted.size() - std::count(wanted.begin(), wanted.end(), kAbsent));  // one an edge
     const bool reached = std::any_of(grads.begin(), grads.end(), [](const at::Tensor& t) { return t.defined(); });
     if (!reached && !context.losses()) return result;
     const bool in_cpp = !context.recorded() && !context.losses() && !observed(grads);
@@ -201,11 +175,57 @@ struct LevelFunction : torch::autograd::Function<LevelFunction> {
   }
 };
 
-Tensors with_node(Call& call) {
-  Tensors given;
-  std::copy_if(call.tensors.begin(), call.tensors.end(), std::back_inserter(given),
-               [](const at::Tensor& tensor) { return tensor.defined(); });
-  return LevelFunction::apply(at::TensorList(given), call);
+template <typename Root>
+struct NodeOf : torch::autograd::CppNode<LevelFunction> {
+  // Newer versions of PyTorch have this virtual function, which destructors call. There the base makes an empty
+  // context, in memory that there may not be. Older versions do not have it, nor is it compiled with them.
+  void release_resources() {
+    Root::release_resources();
+    release_variables();
+  }
+};
+using LevelNode = NodeOf<torch::autograd::Node>;
+
+// Newer versions count nodes by intrusive pointers.
+template <typename Node>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Node>) {
+    return c10::make_intrusive<Node>();
+  } else {
+    return std::shared_ptr<Node>(new Node(), [](Node* node) { deleteNode(node); });  // torch::autograd's
+  }
+}
+
+// Gives outputs a node, which is what torch::autograd::Function::apply does with them.
+Tensors with_node(const LevelSpec& spec, const Tensors& tensors, LevelResults results, int64_t way) {
+  Tensors given;  // the tensors that there are: each has an edge
+  std::string wanted;
+  for (const at::Tensor& tensor : tensors) {
+    wanted += !tensor.defined() ? kAbsent : tensor.requires_grad() ? kVariable : kConstant;
+    if (tensor.defined()) given.push_back(tensor);
+  }
+  const auto node = make_node<LevelNode>();
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(given));
+  node->is_variable_input_.assign(given.size(), true);
+  for (const at::Tensor& tensor : given) node->input_info_.emplace_back(tensor);
+  AutogradContext& context = node->ctx_;
+  context.set_materialize_grads(false);
+  const auto ints = spec.encoded().first;
+  context.saved_data[kSpec] = std::string(reinterpret_cast<const char*>(ints.data()), ints.size() * sizeof(int64_t));
+  context.saved_data[kWanted] = std::move(wanted);
+  context.saved_data[kWay] = way;
+  context.saved_data[kSaved] = static_cast<int64_t>(results.saved.size());
+  context.saved_data[kLosses] = int64_t{0};
+  variable_list kept = tensors;
+  std::move(results.saved.begin(), results.saved.end(), std::back_inserter(kept));
+  context.save_for_backward(std::move(kept));
+  for (at::Tensor& output : results.outputs) {
+    torch::autograd::set_history(output, node);
+    node->output_info_.emplace_back(output);
+  }
+  node->save_variables_to_ctx();
+  return std::move(results.outputs);
 }
 
 // The outputs among what a recorded call has `found`, with a node.
@@ -214,16 +234,15 @@ py::list recorded_level(py::handle tensors, py::handle found, std::vector<int64_
   Tensors outputs = unwrapped(found);
   Tensors saved(outputs.begin() + spec.gates(), outputs.end());
   outputs.resize(spec.gates());
-  const Tensors all = unwrapped(tensors);
-  Call call{spec, all, by_name ? kRecorded | kByName : kRecorded, nullptr, {std::move(outputs), std::move(saved)}};
-  return wrapped(with_node(call));
+  LevelResults results{std::move(outputs), std::move(saved)};
+  return wrapped(with_node(spec, unwrapped(tensors), std::move(results), by_name ? kRecorded | kByName : kRecorded));
 }
 
 // The context of a node that is one of ours, otherwise None.
 py::object level_context(py::handle node) {
   if (!torch::autograd::THPCppFunction_Check(node.ptr())) return py::none();
   auto* const function = reinterpret_cast<torch::autograd::THPCppFunction*>(node.ptr())->cdata.get();
-  auto* const own = dynamic_cast<torch::autograd::CppNode<LevelFunction>*>(function);
+  auto* const own = dynamic_cast<LevelNode*>(function);
   return own ? py::cast(Context(&own->ctx_)) : py::none();
 }
 
@@ -247,8 +266,7 @@ Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, bool b
        {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.gates, &tensors.gate_biases}) {
     all.insert(all.end(), of_kind->begin(), of_kind->end());
   }
-  Call call{spec, all, by_name ? kByName : 0, &tensors, {}};
-  return with_node(call);
+  return with_node(spec, all, train_level(spec, tensors), by_name ? kByName : 0);
 }
 
 void define_level_node(py::module_& module) {

@@ -1,4 +1,5 @@
 // Memory that runs out at a chosen allocation of one library, to be preloaded in front of the C library's.
+#include <dlfcn.h>
 #include <errno.h>
 #include <execinfo.h>
 #include <link.h>
@@ -44,13 +45,32 @@ Range range_of(const dl_phdr_info& object) {
   return range;
 }
 
-// Whether the library is among the callers, and OpenMP's, which ends the process where it gets no memory, is not.
+// Whether PyTorch allocates there for a node of autograd's graph, any node, in a function that must not throw: where it
+// takes one apart, and where one has more than two outputs.
+bool of_nodes(void* address) {
+  struct Known {
+    void* address;
+    bool found;
+  };
+  static thread_local Known all[1024];  // as looking a name up takes milliseconds
+  Known& known = all[reinterpret_cast<uintptr_t>(address) / 4 % 1024];
+  if (known.address != address) {
+    Dl_info symbol;
+    const bool named = dladdr(address, &symbol) != 0 && symbol.dli_sname != nullptr;
+    const auto is = [&](const char* name) { return named && std::strstr(symbol.dli_sname, name) != nullptr; };
+    known = {address, is("Node17release_resources") || is("deleteNode") || is("SmallVectorBase")};
+  }
+  return known.found;
+}
+
+// Whether the library is among the callers, and nothing is that ends the process where it gets no memory: OpenMP, or
+// PyTorch as above.
 bool asked_by_library() {
   void* frames[48];
   const int count = backtrace(frames, 48);
   for (int i = 2; i < count; ++i) {
     if (openmp.has(frames[i])) return false;
-    if (library.has(frames[i])) return true;
+    if (library.has(frames[i])) return !of_nodes(frames[i - 1]);
   }
   return false;
 }
