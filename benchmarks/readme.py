@@ -121,9 +121,8 @@ class Table:
 def _machine(found: Report) -> list[str]:
     """Where and when, and what that machine does at best."""
     limits = found.limits
-    rates = ", ".join(f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in sorted(limits["gemm_tflops"].items()))
     reads = f"{limits['read_gb_s']:.3g} GB/s, from cache {limits['resident_read_gb_s']:.3g} GB/s"
-    return [f"{plots.where(found)}.", f"Measured in the same run: GEMM {rates}; reading {reads}."]
+    return [f"{plots.where(found)}.", f"Measured in the same run: {report.rates(limits)}; reading {reads}."]
 
 
 TABLES: dict[str, Callable[[Report], list[str]]] = {
@@ -141,6 +140,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
             _time("mtlkernels", OURS),
             _speedup("vs eager", "eager", bold=True),
             _speedup("vs compile", "compile"),
+            Column("as one GEMM, ms", lambda row: "–" if row.gemm_ms is None else milliseconds(row.gemm_ms)),
             Column("of the limit", _share),
             _peaks("eager", "eager"),
         ),

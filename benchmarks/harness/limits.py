@@ -1,4 +1,4 @@
-"""What this machine could do at best, measured with PyTorch itself in the same run as what it limits."""
+"""What this machine could do at best, measured in the same run as what it limits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.harness.peak import register_peak
 from benchmarks.harness.timing import timer
 
 # M, N, K: square ones, and oblong ones as the layers of a level make them.
@@ -25,8 +26,9 @@ RESIDENT_BYTES = {"cpu": 8 << 20, "cuda": 16 << 20}
 class Limits:
     """The best rates seen so far; measuring again can only raise them.
 
-    ``gemm`` FLOP/s by dtype name. The others are bytes/s: ``read`` of a buffer larger than a core's caches,
-    ``resident_read`` of one that stays in cache, ``copy`` counts bytes read and bytes written.
+    ``gemm`` are the FLOP/s of PyTorch's matrix products by dtype name, ``registers`` those of a processor's products
+    that touch registers alone, where they are known. The others are bytes/s: ``read`` of a buffer larger than a core's
+    caches, ``resident_read`` of one that stays in cache, ``copy`` counts bytes read and bytes written.
     """
 
     device: torch.device
@@ -35,11 +37,16 @@ class Limits:
     read: float = 0.0
     resident_read: float = 0.0
     copy: float = 0.0
+    registers: dict[str, float] = field(default_factory=dict)
 
     def measure(self, dtypes: Sequence[torch.dtype], seconds: float) -> None:
         """Spends about ``seconds`` on each dtype's GEMM rate, and as much on each bandwidth."""
         for dtype in dtypes:
             self._measure_gemm(dtype, seconds)
+            name = str(dtype).removeprefix("torch.")
+            rate = register_peak(name, seconds / 2) if self.device.type == "cpu" else 0.0
+            if rate:
+                self.registers[name] = max(rate, self.registers.get(name, 0.0))
         kind = self.device.type
         self.read = max(self.read, self._read_rate(MEMORY_BYTES[kind], seconds))
         self.resident_read = max(self.resident_read, self._read_rate(RESIDENT_BYTES[kind], seconds))
@@ -85,9 +92,12 @@ class Limits:
 
     def seconds(self, flop: float, traffic: float, dtype: str, resident: bool) -> tuple[float, str]:
         """The shortest time that arithmetic and traffic allow, and which of the two it is."""
-        arithmetic = flop / self.gemm[dtype]
+        peak, gemm = self.registers.get(dtype, 0.0), self.gemm[dtype]
+        arithmetic = flop / max(peak, gemm)
         moving = traffic / (self.resident_read if resident else self.read)
-        return (arithmetic, "GEMM rate") if arithmetic >= moving else (moving, "bandwidth")
+        if arithmetic < moving:
+            return moving, "bandwidth"
+        return arithmetic, "register peak" if peak > gemm else "GEMM rate"
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:

@@ -26,6 +26,32 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+# Of a vendor's families and models: the first and the last model, and the design.
+_DESIGNS = {
+    ("AuthenticAMD", 25): ((0x10, 0x1F, "Zen 4"), (0x60, 0x7F, "Zen 4"), (0xA0, 0xAF, "Zen 4"), (0x00, 0x5F, "Zen 3")),
+    ("AuthenticAMD", 26): ((0x00, 0xFF, "Zen 5"),),
+    ("GenuineIntel", 6): (
+        (85, 85, "Skylake"),
+        (106, 108, "Ice Lake"),
+        (143, 143, "Sapphire Rapids"),
+        (173, 174, "Granite Rapids"),
+        (207, 207, "Emerald Rapids"),
+    ),
+}
+
+
+def cpu_design() -> str:
+    """The design behind the name, which does not tell it in a virtual machine; "" where it is not known."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = [re.search(rf"^{name}\s*:\s*(\w+)$", text, re.MULTILINE) for name in ("vendor_id", "cpu family", "model")]
+    if not all(found):
+        return ""
+    vendor, family, model = (match.group(1) for match in found if match)
+    of_family = _DESIGNS.get((vendor, int(family)), ())
+    return next((name for first, last, name in of_family if first <= int(model) <= last), "")
+
+
 def _isa() -> list[str]:
     """The instruction sets that torch finds and that matter to a GEMM."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -41,7 +67,7 @@ def multiplies_bfloat16() -> bool:
 def describe(device: torch.device) -> dict[str, object]:
     """The machine, in JSON's types."""
     machine: dict[str, object] = {
-        "cpu": cpu_model(),
+        "cpu": f"{cpu_model()} {cpu_design()}".strip(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "isa": _isa(),

@@ -33,7 +33,7 @@ AXES = {
 # Bars that differ by more than this are on a log axis.
 WIDE = 30.0
 # Kernels may pass it, where their products are faster than PyTorch's.
-LIMIT = "limit: PyTorch's GEMM rate, or bandwidth"
+LIMIT = "limit: register peak, or bandwidth"
 
 
 def draw(suite: Suite, rows: Sequence[Row], report: Report, folder: Path) -> list[Path]:

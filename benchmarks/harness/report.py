@@ -54,6 +54,7 @@ class Row:
     outcomes: dict[str, Outcome]
     limit_ms: float = math.nan
     limited_by: str = ""
+    gemm_ms: float | None = None  # as many products by one GEMM of PyTorch's, of its best shape
     baseline: str = BASELINE
     kernels: list[KernelTime] = field(default_factory=list)
     no_kernels: str = ""
@@ -63,6 +64,7 @@ class Row:
             kernel.set_limit(limits, self.dtype)
         seconds, self.limited_by = limits.seconds(self.flop, self.traffic, self.dtype, self.resident)
         self.limit_ms = 1e3 * seconds
+        self.gemm_ms = 1e3 * self.flop / limits.gemm[self.dtype]
 
     def timing(self, name: str) -> Timing | None:
         outcome = self.outcomes.get(name)
@@ -134,11 +136,28 @@ def new_report(suites: Sequence[str], device: torch.device, budget: Budget) -> R
 def limits_as_json(limits: Limits) -> dict[str, Any]:
     return {
         "gemm_tflops": {name: rate * 1e-12 for name, rate in limits.gemm.items()},
+        "register_tflops": {name: rate * 1e-12 for name, rate in limits.registers.items()},
         "gemm_shape_mnk": {name: list(shape) for name, shape in limits.gemm_shape.items()},
         "read_gb_s": limits.read * 1e-9,
         "resident_read_gb_s": limits.resident_read * 1e-9,
         "copy_gb_s": limits.copy * 1e-9,
     }
+
+
+def arithmetic_tflops(limits: Mapping[str, Any], dtype: str) -> float:
+    """The rate that limits products of a dtype: of registers alone, or PyTorch's where that is not known."""
+    rate: float = max(limits["gemm_tflops"][dtype], limits.get("register_tflops", {}).get(dtype, 0.0))
+    return rate
+
+
+def rates(limits: Mapping[str, Any]) -> str:
+    """The rates of products in words, PyTorch's last."""
+    kinds = {"register peak": limits.get("register_tflops", {}), "GEMM": limits["gemm_tflops"]}
+    return "; ".join(
+        f"{kind} {', '.join(f'{rate:.3g} TFLOP/s in {dtype}' for dtype, rate in sorted(found.items()))}"
+        for kind, found in kinds.items()
+        if found
+    )
 
 
 def merged(reports: Sequence[Report]) -> Report:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.case import FORWARD, OURS
-from benchmarks.harness.report import Report, Row
+from benchmarks.harness.report import Report, Row, arithmetic_tflops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def roofline(figure: Figure, rows: Sequence[Row], report: Report, heading: str) 
                 _points(axes, row, markers[_kind(row)])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_title(f"{dtype}, GEMM rate {report.limits['gemm_tflops'][dtype]:.3g} TFLOP/s")
+        axes.set_title(f"{dtype}, at most {arithmetic_tflops(report.limits, dtype):.3g} TFLOP/s")
         axes.set_xlabel("arithmetic a byte that has to move (FLOP/byte)")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -66,8 +66,8 @@ def _points(axes: Axes, row: Row, marker: str) -> None:
 
 
 def _roofs(axes: Axes, limits: Mapping[str, Any], dtype: str, low: float, high: float) -> None:
-    """The GEMM rate, and below it what memory and cache can feed."""
-    peak = limits["gemm_tflops"][dtype]
+    """The rate of products, and below it what memory and cache can feed."""
+    peak = arithmetic_tflops(limits, dtype)
     for name, style, word in (("read_gb_s", "-", "memory"), ("resident_read_gb_s", ":", "cache")):
         slope = limits[name] * 1e-3  # TFLOP/s for each FLOP/byte
         x = [low, min(max(peak / slope, low), high), high]

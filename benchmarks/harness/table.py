@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.harness.case import OURS, size_text
-from benchmarks.harness.report import FAILED, OK, Outcome, Report, Row
+from benchmarks.harness.report import FAILED, OK, Outcome, Report, Row, rates
 
 
 def contenders(rows: Sequence[Row]) -> list[str]:
@@ -127,8 +127,7 @@ def machine(report: Report) -> str:
     )
     if not limits:  # nothing was timed
         return text
-    rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in limits["gemm_tflops"].items())
     return (
-        f"{text} Measured limits: GEMM {rates}; memory read {limits['read_gb_s']:.3g} GB/s,"
+        f"{text} Measured limits: {rates(limits)}; memory read {limits['read_gb_s']:.3g} GB/s,"
         f" copy {limits['copy_gb_s']:.3g} GB/s, read in cache {limits['resident_read_gb_s']:.3g} GB/s."
     )
