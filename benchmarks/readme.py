@@ -16,7 +16,8 @@ from benchmarks.harness import plots, report
 from benchmarks.harness.case import OURS, amount
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.table import milliseconds
-from benchmarks.suites import pcgrad, pcgrad_step, snr
+from benchmarks.serving.models import MODELS
+from benchmarks.suites import pcgrad, pcgrad_step, serving, snr
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -125,6 +126,33 @@ def _machine(found: Report) -> list[str]:
     return [f"{plots.where(found)}.", f"Measured in the same run: {report.rates(limits)}; reading {reads}."]
 
 
+def _serving(found: Report) -> list[str]:
+    """Medians on all threads, in milliseconds."""
+    study = found.studies["serving"]
+    most = max(row["threads"] for row in study["rows"])
+    columns = {
+        "modules, eager": ("eager",),
+        "modules, torch.compile": ("compile", "frozen"),
+        f"ONNX Runtime {study['versions']['onnxruntime']}": ("onnxruntime",),
+        f"OpenVINO {study['versions']['openvino']}": ("openvino",),
+        "mtlkernels": serving.OWN,
+    }
+    heads = ["model", "dtype", "rows", *(f"{name}, ms" for name in columns), "vs the better runtime"]
+    lines = [heads, ["---", "---", *["---:"] * (len(columns) + 2)]]
+    for row in study["rows"]:
+        if row["threads"] != most or row["clients"] != 1:
+            continue
+        cells = []
+        for name, contenders in columns.items():
+            known = [row["p50"][contender] for contender in contenders if contender in row["p50"]]
+            text = milliseconds(min(known) / 1e3) if known else "–"
+            cells.append(f"**{text}**" if name == "mtlkernels" else text)
+        gain = serving.gain(row)
+        ratio = "–" if gain is None else f"**{gain:.2f}×**"
+        lines.append([MODELS[row["model"]].label, row["dtype"], str(row["rows"]), *cells, ratio])
+    return [f"{plots.where(found)}.", "", *(f"| {' | '.join(line)} |" for line in lines)]
+
+
 TABLES: dict[str, Callable[[Report], list[str]]] = {
     "machine": _machine,
     "mixture": Table(
@@ -196,6 +224,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
         ),
         lambda row: row.workload == "D",
     ),
+    "serving": _serving,
 }
 
 

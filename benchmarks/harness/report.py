@@ -18,7 +18,7 @@ from benchmarks.harness.kernels import KernelTime
 from benchmarks.harness.limits import Limits
 from benchmarks.harness.timing import Budget, Timing
 
-OK, FAILED, UNAVAILABLE = "ok", "FAILED", "unavailable"
+OK, FAILED, UNAVAILABLE, BUSY = "ok", "FAILED", "unavailable", "busy"
 
 
 @dataclass

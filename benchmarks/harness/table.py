@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.harness.case import OURS, size_text
-from benchmarks.harness.report import FAILED, OK, Outcome, Report, Row, rates
+from benchmarks.harness.report import BUSY, FAILED, OK, Outcome, Report, Row, rates
 
 
 def contenders(rows: Sequence[Row]) -> list[str]:
@@ -23,7 +23,7 @@ def _time(outcome: Outcome | None, spread: bool) -> str:
     if outcome is None:
         return ""
     if outcome.timing is None:
-        return FAILED if outcome.status == FAILED else "n/a"
+        return outcome.status if outcome.status in (FAILED, BUSY) else "n/a"
     text = milliseconds(outcome.timing.median)
     return f"{text} ±{100 * outcome.timing.spread:.0f}%" if spread else text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mtlkernels as mk
 from benchmarks.harness.work import Work, by_row
@@ -62,3 +62,8 @@ class TrunkShape:
         weights, biases = self.parameters()
         outputs = self.routing(self.num_levels - 1).num_gates * self.units[-1]
         return by_row(rows, weights, weights + biases, self.in_features + outputs, itemsize, training)
+
+
+# Workloads A and A2.
+LEVEL = TrunkShape(416, num_tasks=2, num_specific=4, num_shared=4, units=(256, 128), last_shared_gate=True)
+TWO_LEVELS = replace(LEVEL, num_levels=2, last_shared_gate=False)

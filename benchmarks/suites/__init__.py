@@ -11,6 +11,7 @@ from benchmarks.suites import (
     pcgrad_ablation,
     pcgrad_rarely,
     pcgrad_step,
+    serving,
     snr,
     snr_study,
 )
@@ -19,5 +20,6 @@ SUITES: dict[str, Suite] = {
     suite.name: suite for suite in (mixture.SUITE, convert.SUITE, pcgrad.SUITE, pcgrad_step.SUITE, snr.SUITE)
 }
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (pcgrad_ablation.STUDY, pcgrad_rarely.STUDY, snr_study.STUDY, gpu_host.STUDY)
+    study.name: study
+    for study in (pcgrad_ablation.STUDY, pcgrad_rarely.STUDY, snr_study.STUDY, gpu_host.STUDY, serving.STUDY)
 }

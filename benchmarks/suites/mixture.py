@@ -35,10 +35,8 @@ from benchmarks.peers.fused import fused_launches, fused_trunk
 from benchmarks.peers.graphed import graphed
 from benchmarks.peers.hand_batched import HandBatchedTrunk, by_grouped_mm, by_quack
 from benchmarks.peers.per_expert import PerExpertTrunk
-from benchmarks.peers.shape import TrunkShape
+from benchmarks.peers.shape import LEVEL, TWO_LEVELS, TrunkShape
 
-LEVEL = TrunkShape(416, num_tasks=2, num_specific=4, num_shared=4, units=(256, 128), last_shared_gate=True)
-TWO_LEVELS = replace(LEVEL, num_levels=2, last_shared_gate=False)
 LARGE = TrunkShape(1024, num_tasks=4, num_specific=4, num_shared=8, units=(512, 256), num_levels=2)
 ROWS = 4096
 LARGE_ROWS = 65536

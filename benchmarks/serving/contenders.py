@@ -1,0 +1,163 @@
+"""Who serves: each makes of modules in evaluation a function of an input."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mtlkernels as mk
+from benchmarks.serving.models import MODELS, Model
+
+# Rows in, outputs; what is timed.
+Serve = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests at a time, and the threads that each may take."""
+
+    threads: int
+    clients: int = 1
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``make(model, source, x, load)``, for inputs like ``x``.
+
+    ``compiles``: anew for each number of rows, which takes so long that only latency on all threads is measured.
+    """
+
+    label: str
+    make: Callable[[Model, nn.Module, Tensor, Load], Serve]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    models: tuple[str, ...] = tuple(MODELS)
+    compiles: bool = False
+
+
+def in_dtype(model: Model, source: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    return source.to(dtype), x.to(dtype) if model.casts else x
+
+
+def _inference(module: Any) -> Serve:
+    def serve(x: Tensor) -> Any:
+        with torch.inference_mode():
+            return module(x)
+
+    return serve
+
+
+def _eager(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    return _inference(source)
+
+
+def _compiled(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    return _inference(torch.compile(source, dynamic=False))
+
+
+def _frozen(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    from torch._inductor import config
+
+    config.freezing = True
+    run = torch.compile(source, dynamic=False, mode="max-autotune")
+
+    def serve(x: Tensor) -> Any:
+        with torch.no_grad():
+            return run(x)
+
+    return serve
+
+
+def _onnxruntime(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = load.threads, 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = _onnx_file(source, x, Path(folder))
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x.numpy()})
+
+
+def _onnx_file(source: nn.Module, x: Tensor, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    rows = torch.export.Dim("rows", min=2, max=1 << 20)
+    program = torch.onnx.export(source, (x,), dynamo=True, dynamic_shapes=({0: rows},), verbose=False)
+    assert program is not None
+    program.save(str(path))
+    return path
+
+
+def _openvino(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    import openvino
+
+    precision = "bf16" if next(source.parameters()).dtype == torch.bfloat16 else "f32"
+    with tempfile.TemporaryDirectory() as folder:
+        path = _onnx_file(source.float(), x.float(), Path(folder))
+        core = openvino.Core()
+        hints = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": load.threads * load.clients,
+            "NUM_STREAMS": load.clients,
+        }
+        compiled = core.compile_model(core.read_model(str(path)), "CPU", hints)
+    local = threading.local()  # a request serves one thread at a time
+
+    def serve(x: Tensor) -> Sequence[Any]:
+        request = getattr(local, "request", None)
+        if request is None:
+            request = local.request = compiled.create_infer_request()
+        found = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+        return [found[port] for port in compiled.outputs]
+
+    return serve
+
+
+def _ours(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    return _inference(model.fused(source))
+
+
+def _ours_compiled(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    return _inference(torch.compile(model.fused(source), dynamic=False))
+
+
+def _prepared(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    return _inference(mk.prepare(model.fused(source)))
+
+
+OURS, PREPARED, BASELINE = "ours", "prepared", "eager"
+OWN = (OURS, PREPARED, "ours-compiled")
+CONTENDERS: Mapping[str, Contender] = {
+    BASELINE: Contender("modules, eager", _eager),
+    "compile": Contender("modules, torch.compile", _compiled, compiles=True),
+    "frozen": Contender("modules, torch.compile, frozen, max-autotune", _frozen, models=("level",), compiles=True),
+    "onnxruntime": Contender("ONNX Runtime", _onnxruntime, dtypes=("float32",)),
+    "openvino": Contender("OpenVINO", _openvino),
+    OURS: Contender("mtlkernels", _ours),
+    PREPARED: Contender("mtlkernels, a copy by mk.prepare", _prepared),
+    "ours-compiled": Contender(
+        "mtlkernels, torch.compile around it", _ours_compiled, models=("rechub",), compiles=True
+    ),
+}
+# Whose functions take float32 whatever the model multiplies in.
+TAKES_FLOAT32 = ("onnxruntime", "openvino")
+
+
+def versions() -> dict[str, str]:
+    """Of the runtimes; "absent" where one is not installed."""
+    import importlib.metadata
+
+    found = {}
+    for name in ("onnxruntime", "openvino"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found

@@ -1,0 +1,118 @@
+"""A process that serves: ``python -m benchmarks.serving.worker MODEL CONTENDER DTYPE THREADS CLIENTS``.
+
+It reads a command a line from standard input, as JSON, and answers each with a line. ``{"rows": B}`` gets it ready for
+so many rows, and says where a file with the outputs for :func:`rows_of` is; ``{"seconds": s}`` calls it one time after
+another and answers with the times in microseconds, or with several clients from a thread each, and answers with the
+calls a second.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.serving.contenders import CONTENDERS, TAKES_FLOAT32, Load, Serve, in_dtype
+from benchmarks.serving.models import MODELS, Model
+
+# Inputs that calls take in turn, so that none is found in a first-level cache.
+INPUTS = 8
+WARM_UP_SECONDS = 0.1
+
+
+def rows_of(model: Model, rows: int) -> list[Tensor]:
+    """The same inputs in every process, in float32."""
+    torch.manual_seed(rows)
+    return [model.rows(rows) for _ in range(INPUTS)]
+
+
+class Worker:
+    """One contender, in one dtype, under one load."""
+
+    def __init__(self, model: str, contender: str, dtype: str, load: Load) -> None:
+        torch.set_num_threads(load.threads)
+        self.model, self.contender = MODELS[model], CONTENDERS[contender]
+        self.dtype, self.load = getattr(torch, dtype), load
+        self.in_float32 = contender in TAKES_FLOAT32
+        self.folder = tempfile.mkdtemp(prefix="serving-")
+        self.serve: Serve | None = None
+        self.inputs: list[Tensor] = []
+
+    def ready(self, rows: int) -> dict[str, Any]:
+        inputs = rows_of(self.model, rows)
+        if self.serve is None or self.contender.compiles:
+            example = self.model.rows(max(rows, 2))
+            source, example = in_dtype(self.model, self.model.modules(), example, self.dtype)
+            self.serve = self.contender.make(self.model, source, example, self.load)
+        if self.model.casts and not self.in_float32:
+            inputs = [x.to(self.dtype) for x in inputs]
+        self.inputs = inputs
+        outputs = self.serve(inputs[0])
+        several = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        found = [torch.as_tensor(y).float().clone() for y in several]
+        path = Path(self.folder) / "outputs.pt"
+        torch.save(found, path)
+        self.times(WARM_UP_SECONDS)
+        return {"outputs": str(path)}
+
+    def times(self, seconds: float) -> dict[str, Any]:
+        assert self.serve is not None
+        found = []
+        end = time.perf_counter() + seconds
+        for x in cycle(self.inputs):
+            start = time.perf_counter()
+            self.serve(x)
+            now = time.perf_counter()
+            found.append(1e6 * (now - start))
+            if now > end:
+                return {"microseconds": found}
+        raise AssertionError("there are inputs")
+
+    def calls_a_second(self, seconds: float) -> dict[str, Any]:
+        end = time.perf_counter() + seconds
+
+        def client(first: int) -> int:
+            torch.set_num_threads(self.load.threads)
+            assert self.serve is not None
+            count = first
+            while time.perf_counter() < end:
+                self.serve(self.inputs[count % INPUTS])
+                count += 1
+            return count - first
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(self.load.clients) as pool:
+            calls = sum(pool.map(client, range(self.load.clients)))
+        return {"calls_a_second": calls / (time.perf_counter() - start)}
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        if "rows" in command:
+            return self.ready(command["rows"])
+        return self.times(command["seconds"]) if self.load.clients == 1 else self.calls_a_second(command["seconds"])
+
+
+def main(model: str, contender: str, dtype: str, threads: str, clients: str) -> None:
+    warnings.simplefilter("ignore")
+    answers, sys.stdout = sys.stdout, sys.stderr  # what runtimes print is no answer
+    worker = Worker(model, contender, dtype, Load(int(threads), int(clients)))
+    for line in sys.stdin:
+        try:
+            found = worker.answer(json.loads(line))
+        except Exception as error:  # whatever a runtime cannot do is its result
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print(json.dumps(found), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
