@@ -23,7 +23,6 @@
 #include <vector>
 
 #include "cpu/level/level.h"
-#include "cpu/runtime/check.h"
 #include "recording.h"
 
 namespace mtlk {

@@ -22,7 +22,7 @@ from benchmarks.serving.models import MODELS
 
 DTYPES = ("float32", "bfloat16")
 ROWS = (1, 16, 64, 256, 4096)
-ROUNDS, SECONDS = 8, 0.1
+ROUNDS, SECONDS = 6, 0.1
 RUNTIMES = ("onnxruntime", "openvino")
 
 
