@@ -127,6 +127,7 @@ py::list wrapped(at::TensorList tensors) {
   return result;
 }
 
+// A list's tensors, or what a replayed call returns, which then is empty.
 Tensors unwrapped(py::handle tensors) {
   if (py::isinstance<Results>(tensors)) return std::move(tensors.cast<Results&>().tensors);
   Tensors result;

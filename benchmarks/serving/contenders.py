@@ -41,10 +41,6 @@ class Contender:
     compiles: bool = False
 
 
-def in_dtype(model: Model, source: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    return source.to(dtype), x.to(dtype) if model.casts else x
-
-
 def _inference(module: Any) -> Serve:
     def serve(x: Tensor) -> Any:
         with torch.inference_mode():

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.serving.contenders import CONTENDERS, TAKES_FLOAT32, Load, Serve, in_dtype
+from benchmarks.serving.contenders import CONTENDERS, TAKES_FLOAT32, Load, Serve
 from benchmarks.serving.models import MODELS, Model
 
 # Inputs that calls take in turn, so that none is found in a first-level cache.
@@ -51,8 +51,8 @@ class Worker:
     def ready(self, rows: int) -> dict[str, Any]:
         inputs = rows_of(self.model, rows)
         if self.serve is None or self.contender.compiles:
-            example = self.model.rows(max(rows, 2))
-            source, example = in_dtype(self.model, self.model.modules(), example, self.dtype)
+            example = self.model.rows(max(rows, 2)).to(self.dtype if self.model.casts else torch.float32)
+            source = self.model.modules().to(self.dtype)
             self.serve = self.contender.make(self.model, source, example, self.load)
         if self.model.casts and not self.in_float32:
             inputs = [x.to(self.dtype) for x in inputs]
