@@ -262,7 +262,8 @@ struct PairEngine {
   static constexpr int64_t kColumns = kStep;
   static constexpr int64_t kSumMultiple = kStep;
   static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t, int64_t nrows,
-                              int64_t column, int64_t, C* grad, int64_t ld, bool add) {
+                              int64_t column, int64_t, C* grad, int64_t ld, Leave leave) {
+    const bool add = leave == Leave::kAdd;
     alignas(64) C sums[kGroups][kRows * kGroup];
     const Operand* b = operand + column / kGroup * steps(nrows) * kPlaneBlock;
     for (int64_t o = 0; o < outputs; o += kRows) {

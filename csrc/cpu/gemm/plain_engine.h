@@ -118,16 +118,18 @@ struct PlainEngine {
     }
   }
 
-  // Adds gradient^T operand over nrows rows, for its columns [column, column + n), n <= kColumns, to grad[o][0 .. n).
+  // Leaves gradient^T operand over nrows rows, for its columns [column, column + n), n <= kColumns, in grad[o][0 .. n).
   // Narrow tiles read the gradient so often that it should come from the second-level cache, and the operand from the
   // first: some rows at a time, which all columns share, and 16 of the columns next to each other.
   static constexpr bool kNarrow = kGroups == 1;
   static constexpr int64_t kColumns = (kNarrow ? 8 : kGroups) * kGroup;
   static constexpr int64_t kSumMultiple = kGroup;  // to which the rows of grad are rounded up
   static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t operand_ld,
-                              int64_t nrows, int64_t column, int64_t n, C* grad, int64_t ld, bool add) {
+                              int64_t nrows, int64_t column, int64_t n, C* grad, int64_t ld, Leave leave) {
+    constexpr int64_t kPart = kNarrow ? 16 * 1024 / (kGroup * sizeof(C)) : kDepth;
+    const bool at_once = nrows <= kPart && (nrows < kGroup || nrows % kGroup == 0);
+    if (leave == Leave::kStream && !(at_once && takes_stream(grad, ld))) leave = Leave::kSet;
     if constexpr (kNarrow) {
-      constexpr int64_t kPart = 16 * 1024 / (kGroup * sizeof(C));
       alignas(64) C values[kPart * kGroup];
       for (int64_t m = 0; m < nrows; m += kPart) {
         const int64_t part = nrows - m < kPart ? nrows - m : kPart;
@@ -135,20 +137,22 @@ struct PlainEngine {
           const Operand* first = operand + m * operand_ld + column + j;
           for (int64_t r = 0; r < part; ++r)
             std::memcpy(values + r * kGroup, first + r * operand_ld, kGroup * sizeof(C));
-          add_products(gradient + m * outputs, outputs, values, kGroup, 1, part, grad + j, ld, add || m > 0);
+          add_products(gradient + m * outputs, outputs, values, kGroup, 1, part, grad + j, ld,
+                       m > 0 ? Leave::kAdd : leave);
         }
       }
     } else {
-      add_products(gradient, outputs, operand + column, operand_ld, group_count(n), nrows, grad, ld, add);
+      add_products(gradient, outputs, operand + column, operand_ld, group_count(n), nrows, grad, ld, leave);
     }
+    if (leave == Leave::kStream) stream_fence();
   }
 
   // gradient^T operand, over nrows rows, for `groups` groups of the operand's columns.
   static void add_products(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t operand_ld,
-                           int64_t groups, int64_t nrows, C* grad, int64_t ld, bool add) {
+                           int64_t groups, int64_t nrows, C* grad, int64_t ld, Leave leave) {
     for (int64_t t = 0; t < tiles(outputs); ++t) {
       const int64_t o = tile_begin(outputs, t), rows = tile_begin(outputs, t + 1) - o;
-      bool on_top = add;
+      Leave next = leave;
       for (int64_t m = 0; m < nrows;) {
         // Whole groups first, up to the depth of a partial sum; then what is left of the last group.
         const int64_t left = nrows - m;
@@ -156,8 +160,8 @@ struct PlainEngine {
         const int64_t outer = left < kGroup ? 1 : (left < kDepth ? left : kDepth) / kGroup;
         tile_gemm<C>({gradient + m * outputs + o * kGroup, kGroup, 1, gradient_size(outputs), inner,
                       operand + m * operand_ld, operand_ld, kGroup},
-                     rows, groups, outer, {grad + o * ld, ld, kGroup, on_top});
-        on_top = true;
+                     rows, groups, outer, {grad + o * ld, ld, kGroup, next});
+        next = Leave::kAdd;
         m += outer * inner;
       }
     }

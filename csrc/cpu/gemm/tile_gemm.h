@@ -36,7 +36,7 @@ template <typename C>
 struct Destination {
   C* out;
   int64_t row, group;
-  bool add;  // on top of what is there
+  Leave leave;
 };
 
 // Sums `outer` runs of x.inner products in registers.
@@ -58,11 +58,13 @@ MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t outer, const Destinat
   const char* ahead = x.ahead;
   const int64_t jump = x.a_outer - x.inner * x.a_inner;
   // Where it goes is often in no cache, as a weight's gradient is not; it comes while the sums are made.
+  if (to.leave != Leave::kStream) {
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
+    for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < Groups * P; ++j) {
-      __builtin_prefetch(to.out + i * to.row + (j / P) * to.group + (j % P) * L, 1);
+      for (int j = 0; j < Groups * P; ++j) {
+        __builtin_prefetch(to.out + i * to.row + (j / P) * to.group + (j % P) * L, 1);
+      }
     }
   }
   for (int64_t o = 0; o < outer; ++o) {
@@ -88,21 +90,22 @@ MTLK_INLINE void tile_kernel(const Operands<C>& x, int64_t outer, const Destinat
     for (int i = 0; i < kPointers; ++i) a[i] += jump;
   }
   // Unrolled, here and above: accumulators that a loop's counter chooses would lie in memory.
-  const auto leave = [&](auto value) {
+  const auto leave = [&](auto put) {
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       C* const row = to.out + i * to.row;
 #pragma GCC unroll 8
       for (int j = 0; j < Groups * P; ++j) {
-        C* const place = row + (j / P) * to.group + (j % P) * L;
-        store(place, value(place, acc[i][j]));
+        put(row + (j / P) * to.group + (j % P) * L, acc[i][j]);
       }
     }
   };
-  if (to.add) {
-    leave([](const C* place, Vector<C> sum) { return load(place) + sum; });
+  if (to.leave == Leave::kAdd) {
+    leave([](C* place, Vector<C> sum) { store(place, load(place) + sum); });
+  } else if (to.leave == Leave::kSet) {
+    leave([](C* place, Vector<C> sum) { store(place, sum); });
   } else {
-    leave([](const C*, Vector<C> sum) { return sum; });
+    leave([](C* place, Vector<C> sum) { stream(place, sum); });
   }
 }
 
@@ -137,7 +140,7 @@ void panel_gemm(const C* a, int64_t a_row, int64_t a_col, const C* panel, int64_
     const int64_t part = depth - k < kDepth ? depth - k : kDepth;
     tile_gemm<C>({a + k * a_col, a_row, a_col, 0, part, panel + k * kGroup, kGroup, panel_group,
                   ahead.first + k * ahead_step, ahead_step},
-                 rows, groups, 1, {out, kGroup, out_group, add || k > 0});
+                 rows, groups, 1, {out, kGroup, out_group, add || k > 0 ? Leave::kAdd : Leave::kSet});
   }
 }
 

@@ -28,6 +28,8 @@ class LevelGradients {
   Tensors take(const std::vector<int>& gate_streams);
 
  private:
+  int64_t weight_bytes() const;
+
   // Tensors and where their memory is; null for an undefined one.
   struct Results {
     Tensors tensors;

@@ -41,12 +41,15 @@ void weight_columns(const Args& args, const BackwardChunk& chunk, int l, int64_t
   C* const sums = static_cast<C*>(args.weight_sums[at]);
   C* const first = sums ? sums + column : spare;
   const int64_t ld = sums ? args.weight_sum_ld[l] : Engine::kColumns;
-  Engine::weight_gradient(gradient, outputs, operand, operand_ld, chunk.rows, operand_column, n, first, ld,
-                          chunk.row > 0);
-  void* const result = args.grad_weights[at];
-  if (result == sums || !completes(args, chunk)) return;
-  for (int64_t o = 0; o < outputs; ++o) {
-    narrow(first + o * ld, static_cast<typename Engine::T*>(result) + o * width + column, n);
+  const Leave leave = chunk.row > 0 ? Leave::kAdd : sums && args.stream_weights ? Leave::kStream : Leave::kSet;
+  Engine::weight_gradient(gradient, outputs, operand, operand_ld, chunk.rows, operand_column, n, first, ld, leave);
+  if (args.grad_weights[at] == sums || !completes(args, chunk)) return;
+  auto* const result = static_cast<typename Engine::T*>(args.grad_weights[at]) + column;
+  if (args.stream_weights && takes_stream(result, width) && n % kPerVector<typename Engine::T> == 0) {
+    for (int64_t o = 0; o < outputs; ++o) stream_narrow(first + o * ld, result + o * width, n);
+    stream_fence();
+  } else {
+    for (int64_t o = 0; o < outputs; ++o) narrow(first + o * ld, result + o * width, n);
   }
 }
 

@@ -40,6 +40,10 @@ inline int64_t padded_to_group(int64_t n) { return group_count(n) * kGroup; }
 // Of n rows those from `row` on that are in one group.
 inline int64_t rows_of_group(int64_t n, int64_t row) { return n - row < kGroup ? n - row : kGroup; }
 
+// Elements of storage that a vector holds.
+template <typename T>
+constexpr int64_t kPerVector = kVectorBytes / static_cast<int64_t>(sizeof(T));
+
 template <typename C>
 struct Simd {
   static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(C));
@@ -60,6 +64,37 @@ MTLK_INLINE Vector<C> load(const C* p) {
 template <typename C>
 MTLK_INLINE void store(C* p, Vector<C> v) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+// How sums are left in memory. kStream: past the caches, where they are large and nobody reads them soon; lines that
+// are written whole need not be read first. It is for kStreams alone, for places that are a multiple of a vector, and
+// wants a stream_fence() before other threads are told.
+enum class Leave { kSet, kAdd, kStream };
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+constexpr bool kStreams = true;
+MTLK_INLINE void stream_fence() { _mm_sfence(); }
+MTLK_INLINE void stream_bytes(void* p, const void* vector) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_load_si512(vector));
+#else
+  _mm256_stream_si256(static_cast<__m256i*>(p), _mm256_load_si256(static_cast<const __m256i*>(vector)));
+#endif
+}
+#else
+constexpr bool kStreams = false;
+MTLK_INLINE void stream_fence() {}
+MTLK_INLINE void stream_bytes(void* p, const void* vector) { std::memcpy(p, vector, kVectorBytes); }
+#endif
+template <typename C>
+MTLK_INLINE void stream(C* p, Vector<C> v) {
+  stream_bytes(p, &v);
+}
+
+// Whether rows that are ld elements apart, of whole vectors, can be streamed.
+template <typename T>
+bool takes_stream(const T* rows, int64_t ld) {
+  return kStreams && reinterpret_cast<uintptr_t>(rows) % kVectorBytes == 0 && ld % kPerVector<T> == 0;
 }
 
 template <typename C>
@@ -197,6 +232,16 @@ MTLK_INLINE void narrow(const C* in, T* out, int64_t n) {
   }
 #endif
   for (; i < n; ++i) from_compute(in[i], out + i);
+}
+
+// The same past the caches, of whole vectors, see Leave.
+template <typename T, typename C>
+MTLK_INLINE void stream_narrow(const C* in, T* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kPerVector<T>) {
+    alignas(kVectorBytes) T values[kPerVector<T>];
+    narrow(in + i, values, kPerVector<T>);
+    stream_bytes(out + i, values);
+  }
 }
 
 // A bump allocator over a caller's buffer; every piece starts on a cache line.

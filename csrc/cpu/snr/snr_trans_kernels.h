@@ -217,7 +217,7 @@ SnrTransKernels snr_trans_kernels(const EngineTable& engine) {
     Engine::begin();
     Engine::weight_gradient(static_cast<const Gradient*>(call.gradient), call.outputs, operand, ld, call.rows, column,
                             left < Engine::kColumns ? left : Engine::kColumns, static_cast<C*>(call.sum) + column,
-                            call.ld, call.add);
+                            call.ld, call.add ? Leave::kAdd : Leave::kSet);
     Engine::end();
   };
   table.finish = snr_finish<T>;
