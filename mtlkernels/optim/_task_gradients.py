@@ -84,7 +84,7 @@ def weighted_gradients(
         for values in (weights, [factor] * len(losses))
     )
     parts = cut(losses) if levels and shared and others else []
-    below = {leaf for part in parts[1:] for leaf in part.leaves}
+    below = {leaf for part in parts[1:] for leaf in part.leaves | part.direct}
     if any(id(parameter) in below for parameter in others):
         grads, totals = differentiate([by_weights, plainly], parts, [*shared, *others])
         grads, totals = grads[: len(shared)], totals[len(shared) :]

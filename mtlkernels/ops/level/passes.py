@@ -27,12 +27,15 @@ Grads = list[Tensor | None]
 class Part:
     """What of a graph lies between ``level``, or the losses where that is None, and the ``levels`` below.
 
-    ``leaves`` are the ids of the leaves in it.
+    Attributes:
+        leaves: the ids of the leaves in it, but for what the level alone leads to at once.
+        direct: the ids of leaves to which the level leads at once, and where no hook waits.
     """
 
     level: Any
     levels: list[Any] = field(default_factory=list)
     leaves: set[int] = field(default_factory=set)
+    direct: set[int] = field(default_factory=set)
 
 
 def cut(losses: Sequence[Tensor]) -> list[Part]:
@@ -54,8 +57,10 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
             return parts
         level = max(waiting, key=_torch.sequence_number)  # no other of these is above it
         waiting.remove(level)
-        below = [node for node, _ in level.next_functions]
-        parts.append(Part(level))
+        nodes = [node for node, _ in level.next_functions]
+        direct = {node for node in nodes if _is_plain_leaf(node)}
+        below = [node for node in nodes if node not in direct]
+        parts.append(Part(level, direct={id(node.variable) for node in direct}))
     return whole
 
 
@@ -112,7 +117,8 @@ def differentiate(
                 if level not in running:
                     of_losses[level].hold(i, reached)
         for level, held in of_losses.items():
-            starts[level] = [_going_on(level, *pair, places) for pair in zip(held.take(), result, strict=True)]
+            inputs = _below(level, places)
+            starts[level] = [_going_on(inputs, *pair) for pair in zip(held.take(), result, strict=True)]
     return result
 
 
@@ -165,22 +171,35 @@ def _run(levels: Sequence[Any], of_losses: dict[Any, Losses], loss: int) -> Iter
             level_of(level).losses = None
 
 
-def _going_on(level: Any, grads: Grads, result: Grads, places: dict[int, int]) -> tuple[Sequence[Any], Any]:
+def _is_plain_leaf(node: Any) -> bool:
+    """Whether a gradient that comes to this node has arrived: it is a leaf's, and no hook waits."""
+    return node is not None and _torch.is_leaf_node(node) and not node.variable._backward_hooks
+
+
+def _below(level: Any, places: dict[int, int]) -> list[GradientEdge | int | None]:
+    """Where the gradients of a level's inputs go: to an edge, to that place among leaves, or nowhere."""
+    found: list[GradientEdge | int | None] = []
+    for edge in _inputs(level):
+        node: Any = None if edge is None else edge.node
+        found.append(places.get(id(node.variable)) if _is_plain_leaf(node) else edge)
+    return found
+
+
+def _going_on(
+    inputs: Sequence[GradientEdge | int | None], grads: Grads, result: Grads
+) -> tuple[Sequence[Any], Sequence[Any]]:
     """Where a loss's pass goes on from a level with these gradients of its inputs.
 
-    Those of leaves have arrived, and go to their places in ``result``, unless hooks wait for them.
+    Those of leaves go to their places in ``result``.
     """
     edges, going_on = [], []
-    for edge, grad in zip(_inputs(level), grads, strict=True) if grads else ():
-        if edge is None or grad is None:
+    for to, grad in zip(inputs, grads, strict=True) if grads else ():
+        if to is None or grad is None:
             continue
-        node: Any = edge.node
-        if _torch.is_leaf_node(node) and not node.variable._backward_hooks:
-            place = places.get(id(node.variable))
-            if place is not None:
-                result[place] = _sum(result[place], grad)
+        if isinstance(to, int):
+            result[to] = _sum(result[to], grad)
         else:
-            edges.append(edge)
+            edges.append(to)
             going_on.append(grad)
     return edges, going_on
 
