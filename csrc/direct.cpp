@@ -16,6 +16,7 @@
 #include "cpu/runtime/check.h"
 #include "cpu/simd/activation_codes.h"
 #include "level_node.h"
+#include "recording.h"
 
 namespace mtlk {
 namespace {
@@ -191,8 +192,7 @@ py::object wrapped(std::initializer_list<Tensors*> groups) {
   Sequence result(size);
   for (Tensors* group : groups) {
     for (at::Tensor& tensor : *group) {
-      PyObject* const object = THPVariable_Wrap(std::move(tensor));  // None where it is undefined
-      if (!object) throw py::error_already_set();
+      PyObject* const object = to_python(std::move(tensor)).release().ptr();
       if constexpr (std::is_same_v<Sequence, py::list>) {
         PyList_SET_ITEM(result.ptr(), next++, object);
       } else {

@@ -115,15 +115,9 @@ Tensors by_cpp(const Context& context, const variable_list& grads) {
                              needs_by_kind(needs, tensors));
 }
 
-py::object wrap(const at::Tensor& tensor) {
-  PyObject* const object = THPVariable_Wrap(tensor);  // None where it is undefined
-  if (!object) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(object);
-}
-
 py::list wrapped(at::TensorList tensors) {
   py::list result;
-  for (const at::Tensor& tensor : tensors) result.append(wrap(tensor));
+  for (const at::Tensor& tensor : tensors) result.append(to_python(tensor));
   return result;
 }
 

@@ -85,12 +85,6 @@ at::Tensor tensor_in(const at::Tensor& memory, const Part& part) {
   return tensor;
 }
 
-void append(py::list& list, at::Tensor tensor) {
-  PyObject* const object = THPVariable_Wrap(std::move(tensor));
-  if (!object) throw py::error_already_set();
-  list.append(py::reinterpret_steal<py::object>(object));
-}
-
 std::vector<at::Tensor> allocate(const Room& room, const at::Tensor& like) {
   const at::TensorOptions options = like.options().dtype(room.dtype);
   if (room.parts.size() == 1) return {at::empty(room.parts[0].sizes, options)};
@@ -119,7 +113,7 @@ py::list together(py::handle like, py::handle dtype, std::vector<std::vector<int
   py::list found;
   if (shapes.empty()) return found;
   for (at::Tensor& tensor : allocate(room_of(dtype, std::move(shapes)), THPVariable_Unpack(like.ptr()))) {
-    append(found, std::move(tensor));
+    found.append(to_python(std::move(tensor)));
   }
   return found;
 }
@@ -151,7 +145,7 @@ class Recording {
     for (const Room& room : rooms_) {
       std::vector<at::Tensor> found = allocate(room, *like);
       base.push_back(reinterpret_cast<int64_t>(found[0].const_data_ptr()));
-      append(firsts, found[0]);
+      firsts.append(to_python(found[0]));
       std::move(found.begin(), found.end(), std::back_inserter(tensors));
     }
     const auto count = static_cast<int64_t>(entries_.size());
@@ -159,8 +153,7 @@ class Recording {
     auto* const values = table.mutable_data_ptr<int64_t>();
     for (int64_t i = 0; i < count; ++i) values[i] = entries_[i] + base[bases_[i]];
     for (const int32_t number : returned_) results.tensors.push_back(number < 0 ? at::Tensor() : tensors[number]);
-    return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(table))), firsts,
-                          std::move(results));
+    return py::make_tuple(to_python(std::move(table)), firsts, std::move(results));
   }
 
  private:
@@ -172,11 +165,17 @@ class Recording {
 
 }  // namespace
 
+py::object to_python(at::Tensor tensor) {
+  PyObject* const object = THPVariable_Wrap(std::move(tensor));
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
 void define_recording(py::module_& module) {
   module.def("signature", &signature, "What of moving and of fixed tensors a call's launches depend on, or None.");
   py::class_<Results>(module, "Results").def("list", [](const Results& results) {
     py::list found;
-    for (const at::Tensor& tensor : results.tensors) append(found, tensor);
+    for (const at::Tensor& tensor : results.tensors) found.append(to_python(tensor));
     return found;
   });
   module.def("together", &together, "Tensors of these shapes, in one allocation.");

@@ -14,6 +14,9 @@ struct Results {
   std::vector<at::Tensor> tensors;
 };
 
+// A tensor for Python, None for an undefined one.
+pybind11::object to_python(at::Tensor tensor);
+
 // mtlkernels._C.signature, Recording and Results, see recording.cpp.
 void define_recording(pybind11::module_& module);
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -15,14 +14,7 @@ from tests.csrc import library
 CPU = library.ROOT / "csrc" / "cpu"
 
 
-def comes_first(header: Path) -> bool:
-    """Whether a source includes it before all else, so that the build has compiled it alone."""
-    source = header.with_suffix(".cpp")
-    includes = re.findall(r"^#include [<\"](.+)[>\"]", source.read_text(), re.MULTILINE) if source.exists() else [""]
-    return includes[0] == str(header.relative_to(CPU))
-
-
-HEADERS = sorted(str(path.relative_to(CPU)) for path in CPU.glob("*/*.h") if not comes_first(path))
+HEADERS = sorted(str(path.relative_to(CPU)) for path in CPU.glob("*/*.h"))
 # Of the newest instruction set, which every header can be compiled for.
 TARGET = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mavx512bf16", "-mamx-tile"]
 TARGET += ["-mamx-bf16", "-Wno-psabi"]

@@ -34,9 +34,10 @@ LevelResults evaluate(const LevelSpec& spec, const LevelTensors& tensors, const 
   return chain_forward(tensors, tables, kernels, norms, save);
 }
 
-std::tuple<Tensors, Tensors> forward(at::TensorList inputs, const OptionalTensors& parameters,
-                                     const OptionalTensors& gates, at::IntArrayRef ints, at::ArrayRef<double> floats,
-                                     const std::optional<at::Tensor>& seed, bool save) {
+std::tuple<Tensors, Tensors> level_forward(at::TensorList inputs, const OptionalTensors& parameters,
+                                           const OptionalTensors& gates, at::IntArrayRef ints,
+                                           at::ArrayRef<double> floats, const std::optional<at::Tensor>& seed,
+                                           bool save) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const LevelSpec spec(ints.vec(), floats.vec());
   LevelResults results = evaluate(spec, spec.split(inputs, parameters, gates), {}, seed, save);
@@ -164,9 +165,9 @@ Tensors gradients_of_losses(const LevelSpec& spec, const LevelTensors& tensors, 
   return result;
 }
 
-Tensors backward(const OptionalTensors& grad_outputs, at::TensorList inputs, const OptionalTensors& parameters,
-                 const OptionalTensors& gates, at::TensorList saved, at::IntArrayRef ints, at::ArrayRef<double> floats,
-                 const std::optional<at::Tensor>& seed, Needs needs) {
+Tensors level_backward(const OptionalTensors& grad_outputs, at::TensorList inputs, const OptionalTensors& parameters,
+                       const OptionalTensors& gates, at::TensorList saved, at::IntArrayRef ints,
+                       at::ArrayRef<double> floats, const std::optional<at::Tensor>& seed, Needs needs) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const LevelSpec spec(ints.vec(), floats.vec());
   Tensors grads;
@@ -216,8 +217,8 @@ Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, 
 }
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
-  m.impl("level_forward", TORCH_FN(forward));
-  m.impl("level_backward", TORCH_FN(backward));
+  m.impl("level_forward", TORCH_FN(level_forward));
+  m.impl("level_backward", TORCH_FN(level_backward));
 }
 
 }  // namespace mtlk

@@ -34,8 +34,8 @@ void run(const GatedMixtureArgs& args, const GatedMixtureKernels& table, decltyp
                 [&](int64_t, int64_t first, int64_t last, void* scratch) { f(args, first, last, scratch); });
 }
 
-std::vector<at::Tensor> forward(const at::Tensor& experts, at::TensorList gate_logits, at::IntArrayRef gate_experts,
-                                at::IntArrayRef gate_sizes) {
+std::vector<at::Tensor> gated_mixture_forward(const at::Tensor& experts, at::TensorList gate_logits,
+                                              at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes) {
   check_values(experts);
   const at::Tensor values = with_unit_stride(experts);
   GateTables tables(gate_experts, gate_sizes, experts.size(1));
@@ -52,7 +52,7 @@ std::vector<at::Tensor> forward(const at::Tensor& experts, at::TensorList gate_l
   return outputs;
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gated_mixture_backward(
     at::TensorList grad_outputs, const at::Tensor& experts, at::TensorList gate_logits, at::IntArrayRef gate_experts,
     at::IntArrayRef gate_sizes, bool need_experts, bool need_logits) {
   check_values(experts);
@@ -93,8 +93,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
-  m.impl("gated_mixture_forward", TORCH_FN(forward));
-  m.impl("gated_mixture_backward", TORCH_FN(backward));
+  m.impl("gated_mixture_forward", TORCH_FN(gated_mixture_forward));
+  m.impl("gated_mixture_backward", TORCH_FN(gated_mixture_backward));
 }
 
 }  // namespace mtlk

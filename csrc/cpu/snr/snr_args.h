@@ -27,6 +27,7 @@ struct SnrSum {
   const SnrRoute* routes;  // those to output i are routes[route_begin[i]] up to routes[route_begin[i + 1]]
   const int* route_begin;
   bool transposed;
+  bool streams;  // the outputs are more than caches keep, see Leave
 };
 
 // M = dv_i^T u_j over a chunk of rows, of which the gradients of W_ij and z_ij follow: columns from `column` on, in one

@@ -34,7 +34,7 @@ std::vector<at::Tensor> run(const SnrCoding& z, bool transposed, const SnrMatric
   return sums.take();
 }
 
-std::vector<at::Tensor> forward(at::TensorList u, const at::Tensor& z) {
+std::vector<at::Tensor> snr_aver_forward(at::TensorList u, const at::Tensor& z) {
   const SnrMatrices in = checked(u);
   return run(SnrCoding(z, in.count(), u[0].scalar_type()), false, in, u[0]);
 }
@@ -65,9 +65,10 @@ at::Tensor dots(const SnrCoding& z, const SnrMatrices& u, const SnrMatrices& gra
   return result;
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(at::TensorList grad_outputs, at::TensorList u,
-                                                                      const at::Tensor& z, bool need_u, bool need_z,
-                                                                      bool closed_grad) {
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> snr_aver_backward(at::TensorList grad_outputs,
+                                                                               at::TensorList u, const at::Tensor& z,
+                                                                               bool need_u, bool need_z,
+                                                                               bool closed_grad) {
   const SnrMatrices in = checked(u);
   const SnrCoding coding(z, in.count(), u[0].scalar_type());
   const SnrMatrices grads = snr_grad_outputs(grad_outputs, u[0].size(0), u[0].scalar_type(),
@@ -81,8 +82,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(at::Tensor
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
-  m.impl("snr_aver_forward", TORCH_FN(forward));
-  m.impl("snr_aver_backward", TORCH_FN(backward));
+  m.impl("snr_aver_forward", TORCH_FN(snr_aver_forward));
+  m.impl("snr_aver_backward", TORCH_FN(snr_aver_backward));
 }
 
 }  // namespace mtlk

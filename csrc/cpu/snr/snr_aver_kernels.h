@@ -1,4 +1,5 @@
-// SNR-Aver for a run of rows: every input is read once, while it is in the first-level cache for all outputs.
+// SNR-Aver for a run of rows: a few vectors of every input are in the first-level cache, or in registers, for all
+// outputs.
 #pragma once
 
 #include "gemm/panels.h"
@@ -7,133 +8,267 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
-// Rows of several tensors as the compute type: where they are, or widened.
+// Outputs that sum the same inputs, and pairs of inputs and outputs, go together up to so many: accumulators, and what
+// they multiply, fill the registers.
+constexpr int kTogether = 4;
+constexpr int kAverVectors = kRegisters >= 32 ? 4 : 2;
+
+// Of several tensors with unit column stride, a row.
 template <typename T>
 class SnrRows {
  public:
-  using C = Compute<T>;
+  SnrRows(int count, Arena& arena) : count_(count), rows_(arena.take<const T*>(count)) {}
+  static int64_t bytes(int count) { return Arena::bytes<const T*>(count); }
 
-  static int64_t bytes(int count, int64_t features) {
-    return Arena::bytes<const C*>(count) + Arena::bytes<bool>(count) +
-           (__is_same(T, C) ? 0 : count * Arena::bytes<C>(features));
+  void at(const void* const* tensors, const int64_t* ld, int64_t row) {
+    for (int i = 0; i < count_; ++i) rows_[i] = static_cast<const T*>(tensors[i]) + row * ld[i];
   }
-  SnrRows(int count, int64_t features, Arena& arena) : count_(count), features_(features) {
-    rows_ = arena.take<const C*>(count);
-    used_ = arena.take<bool>(count);
-    for (int i = 0; i < count; ++i) {
-      used_[i] = false;
-      if constexpr (!__is_same(T, C)) rows_[i] = arena.take<C>(features);
-    }
-  }
-  void use(int i) { used_[i] = true; }
-  void load(const void* const* tensors, const int64_t* ld, int64_t row) {
-    for (int i = 0; i < count_; ++i) {
-      if (!used_[i]) continue;
-      const T* from = static_cast<const T*>(tensors[i]) + row * ld[i];
-      if constexpr (__is_same(T, C)) {
-        rows_[i] = from;
-      } else {
-        widen(from, const_cast<C*>(rows_[i]), features_);
-      }
-    }
-  }
-  const C* operator[](int i) const { return rows_[i]; }
+  const T* operator[](int i) const { return rows_[i]; }
 
  private:
   const int count_;
-  const int64_t features_;
-  const C** rows_;
-  bool* used_;
+  const T** rows_;
 };
 
-// out[f] = the sum of a row's routes, for V vectors of features from f on.
-template <typename T, int V>
-MTLK_INLINE void snr_aver_vectors(const SnrRoute* begin, const SnrRoute* end, const SnrRows<T>& rows, int64_t f,
-                                  T* out) {
-  using C = Compute<T>;
-  constexpr int L = Simd<C>::lanes;
-  Vector<C> sum[V] = {};
-  for (const SnrRoute* r = begin; r < end; ++r) {
-    const Vector<C> z = broadcast(static_cast<C>(r->z));
-    const C* x = rows[r->input] + f;
-    for (int k = 0; k < V; ++k) sum[k] += z * load(x + k * L);
-  }
-  alignas(64) C values[V * L];
-  for (int k = 0; k < V; ++k) store(values + k * L, sum[k]);
-  narrow(values, out + f, V * L);
-}
-
 template <typename T>
-void snr_aver_sum(const SnrSum& call, int64_t first, int64_t last, void* memory) {
+class SnrAverSum {
+ public:
   using C = Compute<T>;
-  constexpr int L = Simd<C>::lanes;
-  const int64_t features = call.input_widths[0];
-  Arena arena(memory);
-  SnrRows<T> rows(call.inputs, features, arena);
-  for (int r = 0; r < call.route_begin[call.outputs]; ++r) rows.use(call.routes[r].input);
-  for (int64_t row = first; row < last; ++row) {
-    rows.load(call.in, call.in_ld, row);
-    for (int i = 0; i < call.outputs; ++i) {
-      const SnrRoute *begin = call.routes + call.route_begin[i], *end = call.routes + call.route_begin[i + 1];
-      T* out = static_cast<T*>(call.out[i]) + row * features;
+  static constexpr int L = Simd<C>::lanes;
+
+  static int64_t bytes(const SnrSum& call) {
+    return SnrRows<T>::bytes(call.inputs) + Arena::bytes<int>(call.outputs) +
+           Arena::bytes<C>(call.route_begin[call.outputs]);
+  }
+
+  SnrAverSum(const SnrSum& call, void* memory) : SnrAverSum(call, Arena(memory)) {}
+
+  void run(int64_t first, int64_t last) {
+    const int64_t features = call_.input_widths[0];
+    for (int64_t row = first; row < last; ++row) {
+      rows_.at(call_.in, call_.in_ld, row);
+      row_ = row * features;
       int64_t f = 0;
-      for (; f + 4 * L <= features; f += 4 * L) snr_aver_vectors<T, 4>(begin, end, rows, f, out);
-      for (; f + L <= features; f += L) snr_aver_vectors<T, 1>(begin, end, rows, f, out);
+      for (; f + kAverVectors * L <= features; f += kAverVectors * L) outputs<kAverVectors>(f);
+      for (; f + L <= features; f += L) outputs<1>(f);
       for (; f < features; ++f) {
-        C sum = 0;
-        for (const SnrRoute* r = begin; r < end; ++r) sum += static_cast<C>(r->z) * rows[r->input][f];
-        from_compute(sum, out + f);
+        for (int i = 0; i < call_.outputs; ++i) {
+          C sum = 0;
+          for (int r = call_.route_begin[i]; r < call_.route_begin[i + 1]; ++r) {
+            sum += z_[r] * static_cast<C>(to_compute(rows_[call_.routes[r].input][f]));
+          }
+          from_compute(sum, out(i) + f);
+        }
+      }
+    }
+    if (streams_) stream_fence();
+  }
+
+ private:
+  SnrAverSum(const SnrSum& call, Arena arena)
+      : call_(call),
+        rows_(call.inputs, arena),
+        together_(arena.take<int>(call.outputs)),
+        z_(arena.take<C>(call.route_begin[call.outputs])),
+        streams_(call.streams) {
+    for (int i = 0; i < call.outputs; ++i) {
+      streams_ = streams_ && takes_stream(static_cast<const T*>(call.out[i]), call.input_widths[0]);
+    }
+    for (int r = 0; r < call.route_begin[call.outputs]; ++r) z_[r] = static_cast<C>(call.routes[r].z);
+    for (int i = 0; i < call.outputs; i += together_[i]) {
+      together_[i] = 1;
+      while (together_[i] < kTogether && i + together_[i] < call.outputs && alike(i, i + together_[i])) ++together_[i];
+    }
+  }
+
+  int count(int output) const { return call_.route_begin[output + 1] - call_.route_begin[output]; }
+  bool alike(int a, int b) const {
+    bool same = count(a) == count(b);
+    for (int r = 0; same && r < count(a); ++r) {
+      same = call_.routes[call_.route_begin[a] + r].input == call_.routes[call_.route_begin[b] + r].input;
+    }
+    return same;
+  }
+  T* out(int output) const { return static_cast<T*>(call_.out[output]) + row_; }
+
+  // V vectors of all outputs, from feature f on.
+  template <int V>
+  MTLK_INLINE void outputs(int64_t f) const {
+    static_assert(kTogether == 4);
+    for (int i = 0; i < call_.outputs; i += together_[i]) {
+      if (together_[i] == 4) {
+        vectors<4, V>(i, f);
+      } else if (together_[i] == 3) {
+        vectors<3, V>(i, f);
+      } else if (together_[i] == 2) {
+        vectors<2, V>(i, f);
+      } else {
+        vectors<1, V>(i, f);
       }
     }
   }
-}
+
+  // Of O outputs, from output `first` on, that sum the same inputs.
+  template <int O, int V>
+  MTLK_INLINE void vectors(int first, int64_t f) const {
+    const SnrRoute* const routes = call_.routes + call_.route_begin[first];
+    const int routes_each = count(first);
+    const C* z[O];
+    for (int o = 0; o < O; ++o) z[o] = z_ + call_.route_begin[first + o];
+    Vector<C> sum[O][V];
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o) {
+#pragma GCC unroll 4
+      for (int k = 0; k < V; ++k) sum[o][k] = Vector<C>{};
+    }
+    for (int r = 0; r < routes_each; ++r) {
+      const T* const x = rows_[routes[r].input] + f;
+      Vector<C> values[V];
+#pragma GCC unroll 4
+      for (int k = 0; k < V; ++k) values[k] = load_as<T, C>(x + k * L);
+#pragma GCC unroll 4
+      for (int o = 0; o < O; ++o) {
+        const Vector<C> factor = broadcast(z[o][r]);
+#pragma GCC unroll 4
+        for (int k = 0; k < V; ++k) sum[o][k] += factor * values[k];
+      }
+    }
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o) {
+      alignas(64) C values[V * L];
+#pragma GCC unroll 4
+      for (int k = 0; k < V; ++k) store(values + k * L, sum[o][k]);
+      if (streams_ && (V * L) % kPerVector<T> == 0) {
+        stream_narrow(values, out(first + o) + f, V * L);
+      } else {
+        narrow(values, out(first + o) + f, V * L);
+      }
+    }
+  }
+
+  const SnrSum& call_;
+  SnrRows<T> rows_;
+  int* const together_;  // of an output that is the first of some
+  C* const z_;           // of each route
+  bool streams_;
+  int64_t row_ = 0;  // where its elements are in outputs
+};
 
 // results[p] = <dv_i, u_j> over the rows, for each pair; in the compute type within a run of rows.
 template <typename T>
-void snr_aver_dots(const SnrDots& call, int64_t first, int64_t last, double* results, void* memory) {
+class SnrAverDots {
+ public:
   using C = Compute<T>;
-  constexpr int L = Simd<C>::lanes;
-  Arena arena(memory);
-  SnrRows<T> u(call.inputs, call.features, arena), grads(call.outputs, call.features, arena);
-  C* lanes = arena.take<C>(call.count * L);
-  std::memset(lanes, 0, call.count * L * sizeof(C));
-  for (int64_t p = 0; p < call.count; ++p) {
-    results[p] = 0;
-    u.use(call.pairs[p].input);
-    grads.use(call.pairs[p].output);
+  static constexpr int L = Simd<C>::lanes;
+
+  static int64_t bytes(const SnrDots& call) {
+    return SnrRows<T>::bytes(call.inputs) + SnrRows<T>::bytes(call.outputs) + Arena::bytes<C>(call.count * L) +
+           Arena::bytes<int64_t>(static_cast<int64_t>(call.inputs) * call.outputs);
   }
-  for (int64_t row = first; row < last; ++row) {
-    u.load(call.u, call.u_ld, row);
-    grads.load(call.grad_outputs, call.grad_output_ld, row);
-    for (int64_t p = 0; p < call.count; ++p) {
-      const C *a = grads[call.pairs[p].output], *b = u[call.pairs[p].input];
-      Vector<C> even = load(lanes + p * L), odd{};
-      int64_t f = 0;
-      for (; f + 2 * L <= call.features; f += 2 * L) {
-        even += load(a + f) * load(b + f);
-        odd += load(a + f + L) * load(b + f + L);
+
+  SnrAverDots(const SnrDots& call, double* results, void* memory) : SnrAverDots(call, results, Arena(memory)) {}
+
+  void run(int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      u_.at(call_.u, call_.u_ld, row);
+      grads_.at(call_.grad_outputs, call_.grad_output_ld, row);
+      for (int i = 0; i < call_.outputs; i += kTogether) {
+        for (int j = 0; j < call_.inputs; j += kTogether) block(i, j);
       }
-      for (; f + L <= call.features; f += L) even += load(a + f) * load(b + f);
-      C rest = 0;
-      for (; f < call.features; ++f) rest += a[f] * b[f];
-      even += odd;
-      store(lanes + p * L, even);
-      results[p] += static_cast<double>(rest);
+    }
+    for (int64_t p = 0; p < call_.count; ++p) {
+      for (int lane = 0; lane < L; ++lane) results_[p] += static_cast<double>(lanes_[p * L + lane]);
     }
   }
-  for (int64_t p = 0; p < call.count; ++p) {
-    for (int i = 0; i < L; ++i) results[p] += static_cast<double>(lanes[p * L + i]);
+
+ private:
+  SnrAverDots(const SnrDots& call, double* results, Arena arena)
+      : call_(call),
+        results_(results),
+        u_(call.inputs, arena),
+        grads_(call.outputs, arena),
+        lanes_(arena.take<C>(call.count * L)),
+        number_(arena.take<int64_t>(static_cast<int64_t>(call.inputs) * call.outputs)) {
+    std::memset(lanes_, 0, call.count * L * sizeof(C));
+    for (int i = 0; i < call.outputs * call.inputs; ++i) number_[i] = -1;
+    for (int64_t p = 0; p < call.count; ++p) {
+      results_[p] = 0;
+      number_[call.pairs[p].output * call.inputs + call.pairs[p].input] = p;
+    }
   }
-}
+
+  // The pairs of up to kTogether outputs and inputs. All at once, those that nobody wants too, where it is not few.
+  void block(int i, int j) {
+    constexpr int kFew = 4;
+    const int outputs = call_.outputs - i < kTogether ? call_.outputs - i : kTogether;
+    const int inputs = call_.inputs - j < kTogether ? call_.inputs - j : kTogether;
+    int wanted = 0;
+    for (int o = 0; o < outputs; ++o) {
+      for (int k = 0; k < inputs; ++k) wanted += number(i + o, j + k) >= 0;
+    }
+    if (wanted > kFew && outputs == kTogether && inputs == kTogether) return products<kTogether>(i, j);
+    for (int o = 0; o < outputs; ++o) {
+      for (int k = 0; k < inputs; ++k) {
+        if (number(i + o, j + k) >= 0) products<1>(i + o, j + k);
+      }
+    }
+  }
+
+  // Of N outputs and N inputs.
+  template <int N>
+  MTLK_INLINE void products(int i, int j) {
+    Vector<C> sum[N][N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+      for (int m = 0; m < N; ++m) sum[n][m] = Vector<C>{};
+    }
+    int64_t f = 0;
+    for (; f + L <= call_.features; f += L) {
+      Vector<C> a[N], b[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) a[n] = load_as<T, C>(grads_[i + n] + f), b[n] = load_as<T, C>(u_[j + n] + f);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+        for (int m = 0; m < N; ++m) sum[n][m] += a[n] * b[m];
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+      for (int m = 0; m < N; ++m) {
+        const int64_t p = number(i + n, j + m);
+        if (p < 0) continue;
+        store(lanes_ + p * L, load(lanes_ + p * L) + sum[n][m]);
+        C rest = 0;
+        for (int64_t k = f; k < call_.features; ++k) {
+          rest += static_cast<C>(to_compute(grads_[i + n][k])) * static_cast<C>(to_compute(u_[j + m][k]));
+        }
+        results_[p] += static_cast<double>(rest);
+      }
+    }
+  }
+
+  int64_t number(int output, int input) const { return number_[output * call_.inputs + input]; }
+
+  const SnrDots& call_;
+  double* const results_;
+  SnrRows<T> u_, grads_;
+  C* const lanes_;         // of each pair
+  int64_t* const number_;  // of the pair of an output and an input, or -1
+};
 
 template <typename T>
 SnrAverKernels snr_aver_kernels() {
-  return {[](const SnrSum& call) { return SnrRows<T>::bytes(call.inputs, call.input_widths[0]); }, snr_aver_sum<T>,
-          [](const SnrDots& call) {
-            return SnrRows<T>::bytes(call.inputs, call.features) + SnrRows<T>::bytes(call.outputs, call.features) +
-                   Arena::bytes<Compute<T>>(call.count * Simd<Compute<T>>::lanes);
+  return {[](const SnrSum& call) { return SnrAverSum<T>::bytes(call); },
+          [](const SnrSum& call, int64_t first, int64_t last, void* memory) {
+            SnrAverSum<T>(call, memory).run(first, last);
           },
-          snr_aver_dots<T>};
+          [](const SnrDots& call) { return SnrAverDots<T>::bytes(call); },
+          [](const SnrDots& call, int64_t first, int64_t last, double* results, void* memory) {
+            SnrAverDots<T>(call, results, memory).run(first, last);
+          }};
 }
 
 }  // namespace MTLK_ISA

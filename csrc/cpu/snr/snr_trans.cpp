@@ -237,12 +237,12 @@ class Products {
   char *gradients_ = nullptr, *operands_ = nullptr;
 };
 
-std::vector<at::Tensor> forward(at::TensorList u, at::TensorList weights, const at::Tensor& z) {
+std::vector<at::Tensor> snr_trans_forward(at::TensorList u, at::TensorList weights, const at::Tensor& z) {
   const Call call(u, weights, z);
   return run_sums(call, false, call.in);
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> snr_trans_backward(
     at::TensorList grad_outputs, at::TensorList u, at::TensorList weights, const at::Tensor& z, bool need_u,
     bool need_weights, bool need_z, bool closed_grad) {
   const Call call(u, weights, z);
@@ -261,8 +261,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
-  m.impl("snr_trans_forward", TORCH_FN(forward));
-  m.impl("snr_trans_backward", TORCH_FN(backward));
+  m.impl("snr_trans_forward", TORCH_FN(snr_trans_forward));
+  m.impl("snr_trans_backward", TORCH_FN(snr_trans_backward));
 }
 
 }  // namespace mtlk

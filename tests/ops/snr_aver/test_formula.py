@@ -25,6 +25,25 @@ def test_every_instruction_set(seed: int, isa: str, dtype: torch.dtype) -> None:
         check(random_snr_aver(seed, dtype), "cpp")
 
 
+@pytest.mark.parametrize("isa", _extension.instruction_sets())
+@pytest.mark.parametrize("inputs", [2, 4, 9])
+@pytest.mark.parametrize("outputs", [1, 2, 3, 4, 9])
+def test_all_routes_open(outputs: int, inputs: int, isa: str, dtype: torch.dtype) -> None:
+    """Outputs that sum the same inputs go together, and so do pairs of one block."""
+    with _extension.instruction_set(isa):
+        check(snr_aver(CaseFactory(outputs, dtype), 70, 77, inputs, outputs, share=1.0), "cpp", threads=2)
+
+
+@pytest.mark.parametrize("isa", _extension.instruction_sets()[1:])
+@pytest.mark.parametrize("width", [256, 250])
+def test_more_than_caches_keep(width: int, isa: str) -> None:
+    """Outputs of 16 MiB are written past the caches where rows are whole vectors."""
+    case = snr_aver(CaseFactory(width, torch.float32), 5600, width, 3, 3, share=1.0)
+    assert 3 * case.arguments["u"][0].nbytes >= 2**24
+    with _extension.instruction_set(isa):
+        check(case, "cpp", threads=2)
+
+
 def test_many_rows(dtype: torch.dtype, backend: str) -> None:
     """More rows than a block has."""
     check(snr_aver(CaseFactory(1, dtype), 700, 67, 4, 3, share=0.8), backend, threads=2)
