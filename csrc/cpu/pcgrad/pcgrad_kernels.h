@@ -151,25 +151,13 @@ class GramPiece {
   Vector<double>* sums_;
 };
 
-// Writes a whole number of cache lines past the caches; `out` starts on one.
-MTLK_INLINE void stream_lines(const void* in, void* out, int64_t bytes) {
-#if defined(__AVX512F__)
-  for (int64_t i = 0; i < bytes; i += 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(out) + i),
-                        _mm512_load_si512(static_cast<const char*>(in) + i));
-  }
-#else
-  std::memcpy(out, in, bytes);
-#endif
-}
-
-// Rounds sums to the storage type, past the caches where `stream` and whole cache lines allow it.
+// Rounds sums to the storage type, past the caches where that is asked for and whole vectors allow it.
 template <typename T>
 MTLK_INLINE void write(const double* sums, int64_t n, T* out, bool stream) {
   constexpr int64_t kMost = 64;
   alignas(64) T rounded[kMost];
-  const bool lines = stream && n * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  T* target = lines ? rounded : out;
+  const bool streams = stream && takes_stream(out, n);
+  T* target = streams ? rounded : out;
   if constexpr (sizeof(T) == 2) {
     alignas(64) float singles[kMost];
     for (int64_t i = 0; i < n; ++i) singles[i] = static_cast<float>(sums[i]);
@@ -177,7 +165,7 @@ MTLK_INLINE void write(const double* sums, int64_t n, T* out, bool stream) {
   } else {
     for (int64_t i = 0; i < n; ++i) target[i] = static_cast<T>(sums[i]);
   }
-  if (lines) stream_lines(rounded, out, n * sizeof(T));
+  for (int64_t i = 0; streams && i < n; i += kPerVector<T>) stream_bytes(out + i, rounded + i);
 }
 
 // As many elements as make a vector of float64, in float64.
@@ -230,9 +218,7 @@ void combine_piece(const PcgradPiece& piece, const double* coefficients, T* out,
     }
     write(&sum, 1, out + first, false);
   }
-#if defined(__AVX512F__)
-  if (stream) _mm_sfence();
-#endif
+  if (stream) stream_fence();
 }
 
 template <typename T>
