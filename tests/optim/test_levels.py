@@ -63,6 +63,44 @@ def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | No
         assert float((grad - wanted).abs().max()) <= 64 * torch.finfo(torch.float64).eps * largest
 
 
+class Tied(nn.Module):
+    """Two levels of the same experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ParameterList(torch.randn(6, 6) / 2 for _ in range(3))
+        self.gates = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first, second = mk.Routing.mmoe(3, 2), mk.Routing((0, 1, 0), ((0, 1, 2), (0, 1, 2)))
+        streams = mk.expert_mixture(x, [list(self.experts)], None, self.gates[0](x), first, activation="tanh")
+        streams = mk.expert_mixture(streams, [list(self.experts)], None, self.gates[1](x), second, activation="tanh")
+        return [streams[0].square().mean(), streams[1].mean()]
+
+
+def test_weights_of_two_levels(runs: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x = Tied().double(), torch.randn(ROWS, 6, dtype=torch.float64)
+    assert_same(surgery(model, lambda: model(x)), surgery(model, lambda: model(x), batched=False))
+    assert runs == [3]  # the losses, and what is below each level
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_weights_that_a_loss_reaches_past_their_level(hook: bool, runs: list[int]) -> None:
+    """As a penalty on them does: a pass that is after them would run the level, so that nothing is cut."""
+    torch.manual_seed(0)
+    model, x = Tied().double(), torch.randn(ROWS, 6, dtype=torch.float64)
+    if hook:
+        model.experts[0].register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+
+    def losses() -> list[Tensor]:
+        first, second = model(x)
+        return [first, second, model.experts[0].square().sum() + first.sqrt()]
+
+    assert_same(surgery(model, losses), surgery(model, losses, batched=False))
+    assert runs == [1]
+
+
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_converted_models(name: str, runs: list[int]) -> None:
     """Three passes of a library's PLE and one of its MMOE meet their levels together."""

@@ -42,7 +42,8 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
     """The parts of the losses' graph, each behind those above it; only one where it cannot be cut.
 
     It can where every node lies in one part. One in two would get its gradient in two pieces, and hooks, or functions
-    that are not linear in it, would see these instead of their sum.
+    that are not linear in it, would see these instead of their sum. Leaves to which levels lead at once may be those of
+    several, as no pass is after them.
     """
     whole = [Part(None)]
     if _torch.in_compiled_autograd():
@@ -54,7 +55,7 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
     while _walk(below, parts[-1], len(parts), numbers):
         waiting.update(parts[-1].levels)
         if not waiting:
-            return parts
+            return whole if _runs_levels(parts) else parts
         level = max(waiting, key=_torch.sequence_number)  # no other of these is above it
         waiting.remove(level)
         nodes = [node for node, _ in level.next_functions]
@@ -62,6 +63,16 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
         below = [node for node in nodes if node not in direct]
         parts.append(Part(level, direct={id(node.variable) for node in direct}))
     return whole
+
+
+def _runs_levels(parts: Sequence[Part]) -> bool:
+    """Whether a pass to a part's leaves would run levels below it, as these lead to one of them at once."""
+    arrived: set[int] = set()
+    for part in reversed(parts):
+        if not arrived.isdisjoint(part.leaves):
+            return True
+        arrived |= part.direct
+    return False
 
 
 def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int]) -> bool:
