@@ -66,7 +66,8 @@ struct PlainEngine {
   // `n` outputs from `feature` on for `groups` groups: out[group][feature][16].
   static void tile(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                    int64_t groups, C* out, int64_t out_group, const Prefetch& ahead) {
-    panel_gemm<C>(w + feature * ld, ld, 1, panels, panel_size(depth), depth, n, groups, out, out_group, false, ahead);
+    panel_gemm<C, Product::kForward>(w + feature * ld, ld, panels, panel_size(depth), depth, n, groups, out, out_group,
+                                     false, ahead);
   }
 
   static constexpr bool kMakesTiles = false;  // weights come in the form that products want
@@ -78,7 +79,8 @@ struct PlainEngine {
   static constexpr bool kCopiesColumns = kGroups == 1;
   static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                         int64_t groups, C* out, int64_t out_group, bool add, const Prefetch& ahead) {
-    panel_gemm<C>(w + feature, 1, ld, panels, panel_size(depth), depth, n, groups, out, out_group, add, ahead);
+    panel_gemm<C, Product::kBackward>(w + feature, ld, panels, panel_size(depth), depth, n, groups, out, out_group, add,
+                                      ahead);
   }
   static int64_t sum_features(int64_t features) { return features; }
 
@@ -128,7 +130,7 @@ struct PlainEngine {
                               int64_t nrows, int64_t column, int64_t n, C* grad, int64_t ld, Leave leave) {
     constexpr int64_t kPart = kNarrow ? 16 * 1024 / (kGroup * sizeof(C)) : kDepth;
     const bool at_once = nrows <= kPart && (nrows < kGroup || nrows % kGroup == 0);
-    if (leave == Leave::kStream && !(at_once && takes_stream(grad, ld))) leave = Leave::kSet;
+    const bool past = leave == Leave::kPastCaches && at_once && can_go_past_caches(grad, ld);
     if constexpr (kNarrow) {
       alignas(64) C values[kPart * kGroup];
       for (int64_t m = 0; m < nrows; m += kPart) {
@@ -137,31 +139,43 @@ struct PlainEngine {
           const Operand* first = operand + m * operand_ld + column + j;
           for (int64_t r = 0; r < part; ++r)
             std::memcpy(values + r * kGroup, first + r * operand_ld, kGroup * sizeof(C));
-          add_products(gradient + m * outputs, outputs, values, kGroup, 1, part, grad + j, ld,
-                       m > 0 ? Leave::kAdd : leave);
+          const bool add = leave == Leave::kAdd || m > 0;
+          products(gradient + m * outputs, outputs, values, kGroup, 1, part, grad + j, ld, add, past);
         }
       }
     } else {
-      add_products(gradient, outputs, operand + column, operand_ld, group_count(n), nrows, grad, ld, leave);
+      products(gradient, outputs, operand + column, operand_ld, group_count(n), nrows, grad, ld, leave == Leave::kAdd,
+               past);
     }
-    if (leave == Leave::kStream) stream_fence();
+    if (past) fence_past_caches();
   }
 
-  // gradient^T operand, over nrows rows, for `groups` groups of the operand's columns.
-  static void add_products(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t operand_ld,
-                           int64_t groups, int64_t nrows, C* grad, int64_t ld, Leave leave) {
+  // gradient^T operand, over nrows rows, for `groups` groups of the operand's columns; past the caches in one go.
+  static void products(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t operand_ld,
+                       int64_t groups, int64_t nrows, C* grad, int64_t ld, bool add, bool past) {
     for (int64_t t = 0; t < tiles(outputs); ++t) {
       const int64_t o = tile_begin(outputs, t), rows = tile_begin(outputs, t + 1) - o;
-      Leave next = leave;
+      bool on_top = add;
       for (int64_t m = 0; m < nrows;) {
         // Whole groups first, up to the depth of a partial sum; then what is left of the last group.
         const int64_t left = nrows - m;
         const int64_t inner = left < kGroup ? left : kGroup;
         const int64_t outer = left < kGroup ? 1 : (left < kDepth ? left : kDepth) / kGroup;
-        tile_gemm<C>({gradient + m * outputs + o * kGroup, kGroup, 1, gradient_size(outputs), inner,
-                      operand + m * operand_ld, operand_ld, kGroup},
-                     rows, groups, outer, {grad + o * ld, ld, kGroup, next});
-        next = Leave::kAdd;
+        const Operands<C> factors{gradient + m * outputs + o * kGroup,
+                                  kGroup,
+                                  1,
+                                  gradient_size(outputs),
+                                  inner,
+                                  operand + m * operand_ld,
+                                  operand_ld,
+                                  kGroup};
+        const Destination<C> to{grad + o * ld, ld, kGroup, on_top};
+        if (past) {
+          tile_gemm<C, Product::kWeightsPastCaches>(factors, rows, groups, outer, to);
+        } else {
+          tile_gemm<C, Product::kWeights>(factors, rows, groups, outer, to);
+        }
+        on_top = true;
         m += outer * inner;
       }
     }

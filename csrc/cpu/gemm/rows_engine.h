@@ -131,13 +131,13 @@ void with_rows(int64_t rows, F f) {
 // caches where that is asked for and possible.
 template <typename T, typename C, int R>
 void outer_products(const C* factor, int64_t ld_factor, int64_t outputs, const C* x, int64_t ldx, int64_t width, C* row,
-                    T* out, bool streams) {
+                    T* out, bool past) {
   constexpr int L = Simd<C>::lanes;
-  streams = streams && takes_stream(out, width);
+  past = past && can_go_past_caches(out, width);
   for (int64_t o = 0; o < outputs; ++o) {
     C* place = row;
     if constexpr (__is_same(T, C)) {
-      if (width % L == 0 && !streams) place = out + o * width;
+      if (width % L == 0 && !past) place = out + o * width;
     }
     Vector<C> f[R];
     for (int r = 0; r < R; ++r) f[r] = broadcast(factor[r * ld_factor + o]);
@@ -147,13 +147,13 @@ void outer_products(const C* factor, int64_t ld_factor, int64_t outputs, const C
       for (int r = 1; r < R; ++r) sum += f[r] * load(x + r * ldx + i);
       store(place + i, sum);
     }
-    if (streams) {
-      stream_narrow(row, out + o * width, width);
+    if (past) {
+      narrow_past_caches(row, out + o * width, width);
     } else if (place == row) {
       narrow(row, out + o * width, width);
     }
   }
-  if (streams) stream_fence();
+  if (past) fence_past_caches();
 }
 
 // Few rows into a plain panel, zeros beyond them, and back.
@@ -202,9 +202,9 @@ struct RowsEngine {
   // grad row o = the sum over the rows of gradient[row][o] * in[row], rows ld apart; `row` has room for one, in whole
   // vectors.
   static void weight_gradient(int64_t rows, const C* gradient, int64_t outputs, const C* in, int64_t width, int64_t ld,
-                              C* row, T* grad, bool streams) {
+                              C* row, T* grad, bool past) {
     with_rows(rows, [&](auto constant) {
-      outer_products<T, C, decltype(constant)::value>(gradient, ld, outputs, in, ld, width, row, grad, streams);
+      outer_products<T, C, decltype(constant)::value>(gradient, ld, outputs, in, ld, width, row, grad, past);
     });
   }
 };

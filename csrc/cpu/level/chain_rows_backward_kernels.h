@@ -160,7 +160,7 @@ class ChainBackward<RowsEngine<T>> {
       if (args_.need_weights) {
         load_input(l, e);
         Engine::weight_gradient(rows_, gradient, outputs, input_, width, widest_, row_,
-                                static_cast<T*>(args_.grad_weights[at]), args_.stream_weights);
+                                static_cast<T*>(args_.grad_weights[at]), args_.weights_past_caches);
       }
       if (args_.grad_biases[at]) {
         for (int64_t o = 0; o < outputs; ++o) {

@@ -93,7 +93,7 @@ struct GradientArgs {
   void* const* grad_inputs;                      // contiguous [rows, widths[0]] for each stream, or null
   void* const* grad_logits;                      // contiguous, of the logits' dtype, or null
   bool need_experts, need_weights, need_biases;  // need_experts: more than the logits' gradients
-  bool stream_weights;                           // their gradients are more than caches keep, see Leave
+  bool weights_past_caches;                      // their gradients are more than caches keep, see Leave
 
   // Contiguous of the storage type, and sums over the rows, of the compute type, for each layer and expert:
   // [out][weight_sum_ld[layer]] and [out]. Sums may be the results themselves; those of a weight are null where all

@@ -41,13 +41,14 @@ void weight_columns(const Args& args, const BackwardChunk& chunk, int l, int64_t
   C* const sums = static_cast<C*>(args.weight_sums[at]);
   C* const first = sums ? sums + column : spare;
   const int64_t ld = sums ? args.weight_sum_ld[l] : Engine::kColumns;
-  const Leave leave = chunk.row > 0 ? Leave::kAdd : sums && args.stream_weights ? Leave::kStream : Leave::kSet;
+  const bool is_result = args.grad_weights[at] == sums, past = args.weights_past_caches;
+  const Leave leave = chunk.row > 0 ? Leave::kAdd : is_result && past ? Leave::kPastCaches : Leave::kSet;
   Engine::weight_gradient(gradient, outputs, operand, operand_ld, chunk.rows, operand_column, n, first, ld, leave);
-  if (args.grad_weights[at] == sums || !completes(args, chunk)) return;
+  if (is_result || !completes(args, chunk)) return;
   auto* const result = static_cast<typename Engine::T*>(args.grad_weights[at]) + column;
-  if (args.stream_weights && takes_stream(result, width) && n % kPerVector<typename Engine::T> == 0) {
-    for (int64_t o = 0; o < outputs; ++o) stream_narrow(first + o * ld, result + o * width, n);
-    stream_fence();
+  if (past && can_go_past_caches(result, width) && n % kPerVector<typename Engine::T> == 0) {
+    for (int64_t o = 0; o < outputs; ++o) narrow_past_caches(first + o * ld, result + o * width, n);
+    fence_past_caches();
   } else {
     for (int64_t o = 0; o < outputs; ++o) narrow(first + o * ld, result + o * width, n);
   }

@@ -180,11 +180,11 @@ std::vector<at::Tensor> combine(GradList grads, int64_t tasks, const at::Tensor&
     chosen.emplace_back();
     for (const int task : parameter.tasks) chosen.back().push_back(all[task]);
   }
-  const bool stream = bytes >= kStreamBytes;
+  const bool past = bytes >= kStreamBytes;
   const std::vector<Piece> pieces = cut(parameters);
   parallel_tasks(at::get_num_threads(), static_cast<int64_t>(pieces.size()), [&](int64_t i) {
     const int64_t p = pieces[i].parameter - parameters.data();
-    pieces[i].parameter->kernels->combine(pieces[i].run, chosen[p].data(), outputs[p], stream);
+    pieces[i].parameter->kernels->combine(pieces[i].run, chosen[p].data(), outputs[p], past);
   });
   return results;
 }

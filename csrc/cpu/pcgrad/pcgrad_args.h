@@ -18,8 +18,8 @@ struct PcgradKernels {
   int64_t (*gram_bytes)(int count);
   void (*gram)(const PcgradPiece&, double* products, void* scratch);
 
-  // out = sum_i coefficients[i] * g_i, `out` where the parameter starts; past the caches where `stream`.
-  void (*combine)(const PcgradPiece&, const double* coefficients, void* out, bool stream);
+  // out = sum_i coefficients[i] * g_i, `out` where the parameter starts; where `past`, past the caches.
+  void (*combine)(const PcgradPiece&, const double* coefficients, void* out, bool past);
 };
 
 }  // namespace mtlk

@@ -153,11 +153,11 @@ class GramPiece {
 
 // Rounds sums to the storage type, past the caches where that is asked for and whole vectors allow it.
 template <typename T>
-MTLK_INLINE void write(const double* sums, int64_t n, T* out, bool stream) {
+MTLK_INLINE void write(const double* sums, int64_t n, T* out, bool past) {
   constexpr int64_t kMost = 64;
   alignas(64) T rounded[kMost];
-  const bool streams = stream && takes_stream(out, n);
-  T* target = streams ? rounded : out;
+  const bool whole = past && can_go_past_caches(out, n);
+  T* target = whole ? rounded : out;
   if constexpr (sizeof(T) == 2) {
     alignas(64) float singles[kMost];
     for (int64_t i = 0; i < n; ++i) singles[i] = static_cast<float>(sums[i]);
@@ -165,7 +165,7 @@ MTLK_INLINE void write(const double* sums, int64_t n, T* out, bool stream) {
   } else {
     for (int64_t i = 0; i < n; ++i) target[i] = static_cast<T>(sums[i]);
   }
-  for (int64_t i = 0; streams && i < n; i += kPerVector<T>) stream_bytes(out + i, rounded + i);
+  for (int64_t i = 0; whole && i < n; i += kPerVector<T>) bytes_past_caches(out + i, rounded + i);
 }
 
 // As many elements as make a vector of float64, in float64.
@@ -189,7 +189,7 @@ MTLK_INLINE Vector<double> load_double(const T* p) {
 }
 
 template <typename T>
-void combine_piece(const PcgradPiece& piece, const double* coefficients, T* out, bool stream) {
+void combine_piece(const PcgradPiece& piece, const double* coefficients, T* out, bool past) {
   constexpr int kLanes = Simd<double>::lanes, kVectors = 8;
   constexpr int64_t kColumns = kVectors * kLanes;
   // How far ahead gradients are fetched: a dozen streams are too many for the hardware's prefetchers.
@@ -209,7 +209,7 @@ void combine_piece(const PcgradPiece& piece, const double* coefficients, T* out,
     }
     alignas(64) double wide[kColumns];
     for (int v = 0; v < kVectors; ++v) store(wide + v * kLanes, sums[v]);
-    write(wide, kColumns, out + first, stream);
+    write(wide, kColumns, out + first, past);
   }
   for (; first < last; ++first) {
     double sum = 0;
@@ -218,15 +218,15 @@ void combine_piece(const PcgradPiece& piece, const double* coefficients, T* out,
     }
     write(&sum, 1, out + first, false);
   }
-  if (stream) stream_fence();
+  if (past) fence_past_caches();
 }
 
 template <typename T>
 PcgradKernels pcgrad_kernels() {
   return {GramPiece<T>::bytes,
           [](const PcgradPiece& piece, double* products, void* scratch) { GramPiece<T>(piece, scratch).run(products); },
-          [](const PcgradPiece& piece, const double* coefficients, void* out, bool stream) {
-            combine_piece(piece, coefficients, static_cast<T*>(out), stream);
+          [](const PcgradPiece& piece, const double* coefficients, void* out, bool past) {
+            combine_piece(piece, coefficients, static_cast<T*>(out), past);
           }};
 }
 

@@ -66,35 +66,34 @@ MTLK_INLINE void store(C* p, Vector<C> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// How sums are left in memory. kStream: past the caches, where they are large and nobody reads them soon; lines that
-// are written whole need not be read first. It is for kStreams alone, for places that are a multiple of a vector, and
-// wants a stream_fence() before other threads are told.
-enum class Leave { kSet, kAdd, kStream };
+// How sums are left in memory. Past the caches where they are large and nobody reads them soon: lines that are written
+// whole need not be read first. Only where can_go_past_caches, and with a fence before other threads are told.
+enum class Leave { kSet, kAdd, kPastCaches };
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-constexpr bool kStreams = true;
-MTLK_INLINE void stream_fence() { _mm_sfence(); }
-MTLK_INLINE void stream_bytes(void* p, const void* vector) {
+// A vector's bytes, to a place that is a multiple of it.
+MTLK_INLINE void bytes_past_caches(void* p, const void* vector) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_load_si512(vector));
-#else
+#elif defined(__AVX2__)
   _mm256_stream_si256(static_cast<__m256i*>(p), _mm256_load_si256(static_cast<const __m256i*>(vector)));
+#else
+  std::memcpy(p, vector, kVectorBytes);
 #endif
 }
-#else
-constexpr bool kStreams = false;
-MTLK_INLINE void stream_fence() {}
-MTLK_INLINE void stream_bytes(void* p, const void* vector) { std::memcpy(p, vector, kVectorBytes); }
-#endif
 template <typename C>
-MTLK_INLINE void stream(C* p, Vector<C> v) {
-  stream_bytes(p, &v);
+MTLK_INLINE void store_past_caches(C* p, Vector<C> v) {
+  bytes_past_caches(p, &v);
+}
+MTLK_INLINE void fence_past_caches() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
-// Whether rows that are ld elements apart, of whole vectors, can be streamed.
+// Whether rows of whole vectors, ld elements apart, can. The lowest instruction set has no such way.
 template <typename T>
-bool takes_stream(const T* rows, int64_t ld) {
-  return kStreams && reinterpret_cast<uintptr_t>(rows) % kVectorBytes == 0 && ld % kPerVector<T> == 0;
+bool can_go_past_caches(const T* rows, int64_t ld) {
+  return kVectorBytes > 16 && reinterpret_cast<uintptr_t>(rows) % kVectorBytes == 0 && ld % kPerVector<T> == 0;
 }
 
 template <typename C>
@@ -189,6 +188,14 @@ MTLK_INLINE void widen(const T* in, C* out, int64_t n) {
       _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
     }
   }
+#if defined(__AVX2__)
+  if constexpr (__is_same(T, BFloat16) && sizeof(C) == 4) {
+    for (; i + 8 <= n; i += 8) {
+      const __m256i raw = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+      _mm256_storeu_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16)));
+    }
+  }
+#endif
 #endif
   for (; i < n; ++i) out[i] = to_compute(in[i]);
 }
@@ -234,13 +241,13 @@ MTLK_INLINE void narrow(const C* in, T* out, int64_t n) {
   for (; i < n; ++i) from_compute(in[i], out + i);
 }
 
-// The same past the caches, of whole vectors, see Leave.
+// The same past the caches, of whole vectors.
 template <typename T, typename C>
-MTLK_INLINE void stream_narrow(const C* in, T* out, int64_t n) {
+MTLK_INLINE void narrow_past_caches(const C* in, T* out, int64_t n) {
   for (int64_t i = 0; i < n; i += kPerVector<T>) {
     alignas(kVectorBytes) T values[kPerVector<T>];
     narrow(in + i, values, kPerVector<T>);
-    stream_bytes(out + i, values);
+    bytes_past_caches(out + i, values);
   }
 }
 

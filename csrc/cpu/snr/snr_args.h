@@ -27,7 +27,6 @@ struct SnrSum {
   const SnrRoute* routes;  // those to output i are routes[route_begin[i]] up to routes[route_begin[i + 1]]
   const int* route_begin;
   bool transposed;
-  bool streams;  // the outputs are more than caches keep, see Leave
 };
 
 // M = dv_i^T u_j over a chunk of rows, of which the gradients of W_ij and z_ij follow: columns from `column` on, in one
@@ -81,7 +80,8 @@ struct SnrDots {
 
 struct SnrAverKernels {
   int64_t (*sum_bytes)(const SnrSum&);
-  void (*sum)(const SnrSum&, int64_t first, int64_t last, void* scratch);
+  // Rows [first, last) of all outputs, where `past`, past the caches.
+  void (*sum)(const SnrSum&, int64_t first, int64_t last, bool past, void* scratch);
   int64_t (*dots_bytes)(const SnrDots&);
   void (*dots)(const SnrDots&, int64_t first, int64_t last, double* results, void* scratch);
 };

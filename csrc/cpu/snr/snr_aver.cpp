@@ -11,6 +11,10 @@
 namespace mtlk {
 namespace {
 
+// Outputs of as many bytes are not in the caches when the next operator reads them: past these, on a Zen 4, SNR-Aver
+// and relu behind it took 0.66 to 0.91 of the time with 16 to 128 MiB, but 1.1 to 1.35 with 4 and 8.
+constexpr int64_t kCachedOutputs = int64_t{16} << 20;
+
 const SnrAverKernels& table_for(const at::Tensor& u) { return kernels_for<SnrAverKernels>(dtype_of(u)); }
 
 SnrMatrices checked(at::TensorList u) {
@@ -28,8 +32,9 @@ std::vector<at::Tensor> run(const SnrCoding& z, bool transposed, const SnrMatric
   const int outputs = transposed ? z.inputs() : z.outputs();
   SnrSums sums(z, transposed, in, all, like, std::vector<int64_t>(outputs, like.size(1)));
   const SnrAverKernels& table = table_for(like);
+  const bool past = outputs * static_cast<int64_t>(like.nbytes()) >= kCachedOutputs;
   parallel_rows(like.size(0), table.sum_bytes(sums.sum()), [&](int64_t, int64_t first, int64_t last, void* scratch) {
-    table.sum(sums.sum(), first, last, scratch);
+    table.sum(sums.sum(), first, last, past, scratch);
   });
   return sums.take();
 }

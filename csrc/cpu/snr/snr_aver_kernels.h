@@ -8,10 +8,9 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
-// Outputs that sum the same inputs, and pairs of inputs and outputs, go together up to so many: accumulators, and what
-// they multiply, fill the registers.
-constexpr int kTogether = 4;
-constexpr int kAverVectors = kRegisters >= 32 ? 4 : 2;
+// Outputs that sum the same inputs, and pairs of inputs and outputs, go together up to so many; and as many vectors of
+// an output, or half of them where there are too few registers for all sums.
+constexpr int kTogether = 4, kAverVectors = 4;
 
 // Of several tensors with unit column stride, a row.
 template <typename T>
@@ -41,7 +40,7 @@ class SnrAverSum {
            Arena::bytes<C>(call.route_begin[call.outputs]);
   }
 
-  SnrAverSum(const SnrSum& call, void* memory) : SnrAverSum(call, Arena(memory)) {}
+  SnrAverSum(const SnrSum& call, bool past, void* memory) : SnrAverSum(call, past, Arena(memory)) {}
 
   void run(int64_t first, int64_t last) {
     const int64_t features = call_.input_widths[0];
@@ -61,18 +60,18 @@ class SnrAverSum {
         }
       }
     }
-    if (streams_) stream_fence();
+    if (past_) fence_past_caches();
   }
 
  private:
-  SnrAverSum(const SnrSum& call, Arena arena)
+  SnrAverSum(const SnrSum& call, bool past, Arena arena)
       : call_(call),
         rows_(call.inputs, arena),
         together_(arena.take<int>(call.outputs)),
         z_(arena.take<C>(call.route_begin[call.outputs])),
-        streams_(call.streams) {
+        past_(past) {
     for (int i = 0; i < call.outputs; ++i) {
-      streams_ = streams_ && takes_stream(static_cast<const T*>(call.out[i]), call.input_widths[0]);
+      past_ = past_ && can_go_past_caches(static_cast<const T*>(call.out[i]), call.input_widths[0]);
     }
     for (int r = 0; r < call.route_begin[call.outputs]; ++r) z_[r] = static_cast<C>(call.routes[r].z);
     for (int i = 0; i < call.outputs; i += together_[i]) {
@@ -97,18 +96,28 @@ class SnrAverSum {
     static_assert(kTogether == 4);
     for (int i = 0; i < call_.outputs; i += together_[i]) {
       if (together_[i] == 4) {
-        vectors<4, V>(i, f);
+        fitting<4, V>(i, f);
       } else if (together_[i] == 3) {
-        vectors<3, V>(i, f);
+        fitting<3, V>(i, f);
       } else if (together_[i] == 2) {
-        vectors<2, V>(i, f);
+        fitting<2, V>(i, f);
       } else {
-        vectors<1, V>(i, f);
+        fitting<1, V>(i, f);
       }
     }
   }
 
-  // Of O outputs, from output `first` on, that sum the same inputs.
+  // Of O outputs, from output `first` on, that sum the same inputs; in halves where sums do not fit into registers.
+  template <int O, int V>
+  MTLK_INLINE void fitting(int first, int64_t f) const {
+    if constexpr (V > 1 && (O + 1) * V >= kRegisters) {
+      fitting<O, V / 2>(first, f);
+      fitting<O, V / 2>(first, f + V / 2 * L);
+    } else {
+      vectors<O, V>(first, f);
+    }
+  }
+
   template <int O, int V>
   MTLK_INLINE void vectors(int first, int64_t f) const {
     const SnrRoute* const routes = call_.routes + call_.route_begin[first];
@@ -138,8 +147,8 @@ class SnrAverSum {
       alignas(64) C values[V * L];
 #pragma GCC unroll 4
       for (int k = 0; k < V; ++k) store(values + k * L, sum[o][k]);
-      if (streams_ && (V * L) % kPerVector<T> == 0) {
-        stream_narrow(values, out(first + o) + f, V * L);
+      if (past_ && (V * L) % kPerVector<T> == 0) {
+        narrow_past_caches(values, out(first + o) + f, V * L);
       } else {
         narrow(values, out(first + o) + f, V * L);
       }
@@ -150,7 +159,7 @@ class SnrAverSum {
   SnrRows<T> rows_;
   int* const together_;  // of an output that is the first of some
   C* const z_;           // of each route
-  bool streams_;
+  bool past_;
   int64_t row_ = 0;  // where its elements are in outputs
 };
 
@@ -262,8 +271,8 @@ class SnrAverDots {
 template <typename T>
 SnrAverKernels snr_aver_kernels() {
   return {[](const SnrSum& call) { return SnrAverSum<T>::bytes(call); },
-          [](const SnrSum& call, int64_t first, int64_t last, void* memory) {
-            SnrAverSum<T>(call, memory).run(first, last);
+          [](const SnrSum& call, int64_t first, int64_t last, bool past, void* memory) {
+            SnrAverSum<T>(call, past, memory).run(first, last);
           },
           [](const SnrDots& call) { return SnrAverDots<T>::bytes(call); },
           [](const SnrDots& call, int64_t first, int64_t last, double* results, void* memory) {

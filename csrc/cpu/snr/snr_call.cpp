@@ -38,28 +38,22 @@ SnrCoding::SnrCoding(const at::Tensor& z, int64_t inputs, at::ScalarType dtype) 
   inputs_ = static_cast<int>(inputs);
 }
 
-// Outputs of as many bytes are not in the caches when the next operator reads them: past these, on a Zen 4, SNR-Aver
-// and relu behind it took 0.66 to 0.91 of the time with 16 to 128 MiB, but 1.1 to 1.35 with 4 and 8.
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;
-
 SnrSums::SnrSums(const SnrCoding& z, bool transposed, const SnrMatrices& in, c10::function_ref<bool(int, int)> kept,
                  const at::Tensor& like, std::vector<int64_t> output_widths)
     : widths_(std::move(output_widths)) {
   const int outputs = transposed ? z.inputs() : z.outputs(), inputs = transposed ? z.outputs() : z.inputs();
   begin_.push_back(0);
-  int64_t bytes = 0;
   for (int to = 0; to < outputs; ++to) {
     for (int from = 0; from < inputs; ++from) {
       const int i = transposed ? from : to, j = transposed ? to : from;
       if (z.open(i, j) && kept(i, j)) routes_.push_back({to, from, z(i, j), nullptr, 0});
     }
     begin_.push_back(static_cast<int>(routes_.size()));
-    bytes += like.size(0) * widths_[to] * like.element_size();
     outputs_.push_back(pooled({like.size(0), widths_[to]}, like.options()));
     pointers_.push_back(outputs_.back().mutable_data_ptr());
   }
   sum_ = {like.size(0), inputs,           outputs,        in.widths().data(), widths_.data(), in.pointers(),
-          in.ld(),      pointers_.data(), routes_.data(), begin_.data(),      transposed,     bytes >= kStreamedBytes};
+          in.ld(),      pointers_.data(), routes_.data(), begin_.data(),      transposed};
 }
 
 SnrMatrices snr_grad_outputs(at::TensorList grad_outputs, int64_t rows, at::ScalarType dtype,
