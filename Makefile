@@ -8,7 +8,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 # setup.py looks for cmake and ninja on the PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt mtlkernels/operators.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find $(wildcard csrc tests/csrc) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 COMPILER := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
 NVCC := $(shell command -v nvcc)
@@ -95,6 +95,6 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mtlkernels/_C*.so mtlkernels/_cuda*.so mtlkernels/_build.json demo-out bench-out
+	rm -rf $(VENV) build dist *.egg-info mtlkernels/lib mtlkernels/_cuda*.so mtlkernels/_build.json demo-out bench-out
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find mtlkernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

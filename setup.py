@@ -24,7 +24,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-CPP, CUDA = "mtlkernels._C", "mtlkernels._cuda"
+CUDA = "mtlkernels._cuda"
+LIBRARY = "libmtlkernels.so"  # of the operators, without Python
 RECORD = "_build.json"
 # Of a failed build: enough for a compiler's message and what cmake says around it.
 KEPT_LINES = 20
@@ -34,6 +35,14 @@ os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), syscon
 
 # For each extension that was built, failed or was left out, what mtlkernels/_diagnosis.py reads.
 outcomes: dict[str, dict[str, Any]] = {}
+
+
+def cpp() -> str:
+    """The Python module of the C++ kernels, in a folder for the minor version of torch that they are built for."""
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return f"mtlkernels.lib.torch{major}_{minor}._C"
 
 
 def what_is_missing() -> str | None:
@@ -70,8 +79,18 @@ class CMakeBuild(build_ext):
         if self.inplace:
             for name, outcome in outcomes.items():
                 if outcome["outcome"] == "failed":
-                    Path(self.get_ext_fullpath(f"mtlkernels.{name}")).unlink(missing_ok=True)
+                    self.remove(CUDA if name == "_cuda" else cpp())
             write_record(ROOT / "mtlkernels")
+
+    def copy_extensions_to_source(self) -> None:
+        """And what setuptools does not know of: the operators' library, which lies beside the Python module."""
+        for extension in self.extensions:
+            built = Path(self.build_lib, *extension.name.split(".")).parent
+            in_place = Path(self.get_ext_fullpath(extension.name)).parent
+            in_place.mkdir(parents=True, exist_ok=True)
+            if (built / LIBRARY).exists():
+                shutil.copy(built / LIBRARY, in_place)
+        super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
         import torch
@@ -82,10 +101,16 @@ class CMakeBuild(build_ext):
             self.run_cmake(ext)
         except CompileError as error:
             outcomes[name] = {"outcome": "failed", "output": str(error).splitlines(), **against}
-            # What an earlier build left would be installed in the place of the one that failed; likewise in run().
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            self.remove(ext.name)
             raise
         outcomes[name] = {"outcome": "built", **against}
+
+    def remove(self, extension: str) -> None:
+        """What an earlier build has left, which would be installed in the place of one that failed."""
+        path = Path(self.get_ext_fullpath(extension))
+        path.unlink(missing_ok=True)
+        if extension != CUDA:
+            (path.parent / LIBRARY).unlink(missing_ok=True)
 
     def run_cmake(self, ext: Extension) -> None:
         import torch
@@ -175,7 +200,7 @@ def write_record(folder: Path) -> None:
         earlier = {}
     record = dict(outcomes)
     for name, outcome in earlier.items():
-        if record.get(name, {}).get("outcome", "skipped") == "skipped" and any(folder.glob(f"{name}.*")):
+        if record.get(name, {}).get("outcome", "skipped") == "skipped" and any(folder.rglob(f"{name}.*")):
             record[name] = outcome
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n")
@@ -195,9 +220,9 @@ def options_for_cpp() -> list[str]:
 
 extensions = []
 missing = what_is_missing()
-for name, reason in ((CPP, missing), (CUDA, missing or what_is_missing_for_cuda())):
+for name, reason in (("mtlkernels._C", missing), (CUDA, missing or what_is_missing_for_cuda())):
     if reason is None:
-        extensions.append(Extension(name, sources=[], optional=True))
+        extensions.append(Extension(name if name == CUDA else cpp(), sources=[], optional=True))
     else:
         print(f"mtlkernels: installing without {name}: {reason}", file=sys.stderr)
         outcomes[name.rpartition(".")[2]] = {"outcome": "skipped", "reason": reason}

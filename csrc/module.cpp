@@ -1,5 +1,4 @@
-// The Python module mtlkernels._C: loading it registers the C++ kernels; it exposes facts about the build, the
-// instruction sets to choose from, and the direct way to a level.
+// The Python module _C: facts about the build, the instruction sets to choose from, and the direct way to a level.
 
 #include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
@@ -18,7 +17,7 @@
 #include "recording.h"
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "C++ kernels of mtlkernels";
+  module.doc() = "The direct way to the C++ kernels of mtlkernels";
   pybind11::register_local_exception_translator([](std::exception_ptr error) {
     try {
       std::rethrow_exception(error);
@@ -26,13 +25,11 @@ PYBIND11_MODULE(_C, module) {
       pybind11::set_error(PyExc_ValueError, refused.what_without_backtrace());
     }
   });
-  mtlk::selected_isa();  // tables are filled here, once and by one thread, and known to forks from now on
-  mtlk::KeptWeights::instance();
   module.def("build_facts", [] {
     return std::map<std::string, std::string>{
         {"compiler", MTLK_COMPILER},
         {"torch", TORCH_VERSION},
-        {"compiled for", MTLK_TARGETS},
+        {"compiled for", mtlk::compiled_instruction_sets()},
         {"runs as", mtlk::instruction_sets()[mtlk::selected_isa()]},
     };
   });

@@ -49,14 +49,11 @@ def _extension_facts() -> str:
     if not _extension.loaded():
         error = _extension.load_error() or ""
         return f"missing ({error}), so CPUs run the reference: {_told('_C', error)}"
+    if not _extension.has_module():
+        slower = "without the direct way from Python, so that calls of a few rows take longer"
+        return f"{slower} ({_extension.module_error()}); {_extension.library()}"
     facts = ", ".join(f"{name} {value}" for name, value in _extension.build_facts().items())
-    foreign = _extension.foreign()
-    if foreign is None:
-        return facts
-    from mtlkernels import _diagnosis
-
-    command = _diagnosis.build_command(_extension.FOLDER)
-    return f"{facts}: {foreign}, and may read its structures wrongly; build it again: {command}"
+    return f"{facts}; {_extension.library()}"
 
 
 def _cuda() -> str:

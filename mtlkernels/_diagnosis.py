@@ -46,6 +46,10 @@ def missing(name: str, error: str, folder: Path = _extension.FOLDER) -> Diagnosi
     rebuild = f"{_needs(name)}: {build_command(folder)}"
     if has_file(name, folder):
         return Diagnosis(_why_it_does_not_load(name, error, folder), rebuild)
+    if name == "_C" and (built := _extension.built_for(folder)):
+        there = f"torch {', '.join(built)}"
+        cause = f"the kernels were built for {there}, and this is torch {torch.__version__}"
+        return Diagnosis(cause, f"install one of these, or {rebuild}")
     cause, output = _why_there_is_none(name, folder)
     other = next((found for found in _other_packages(folder) if has_file(name, found)), None)
     if other is not None:
@@ -80,7 +84,9 @@ def build_command(folder: Path) -> str:
 
 
 def has_file(name: str, folder: Path) -> bool:
-    """Whether a package has an extension for this Python."""
+    """Whether a package has the C++ kernels for this PyTorch, or those for CUDA for this Python."""
+    if name == "_C":
+        return (_extension.place(torch.__version__, folder) / _extension.LIBRARY).exists()
     return any((folder / f"{name}{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
 
 
@@ -106,7 +112,7 @@ def _why_there_is_none(name: str, folder: Path) -> tuple[str, tuple[str, ...]]:
 
 def _why_it_does_not_load(name: str, error: str, folder: Path) -> str:
     built = _extension.record(name, folder).get("torch")
-    if any(sign in error for sign in _ABI) or _extension.other_torch(name, folder):
+    if any(sign in error for sign in _ABI):
         built_for = f"torch {built}" if built and built != torch.__version__ else "another torch"
         return f"the kernels were built for {built_for}, and this is torch {torch.__version__}"
     if "cannot open shared object file" in error:

@@ -1,4 +1,9 @@
-"""Loads the compiled parts that the install has: the C++ kernels, and those for CUDA."""
+"""Loads the compiled parts that the install has: the C++ kernels, and those for CUDA.
+
+The C++ kernels are ``lib/torch<minor version>/libmtlkernels.so``, which registers the operators and knows nothing of
+Python, and beside it ``_C``, the direct way to them from one version of Python. Without the latter the operators serve
+by way of the dispatcher.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +20,7 @@ from typing import Any
 import torch  # its libraries must be loaded before the extension's
 
 FOLDER = Path(__file__).parent
+LIBRARY = "libmtlkernels.so"
 
 
 def record(name: str, folder: Path = FOLDER) -> dict[str, Any]:
@@ -24,37 +31,50 @@ def record(name: str, folder: Path = FOLDER) -> dict[str, Any]:
         return {}
 
 
-def other_torch(name: str, folder: Path = FOLDER) -> str | None:
-    """Says so where an extension was built for another minor version of PyTorch, whose C++ interface is another.
+def place(version: str, folder: Path = FOLDER) -> Path:
+    """Where the C++ kernels for a version of PyTorch lie: one for each minor version, whose C++ interface is its own.
 
-    Some of these load all the same, and would read structures as they no longer are.
+    Some built for another one would load all the same, and read structures as they no longer are.
     """
-    return _differs(record(name, folder).get("torch"))
+    return folder / "lib" / f"torch{'_'.join(version.split('.')[:2])}"
 
 
-def _differs(built: str | None) -> str | None:
-    if built is None or built.split(".")[:2] == torch.__version__.split(".")[:2]:
-        return None
-    return f"built for torch {built}, this is torch {torch.__version__}"
+def built_for(folder: Path = FOLDER) -> list[str]:
+    """The minor versions of PyTorch that C++ kernels are there for, the oldest first."""
+    found = [tuple(path.parent.name.removeprefix("torch").split("_")) for path in folder.glob(f"lib/torch*/{LIBRARY}")]
+    return [f"{major}.{minor}" for major, minor in sorted(found, key=lambda numbers: [int(n) for n in numbers])]
 
 
-def _load_cpp(folder: Path = FOLDER) -> tuple[ModuleType | None, str | None]:
-    """The module with the C++ kernels, or why there is none.
+@dataclass(frozen=True)
+class _Loaded:
+    """What was found: a path and a module, or why there is none."""
 
-    Only that of this folder: an editable install of another checkout would find the one over there.
-    """
-    if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-        return None, "No module named 'mtlkernels._C'"
-    refusal = other_torch("_C", folder)
-    if refusal is not None:
-        return None, refusal
+    library: Path | None = None
+    error: str | None = None
+    module: ModuleType | None = None
+    module_error: str | None = None
+
+
+def _load_cpp(folder: Path = FOLDER) -> _Loaded:
+    """Of this folder alone: an editable install of another checkout would find the module over there."""
+    own = place(torch.__version__, folder)
+    if not (own / LIBRARY).exists():
+        built = built_for(folder)
+        kernels = f"built for torch {' and '.join(built)}, this is torch {torch.__version__}" if built else "not built"
+        return _Loaded(error=kernels)
     try:
-        return importlib.import_module("mtlkernels._C"), None
+        torch.ops.load_library(str(own / LIBRARY))
+    except OSError as error:
+        return _Loaded(error=str(error.__cause__ or error))
+    if not any((own / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return _Loaded(own / LIBRARY, module_error="not built for this Python")
+    try:
+        return _Loaded(own / LIBRARY, module=importlib.import_module(f"mtlkernels.lib.{own.name}._C"))
     except ImportError as error:
-        return None, str(error)
+        return _Loaded(own / LIBRARY, module_error=str(error))
 
 
-_module, _error = _load_cpp()
+_cpp = _load_cpp()
 
 
 def _load_cuda(folder: Path = FOLDER) -> str | None:
@@ -86,33 +106,43 @@ def cuda_load_error() -> str | None:
 
 def loaded() -> bool:
     """Whether the C++ kernels are there."""
-    return _module is not None
+    return _cpp.library is not None
 
 
-def function(name: str) -> Callable[..., Any]:
-    """A function of the extension, which must be there."""
-    found: Callable[..., Any] = getattr(_module, name)
-    return found
+def library() -> Path | None:
+    """The file with the operators, which programs without Python load too."""
+    return _cpp.library
 
 
 def load_error() -> str | None:
-    """Why the extension is missing, or None."""
-    return _error
+    """Why the C++ kernels are missing, or None."""
+    return _cpp.error
+
+
+def has_module() -> bool:
+    """Whether there is a direct way from Python to the C++ kernels."""
+    return _cpp.module is not None
+
+
+def module_error() -> str | None:
+    """Why there is no direct way from Python to C++ kernels that are there, or None."""
+    return _cpp.module_error
+
+
+def function(name: str) -> Callable[..., Any]:
+    """A function of the module, which must be there."""
+    found: Callable[..., Any] = getattr(_cpp.module, name)
+    return found
 
 
 def build_facts() -> dict[str, str]:
-    """What the extension was built with; empty without one."""
-    return dict(_module.build_facts()) if _module is not None else {}
-
-
-def foreign() -> str | None:
-    """What to say of an extension that is loaded, as nothing was recorded of its build, but is for another PyTorch."""
-    return _differs(build_facts().get("torch"))
+    """What the module was built with; empty without one."""
+    return dict(_cpp.module.build_facts()) if _cpp.module is not None else {}
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """What the C++ kernels can run on this processor, the best last; empty without the extension."""
-    return tuple(_module.instruction_sets()) if _module is not None else ()
+    """What the C++ kernels can run on this processor, the best last; empty without the module."""
+    return tuple(_cpp.module.instruction_sets()) if _cpp.module is not None else ()
 
 
 @contextmanager
@@ -122,10 +152,10 @@ def instruction_set(name: str) -> Iterator[None]:
     Raises:
         ValueError: this build or this processor has none of that name.
     """
-    if name not in instruction_sets() or _module is None:
+    if name not in instruction_sets():
         raise ValueError(f"name must be one of {instruction_sets()}, got {name!r}")
-    _module.select_isa(name)
+    function("select_isa")(name)
     try:
         yield
     finally:
-        _module.select_isa(instruction_sets()[-1])
+        function("select_isa")(instruction_sets()[-1])

@@ -1,13 +1,14 @@
 """How operators are defined.
 
-Schemas are defined in Python, so that an install without a compiler has every operator; C++ only adds
-implementations (``TORCH_LIBRARY_IMPL`` in ``csrc/cpu``). The reference is the default kernel of every operator, on
-every device; CUDA C++ or Triton takes CUDA where it is installed.
+Their schemas are in operators.txt. The C++ library defines them when it is loaded, for programs without Python, and
+Python does where there is none. C++ adds implementations (``TORCH_LIBRARY_IMPL`` in ``csrc/cpu``). The reference is the
+default kernel of every operator, on every device; CUDA C++ or Triton takes CUDA where it is installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from mtlkernels import _backends, _torch, _tracing
 
 _library = torch.library.Library("mtlkernels", "DEF")
+_schemas = {line.partition("(")[0]: line for line in (Path(__file__).parent / "operators.txt").read_text().splitlines()}
 
 
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:
@@ -32,14 +34,14 @@ def cast_first(count: int) -> Callable[..., Any]:
     return lambda args, dtype: (*(cast_floats(arg, dtype) for arg in args[:count]), *args[count:])
 
 
-def define(schema: str, fake: Callable[..., Any], cast: Callable[..., Any] | None = None) -> None:
-    """Defines an operator, its fake kernel, and how autocast casts its arguments: ``cast(args, dtype)``, if at all.
+def define(name: str, fake: Callable[..., Any], cast: Callable[..., Any] | None = None) -> None:
+    """Defines an operator of operators.txt, its fake kernel, and how autocast casts: ``cast(args, dtype)``, if at all.
 
     Autocast never reaches into an implementation, also not where it casts nothing.
     """
-    name = schema[: schema.index("(")]
     op, _, direction = name.rpartition("_")
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if not _torch.has_schema(f"mtlkernels::{name}"):
+        _library.define(_schemas[name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"mtlkernels::{name}", fake, lib=_library)
 
     def reference(*args: Any) -> Any:

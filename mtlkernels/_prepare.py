@@ -55,7 +55,7 @@ def _fused(model: nn.Module) -> list[nn.Module]:
 def _declare(model: nn.Module) -> None:
     """Tells the C++ kernels that nobody writes to the matrices in ``model`` any more."""
     matrices = [p for p in model.parameters() if type(p) is nn.Parameter and p.dim() == 2 and _lies_on_cpu(p)]
-    if _extension.loaded() and matrices:
+    if _extension.has_module() and matrices:
         _extension.function("keep_prepared")(matrices)
 
 

@@ -36,7 +36,17 @@ has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
 
+_find_schema = torch._C._dispatch_find_schema_or_throw
 _forward_ad = torch.autograd.forward_ad
+
+
+def has_schema(operator: str) -> bool:
+    """Whether somebody has defined an operator, which may have kernels before it is."""
+    try:
+        _find_schema(operator, "")
+    except RuntimeError:
+        return False
+    return True
 
 
 def in_dual_level() -> bool:

@@ -104,7 +104,7 @@ def test_a_missing_implementation_is_an_error(case: Case, wants_gradient: bool) 
 
 
 def test_cpp_is_an_error_without_the_extension(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtlkernels._extension._module", None)
+    monkeypatch.setattr(_extension, "_cpp", _extension._Loaded(error="not built"))
     assert "cpp" not in mk.backends()["expert_mixture"]["cpu"]
     with mk.use_backend("cpp"), pytest.raises(RuntimeError, match="has no 'cpp' implementation"):
         mk.expert_mixture(**case.arguments)

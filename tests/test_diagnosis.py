@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,13 @@ import torch
 
 import mtlkernels as mk
 from mtlkernels import _diagnosis, _extension
+from tests import requires
 
 ROOT = Path(__file__).parents[1]
-FILE = f"_C{EXTENSION_SUFFIXES[0]}"
-NOT_FOUND = "No module named 'mtlkernels._C'"
+MAJOR, MINOR = map(int, torch.__version__.split(".")[:2])
+FILE = f"lib/torch{MAJOR}_{MINOR}/libmtlkernels.so"
+NOT_FOUND = "not built"
+MISSING = _extension._Loaded(error=NOT_FOUND)
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,7 @@ def package(folder: Path, record: Any = None, file: str | None = None) -> Path:
     if record is not None:
         (found / "_build.json").write_text(json.dumps(record))
     if file is not None:
+        (found / file).parent.mkdir(parents=True, exist_ok=True)
         (found / file).write_bytes(b"not a shared object")
     return found
 
@@ -84,7 +87,7 @@ def test_a_build_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     found = _diagnosis.missing("_C", NOT_FOUND, folder)
     assert found.cause == "the kernels' build for torch 2.13.0 failed"
     assert found.output == ("a.cpp:1: error: no", "ninja: stopped")
-    monkeypatch.setattr(_extension, "_module", None)
+    monkeypatch.setattr(_extension, "_cpp", MISSING)
     monkeypatch.setattr(_diagnosis, "missing", lambda *_: found)
     lines = mk.show_config().splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith("extension ")]
@@ -104,25 +107,41 @@ def test_built_for_another_torch(tmp_path: Path) -> None:
 
 def test_kernels_for_another_torch_are_not_loaded(tmp_path: Path) -> None:
     """Some of them would load, and read structures that are laid out otherwise now."""
-    major, minor = map(int, torch.__version__.split(".")[:2])
-    other = f"{major}.{minor - 1}.0"
-    folder = package(tmp_path / "other", {"_C": {"outcome": "built", "torch": other}}, FILE)
-    assert _extension._load_cpp(folder) == (None, f"built for torch {other}, this is torch {torch.__version__}")
-    for built in (torch.__version__, f"{major}.{minor}.7+cpu"):
-        assert _extension.other_torch("_C", package(tmp_path / built, {"_C": {"torch": built}})) is None
-    (folder / "_build.json").write_text("{")
-    assert _extension.other_torch("_C", folder) is None
-
-
-def test_only_the_packages_own_extension_is_loaded(tmp_path: Path) -> None:
-    """An editable install would find that of its checkout for any package of the name."""
-    assert _extension._load_cpp(package(tmp_path)) == (None, NOT_FOUND)
-
-
-def test_built_for_another_python(tmp_path: Path) -> None:
-    folder = package(tmp_path, None, "_C.cpython-39-x86_64-linux-gnu.so")
+    folder = package(tmp_path, None, f"lib/torch{MAJOR}_{MINOR - 1}/libmtlkernels.so")
+    package(tmp_path / "older", None, f"lib/torch{MAJOR}_9/libmtlkernels.so")
+    (tmp_path / "older" / "mtlkernels" / "lib" / f"torch{MAJOR}_9").rename(folder / "lib" / f"torch{MAJOR}_9")
+    both = f"{MAJOR}.9 and {MAJOR}.{MINOR - 1}"  # in the order of numbers
+    assert _extension._load_cpp(folder).error == f"built for torch {both}, this is torch {torch.__version__}"
     found = _diagnosis.missing("_C", NOT_FOUND, folder)
-    assert found.cause.startswith("_C.cpython-39-x86_64-linux-gnu.so is built for another Python than this ")
+    listed = both.replace(" and ", ", ")
+    assert found.cause == f"the kernels were built for torch {listed}, and this is torch {torch.__version__}"
+    assert found.remedy.startswith("install one of these, or build them, ")
+
+
+def test_only_the_packages_own_kernels_are_loaded(tmp_path: Path) -> None:
+    """An editable install would find the module of its checkout for any package of the name."""
+    assert _extension._load_cpp(package(tmp_path)) == MISSING
+
+
+def test_a_library_that_does_not_load(tmp_path: Path) -> None:
+    assert FILE in str(_extension._load_cpp(package(tmp_path, None, FILE)).error)
+
+
+@requires.cpp_kernels
+def test_without_a_module_for_this_python(tmp_path: Path) -> None:
+    folder = package(tmp_path)
+    (folder / FILE).parent.mkdir(parents=True)
+    (folder / FILE).symlink_to(str(_extension.library()))
+    (folder / FILE).with_name("_C.cpython-39-x86_64-linux-gnu.so").touch()
+    found = _extension._load_cpp(folder)
+    assert found.library == folder / FILE and found.module is None
+    assert found.module_error == "not built for this Python"
+
+
+def test_cuda_built_for_another_python(tmp_path: Path) -> None:
+    folder = package(tmp_path, None, "_cuda.cpython-39-x86_64-linux-gnu.so")
+    found = _diagnosis.missing("_cuda", NOT_FOUND, folder)
+    assert found.cause.startswith("_cuda.cpython-39-x86_64-linux-gnu.so is built for another Python than this ")
 
 
 def test_a_library_that_is_missing(tmp_path: Path) -> None:
@@ -199,7 +218,7 @@ NEEDED += [name for name in ("pybind11", "setuptools") if importlib.util.find_sp
 def test_a_compiler_that_fails(tmp_path: Path) -> None:
     """A copy of this checkout, built in place; an extension of before does not stay."""
     for name in ("mtlkernels", "csrc"):
-        ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "lib")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -207,6 +226,7 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
     compiler.write_text("#!/bin/sh\necho this compiler has a cold\nexit 1\n")
     compiler.chmod(0o755)
     stale = tmp_path / "mtlkernels" / FILE
+    stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier build")
     env = {**os.environ, "CXX": str(compiler), "PYTHONPATH": str(tmp_path)}
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]

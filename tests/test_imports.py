@@ -11,9 +11,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+
+from mtlkernels import _extension
+from tests import requires
 
 ROOT = Path(__file__).parents[1]
 
+MODULE = f"mtlkernels.lib.{_extension.place(torch.__version__).name}._C"  # the direct way from Python
 BLOCK = """
 import sys
 class Without:
@@ -88,7 +93,7 @@ def test_works_without_torch_distributed() -> None:
     assert shown.splitlines() == ["False", "[0.0, 0.0]", "[0.0, 0.0]", refused]
 
 
-@pytest.mark.parametrize("blocked", [("triton",), ("mtlkernels._C",), ("triton", "mtlkernels._C")])
+@pytest.mark.parametrize("blocked", [("triton",), (MODULE,), ("triton", MODULE)])
 def test_works_without_optional_parts_and_says_so(blocked: tuple[str, ...]) -> None:
     shown = run(f"import mtlkernels as mk\n{CALL}\nprint(mk.backends())\nprint(mk.show_config())", blocked)
     listed, _, config = shown.partition("\n")
@@ -96,10 +101,28 @@ def test_works_without_optional_parts_and_says_so(blocked: tuple[str, ...]) -> N
     if "triton" in blocked:
         assert "'triton'" not in listed
         assert "missing" in lines["triton"] and "pip install triton" in lines["triton"]
-    if "mtlkernels._C" in blocked:
-        assert "'cpp'" not in listed
-        assert "missing (No module named 'mtlkernels._C')" in lines["extension"]
-        assert "--no-build-isolation" in lines["extension"]
+    if MODULE in blocked and _extension.loaded():
+        assert "'cpp', 'reference'" in listed
+        assert f"calls of a few rows take longer (No module named '{MODULE}')" in lines["extension"]
+
+
+@requires.cpp_kernels
+def test_the_operators_need_no_package() -> None:
+    """Their library defines them in a process that has not imported mtlkernels, which it may do later."""
+    shown = run(
+        f"""
+        import torch
+        torch.ops.load_library({str(_extension.library())!r})
+        u, z = [torch.ones(2, 3), torch.full((2, 3), 2.0)], torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+        print([y[0, 0].item() for y in torch.ops.mtlkernels.snr_aver_forward(u, z)])
+        import mtlkernels as mk
+        print([y[0, 0].item() for y in mk.snr_aver(u, z)], torch.ops.mtlkernels.snr_aver_forward.default.tags)
+        print(torch.ops.mtlkernels.snr_aver_forward([x.to("meta") for x in u], z.to("meta"))[1].shape)
+        """
+    )
+    first, second, third = shown.splitlines()
+    assert first == "[2.0, 2.0]" and second.startswith(f"{first} [") and "pt2_compliant_tag" in second
+    assert third == "torch.Size([2, 3])"
 
 
 def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:

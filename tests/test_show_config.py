@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -39,15 +40,14 @@ def test_build_facts_of_the_extension() -> None:
         assert f"{name} {value}" in line("extension")
 
 
-def test_an_extension_for_another_torch_without_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "_module", SimpleNamespace(build_facts=lambda: {"torch": "2.1.0"}))
-    assert f"built for torch 2.1.0, this is torch {torch.__version__}" in line("extension")
-    assert "pip install --no-build-isolation" in line("extension")
+def test_without_the_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _extension._Loaded(Path("libmtlkernels.so"), module_error="not built for this Python")
+    monkeypatch.setattr(_extension, "_cpp", found)
+    assert "calls of a few rows take longer (not built for this Python); libmtlkernels.so" in line("extension")
 
 
 def test_missing_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "_module", None)
-    monkeypatch.setattr(_extension, "_error", "no such file")
+    monkeypatch.setattr(_extension, "_cpp", _extension._Loaded(error="no such file"))
     monkeypatch.setattr("mtlkernels._backends.has_triton", lambda: False)
     assert "missing (no such file)" in line("extension") and "compiler" in line("extension")
     assert "missing" in line("triton") and "pip install triton" in line("triton")

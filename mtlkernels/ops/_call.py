@@ -116,7 +116,7 @@ def replays(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cpu" and not (_backends.forced() == "triton" and _backends.interpreting()):
         return False
     return (
-        _extension.loaded()
+        _extension.has_module()
         and _backends.forced() in (None, "triton")
         and _backends.runs_triton(op, device, dtype)
         and not _backends.autocast_enabled(device.type)

@@ -194,7 +194,7 @@ def _end(tensor: Tensor) -> int:
 
 def signature(moving: Sequence[Tensor], fixed: Sequence[Tensor | None]) -> bytes | None:
     """The signature of a call's tensors; None where there can be no recording of it."""
-    if not _extension.loaded() or _torch.dispatch_stack_length() > 0:
+    if not _extension.has_module() or _torch.dispatch_stack_length() > 0:
         return None
     found: bytes | None = _extension.function("signature")(moving, fixed)
     return found

@@ -43,10 +43,10 @@ class Table:
         return self.rooms[-1][0]
 
     def together(self, like: Tensor, shapes: Sequence[Sequence[int]], dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The same for several shapes. Where there is an extension they share one allocation, and are no views."""
+        """The same for several shapes. Where there is a C++ module they share one allocation, and are no views."""
         if not shapes:
             return []
-        if not _extension.loaded():
+        if not _extension.has_module():
             return [self.room(like, shape, dtype) for shape in shapes]
         found: list[Tensor] = _extension.function("together")(like, dtype or like.dtype, shapes)
         self.rooms.append(found)

@@ -1,4 +1,4 @@
-// Memory that runs out at a chosen allocation of one library, to be preloaded in front of the C library's.
+// Memory that runs out at a chosen allocation of some libraries, to be preloaded in front of the C library's.
 #include <dlfcn.h>
 #include <errno.h>
 #include <execinfo.h>
@@ -31,7 +31,8 @@ struct Range {
     return first <= at && at < last;
   }
 };
-Range library, openmp;
+Range libraries[4], openmp;
+int watched = 0;
 
 Range range_of(const dl_phdr_info& object) {
   Range range{UINTPTR_MAX, 0};
@@ -63,14 +64,16 @@ bool of_nodes(void* address) {
   return known.found;
 }
 
-// Whether the library is among the callers, and nothing is that ends the process where it gets no memory: OpenMP, or
-// PyTorch as above.
+// Whether a watched library is among the callers, and nothing is that ends the process where it gets no memory: OpenMP,
+// or PyTorch as above.
 bool asked_by_library() {
   void* frames[48];
   const int count = backtrace(frames, 48);
   for (int i = 2; i < count; ++i) {
     if (openmp.has(frames[i])) return false;
-    if (library.has(frames[i])) return !of_nodes(frames[i - 1]);
+    for (int k = 0; k < watched; ++k) {
+      if (libraries[k].has(frames[i])) return !of_nodes(frames[i - 1]);
+    }
   }
   return false;
 }
@@ -118,13 +121,14 @@ int posix_memalign(void** memory, size_t alignment, size_t bytes) {
   return 0;
 }
 
-// The library is the one that an address of its code lies in. Looks up what it needs once, before memory is short.
+// One library more, the one that an address of its code lies in; of four at most. Looks up what it needs once, before
+// memory is short.
 void watch(const void* address) {
   void* frames[4];
   backtrace(frames, 4);
   const auto visit = [](dl_phdr_info* object, size_t, void* wanted) {
     const Range range = range_of(*object);
-    if (range.has(wanted)) library = range;
+    if (range.has(wanted)) libraries[watched++] = range;
     if (std::strstr(object->dlpi_name, "gomp")) openmp = range;
     return 0;
   };

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
+from mtlkernels import _extension
 from mtlkernels.testing import Case, CaseFactory, evaluate
 from tests.ops.level import gate_layers, normalized
 from tests.ops.snr_aver.cases import snr_aver
@@ -26,6 +27,8 @@ ROUTING = mk.Routing.cgc(2, 1, 1)
 NORMS = ((("batch", "none"), "relu"), (("none", "layer"), "prelu"), (("none", "none"), "dice"))
 WIDTHS = (24, 40, 80)
 Results = dict[str, list[Tensor]]
+MODULE = f"mtlkernels.lib.{_extension.place(torch.__version__).name}._C"
+EXPORTED = "_ZN4mtlk25compiled_instruction_setsEv"  # a function of the operators' library
 
 
 def calls() -> dict[str, Callable[[], Results]]:
@@ -84,8 +87,9 @@ def main(threads: int) -> None:
     memory = ctypes.CDLL(None)
     memory.arm.argtypes = [ctypes.c_long, ctypes.c_bool]
     memory.disarm.restype = ctypes.c_long
-    kernels = ctypes.PyDLL(str(sys.modules["mtlkernels._C"].__file__))
-    memory.watch(ctypes.cast(kernels.PyInit__C, ctypes.c_void_p))
+    module = ctypes.PyDLL(str(sys.modules[MODULE].__file__))
+    memory.watch(ctypes.cast(module.PyInit__C, ctypes.c_void_p))
+    memory.watch(ctypes.cast(getattr(ctypes.CDLL(str(_extension.library())), EXPORTED), ctypes.c_void_p))
     for name, call in calls().items():
         # Several threads make hardly more allocations than one: of them every seventh is enough.
         for all_after, step in ((False, 1 if threads == 1 else 7), (True, 11 if threads == 1 else 29)):

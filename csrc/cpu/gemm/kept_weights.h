@@ -10,12 +10,13 @@
 #include <unordered_map>
 
 #include "gemm/engine.h"
+#include "runtime/api.h"
 #include "runtime/forks.h"
 #include "runtime/memory.h"
 
 namespace mtlk {
 
-class KeptWeights {
+class MTLK_API KeptWeights {
  public:
   using Memory = std::shared_ptr<const Scratch>;
 

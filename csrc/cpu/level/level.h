@@ -7,18 +7,19 @@
 #include "level/chain.h"
 #include "level/folded_norms.h"
 #include "level/spec.h"
+#include "runtime/api.h"
 
 namespace mtlk {
 
 // The operator level_forward, with batch norms by running statistics behind its products, saving nothing.
-Tensors serve_level(const LevelSpec& spec, const LevelTensors& tensors, const RunningNorms& norms);
+MTLK_API Tensors serve_level(const LevelSpec& spec, const LevelTensors& tensors, const RunningNorms& norms);
 
 // The same of a call without norms, dropout and slopes whose gradients are wanted, for which it saves.
-LevelResults train_level(const LevelSpec& spec, const LevelTensors& tensors);
+MTLK_API LevelResults train_level(const LevelSpec& spec, const LevelTensors& tensors);
 
 // The operator level_backward of one loss, for what `train_level` has saved: a gradient in the place of each tensor, in
 // the order in which they travel, undefined where none is needed or reaches it. Undefined `grad_outputs` are None.
-Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, const Tensors& grad_outputs,
-                            at::TensorList saved, const Needs& needs);
+MTLK_API Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, const Tensors& grad_outputs,
+                                     at::TensorList saved, const Needs& needs);
 
 }  // namespace mtlk

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/dtypes.h"
+#include "runtime/api.h"
 
 namespace mtlk {
 
@@ -29,7 +30,7 @@ using Needs = std::array<bool, 8>;
 struct ReachedLevel;
 
 // Holds the encoded lists; what describes the level are views of them.
-class LevelSpec {
+class MTLK_API LevelSpec {
  public:
   // Of the lists that `encoded` gives. Throws a ValueError for any other.
   LevelSpec(std::vector<int64_t> ints, std::vector<double> floats);

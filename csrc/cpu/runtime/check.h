@@ -6,16 +6,18 @@
 
 #include <string>
 
+#include "runtime/api.h"
+
 namespace mtlk {
 
 // The common base of what the checks throw.
-class Refused {
+class MTLK_API Refused {
  public:
   virtual ~Refused() = default;
 };
 
 template <typename Error>
-class RefusedAs : public Error, public Refused {
+class MTLK_API RefusedAs : public Error, public Refused {
  public:
   using Error::Error;
 };

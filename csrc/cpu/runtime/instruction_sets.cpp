@@ -94,6 +94,8 @@ const std::vector<std::string>& instruction_sets() {
   return names;
 }
 
+const char* compiled_instruction_sets() { return MTLK_TARGETS; }
+
 static int& selected() {
   static int isa = static_cast<int>(instruction_sets().size()) - 1;
   return isa;

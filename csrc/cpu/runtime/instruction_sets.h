@@ -4,13 +4,18 @@
 #include <string>
 #include <vector>
 
+#include "runtime/api.h"
+
 namespace mtlk {
 
 // The instruction sets that this processor and this build have, the best last.
-const std::vector<std::string>& instruction_sets();
+MTLK_API const std::vector<std::string>& instruction_sets();
+
+// All that were compiled, one word each.
+MTLK_API const char* compiled_instruction_sets();
 
 // Serves with one of them, for tests and measurements; false if there is none of that name. Not to be called while an
 // operator runs.
-bool select_isa(const std::string& isa);
+MTLK_API bool select_isa(const std::string& isa);
 
 }  // namespace mtlk

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/dtypes.h"
+#include "runtime/api.h"
 
 namespace mtlk {
 
@@ -16,7 +17,7 @@ struct KernelTable {
 
 // The number of the instruction set that serves now: the best that this processor and this build have, unless
 // select_isa chose another.
-int selected_isa();
+MTLK_API int selected_isa();
 
 template <typename K>
 const K& kernels_for(Dtype dtype) {

@@ -9,12 +9,14 @@
 #include <set>
 #include <utility>
 
+#include "runtime/api.h"
+
 namespace mtlk {
 
 // Blocks of memory kept from one call to the next: touching fresh memory costs a page fault and the kernel's zeroing,
 // which is some 10% of a training step. A step's peak is what its blocks take together, so what is needed only for a
 // while may take a part of a block that is idle.
-class MemoryPool {
+class MTLK_API MemoryPool {
   struct Block {
     at::Tensor memory;
     int64_t bytes;

@@ -32,13 +32,5 @@ def _backward(
     return grad_experts, grad_logits
 
 
-define(
-    "gated_mixture_forward(Tensor experts, Tensor[] gate_logits, int[] gate_experts, int[] gate_sizes) -> Tensor[]",
-    _forward,
-    cast_first(1),
-)
-define(
-    "gated_mixture_backward(Tensor[] grad_outputs, Tensor experts, Tensor[] gate_logits, int[] gate_experts,"
-    " int[] gate_sizes, bool need_experts, bool need_logits) -> (Tensor[], Tensor[])",
-    _backward,
-)
+define("gated_mixture_forward", _forward, cast_first(1))
+define("gated_mixture_backward", _backward)

@@ -39,7 +39,7 @@ def direct(
     """
     several = isinstance(inputs, _LISTS)
     first = inputs[0] if several and inputs else inputs
-    if type(first) is not Tensor:
+    if type(first) is not Tensor or not _extension.has_module():
         return None
     on_gpu = not (first.is_cpu and unobserved())
     if on_gpu and not replays("level", first.device, first.dtype):

@@ -70,7 +70,7 @@ def level_of(node: Any) -> Any:
     """What the backward pass of :class:`Level` knows of a node in autograd's graph; None for one of anything else."""
     if _torch.is_node_of(node, autograd.Level):
         return node
-    context = _extension.function("level_context")(node) if _extension.loaded() else None
+    context = _extension.function("level_context")(node) if _extension.has_module() else None
     return None if context is None else Node(context, node)
 
 

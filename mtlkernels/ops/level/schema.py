@@ -80,14 +80,5 @@ def _autocast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
-define(
-    "level_forward(Tensor[] inputs, Tensor?[] parameters, Tensor?[] gates, int[] spec, float[] numbers, Tensor? seed,"
-    " bool save) -> (Tensor[] outputs, Tensor[] saved)",
-    _forward,
-    _autocast,
-)
-define(
-    "level_backward(Tensor?[] grad_outputs, Tensor[] inputs, Tensor?[] parameters, Tensor?[] gates, Tensor[] saved,"
-    " int[] spec, float[] numbers, Tensor? seed, bool[] needs) -> Tensor[] gradients",
-    _backward,
-)
+define("level_forward", _forward, _autocast)
+define("level_backward", _backward)

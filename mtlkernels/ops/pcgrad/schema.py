@@ -31,10 +31,6 @@ def _pcgrad_combine(grads: list[Tensor | None], num_tasks: int, coefficients: Te
     ]
 
 
-define("pcgrad_gram(Tensor?[] grads, int num_tasks) -> Tensor", _pcgrad_gram)
-define(
-    "pcgrad_weights(Tensor gram, Tensor? order, bool include_self, float? max_norm, bool normalize, bool project,"
-    " float eps, bool mean) -> (Tensor, Tensor)",
-    _pcgrad_weights,
-)
-define("pcgrad_combine(Tensor?[] grads, int num_tasks, Tensor coefficients) -> Tensor[]", _pcgrad_combine)
+define("pcgrad_gram", _pcgrad_gram)
+define("pcgrad_weights", _pcgrad_weights)
+define("pcgrad_combine", _pcgrad_combine)

@@ -17,9 +17,5 @@ def _backward(
     return [empty(x, x.shape) for x in u] if need_u else [], [empty(z, z.shape)] if need_z else []
 
 
-define("snr_aver_forward(Tensor[] u, Tensor z) -> Tensor[]", _forward, cast_first(1))
-define(
-    "snr_aver_backward(Tensor[] grad_outputs, Tensor[] u, Tensor z, bool need_u, bool need_z, bool closed_grad)"
-    " -> (Tensor[], Tensor[])",
-    _backward,
-)
+define("snr_aver_forward", _forward, cast_first(1))
+define("snr_aver_backward", _backward)

@@ -32,9 +32,5 @@ def _backward(
     return grad_u, grad_weights, [empty(z, z.shape)] if need_z else []
 
 
-define("snr_trans_forward(Tensor[] u, Tensor[] weights, Tensor z) -> Tensor[]", _forward, cast_first(2))
-define(
-    "snr_trans_backward(Tensor[] grad_outputs, Tensor[] u, Tensor[] weights, Tensor z, bool need_u, bool need_weights,"
-    " bool need_z, bool closed_grad) -> (Tensor[], Tensor[], Tensor[])",
-    _backward,
-)
+define("snr_trans_forward", _forward, cast_first(2))
+define("snr_trans_backward", _backward)
