@@ -25,12 +25,14 @@ DEVICE ?= cpu
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test matrix check bench bench-guard readme aot gpu clean
+.PHONY: help demo test matrix wheel wheel-check check bench bench-guard readme aot gpu clean
 
 help:
 	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
 	@echo "make test    check, then the whole test suite"
 	@echo "make matrix  build and test the last commit with other Pythons and PyTorches; ARGS='--pairs 3.10:2.10'"
+	@echo "make wheel   the wheel of a release: kernels for several PyTorches and Pythons; ARGS='--torch 2.13 --python 3.11'"
+	@echo "make wheel-check    that wheel in fresh environments without a compiler; ARGS='--pairs 3.11:2.13'"
 	@echo "make check   formatting, lint and types; with nvcc, what the CUDA kernels use"
 	@echo "make bench   benchmarks; SUITE=name DEVICE=cpu|cuda ARGS='--json FILE --plot DIR'"
 	@echo "make bench-guard    instructions of small calls against the baseline, under valgrind; ARGS=--update keeps them"
@@ -65,7 +67,7 @@ test: check
 	$(PYTEST) $(REQUIRED) $(ARGS)
 
 matrix:
-	$(PYTHON) tests/matrix.py $(ARGS)
+	$(PYTHON) -m release.matrix $(ARGS)
 
 # Takes longer than all of the other checks, so it is done again only where something has changed.
 $(VENV)/.cuda-report: $(VENV)/.installed $(CUDA_SOURCES)
@@ -86,6 +88,14 @@ bench-guard: $(VENV)/.installed
 
 readme: $(VENV)/.installed
 	$(PY) -m benchmarks.readme
+
+# Of whatever Pythons and PyTorches it is for; the PyTorches are downloaded, which is gigabytes, and kept in build.
+wheel: $(VENV)/.installed
+	$(PIP) ".[release]"
+	$(PY) -m release.wheel $(ARGS)
+
+wheel-check: $(VENV)/.installed
+	$(PY) -m release.check $(ARGS)
 
 aot: $(VENV)/.installed
 	$(PY) -m tests.triton.aot $(ARGS)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Command, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -32,6 +33,9 @@ KEPT_LINES = 20
 
 # cmake and ninja from PyPI lie beside the interpreter, also where its environment is not activated.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+# Of release/wheel.py: a folder with kernels for several versions of PyTorch and Python, to be put into a wheel for all.
+PREBUILT = os.environ.get("MTLKERNELS_PREBUILT")
 
 # For each extension that was built, failed or was left out, what mtlkernels/_diagnosis.py reads.
 outcomes: dict[str, dict[str, Any]] = {}
@@ -93,6 +97,10 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
+        if PREBUILT:
+            shutil.copytree(PREBUILT, Path(self.build_lib, "mtlkernels", "lib"), dirs_exist_ok=True)
+            outcomes["_C"] = {"outcome": "built"}
+            return
         import torch
 
         name = ext.name.rpartition(".")[2]
@@ -218,14 +226,23 @@ def options_for_cpp() -> list[str]:
     ]
 
 
-extensions = []
-missing = what_is_missing()
+class WheelForAll(bdist_wheel):
+    """With kernels that were built before, for every Python: what is of one version carries that in its name."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2]) if PREBUILT else super().get_tag()
+
+
+extensions = [Extension("mtlkernels.lib", sources=[])] if PREBUILT else []
+missing = "it was built before" if PREBUILT else what_is_missing()
 for name, reason in (("mtlkernels._C", missing), (CUDA, missing or what_is_missing_for_cuda())):
     if reason is None:
         extensions.append(Extension(name if name == CUDA else cpp(), sources=[], optional=True))
-    else:
+    elif not PREBUILT:
         print(f"mtlkernels: installing without {name}: {reason}", file=sys.stderr)
         outcomes[name.rpartition(".")[2]] = {"outcome": "skipped", "reason": reason}
 
 build.sub_commands = [*build.sub_commands, ("build_record", None)]
-setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild, "build_record": BuildRecord})
+setup(
+    ext_modules=extensions, cmdclass={"build_ext": CMakeBuild, "build_record": BuildRecord, "bdist_wheel": WheelForAll}
+)

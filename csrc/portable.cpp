@@ -2,6 +2,12 @@
 // not have. Compiled into wheels only; CMakeLists.txt names the functions that the linker replaces by those of here.
 
 #include <new>
+#include <sstream>
+#include <string>
+
+// Since GCC 9 and 11 the C++ library has these instances ready, so that nobody else makes them.
+template std::ostringstream::basic_ostringstream();
+template std::string std::stringbuf::str() const&;
 
 #define MTLK_HIDDEN(name) __asm__(name) __attribute__((visibility("hidden")))
 #define MTLK_OF(version, name, own) __asm__(".symver " #own "," #name "@" version)

@@ -4,6 +4,7 @@ from mtlkernels import nn, optim
 from mtlkernels._backends import backends, use_backend
 from mtlkernels._config import show_config
 from mtlkernels._convert import ConversionReport, convert, revert
+from mtlkernels._extension import operator_library
 from mtlkernels._prepare import prepare
 from mtlkernels.ops.gated_mixture import gated_mixture
 from mtlkernels.ops.hard_concrete import hard_concrete, l0_penalty
@@ -26,6 +27,7 @@ __all__ = [
     "hard_concrete",
     "l0_penalty",
     "nn",
+    "operator_library",
     "optim",
     "pcgrad",
     "pcgrad_weights",

@@ -51,9 +51,9 @@ def _extension_facts() -> str:
         return f"missing ({error}), so CPUs run the reference: {_told('_C', error)}"
     if not _extension.has_module():
         slower = "without the direct way from Python, so that calls of a few rows take longer"
-        return f"{slower} ({_extension.module_error()}); {_extension.library()}"
+        return f"{slower} ({_extension.module_error()}); {_extension.operator_library()}"
     facts = ", ".join(f"{name} {value}" for name, value in _extension.build_facts().items())
-    return f"{facts}; {_extension.library()}"
+    return f"{facts}; {_extension.operator_library()}"
 
 
 def _cuda() -> str:

@@ -109,8 +109,16 @@ def loaded() -> bool:
     return _cpp.library is not None
 
 
-def library() -> Path | None:
-    """The file with the operators, which programs without Python load too."""
+def operator_library() -> Path | None:
+    """The shared library with the C++ kernels of this install, for the PyTorch that runs.
+
+    A program without Python loads it, by dlopen() or by being linked to it, before it loads a model that was exported
+    with fused operators: ``examples/serving`` shows how. Loading it defines the operators ``mtlkernels::*`` with their
+    kernels for CPUs. It needs libtorch of the same minor version.
+
+    Returns:
+        Its path, or None where the C++ kernels are missing; :func:`show_config` says why.
+    """
     return _cpp.library
 
 

@@ -131,7 +131,7 @@ def test_a_library_that_does_not_load(tmp_path: Path) -> None:
 def test_without_a_module_for_this_python(tmp_path: Path) -> None:
     folder = package(tmp_path)
     (folder / FILE).parent.mkdir(parents=True)
-    (folder / FILE).symlink_to(str(_extension.library()))
+    (folder / FILE).symlink_to(str(_extension.operator_library()))
     (folder / FILE).with_name("_C.cpython-39-x86_64-linux-gnu.so").touch()
     found = _extension._load_cpp(folder)
     assert found.library == folder / FILE and found.module is None

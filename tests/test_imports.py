@@ -112,7 +112,7 @@ def test_the_operators_need_no_package() -> None:
     shown = run(
         f"""
         import torch
-        torch.ops.load_library({str(_extension.library())!r})
+        torch.ops.load_library({str(_extension.operator_library())!r})
         u, z = [torch.ones(2, 3), torch.full((2, 3), 2.0)], torch.tensor([[1.0, 0.5], [0.0, 1.0]])
         print([y[0, 0].item() for y in torch.ops.mtlkernels.snr_aver_forward(u, z)])
         import mtlkernels as mk

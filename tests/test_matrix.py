@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import matrix
-from tests.matrix import Result
+from release import interpreters, matrix
+from release.matrix import Result
 
 REPORT = '<testsuites><testsuite tests="9" failures="1" errors="2" skipped="3"/></testsuites>'
 
@@ -42,17 +42,17 @@ def test_an_interpreter_that_is_missing_is_not_run(pyenv: Path, tmp_path: Path) 
 
 def test_the_newest_interpreter_that_can_build(pyenv: Path, tmp_path: Path) -> None:
     executable(tmp_path / "bin" / "python3.99", "echo 'there is no Python.h' >&2; exit 1")
-    assert matrix.interpreter("3.99") == "python3.99 cannot build: there is no Python.h"
+    assert interpreters.interpreter("3.99") == "python3.99 cannot build: there is no Python.h"
     executable(pyenv / "3.99.9" / "bin" / "python3.99", "exit 0")
     newest = executable(pyenv / "3.99.10" / "bin" / "python3.99", "exit 0")
-    assert matrix.interpreter("3.99") == newest
+    assert interpreters.interpreter("3.99") == newest
 
 
 def test_nothing_of_this_checkout_reaches_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{matrix.ROOT}/.venv/bin:/usr/bin")
     monkeypatch.setenv("PYTHONPATH", str(matrix.ROOT))
     monkeypatch.setenv("MAKEFLAGS", "ARGS=--pairs")
-    found = matrix.environment(MORE="1")
+    found = interpreters.environment(MORE="1")
     assert found["PATH"] == "/usr/bin" and found["MORE"] == "1"
     assert "PYTHONPATH" not in found and "MAKEFLAGS" not in found
 

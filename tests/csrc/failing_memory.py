@@ -89,7 +89,7 @@ def main(threads: int) -> None:
     memory.disarm.restype = ctypes.c_long
     module = ctypes.PyDLL(str(sys.modules[MODULE].__file__))
     memory.watch(ctypes.cast(module.PyInit__C, ctypes.c_void_p))
-    memory.watch(ctypes.cast(getattr(ctypes.CDLL(str(_extension.library())), EXPORTED), ctypes.c_void_p))
+    memory.watch(ctypes.cast(getattr(ctypes.CDLL(str(_extension.operator_library())), EXPORTED), ctypes.c_void_p))
     for name, call in calls().items():
         # Several threads make hardly more allocations than one: of them every seventh is enough.
         for all_after, step in ((False, 1 if threads == 1 else 7), (True, 11 if threads == 1 else 29)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,22 +15,16 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from release.interpreters import environment, interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 # The oldest, one of the middle, and the newest of both.
 PAIRS = ("3.10:2.10", "3.11:2.13", "3.12:2.12", "3.13:2.15", "3.14:2.15")
 COLUMNS = ("Python", "torch", "Triton", "compiler", "kernels", "passed", "failed", "skipped", "minutes")
 
-# What an interpreter must have: venv with pip, and the headers that the extension is compiled against.
-PROBE = """
-import ensurepip, os, sysconfig, venv
-header = os.path.join(sysconfig.get_path("include"), "Python.h")
-if not os.path.exists(header):
-    raise SystemExit(f"there is no {header}")
-"""
 # What an environment turned out to be made of.
 FACTS = """
 import importlib.metadata, importlib.util, json, platform, torch
@@ -69,41 +62,6 @@ def pair(text: str) -> tuple[str, str]:
     if not (found := re.fullmatch(r"(\d+\.\d+):(\d+\.\d+(?:\.\d+)?)", text)):
         raise argparse.ArgumentTypeError(f"a pair looks like 3.11:2.13 or 3.11:2.13.0, not like {text!r}")
     return found[1], found[2]
-
-
-def candidates(version: str) -> Iterator[Path]:
-    """Interpreters that may be of this version: those on the PATH, then pyenv's, the newest of them first."""
-    for folder in environment()["PATH"].split(os.pathsep):
-        yield Path(folder) / f"python{version}"
-    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    releases = root.glob(f"versions/{version}.*")
-    yield from (
-        path / "bin" / f"python{version}"
-        for path in sorted(releases, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)], reverse=True)
-    )
-
-
-def interpreter(version: str) -> Path | str:
-    """A Python of this version that can build here, or why there is none."""
-    reason = f"there is no python{version}"
-    for path in candidates(version):
-        if not path.is_file():
-            continue
-        probe = subprocess.run([path, "-c", PROBE], capture_output=True, text=True, env=environment())
-        if probe.returncode == 0:
-            return path
-        reason = f"{path.name} cannot build: {(probe.stderr.strip().splitlines() or ['it does not start'])[-1]}"
-    return reason
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This process' environment without what would leak into another: make's flags, the checkout's own packages."""
-    leaks = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "PYTHON", "PYTHONPATH", "VIRTUAL_ENV")
-    kept = {name: value for name, value in os.environ.items() if name not in leaks}
-    folders = [
-        folder for folder in kept.get("PATH", os.defpath).split(os.pathsep) if not Path(folder).is_relative_to(ROOT)
-    ]
-    return kept | {"PATH": os.pathsep.join(folders)} | more
 
 
 def run(log: Path, *command: str | Path, cwd: Path, **variables: str) -> int:

@@ -1,0 +1,1 @@
+"""What releases are made with: ``make wheel`` and ``make wheel-check``."""

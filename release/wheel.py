@@ -1,0 +1,125 @@
+"""Builds what a user installs without a compiler: one wheel for several PyTorches and Pythons, of Linux on x86-64.
+
+``make wheel`` runs it. The kernels are compiled once, the operators once for each minor version of PyTorch, since they
+use more of its C++ interface than the stable part (nodes of autograd's graph, versions of tensors, threads), and the
+direct way from Python once for each pair. mtlkernels/_extension.py picks among them. auditwheel checks that the wheel
+runs where glibc is 2.28 or later, which is what PyTorch's own wheels ask for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from release.interpreters import interpreter
+from release.sdk import Sdk, sdk
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "wheel"
+TORCHES = ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+PLATFORM = "manylinux_2_28_x86_64"
+# Of the system or of PyTorch, which has them loaded: a second copy of OpenMP would have threads of its own.
+EXCLUDED = ("libtorch.so", "libtorch_cpu.so", "libtorch_python.so", "libc10.so", "libgomp.so.1", "libmtlkernels.so")
+
+
+def cmake(build: Path, target: str, *options: str) -> Path:
+    """Configures and builds; the folder with what was built."""
+    common = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DMTLK_PORTABLE=ON", "-DCMAKE_SHARED_LINKER_FLAGS=-s"]
+    common += ["-DCMAKE_MODULE_LINKER_FLAGS=-s"]
+    subprocess.run(
+        ["cmake", "-S", str(ROOT), "-B", str(build), *common, *options], check=True, stdout=subprocess.DEVNULL
+    )
+    subprocess.run(["cmake", "--build", str(build), "--target", target], check=True)
+    return build
+
+
+def build_all(sdks: list[Sdk], pythons: dict[str, str], library: Path) -> None:
+    """Fills ``library``, the package's folder lib."""
+    import pybind11
+
+    first = sdks[0]
+    kernels = cmake(WORK / "kernels", "kernels", *first.options, "-DMTLK_MODULE=OFF") / "libkernels.a"
+    for torch in sdks:
+        place = library / f"torch{torch.version.replace('.', '_')}"
+        place.mkdir(parents=True)
+        own = [*torch.options, f"-DMTLK_KERNELS={kernels}", "-DMTLK_MODULE=OFF"]
+        operators = cmake(WORK / f"operators-{torch.version}", "operators", *own) / "libmtlkernels.so"
+        shutil.copy(operators, place)
+        for version, python in pythons.items():
+            own = [*torch.options, f"-DMTLK_LIBRARY={operators}", f"-DPython_EXECUTABLE={python}"]
+            own += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+            build = cmake(WORK / f"module-{torch.version}-{version}", "_C", *own)
+            (module,) = build.glob("_C.*.so")
+            shutil.copy(module, place)
+
+
+def interpreters(versions: list[str]) -> dict[str, str]:
+    """Those of the Pythons that are here with their headers; what is left out is said."""
+    found = {version: interpreter(version) for version in versions}
+    for version, python in found.items():
+        if isinstance(python, str):
+            print(f"{python}: with Python {version} the operators are there without the direct way")
+    return {version: str(python) for version, python in found.items() if isinstance(python, Path)}
+
+
+def assemble(library: Path, out: Path) -> Path:
+    """The wheel of the package with ``library`` in it, as auditwheel has passed it."""
+    raw = WORK / "raw"
+    shutil.rmtree(raw, ignore_errors=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(raw),
+    ]
+    subprocess.run([*pip, str(ROOT)], check=True, env={**os.environ, "MTLKERNELS_PREBUILT": str(library)})
+    (wheel,) = raw.glob("*.whl")
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", "--wheel-dir", str(out)]
+    subprocess.run([*repair, *(f"--exclude={name}" for name in EXCLUDED), str(wheel)], check=True)
+    (passed,) = out.glob(f"*{PLATFORM}.whl")
+    if grafted := sorted(set(_libraries(passed)) - set(_libraries(wheel))):
+        raise SystemExit(f"auditwheel had to add {', '.join(grafted)}: the wheel would bring a library of its own")
+    return passed
+
+
+def _libraries(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return [name for name in archive.namelist() if ".so" in name]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="make wheel ARGS=...", description=__doc__.splitlines()[0])
+    parser.add_argument("--torch", nargs="+", default=list(TORCHES), metavar="MINOR")
+    parser.add_argument("--python", nargs="+", default=list(PYTHONS), metavar="MINOR")
+    parser.add_argument(
+        "--sdk", type=Path, default=WORK / "sdk", help="where headers and libraries of PyTorch are kept"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    options = parser.parse_args(arguments)
+    pythons = interpreters(options.python)
+    sdks = [sdk(version, options.sdk) for version in options.torch]
+    library = WORK / "lib"
+    shutil.rmtree(library, ignore_errors=True)
+    build_all(sdks, pythons, library)
+    for earlier in options.out.glob("mtlkernels-*.whl"):
+        earlier.unlink()
+    wheel = assemble(library, options.out)
+    print(
+        f"{wheel}: {wheel.stat().st_size / 2**20:.1f} MiB, for torch {', '.join(options.torch)} and the direct way "
+        f"from Python {', '.join(pythons)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
