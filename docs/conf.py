@@ -1,0 +1,49 @@
+"""The site's configuration: ``make docs`` builds it, with warnings as errors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
+
+import mtlkernels  # noqa: E402
+
+project = "mtlkernels"
+author = "the authors of mtlkernels"
+release = version = mtlkernels.__version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "picture",
+    "examples",
+]
+exclude_patterns = ["_build", "_ext"]
+
+html_theme = "furo"
+html_title = f"mtlkernels {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_copyright = False
+# Without a host of fonts or scripts: what a page needs lies beside it.
+html_theme_options = {"navigation_with_keys": True}
+
+myst_heading_anchors = 3
+myst_links_external_new_tab = False
+
+nitpicky = True
+# What is not this package's is nowhere to be linked to without a network.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!mtlkernels).*"),
+    (r"py:.*", r"mtlkernels\.ops\..*"),
+]
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+copybutton_exclude = ".linenos, .gp, .go"
