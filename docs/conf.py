@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
@@ -47,3 +50,13 @@ autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def leave_room(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Pages of wide tables are as wide as the window."""
+    if page.startswith("performance/") and page != "performance/index":
+        context["meta"] = {**(context["meta"] or {}), "hide-toc": True}
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("html-page-context", leave_room, priority=100)  # before the theme looks

@@ -1,8 +1,8 @@
 """Every Python snippet of README and of the site runs, and prints what the page says that it prints.
 
 A page's snippets run one after another in one namespace. ``<!-- run`` to ``-->`` is code that a reader does not see,
-such as a double for a library that is not on PyPI; what it changes by ``monkeypatch`` is undone behind the page. A ``text``
-block right behind a snippet is what it prints; ``...`` in it stands for anything.
+such as a double for a library that is not on PyPI; what it changes by ``monkeypatch`` is undone behind the page. A
+``text`` block right behind a snippet is what it prints; ``...`` in it stands for anything.
 """
 
 from __future__ import annotations
