@@ -32,6 +32,8 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
+# A page that is opened as a file may not fetch the others, from which summaries are made.
+html_show_search_summary = False
 # Without a host of fonts or scripts: what a page needs lies beside it.
 html_theme_options = {"navigation_with_keys": True}
 
