@@ -126,8 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     found = [run(client, flights, options) for client in ple.CLIENTS]
     found.append(surgery.run(flights, options.steps, options.batch, options.seconds, options.out))
-    print("\nIn short, after one line, mtlkernels.convert(model); the two figures of a speed-up are those of the batch")
-    print("sizes that gain least and most, and below 1.00 it is slower:")
+    print("\nIn short: after one line, mtlkernels.convert(model), and depending on the batch size (below 1 is slower),")
     print("\n".join(found))
     print(f"All of this took {time.perf_counter() - start:.0f} s.")
 

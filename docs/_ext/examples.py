@@ -15,18 +15,24 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
 
 class Examples(SphinxDirective):
-    """A section a program, in the order of their names."""
+    """A section a file: programs in the order of their names, then what they share."""
 
     def run(self) -> list[nodes.Node]:
-        self.env.note_dependency(str(FOLDER))
-        lines: list[str] = []
-        for path in sorted(FOLDER.glob("*.py")):
-            words = ast.get_docstring(ast.parse(path.read_text())) or ""
-            lines += [f"**{path.name}**", "", *words.splitlines(), ""]
-            lines += [f"```{{literalinclude}} /../examples/{path.name}", ":language: python", "```", ""]
-        found = nodes.container()
-        self.state.nested_parse(StringList(lines, source=str(FOLDER)), self.content_offset, found)
-        return list(found.children)
+        sources = {path: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
+        return [self._section(path, sources[path]) for path in sorted(sources, key=lambda p: _is_shared(sources[p]))]
+
+    def _section(self, path: Path, source: str) -> nodes.section:
+        self.env.note_dependency(str(path))
+        section = nodes.section(ids=[nodes.make_id(path.stem)], names=[path.stem])
+        section += nodes.title(path.name, path.name)
+        words = ast.get_docstring(ast.parse(source)) or ""
+        lines = [*words.splitlines(), "", f"```{{literalinclude}} /../examples/{path.name}", ":language: python", "```"]
+        self.state.nested_parse(StringList(lines, source=str(path)), self.content_offset, section)
+        return section
+
+
+def _is_shared(source: str) -> bool:
+    return "__main__" not in source
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def level_fused() -> Drawing:
     d = Drawing(WIDTH, 266, "Six experts add their output to the sums of both gates while it is in the cache")
     routing = mk.Routing.cgc(2, 2, 2)
     middles = _experts(d, 106, 6)
-    d.box(98, 0, 358, 232, fill="none", dashed=True)
+    d.box(98, 1, 358, 230, fill="none", dashed=True)
     d.text(277, 252, "one operator; 64 rows at a time, in the cache", colour=QUIET)
     for t, y in enumerate((80.0, 160.0)):
         for e in routing.gate_experts[t]:
