@@ -100,6 +100,6 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info mtlkernels/_C*.so mtlkernels/_cuda*.so mtlkernels/_build.json demo-out bench-out
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info mtlkernels/_C*.so mtlkernels/_cuda*.so mtlkernels/_build.json demo-out bench-out
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks docs/_build
 	find mtlkernels tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from mtlkernels._convert import registry
 
@@ -45,11 +46,15 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.Modu
     monkeypatch.setitem(sys.modules, "page", module)
     vars(module)["monkeypatch"] = monkeypatch
     yield module
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # Of PyTorch's exporters: what they say of themselves and of what they call.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.onnx")
 @pytest.mark.parametrize("path", WITH_SNIPPETS, ids=[str(path.relative_to(ROOT)) for path in WITH_SNIPPETS])
 def test_snippets(path: Path, page: types.ModuleType) -> None:
     text = path.read_text()

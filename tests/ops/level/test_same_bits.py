@@ -19,14 +19,13 @@ def run(trunk: mk.nn.PLE, x: Tensor) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(loss, [x, *trunk.parameters()])]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("rows", [5, 300, 1537])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [5, 1537])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm and dropout"])
-def test_same_bits(norm: bool, rows: int, threads: int, backend: str) -> None:
+def test_same_bits(norm: bool, rows: int, threads: int) -> None:
     torch.set_num_threads(threads)
     trunk = mk.nn.PLE(**SHAPE, num_levels=2, batch_norm=norm, dropout=0.2 if norm else 0.0)  # type: ignore[arg-type]
     x = torch.randn(rows, 40, requires_grad=True)
-    with mk.use_backend(backend):
-        first = run(trunk, x)
-        for _ in range(3):
-            assert all(torch.equal(a, b) for a, b in zip(first, run(trunk, x), strict=True))
+    first = run(trunk, x)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(trunk, x), strict=True))
