@@ -25,18 +25,19 @@ DEVICE ?= cpu
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test matrix wheel wheel-check check bench bench-guard readme aot gpu clean
+.PHONY: help demo test docs matrix wheel wheel-check check bench bench-guard readme aot gpu clean
 
 help:
 	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
 	@echo "make test    check, then the whole test suite"
+	@echo "make docs    build the site into docs/_build/html, with warnings as errors"
 	@echo "make matrix  build and test the last commit with other Pythons and PyTorches; ARGS='--pairs 3.10:2.10'"
 	@echo "make wheel   the wheel of a release: kernels for several PyTorches and Pythons; ARGS='--torch 2.13 --python 3.11'"
 	@echo "make wheel-check    that wheel in fresh environments without a compiler; ARGS='--pairs 3.11:2.13'"
 	@echo "make check   formatting, lint and types; with nvcc, what the CUDA kernels use"
 	@echo "make bench   benchmarks; SUITE=name DEVICE=cpu|cuda ARGS='--json FILE --plot DIR'"
 	@echo "make bench-guard    instructions of small calls against the baseline, under valgrind; ARGS=--update keeps them"
-	@echo "make readme  rewrite README's tables from benchmarks/results"
+	@echo "make readme  rewrite the tables of README and of the site from benchmarks/results"
 	@echo "make aot     compile every Triton kernel for every architecture, without a GPU; ARGS='--arch 90'"
 	@echo "make gpu     on a machine with a GPU: build, tests, sanitizer, suites, by PYTHON's packages; ARGS='--list'"
 	@echo "make clean   remove everything that make has made, .venv included"
@@ -65,6 +66,10 @@ demo: $(VENV)/.installed
 
 test: check
 	$(PYTEST) $(REQUIRED) $(ARGS)
+
+docs: $(VENV)/.installed
+	$(PY) -m sphinx -W --keep-going --fresh-env -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 matrix:
 	$(PYTHON) -m release.matrix $(ARGS)
@@ -106,5 +111,5 @@ gpu:
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mtlkernels/lib mtlkernels/_cuda*.so mtlkernels/_build.json demo-out bench-out
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
-	find mtlkernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks docs/_build
+	find mtlkernels tests benchmarks docs examples release -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
-"""Rewrites README's tables from the results that are kept: ``python -m benchmarks.readme``.
+"""Rewrites the tables of README and of the site from the results that are kept: ``python -m benchmarks.readme``.
 
-A table stands between ``<!-- table: NAME from FILE.json -->`` and ``<!-- /table -->``, and everything between them is
-made of that file. NAME is one of :data:`TABLES`.
+In README or a page of ``docs`` a table stands between ``<!-- table: NAME from FILE.json -->`` and ``<!-- /table -->``;
+everything between them is made of that file. NAME is one of :data:`TABLES`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from benchmarks.harness.case import OURS, amount
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.table import milliseconds
 from benchmarks.serving.models import MODELS
-from benchmarks.suites import pcgrad, pcgrad_step, serving, snr
+from benchmarks.suites import convert, pcgrad, pcgrad_step, serving, snr
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 _TABLE = re.compile(r"<!-- table: (\S+) from (\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 _MARK = re.compile(r"<!-- /?table\b")
 
@@ -119,6 +119,35 @@ class Table:
         return [f"| {' | '.join(line)} |" for line in lines]
 
 
+# What a reader asks first of the suite mixture: the rows of each line of the table "gains".
+_GAINS: dict[str, Callable[[Row], bool]] = {
+    "serving, 1 to 256 rows": lambda row: row.work == "forward" and row.size["B"] <= 256,
+    "serving, 4,096 rows": lambda row: row.work == "forward" and row.size["B"] == 4096,
+    "training, 1 and 16 rows": lambda row: row.work == "forward+backward" and row.size["B"] <= 16,
+    "training, 256 and 1,024 rows": lambda row: row.work == "forward+backward" and row.size["B"] in (256, 1024),
+    "training, 4,096 rows": lambda row: row.work == "forward+backward" and row.size["B"] == 4096,
+}
+
+
+def _gains(found: Report) -> list[str]:
+    """The smallest and the largest speed-up of each kind of call, over all workloads."""
+    rows = found.rows.get("mixture", [])
+    columns = [(dtype, over) for dtype in ("float32", "bfloat16") for over in ("eager", "compile")]
+    names = {"eager": "eager modules", "compile": "torch.compile"}
+    lines = [["", *(f"{dtype}, over {names[over]}" for dtype, over in columns)], ["---", *["---:"] * len(columns)]]
+    for words, belongs in _GAINS.items():
+        cells = []
+        for dtype, over in columns:
+            chosen = [row.speedup(over) for row in rows if row.dtype == dtype and belongs(row)]
+            gains = [gain for gain in chosen if gain is not None]
+            if not gains:
+                raise ValueError(f"the suite mixture has no rows to show of {words} in {dtype}")
+            low, high = (f"{gain:#.2g}".rstrip(".") for gain in (min(gains), max(gains)))
+            cells.append(f"{low}×" if low == high else f"{low} to {high}×")
+        lines.append([words, *cells])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def _machine(found: Report) -> list[str]:
     """Where and when, and what that machine does at best."""
     limits = found.limits
@@ -168,8 +197,18 @@ def _snr(workload: str, *last: Column) -> Table:
     return Table("snr", columns, lambda row: row.workload == workload)
 
 
+_LIBRARY_MODELS = {
+    "rechub-PLE": "torch-rechub's PLE",
+    "rechub-MMOE": "torch-rechub's MMOE",
+    "rechub-PLE-PReLU": "torch-rechub's PLE, PReLU",
+    "rechub-PLE-Dice": "torch-rechub's PLE, Dice",
+    "deepctr-PLE": "deepctr-torch's PLE",
+    "deepctr-PLE-BN": "deepctr-torch's PLE, batch norm",
+}
+
 TABLES: dict[str, Callable[[Report], list[str]]] = {
     "machine": _machine,
+    "gains": _gains,
     "mixture": Table(
         "mixture",
         (
@@ -224,6 +263,21 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
             _peaks(pcgrad_step.USUAL, "usual"),
         ),
     ),
+    "convert": Table(
+        "convert",
+        (
+            _words("model", lambda row: _LIBRARY_MODELS[row.workload]),
+            _words("work", lambda row: row.work),
+            Column("rows", lambda row: str(row.size["B"])),
+            _time("as it is", "eager"),
+            _time("torch.compile", "compile"),
+            _time("converted", OURS),
+            _time("converted, torch.compile", "ours-compile"),
+            _speedup("vs as it is", "eager", bold=True),
+            _speedup("vs compile", "compile"),
+        ),
+        lambda row: row.work in (convert.TRAINING, convert.SERVING),
+    ),
     "snr": _snr("D", _speedup("vs folded", "folded", bold=True), Column("of the limit", _share)),
     "snr-aver": _snr("D-aver", _speedup("vs folded", "folded"), _speedup("vs compile", "compile", bold=True)),
     "serving": _serving,
@@ -253,10 +307,13 @@ def rewritten(text: str, root: Path = ROOT) -> str:
 
 
 def main() -> int:
-    before = README.read_text()
-    after = rewritten(before)
-    README.write_text(after)
-    print(f"{README.name}: {len(_TABLE.findall(after))} tables {'as they were' if after == before else 'made anew'}")
+    for page in PAGES:
+        before = page.read_text()
+        after = rewritten(before)
+        if found := len(_TABLE.findall(after)):
+            page.write_text(after)
+            state = "as they were" if after == before else "made anew"
+            print(f"{page.relative_to(ROOT)}: {found} {'table' if found == 1 else 'tables'} {state}")
     return 0
 
 

@@ -97,7 +97,7 @@ class Routing:
 
     @property
     def num_inputs(self) -> int:
-        """G, the number of input streams: one more than the largest stream index."""
+        """G, the number of input streams, one more than the largest stream index."""
         return max(self.expert_inputs) + 1
 
     @property

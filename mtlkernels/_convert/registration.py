@@ -103,7 +103,7 @@ class Registration:
 
         Several levels in one ``forward`` are given by ``levels``; a model that embeds first and has towers behind by
         ``inputs``, ``outputs`` and ``example``, or, where it has a method from the embedding to the towers, by
-        ``method``. README has a whole example.
+        ``method``. ``docs/recipes/home-grown.md`` has a whole example.
 
         Args:
             kind: the class.

@@ -1,4 +1,4 @@
-"""README's tables are what the kept results say."""
+"""The tables of README and of the site are what the kept results say."""
 
 from __future__ import annotations
 
@@ -14,30 +14,42 @@ from benchmarks.harness.report import FAILED
 RESULTS = readme.ROOT / "benchmarks" / "results"
 
 
+TEXTS = {page: page.read_text() for page in readme.PAGES}
+SHOWN = [(name, file) for text in TEXTS.values() for name, file, _ in readme._TABLE.findall(text)]
+
+
 @pytest.fixture
 def mixture(tmp_path: Path) -> tuple[reports.Report, Path]:
-    """The results of the suite mixture that README shows, and where a test puts its own."""
-    kept = {name: file for name, file, _ in readme._TABLE.findall(readme.README.read_text())}
-    return reports.load(readme.ROOT / kept["mixture"]), tmp_path / "results.json"
+    """Results of the suite mixture that the site shows, and where a test puts its own."""
+    file = next(file for name, file in SHOWN if name == "mixture" and "zen-4" in file)
+    return reports.load(readme.ROOT / file), tmp_path / "results.json"
 
 
 def marked(inside: str, name: str = "mixture", file: str = "results.json") -> str:
     return f"Before.\n<!-- table: {name} from {file} -->\n{inside}<!-- /table -->\nAfter.\n"
 
 
-def test_readme_shows_the_kept_results() -> None:
-    text = readme.README.read_text()
-    assert readme.rewritten(text) == text, "README's tables differ from benchmarks/results: run `make readme`"
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(readme.ROOT)))
+def test_pages_show_the_kept_results(page: Path) -> None:
+    text = TEXTS[page]
+    assert readme.rewritten(text) == text, f"tables of {page.name} differ from benchmarks/results: run `make readme`"
+    outside = readme._TABLE.sub("", text)
+    assert not [line for line in outside.splitlines() if line.startswith("|") and (" ms |" in line or "× |" in line)]
+
+
+def test_every_table_is_shown() -> None:
     kept = {suite for path in RESULTS.glob("*.json") for suite in reports.load(path).rows}
     wanted = {
         name for name, table in readme.TABLES.items() if not isinstance(table, readme.Table) or table.suite in kept
     }
-    assert {name for name, *_ in readme._TABLE.findall(text)} == wanted
+    assert {name for name, _ in SHOWN} == wanted
 
 
-def test_every_table_with_times_is_made() -> None:
-    outside = readme._TABLE.sub("", readme.README.read_text())
-    assert not [line for line in outside.splitlines() if line.startswith("|") and (" ms |" in line or "× |" in line)]
+def test_every_file_of_results_has_its_place() -> None:
+    """New ones want a page of ``docs/performance``: a table, a plot, a link, or to be part of a page."""
+    pages = "".join(text for page, text in TEXTS.items() if page.parent.name == "performance")
+    pages += "".join(path.read_text() for path in RESULTS.glob("*.md") if path.name in pages)
+    assert not [path.name for path in sorted(RESULTS.iterdir()) if path.name not in pages]
 
 
 def test_a_table_follows_its_file(mixture: tuple[reports.Report, Path]) -> None:
@@ -67,7 +79,7 @@ def test_a_table_follows_its_file(mixture: tuple[reports.Report, Path]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (marked("", name="unheard-of"), "no table 'unheard-of'; there are machine, mixture"),
+        (marked("", name="unheard-of"), "no table 'unheard-of'; there are machine, gains"),
         (marked("", file="absent.json"), "there is no file absent.json"),
         (marked("", name="snr"), "the suite snr has no rows to show"),
         ("<!-- table: mixture from results.json -->\n| 1 |\n", "must be followed by its own"),

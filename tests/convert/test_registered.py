@@ -267,15 +267,6 @@ def _run(program: str) -> str:
     return result.stdout
 
 
-def test_the_recipes_of_readme_work() -> None:
-    section = (ROOT / "README.md").read_text().partition("**Teach it a model of yours.**")[2]
-    bare, stacked = (section.split("```python\n")[i].partition("```")[0] for i in (1, 2))
-    found = _run(bare.replace("print(", "model = BareMMoE(6, 5, 4, 3)\nprint("))
-    assert "4 experts of 2 layers and 3 gates in one expert_mixture" in found
-    found = _run(stacked + "\nprint(mk.convert(Stacked(9, 4, 2, 3)))")
-    assert found.count("2 experts of 1 layer and 2 gates in one expert_mixture") == 3
-
-
 def test_the_second_example_of_the_docstring_works() -> None:
     doc = inspect.getdoc(mk.convert.register)
     assert doc is not None

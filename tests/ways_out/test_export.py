@@ -1,8 +1,10 @@
-"""``torch.export``, AOTInductor and ``make_fx`` keep the operators; all is plain under ``use_backend("reference")``."""
+"""``torch.export`` and ``make_fx`` keep the operators; all is plain under ``use_backend("reference")``.
+
+AOTInductor, which takes a compiler half a minute, is run by the snippets of ``docs/deployment.md``.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,17 +91,6 @@ def test_functional_call(name: str) -> None:
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert_same(torch.func.functional_call(model, scaled, x), other(*x))
-
-
-@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # raised inside PyTorch's own export
-def test_aot_inductor(tmp_path: Path) -> None:
-    kind = TRUNKS["PLE"]
-    model = kind.model()
-    with torch.no_grad():
-        program = torch.export.export(model, kind.inputs(5, 0), dynamic_shapes=({0: ROWS},))
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        found = torch._inductor.aoti_load_package(path)
-        assert_same(found(*kind.inputs(9, 1)), model(*kind.inputs(9, 1)))
 
 
 # Modes, which see what goes through the dispatcher ------------------------------------------------------------------

@@ -131,7 +131,7 @@ def pcgrad(
         max_norm: each task's gradient is first clipped to this norm.
         normalize: each task's gradient is then scaled to the mean norm of the tasks.
         project: False leaves the projection out, so that clipping and scaling can be measured on their own.
-        eps: added to |g_j|^2.
+        eps: added to ``|g_j|^2``.
         group: the process group of data-parallel ranks, such as ``torch.distributed.group.WORLD``.
 
     Returns:
