@@ -88,12 +88,13 @@ def assemble(library: Path, out: Path) -> Path:
     repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", "--wheel-dir", str(out)]
     subprocess.run([*repair, *(f"--exclude={name}" for name in EXCLUDED), str(wheel)], check=True)
     (passed,) = out.glob(f"*{PLATFORM}.whl")
-    if grafted := sorted(set(_libraries(passed)) - set(_libraries(wheel))):
+    if grafted := sorted(set(libraries(passed)) - set(libraries(wheel))):
         raise SystemExit(f"auditwheel had to add {', '.join(grafted)}: the wheel would bring a library of its own")
     return passed
 
 
-def _libraries(wheel: Path) -> list[str]:
+def libraries(wheel: Path) -> list[str]:
+    """The shared libraries in a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return [name for name in archive.namelist() if ".so" in name]
 
