@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -68,25 +69,31 @@ def interpreters(versions: list[str]) -> dict[str, str]:
     return {version: str(python) for version, python in found.items() if isinstance(python, Path)}
 
 
+def source() -> Path:
+    """The folder that the source distribution unpacks to, in which nothing was built before."""
+    folder = WORK / "source"
+    shutil.rmtree(folder, ignore_errors=True)
+    sdist = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(folder)]
+    subprocess.run(sdist, cwd=ROOT, check=True)
+    (packed,) = folder.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / packed.name.removesuffix(".tar.gz")
+
+
 def assemble(library: Path, out: Path) -> Path:
     """The wheel of the package with ``library`` in it, as auditwheel has passed it."""
     raw = WORK / "raw"
     shutil.rmtree(raw, ignore_errors=True)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(raw),
-    ]
-    subprocess.run([*pip, str(ROOT)], check=True, env={**os.environ, "MTLKERNELS_PREBUILT": str(library)})
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command = [*pip, "--wheel-dir", str(raw), str(source())]
+    subprocess.run(command, check=True, env={**os.environ, "MTLKERNELS_PREBUILT": str(library)})
     (wheel,) = raw.glob("*.whl")
     repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", "--wheel-dir", str(out)]
-    subprocess.run([*repair, *(f"--exclude={name}" for name in EXCLUDED), str(wheel)], check=True)
+    command = [*repair, *(f"--exclude={name}" for name in EXCLUDED), str(wheel)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise SystemExit(f"auditwheel does not pass {wheel}:\n{done.stdout}")
     (passed,) = out.glob(f"*{PLATFORM}.whl")
     if grafted := sorted(set(libraries(passed)) - set(libraries(wheel))):
         raise SystemExit(f"auditwheel had to add {', '.join(grafted)}: the wheel would bring a library of its own")
