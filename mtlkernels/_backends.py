@@ -108,6 +108,12 @@ def _on_cuda(op: str, gpu: torch.device | None = None) -> tuple[str, ...]:
     return tuple(name for name, there in found.items() if there)
 
 
+def serves(function: str, name: str, dtype: torch.dtype) -> bool:
+    """Whether the implementation ``name`` of a function that :func:`backends` lists takes a dtype."""
+    op = next((op for op, public in _FUNCTIONS.items() if public == function), function)
+    return not (name == "triton" and op in _TRITON_WITHOUT_FLOAT64 and dtype == torch.float64)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block every op runs this implementation, or raises; nothing is substituted.
