@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mtlkernels import _extension, _torch, _tracing
+from mtlkernels import _decisions, _dumps, _extension, _torch, _tracing
 
 OPS = ("gated_mixture", "level", "pcgrad", "snr_trans", "snr_aver")
 # The public function of an op, where its name is another.
@@ -31,6 +31,9 @@ _forced: str | None = None
 # Ops of which an operator has no C++ kernel.
 _without_cpp: set[str] = set()
 _references: dict[tuple[str, str], Callable[..., Any]] = {}
+
+# Reasons, as they are logged.
+_FIRST, _ASKED = "it comes first there", "use_backend asks for it"
 
 
 # Looked up once: torch.compile, which traces fast(), cannot look.
@@ -184,17 +187,32 @@ def _first_tensor(args: Any) -> torch.Tensor:
 
 def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """What a CUDA call runs: CUDA C++ or Triton, or the reference for what these do not take, and on old GPUs."""
+    name = _on_this_gpu(op, direction, args)[0]
+    if name == "cuda":
+        function: Callable[..., Any] = getattr(_cuda_module(op), direction)
+        return function
+    return triton_implementation(op, direction) if name == "triton" else reference_implementation(op, direction)
+
+
+def _cuda_module(op: str) -> Any:
+    return importlib.import_module(f"mtlkernels.ops.{op}.cuda")
+
+
+def _on_this_gpu(op: str, direction: str, args: tuple[Any, ...]) -> tuple[str, str]:
+    """The name of what a CUDA call runs, and why."""
     first = _first_tensor(args)
     if _is_old_once(first.device):
-        return reference_implementation(op, direction)
+        return "reference", f"kernels are for GPUs of compute capability {MIN_MAJOR}.0 and later"
     if has_cuda(op) and _forced != "triton":
-        module = importlib.import_module(f"mtlkernels.ops.{op}.cuda")
-        if _forced == "cuda" or module.takes(direction, args):
-            function: Callable[..., Any] = getattr(module, direction)
-            return function
-    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and first.dtype == torch.float64):
-        return reference_implementation(op, direction)
-    return triton_implementation(op, direction)
+        if _forced == "cuda":
+            return "cuda", _ASKED
+        if _cuda_module(op).takes(direction, args):
+            return "cuda", _FIRST
+    if not has_triton():
+        return "reference", "Triton is not installed"
+    if op in _TRITON_WITHOUT_FLOAT64 and first.dtype == torch.float64:
+        return "reference", "the Triton kernels take no float64"
+    return "triton", _FIRST
 
 
 def implementation(op: str, direction: str, backend: str | None, like: torch.Tensor) -> Callable[..., Any]:
@@ -209,6 +227,42 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
     Raises:
         RuntimeError: this install has no such implementation for that device and dtype.
     """
+    run = _found(op, direction, backend, like)
+    watched = not torch.compiler.is_compiling() and (_dumps.folder is not None or _decisions.wanted())
+    return _watched(run, op, direction, backend, like) if watched else run
+
+
+def _watched(
+    run: Callable[..., Any], op: str, direction: str, backend: str | None, like: torch.Tensor
+) -> Callable[..., Any]:
+    """An implementation of which it is logged what it is, and whose arguments are saved where it raises."""
+
+    def watched(*args: Any) -> Any:
+        name, reason = _taken(op, direction, backend, like, args)
+        rows = like.shape[0] if op != "pcgrad" and like.dim() else None
+        _decisions.note(_FUNCTIONS.get(op, op), name, reason, like, rows, direction)
+        return run(*args) if _dumps.folder is None else _dumps.saving(run, op, direction, name, args)
+
+    return watched
+
+
+def _taken(op: str, direction: str, backend: str | None, like: torch.Tensor, args: tuple[Any, ...]) -> tuple[str, str]:
+    """The name of the implementation that :func:`implementation` finds, and why it is that one."""
+    device = like.device.type
+    if backend is not None:
+        return backend, _ASKED
+    if _tracing.counts_flops():
+        return "reference", "FlopCounterMode counts PyTorch's own products"
+    if device == "cuda":
+        return _on_this_gpu(op, direction, args)
+    if device == "cpu" and has_cpp(op):
+        return "cpp", _FIRST
+    if device == "cpu":
+        return "reference", f"the C++ kernels are missing: {_extension.load_error()}"
+    return "reference", f"there are no kernels for devices of type {device!r}"
+
+
+def _found(op: str, direction: str, backend: str | None, like: torch.Tensor) -> Callable[..., Any]:
     operator: Callable[..., Any] = getattr(torch.ops.mtlkernels, f"{op}_{direction}").default
     device = like.device.type
     if backend is None and _tracing.counts_flops():  # of whose passes forward came before: it counts the reference

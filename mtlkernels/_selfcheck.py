@@ -8,6 +8,7 @@ times the error of PyTorch's own operators. See :func:`mtlkernels.testing.over_b
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -225,8 +226,9 @@ def _one_thread() -> Iterator[None]:
 
 def run(out: TextIO) -> int:
     """Prints a line a function and what to do where one is wrong; returns the exit status, 0 where all are right."""
+    say = functools.partial(print, file=out, flush=True)
     start = time.perf_counter()
-    print("Self-check: outputs and gradients of small random cases, by every implementation on every device here", file=out)
+    say("Self-check: outputs and gradients of small random cases, by every implementation on every device here")
     trials, wrong, used = 0, {}, set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of operators without a deterministic version, where memory is poisoned
@@ -237,18 +239,18 @@ def run(out: TextIO) -> int:
             faulty = [finding for finding in found if finding.faults]
             if faulty:
                 wrong[function] = faulty
-            print(f"{function:<15} {'WRONG' if faulty else 'right'}  {_described(faulty or found)}", file=out, flush=True)
+            say(f"{function:<15} {'WRONG' if faulty else 'right'}  {_described(faulty or found)}")
     for device in devices():
         if not any(kind == device and name != "reference" for kind, name in used):
-            print(f"There are no kernels for {device} here, only the reference; above is said how to get them.", file=out)
+            say(f"There are no kernels for {device} here, only the reference; above is said how to get them.")
     seconds = f"{trials} trials in {time.perf_counter() - start:.1f} s"
     if not wrong:
-        print(f"All is right: {seconds}.", file=out)
+        say(f"All is right: {seconds}.")
         return 0
-    print(f"{', '.join(wrong)}: WRONG on this machine; {seconds}.", file=out)
-    print("Please report this as a bug, with all of the text above.", file=out)
+    say(f"{', '.join(wrong)}: WRONG on this machine; {seconds}.")
+    say("Please report this as a bug, with all of the text above.")
     if all(finding.implementation != "reference" for faulty in wrong.values() for finding in faulty):
-        print('Until it is mended, put calls into a block `with mtlkernels.use_backend("reference"):`.', file=out)
+        say('Until it is mended, put calls into a block `with mtlkernels.use_backend("reference"):`.')
     return 1
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from mtlkernels import _decisions
 from mtlkernels._convert.classes import CLASS_ATTRIBUTE, PLAN, converted_class, original_class
 from mtlkernels._convert.paying import FORCE, slower
 from mtlkernels._convert.registration import Registration
@@ -97,7 +98,8 @@ class Convert(Registration):
             converter = find_converter(module)
             if converter is None:
                 continue
-            plan, planned = converter.plan(module, path)
+            with _decisions.paused():
+                plan, planned = converter.plan(module, path)
             reason = None if force or plan is None else slower(module)
             if reason is not None:
                 lines += [line if line.action == "left alone" else _left_alone(line, reason) for line in planned]
@@ -111,6 +113,8 @@ class Convert(Registration):
         if not lines:
             reason = f"nothing in it is known; known are {', '.join(known_names())}"
             lines.append(Line("left alone", "", type(model).__name__, reason))
+        for line in lines:
+            _decisions.report("convert", str(line))
         return ConversionReport(tuple(lines))
 
 
