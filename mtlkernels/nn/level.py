@@ -167,7 +167,7 @@ class TrunkLevel(NotScriptable, nn.Module):
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
-        streams = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
+        streams: Any = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
         if _tracing.needs_plain(streams):
             return self._by_modules(streams)
         experts = self._read_experts(streams[0])

@@ -80,7 +80,8 @@ def apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
     if torch.compiler.is_compiling() or _torch.func_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*_torch.unwrap_dead_wrappers(args))
+    parent: Any = super(torch.autograd.Function, function)
+    return parent.apply(*_torch.unwrap_dead_wrappers(args))
 
 
 def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:

@@ -177,7 +177,7 @@ def direct(op: str, u: Any, *args: Any) -> tuple[Tensor, ...] | None:
     not apply, and where the operator refuses: the checks in Python then find out why, in the caller's terms.
     """
     several = isinstance(u, (list, tuple))
-    first = u[0] if several and u else u
+    first: Any = u[0] if several and u else u
     if torch.is_grad_enabled() or not direct_to_cpp(first):
         return None
     try:

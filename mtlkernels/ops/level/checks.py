@@ -183,14 +183,16 @@ def check_gate_layers(
     if 1 < num_inputs < len(sizes):
         raise ValueError(f"gate_weights need an input for each of {len(sizes)} gates, or one for all; pass gate_logits")
     weights = _per_gate("gate_weights", gate_weights, sizes)
-    biases = [None] * len(sizes) if gate_biases is None else _per_gate("gate_biases", gate_biases, sizes)
+    biases: list[Any] = [None] * len(sizes)
+    if gate_biases is not None:
+        biases = _per_gate("gate_biases", gate_biases, sizes)
     for name, entries in (("gate_weights", weights), ("gate_biases", biases)):
         if len(entries) != len(sizes):
             raise ValueError(f"{name} must hold an entry for each of {len(sizes)} gates, got {len(entries)}")
     for k, (weight, bias, size) in enumerate(zip(weights, biases, sizes, strict=True)):
-        for name, tensor, shape in (("gate_weights", weight, (size, like.width)), ("gate_biases", bias, (size,))):
-            if tensor is None and name == "gate_biases":
-                continue
+        own: list[tuple[str, Any, tuple[int, ...]]] = [("gate_weights", weight, (size, like.width))]
+        own += [] if bias is None else [("gate_biases", bias, (size,))]
+        for name, tensor, shape in own:
             check_tensor(f"{name}[{k}]", tensor, len(shape), f"{list(shape)}")
             check_like(f"{name}[{k}]", tensor, "inputs", like)
             if tuple(tensor.shape) != shape:
