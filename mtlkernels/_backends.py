@@ -277,7 +277,8 @@ def _found(op: str, direction: str, backend: str | None, like: torch.Tensor) -> 
     if backend not in names:
         function = _FUNCTIONS.get(op, op)
         raise RuntimeError(
-            f"{function} has no {backend!r} implementation for {device!r} and {like.dtype}; it has {names}"
+            f"{function} has no {backend!r} implementation for {device!r} and {like.dtype}; it has {names}: ask for"
+            " one of these, or see mtlkernels.show_config() for what this install lacks and how to get it"
         )
     if backend == "reference":
         return _outside_autocast(reference_implementation(op, direction), device)

@@ -44,7 +44,10 @@ def traced_under_func(op: str) -> bool:
     if not (torch.compiler.is_compiling() and _torch.func_transforms_active()):
         return False
     if _backends.forced() not in (None, "reference"):
-        raise RuntimeError(f"{op} has only the reference for torch.func transforms under torch.compile")
+        raise RuntimeError(
+            f"{op} has only the reference for torch.func transforms under torch.compile, but use_backend asks for"
+            f" {_backends.forced()!r}"
+        )
     return True
 
 

@@ -150,7 +150,9 @@ class GramWeighted(Optimizer):
         # Not Optimizer.__init__: groups, state and hooks are the wrapped optimizer's.
         self._optimizers = check_optimizers(optimizer, beside)
         if isinstance(optimizer, GramWeighted):
-            raise TypeError(f"optimizer must be one that is not wrapped yet, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"optimizer must be one that is not wrapped yet, got {type(optimizer).__name__}: pass its .optimizer"
+            )
         check_weighting(weighting)
         check_group(group)
         check_reduction(reduction)

@@ -39,7 +39,9 @@ def flattened(grads: Any) -> tuple[list[Any], int]:
     alone; the gradients' own checks come with :class:`Parameters`.
     """
     if has_dtensor([grads]) and any(placement.is_shard(0) for placement in grads.placements):
-        raise ValueError(f"grads must not be sharded over its dimension of tasks, got {grads.placements}")
+        raise ValueError(
+            f"grads must not be sharded over its dimension of tasks, got {grads.placements}: redistribute it before"
+        )
     if isinstance(grads, Tensor):
         if grads.dim() != 2:
             raise ValueError(f"grads must be a matrix [T, P] or a sequence of T sequences, got {shape_of(grads)}")
@@ -71,7 +73,10 @@ def gradients_of(grads: Sequence[Any], num_tasks: int, group: ProcessGroup | Non
         return Sharded(grads, num_tasks)
     parameters = Parameters(grads, num_tasks, at_once=group is not None)
     if group is not None and torch.is_grad_enabled() and any(grad.requires_grad for grad in grads if grad is not None):
-        raise ValueError("grads must not require gradients where group is given: their mean has no derivative here")
+        raise ValueError(
+            "grads must not require gradients where group is given, as their mean has no derivative here, got some that"
+            " do: detach() them"
+        )
     return parameters
 
 
