@@ -11,11 +11,12 @@ from pathlib import Path
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mtlkernels",
+        usage="%(prog)s [-h] [replay FILE]",
         description="Without arguments: prints what mtlkernels.show_config() says of this install, then calls every op"
-        " with small random arguments, by every implementation and in every dtype that this machine has, and compares"
-        " outputs and gradients with float64. Takes seconds. Exit status: 0 where all are right, otherwise 1.",
+        " with small random arguments, in every dtype and by every implementation that is here, and compares outputs"
+        " and gradients with float64. Takes seconds. Exit status: 0 where all are right, otherwise 1.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(prog=parser.prog, dest="command", metavar="COMMAND")
     replay = commands.add_parser(
         "replay",
         help="run a call again that failed while the environment variable MTLKERNELS_DUMP named a folder",

@@ -80,7 +80,7 @@ def encoded(value: Any) -> Any:
         steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         span = tensor.as_strided((steps + 1 if tensor.numel() else 0,), (1,))
         return {
-            "tensor": span.clone().cpu(),
+            "tensor": span.to("cpu", copy=True),
             "dtype": str(tensor.dtype),
             "shape": list(tensor.shape),
             "stride": list(tensor.stride()),
