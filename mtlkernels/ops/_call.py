@@ -144,7 +144,7 @@ def why_checked(op: str, like: Tensor) -> str:
         return "autocast is on"
     if _tracing.observed():
         return "a tracer, a mode or a transform looks on"
-    return f"nothing else runs there on {kind!r} in {like.dtype}"
+    return f"there is no direct way for {kind!r} in {like.dtype}"
 
 
 def run_cpp(op: str, direction: str, *args: Any) -> Any:
