@@ -136,6 +136,7 @@ def use_backend(name: str) -> Iterator[None]:
         raise TypeError(f"name must be a string, got {type(name).__name__}")
     if name not in BACKENDS:
         raise ValueError(f"name must be one of {BACKENDS}, got {name!r}")
+    _decisions.ask()
     previous = _forced
     _forced = name
     try:
@@ -228,8 +229,9 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
         RuntimeError: this install has no such implementation for that device and dtype.
     """
     run = _found(op, direction, backend, like)
-    watched = not torch.compiler.is_compiling() and (_dumps.folder is not None or _decisions.wanted())
-    return _watched(run, op, direction, backend, like) if watched else run
+    if (_decisions.on or _dumps.folder is not None) and not torch.compiler.is_compiling():
+        return _watched(run, op, direction, backend, like)
+    return run
 
 
 def _watched(

@@ -4,9 +4,9 @@ Every record has, beside its message, ``op``, ``direction``, ``device``, ``dtype
 ``reason``; those that do not apply are None. What is decided of a call is logged once a process: the first call's
 ``rows`` stand for all that were decided alike. A conversion is logged whenever it is made.
 
-A call that goes straight to C++ takes microseconds, and would feel it if it asked the logger. It reads :data:`on`,
-which says what the logger has said last: when mtlkernels was imported, at any call that is not such a one, and at
-:func:`log_decisions`. Its backward pass runs in C++ too, and is not logged.
+A call takes microseconds, and would feel it if it asked the logger. It reads :data:`on`, which says what the logger has
+said last: when mtlkernels was imported, at :func:`log_decisions`, at a conversion, and where ``mk.use_backend`` begins.
+Where C++ made a call's node in autograd's graph, the backward pass runs in C++ too, and is not logged.
 """
 
 from __future__ import annotations
@@ -38,25 +38,28 @@ def log_decisions() -> bool:
         logging.basicConfig(level=logging.DEBUG)  # or logging.getLogger("mtlkernels").setLevel(logging.DEBUG)
         mk.log_decisions()
 
-    Not needed where the level was set before mtlkernels was imported. Otherwise calls that go straight to C++ may
-    not know of the new level: for their speed they do not ask the logger. Compiled code logs nothing.
+    Not needed where the level was set before mtlkernels was imported, as calls do not ask the logger, for their speed.
+    ``mk.convert`` and ``mk.use_backend`` ask it too. Compiled code logs nothing.
 
     Returns:
         Whether decisions are logged now.
     """
     _noted.clear()
-    return _ask()
+    return ask()
 
 
-def _ask() -> bool:
+def ask() -> bool:
+    """Asks the logger whether it wants decisions; not while the compiler traces, which cannot."""
     global on
+    if torch.compiler.is_compiling():
+        return on
     on = LOGGER.isEnabledFor(logging.DEBUG) and not _paused
     return on
 
 
 def wanted() -> bool:
-    """Whether decisions are logged; not while the compiler traces, which cannot log."""
-    return not torch.compiler.is_compiling() and _ask()
+    """Whether decisions are logged; never while the compiler traces."""
+    return on and not torch.compiler.is_compiling()
 
 
 @contextmanager
@@ -64,12 +67,12 @@ def paused() -> Iterator[None]:
     """Within the block nothing is logged: what is called there are trials."""
     global _paused
     before, _paused = _paused, True
-    _ask()
+    ask()
     try:
         yield
     finally:
         _paused = before
-        _ask()
+        ask()
 
 
 def note(

@@ -84,6 +84,7 @@ class Convert(Registration):
         _check_module(model)
         if not isinstance(force, bool):
             raise TypeError(f"force must be a bool, got {type(force).__name__}")
+        _decisions.ask()
         lines: list[Line] = []
         for path, module in model.named_modules():
             if isinstance(module, (MMoE, CGC, PLE, SNR)):
