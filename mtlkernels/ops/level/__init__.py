@@ -89,15 +89,16 @@ def expert_mixture(
         ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, an activation is
             unknown, a rate is not in [0, 1], or a batch norm is to take the statistics of fewer than two rows.
     """
-    refusal = "dropout is not 0.0"
     if isinstance(dropout, float) and not dropout:
         of_gates = (gate_logits, gate_weights, gate_biases, gate_norms)
-        found = direct(inputs, weights, biases, of_gates, routing, activation, norms, slopes, dice_eps)
-        if not isinstance(found, str):
+        found: Any = direct(inputs, weights, biases, of_gates, routing, activation, norms, slopes, dice_eps)
+        if type(found) is tuple:
             if _decisions.on:
                 _note_direct(inputs)
             return found
         refusal = found
+    else:
+        refusal = "dropout is not 0.0"
     gates = (gate_logits, routing, activation, gate_weights, gate_biases, gate_norms)
     arguments: Any = (inputs, weights, biases, *gates, norms, dropout, slopes, dice_eps)
     if needs_plain("expert_mixture", _torch.is_fx_symbolic_tracing() and arguments):
