@@ -51,8 +51,9 @@ def said(records: list[Any], op: str) -> list[tuple[Any, ...]]:
 
 
 @requires.cpp_kernels
-def test_the_direct_way(records: list[Any]) -> None:
-    with torch.no_grad():
+@pytest.mark.parametrize("wants_gradient", [True, False])
+def test_the_direct_way(wants_gradient: bool, records: list[Any]) -> None:
+    with torch.set_grad_enabled(wants_gradient):
         TRUNK(X)
     (record,) = records
     assert (record.name, record.levelno) == ("mtlkernels", logging.DEBUG)
