@@ -82,6 +82,7 @@ check: $(VENV)/.installed $(if $(NVCC),$(VENV)/.cuda-report)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/basedpyright
 	$(if $(CXX_SOURCES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES))
 	@$(if $(NVCC),cat $(VENV)/.cuda-report,echo "csrc/cuda: not compiled, as there is no nvcc")
 

@@ -4,6 +4,7 @@ from mtlkernels import nn, optim
 from mtlkernels._backends import backends, use_backend
 from mtlkernels._config import show_config
 from mtlkernels._convert import ConversionReport, convert, revert
+from mtlkernels._decisions import log_decisions
 from mtlkernels._extension import operator_library
 from mtlkernels._prepare import prepare
 from mtlkernels.ops.gated_mixture import gated_mixture
@@ -26,6 +27,7 @@ __all__ = [
     "gram",
     "hard_concrete",
     "l0_penalty",
+    "log_decisions",
     "nn",
     "operator_library",
     "optim",

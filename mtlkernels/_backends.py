@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mtlkernels import _extension, _torch, _tracing
+from mtlkernels import _decisions, _dumps, _extension, _torch, _tracing
 
 OPS = ("gated_mixture", "level", "pcgrad", "snr_trans", "snr_aver")
 # The public function of an op, where its name is another.
@@ -31,6 +31,9 @@ _forced: str | None = None
 # Ops of which an operator has no C++ kernel.
 _without_cpp: set[str] = set()
 _references: dict[tuple[str, str], Callable[..., Any]] = {}
+
+# Reasons, as they are logged.
+_FIRST, _ASKED = "it comes first there", "use_backend asks for it"
 
 
 # Looked up once: torch.compile, which traces fast(), cannot look.
@@ -108,6 +111,12 @@ def _on_cuda(op: str, gpu: torch.device | None = None) -> tuple[str, ...]:
     return tuple(name for name, there in found.items() if there)
 
 
+def serves(function: str, name: str, dtype: torch.dtype) -> bool:
+    """Whether the implementation ``name`` of a function that :func:`backends` lists takes a dtype."""
+    op = next((op for op, public in _FUNCTIONS.items() if public == function), function)
+    return not (name == "triton" and op in _TRITON_WITHOUT_FLOAT64 and dtype == torch.float64)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block every op runs this implementation, or raises; nothing is substituted.
@@ -127,6 +136,7 @@ def use_backend(name: str) -> Iterator[None]:
         raise TypeError(f"name must be a string, got {type(name).__name__}")
     if name not in BACKENDS:
         raise ValueError(f"name must be one of {BACKENDS}, got {name!r}")
+    _decisions.ask()
     previous = _forced
     _forced = name
     try:
@@ -178,17 +188,32 @@ def _first_tensor(args: Any) -> torch.Tensor:
 
 def cuda_implementation(op: str, direction: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """What a CUDA call runs: CUDA C++ or Triton, or the reference for what these do not take, and on old GPUs."""
+    name = _on_this_gpu(op, direction, args)[0]
+    if name == "cuda":
+        function: Callable[..., Any] = getattr(_cuda_module(op), direction)
+        return function
+    return triton_implementation(op, direction) if name == "triton" else reference_implementation(op, direction)
+
+
+def _cuda_module(op: str) -> Any:
+    return importlib.import_module(f"mtlkernels.ops.{op}.cuda")
+
+
+def _on_this_gpu(op: str, direction: str, args: tuple[Any, ...]) -> tuple[str, str]:
+    """The name of what a CUDA call runs, and why."""
     first = _first_tensor(args)
     if _is_old_once(first.device):
-        return reference_implementation(op, direction)
+        return "reference", f"kernels are for GPUs of compute capability {MIN_MAJOR}.0 and later"
     if has_cuda(op) and _forced != "triton":
-        module = importlib.import_module(f"mtlkernels.ops.{op}.cuda")
-        if _forced == "cuda" or module.takes(direction, args):
-            function: Callable[..., Any] = getattr(module, direction)
-            return function
-    if not has_triton() or (op in _TRITON_WITHOUT_FLOAT64 and first.dtype == torch.float64):
-        return reference_implementation(op, direction)
-    return triton_implementation(op, direction)
+        if _forced == "cuda":
+            return "cuda", _ASKED
+        if _cuda_module(op).takes(direction, args):
+            return "cuda", _FIRST
+    if not has_triton():
+        return "reference", "Triton is not installed"
+    if op in _TRITON_WITHOUT_FLOAT64 and first.dtype == torch.float64:
+        return "reference", "the Triton kernels take no float64"
+    return "triton", _FIRST
 
 
 def implementation(op: str, direction: str, backend: str | None, like: torch.Tensor) -> Callable[..., Any]:
@@ -203,6 +228,43 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
     Raises:
         RuntimeError: this install has no such implementation for that device and dtype.
     """
+    run = _found(op, direction, backend, like)
+    if (_decisions.on or _dumps.folder is not None) and not torch.compiler.is_compiling():
+        return _watched(run, op, direction, backend, like)
+    return run
+
+
+def _watched(
+    run: Callable[..., Any], op: str, direction: str, backend: str | None, like: torch.Tensor
+) -> Callable[..., Any]:
+    """An implementation of which it is logged what it is, and whose arguments are saved where it raises."""
+
+    def watched(*args: Any) -> Any:
+        name, reason = _taken(op, direction, backend, like, args)
+        rows = like.shape[0] if op != "pcgrad" and like.dim() else None
+        _decisions.note(_FUNCTIONS.get(op, op), name, reason, like, rows, direction)
+        return run(*args) if _dumps.folder is None else _dumps.saving(run, op, direction, name, args)
+
+    return watched
+
+
+def _taken(op: str, direction: str, backend: str | None, like: torch.Tensor, args: tuple[Any, ...]) -> tuple[str, str]:
+    """The name of the implementation that :func:`implementation` finds, and why it is that one."""
+    device = like.device.type
+    if backend is not None:
+        return backend, _ASKED
+    if _tracing.counts_flops():
+        return "reference", "FlopCounterMode counts PyTorch's own products"
+    if device == "cuda":
+        return _on_this_gpu(op, direction, args)
+    if device == "cpu" and has_cpp(op):
+        return "cpp", _FIRST
+    if device == "cpu":
+        return "reference", f"the C++ kernels are missing: {_extension.load_error()}"
+    return "reference", f"there are no kernels for devices of type {device!r}"
+
+
+def _found(op: str, direction: str, backend: str | None, like: torch.Tensor) -> Callable[..., Any]:
     operator: Callable[..., Any] = getattr(torch.ops.mtlkernels, f"{op}_{direction}").default
     device = like.device.type
     if backend is None and _tracing.counts_flops():  # of whose passes forward came before: it counts the reference
@@ -217,7 +279,8 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
     if backend not in names:
         function = _FUNCTIONS.get(op, op)
         raise RuntimeError(
-            f"{function} has no {backend!r} implementation for {device!r} and {like.dtype}; it has {names}"
+            f"{function} has no {backend!r} implementation for {device!r} and {like.dtype}; it has {names}: ask for"
+            " one of these, or see mtlkernels.show_config() for what this install lacks and how to get it"
         )
     if backend == "reference":
         return _outside_autocast(reference_implementation(op, direction), device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from mtlkernels import _extension
 from mtlkernels._convert.classes import original_class
 from mtlkernels.nn.level import TrunkLevel
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def prepare(model: nn.Module) -> nn.Module:
+
+def prepare(model: Model) -> Model:
     """A copy of ``model`` for serving, which keeps the weights of its fused levels in the form that the kernels want.
 
     Everywhere else a call uses the values that are in memory then, so that weights are brought into that form again and

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+# pyright: reportAttributeAccessIssue=false
 import torch
 import torch.utils._device
 from torch.utils import _pytree as pytree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ import importlib.util
 import io
 import itertools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +223,38 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+def test_progress_in_a_pipe_is_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    flushed: list[str] = []
+
+    class Pipe(io.StringIO):
+        def flush(self) -> None:
+            flushed.append(self.getvalue())
+
+    progress = Progress("train", 100, Pipe())
+    for step in range(1, 101):
+        now[0] += 0.125
+        progress(step, 1.0)
+    lines = flushed[-1].splitlines()
+    assert len(flushed) == len(lines) == 3 and "\r" not in flushed[-1]  # at 5 s, at 10 s, and at the end after 12.5 s
+    assert [line.split("] ")[1].split(" ")[0] for line in lines] == ["40/100", "80/100", "100/100"]
+
+
+def test_output_in_a_pipe_comes_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load(rows: int) -> Any:
+        raise Loaded
+
+    monkeypatch.setattr(data, "load", load)
+    pipe = io.TextIOWrapper(io.BytesIO())
+    with contextlib.redirect_stdout(pipe), pytest.raises(Loaded):
+        demo.main([])
+    assert pipe.buffer.getvalue().startswith(b"Machine: ")  # type: ignore[attr-defined]
 
 
 def test_progress_is_a_bar_on_a_terminal_and_one_line_elsewhere() -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +76,7 @@ def run(client: ple.Client, flights: data.Flights, options: argparse.Namespace) 
     for line in str(mk.convert(after)).splitlines():
         print(f"  {line}")
 
-    print(f"\nTraining, {options.epochs} epoch(s) of batches of {options.batch}; same seed, same batches")
+    print(f"\nTraining: epochs {options.epochs}, batch size {options.batch}; the same seed and batches for both")
     losses, seconds = {}, {}
     total = options.epochs * -(-flights.train // options.batch)
     for name, model in ((BEFORE, before), (AFTER, after)):
@@ -92,15 +94,16 @@ def run(client: ple.Client, flights: data.Flights, options: argparse.Namespace) 
     mk.convert(served)
     same_weights = (ple.predict(served, features[test]) - predictions[BEFORE]).abs().max().item()
     trained = (predictions[AFTER] - predictions[BEFORE]).abs().max().item()
-    print("\nLargest difference of any predicted probability in the test period")
+    print("\nLargest difference between two predicted probabilities in the test period")
     print(f"  the trained model before and after convert   {same_weights:.1e}")
     # A training that starts one rounding away from another ends as far from it.
-    print(f"  the two models, each trained by itself       {trained:.1e}  (rounding, amplified by {total} steps)")
+    print(f"  the two models, each trained by itself       {trained:.1e}  (rounding, which {total} steps amplify)")
 
     sizes = (options.sizes, options.seconds, client.fewest)
+    print("\nTiming both models in turns ...")
     times = time_steps(before, after, features[train], labels[train], *sizes)
-    print_times(NAMES, "Time a step in training (forward, backward, Adam", times["training"])
-    print_times(NAMES, "Time a step in serving (forward", times["serving"])
+    print_times(NAMES, "Time of a training step (forward, backward, Adam", times["training"])
+    print_times(NAMES, "Time of a serving step (forward", times["serving"])
     faster = {name: speedups(NAMES, rows) for name, rows in times.items()}
     path = options.out / f"demo-{client.name}.png"
     draw(path, client.label, (losses[BEFORE], losses[AFTER]), faster, place())
@@ -109,15 +112,17 @@ def run(client: ple.Client, flights: data.Flights, options: argparse.Namespace) 
     # From the timings that took turns: one training after the other also shows what else the machine was doing.
     trains, serves = (f"{min(found.values()):.2f} to {max(found.values()):.2f}" for found in faster.values())
     return (
-        f"{client.label} serves {serves} times as fast and trains {trains} times as fast. The trainings took"
-        f" {seconds[BEFORE]:.0f} s\nand {seconds[AFTER]:.0f} s; their test AUCs differ by {worst:.1g} at most."
-        f" The plot is {path}."
+        f"{client.label} serves {serves} times as fast and trains {trains} times as fast. Training took"
+        f" {seconds[BEFORE]:.0f} s\nas it is and {seconds[AFTER]:.0f} s converted; the test AUCs of the two differ by"
+        f" {worst:.1g} at most. The plot is {path}."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the demo."""
     options = arguments(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a pipe too, a line is seen when it is printed
     start = time.perf_counter()
     print(f"Machine: {place()}")
     flights = data.load(options.rows)
@@ -126,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     found = [run(client, flights, options) for client in ple.CLIENTS]
     found.append(surgery.run(flights, options.steps, options.batch, options.seconds, options.out))
-    print("\nIn short: after one line, mtlkernels.convert(model), and depending on the batch size (below 1 is slower),")
+    print("\nIn short, after the one line mtlkernels.convert(model), from the slowest to the fastest batch size")
+    print("(a number below 1 means that the converted model is slower):")
     print("\n".join(found))
     print(f"All of this took {time.perf_counter() - start:.0f} s.")
 

@@ -155,35 +155,38 @@ def run(flights: Flights, steps: int, batch: int, seconds: float, out: Path) -> 
     features, labels = (tensor[: flights.train] for tensor in ple.tensors(model, flights))
     order = list(itertools.islice(ple.batches(flights.train, steps, BATCH), steps))
     shared, towers = (sum(p.numel() for p in part) for part in parts(model))
-    print(f"\n=== {ple.DEEPCTR.label} under PCGrad: the tasks' gradients projected onto each other's normal planes")
-    print(f"\n  {USUAL:<10}the model as it is; a backward pass a loss, gradients flattened, a walk a pair of tasks")
+    print(
+        f"\n=== {ple.DEEPCTR.label} under PCGrad, which projects conflicting gradients onto each other's normal planes"
+    )
+    print(f"\n  {USUAL:<10}the model as it is; a backward pass for each loss, and a loop over pairs of flat gradients")
     print(f"  {OURS:<10}the model after mtlkernels.convert, under mtlkernels.optim.PCGrad")
-    print(f"\nProjected are the gradients of the {shared:,} parameters of embeddings, experts and gates. Added as they")
-    print(f"are: those of the {towers:,} parameters of towers, and of the embeddings' L2 penalty, which is no task's.")
+    print(f"\nThe gradients of the {shared:,} parameters of embeddings, experts and gates are projected. Those of the")
+    print(
+        f"{towers:,} parameters of towers, and of the embeddings' L2 penalty, which belongs to no task, are only added."
+    )
 
-    print("\nThe first update, largest difference as a share of the update's largest entry")
+    print("\nThe first update: largest difference, as a share of the update's largest entry")
     found = distances(model, features[order[0]], labels[order[0]])
     for what, distance in found.items():
         print(f"  {what:<46}  {distance:.1e}")
-    print(
-        "  (in float32 a ReLU whose input is zero but for rounding may turn over; a projection that rounding decides,"
-    )
-    print("  as the inner product is zero but for it, moves no more than rounding)")
+    print("  (In float32, rounding may decide on which side of zero the input of a ReLU falls, which changes gradients")
+    print("  by more than rounding. Where it decides whether two gradients conflict, the update hardly changes.)")
 
-    print(f"\nTraining, {len(order)} steps of batches of {BATCH}; same weights, batches and order of projections")
+    print(f"\nTraining: {len(order)} steps, batch size {BATCH}; the same weights, batches and order of projections")
     trainings, losses, conflicts = train(model, features, labels, order)
     print_losses(NAMES, losses[USUAL], losses[OURS])
     print_conflicts(conflicts)
     steps_of = {name: surgery.step for name, surgery in trainings.items()}
+    print("\nTiming both in turns ...")
     times = in_turns(steps_of, (features, labels), sorted({SMALL, batch}), seconds)
-    print_times(NAMES, "Time a step in training under PCGrad (forward, backward, Adam", times)
+    print_times(NAMES, "Time of a training step under PCGrad (forward, backward, Adam", times)
     path = out / "demo-pcgrad.png"
     draw_surgery(path, ple.DEEPCTR.label, (losses[USUAL], losses[OURS]), conflicts, place())
 
     faster = " and ".join(f"{factor:.2f} times ({size:,} rows)" for size, factor in speedups(NAMES, times).items())
     shares = "; ".join(f"{pair} in {100 * sum(found) / len(found):.0f}%" for pair, found in conflicts.items())
     return (
-        f"Under PCGrad a step of {ple.DEEPCTR.label} is {faster} as fast\nby mtlkernels.optim.PCGrad as by the usual"
-        f" one; the first updates differ by {found[BETWEEN]:.0e} of the largest entry.\nConflicting gradients: {shares}"
-        f" of the steps. The plot is {path}."
+        f"A training step of {ple.DEEPCTR.label} under PCGrad is {faster} as fast\nwith mtlkernels.optim.PCGrad as with"
+        f" the usual one; the first updates differ by {found[BETWEEN]:.0e} of the largest entry.\nGradients conflict:"
+        f" {shares} of the steps. The plot is {path}."
     )

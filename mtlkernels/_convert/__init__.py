@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from mtlkernels import _decisions
 from mtlkernels._convert.classes import CLASS_ATTRIBUTE, PLAN, converted_class, original_class
 from mtlkernels._convert.paying import FORCE, slower
 from mtlkernels._convert.registration import Registration
@@ -83,6 +84,7 @@ class Convert(Registration):
         _check_module(model)
         if not isinstance(force, bool):
             raise TypeError(f"force must be a bool, got {type(force).__name__}")
+        _decisions.ask()
         lines: list[Line] = []
         for path, module in model.named_modules():
             if isinstance(module, (MMoE, CGC, PLE, SNR)):
@@ -97,7 +99,8 @@ class Convert(Registration):
             converter = find_converter(module)
             if converter is None:
                 continue
-            plan, planned = converter.plan(module, path)
+            with _decisions.paused():
+                plan, planned = converter.plan(module, path)
             reason = None if force or plan is None else slower(module)
             if reason is not None:
                 lines += [line if line.action == "left alone" else _left_alone(line, reason) for line in planned]
@@ -111,6 +114,8 @@ class Convert(Registration):
         if not lines:
             reason = f"nothing in it is known; known are {', '.join(known_names())}"
             lines.append(Line("left alone", "", type(model).__name__, reason))
+        for line in lines:
+            _decisions.report("convert", str(line))
         return ConversionReport(tuple(lines))
 
 

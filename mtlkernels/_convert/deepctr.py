@@ -27,7 +27,7 @@ def _chain(dnn: Any) -> Chain:
     """The modules of a DNN; anything else stands for itself."""
     if type(dnn) is not DNN:
         return dnn
-    modules = dnn._modules  # attribute look-ups by nn.Module.__getattr__ show when one row is served
+    modules: Any = dnn._modules  # attribute look-ups by nn.Module.__getattr__ show when one row is served
     dropout = modules["dropout"]
     columns = [modules[name]._modules.values() for name in ("linears", *(["bn"] if dnn.use_bn else []))]
     chain: list[Any] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtlkernels import _decisions
 from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.evaluation import Parts, evaluate, read_experts
 from mtlkernels._convert.gates import has_equal_shares, read_gate
@@ -84,17 +85,24 @@ class LevelDescription:
 
         ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells.
         """
-        if not pays(module, x):
+        found = self._parts_or_reason(module, routing, x)
+        if isinstance(found, str):
+            _decisions.note(type(module).__name__, "its own code", found, x)
             return None
+        return found
+
+    def _parts_or_reason(self, module: Any, routing: Routing, x: Tensor | None) -> Parts | str:
+        if not pays(module, x):
+            return "there are no kernels for its device and dtype"
         chains, rows = list(self.experts(module)), rows_of(x)
         experts = read_experts(chains, rows, mixing_pays(x))
         if experts is None:
-            return None
+            return "its experts cannot be fused now, or that is no faster on so few rows"
         gates = self.read_gates(module)
         if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
-            return None
+            return "it has other numbers of experts and gates than when it was converted"
         if any(isinstance(gate, str) for gate in gates) or any_hooks(self.parts(module)):
-            return None
+            return "a gate was exchanged, or a part that would not be called has a hook"
         return Parts(chains, *experts, gates, routing, rows, self.read_gate_inputs(module, gates, routing))
 
 

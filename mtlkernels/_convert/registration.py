@@ -184,7 +184,9 @@ def _check_callable(functions: dict[str, Any]) -> None:
 
 def _check_arguments(inputs: Any, arguments: Any, example: Any) -> None:
     if arguments is not None and example is not None:
-        raise ValueError("arguments and example are both given, but a class is tried with one of them")
+        raise ValueError(
+            "arguments and example are both given, but a class is tried with one of them: leave one of them out"
+        )
     if inputs is None and arguments is not None:
         raise ValueError("inputs must be given beside arguments, of which it is the inverse, got None")
     if inputs is not None and arguments is None and example is None:

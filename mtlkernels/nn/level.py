@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtlkernels import _tracing
+from mtlkernels import _decisions, _tracing
 from mtlkernels.nn._arguments import Style
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
@@ -167,11 +167,13 @@ class TrunkLevel(NotScriptable, nn.Module):
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
-        streams = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
+        streams: Any = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
         if _tracing.needs_plain(streams):
             return self._by_modules(streams)
         experts = self._read_experts(streams[0])
         if experts is None:
+            reason = "experts have hooks, differ from each other, or hold layers that are not plain ones"
+            _decisions.note("mtlkernels.nn", "experts as modules", reason, streams[0])
             return self._by_modules(streams)
         gates = self._gate_weights(len(streams))
         logits = self._gate_logits(streams) if gates is None else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,10 @@ class SNR(NotScriptable, nn.Module):
         """H, the width of every output."""
         return self.subnet_units[-1]
 
+    if TYPE_CHECKING:  # what nn.Module leaves open
+
+        def __call__(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]: ...
+
     def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H].
 
@@ -259,11 +263,16 @@ class CompactSNR(NotScriptable, nn.Module):
             if not read:  # nothing below matters
                 break
             experts: Any = level.experts
-            levels.append(SubNetworks([copy.deepcopy(experts[j]) for j in read], level._style))
+            style: Any = level._style
+            levels.append(SubNetworks([copy.deepcopy(experts[j]) for j in read], style))
             above = read
         self.levels = nn.ModuleList(reversed(levels))
         self.joints = nn.ModuleList(reversed(joints))
         self.eval()
+
+    if TYPE_CHECKING:  # what nn.Module leaves open
+
+        def __call__(self, x: Tensor) -> tuple[Tensor, ...]: ...
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ class _Trunk(NotScriptable, nn.Module):
 
     def _level(self, in_features: int, routing: Routing, gate_inputs: Sequence[int]) -> TrunkLevel:
         return TrunkLevel(in_features, self.expert_units, self.gate_units, routing, gate_inputs, self._style)
+
+    if TYPE_CHECKING:  # what nn.Module leaves open
+
+        def __call__(self, x: Tensor) -> tuple[Tensor, ...]: ...
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlkernels import _backends, _extension, _torch, _tracing
+from mtlkernels import _backends, _decisions, _dumps, _extension, _torch, _tracing
 from mtlkernels._backends import implementation
 from mtlkernels._library import cast_floats
 
@@ -44,7 +44,10 @@ def traced_under_func(op: str) -> bool:
     if not (torch.compiler.is_compiling() and _torch.func_transforms_active()):
         return False
     if _backends.forced() not in (None, "reference"):
-        raise RuntimeError(f"{op} has only the reference for torch.func transforms under torch.compile")
+        raise RuntimeError(
+            f"{op} has only the reference for torch.func transforms under torch.compile, but use_backend asks for"
+            f" {_backends.forced()!r}"
+        )
     return True
 
 
@@ -61,6 +64,7 @@ def needs_plain(op: str, *args: Any) -> bool:
             f"{op} has only the reference for torch.jit.trace, torch.fx.symbolic_trace, torch.onnx.export,"
             f" FlopCounterMode and forward-mode differentiation, but use_backend asks for {_backends.forced()!r}"
         )
+    _decisions.note(op, "PyTorch's own operators", "a tracer, FlopCounterMode or forward-mode differentiation looks on")
     return True
 
 
@@ -79,7 +83,8 @@ def apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
     if torch.compiler.is_compiling() or _torch.func_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*_torch.unwrap_dead_wrappers(args))
+    parent: Any = super(torch.autograd.Function, function)
+    return parent.apply(*_torch.unwrap_dead_wrappers(args))
 
 
 def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:
@@ -106,6 +111,7 @@ def unobserved() -> bool:
     return (
         _extension.loaded()
         and _backends.forced() in (None, "cpp")
+        and _dumps.folder is None
         and not torch.is_autocast_enabled("cpu")
         and not _tracing.observed()
     )
@@ -118,10 +124,27 @@ def replays(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     return (
         _extension.has_module()
         and _backends.forced() in (None, "triton")
+        and _dumps.folder is None
         and _backends.runs_triton(op, device, dtype)
         and not _backends.autocast_enabled(device.type)
         and not _tracing.observed()
     )
+
+
+def why_checked(op: str, like: Tensor) -> str:
+    """Why neither :func:`unobserved` nor :func:`replays` lets a call with this tensor pass."""
+    kind = like.device.type
+    if not _extension.loaded():
+        return f"the C++ extension is missing: {_extension.load_error()}"
+    if _backends.forced() not in (None, "cpp" if kind == "cpu" else "triton"):
+        return f"use_backend asks for {_backends.forced()!r}"
+    if _dumps.folder is not None:
+        return f"{_dumps.VARIABLE} is set"
+    if _backends.autocast_enabled(kind):
+        return "autocast is on"
+    if _tracing.observed():
+        return "a tracer, a mode or a transform looks on"
+    return f"there is no direct way for {kind!r} in {like.dtype}"
 
 
 def run_cpp(op: str, direction: str, *args: Any) -> Any:

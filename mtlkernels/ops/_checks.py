@@ -50,9 +50,13 @@ def _same_under_autocast(a: Tensor, b: Tensor | Like) -> bool:
 def check_like(name: str, value: Tensor, like_name: str, like: Tensor | Like) -> None:
     """``value`` has the dtype, as far as autocast does not see to that, and the device of ``like``."""
     if value.dtype != like.dtype and not _same_under_autocast(value, like):
-        raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}")
+        raise TypeError(
+            f"{name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}: cast one by .to(dtype)"
+        )
     if value.device != like.device:
-        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
+        raise ValueError(
+            f"{name} must be on the device of {like_name}, {like.device}, got {value.device}: move one by .to(device)"
+        )
 
 
 def check_parameter(name: str, value: Tensor, like_name: str, like: Tensor | Like) -> None:

@@ -180,8 +180,7 @@ def apart(tensors: Sequence[Any]) -> list[Any]:
     met: set[int] = set()
     found = []
     for tensor in tensors:
-        again = tensor is not None and id(tensor) in met
-        found.append(tensor.view_as(tensor) if again else tensor)
+        found.append(tensor.view_as(tensor) if tensor is not None and id(tensor) in met else tensor)
         met.add(id(tensor))
     return found
 

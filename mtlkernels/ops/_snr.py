@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtlkernels import _decisions
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import (
@@ -176,12 +177,17 @@ def direct(op: str, u: Any, *args: Any) -> tuple[Tensor, ...] | None:
     not apply, and where the operator refuses: the checks in Python then find out why, in the caller's terms.
     """
     several = isinstance(u, (list, tuple))
-    if torch.is_grad_enabled() or not direct_to_cpp(u[0] if several and u else u):
+    first: Any = u[0] if several and u else u
+    if torch.is_grad_enabled() or not direct_to_cpp(first):
         return None
     try:
-        return tuple(run_cpp(op, "forward", list(u) if several else list(u.unbind(0)), *args))
+        found = tuple(run_cpp(op, "forward", list(u) if several else list(u.unbind(0)), *args))
     except (TypeError, ValueError, RuntimeError):
         return None
+    if _decisions.on:
+        rows = first.shape[0 if several else 1]
+        _decisions.note(op, "cpp", "nothing stands in the way of the direct call of C++", first, rows, "forward")
+    return found
 
 
 def traced(op: str, closed_grad: bool, *groups: Any) -> tuple[Tensor, ...]:

@@ -40,7 +40,10 @@ def check_shared(shared: Any, optimizers: Sequence[Optimizer]) -> list[Tensor]:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"shared[{i}] must be a parameter, got {type(parameter).__name__}")
         if id(parameter) not in known and parameter.requires_grad:
-            raise ValueError(f"shared[{i}] must be a parameter of the optimizer, got another of {shape_of(parameter)}")
+            raise ValueError(
+                f"shared[{i}] must be a parameter of the optimizer, got another of {shape_of(parameter)}: add it there,"
+                " or give its own optimizer as beside"
+            )
         by_id[id(parameter)] = parameter
     if not by_id:
         raise ValueError("shared must hold at least one parameter, got none: is it a generator that was used before?")
@@ -53,7 +56,7 @@ def check_losses(losses: Any) -> list[Tensor]:
         if losses.dim() != 1:
             raise ValueError(f"losses must be a sequence of scalars or a vector [T], got shape {shape_of(losses)}")
         if not losses.requires_grad:
-            raise ValueError("losses must require gradients, got a tensor that does not")
+            raise ValueError("losses must require gradients, got a tensor that does not: is no_grad on?")
         losses = losses.unbind()
     if isinstance(losses, (str, bytes)) or not isinstance(losses, Sequence):
         raise TypeError(f"losses must be a sequence of tensors, one a task, got {type(losses).__name__}")
@@ -63,7 +66,7 @@ def check_losses(losses: Any) -> list[Tensor]:
         if not isinstance(loss, Tensor):
             raise TypeError(f"losses[{i}] must be a tensor, got {type(loss).__name__}")
         if loss.numel() != 1:
-            raise ValueError(f"losses[{i}] must be a scalar, got shape {shape_of(loss)}")
+            raise ValueError(f"losses[{i}] must be a scalar, got shape {shape_of(loss)}: take its mean() or sum()")
         if not loss.requires_grad:
             raise ValueError(f"losses[{i}] must require gradients, got one that does not: is no_grad on?")
     return list(losses)
@@ -72,7 +75,7 @@ def check_losses(losses: Any) -> list[Tensor]:
 def check_trained(shared: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """There is something to train, and the tasks' gradients of what they share can be put into one Gram matrix."""
     if not shared and not others:
-        raise ValueError("optimizer must hold a parameter that requires gradients, got none")
+        raise ValueError("optimizer must hold a parameter that requires gradients, got none: are all frozen?")
     for i, parameter in enumerate(shared):
         if parameter.dtype not in DTYPES:
             raise TypeError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from mtlkernels import _decisions
 from mtlkernels.ops.pcgrad import weighted
 from mtlkernels.ops.pcgrad.checks import check_group, check_reduction
 from mtlkernels.ops.pcgrad.gradients import Gradients, fail_together, gradients_of, has_dtensor, mean_over_ranks
@@ -149,7 +150,9 @@ class GramWeighted(Optimizer):
         # Not Optimizer.__init__: groups, state and hooks are the wrapped optimizer's.
         self._optimizers = check_optimizers(optimizer, beside)
         if isinstance(optimizer, GramWeighted):
-            raise TypeError(f"optimizer must be one that is not wrapped yet, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"optimizer must be one that is not wrapped yet, got {type(optimizer).__name__}: pass its .optimizer"
+            )
         check_weighting(weighting)
         check_group(group)
         check_reduction(reduction)
@@ -248,6 +251,7 @@ class GramWeighted(Optimizer):
         count, kept = len(checked), self._kept
         if kept is None or kept.calls == self._gram_every or len(kept.weights) != count:
             kept = None
+            _decisions.note(type(self).__name__, f"backward passes by {how!r}", f"batched is {self._batched}")
             grads, totals = task_gradients(checked, shared, others, mean=mean, how=how)
         else:
             levels, count = self._batched is None, 1

@@ -19,9 +19,8 @@ from torch import Tensor
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import Case, CaseFactory, evaluate
+from mtlkernels.testing.snr import snr_aver, snr_trans
 from tests.ops.level import gate_layers, normalized
-from tests.ops.snr_aver.cases import snr_aver
-from tests.ops.snr_trans.cases import snr_trans
 
 ROUTING = mk.Routing.cgc(2, 1, 1)
 NORMS = ((("batch", "none"), "relu"), (("none", "layer"), "prelu"), (("none", "none"), "dice"))

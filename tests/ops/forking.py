@@ -19,8 +19,8 @@ from torch import Tensor
 
 import mtlkernels as mk
 from mtlkernels.testing import CaseFactory, evaluate
+from mtlkernels.testing.snr import snr_trans
 from tests.ops.level.gate_layers import ROUTING
-from tests.ops.snr_trans.cases import snr_trans
 
 CHILDREN = 30
 HANGS = 40.0  # seconds, on a machine that is busy with other things

@@ -7,11 +7,10 @@ import torch
 
 import mtlkernels as mk
 from mtlkernels.testing import Case, CaseFactory, evaluate
+from mtlkernels.testing.snr import snr_aver, snr_trans
 from tests.ops.agreement import kinds
 from tests.ops.snr_aver.cases import check as check_aver
-from tests.ops.snr_aver.cases import snr_aver
 from tests.ops.snr_trans.cases import check as check_trans
-from tests.ops.snr_trans.cases import snr_trans
 
 
 @pytest.mark.parametrize("z_dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,10 +13,9 @@ from torch.testing import assert_close
 
 import mtlkernels as mk
 from mtlkernels.testing import Case, CaseFactory, evaluate
+from mtlkernels.testing.snr import snr_aver, snr_trans
 from tests.ops.derivatives import function_of_leaves, leaves_of, loss_of
-from tests.ops.snr_aver.cases import snr_aver
 from tests.ops.snr_aver.definition import formula as aver_formula
-from tests.ops.snr_trans.cases import snr_trans
 from tests.ops.snr_trans.definition import formula as trans_formula
 
 pytestmark = [

@@ -21,14 +21,13 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import DTYPES, Case, CaseFactory
+from mtlkernels.testing.snr import snr_aver, snr_trans
 from tests.ops.agreement import assert_agrees
 from tests.ops.gated_mixture.definition import formula as mixture_formula
 from tests.ops.level import gate_layers, normalized
 from tests.ops.level.definition import formula as level_formula
 from tests.ops.pcgrad.definition import assert_agrees as assert_pcgrad_agrees
-from tests.ops.snr_aver.cases import snr_aver
 from tests.ops.snr_aver.definition import formula as aver_formula
-from tests.ops.snr_trans.cases import snr_trans
 from tests.ops.snr_trans.definition import formula as trans_formula
 from tests.summary import notes, second_trials
 

@@ -9,10 +9,9 @@ import torch
 
 import mtlkernels as mk
 from mtlkernels.testing import Case, CaseFactory
+from mtlkernels.testing.snr import snr_aver, snr_trans
 from tests.ops import agreement
-from tests.ops.snr_aver.cases import snr_aver
 from tests.ops.snr_aver.definition import formula as aver_formula
-from tests.ops.snr_trans.cases import snr_trans
 from tests.ops.snr_trans.definition import formula as trans_formula
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -130,7 +130,9 @@ def check_weights(weights: Any, routing: Routing, like: Like) -> list[list[Tenso
         out = layer[0].shape[0]
         for e, tensor in enumerate(layer):
             if tensor.shape[0] != out or tensor.shape[1] != width:
-                raise ValueError(f"weights[{i}][{e}] must have shape [{out}, {width}], got {shape_of(tensor)}")
+                across = tensor.shape[0] == width and layer[0].shape[0] == out
+                hint = ": transpose it, as rows are outputs here, as in nn.Linear" if across else ""
+                raise ValueError(f"weights[{i}][{e}] must have shape [{out}, {width}], got {shape_of(tensor)}{hint}")
         layers.append(layer)
         width = out
     return layers
@@ -176,21 +178,28 @@ def check_gate_layers(
     if gate_weights is None:
         if gate_biases is not None:
             raise ValueError("gate_biases must be None without gate_weights, got biases")
+        if gate_logits is None:
+            raise TypeError("gate_logits must be a tensor or a sequence of tensors, got NoneType and no gate_weights")
         return None
     if gate_logits is not None:
         raise ValueError("gate_logits must be None where gate_weights are given, got both")
     sizes = [len(gate) for gate in routing.gate_experts]
     if 1 < num_inputs < len(sizes):
-        raise ValueError(f"gate_weights need an input for each of {len(sizes)} gates, or one for all; pass gate_logits")
+        raise ValueError(
+            f"gate_weights need an input for each of {len(sizes)} gates, or one for all, got {num_inputs} inputs: pass"
+            " gate_logits"
+        )
     weights = _per_gate("gate_weights", gate_weights, sizes)
-    biases = [None] * len(sizes) if gate_biases is None else _per_gate("gate_biases", gate_biases, sizes)
+    biases: list[Any] = [None] * len(sizes)
+    if gate_biases is not None:
+        biases = _per_gate("gate_biases", gate_biases, sizes)
     for name, entries in (("gate_weights", weights), ("gate_biases", biases)):
         if len(entries) != len(sizes):
             raise ValueError(f"{name} must hold an entry for each of {len(sizes)} gates, got {len(entries)}")
     for k, (weight, bias, size) in enumerate(zip(weights, biases, sizes, strict=True)):
-        for name, tensor, shape in (("gate_weights", weight, (size, like.width)), ("gate_biases", bias, (size,))):
-            if tensor is None and name == "gate_biases":
-                continue
+        own: list[tuple[str, Any, tuple[int, ...]]] = [("gate_weights", weight, (size, like.width))]
+        own += [] if bias is None else [("gate_biases", bias, (size,))]
+        for name, tensor, shape in own:
             check_tensor(f"{name}[{k}]", tensor, len(shape), f"{list(shape)}")
             check_like(f"{name}[{k}]", tensor, "inputs", like)
             if tuple(tensor.shape) != shape:

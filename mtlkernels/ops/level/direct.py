@@ -16,6 +16,9 @@ from mtlkernels.ops.level.spec import Layer
 from mtlkernels.routing import Routing
 
 _LISTS = (list, tuple)
+# Why a call is not for the direct way, where that is found out later, if anybody asks.
+OBSERVED = "something looks on"
+_ODD = "the arguments are not plain tensors of one dtype in lists, of shapes that fit"
 # A layer without more, of each activation.
 _LAYERS = {name: Layer(code) for name, code in CODES.items()}
 
@@ -30,51 +33,56 @@ def direct(
     norms: Any,
     slopes: Any,
     dice_eps: Any,
-) -> tuple[Tensor, ...] | None:
+) -> tuple[Tensor, ...] | str:
     """The level's outputs from the public function's arguments; ``gates`` are logits, weights, biases and norms.
 
     C++ takes the tensors out of the caller's lists, checks them, and serves or trains. On a GPU it hands them back, for
-    a recording of a call that was checked. None is "not mine": where somebody looks on, where the arguments are not
-    such as C++ takes, or do not fit each other. The checks in Python then find out why, in the caller's terms.
+    a recording of a call that was checked. Words say why this is not a call for it: somebody looks on, the arguments
+    are not such as C++ takes, or do not fit each other. The checks in Python then find out why, in the caller's terms.
     """
     several = isinstance(inputs, _LISTS)
     first = inputs[0] if several and inputs else inputs
-    if type(first) is not Tensor or not _extension.has_module():
-        return None
+    if type(first) is not Tensor:
+        return "inputs are not plain tensors"
+    if not _extension.has_module():
+        return "there is no direct way from this Python"
     on_gpu = not (first.is_cpu and unobserved())
     if on_gpu and not replays("level", first.device, first.dtype):
-        return None
-    if type(routing) is not Routing or routing.wiring.idle or not (isinstance(weights, _LISTS) and weights):
-        return None
+        return OBSERVED
+    if type(routing) is not Routing or not (isinstance(weights, _LISTS) and weights):
+        return _ODD
+    if routing.wiring.idle:
+        return "an expert is not mixed by any gate"
     if several and len(inputs) != routing.num_inputs:
-        return None
+        return _ODD
     if several and gates[1] is not None and 1 < len(inputs) < routing.num_gates:
-        return None
+        return _ODD
     if gates[1] is None if gates[0] is None else gates[1:] != (None, None, None):
-        return None
+        return _ODD
     named = _named(activation, len(weights))
     if named is None:
-        return None
+        return _ODD
     layers, sloped = named
     if sloped != (slopes is not None) or (sloped and not isinstance(slopes, _LISTS)):
-        return None
+        return _ODD
     if on_gpu:
-        return None if sloped or norms is not None else _on_gpu(inputs, weights, biases, gates, routing, layers)
+        own = None if sloped or norms is not None else _on_gpu(inputs, weights, biases, gates, routing, layers)
+        return "no call like it was recorded" if own is None else own
     epsilons = None
     if sloped:
         epsilons = [dice_eps] * len(layers) if isinstance(dice_eps, float) else dice_eps
         if not isinstance(epsilons, _LISTS) or not all(isinstance(eps, float) for eps in epsilons):
-            return None
+            return _ODD
     running: Any = None if norms is None else _running(norms)
     running_gates: Any = None if gates[3] is None else _parts(gates[3])
     if running is _NOT_MINE or running_gates is _NOT_MINE:
-        return None
+        return "a norm is not a plain batch norm by running statistics"
     spec = spec_of(routing.wiring, len(inputs) if several else 1, layers, gates[1] is not None and not sloped)
     way = spec.encoded[0], not spec.unread, _backends.forced() is not None
     found: tuple[Tensor, ...] | None = _extension.function("level")(
         inputs, weights, biases, *gates[:3], running, running_gates, slopes, epsilons, *way
     )
-    return found
+    return _ODD if found is None else found
 
 
 def _named(activation: Any, count: int) -> tuple[tuple[Layer, ...], bool] | None:

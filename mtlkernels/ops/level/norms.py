@@ -66,7 +66,9 @@ def _check_layer(name: str, entry: Any, width: int, routing: Routing, like: Like
         if module.eps != modules[0].eps:
             raise ValueError(f"{name}[{e}] must have the eps of {name}[0], {modules[0].eps}, got {module.eps}")
         if uses_running(module) != uses_running(modules[0]):
-            raise ValueError(f"{name} must all use the batch's statistics or all running ones, got both")
+            raise ValueError(
+                f"{name} must all use the batch's statistics or all running ones, got both: train() or eval() all"
+            )
     return Norm(_CODES[type(modules[0])], float(modules[0].eps), uses_running(modules[0]), tuple(modules))
 
 
@@ -189,7 +191,10 @@ def check_gate_norms(norms: Any, weights: Sequence[Tensor] | None, like: Like) -
             raise TypeError(f"gate_norms[{k}] must be a BatchNorm1d or None, got {type(module).__name__}")
         check_module(f"gate_norms[{k}]", module, len(weight), like)
         if not uses_running(module):
-            raise ValueError(f"gate_norms[{k}] must use its running statistics; with a batch's, pass gate_logits")
+            raise ValueError(
+                f"gate_norms[{k}] must use its running statistics, got one that takes the batch's: call its eval(), or"
+                " pass gate_logits"
+            )
     return modules
 
 

@@ -303,7 +303,7 @@ class LevelSpec:
 
 def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> LevelSpec:
     _require(len(ints) >= 5 and min(ints) >= 0, "begin with four counts and a flag")
-    inputs, experts, gates, layers, linear = ints[:5]
+    inputs, experts, gates, layers, linear = list(ints[:5])
     sizes = (experts, gates, layers, layers, gates * linear)
     _require(linear < 2 and len(ints) >= 5 + sum(sizes), "be as long as its counts say")
     streams, gate_sizes, activations, norms, gate_inputs = _runs(ints[5:], sizes)

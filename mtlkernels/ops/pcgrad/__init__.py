@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from mtlkernels.ops.pcgrad.gradients import Gradients, fail_together, flattened,
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 Grads = Tensor | Sequence[Sequence[Tensor | None]]
 
@@ -76,6 +77,28 @@ def pcgrad_weights(
     check_gram(gram)
     options = check_options(include_self, max_norm, normalize, project, eps)
     return solve(gram, draw_order(order, generator, gram.shape[0], gram.device, project), options)[0]
+
+
+class _Options(TypedDict, total=False):
+    """The keyword arguments of :func:`pcgrad`."""
+
+    order: Tensor | Sequence[Sequence[int]] | None
+    generator: torch.Generator | None
+    reduction: str
+    include_self: bool
+    max_norm: float | None
+    normalize: bool
+    project: bool
+    eps: float
+    group: ProcessGroup | None
+
+
+@overload
+def pcgrad(grads: Tensor, **options: Unpack[_Options]) -> Tensor: ...
+
+
+@overload
+def pcgrad(grads: Sequence[Sequence[Tensor | None]], **options: Unpack[_Options]) -> list[Tensor | None]: ...
 
 
 def pcgrad(

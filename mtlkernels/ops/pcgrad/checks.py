@@ -77,7 +77,10 @@ def _mistake(grad: Any, device: Any, column: Sequence[Any], dense: bool) -> tupl
     if sparse is not None and grad.sparse_dim() != sparse.sparse_dim():
         return ValueError, f"have {sparse.sparse_dim()} sparse dimensions as other tasks have, got {grad.sparse_dim()}"
     if grad.requires_grad and torch.is_grad_enabled():
-        return ValueError, "not require gradients: a sparse gradient has no derivative here"
+        return (
+            ValueError,
+            "not require gradients, as a sparse gradient has no derivative here, got one that does: detach() it",
+        )
     return None
 
 

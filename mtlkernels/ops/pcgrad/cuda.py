@@ -127,4 +127,6 @@ def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor
 
 def _check_tasks(num_tasks: int) -> None:
     if num_tasks > MAX_TASKS:
-        raise RuntimeError(f"pcgrad's 'cuda' implementation takes at most {MAX_TASKS} tasks, got {num_tasks}")
+        raise RuntimeError(
+            f"pcgrad's 'cuda' implementation takes at most {MAX_TASKS} tasks, got {num_tasks}: leave use_backend out"
+        )

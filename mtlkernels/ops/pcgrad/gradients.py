@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from mtlkernels import _decisions
 from mtlkernels.ops._checks import as_sequence, shape_of
 from mtlkernels.ops.pcgrad.parameters import Parameters
 
@@ -38,7 +39,9 @@ def flattened(grads: Any) -> tuple[list[Any], int]:
     alone; the gradients' own checks come with :class:`Parameters`.
     """
     if has_dtensor([grads]) and any(placement.is_shard(0) for placement in grads.placements):
-        raise ValueError(f"grads must not be sharded over its dimension of tasks, got {grads.placements}")
+        raise ValueError(
+            f"grads must not be sharded over its dimension of tasks, got {grads.placements}: redistribute it before"
+        )
     if isinstance(grads, Tensor):
         if grads.dim() != 2:
             raise ValueError(f"grads must be a matrix [T, P] or a sequence of T sequences, got {shape_of(grads)}")
@@ -66,10 +69,14 @@ def gradients_of(grads: Sequence[Any], num_tasks: int, group: ProcessGroup | Non
             raise ValueError("group must be None where gradients are DTensors, which know their ranks, got a group")
         from mtlkernels.ops.pcgrad.distributed.sharded import Sharded
 
+        _decisions.note("pcgrad", "shards where they are", "gradients are DTensors")
         return Sharded(grads, num_tasks)
     parameters = Parameters(grads, num_tasks, at_once=group is not None)
     if group is not None and torch.is_grad_enabled() and any(grad.requires_grad for grad in grads if grad is not None):
-        raise ValueError("grads must not require gradients where group is given: their mean has no derivative here")
+        raise ValueError(
+            "grads must not require gradients where group is given, as their mean has no derivative here, got some that"
+            " do: detach() them"
+        )
     return parameters
 
 
@@ -79,6 +86,7 @@ def mean_over_ranks(group: ProcessGroup | None, gradients: Gradients, **alike: A
         return gradients
     from mtlkernels.ops.pcgrad.distributed.data_parallel import DataParallel
 
+    _decisions.note("pcgrad", "gradients reduced and scattered", f"a group of {group.size()} ranks is given")
     assert isinstance(gradients, Parameters)
     return DataParallel(gradients, group, alike)
 

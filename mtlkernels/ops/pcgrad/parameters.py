@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mtlkernels import _backends
+from mtlkernels import _backends, _decisions
 from mtlkernels.ops._call import direct_to_cpp, needs_function, needs_plain, run_cpp, run_operator, traced_under_func
 from mtlkernels.ops._layout import first_of
 from mtlkernels.ops.pcgrad.checks import check_gradients
@@ -92,10 +92,16 @@ class Parameters:
     def _run(self, direction: str, flat: Sequence[Tensor | None], *args: Tensor) -> Any:
         """Runs one of the operators, by the reference where a derivative or torch.func wants to see inside."""
         if self._in_pytorch or needs_function(args):
+            reason = "a derivative is wanted, or a tracer or a transform looks on"
+            _decisions.note("pcgrad", "reference", reason, first_of(flat), direction=direction)
             return _backends.reference_implementation("pcgrad", direction)(flat, self.num_tasks, *args)
         if not self._checked:
             try:
-                return run_cpp("pcgrad", direction, flat, self.num_tasks, *args)
+                found = run_cpp("pcgrad", direction, flat, self.num_tasks, *args)
+                if _decisions.on:
+                    reason = "nothing stands in the way of the direct call of C++"
+                    _decisions.note("pcgrad", "cpp", reason, first_of(flat), direction=direction)
+                return found
             except (TypeError, ValueError):
                 check_gradients(self.grads, self.num_tasks)
                 self._checked = True  # nothing is wrong with them but that some are of a subclass

@@ -8,7 +8,8 @@ import torch
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import LAYOUTS, CaseFactory
-from tests.ops.snr_aver.cases import check, random_snr_aver, snr_aver
+from mtlkernels.testing.snr import random_snr_aver, snr_aver
+from tests.ops.snr_aver.cases import check
 
 CASES = 30  # for each of four dtypes
 

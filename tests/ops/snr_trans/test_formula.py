@@ -7,7 +7,8 @@ import torch
 
 from mtlkernels import _extension
 from mtlkernels.testing import LAYOUTS, CaseFactory
-from tests.ops.snr_trans.cases import check, random_snr_trans, snr_trans
+from mtlkernels.testing.snr import random_snr_trans, snr_trans
+from tests.ops.snr_trans.cases import check
 
 CASES = 30  # for each of four dtypes
 

@@ -112,7 +112,10 @@ def _like(parameter: int, column: Sequence[Any]) -> DTensor | None:
         if any(placement.is_partial() for placement in grad.placements):
             raise ValueError(f"{name} must be sharded or replicated, got {grad.placements}: redistribute it before")
         if grad.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must not require gradients: a sharded gradient has no derivative here")
+            raise ValueError(
+                f"{name} must not require gradients, as a sharded gradient has no derivative here, got one that does:"
+                " detach() it"
+            )
         if grad.shape != first.shape:
             raise ValueError(f"{name} must have shape {shape_of(first)} as other tasks have, got {shape_of(grad)}")
         if grad.device_mesh != first.device_mesh or grad.placements != first.placements:

@@ -1,7 +1,8 @@
 """What tests of the ops share: random cases, an error budget instead of guessed tolerances, poisoned outputs.
 
 A :class:`Case` is one call of an op. :func:`evaluate` runs it, :func:`assert_within_budget` judges the result by the
-error that PyTorch makes in the same dtype. Everything takes a device, so that GPU tests use the same cases.
+error that PyTorch makes in the same dtype. Everything takes a device, so that GPU tests use the same cases. What
+``python -m mtlkernels`` checks an install by is here too, so nothing of it needs pytest.
 """
 
 from __future__ import annotations
@@ -143,6 +144,48 @@ def evaluate(
     return results
 
 
+def over_budget(
+    actual: Mapping[str, Sequence[Tensor]],
+    exact: Mapping[str, Sequence[Tensor]],
+    baseline: Mapping[str, Sequence[Tensor]],
+    *,
+    factor: float = 3.0,
+    slack: Mapping[str, Sequence[Tensor]] | None = None,
+) -> str | None:
+    """What is wrong with results, None where nothing is; see :func:`assert_within_budget`."""
+    if not actual.keys() == exact.keys() == baseline.keys():
+        return f"results are of {list(actual)}, expected {list(exact)}"
+    largest = max((float(t.abs().max()) for group in exact.values() for t in group if t.numel()), default=0.0)
+    for name in exact:
+        if not len(actual[name]) == len(exact[name]) == len(baseline[name]):
+            return f"{name}: {len(actual[name])} tensors, expected {len(exact[name])}"
+        error = usual = scale = 0.0
+        dtype = baseline[name][0].dtype if baseline[name] else torch.float64
+        for i, (got, want, base) in enumerate(zip(actual[name], exact[name], baseline[name], strict=True)):
+            if got.shape != want.shape:
+                return f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            if got.dtype != base.dtype:
+                return f"{name}: dtype {got.dtype}, expected {base.dtype}"
+            if want.numel() == 0:
+                continue
+            if not torch.isfinite(got).all():
+                return f"{name}: {int((~torch.isfinite(got)).sum())} values are not finite"
+            distance = (got.double() - want.double()).abs()
+            error = max(error, float((distance - slack[name][i] if slack else distance).max()))
+            usual = max(usual, float((base.double() - want.double()).abs().max()))
+            scale = max(scale, float(want.abs().max()))
+        accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+        floor = scale * (ROUNDINGS * torch.finfo(dtype).eps + ACCUMULATION_ULPS * torch.finfo(accumulation).eps)
+        floor += largest * DEFINITION_ULPS * torch.finfo(torch.float64).eps
+        budget = factor * usual + floor
+        if not error <= budget:
+            return (
+                f"{name}: error {error:.3g} is over the budget {budget:.3g} (PyTorch's error {usual:.3g},"
+                f" largest value {scale:.3g})"
+            )
+    return None
+
+
 def assert_within_budget(
     actual: Mapping[str, Sequence[Tensor]],
     exact: Mapping[str, Sequence[Tensor]],
@@ -163,29 +206,9 @@ def assert_within_budget(
     Raises:
         AssertionError: a shape or dtype differs, a value is not finite, or an error is over its budget.
     """
-    assert actual.keys() == exact.keys() == baseline.keys()
-    largest = max((float(t.abs().max()) for group in exact.values() for t in group if t.numel()), default=0.0)
-    for name in exact:
-        error = usual = scale = 0.0
-        dtype = baseline[name][0].dtype
-        for i, (got, want, base) in enumerate(zip(actual[name], exact[name], baseline[name], strict=True)):
-            assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-            assert got.dtype == base.dtype, f"{name}: dtype {got.dtype}, expected {base.dtype}"
-            if want.numel() == 0:
-                continue
-            assert torch.isfinite(got).all(), f"{name}: {int((~torch.isfinite(got)).sum())} values are not finite"
-            distance = (got.double() - want.double()).abs()
-            error = max(error, float((distance - slack[name][i] if slack else distance).max()))
-            usual = max(usual, float((base.double() - want.double()).abs().max()))
-            scale = max(scale, float(want.abs().max()))
-        accumulation = torch.float64 if dtype == torch.float64 else torch.float32
-        floor = scale * (ROUNDINGS * torch.finfo(dtype).eps + ACCUMULATION_ULPS * torch.finfo(accumulation).eps)
-        floor += largest * DEFINITION_ULPS * torch.finfo(torch.float64).eps
-        budget = factor * usual + floor
-        assert error <= budget, (
-            f"{name}: error {error:.3g} is over the budget {budget:.3g} (PyTorch's error {usual:.3g},"
-            f" largest value {scale:.3g})"
-        )
+    wrong = over_budget(actual, exact, baseline, factor=factor, slack=slack)
+    if wrong is not None:
+        raise AssertionError(wrong)  # with `python -O`, too
 
 
 @contextmanager
