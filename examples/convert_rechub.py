@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common import arguments, by_name, click_data, print_times, rechub_ple
+from common import arguments, print_times
+from rechub import by_name, click_data, rechub_ple
 from torch import Tensor, nn
 
 import mtlkernels as mk

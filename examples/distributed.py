@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mtlkernels as mk
 
 FEATURES, HIDDEN, EXPERTS, TASKS = 416, 256, 8, 2
+Step = Callable[[Tensor, Tensor], None]
 
 
 class MMoE(nn.Module):
@@ -46,6 +47,7 @@ class MMoE(nn.Module):
         return self.outputs([(gate(x).softmax(1).unsqueeze(1) @ hidden).squeeze(1) for gate in self.gates])
 
     def outputs(self, mixed: Sequence[Tensor]) -> Tensor:
+        """T tensors [B, H] → [B, T]."""
         return torch.cat([tower(h) for tower, h in zip(self.towers, mixed, strict=True)], dim=1)
 
 
@@ -56,7 +58,6 @@ mk.convert.register(
     routing=lambda model: mk.Routing.mmoe(EXPERTS, TASKS),
     outputs=MMoE.outputs,
 )
-Step = Callable[[Tensor, Tensor], None]
 
 
 def ddp_step(model: nn.Module, *, alone: bool = False) -> Step:

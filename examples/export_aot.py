@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import arguments, by_name, click_data, print_times, rechub_ple
+from common import arguments, print_times
 from convert_rechub import Trainer
+from rechub import by_name, click_data, rechub_ple
 from torch import Tensor, nn
 
 import mtlkernels as mk
