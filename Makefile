@@ -97,4 +97,4 @@ gpu:
 clean:
 	rm -rf $(VENV) build dist *.egg-info mtlkernels/_C*.so mtlkernels/_cuda*.so mtlkernels/_build.json demo-out bench-out
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
-	find mtlkernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mtlkernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

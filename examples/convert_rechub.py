@@ -5,6 +5,9 @@ Run: python examples/convert_rechub.py
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from common import arguments, print_times
@@ -52,24 +55,22 @@ def main() -> None:
     apart = [abs(exact[0].step(*batch) - exact[1].step(*batch)) for batch in batches[:EXACT_STEPS]]
     print(f"\nlargest difference of losses, {len(apart)} steps in float64: {max(apart):.1e}")
 
-    served = {"as it is": before.eval(), "converted": rechub_ple().eval()}
-    served["converted"].load_state_dict(before.state_dict())  # the keys are the same
+    served = {"as it is": before.eval(), "converted": copy.deepcopy(before)}
     mk.convert(served["converted"])
     requests = {rows: by_name(*(part[:rows] for part in batches[0][:2])) for rows in (1, 64)}
-    with torch.no_grad():
-        answers = [model(requests[64]) for model in served.values()]
-    print(f"largest difference of predictions in float32: {(answers[0] - answers[1]).abs().max():.1e}")
 
-    def serve(model: nn.Module, rows: int) -> None:
-        with torch.no_grad():
-            model(requests[rows])
+    @torch.no_grad()
+    def serve(model: nn.Module, rows: int) -> Tensor:
+        return model(requests[rows])
 
+    expected, answer = (serve(model, 64) for model in served.values())
+    print(f"largest difference of predictions in float32: {(answer - expected).abs().max():.1e}")
     for rows in requests:
-        calls = {name: lambda model=model, rows=rows: serve(model, rows) for name, model in served.items()}
+        calls = {name: partial(serve, model, rows) for name, model in served.items()}
         print_times(f"A request of {rows} rows", calls, options.rounds)
     before.train()
-    calls = {name: lambda trainer=trainer: trainer.step(*batches[0]) for name, trainer in trainers.items()}
-    print_times(f"A training step of {options.rows} rows", calls, options.rounds)
+    steps = {name: partial(trainer.step, *batches[0]) for name, trainer in trainers.items()}
+    print_times(f"A training step of {options.rows} rows", steps, options.rounds)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -133,8 +134,8 @@ def main() -> None:
         losses = [training.step(*batch) for batch in zip(x, targets, strict=True)]
         print(f"  {name:<44} {losses[0]:.5f} {losses[-1]:.5f}")
 
-    calls = {name: lambda training=training: training.step(x[0], targets[0]) for name, training in trainings.items()}
-    print_times(f"A training step of {TASKS} tasks, {options.rows} rows", calls, options.rounds)
+    steps = {name: partial(training.step, x[0], targets[0]) for name, training in trainings.items()}
+    print_times(f"A training step of {TASKS} tasks, {options.rows} rows", steps, options.rounds)
 
 
 if __name__ == "__main__":
