@@ -74,7 +74,7 @@ def test_distributed() -> None:
 
 
 def test_snr_compact() -> None:
-    out = run("snr_compact", "--steps", "80", "--rows", "8")
+    out = run("snr_compact", "--steps", "52", "--rows", "8")
     (is_open,) = map(int, re.findall(r"SNR-Trans: (\d+) of 80 routes open", out))
     full, compact = (int(found.replace(",", "")) for found in re.findall(r"([\d,]+) (?:in full|compact)", out))
     assert 0 < is_open < 80
