@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,4 +28,7 @@ cuda_kernels = pytest.mark.skipif(
 )
 gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo, which this build of PyTorch lacks"
+)
+inductor = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs g++ or what CXX names, which this machine lacks"
 )

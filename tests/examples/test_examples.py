@@ -1,0 +1,94 @@
+"""Each example at its smallest, as a process of its own; what it prints about its own equalities has to hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mtlkernels import _extension
+from tests import requires
+
+ROOT = Path(__file__).parents[2]
+EXACT = 1e-12  # of float64
+CLOSE = 1e-5  # of float32
+TIME = re.compile(r"^  (\S.*?) +(\d+\.\d+) ms +(\d+\.\d+)x$", re.MULTILINE)
+OWN = "ignore:Sparse invariant checks are implicitly disabled:UserWarning"  # as in pyproject.toml
+REPLACED = 1 if _extension.loaded() else 0  # without kernels convert leaves models alone, and the examples run
+
+
+def run(name: str, *options: str, warnings: Sequence[str] = ("error", OWN)) -> str:
+    """What it prints."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    filters = [part for warning in warnings for part in ("-W", warning)]
+    command = [sys.executable, *filters, str(ROOT / "examples" / f"{name}.py"), *options, "--rounds", "1"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def numbers(text: str, label: str) -> list[float]:
+    """Those that follow a label."""
+    return [float(found) for found in re.findall(re.escape(label) + r".*?(\d\.?\d*e[+-]\d\d)$", text, re.MULTILINE)]
+
+
+def timed(text: str) -> list[str]:
+    """What was timed."""
+    rows = TIME.findall(text)
+    assert all(float(milliseconds) > 0 and float(factor) > 0 for _, milliseconds, factor in rows)
+    return [name for name, _, _ in rows]
+
+
+def test_convert_rechub() -> None:
+    out = run("convert_rechub", "--steps", "4", "--rows", "16")
+    assert out.count("replaced ") == 2 * REPLACED
+    assert max(numbers(out, "largest difference of losses, 4 steps in float64")) < EXACT
+    assert max(numbers(out, "largest difference of predictions in float32")) < CLOSE
+    losses = re.findall(r"^(\d) +(\S+) +(\S+)$", out, re.MULTILINE)
+    assert [step for step, *_ in losses] == ["1", "2", "3", "4"]
+    assert float(losses[0][1]) == pytest.approx(float(losses[0][2]), rel=CLOSE)
+    assert timed(out) == ["as it is", "converted"] * 3
+
+
+def test_ple_pcgrad() -> None:
+    out = run("ple_pcgrad", "--steps", "2", "--rows", "8")
+    for name in ("fused, mk.optim.PCGrad, two tasks", "fused, mk.optim.GramWeighted, all tasks"):
+        (distance,) = numbers(out, name)
+        assert distance < EXACT
+    assert len(timed(out)) == 4
+
+
+@requires.gloo
+def test_distributed() -> None:
+    out = run("distributed", "--steps", "2", "--rows", "4")
+    assert out.count("replaced ") == REPLACED
+    assert out.count("all ranks hold the same parameters: True\n") == 2
+    distances = numbers(out, "distance from one process with the whole batch")
+    assert len(distances) == 2 and max(distances) < EXACT
+    assert timed(out) == ["modules", "converted"] * 2
+
+
+def test_snr_compact() -> None:
+    out = run("snr_compact", "--steps", "52", "--rows", "8")
+    (is_open,) = map(int, re.findall(r"SNR-Trans: (\d+) of 80 routes open", out))
+    full, compact = (int(found.replace(",", "")) for found in re.findall(r"([\d,]+) (?:in full|compact)", out))
+    assert 0 < is_open < 80
+    assert 0 < compact < full
+    assert max(numbers(out, "largest difference of outputs")) < CLOSE
+    assert timed(out) == ["all routes open", "trained", "compact"] * 3
+
+
+@requires.inductor
+def test_export_aot(tmp_path: Path) -> None:
+    """PyTorch's own compiler warns."""
+    out = run("export_aot", "--steps", "2", "--rows", "16", "--out", str(tmp_path / "model.pt2"), warnings=())
+    assert out.count("replaced ") == 2 * REPLACED
+    distances = numbers(out, "largest difference between package and library")
+    assert len(distances) == 3 and max(distances) < CLOSE
+    assert timed(out) == ["as it is", "converted", "converted, packaged"] * 3
+    assert (tmp_path / "model.pt2").stat().st_size > 2**20
