@@ -1,6 +1,10 @@
 """torch-rechub's PLE, embeddings and towers and all, trained and served before and after ``mk.convert(model)``.
 
 Run: python examples/convert_rechub.py
+
+On an AMD EPYC (Zen 4), 2 cores, with `--steps 20`: losses of the two trainings differ by 2e-16 in float64,
+predictions by 6e-8 in float32; a request of 1 row takes 3.58 ms before and 1.73 ms after (2.07 times as fast), of 64
+rows 6.46 and 3.35 ms (1.93), a training step of 512 rows 104 and 79.4 ms (1.31).
 """
 
 from __future__ import annotations
