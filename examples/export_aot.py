@@ -43,7 +43,6 @@ def train(steps: int, rows: int) -> Served:
     return Served(model.eval())
 
 
-@torch.no_grad()
 def export(path: str | Path, model: Served | None = None) -> Served:
     """Writes a package that takes any number of rows; returns the model that is in it.
 
@@ -56,8 +55,11 @@ def export(path: str | Path, model: Served | None = None) -> Served:
         mk.convert(model)
     codes, numbers, _ = click_data(16)
     rows = torch.export.Dim("rows", min=1)
-    program = torch.export.export(model, (codes, numbers), dynamic_shapes=({0: rows}, {0: rows}))
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    with torch.no_grad():
+        program = torch.export.export(model, (codes, numbers), dynamic_shapes=({0: rows}, {0: rows}))
+    # What is made of weights alone, such as batch norms folded into them, is made when the package is loaded.
+    once = {"aot_inductor.use_runtime_constant_folding": True}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=once)
     return model
 
 

@@ -7,10 +7,11 @@
 // to request.pt is written to request.pt.answer, to be read by torch.load. Each request is then served again and again,
 // and the median time is printed, in microseconds.
 
+#include <ATen/Parallel.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/script.h>
-#include <torch/torch.h>
+#include <torch/csrc/jit/serialization/import.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 
 #include <algorithm>
 #include <chrono>
@@ -62,11 +63,14 @@ Tensors read(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw std::runtime_error("cannot read " + path);
   const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  return torch::pickle_load(bytes).toTensorVector();
+  const c10::IValue request = torch::jit::pickle_load(bytes);
+  Tensors tensors;
+  for (const c10::IValue& tensor : request.toListRef()) tensors.push_back(tensor.toTensor());
+  return tensors;
 }
 
 void write(const std::string& path, const Tensors& tensors) {
-  const std::vector<char> bytes = torch::pickle_save(tensors);
+  const std::vector<char> bytes = torch::jit::pickle_save(c10::ivalue::Tuple::create({tensors.begin(), tensors.end()}));
   std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
 }
 
@@ -111,6 +115,9 @@ void serve(const std::vector<std::string>& arguments) {
 int main(int argc, char** argv) {
   try {
     serve({argv + 1, argv + argc});
+  } catch (const c10::Error& error) {
+    std::cerr << "serve: " << error.what_without_backtrace() << std::endl;
+    return 1;
   } catch (const std::exception& error) {
     std::cerr << "serve: " << error.what() << std::endl;
     return 1;
