@@ -116,6 +116,18 @@ def _openvino(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
     return serve
 
 
+def _packaged(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    """By AOTInductor, once for any number of rows; what is made of weights alone is made when it is loaded."""
+    rows = torch.export.Dim("rows", min=1)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        program = torch.export.export(source, (x,), dynamic_shapes=({0: rows},))
+        once = {"aot_inductor.use_runtime_constant_folding": True}
+        path = f"{folder}/model.pt2"
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=once)
+        serve: Serve = torch._inductor.package.load_package(path, num_runners=load.clients)
+    return serve
+
+
 def _ours(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
     return _inference(model.fused(source))
 
@@ -124,16 +136,21 @@ def _ours_compiled(model: Model, source: nn.Module, x: Tensor, load: Load) -> Se
     return _inference(torch.compile(model.fused(source), dynamic=False))
 
 
+def _ours_packaged(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
+    return _packaged(model, model.fused(source), x, load)
+
+
 def _prepared(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
     return _inference(mk.prepare(model.fused(source)))
 
 
 OURS, PREPARED, BASELINE = "ours", "prepared", "eager"
-OWN = (OURS, PREPARED, "ours-compiled")
+OWN = (OURS, PREPARED, "ours-compiled", "ours-packaged")
 CONTENDERS: Mapping[str, Contender] = {
     BASELINE: Contender("modules, eager", _eager),
     "compile": Contender("modules, torch.compile", _compiled, compiles=True),
     "frozen": Contender("modules, torch.compile, frozen, max-autotune", _frozen, models=("level",), compiles=True),
+    "packaged": Contender("modules, packaged by AOTInductor", _packaged, models=("rechub",)),
     "onnxruntime": Contender("ONNX Runtime", _onnxruntime, dtypes=("float32",)),
     "openvino": Contender("OpenVINO", _openvino),
     OURS: Contender("mtlkernels", _ours),
@@ -141,6 +158,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "ours-compiled": Contender(
         "mtlkernels, torch.compile around it", _ours_compiled, models=("rechub",), compiles=True
     ),
+    "ours-packaged": Contender("mtlkernels, packaged by AOTInductor", _ours_packaged, models=("rechub",)),
 }
 # Whose functions take float32 whatever the model multiplies in.
 TAKES_FLOAT32 = ("onnxruntime", "openvino")

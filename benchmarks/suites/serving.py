@@ -2,7 +2,8 @@
 
 One level and a PLE of two of workload A, and torch-rechub's PLE with embeddings and towers; per-expert modules eager,
 compiled, and frozen with max-autotune; ONNX Runtime, OpenVINO (with its hint for bfloat16), and this package, as it is
-dropped in, as a copy by ``mk.prepare``, and for the library's model compiled around it. Each runs in a process of its
+dropped in, as a copy by ``mk.prepare``, and for the library's model compiled around it, and packaged by AOTInductor as
+its modules are too. Each runs in a process of its
 own and is checked against float64; all are timed in turns.
 """
 
