@@ -16,6 +16,7 @@ from benchmarks.harness import plots, report
 from benchmarks.harness.case import OURS, amount
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.table import milliseconds
+from benchmarks.serving.contenders import OWN, PACKAGED
 from benchmarks.serving.models import MODELS
 from benchmarks.suites import convert, pcgrad, pcgrad_step, serving, snr
 
@@ -162,9 +163,11 @@ def _serving(found: Report) -> list[str]:
     columns = {
         "modules, eager": ("eager",),
         "modules, torch.compile": ("compile", "frozen"),
+        "modules, AOTInductor": ("packaged",),
         f"ONNX Runtime {study['versions']['onnxruntime']}": ("onnxruntime",),
         f"OpenVINO {study['versions']['openvino']}": ("openvino",),
-        "mtlkernels": serving.OWN,
+        "mtlkernels": tuple(name for name in OWN if name != PACKAGED),
+        "mtlkernels, AOTInductor": (PACKAGED,),
     }
     heads = ["model", "dtype", "rows", *(f"{name}, ms" for name in columns), "vs the better runtime"]
     lines = [heads, ["---", "---", *["---:"] * (len(columns) + 2)]]
@@ -172,10 +175,10 @@ def _serving(found: Report) -> list[str]:
         if row["threads"] != most or row["clients"] != 1:
             continue
         cells = []
-        for name, contenders in columns.items():
+        for contenders in columns.values():
             known = [row["p50"][contender] for contender in contenders if contender in row["p50"]]
             text = milliseconds(min(known) / 1e3) if known else "–"
-            cells.append(f"**{text}**" if name == "mtlkernels" else text)
+            cells.append(f"**{text}**" if known and set(contenders) <= set(OWN) else text)
         gain = serving.gain(row)
         ratio = "–" if gain is None else f"**{gain:.2f}×**"
         lines.append([MODELS[row["model"]].label, row["dtype"], str(row["rows"]), *cells, ratio])

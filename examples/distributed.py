@@ -5,6 +5,9 @@ all ranks, and with those that one process makes of the whole batch.
 
 Run: python examples/distributed.py
 Or:  torchrun --nproc-per-node 2 examples/distributed.py
+
+On an AMD EPYC (Zen 4), 2 cores, a step of 2 x 256 rows: under DDP 30.6 ms with modules and 26.8 ms converted (1.14
+times as fast); under PCGrad with a group 67.2 and 62.0 ms (1.08). The gradients' way between the processes is in both.
 """
 
 from __future__ import annotations

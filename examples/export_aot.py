@@ -4,6 +4,10 @@ The package holds the fused operators, so whoever loads it loads mtlkernels firs
 shared library in C++. AOTInductor calls a C++ compiler, which takes most of the time here.
 
 Run: python examples/export_aot.py --out model.pt2
+
+On an AMD EPYC (Zen 4), 2 cores, with `--both`: a request of 1 row takes 3.33 ms as the library has it, 1.36 ms
+packaged, 1.50 ms converted, and 0.44 ms converted and packaged (7.6 times as fast); of 64 rows 7.90, 4.45, 3.77 and
+2.21 ms (3.6); of 1024 rows 51.4, 30.6, 27.1 and 25.7 ms (2.0).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from mtlkernels.ops import _snr
 from tests import requires
 
 ROOT = Path(__file__).parents[1]
-# Every import of these fails, and the C++ library does not load, as in an install without a compiler, Triton and pytest.
+# These are not imported, and the C++ library does not load, as in an install without a compiler, Triton and pytest.
 BARE = """
 import runpy, sys
 class Without:

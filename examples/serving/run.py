@@ -4,6 +4,10 @@ Trains and converts the model, packages it by AOTInductor and, through the refer
 serve.cpp, has it answer requests of several sizes, and holds the answers against the model's own.
 
 Run: python examples/serving/run.py (a C++ compiler, cmake and ninja must be there)
+
+On an AMD EPYC (Zen 4), 2 cores, a request of 1, 16 and 256 rows takes 0.11, 0.44 and 7.0 ms by the program and the
+package, 0.98, 2.1 and 13.6 ms by the program and TorchScript, 0.24, 0.58 and 7.5 ms by the package in Python, and 1.4,
+2.0 and 9.6 ms by the converted model in Python.
 """
 
 from __future__ import annotations

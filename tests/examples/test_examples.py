@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,11 +23,14 @@ OWN = "ignore:Sparse invariant checks are implicitly disabled:UserWarning"  # as
 REPLACED = 1 if _extension.loaded() else 0  # without kernels convert leaves models alone, and the examples run
 
 
+TOOLS = [name for name in ("cmake", "ninja") if shutil.which(name) is None]
+
+
 def run(name: str, *options: str, warnings: Sequence[str] = ("error", OWN)) -> str:
     """What it prints."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     filters = [part for warning in warnings for part in ("-W", warning)]
-    command = [sys.executable, *filters, str(ROOT / "examples" / f"{name}.py"), *options, "--rounds", "1"]
+    command = [sys.executable, *filters, str(ROOT / "examples" / f"{name}.py"), *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -45,7 +49,7 @@ def timed(text: str) -> list[str]:
 
 
 def test_convert_rechub() -> None:
-    out = run("convert_rechub", "--steps", "4", "--rows", "16")
+    out = run("convert_rechub", "--rounds", "1", "--steps", "4", "--rows", "16")
     assert out.count("replaced ") == 2 * REPLACED
     assert max(numbers(out, "largest difference of losses, 4 steps in float64")) < EXACT
     assert max(numbers(out, "largest difference of predictions in float32")) < CLOSE
@@ -56,7 +60,7 @@ def test_convert_rechub() -> None:
 
 
 def test_ple_pcgrad() -> None:
-    out = run("ple_pcgrad", "--steps", "2", "--rows", "8")
+    out = run("ple_pcgrad", "--rounds", "1", "--steps", "2", "--rows", "8")
     for name in ("fused, mk.optim.PCGrad, two tasks", "fused, mk.optim.GramWeighted, all tasks"):
         (distance,) = numbers(out, name)
         assert distance < EXACT
@@ -65,7 +69,7 @@ def test_ple_pcgrad() -> None:
 
 @requires.gloo
 def test_distributed() -> None:
-    out = run("distributed", "--steps", "2", "--rows", "4")
+    out = run("distributed", "--rounds", "1", "--steps", "2", "--rows", "4")
     assert out.count("replaced ") == REPLACED
     assert out.count("all ranks hold the same parameters: True\n") == 2
     distances = numbers(out, "distance from one process with the whole batch")
@@ -74,7 +78,7 @@ def test_distributed() -> None:
 
 
 def test_snr_compact() -> None:
-    out = run("snr_compact", "--steps", "52", "--rows", "8")
+    out = run("snr_compact", "--rounds", "1", "--steps", "52", "--rows", "8")
     (is_open,) = map(int, re.findall(r"SNR-Trans: (\d+) of 80 routes open", out))
     full, compact = (int(found.replace(",", "")) for found in re.findall(r"([\d,]+) (?:in full|compact)", out))
     assert 0 < is_open < 80
@@ -86,9 +90,35 @@ def test_snr_compact() -> None:
 @requires.inductor
 def test_export_aot(tmp_path: Path) -> None:
     """PyTorch's own compiler warns."""
-    out = run("export_aot", "--steps", "2", "--rows", "16", "--out", str(tmp_path / "model.pt2"), warnings=())
+    out = run(
+        "export_aot", "--rounds", "1", "--steps", "2", "--rows", "16", "--out", str(tmp_path / "model.pt2"), warnings=()
+    )
     assert out.count("replaced ") == 2 * REPLACED
     distances = numbers(out, "largest difference between package and library")
     assert len(distances) == 3 and max(distances) < CLOSE
     assert timed(out) == ["as it is", "converted", "converted, packaged"] * 3
     assert (tmp_path / "model.pt2").stat().st_size > 2**20
+
+
+@requires.inductor
+@requires.cpp_kernels
+@pytest.mark.skipif(bool(TOOLS), reason=f"to build the program takes {TOOLS}")
+def test_serving_without_python(tmp_path: Path) -> None:
+    """The program has no Python in it, answers as the model does, and names what it lacks."""
+    options = ("--rows", "1", "3", "--threads", "1", "--folder", str(tmp_path))
+    out = run("serving/run", *options, warnings=("ignore",))
+    assert "the C++ program's answers are the model's own" in out
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["1", "3"]
+    program, request = tmp_path / "build" / "serve", tmp_path / "request-3.pt"
+    linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[0] for line in linked.splitlines()]
+    assert "libtorch_cpu.so" in names and not [name for name in names if "python" in name]
+    for arguments, said in (
+        ((tmp_path / "model.pt2", request), "needs the operators of mtlkernels: give --operators libmtlkernels.so"),
+        (("--operators", "nothing.so", tmp_path / "model.pt2", request), "nothing.so: cannot open shared object file"),
+        ((tmp_path / "model.pt", tmp_path / "nothing"), "cannot read "),
+        ((tmp_path / "model.pt",), "a model and at least one request are wanted"),
+        (("--speed", "1", tmp_path / "model.pt", request), "unknown option --speed"),
+    ):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("serve: ") and said in done.stderr
