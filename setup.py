@@ -50,7 +50,9 @@ def cpp() -> str:
 
 
 def what_is_missing() -> str | None:
-    """Why the kernels cannot be built here, or None."""
+    """Why the kernels are not built here, or None. MTLKERNELS_PURE=1 builds none, for a wheel of every system."""
+    if os.environ.get("MTLKERNELS_PURE") == "1":
+        return "MTLKERNELS_PURE is set"
     for module in ("torch", "pybind11"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed in the building environment (use --no-build-isolation)"

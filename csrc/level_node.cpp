@@ -8,7 +8,6 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -81,15 +80,18 @@ class Context {
   AutogradContext* context_;
 };
 
-// Whether someone wants to see what a backward pass does, or stands behind its tensors.
+// Whether someone wants to see what a backward pass does, stands behind its tensors, or has given these tangents;
+// without asking whether a forward-mode level is open, since that takes a lock, which a fork may find held by another
+// thread.
 bool observed(const variable_list& grads) {
   static const c10::DispatchKeySet watchers({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                                              c10::DispatchKey::FuncTorchVmapMode, c10::DispatchKey::VmapMode,
                                              c10::DispatchKey::Functionalize, c10::DispatchKey::Tracer});
   return at::GradMode::is_enabled() || at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
          !(c10::impl::tls_local_dispatch_key_set().included_ & watchers).empty() ||
-         torch::autograd::ForwardADLevel::try_get_by_idx(0) ||
-         !std::all_of(grads.begin(), grads.end(), [](const at::Tensor& t) { return !t.defined() || is_plain(t); });
+         !std::all_of(grads.begin(), grads.end(), [](const at::Tensor& t) {
+           return !t.defined() || (is_plain(t) && !t._fw_grad(/*level=*/0).defined());
+         });
 }
 
 // Of each kind of a level's tensors, in their order.

@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wheel", type=Path, help="by default the one in dist")
     parser.add_argument("--serving", action="store_true", help="serve the model by a C++ program too")
     options = parser.parse_args(arguments)
-    wheel = options.wheel or next(iter(sorted((ROOT / "dist").glob("mtlkernels-*.whl"))), None)
+    wheel = options.wheel or next((ROOT / "dist").glob("mtlkernels-*manylinux*.whl"), None)
     if wheel is None:
         parser.error("there is no wheel in dist: run make wheel")
     failures = 0

@@ -1,4 +1,6 @@
-"""Builds what a user installs without a compiler: one wheel for several PyTorches and Pythons, of Linux on x86-64.
+"""Builds what a user installs without a compiler: a wheel for several PyTorches and Pythons, of Linux on x86-64.
+
+Beside it a wheel of the reference alone, for any other system.
 
 ``make wheel`` runs it. The kernels are compiled once, the operators once for each minor version of PyTorch, since they
 use more of its C++ interface than the stable part (nodes of autograd's graph, versions of tensors, threads), and the
@@ -81,14 +83,19 @@ def source() -> Path:
     return folder / packed.name.removesuffix(".tar.gz")
 
 
+def pip_wheel(out: Path, **variables: str) -> Path:
+    """A wheel of the source distribution, as setup.py makes it with these variables of the environment."""
+    shutil.rmtree(out, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command = [*pip, "--wheel-dir", str(out), str(source())]
+    subprocess.run(command, check=True, env={**os.environ, **variables})
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
 def assemble(library: Path, out: Path) -> Path:
     """The wheel of the package with ``library`` in it, as auditwheel has passed it."""
-    raw = WORK / "raw"
-    shutil.rmtree(raw, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    command = [*pip, "--wheel-dir", str(raw), str(source())]
-    subprocess.run(command, check=True, env={**os.environ, "MTLKERNELS_PREBUILT": str(library)})
-    (wheel,) = raw.glob("*.whl")
+    wheel = pip_wheel(WORK / "raw", MTLKERNELS_PREBUILT=str(library))
     repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", "--wheel-dir", str(out)]
     command = [*repair, *(f"--exclude={name}" for name in EXCLUDED), str(wheel)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -122,7 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
     build_all(sdks, pythons, library)
     for earlier in options.out.glob("mtlkernels-*.whl"):
         earlier.unlink()
+    pure = shutil.copy(pip_wheel(WORK / "pure", MTLKERNELS_PURE="1"), options.out)
     wheel = assemble(library, options.out)
+    print(f"{pure}: the reference alone, for other systems")
     print(
         f"{wheel}: {wheel.stat().st_size / 2**20:.1f} MiB, for torch {', '.join(options.torch)} and the direct way "
         f"from Python {', '.join(pythons)}"

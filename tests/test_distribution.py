@@ -42,17 +42,28 @@ def test_source_distribution(checkout: Path, tmp_path: Path) -> None:
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
 
 
+def packed_wheel(checkout: Path, out: Path, **variables: str) -> Path:
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    command = [*pip, "--wheel-dir", str(out), str(checkout)]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (packed,) = out.glob("*.whl")
+    return packed
+
+
+def test_a_wheel_for_every_system(checkout: Path, tmp_path: Path) -> None:
+    packed = packed_wheel(checkout, tmp_path / "dist", MTLKERNELS_PURE="1")
+    assert packed.name.endswith("-py3-none-any.whl") and wheel.libraries(packed) == []
+    with zipfile.ZipFile(packed) as archive:
+        assert "MTLKERNELS_PURE is set" in archive.read("mtlkernels/_build.json").decode()
+
+
 def test_a_wheel_for_every_python(checkout: Path, tmp_path: Path) -> None:
     """Of kernels that were built before: they are in it as they are, and it is of no version of Python."""
     built = tmp_path / "lib" / "torch2_99"
     built.mkdir(parents=True)
     (built / "libmtlkernels.so").write_bytes(b"kernels")
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    environment = {**os.environ, "MTLKERNELS_PREBUILT": str(tmp_path / "lib")}
-    command = [*pip, "--wheel-dir", str(tmp_path / "dist"), str(checkout)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (packed,) = (tmp_path / "dist").glob("*.whl")
+    packed = packed_wheel(checkout, tmp_path / "dist", MTLKERNELS_PREBUILT=str(tmp_path / "lib"))
     assert "-py3-none-" in packed.name and not packed.name.endswith("-any.whl")
     assert wheel.libraries(packed) == ["mtlkernels/lib/torch2_99/libmtlkernels.so"]
     with zipfile.ZipFile(packed) as archive:

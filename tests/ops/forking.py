@@ -1,6 +1,7 @@
 """Forks while other threads are inside calls; ``test_forks.py`` runs this in a process of its own.
 
-Each child makes the calls on one thread, as a DataLoader's workers do, and ends. One that waits for a lock which a
+Each child makes the calls on one thread, as a DataLoader's workers do, and with tensors of its own, as PyTorch locks a
+leaf where a graph is made of it; then it ends. One that waits for a lock which a
 thread of the parent held never would: after a while it says where it waits, and the parent goes on without it.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
-from mtlkernels.testing import CaseFactory, evaluate
+from mtlkernels.testing import Case, CaseFactory, evaluate
 from mtlkernels.testing.snr import snr_trans
 from tests.ops.level.gate_layers import ROUTING
 
@@ -32,9 +33,13 @@ GRADS = [[torch.randn(5000), torch.randn(70, 70)] for _ in range(3)]
 ORDER = torch.tensor([[1, 2], [2, 0], [0, 1]])
 
 
+def own(case: Case) -> Case:
+    return case.map(lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
+
+
 def calls() -> list[Tensor]:
     """Results that take memory of the pool, forward and backward."""
-    found = [*evaluate(mk.expert_mixture, LEVEL).values(), *evaluate(mk.snr_trans, ROUTES).values()]
+    found = [*evaluate(mk.expert_mixture, own(LEVEL)).values(), *evaluate(mk.snr_trans, own(ROUTES)).values()]
     with torch.no_grad():
         found.append(list(mk.expert_mixture(**SERVED.arguments)))
     found.append([grad for grad in mk.pcgrad(GRADS, order=ORDER) if grad is not None])
