@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 def build(folder: Path) -> Path:
     """The program, built against the PyTorch that runs this."""
     configure = ["cmake", "-S", str(HERE), "-B", str(folder), "-G", "Ninja"]
-    configure += [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    configure += [f"-DTORCH={Path(torch.__file__).parent}"]
     for command in (configure, ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
