@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtlkernels import _backends, _dumps
 from mtlkernels.ops.level.spec import LevelSpec
+from mtlkernels.testing import tensors_in
 
 
 def run(path: Path, out: TextIO) -> int:
@@ -46,12 +47,12 @@ def run(path: Path, out: TextIO) -> int:
     found, failed = _tried(say, name, own, args)
     exact, reference_failed = _tried(say, "reference", _backends.reference_implementation(op, direction), args)
     if not (failed or reference_failed):
-        _compare(say, list(_tensors(found)), list(_tensors(exact)))
+        _compare(say, list(tensors_in(found)), list(tensors_in(exact)))
     return 1 if failed else 0
 
 
 def _implementation(op: str, direction: str, name: str, args: list[Any]) -> Callable[..., Any]:
-    like = next(_tensors(args))
+    like = next(tensors_in(args))
     return _backends.implementation(op, direction, name, like)
 
 
@@ -78,14 +79,6 @@ def _compare(say: Callable[..., None], found: list[Tensor], exact: list[Tensor])
         distance = float((got.double() - want.double()).abs().max())
         scale = float(want.double().abs().max())
         say(f"result {i} {_described(got)}: {distance:.3g} from the reference's, whose largest value is {scale:.3g}")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _described(value: Any) -> str:
