@@ -146,3 +146,51 @@ def test_a_trunk(batch_norm: bool) -> None:
     assert "levels.1.experts.2.linears.0.weight" in without
     assert "levels.1.gates.1.1.weight" in without
     assert all(p.grad is not None for name, p in trunk.named_parameters() if name.startswith("levels.0.experts"))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_sub_network_routing(stacked: bool, used: tuple[int, ...], twice: bool, backend: str) -> None:
+    """Matrices of routes to an output that is not used keep no gradient; where all are one tensor, zeros."""
+    u = [torch.randn(6, 3, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    weight = torch.randn(3, 2, 4, 3, dtype=torch.float64)
+    matrices = [w.clone().requires_grad_() for w in weight.flatten(0, 1)]
+    whole = weight.clone().requires_grad_()
+    z = torch.tensor([[1.0, 0.5], [0.0, 2.0], [0.3, 1.0]], dtype=torch.float64).requires_grad_()
+    rows: Any = whole if stacked else [matrices[2 * i : 2 * i + 2] for i in range(3)]
+    weights = {"weight": whole} if stacked else {f"weight {at}": w for at, w in enumerate(matrices)}
+    tensors = {"u 0": u[0], "u 1": u[1], **weights, "z": z}
+    plain = [sum(z[i, j] * (x @ rows[i][j].t()) for j, x in enumerate(u)) for i in range(3)]
+    with mk.use_backend(backend):
+        found = gradients(mk.snr_trans(u, rows, z), used, tensors, twice)
+    assert_same(found, gradients(plain, used, tensors, twice))
+
+
+@pytest.mark.parametrize("place", ["logits", "weight"])
+def test_what_is_not_finite_in_front_of_an_unused_output(place: str, backend: str) -> None:
+    """It does not reach the gradients of the others, as zeros times NaN would."""
+    x = torch.randn(6, 2, 4).requires_grad_()
+    with mk.use_backend(backend):
+        if place == "logits":
+            logits = [torch.randn(6, 2), torch.full((6, 2), torch.nan).requires_grad_()]
+            outputs = mk.gated_mixture(x, logits, mk.Routing.mmoe(2, 2))
+        else:
+            weight = torch.randn(2, 2, 3, 4)
+            weight[1] = torch.nan
+            outputs = mk.snr_trans(list(x.unbind(1)), weight.requires_grad_(), torch.ones(2, 2))
+        (found,) = torch.autograd.grad(outputs[0].sum(), x)
+    assert found.isfinite().all() and found.any()
+
+
+def test_norms_with_running_statistics(backend: str) -> None:
+    """In training with frozen statistics the norm of an expert that no loss reaches has no gradient either."""
+    routing = mk.Routing((0, 0), ((0,), (1,)))
+    norms = [nn.BatchNorm1d(4).eval() for _ in range(2)]
+    weights, biases = ([torch.randn(*shape).requires_grad_() for _ in range(2)] for shape in ((4, 3), (4,)))
+    logits = [torch.randn(6, 1).requires_grad_() for _ in range(2)]
+    with mk.use_backend(backend):
+        outputs = mk.expert_mixture(torch.randn(6, 3), [weights], [biases], logits, routing, norms=[norms])
+    outputs[0].square().sum().backward()
+    for first, second in (weights, biases, [norm.weight for norm in norms], [norm.bias for norm in norms]):
+        assert first.grad is not None and second.grad is None
