@@ -54,6 +54,29 @@ def read_experts(
     return experts, kinds
 
 
+def several_dtypes(
+    experts: Sequence[list[Layer] | str], gates: Sequence[Gate], dtype: torch.dtype | None = None
+) -> bool:
+    """Whether fused operators would get tensors of other dtypes than one, or than ``dtype``.
+
+    Code that calls such modules casts between them, or calls a norm that takes two dtypes; operators do neither.
+    """
+    for layers in (*experts, *(gate.layers for gate in gates)):
+        if layers is None or isinstance(layers, str):
+            continue
+        for weight, bias, norm, _, _, sloped in layers:
+            if dtype is None:
+                dtype = weight.dtype
+            if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
+                return True
+            for module in (norm, sloped):
+                if module is not None and any(
+                    p.dtype is not dtype for p in module._parameters.values() if p is not None
+                ):
+                    return True
+    return False
+
+
 def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The level's K outputs; inputs that no expert reads come last."""
     gates, routing = parts.gates, parts.routing

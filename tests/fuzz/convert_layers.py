@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from tests.fuzz.convert_subject import Edit, NoPlace, Subject
+from tests.fuzz.convert_subject import LISTS, Edit, NoPlace, Subject
 
 ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.SiLU, nn.GELU, nn.Sigmoid, nn.LeakyReLU, nn.PReLU)
 NORMS = (nn.BatchNorm1d, nn.LayerNorm)
@@ -228,7 +229,7 @@ def _compiled(subject: Subject) -> None:
         (parent, name)
         for parent in subject.model.modules()
         for name, child in parent.named_children()
-        if type(child).__name__ not in ("ModuleList", "ModuleDict", "ParameterList")
+        if type(child) not in LISTS and not any(isinstance(m, OptimizedModule) for m in (parent, *child.modules()))
     )
     parent._modules[name] = torch.compile(parent._modules[name], backend="eager")
 
