@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtlkernels._convert.chains import Chain, read_chain, run_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
-from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of
+from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of, slopes_of
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.level import expert_mixture
 from mtlkernels.routing import Routing
@@ -69,11 +69,11 @@ def several_dtypes(
                 dtype = weight.dtype
             if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
                 return True
-            for module in (norm, sloped):
-                if module is not None and any(
-                    p.dtype is not dtype for p in module._parameters.values() if p is not None
-                ):
-                    return True
+            gamma = None if norm is None else norm._parameters.get("weight")
+            if (gamma is not None and gamma.dtype is not dtype) or (
+                sloped is not None and slopes_of(sloped).dtype is not dtype
+            ):
+                return True
     return False
 
 

@@ -28,9 +28,11 @@ class SharedState:
             for name, value in list(vars(kind).items()):
                 if isinstance(value, (int, float, str, Tensor, type(None), *_CONTAINERS)) and name[:2] != "__":
                     self._attributes.append((kind, name, value))
+                code = _function(value)
+                if code is not None:
+                    self._keep_named(code, seen)
+                elif name[:2] != "__":
                     self._keep(f"{kind.__name__}.{name}", value, seen)
-                elif isinstance(value, types.FunctionType):
-                    self._keep_named(value, seen)
         self._judged = len(self._containers)
         for hook in _hooks(module):
             self._keep_named(hook, seen)
@@ -41,15 +43,23 @@ class SharedState:
             return
         seen.add(id(function))
         for name, value in _named(function):
-            if isinstance(value, types.FunctionType) and _is_users(value):
-                self._keep_named(value, seen)
-            else:
+            if not isinstance(value, types.FunctionType):
                 self._keep(name, value, seen)
+            elif _is_users(value):
+                self._keep_named(value, seen)
 
     def _keep(self, name: str, value: Any, seen: set[int]) -> None:
-        if isinstance(value, _CONTAINERS) and id(value) not in seen:
+        """A container, or an object of the user's with the containers in it."""
+        if id(value) in seen:
+            return
+        if isinstance(value, _CONTAINERS):
             seen.add(id(value))
             self._containers.append((name, value, value.copy()))
+        elif _is_object(value):
+            seen.add(id(value))
+            self._keep(name, vars(value), seen)
+            for inner, part in list(vars(value).items()):
+                self._keep(f"{name}.{inner}", part, seen)
 
     def change(self) -> str | None:
         """The name of something that is no longer as it was."""
@@ -93,6 +103,19 @@ def _is_users(code: type | types.FunctionType | types.ModuleType) -> bool:
     name = code.__name__ if isinstance(code, types.ModuleType) else code.__module__ or ""
     package = name.partition(".")[0]
     return package not in ("torch", "numpy") and package not in sys.stdlib_module_names
+
+
+def _is_object(value: Any) -> bool:
+    """Whether it is an object of a class of the user's that keeps something, and no module."""
+    return hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor)) and _is_users(type(value))
+
+
+def _function(attribute: Any) -> types.FunctionType | None:
+    """The function behind a class's attribute."""
+    if isinstance(attribute, property):
+        attribute = attribute.fget
+    attribute = getattr(attribute, "__func__", attribute)  # of a static method, or of a class's
+    return attribute if isinstance(attribute, types.FunctionType) else None
 
 
 def _hooks(module: nn.Module) -> Iterator[types.FunctionType]:

@@ -251,7 +251,7 @@ def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Si
     inputs = ["its input"] if len(actual.leaves) == 1 else [f"input {i}" for i in range(len(actual.leaves))]
     names = [*trial.names, *inputs]
     subsets = [range(len(factors)), range(0, len(factors), 2), range(1, len(factors), 2)]
-    for subset in subsets if situation.training and situation.scale == 1 and len(factors) > 1 else subsets[:1]:
+    for subset in subsets if situation.scale == 1 and len(factors) > 1 else subsets[:1]:
         if not subset:
             continue
         both = []
