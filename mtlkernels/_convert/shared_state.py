@@ -16,8 +16,9 @@ _CONTAINERS = (list, dict, set, collections.deque)
 class SharedState:
     """The class attributes and global containers that the code of a module's classes names, as they are now.
 
-    Code is that of methods, and of the user's functions that it names in turn. What a module's hooks name is restored
-    too, but may change: they are called as before a conversion, or keep their module as it is.
+    Code is that of methods, also of an instance's own, and of the user's functions that it names in turn. What a
+    module's hooks name is restored too, but may change: they are called as before a conversion, or keep their module as
+    it is.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -33,6 +34,10 @@ class SharedState:
                     self._keep_named(code, seen)
                 elif name[:2] != "__":
                     self._keep(f"{kind.__name__}.{name}", value, seen)
+        for part in module.modules():
+            for code in map(_function, vars(part).values()):
+                if code is not None and _is_users(code):
+                    self._keep_named(code, seen)
         self._judged = len(self._containers)
         for hook in _hooks(module):
             self._keep_named(hook, seen)

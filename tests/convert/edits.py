@@ -228,6 +228,13 @@ class Temperature(Edited):
         return super().mix(k, logits / 2 if self.training else logits, hidden)
 
 
+class Cooling(Edited):
+    """A temperature that is 1 so far."""
+
+    def mix(self, k: int, logits: Tensor, hidden: list[Tensor]) -> Tensor:
+        return super().mix(k, logits / self.temperature, hidden)
+
+
 class Residual(Edited):
     def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
         return [y + x[:, :4] for y in outputs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.convert.edits import (
     Clamped,
     ClampedExperts,
     ClassLosses,
+    Cooling,
     Counts,
     DeadZone,
     DetachedGate,
@@ -65,7 +67,7 @@ from tests.convert.edits import (
     WithoutGradients,
     WritesWeights,
 )
-from tests.convert.models import fill
+from tests.convert.models import fill, mmoe
 
 OUTPUTS = "its outputs differ from those of its experts and gates"
 EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
@@ -99,6 +101,10 @@ EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
     ),
     "a global object": (GlobalTracker, "its forward changes TRACKER, which is not its own"),
     "a temperature in training": (Temperature, f"in training {OUTPUTS}"),
+    "a temperature that may change": (
+        Cooling,
+        f"in training with another temperature {OUTPUTS}",
+    ),
     "a residual": (Residual, f"in evaluation {OUTPUTS}"),
     "a hook on a tensor": (ScaledGradient, "in evaluation gradients of experts.0.0.weight differ"),
     "a straight-through estimator": (StraightThrough, "in evaluation gradients of gates.0.weight differ"),
@@ -209,6 +215,22 @@ def test_what_hooks_keep_stays() -> None:
     assert not seen
     model(torch.randn(3, WIDTH))
     assert seen == [3]
+
+
+def test_what_an_instances_own_forward_keeps_stays() -> None:
+    """Of a part that is called fused too."""
+    model = mmoe()
+    seen: list[int] = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        y: Tensor = type(self).forward(self, x)
+        return y
+
+    model.tower_dnn[0].forward = types.MethodType(forward, model.tower_dnn[0])
+    (line,) = mk.convert(model).left_alone
+    assert line.detail == "its forward changes seen, which is not its own"
+    assert not seen
 
 
 def test_parameters_of_several_dtypes_are_left_alone() -> None:

@@ -70,6 +70,9 @@ class Twin:
             nudge(self.model, nudge_seed)
 
     def edit(self, later: bool) -> None:
+        for module in self.model.modules() if later else ():
+            if "temperature" in vars(module):
+                module.temperature = 0.5
         for number, edit in enumerate(self.case.edits):
             if edit.later != later:
                 continue

@@ -189,8 +189,10 @@ def _edited_class(kind: Any, change: Change) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return change(self, lambda *a, **k: kind.forward(self, *a, **k), args, kwargs)
 
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), {**names, "forward": forward})
+    names = {"__qualname__": kind.__qualname__, "forward": forward}
+    if not kind.__module__.startswith("torch."):
+        names["__module__"] = kind.__module__
+    return type(kind.__name__, (kind,), names)
 
 
 def _on_instance(module: Any, change: Change) -> None:
@@ -236,7 +238,17 @@ def _borrow(subject: Subject) -> None:
     _apply(modules[0], lambda module, run, args, kwargs: module.borrowed[0](*args, **kwargs), False)
 
 
+def _cool(subject: Subject) -> None:
+    """Divides by a temperature that is 1 so far; each run turns it down between its steps."""
+    module = subject.module()
+    module.temperature = 1.0
+    _apply(
+        module, lambda module, run, args, kwargs: _each(lambda y: y / module.temperature, run(*args, **kwargs)), False
+    )
+
+
 CODE: dict[str, Edit] = {
+    "a temperature of 1": _cool,
     "another expert's output": _borrow,
     **{words: _coded_within(numbered) for words, numbered in _WITHIN.items()},
     **{words: _coded(change, False) for words, change in _CHANGES.items()},

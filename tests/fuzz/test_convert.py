@@ -1,4 +1,4 @@
-"""Random edits of models that ``mk.convert`` knows: some cases that are always the same, and faults that are planted."""
+"""Random edits of models that ``mk.convert`` knows: some that are always the same, and faults that are planted."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.fuzz.convert_models import Sizes
 ALIKE = settings(
     database=None,
     deadline=None,
-    phases=[Phase.generate, Phase.shrink],
+    phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
 
 
 @seed(0)
-@settings(ALIKE, max_examples=30)
+@settings(ALIKE, max_examples=25)
 @given(CASES)
 def test_random_edits(case: ConvertCase) -> None:
     check(case)
@@ -62,7 +62,8 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def zeros_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch norms are folded as where a compiler looks on."""
+    """Batch norms are folded as where a compiler looks on, and no trial tells."""
+    trusting(monkeypatch)
     monkeypatch.setattr(_folding, "_tracing", types.SimpleNamespace(observed=lambda: True))
 
 
@@ -79,6 +80,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], ConvertCase]] = {
     "outputs in evaluation": (trusting, edited("a scale in evaluation", place=1)),
     "outputs on one row": (trusting, edited("a scale on one row")),
     "outputs of another order": (trusting, edited("outputs swapped")),
+    "outputs after a change of settings": (trusting, edited("a temperature of 1", place=1)),
     "gradients": (trusting, edited("detached output", place=1)),
     "gradients of the input": (trusting, edited("detached input", input_gradients=True)),
     "random numbers": (trusting, edited("noise in training")),
@@ -93,7 +95,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], ConvertCase]] = {
     "the user's global list": (forgetful, edited("calls counted in a global list", place=1)),
     "gradients that are None": (
         zeros_for_none,
-        edited("an attribute more", model="libmtl.CGC", rows=130, training=False, losses="first"),
+        edited("an attribute more", model="libmtl.CGC", rows=130, training=False, losses="first", dtype="float64"),
     ),
 }
 
@@ -108,20 +110,16 @@ def test_a_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_random_edits_find_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the one that is shown is small."""
     trusting(monkeypatch)
-    shown: list[ConvertCase] = []
 
     @seed(0)
-    @settings(ALIKE, max_examples=100, report_multiple_bugs=False)
+    @settings(ALIKE, max_examples=150)
     @given(CASES)
     def fuzz(case: ConvertCase) -> None:
-        shown.append(case)
         check(case)
 
     with pytest.raises(AssertionError):
         fuzz()
-    assert len(shown[-1].edits) == 1
 
 
 def test_a_case_is_what_it_prints() -> None:
