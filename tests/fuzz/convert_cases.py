@@ -23,10 +23,11 @@ from tests.fuzz.convert_hooks import HOOKS
 from tests.fuzz.convert_layers import LAYERS
 from tests.fuzz.convert_models import FAMILIES, NORMS, Sizes, known, make
 from tests.fuzz.convert_runs import OURS, Run, generator_states, run_steps, seed_all
+from tests.fuzz.convert_state import STATE
 from tests.fuzz.convert_subject import NoPlace, Subject
 
 # An edit of code after a conversion is a class's own: nobody can see that a class was exchanged behind its back.
-LATER = {**LAYERS, **HOOKS, **ON_INSTANCES}
+LATER = {**STATE, **LAYERS, **HOOKS, **ON_INSTANCES}
 EDITS = {**LATER, **CODE}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -252,7 +253,7 @@ CASES: st.SearchStrategy[ConvertCase] = st.builds(
     model=st.sampled_from(list(FAMILIES)),
     sizes=_SIZES,
     edits=st.lists(
-        st.one_of(_edits(LAYERS, False), _edits(LATER, True), _edits(HOOKS, False), _edits(CODE, False),
+        st.one_of(_edits({**STATE, **LAYERS}, False), _edits(LATER, True), _edits(HOOKS, False), _edits(CODE, False),
                   _edits(ON_INSTANCES, False)),
         min_size=1,
         max_size=3,

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 T = TypeVar("T")
+NORMS = (nn.BatchNorm1d, nn.LayerNorm)
+DROPOUTS = (nn.Dropout,)
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
