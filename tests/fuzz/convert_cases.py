@@ -58,13 +58,13 @@ class ConvertCase:
 
 
 class Twin:
-    """A case's model, made anew; ``applied`` says which of its edits found a place."""
+    """A case's model, made anew; ``applied`` says what became of its edits."""
 
     def __init__(self, case: ConvertCase, dtype: torch.dtype, nudge_seed: int | None = None) -> None:
         seed_all(case.seed)
         self.case, self.dtype = case, dtype
         self.calls: Counter[str] = Counter()
-        self.applied: list[bool] = []
+        self.applied: list[str] = []
         self.model = make(case.model, case.sizes, dtype).train(case.training)
         self.edit(later=False)
         if nudge_seed is not None:
@@ -81,10 +81,10 @@ class Twin:
             seed_all(draw.randrange(1000))
             try:
                 EDITS[edit.kind](Subject(self.model, edit.place, draw, self.calls))
-            except NoPlace:
-                self.applied.append(False)
+            except (NoPlace, RuntimeError, ValueError, KeyError, AttributeError) as error:  # it cannot be made there
+                self.applied.append(type(error).__name__)
             else:
-                self.applied.append(True)
+                self.applied.append("made")
 
     def run(self) -> Run:
         case = self.case
