@@ -35,8 +35,7 @@ def fold(
     dtype = torch.promote_types(variance.dtype, torch.float32)
     scale = torch.rsqrt(variance.to(dtype) + norms[0].eps)
     gammas, betas = [norm.weight for norm in norms], [norm.bias for norm in norms]
-    vectors = [vector for vector in (*gammas, *betas, *biases) if vector is not None]
-    if torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors):
+    if _differentiated((*gammas, *betas, *biases)):
         of_each = zip(weights, biases, gammas, betas, mean.unbind(0), scale.unbind(0), strict=True)
         pairs = [_fold_one(*own) for own in of_each]
         return [weight for weight, _ in pairs], [bias for _, bias in pairs]
@@ -47,6 +46,10 @@ def fold(
         shift = shift + _stacked(betas, mean, 0.0)
     folded = [(w * s.unsqueeze(1)).to(w.dtype) for w, s in zip(weights, scale.unbind(0), strict=True)]
     return folded, [b.to(w.dtype) for w, b in zip(weights, shift.unbind(0), strict=True)]
+
+
+def _differentiated(vectors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(vector is not None and vector.requires_grad for vector in vectors)
 
 
 def _fold_one(

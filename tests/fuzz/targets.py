@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.fuzz import level_cases, mixture_cases, pcgrad_cases, snr_cases
+from tests.fuzz import convert_cases, level_cases, mixture_cases, pcgrad_cases, snr_cases
 
 
 @dataclass(frozen=True)
@@ -25,4 +25,5 @@ TARGETS = {
     "snr_trans": Target(snr_cases.TRANS_CASES, snr_cases.check_trans),
     "snr_aver": Target(snr_cases.AVER_CASES, snr_cases.check_aver),
     "pcgrad": Target(pcgrad_cases.CASES, pcgrad_cases.check),
+    "convert": Target(convert_cases.CASES, convert_cases.check),
 }

@@ -24,14 +24,15 @@ SHARED_ONLY = mk.Routing(ROUTING.expert_inputs, (*ROUTING.gate_experts[:2], (EXP
 class Case:
     """A level of one layer an expert, its tensors by name, and its outputs by plain PyTorch."""
 
-    def __init__(self, routing: mk.Routing, norm: bool, gate_weights: bool) -> None:
+    def __init__(self, routing: mk.Routing, norm: str, gate_weights: bool) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
         self.routing, self.gate_weights = routing, gate_weights
-        self.norms = [nn.BatchNorm1d(4, dtype=torch.float64) for _ in range(EXPERTS)] if norm else None
+        norms = [nn.BatchNorm1d(4, dtype=torch.float64).train(norm == "of the batch") for _ in range(EXPERTS)]
+        self.norms = norms if norm else None
         self.tensors = {f"x {g}": random(6, 3) for g in range(STREAMS)}
         self.tensors |= {f"weight {e}": random(4, 3) for e in range(EXPERTS)}
         self.tensors |= {f"bias {e}": random(4) for e in range(EXPERTS)}
@@ -81,9 +82,10 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("used", USED)
 @pytest.mark.parametrize("routing", [ROUTING, SHARED_ONLY], ids=["cgc", "shared only"])
-@pytest.mark.parametrize(("norm", "gate_weights"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("gate_weights", [False, True])
+@pytest.mark.parametrize("norm", ["", "of the batch", "of running statistics"])
 def test_expert_mixture(
-    norm: bool, gate_weights: bool, routing: mk.Routing, used: tuple[int, ...], twice: bool, backend: str
+    norm: str, gate_weights: bool, routing: mk.Routing, used: tuple[int, ...], twice: bool, backend: str
 ) -> None:
     case = Case(routing, norm, gate_weights)
     with mk.use_backend(backend):
@@ -92,7 +94,7 @@ def test_expert_mixture(
 
 
 def mixing() -> tuple[dict[str, Tensor], Callable[[], Any], Callable[[], Any]]:
-    case = Case(SHARED_ONLY, False, False)
+    case = Case(SHARED_ONLY, "", False)
     experts = {f"expert {e}": torch.randn(6, 4, dtype=torch.float64).requires_grad_() for e in range(EXPERTS)}
     logits = case.named("gate", GATES)
     tensors = experts | {f"gate {k}": z for k, z in enumerate(logits)}
@@ -126,7 +128,7 @@ def test_mixing_of_modules(used: tuple[int, ...], twice: bool) -> None:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("used", USED)
 def test_joint_gates(used: tuple[int, ...], biased: bool) -> None:
-    case = Case(ROUTING, False, True)
+    case = Case(ROUTING, "", True)
     x, weights = case.tensors["x 0"], case.named("gate", GATES)
     biases = [torch.randn(len(w), dtype=torch.float64).requires_grad_() for w in weights] if biased else []
     tensors = (
