@@ -114,5 +114,6 @@ def test_inside_autograds_threads() -> None:
     Nested.seen = set()
     for depth in (0, DEEPEST_IN_ONE_THREAD + 10):
         y = Nested.apply(x, call, depth)  # type: ignore[no-untyped-call]
-        assert torch.equal(*torch.autograd.grad(y, x), expected)
+        (found,) = torch.autograd.grad(y, x)
+        assert torch.equal(found, expected)
     assert len(Nested.seen) == 2, "both were taken in one thread, so that this tests nothing of autograd's own"
