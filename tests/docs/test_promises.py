@@ -23,6 +23,7 @@ SUBJECTS = {
     "Forks",
     "Interrupts",
     "Memory",
+    "Sizes",
     "Special values",
     "Never stale",
     "Bad input",
