@@ -35,7 +35,8 @@ class Way:
     Attributes:
         implementation: a backend's name, or "cpp:" and an instruction set.
         threads: for the C++ kernels.
-        mode: "serve" for outputs alone, "train" for gradients too, "losses" for those of several losses at once.
+        mode: "serve" for outputs alone, "prepared" for those of a copy that ``mk.prepare`` made, "train" for gradients
+            too, "losses" for those of several losses at once.
         side: on which side of a tensor the nearer forbidden page lies.
     """
 
@@ -43,6 +44,10 @@ class Way:
     threads: int = 1
     mode: str = "train"
     side: str = "after"
+
+    @property
+    def trains(self) -> bool:
+        return self.mode in ("train", "losses")
 
 
 def implementations(op: str) -> list[str]:
@@ -97,7 +102,7 @@ def evaluate(function: Callable[..., Sequence[Tensor]], case: Case, way: Way, us
     """
     groups = case.leaves()
     flat = [leaf for leaves in groups.values() for leaf in leaves]
-    if way.mode == "serve" or not flat or not used:
+    if not way.trains or not flat or not used:
         with torch.no_grad():
             return {"outputs": [y.detach() for y in function(**case.arguments)]}
     outputs = list(function(**case.arguments))
@@ -162,7 +167,7 @@ def check(op: Callable[..., Sequence[Tensor]], meaning: Meaning, case: Case, way
     with made_by(way):
         actual = evaluate(op, case, way, used)
     every = range(len(exact["outputs"]))
-    if set(used) != set(every) and way.mode != "serve":
+    if set(used) != set(every) and way.trains:
         reached = evaluate(meaning.formula, wide, way, every)
         for name, group in exact.items():
             for i, (want, anyhow) in enumerate(zip(group, reached.get(name, group), strict=True)):
@@ -243,7 +248,7 @@ def check_special(
     Infinities of both signs may meet in a sum, so that here NaN and infinity count as one.
     """
     counts["special values"] += 1
-    way = replace(way, mode="serve" if way.mode == "serve" else "train")
+    way = replace(way, mode="train") if way.trains else way
     right = evaluate(baseline, case, way, used)
     with made_by(way):
         actual = evaluate(op, case, way, used)

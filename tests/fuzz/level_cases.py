@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._backends import interpreting
@@ -84,7 +84,7 @@ def _cases(draw: st.DrawFn) -> LevelCase:
     routing = draw(routings.wires)
     of_batch = any(layer.norm == "batch" for layer in layers)
     rows = draw(st.sampled_from(ROWS_IN_INTERPRETER) if interpreting() else tensors.rows)
-    way = draw(tensors.ways("expert_mixture"))
+    way = draw(tensors.ways("expert_mixture", "prepared"))
     gates = draw(st.sampled_from(GATES))
     # A linear gate reads the stream of its number, or the only one.
     one_input = draw(st.booleans()) or ("layers" in gates and 1 + max(routing.streams) != len(routing.gates))
@@ -192,6 +192,24 @@ def by_pytorch(
     ]
 
 
+class _Holder(nn.Module):
+    """A module that calls the op with its own parameters, as :func:`mtlkernels.prepare` wants them."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.rest = {name: value for name, value in arguments.items() if name != "weights"}
+        self.of_layers = nn.ModuleList([nn.ParameterList([nn.Parameter(w) for w in ws]) for ws in arguments["weights"]])
+
+    def forward(self) -> Any:
+        return normalized.fused(weights=[list(layer) for layer in self.of_layers], **self.rest)  # type: ignore[call-overload]
+
+
+def prepared(**arguments: Any) -> Any:
+    """The third call of a prepared copy, which then has the weights in the form that the kernels want."""
+    copy = mk.prepare(_Holder(arguments))
+    return [copy() for _ in range(3)][-1]
+
+
 def by_reference(**arguments: Any) -> Any:
     return reference_op(normalized.fused, **arguments)
 
@@ -203,13 +221,14 @@ def check(case: LevelCase) -> None:
         AssertionError: what is wrong.
     """
     made = arguments_of(case)
+    op = prepared if case.way.mode == "prepared" else normalized.fused
     if case.special:
         places = list(tensors_in(list(made.arguments.values())))
         make = tensors.Maker(case.seed, made.dtype, case.layouts, case.way)
         make.put(case.special, make.rng.choice(places))
-        calls.check_special(normalized.fused, by_pytorch, made, case.way, case.used)
+        calls.check_special(op, by_pytorch, made, case.way, case.used)
         return
     normal = any(layer.norm != "none" for layer in case.layers)
     baseline = by_pytorch if case.way.implementation == "reference" else by_reference
     meaning = Meaning(formula, baseline, normalized.FACTOR if normal else 3.0)
-    calls.check(normalized.fused, meaning, made, case.way, case.used)
+    calls.check(op, meaning, made, case.way, case.used)

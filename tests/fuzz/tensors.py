@@ -28,13 +28,13 @@ dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31 - 1)
 
 
-def ways(op: str) -> st.SearchStrategy[Way]:
-    """Each way to call an op; half of the calls by C++ are on one thread."""
+def ways(op: str, *modes: str) -> st.SearchStrategy[Way]:
+    """Each way to call an op, in the usual modes and in others; half of the calls by C++ are on one thread."""
     return st.builds(
         Way,
         implementation=st.sampled_from(implementations(op)),
         threads=st.sampled_from((1, 1, 2, 3)),
-        mode=st.sampled_from(("train", "serve", "train", "losses")),
+        mode=st.sampled_from(("train", "serve", "train", "losses", *modes)),
         side=st.sampled_from(SIDES),
     )
 
@@ -80,7 +80,7 @@ class Maker(CaseFactory):
     def __init__(self, seed: int, dtype: torch.dtype, layouts: Sequence[str], way: Way, frozen: float = 0.0) -> None:
         super().__init__(seed, dtype, layouts=layouts)
         self._side = way.side
-        self._frozen = 1.0 if way.mode == "serve" else frozen
+        self._frozen = frozen if way.trains else 1.0
 
     def leaf(self, *shape: int, scale: float = 1.0, requires_grad: bool = True) -> Tensor:
         values = torch.randn(shape, generator=self._generator) * scale
