@@ -25,11 +25,12 @@ DEVICE ?= cpu
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs matrix wheel wheel-check check bench bench-guard readme aot gpu clean
+.PHONY: help demo test coverage docs matrix wheel wheel-check check bench bench-guard readme aot gpu clean
 
 help:
 	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
 	@echo "make test    check, then the whole test suite"
+	@echo "make coverage    which branches of csrc the tests take, by gcov: half an hour; ARGS=--report"
 	@echo "make docs    build the site into docs/_build/html, with warnings as errors"
 	@echo "make matrix  build and test the last commit with other Pythons and PyTorches; ARGS='--pairs 3.10:2.10'"
 	@echo "make wheel   the wheel of a release: kernels for several PyTorches and Pythons; ARGS='--torch 2.13 --python 3.11'"
@@ -66,6 +67,11 @@ demo: $(VENV)/.installed
 
 test: check
 	$(PYTEST) $(REQUIRED) $(ARGS)
+
+# The extension that is built here is a copy's, in build/coverage.
+coverage: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable ".[coverage]"
+	$(PY) -m tests.coverage $(ARGS)
 
 docs: $(VENV)/.installed
 	$(PY) -m sphinx -W --keep-going --fresh-env -b html docs docs/_build/html

@@ -15,7 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("csrc", "mtlkernels", "tests", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
+COPIED = (
+    "csrc",
+    "mtlkernels",
+    "tests",
+    "benchmarks",
+    "setup.py",
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so", "lib", "_build.json")
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 # What has to be loaded before everything else, as Python itself is not instrumented.
@@ -71,7 +81,9 @@ def environment(kind: str) -> dict[str, str]:
 
 def run(kind: str, arguments: Sequence[str], **changed: str) -> int:
     """Runs Python with these arguments in the copy, with the build loaded; its exit status."""
-    return subprocess.run([sys.executable, *arguments], cwd=place(kind), env={**environment(kind), **changed}).returncode
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=place(kind), env={**environment(kind), **changed}
+    ).returncode
 
 
 def output(kind: str, arguments: Sequence[str], changed: Mapping[str, str] = {}) -> tuple[int, str]:  # noqa: B006
