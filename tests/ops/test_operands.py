@@ -110,3 +110,64 @@ def test_of_an_operator(name: str, arguments: tuple[Any, ...], wrong: str) -> No
 def test_of_a_level(wrong: str) -> None:
     for name, arguments in of_levels():
         check(name, arguments, wrong)
+
+
+LEVEL = operator.with_gate_layers(torch.float32, ROWS, False)
+
+
+def level(direction: str, changed: dict[int, Any]) -> tuple[Any, ...]:
+    """Arguments of a level's operator, some of which are others."""
+    arguments = LEVEL.forward(True)
+    if direction == "backward":
+        outputs, saved = run("level_forward", *arguments)
+        arguments = LEVEL.backward([torch.ones_like(y) for y in outputs], saved, [True] * 8)
+    return tuple(change(old) if (change := changed.get(at)) else old for at, old in enumerate(arguments))
+
+
+COUNTS: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
+    "no gate": ("gated_mixture_forward", lambda: (EXPERTS, [], [], []), "there must be a gate"),
+    "an expert too few": (
+        "gated_mixture_forward",
+        lambda: (EXPERTS, LOGITS, [0, 1, 0, 1], [2, 3]),
+        "gate_experts must hold an expert for each column of the gates, got 4 for 5",
+    ),
+    "no such expert": ("gated_mixture_forward", lambda: (EXPERTS, LOGITS, [0, 1, 0, 1, 3], [2, 3]), r"\[0, 3\), got 3"),
+    "an expert before all": (
+        "gated_mixture_forward",
+        lambda: (EXPERTS, LOGITS, [0, -1, 0, 1, 2], [2, 3]),
+        r"\[0, 3\), got -1",
+    ),
+    "logits too few": ("gated_mixture_forward", lambda: (EXPERTS, LOGITS[:1], *GATES), "each of 2 gates, got 1"),
+    "a gradient too few": (
+        "gated_mixture_backward",
+        lambda: (GRADS[:1], EXPERTS, LOGITS, *GATES, True, True),
+        "grad_outputs must hold a tensor for each of 2 gates, got 1",
+    ),
+    "logits of float64": (
+        "gated_mixture_forward",
+        lambda: (EXPERTS, [t.double() for t in LOGITS], *GATES),
+        r"gate_logits\[0\] must be float32 or narrower",
+    ),
+    "no stream": ("snr_aver_forward", lambda: ([], Z), "u must hold at least one matrix"),
+    "streams of two widths": (
+        "snr_aver_forward",
+        lambda: ([U[0], torch.zeros(ROWS, 3)], Z),
+        r"u\[1\] must have shape \[5, 4\]",
+    ),
+    "no gradients": ("snr_aver_backward", lambda: ([], U, Z, True, True, True), "each of 3 outputs, got 0"),
+    "no tasks": ("pcgrad_gram", lambda: ([], 0), "num_tasks = 0"),
+    "no rows of z": ("snr_aver_forward", lambda: (U, torch.ones(0, 2)), r"z must be a tensor \[I, 2\], got \[0, 2\]"),
+    "inputs of a level": ("level_forward", lambda: level("forward", {0: lambda xs: xs[:-1]}), "inputs must hold 2"),
+    "parameters": ("level_forward", lambda: level("forward", {1: lambda ps: ps[:-1]}), "parameters must hold 12"),
+    "gates": ("level_forward", lambda: level("forward", {2: lambda ps: ps[:-1]}), "gates must hold 4 entries, got 3"),
+    "grad_outputs": ("level_backward", lambda: level("backward", {0: lambda gs: gs * 2 + gs[:1]}), "got 5"),
+    "no grad_outputs": ("level_backward", lambda: level("backward", {0: lambda gs: []}), "each of 2 gates.*got 0"),
+    "saved": ("level_backward", lambda: level("backward", {4: lambda saved: saved[:-1]}), r"saved must hold \d+"),
+}
+
+
+@pytest.mark.parametrize("mistake", COUNTS)
+def test_counts(mistake: str) -> None:
+    name, arguments, message = COUNTS[mistake]
+    with pytest.raises((ValueError, TypeError), match=f"^mtlkernels: .*{message}"):
+        run(name, *arguments())
