@@ -30,7 +30,7 @@ ARGS ?=
 help:
 	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
 	@echo "make test    check, then the whole test suite"
-	@echo "make coverage    which branches of csrc the tests take, by gcov: half an hour; ARGS=--report"
+	@echo "make coverage    which branches of csrc the tests take, by gcov: hours; ARGS='--parts 44' runs a share of them"
 	@echo "make docs    build the site into docs/_build/html, with warnings as errors"
 	@echo "make matrix  build and test the last commit with other Pythons and PyTorches; ARGS='--pairs 3.10:2.10'"
 	@echo "make wheel   the wheel of a release: kernels for several PyTorches and Pythons; ARGS='--torch 2.13 --python 3.11'"

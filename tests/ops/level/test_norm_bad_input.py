@@ -174,15 +174,14 @@ def test_module_lists_are_sequences() -> None:
 
 
 @pytest.mark.parametrize("which", ["running_mean", "running_var", "weight", "bias"])
-@pytest.mark.parametrize("wrong", ["longer", "a matrix", "elsewhere"])
-def test_norms_by_running_statistics(which: str, wrong: str) -> None:
+@pytest.mark.parametrize("shape", [(5,), (4, 1)])
+def test_norms_by_running_statistics(which: str, shape: tuple[int, ...]) -> None:
     """Which the direct way folds: it hands on what it cannot read. Of statistics it is PyTorch that complains then."""
     norms = [batch(4), None]
     first: Any = norms[0][0].eval()  # type: ignore[index]
     norms[0][1].eval()  # type: ignore[index]
-    shape, device = {"longer": ((5,), "cpu"), "a matrix": ((4, 1), "cpu"), "elsewhere": ((4,), "meta")}[wrong]
-    values = torch.ones(shape, device=device)
-    message = "expects each tensor|is not on the expected device"
+    values = torch.ones(shape)
+    message = "expects each tensor"
     if which in ("weight", "bias"):
         values, message = nn.Parameter(values), rf"norms\[0\]\[0\].{which} must"
     setattr(first, which, values)
