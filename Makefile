@@ -27,13 +27,14 @@ SEED ?=
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz large docs matrix wheel wheel-check check bench bench-guard readme aot gpu clean
+.PHONY: help demo test fuzz large coverage docs matrix wheel wheel-check check bench bench-guard readme aot gpu clean
 
 help:
 	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
 	@echo "make test    check, then the whole test suite"
 	@echo "make fuzz    random calls of every op against float64; CASES=10000 SEED=1 ARGS='--only pcgrad'"
 	@echo "make large   tests of tensors of more than 2^31 elements, one after another: 16 GB of memory and many minutes"
+	@echo "make coverage    which branches of csrc the tests take, by gcov: hours; ARGS='--parts 44' runs a share of them"
 	@echo "make docs    build the site into docs/_build/html, with warnings as errors"
 	@echo "make matrix  build and test the last commit with other Pythons and PyTorches; ARGS='--pairs 3.10:2.10'"
 	@echo "make wheel   the wheel of a release: kernels for several PyTorches and Pythons; ARGS='--torch 2.13 --python 3.11'"
@@ -77,6 +78,11 @@ fuzz: $(VENV)/.installed
 # One at a time, as each may take most of the memory.
 large: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -m large -n 0 $(ARGS) tests/ops/test_large.py
+
+# The extension that is built here is a copy's, in build/coverage.
+coverage: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable ".[coverage]"
+	$(PY) -m tests.coverage $(ARGS)
 
 docs: $(VENV)/.installed
 	$(PY) -m sphinx -W --keep-going --fresh-env -b html docs docs/_build/html

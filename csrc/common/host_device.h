@@ -7,7 +7,9 @@
 #define MTLK_INLINE __forceinline__
 #else
 #define MTLK_HOST_DEVICE
+#if !defined(MTLK_INLINE)  // which counts of branches want otherwise
 #define MTLK_INLINE inline __attribute__((always_inline))
+#endif
 #endif
 
 #if defined(__CUDA_ARCH__)

@@ -39,11 +39,7 @@ void GateTables::set_logits(at::TensorList logits, int64_t rows, at::ScalarType 
                    " gates, got ", logits.size());
   for (size_t k = 0; k < logits.size(); ++k) {
     const at::Tensor& tensor = logits[k];
-    MTLK_CHECK_VALUE(tensor.defined(), "gate_logits[", k, "] must be a tensor");
-    check_plain(tensor);
-    MTLK_CHECK_TYPE(tensor.scalar_type() == logits[0].scalar_type(), "gate_logits must share one dtype");
-    MTLK_CHECK_VALUE(tensor.is_cpu(), "gate_logits[", k, "] must be on the CPU, got ", tensor.device());
-    MTLK_CHECK_TYPE(tensor.layout() == at::kStrided, "gate_logits[", k, "] must be dense, got ", tensor.layout());
+    check_dense("gate_logits", k, tensor, logits[0].scalar_type());
     MTLK_CHECK_VALUE(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == sizes_[k], "gate_logits[", k,
                      "] must have shape [", rows, ", ", sizes_[k], "], got ", tensor.sizes());
     MTLK_CHECK_TYPE(tensor.scalar_type() != at::kDouble || experts == at::kDouble, "gate_logits[", k,

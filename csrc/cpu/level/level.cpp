@@ -130,10 +130,9 @@ Tensors gradients_of_losses(const LevelSpec& spec, const LevelTensors& tensors, 
                    activations + statistics + linear, " tensors, got ", saved.size());
   Tensors logits = tensors.gates;
   if (linear) {
+    check_dense("saved", saved.size() - 1, saved.back(), tensors.inputs[0].scalar_type());
     MTLK_CHECK_VALUE(saved.back().dim() == 2 && saved.back().size(1) == static_cast<int64_t>(spec.gate_experts.size()),
                      "the saved logits must have ", spec.gate_experts.size(), " columns, got ", saved.back().sizes());
-    MTLK_CHECK_TYPE(saved.back().scalar_type() == tensors.inputs[0].scalar_type(), "the saved logits must be of ",
-                    tensors.inputs[0].scalar_type(), ", got ", saved.back().scalar_type());
     logits = saved.back().split_with_sizes(spec.gate_sizes, 1);
   }
   std::vector<Tensors> grads;

@@ -38,14 +38,6 @@ LevelTables::LevelTables(const LevelSpec& spec, const LevelTensors& tensors)
   level_.gates = gates_.gates();
 }
 
-void LevelTables::check(const at::Tensor& tensor, const char* name, size_t i, at::ScalarType dtype) const {
-  MTLK_CHECK_TYPE(tensor.defined(), name, "[", i, "] must be a tensor");
-  check_plain(tensor);
-  MTLK_CHECK_TYPE(tensor.scalar_type() == dtype && tensor.layout() == at::kStrided, name, "[", i,
-                  "] must be a dense tensor of ", dtype, ", got ", tensor.layout(), " of ", tensor.scalar_type());
-  MTLK_CHECK_VALUE(tensor.is_cpu(), name, "[", i, "] must be on the CPU, got ", tensor.device());
-}
-
 void LevelTables::check_experts() {
   const Tensors &inputs = tensors_.inputs, &weights = tensors_.weights;
   const size_t experts = spec_.experts(), count = experts * spec_.layers();
@@ -55,13 +47,13 @@ void LevelTables::check_experts() {
   MTLK_CHECK_VALUE(tensors_.biases.size() == count, "biases must hold ", count, " entries, got ",
                    tensors_.biases.size());
   for (size_t i = 0; i < inputs.size(); ++i) {
-    check(inputs[i], "inputs", i);
+    check_dense("inputs", i, inputs[i], dtype_);
     MTLK_CHECK_VALUE(inputs[i].dim() == 2 && inputs[i].sizes() == inputs[0].sizes(), "inputs[", i,
                      "] must have shape [B, D] as inputs[0], got ", inputs[i].sizes());
   }
   widths_.push_back(inputs[0].size(1));
   for (size_t i = 0; i < count; ++i) {
-    check(weights[i], "weights", i);
+    check_dense("weights", i, weights[i], dtype_);
     MTLK_CHECK_VALUE(weights[i].dim() == 2, "weights[", i, "] must be a matrix");
     if (i % experts == 0) widths_.push_back(weights[i].size(0));
     const int64_t out = widths_[i / experts + 1], in = widths_[i / experts];
@@ -74,7 +66,7 @@ void LevelTables::check_experts() {
 // The address of a bias of `size` elements, null for none.
 const void* LevelTables::bias_of(const at::Tensor& bias, int64_t size, const char* name, size_t i) {
   if (!bias.defined()) return nullptr;
-  check(bias, name, i);
+  check_dense(name, i, bias, dtype_);
   MTLK_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == size, name, "[", i, "] must have shape [", size, "], got ",
                    bias.sizes());
   kept_.push_back(bias.contiguous());
@@ -115,7 +107,7 @@ void LevelTables::check_gate_layers() {
   MTLK_CHECK_VALUE(!spec_.gate_inputs.empty() || streams == 1 || streams >= count,
                    "there must be a stream for each of ", count, " gates, got ", streams);
   for (size_t k = 0; k < count; ++k) {
-    check(weights[k], "gate_weights", k);
+    check_dense("gate_weights", k, weights[k], dtype_);
     MTLK_CHECK_VALUE(
         weights[k].dim() == 2 && weights[k].size(0) == spec_.gate_sizes[k] && weights[k].size(1) == widths_[0],
         "gate_weights[", k, "] must have shape [", spec_.gate_sizes[k], ", ", widths_[0], "], got ",
@@ -174,7 +166,7 @@ at::Tensor LevelTables::normalized_logits() const {
 void LevelTables::set_grad_outputs(at::TensorList grad_outputs) {
   const int64_t rows = level_.rows, features = widths_.back();
   for (size_t k = 0; k < grad_outputs.size(); ++k) {
-    check(grad_outputs[k], "grad_outputs", k);
+    check_dense("grad_outputs", k, grad_outputs[k], dtype_);
     MTLK_CHECK_VALUE(grad_outputs[k].sizes() == at::IntArrayRef({rows, features}), "grad_outputs[", k,
                      "] must have shape [", rows, ", ", features, "], got ", grad_outputs[k].sizes());
     add_rows(grad_outputs[k], grad_outputs_, grad_output_ld_);
@@ -185,7 +177,7 @@ void LevelTables::set_saved(at::TensorList saved, int64_t experts) {
   for (size_t l = 0; l < saved.size(); ++l) {
     const bool signs = l + 1 == saved.size() && spec_.saves_signs(dtype_of(tensors_.inputs[0]));
     const int64_t width = signs ? sign_bytes(widths_.back()) : widths_[l + 1];
-    check(saved[l], "saved", l, signs ? at::kByte : dtype_);
+    check_dense("saved", l, saved[l], signs ? at::kByte : dtype_);
     MTLK_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({experts, level_.rows, width}), "saved[", l,
                      "] must have shape [", experts, ", ", level_.rows, ", ", width, "], got ", saved[l].sizes());
     kept_.push_back(saved[l].contiguous());

@@ -58,8 +58,6 @@ class LevelTables {
   const int64_t* last_weight_ld() const { return last_forms().ld() + last_offset(); }
 
  private:
-  void check(const at::Tensor& tensor, const char* name, size_t i) const { check(tensor, name, i, dtype_); }
-  void check(const at::Tensor& tensor, const char* name, size_t i, at::ScalarType dtype) const;
   void check_experts();
   const void* bias_of(const at::Tensor& bias, int64_t size, const char* name, size_t i);
   void add_rows(const at::Tensor& x, std::vector<const void*>& pointers, std::vector<int64_t>& ld);

@@ -68,12 +68,9 @@ void NormTables::set_statistics(at::TensorList statistics, int64_t experts) {
     for (const int64_t l : numbers) {
       const at::Tensor& tensor = statistics[next++];
       const std::vector<int64_t> sizes = statistic_sizes(l, experts);
-      check_plain(tensor);
-      MTLK_CHECK_TYPE(tensor.scalar_type() == compute_, "statistics must be of ", compute_, ", got ",
-                      tensor.scalar_type());
-      MTLK_CHECK_VALUE(tensor.is_cpu() && tensor.sizes() == at::IntArrayRef(sizes), "statistics of layer ", l,
-                       " must have shape ", at::IntArrayRef(sizes), " on the CPU, got ", tensor.sizes(), " on ",
-                       tensor.device());
+      check_dense("statistics", l, tensor, compute_);
+      MTLK_CHECK_VALUE(tensor.sizes() == at::IntArrayRef(sizes), "statistics[", l, "] must have shape ",
+                       at::IntArrayRef(sizes), ", got ", tensor.sizes());
       kept_.push_back(tensor.contiguous());
       layers_[l].*which = const_cast<void*>(kept_.back().const_data_ptr());  // the backward pass only reads it
     }
@@ -124,10 +121,8 @@ void NormTables::allocate(bool backward) {
 
 void NormTables::set_seed(const std::optional<at::Tensor>& seed) {
   MTLK_CHECK_VALUE(seed.has_value() && seed->defined(), "dropout needs a seed");
-  check_plain(*seed);
-  MTLK_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed must be an int64 tensor, got ", seed->scalar_type());
-  MTLK_CHECK_VALUE(seed->is_cpu() && seed->numel() == 1, "seed must hold one element on the CPU, got ", seed->sizes(),
-                   " on ", seed->device());
+  check_dense("seed", *seed, at::kLong);
+  MTLK_CHECK_VALUE(seed->numel() == 1, "seed must hold one element, got ", seed->sizes());
   seed_ = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
 }
 
@@ -141,15 +136,12 @@ void NormTables::set_parameters(const Tensors& given, const char* name, bool slo
     const at::Tensor& tensor = given[i];
     const auto l = static_cast<int64_t>(i) / level_.experts;
     if (!tensor.defined()) continue;
-    check_plain(tensor);
     MTLK_CHECK_VALUE(slopes ? mtlk::has_slopes(level_.activations[l]) : has_norm(l), name, "[", i,
                      "] must be None, as its layer has ", slopes ? "an activation without slopes" : "no norm");
-    MTLK_CHECK_TYPE(tensor.scalar_type() == dtype_ || tensor.scalar_type() == compute_, name, "[", i, "] must be of ",
-                    dtype_, " or ", compute_, ", got ", tensor.scalar_type());
+    check_dense(name, i, tensor, tensor.scalar_type() == compute_ ? compute_ : dtype_);
     const bool fits = tensor.dim() == 1 && (tensor.size(0) == width(l) || (slopes && tensor.size(0) == 1));
     MTLK_CHECK_VALUE(fits, name, "[", i, "] must have shape [", width(l), "]", slopes ? " or [1]" : "", ", got ",
                      tensor.sizes());
-    MTLK_CHECK_VALUE(tensor.is_cpu(), name, "[", i, "] must be on the CPU, got ", tensor.device());
     kept_.push_back(tensor.to(compute_).contiguous());
     pointers[i] = kept_.back().const_data_ptr();
     if (slopes) slope_strides_[i] = tensor.size(0) > 1;

@@ -12,8 +12,8 @@ namespace mtlk {
 namespace {
 
 void check_values(const at::Tensor& experts) {
-  TORCH_CHECK_VALUE(experts.dim() == 3 && experts.is_cpu() && experts.layout() == at::kStrided,
-                    "mtlkernels: experts must be a dense tensor [B, E, H] on the CPU, got ", experts.sizes());
+  check_dense("experts", experts, experts.scalar_type());
+  TORCH_CHECK_VALUE(experts.dim() == 3, "mtlkernels: experts must be a tensor [B, E, H], got ", experts.sizes());
 }
 
 GatedMixtureArgs make_args(const at::Tensor& experts, at::TensorList logits, GateTables& tables) {
@@ -67,11 +67,10 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gated_mixture_backw
   std::vector<int64_t> grad_ld;
   std::vector<void*> logit_pointers;
   for (size_t k = 0; k < grad_outputs.size(); ++k) {
+    check_dense("grad_outputs", k, grad_outputs[k], experts.scalar_type());
     TORCH_CHECK_VALUE(grad_outputs[k].sizes() == at::IntArrayRef({args.rows, args.features}),
                       "mtlkernels: grad_outputs[", k, "] must have shape [", args.rows, ", ", args.features, "], got ",
                       grad_outputs[k].sizes());
-    TORCH_CHECK_TYPE(grad_outputs[k].scalar_type() == experts.scalar_type(), "mtlkernels: grad_outputs[", k,
-                     "] must have the experts' dtype, got ", grad_outputs[k].scalar_type());
     kept.push_back(with_unit_stride(grad_outputs[k]));
     grads.push_back(kept.back().const_data_ptr());
     grad_ld.push_back(kept.back().stride(0));

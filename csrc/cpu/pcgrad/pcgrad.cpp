@@ -127,16 +127,17 @@ at::Tensor gram(GradList grads, int64_t tasks) {
 std::tuple<at::Tensor, at::Tensor> weights(const at::Tensor& gram, const std::optional<at::Tensor>& order,
                                            bool include_self, std::optional<double> max_norm, bool normalize,
                                            bool project, double eps, bool mean) {
-  TORCH_CHECK_VALUE(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.is_cpu(),
-                    "mtlkernels: gram must be a matrix [T, T] on the CPU, got ", gram.sizes());
-  TORCH_CHECK_TYPE(gram.scalar_type() == at::kDouble, "mtlkernels: gram must be float64, got ", gram.scalar_type());
+  check_dense("gram", gram, at::kDouble);
+  TORCH_CHECK_VALUE(gram.dim() == 2 && gram.size(0) == gram.size(1), "mtlkernels: gram must be a matrix [T, T], got ",
+                    gram.sizes());
   const int tasks = static_cast<int>(gram.size(0));
   const at::Tensor from = gram.contiguous();
   const double* products = from.const_data_ptr<double>();
   at::Tensor steps = at::empty({tasks, 0}, at::kLong);
   if (order) {
-    TORCH_CHECK_VALUE(order->dim() == 2 && order->size(0) == tasks && order->is_cpu(),
-                      "mtlkernels: order must be a matrix with a row for each of ", tasks, " tasks on the CPU, got ",
+    check_dense("order", *order, order->scalar_type());
+    TORCH_CHECK_VALUE(order->dim() == 2 && order->size(0) == tasks,
+                      "mtlkernels: order must be a matrix with a row for each of ", tasks, " tasks, got ",
                       order->sizes());
     steps = order->to(at::kLong).contiguous();
   }
@@ -158,10 +159,9 @@ std::tuple<at::Tensor, at::Tensor> weights(const at::Tensor& gram, const std::op
 }
 
 std::vector<at::Tensor> combine(GradList grads, int64_t tasks, const at::Tensor& coefficients) {
-  TORCH_CHECK_VALUE(coefficients.dim() == 1 && coefficients.size(0) == tasks && coefficients.is_cpu(),
-                    "mtlkernels: coefficients must have shape [", tasks, "] on the CPU, got ", coefficients.sizes());
-  TORCH_CHECK_TYPE(coefficients.scalar_type() == at::kDouble, "mtlkernels: coefficients must be float64, got ",
-                   coefficients.scalar_type());
+  check_dense("coefficients", coefficients, at::kDouble);
+  TORCH_CHECK_VALUE(coefficients.dim() == 1 && coefficients.size(0) == tasks,
+                    "mtlkernels: coefficients must have shape [", tasks, "], got ", coefficients.sizes());
   const std::vector<Parameter> parameters = parameters_of(grads, tasks);
   const at::Tensor from = coefficients.contiguous();
   const double* all = from.const_data_ptr<double>();

@@ -6,6 +6,11 @@
 #include <algorithm>
 #include <atomic>
 
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#include <vector>
+#endif
+
 #include "runtime/memory.h"
 
 namespace mtlk {
@@ -14,9 +19,17 @@ namespace mtlk {
 template <typename F>
 void parallel_threads(int64_t threads, F f) {
   if (threads <= 1) return f(0);
+#if defined(__SANITIZE_THREAD__)
+  // OpenMP's own threads meet in code that ThreadSanitizer does not see.
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t) others.emplace_back([&f, t] { f(t); });
+  f(0);
+  for (std::thread& other : others) other.join();
+#else
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) f(t);
   });
+#endif
 }
 
 // Runs f(task, thread) for each of `tasks` tasks; a thread takes the next one when it is free. Each task must write

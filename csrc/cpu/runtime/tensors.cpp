@@ -24,6 +24,17 @@ void check_plain(const at::Tensor& tensor) {
   MTLK_CHECK_TYPE(!tensor.unsafeGetTensorImpl()->is_python_dispatch(), "a plain tensor was expected");
 }
 
+void check_dense(const char* name, const at::Tensor& x, at::ScalarType dtype) { check_dense(name, -1, x, dtype); }
+
+void check_dense(const char* name, int64_t i, const at::Tensor& x, at::ScalarType dtype) {
+  const auto what = [&] { return i < 0 ? std::string(name) : c10::str(name, "[", i, "]"); };
+  MTLK_CHECK_TYPE(x.defined(), what(), " must be a tensor");
+  check_plain(x);
+  MTLK_CHECK_TYPE(x.scalar_type() == dtype && x.layout() == at::kStrided, what(), " must be a dense tensor of ", dtype,
+                  ", got ", x.layout(), " of ", x.scalar_type());
+  MTLK_CHECK_VALUE(x.is_cpu(), what(), " must be on the CPU, got ", x.device());
+}
+
 at::Tensor with_unit_stride(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 }  // namespace mtlk

@@ -14,6 +14,10 @@ Dtype dtype_of(const at::Tensor& tensor);
 // would have asked them, bring them here.
 void check_plain(const at::Tensor& tensor);
 
+// Refuses what is not a dense tensor of this dtype on the CPU: an argument of this name, or an entry of one.
+void check_dense(const char* name, const at::Tensor& x, at::ScalarType dtype);
+void check_dense(const char* name, int64_t i, const at::Tensor& x, at::ScalarType dtype);
+
 at::Tensor with_unit_stride(const at::Tensor& x);
 
 }  // namespace mtlk

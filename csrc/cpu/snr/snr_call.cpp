@@ -5,13 +5,6 @@
 
 namespace mtlk {
 
-void check_dense(const char* name, size_t i, const at::Tensor& x, at::ScalarType dtype) {
-  check_plain(x);
-  TORCH_CHECK_TYPE(x.scalar_type() == dtype && x.layout() == at::kStrided, "mtlkernels: ", name, "[", i,
-                   "] must be a dense tensor of ", dtype, ", got ", x.layout(), " of ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.is_cpu(), "mtlkernels: ", name, "[", i, "] must be on the CPU, got ", x.device());
-}
-
 SnrMatrices::SnrMatrices(const char* name, at::TensorList tensors, int64_t rows, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(!tensors.empty(), "mtlkernels: ", name, " must hold at least one tensor");
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -27,9 +20,9 @@ SnrMatrices::SnrMatrices(const char* name, at::TensorList tensors, int64_t rows,
 }
 
 SnrCoding::SnrCoding(const at::Tensor& z, int64_t inputs, at::ScalarType dtype) {
-  check_plain(z);
-  TORCH_CHECK_VALUE(z.is_cpu() && z.layout() == at::kStrided && z.dim() == 2 && z.size(0) > 0 && z.size(1) == inputs,
-                    "mtlkernels: z must be a dense tensor [I, ", inputs, "] on the CPU, got ", z.sizes());
+  check_dense("z", z, z.scalar_type());
+  TORCH_CHECK_VALUE(z.dim() == 2 && z.size(0) > 0 && z.size(1) == inputs, "mtlkernels: z must be a tensor [I, ", inputs,
+                    "], got ", z.sizes());
   dtype_of(z);
   TORCH_CHECK_TYPE(z.scalar_type() != at::kDouble || dtype == at::kDouble,
                    "mtlkernels: z must be float32 or narrower beside u in ", dtype);

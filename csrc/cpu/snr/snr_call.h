@@ -10,9 +10,6 @@
 
 namespace mtlk {
 
-// Refuses what is not a dense tensor of this dtype on the CPU.
-void check_dense(const char* name, size_t i, const at::Tensor& x, at::ScalarType dtype);
-
 // A list of matrices with equal numbers of rows, kept with unit column stride as long as this lives.
 class SnrMatrices {
  public:

@@ -39,7 +39,8 @@ class Call {
     TORCH_CHECK_VALUE(matrices.size() == count, "mtlkernels: weights must hold ", count, " matrices, got ",
                       matrices.size());
     for (size_t r = 0; r < count; ++r) {
-      const int64_t out = matrices[r / in.count() * in.count()].size(0), width = in.widths()[r % in.count()];
+      const at::Tensor& first = matrices[r / in.count() * in.count()];
+      const int64_t out = first.dim() == 2 ? first.size(0) : 0, width = in.widths()[r % in.count()];
       TORCH_CHECK_VALUE(matrices[r].dim() == 2 && matrices[r].size(0) == out && matrices[r].size(1) == width,
                         "mtlkernels: weights[", r, "] must have shape [", out, ", ", width, "], got ",
                         matrices[r].sizes());

@@ -174,3 +174,19 @@ def test_mistakes_elsewhere_leave_running_statistics_alone() -> None:
 def test_module_lists_are_sequences() -> None:
     norms = nn.ModuleList([nn.ModuleList(batch(4)), nn.ModuleList(layer(3))])
     assert [tuple(y.shape) for y in call(norms=norms, dropout=[0, 0.5])] == [(6, 3)]
+
+
+@pytest.mark.parametrize("which", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("shape", [(5,), (4, 1)])
+def test_norms_by_running_statistics(which: str, shape: tuple[int, ...]) -> None:
+    """Which the direct way folds: it hands on what it cannot read. Of statistics it is PyTorch that complains then."""
+    norms = [batch(4), None]
+    first: Any = norms[0][0].eval()  # type: ignore[index]
+    norms[0][1].eval()  # type: ignore[index]
+    values = torch.ones(shape)
+    message = "expects each tensor"
+    if which in ("weight", "bias"):
+        values, message = nn.Parameter(values), rf"norms\[0\]\[0\].{which} must"
+    setattr(first, which, values)
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=message):
+        call(norms=norms)

@@ -12,6 +12,7 @@ from mtlkernels import _extension
 from mtlkernels.ops.activations import CODES
 from mtlkernels.ops.level.call import spec_of
 from mtlkernels.ops.level.spec import Layer, LevelSpec
+from tests import requires
 
 
 def random_spec(rng: random.Random) -> LevelSpec:
@@ -126,6 +127,31 @@ def test_lists_that_are_no_spec() -> None:
                 read(wrong, ())
         with pytest.raises(ValueError, match="spec must come with 3 floats"):
             read(ints, (0.0,))
+
+
+@pytest.mark.parametrize(
+    "at, value, message",
+    [
+        (1, 99, "be as long as its counts say"),
+        (4, 2, "be as long as its counts say"),
+        (6, 1, "name streams that there are"),
+        (7, 0, "hold an expert, a layer and full gates"),
+        (7, 1, "name an expert for each of its gates' logits"),
+        (8, 99, "hold codes of activations, not 99"),
+        (9, 3, "hold codes of norms, not 3"),
+        (10, 2, r"name experts in \[0, 2\)"),
+    ],
+)
+@requires.cpp_kernels
+def test_what_the_operators_refuse(at: int, value: int, message: str) -> None:
+    """Who calls an operator directly gives it these lists: 5 counts, streams, sizes, activations, norms, experts."""
+    ints = [1, 2, 1, 1, 0, *(0, 0), 2, 1, 0, *(1, 0)]
+    recoded = _extension.function("recoded_level")
+    assert recoded(ints, []) == (ints, [])
+    with pytest.raises(ValueError, match=f"spec must {message}"):
+        recoded([*ints[:at], value, *ints[at + 1 :]], [])
+    with pytest.raises(ValueError, match=r"spec must hold rates of dropout in \[0, 1\], not 1.5"):
+        recoded(ints, [0.0, 0.0, 1.5])
 
 
 def test_a_spec_is_made_once_for_a_routing() -> None:

@@ -72,7 +72,7 @@ def test_mistakes_with_closed_grad() -> None:
             r"weights must have shape \[4, 2, D_out, D_in\], got \[3, 2, 6, 3\]",
         ),
         ("forward", ([U[0], U[1]], [W[..., :2]], Z), r"weights\[0\] must have shape \[6, 3\], got \[6, 2\]"),
-        ("forward", ([U[0], U[1]], WEIGHTS, Z[:, :1]), r"z must be a dense tensor \[I, 2\].*, got \[4, 1\]"),
+        ("forward", ([U[0], U[1]], WEIGHTS, Z[:, :1]), r"z must be a tensor \[I, 2\], got \[4, 1\]"),
         ("forward", ([U[0], U[1]], WEIGHTS, Z.double()), "z must be float32 or narrower"),
         (
             "backward",

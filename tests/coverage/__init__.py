@@ -1,0 +1,1 @@
+"""How much of csrc the tests run: ``python -m tests.coverage``."""
