@@ -30,7 +30,7 @@ MODULE = f"mtlkernels.lib.{_extension.place(torch.__version__).name}._C"
 EXPORTED = "_ZN4mtlk25compiled_instruction_setsEv"  # a function of the operators' library
 
 
-def calls() -> dict[str, Callable[[], Results]]:
+def calls(dropout: float = 0.2) -> dict[str, Callable[[], Results]]:
     """Calls by name; their results are large enough for the pool of memory, and some threads have work to share."""
     found: dict[str, Callable[[], Results]] = {}
 
@@ -45,7 +45,7 @@ def calls() -> dict[str, Callable[[], Results]]:
     make = CaseFactory(0, torch.float32)
     add("gate layers", gate_layers.by_layers, gate_layers.with_layers(make, 64, WIDTHS))
     for kinds, activation in NORMS:
-        case = normalized.case(make, 64, WIDTHS, ROUTING, kinds, activation=activation, dropout=[0.2, 0.0])
+        case = normalized.case(make, 64, WIDTHS, ROUTING, kinds, activation=activation, dropout=[dropout, 0.0])
         add(f"norms, {kinds}, {activation}", normalized.fused, case)
     add("gated_mixture", mk.gated_mixture, make.gated_mixture(70, 90, ROUTING))
     add("snr_trans", mk.snr_trans, snr_trans(make, 70, [24, 33], [90, 7, 80]))
