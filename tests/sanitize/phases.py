@@ -12,7 +12,7 @@ from tests import instrumented
 from tests.csrc import sanitizers
 from tests.sanitize import planted
 
-# Tests that multiply and add by the C++ kernels, but for those that compile or start processes: nothing new is run there.
+# Tests that run the C++ kernels, but for those that compile or start processes, in which nothing else is run.
 OPS = ("tests/ops", "tests/nn", "tests/optim", "tests/test_prepare.py", "tests/test_selfcheck.py")
 WITHOUT = ("tests/ops/test_compile.py", "tests/ops/test_forks.py", "tests/ops/test_zero_widths.py")
 NAMES_WITHOUT = "not Compiled and not compile and not fullgraph and not inductor"
