@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt mtlkernels/operators.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find $(wildcard csrc tests/csrc) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find $(wildcard csrc tests) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 COMPILER := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
 NVCC := $(shell command -v nvcc)
 CUDA_SOURCES := $(shell find csrc/cuda csrc/common -type f) tests/cuda/compile.py

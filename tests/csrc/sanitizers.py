@@ -11,11 +11,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from tests.csrc.library import COMPILER, HERE, ROOT
 
+NAMES = {"address": "AddressSanitizer", "thread": "ThreadSanitizer"}
 CHECKS = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fsanitize-recover=address,undefined"),
     "thread": ("-fsanitize=thread",),
@@ -56,6 +58,12 @@ def launcher(kind: str) -> tuple[str, ...] | None:
             if not subprocess.run([*prefix, str(target)], capture_output=True).returncode:
                 return prefix
     return None
+
+
+def need(kind: str) -> None:
+    """Skips what cannot be run."""
+    if launcher(kind) is None:
+        pytest.skip(f"needs {NAMES[kind]}, which this compiler or machine lacks")
 
 
 def compile_with_pool(kind: str, source: Path, target: Path, *options: str) -> None:

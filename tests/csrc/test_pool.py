@@ -16,8 +16,7 @@ pytestmark = library.needs_compiler
 
 @pytest.fixture(scope="module", params=sanitizers.FAULTS)
 def kind(request: pytest.FixtureRequest) -> str:
-    if sanitizers.launcher(request.param) is None:
-        pytest.skip(f"needs the sanitizer of kind {request.param}, which this compiler or machine lacks")
+    sanitizers.need(request.param)
     return str(request.param)
 
 

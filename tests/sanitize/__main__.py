@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         start = time.perf_counter()
         if sanitizers.launcher(phase.kind) is None:
-            outcome = Outcome("NOT RUN", "this compiler or machine lacks the sanitizer")
+            outcome = Outcome("NOT RUN", f"this compiler or machine lacks {sanitizers.NAMES[phase.kind]}")
         else:
             outcome = phase.run(phase.kind, options.short)
         if outcome.findings:
