@@ -90,8 +90,9 @@ def shared(kind: str, short: bool) -> Outcome:
 
 def fuzz(kind: str, short: bool) -> Outcome:
     cases = "60" if short else "600"
-    printed, findings = checked(kind, "-m", "tests.fuzz", "--cases", cases, "--seed", "0", "--jobs", "2")
-    return Outcome(f"{cases} cases", findings)
+    command = ["-m", "tests.fuzz", "--without-triton", "--cases", cases, "--seed", "0", "--jobs", "2"]
+    _, findings = checked(kind, *command)
+    return Outcome(f"{cases} cases a target", findings)
 
 
 def threads(kind: str, short: bool) -> Outcome:

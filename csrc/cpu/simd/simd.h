@@ -255,22 +255,22 @@ MTLK_INLINE void narrow_past_caches(const C* in, T* out, int64_t n) {
 // A bump allocator over a caller's buffer; every piece starts on a cache line. Without a buffer it only counts.
 class Arena {
  public:
-  explicit Arena(void* memory) : first_(reinterpret_cast<uintptr_t>(memory)), next_(first_) {}
+  explicit Arena(void* memory) : first_(static_cast<char*>(memory)), next_(first_) {}
   template <typename U>
   U* take(int64_t count) {
     U* const piece = reinterpret_cast<U*>(next_);
-    if (first_ != 0) fence(piece, count * static_cast<int64_t>(sizeof(U)));
+    if (first_ != nullptr) fence(piece, count * static_cast<int64_t>(sizeof(U)));
     next_ += bytes<U>(count);
     return piece;
   }
-  int64_t taken() const { return static_cast<int64_t>(next_ - first_); }
+  int64_t taken() const { return next_ - first_; }
   template <typename U>
   static int64_t bytes(int64_t count) {
     return padded(count * static_cast<int64_t>(sizeof(U)));
   }
 
  private:
-  uintptr_t first_, next_;
+  char *first_, *next_;
 };
 
 }  // namespace MTLK_ISA
