@@ -25,9 +25,9 @@ inline bool make(const std::string& name) {
   } else if (name == "an overrun into a neighbour") {
     const mtlk::Scratch pieces(2, 128);
     write(pieces[0], 127 + one);
-  } else if (name == "an overrun of a tensor") {
-    const at::Tensor tensor = mtlk::pooled({5000}, at::kFloat), other = mtlk::pooled({5000}, at::kFloat);
-    tensor.mutable_data_ptr<float>()[4999 + one] = 1;
+  } else if (name == "an overrun of all pieces") {
+    const mtlk::Scratch last(3, 128), following(1, 128);
+    write(last[2], 127 + one);
   } else if (name == "a use after giving back") {
     void* first = nullptr;
     {

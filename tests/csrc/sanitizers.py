@@ -29,7 +29,7 @@ FAULTS = {
     "address": {
         "an overrun of a piece": "use-after-poison",
         "an overrun into a neighbour": "use-after-poison",
-        "an overrun of a tensor": "use-after-poison",
+        "an overrun of all pieces": "use-after-poison",
         "a use after giving back": "use-after-poison",
         "an overflow": "signed integer overflow",
         "a misaligned access": "misaligned address",
