@@ -103,6 +103,7 @@ def threads(kind: str, short: bool) -> Outcome:
 PHASES = (
     Phase("address", "build", build),
     Phase("address", "planted", planted_faults),
+    Phase("address", "threads", threads),
     Phase("address", "ops", ops),
     Phase("address", "fuzz", fuzz),
     Phase("thread", "build", build),
