@@ -23,8 +23,8 @@ COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None
 # What has to be loaded before everything else, as Python itself is not instrumented.
 RUNTIMES = {"address": ("libasan.so", "libubsan.so", "libstdc++.so"), "thread": ("libtsan.so",), "coverage": ()}
 OPTIONS = {
-    # Python and PyTorch keep much until they end. GCC 12 aligns frames that outlive their functions to 32 bytes, and then
-    # takes them to be aligned to the 64 that vectors of AVX-512 want.
+    # Python and PyTorch keep much until they end. GCC 12 aligns frames that outlive their functions to 32 bytes, and
+    # then takes them to be aligned to the 64 that vectors of AVX-512 want.
     "address": {
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",

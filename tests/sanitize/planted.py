@@ -5,9 +5,10 @@ The library is planted.cpp; what is to be found says ``tests.csrc.sanitizers``.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from pathlib import Path
+
+import torch
 
 from mtlkernels import _extension
 from tests import instrumented
@@ -23,10 +24,9 @@ def compile_for(kind: str, target: Path) -> None:
 
 def main(library: str, *names: str) -> None:
     assert _extension.loaded(), _extension.load_error()
-    make = ctypes.CDLL(library).make
-    make.restype = ctypes.c_bool
+    torch.ops.load_library(library)
     for name in names:
-        assert make(name.encode()), f"there is no fault {name}"
+        assert torch.ops.mtlkernels_planted.make(name), f"there is no fault {name}"
 
 
 if __name__ == "__main__":
