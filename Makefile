@@ -22,14 +22,18 @@ PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --maxproce
 # Arguments of the targets below, as in `make bench SUITE=mixture DEVICE=cuda`.
 SUITE ?=
 DEVICE ?= cpu
+CASES ?= 1000
+SEED ?=
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs matrix wheel wheel-check check bench bench-guard readme aot sanitize gpu clean
+.PHONY: help demo test fuzz large docs matrix wheel wheel-check check bench bench-guard readme aot sanitize gpu clean
 
 help:
 	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
 	@echo "make test    check, then the whole test suite"
+	@echo "make fuzz    random calls of every op against float64; CASES=10000 SEED=1 ARGS='--only pcgrad'"
+	@echo "make large   tests of tensors of more than 2^31 elements, one after another: 16 GB of memory and many minutes"
 	@echo "make docs    build the site into docs/_build/html, with warnings as errors"
 	@echo "make matrix  build and test the last commit with other Pythons and PyTorches; ARGS='--pairs 3.10:2.10'"
 	@echo "make wheel   the wheel of a release: kernels for several PyTorches and Pythons; ARGS='--torch 2.13 --python 3.11'"
@@ -67,6 +71,13 @@ demo: $(VENV)/.installed
 
 test: check
 	$(PYTEST) $(REQUIRED) $(ARGS)
+
+fuzz: $(VENV)/.installed
+	$(PY) -m tests.fuzz --cases $(CASES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# One at a time, as each may take most of the memory.
+large: $(VENV)/.installed
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -m large -n 0 $(ARGS) tests/ops/test_large.py
 
 docs: $(VENV)/.installed
 	$(PY) -m sphinx -W --keep-going --fresh-env -b html docs docs/_build/html
@@ -117,5 +128,5 @@ gpu:
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mtlkernels/lib mtlkernels/_cuda*.so mtlkernels/_build.json demo-out bench-out
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks docs/_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis docs/_build
 	find mtlkernels tests benchmarks docs examples release -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,8 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
             )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes comes first, so that processes that share the tests end together."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes minutes comes first, so that processes that share the tests end together.
+
+    Tests of large tensors are left out unless they are asked for: two of them at a time would not fit.
+    """
+    if "large" not in config.getoption("markexpr"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("large")])
+        items[:] = [item for item in items if not item.get_closest_marker("large")]
     items.sort(key=lambda item: item.path.name != "test_interpreter.py")
 
 

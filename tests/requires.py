@@ -20,6 +20,14 @@ def instruction_set(*names: str, what: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not {*names} & {*SETS}, reason=f"needs {what}, which {_LACKING}")
 
 
+def memory(gigabytes: int) -> None:
+    """Skips the test that runs where less memory is free."""
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    if free < gigabytes * 10**9:
+        pytest.skip(f"needs {gigabytes} GB of free memory, which this machine lacks")
+
+
 cpp_kernels = pytest.mark.skipif(not _extension.loaded(), reason="needs C++ kernels, which this install lacks")
 amx = instruction_set("amx", what="AMX")
 cuda_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which this machine lacks")

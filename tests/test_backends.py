@@ -202,7 +202,7 @@ def test_kept_memory_is_released() -> None:
     mk.gated_mixture(x, logits, mk.Routing.mmoe(8, 2))
     trunk, rows = mk.nn.MMoE(64, 2, (64, 64), num_experts=4), torch.randn(512, 64)
     with torch.no_grad():
-        before = [trunk(rows)[0].clone() for _ in range(3)]  # weights are kept when they come again
+        before = [trunk(rows)[0].clone() for _ in range(3)]  # the pool has blocks from the second call on
         assert release() > 0 and release() == 0
         assert all(torch.equal(y, trunk(rows)[0]) for y in before)
 

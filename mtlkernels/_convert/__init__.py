@@ -57,8 +57,9 @@ class Convert(Registration):
 
     A class may have been edited, so each module is first tried: a copy with random weights in float64 has to do the
     same fused as by its own code. Outputs in training and evaluation, gradients, random numbers that are drawn,
-    statistics, and attributes that the forward sets are compared; a module in which one of them differs is left alone,
-    and the report says which.
+    statistics, and attributes that the forward sets are compared, also with other numbers in the place of those that
+    are kept as attributes (a temperature that a schedule changes); a module in which one of them differs is left alone,
+    and the report says which. A level whose parameters are of several dtypes runs its own code, which casts.
 
     Where no kernels serve the device and dtype of a module's parameters (a CPU without the C++ extension, an NVIDIA
     GPU without Triton or in float64, any other device), fused evaluation would be slower than the module's own code. It

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mtlkernels import _decisions
+from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.evaluation import Parts, evaluate, read_experts
+from mtlkernels._convert.evaluation import Parts, evaluate, read_experts, several_dtypes
 from mtlkernels._convert.gates import has_equal_shares, read_gate
 from mtlkernels._convert.paying import mixing_pays, pays, rows_of
 from mtlkernels.ops._fusing import has_hooks
@@ -80,18 +82,23 @@ class LevelDescription:
             return [0 if has_equal_shares(gate) else k for k, gate in enumerate(gates)]
         return None
 
-    def prepare(self, module: Any, routing: Routing, x: Tensor | None) -> Parts | None:
+    def prepare(
+        self, module: Any, routing: Routing, x: Tensor | None, dtype: torch.dtype | None = None
+    ) -> Parts | None:
         """The parts of a level as :func:`evaluate` takes them, None where the module's own code has to run.
 
-        ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells.
+        ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells. ``dtype``
+        is that of the input, None where it is not there yet.
         """
-        found = self._parts_or_reason(module, routing, x)
+        found = self._parts_or_reason(module, routing, x, dtype)
         if isinstance(found, str):
             _decisions.note(type(module).__name__, "its own code", found, x)
             return None
         return found
 
-    def _parts_or_reason(self, module: Any, routing: Routing, x: Tensor | None) -> Parts | str:
+    def _parts_or_reason(
+        self, module: Any, routing: Routing, x: Tensor | None, dtype: torch.dtype | None
+    ) -> Parts | str:
         if not pays(module, x):
             return "there are no kernels for its device and dtype"
         chains, rows = list(self.experts(module)), rows_of(x)
@@ -103,6 +110,8 @@ class LevelDescription:
             return "it has other numbers of experts and gates than when it was converted"
         if any(isinstance(gate, str) for gate in gates) or any_hooks(self.parts(module)):
             return "a gate was exchanged, or a part that would not be called has a hook"
+        if several_dtypes(experts[0], gates, dtype) and not autocast_enabled("cpu" if x is None else x.device.type):
+            return "it has parameters of several dtypes, or of another than its input"
         return Parts(chains, *experts, gates, routing, rows, self.read_gate_inputs(module, gates, routing))
 
 
@@ -171,7 +180,7 @@ class TrunkDescription:
             streams = self._streams(module, args, kwargs)
             if streams is None or not all(x.dim() == 2 for x in streams):
                 return None
-            parts = _prepare(levels, plan, module, streams[0])
+            parts = _prepare(levels, plan, module, streams[0], streams[0].dtype)
         if parts is None or streams is None:
             return None
         for level, prepared in zip(levels, parts, strict=True):
@@ -185,12 +194,16 @@ class TrunkDescription:
 
 
 def _prepare(
-    levels: Sequence[LevelDescription], plan: Sequence[Routing | None], module: Any, x: Tensor | None
+    levels: Sequence[LevelDescription],
+    plan: Sequence[Routing | None],
+    module: Any,
+    x: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> list[Parts] | None:
     """The parts of every level, None where the module's own code has to run."""
     prepared = []
     for level, routing in zip(levels, plan, strict=True):
-        parts = None if routing is None else level.prepare(module, routing, x)
+        parts = None if routing is None else level.prepare(module, routing, x, dtype)
         if parts is None:
             return None
         prepared.append(parts)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtlkernels._convert.chains import Chain, read_chain, run_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
-from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of
+from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of, slopes_of
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.level import expert_mixture
 from mtlkernels.routing import Routing
@@ -52,6 +52,29 @@ def read_experts(
         experts.append(layers)
         kinds.append(kind)
     return experts, kinds
+
+
+def several_dtypes(
+    experts: Sequence[list[Layer] | str], gates: Sequence[Gate], dtype: torch.dtype | None = None
+) -> bool:
+    """Whether fused operators would get tensors of other dtypes than one, or than ``dtype``.
+
+    Code that calls such modules casts between them, or calls a norm that takes two dtypes; operators do neither.
+    """
+    for layers in (*experts, *(gate.layers for gate in gates)):
+        if layers is None or isinstance(layers, str):
+            continue
+        for weight, bias, norm, _, _, sloped in layers:
+            if dtype is None:
+                dtype = weight.dtype
+            if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
+                return True
+            gamma = None if norm is None else norm._parameters.get("weight")
+            if (gamma is not None and gamma.dtype is not dtype) or (
+                sloped is not None and slopes_of(sloped).dtype is not dtype
+            ):
+                return True
+    return False
 
 
 def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
+from mtlkernels._convert.evaluation import several_dtypes
 from mtlkernels._convert.gates import Gate, has_equal_shares
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import disagreement, kept_random_state
@@ -78,6 +79,8 @@ def _level_refusal(level: LevelDescription, module: Any, routing: Routing) -> st
     for k, (gate, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
         if gate.size not in (None, len(mixed)):
             return f"gate {k} has {gate.size} logits for {len(mixed)} experts"
+    if several_dtypes(list(map(read_chain, chains)), gates):
+        return "its parameters are of several dtypes"
     at = level.read_gate_inputs(module, gates, routing)
     if at is not None and len(at) != len(gates):
         return f"its gate_inputs have {len(at)} entries for {len(gates)} gates"

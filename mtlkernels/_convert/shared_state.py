@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,12 @@ _CONTAINERS = (list, dict, set, collections.deque)
 
 
 class SharedState:
-    """The class attributes and global containers that the code of a module's classes names, as they are now."""
+    """The class attributes and global containers that the code of a module's classes names, as they are now.
+
+    Code is that of methods, also of an instance's own, and of the user's functions that it names in turn. What a
+    module's hooks name is restored too, but may change: they are called as before a conversion, or keep their module as
+    it is.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._attributes: list[tuple[type, str, Any]] = []
@@ -23,22 +29,49 @@ class SharedState:
             for name, value in list(vars(kind).items()):
                 if isinstance(value, (int, float, str, Tensor, type(None), *_CONTAINERS)) and name[:2] != "__":
                     self._attributes.append((kind, name, value))
+                code = _function(value)
+                if code is not None:
+                    self._keep_named(code, seen)
+                elif name[:2] != "__":
                     self._keep(f"{kind.__name__}.{name}", value, seen)
-                elif isinstance(value, types.FunctionType):
-                    for where, container in _named(value):
-                        self._keep(where, container, seen)
+        for part in module.modules():
+            for code in map(_function, vars(part).values()):
+                if code is not None and _is_users(code):
+                    self._keep_named(code, seen)
+        self._judged = len(self._containers)
+        for hook in _hooks(module):
+            self._keep_named(hook, seen)
+
+    def _keep_named(self, function: types.FunctionType, seen: set[int]) -> None:
+        """The containers that a function names, or one of the functions that it names."""
+        if id(function) in seen:
+            return
+        seen.add(id(function))
+        for name, value in _named(function):
+            if not isinstance(value, types.FunctionType):
+                self._keep(name, value, seen)
+            elif _is_users(value):
+                self._keep_named(value, seen)
 
     def _keep(self, name: str, value: Any, seen: set[int]) -> None:
-        if isinstance(value, _CONTAINERS) and id(value) not in seen:
+        """A container, or an object of the user's with the containers in it."""
+        if id(value) in seen:
+            return
+        if isinstance(value, _CONTAINERS):
             seen.add(id(value))
             self._containers.append((name, value, value.copy()))
+        elif _is_object(value):
+            seen.add(id(value))
+            self._keep(name, vars(value), seen)
+            for inner, part in list(vars(value).items()):
+                self._keep(f"{name}.{inner}", part, seen)
 
     def change(self) -> str | None:
         """The name of something that is no longer as it was."""
         for kind, name, value in self._attributes:
             if vars(kind).get(name) is not value:
                 return f"{kind.__name__}.{name}"
-        for name, value, before in self._containers:
+        for name, value, before in self._containers[: self._judged]:
             if len(value) != len(before) or not all(map(_is, _parts(value), _parts(before))):
                 return name
         return None
@@ -67,16 +100,49 @@ def _parts(container: Any) -> list[Any]:
 def _classes(module: nn.Module) -> Iterator[type]:
     """The classes of a module and its parts but PyTorch's own."""
     kinds = dict.fromkeys(kind for part in module.modules() for kind in type(part).__mro__ if kind is not object)
-    return (kind for kind in kinds if kind.__module__.partition(".")[0] != "torch")
+    return filter(_is_users, kinds)
+
+
+def _is_users(code: type | types.FunctionType | types.ModuleType) -> bool:
+    """Whether a class, a function or a module is neither PyTorch's nor Python's own."""
+    name = code.__name__ if isinstance(code, types.ModuleType) else code.__module__ or ""
+    package = name.partition(".")[0]
+    return package not in ("torch", "numpy") and package not in sys.stdlib_module_names
+
+
+def _is_object(value: Any) -> bool:
+    """Whether it is an object of a class of the user's that keeps something, and no module."""
+    return hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor)) and _is_users(type(value))
+
+
+def _function(attribute: Any) -> types.FunctionType | None:
+    """The function behind a class's attribute."""
+    if isinstance(attribute, property):
+        attribute = attribute.fget
+    attribute = getattr(attribute, "__func__", attribute)  # of a static method, or of a class's
+    return attribute if isinstance(attribute, types.FunctionType) else None
+
+
+def _hooks(module: nn.Module) -> Iterator[types.FunctionType]:
+    """The functions among the hooks of a module and its parts; of hooks that are objects, copies are called."""
+    for part in module.modules():
+        for kind in (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks):
+            yield from (hook for hook in kind.values() if isinstance(hook, types.FunctionType))
 
 
 def _named(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The global variables and those of enclosing functions that a function's code names."""
+    """The global variables, those of enclosing functions and of modules, and the defaults that a function names."""
     codes, names = [function.__code__], set()
     for code in codes:
         names |= {*code.co_names}
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    yield from ((name, function.__globals__[name]) for name in sorted(names) if name in function.__globals__)
+    for name in sorted(names & function.__globals__.keys()):
+        value = function.__globals__[name]
+        yield name, value
+        if isinstance(value, types.ModuleType) and _is_users(value):
+            yield from ((f"{name}.{inner}", vars(value)[inner]) for inner in sorted(names & vars(value).keys()))
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        yield f"a default of {function.__name__}", value
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents

@@ -149,6 +149,9 @@ def _first_difference(trial: Trial) -> str | None:
         reason = _compare(trial, situation)
         if reason is not None:
             return reason
+    reason = _compare_settings(trial)
+    if reason is not None:
+        return reason
     if any(rates):
         _set_rates(dropouts, rates)
         drawn = _draws_beside(trial, dropouts[0])
@@ -162,6 +165,30 @@ def _first_difference(trial: Trial) -> str | None:
             if reason is not None:
                 return reason
     return None
+
+
+def _compare_settings(trial: Trial) -> str | None:
+    """The first difference where each number is another that a part keeps as an attribute.
+
+    A schedule may change it after a conversion: fused evaluation has to see that too.
+    """
+    before = [(part, name, value) for other in trial.copies for part, name, value in _settings(other)]
+    if not before:
+        return None
+    for part, name, value in before:
+        setattr(part, name, 1.25 * value + 0.125)
+    words = ", ".join(dict.fromkeys(name for _, name, _ in before))
+    reason = _compare(trial, Situation(f"in training with another {words}", True, needed=False))
+    for part, name, value in before:
+        setattr(part, name, value)
+    return reason
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """The numbers that modules keep as attributes, but PyTorch's own."""
+    for part in module.modules():
+        if type(part).__module__.partition(".")[0] != "torch":
+            yield from ((part, name, value) for name, value in vars(part).items() if type(value) is float)
 
 
 def _set_rates(dropouts: Sequence[Sequence[Any]], rates: Sequence[float]) -> None:
@@ -251,7 +278,7 @@ def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Si
     inputs = ["its input"] if len(actual.leaves) == 1 else [f"input {i}" for i in range(len(actual.leaves))]
     names = [*trial.names, *inputs]
     subsets = [range(len(factors)), range(0, len(factors), 2), range(1, len(factors), 2)]
-    for subset in subsets if situation.training and situation.scale == 1 and len(factors) > 1 else subsets[:1]:
+    for subset in subsets if situation.scale == 1 and len(factors) > 1 else subsets[:1]:
         if not subset:
             continue
         both = []

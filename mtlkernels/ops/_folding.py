@@ -27,21 +27,41 @@ def fold(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases of the linear layers that ``norm(x weight^T + bias)`` are in evaluation.
 
-    Differentiable, and computed in float32 at least; results have the weights' dtypes. The norms' vectors, of equal
-    length, are put together first, so that a layer of experts takes a few operators instead of a few for each.
+    Differentiable, and computed in float32 at least; results have the weights' dtypes. Where nothing is differentiated
+    the vectors, of equal length, are put together first, so that a layer of experts takes a few operators instead of a
+    few for each. Otherwise each expert keeps its own graph, so that one that no loss reaches gets no gradient.
     """
     mean, variance = (torch.stack([getattr(norm, part) for norm in norms]) for part in ("running_mean", "running_var"))
     dtype = torch.promote_types(variance.dtype, torch.float32)
     scale = torch.rsqrt(variance.to(dtype) + norms[0].eps)
-    gammas = [norm.weight for norm in norms]
+    gammas, betas = [norm.weight for norm in norms], [norm.bias for norm in norms]
+    if _differentiated((*gammas, *betas, *biases)):
+        of_each = zip(weights, biases, gammas, betas, mean.unbind(0), scale.unbind(0), strict=True)
+        pairs = [_fold_one(*own) for own in of_each]
+        return [weight for weight, _ in pairs], [bias for _, bias in pairs]
     if any(gamma is not None for gamma in gammas):
         scale = scale * _stacked(gammas, mean, 1.0)
     shift = -mean * scale if all(bias is None for bias in biases) else (_stacked(biases, mean, 0.0) - mean) * scale
-    betas = [norm.bias for norm in norms]
     if any(beta is not None for beta in betas):
         shift = shift + _stacked(betas, mean, 0.0)
     folded = [(w * s.unsqueeze(1)).to(w.dtype) for w, s in zip(weights, scale.unbind(0), strict=True)]
     return folded, [b.to(w.dtype) for w, b in zip(weights, shift.unbind(0), strict=True)]
+
+
+def _differentiated(vectors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(vector is not None and vector.requires_grad for vector in vectors)
+
+
+def _fold_one(
+    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One expert's; ``scale`` is what the statistics divide by."""
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale if bias is None else (bias - mean) * scale
+    if beta is not None:
+        shift = shift + beta
+    return (weight * scale.unsqueeze(1)).to(weight.dtype), shift.to(weight.dtype)
 
 
 def _stacked(vectors: Sequence[Tensor | None], like: Tensor, absent: float) -> Tensor:

@@ -6,7 +6,7 @@ Both take tensors in groups: the sub-networks' outputs u, the weights (Trans alo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,46 @@ class Plan:
         a, b = self.num_inputs, self.num_inputs + self.num_weights
         return [tensors[:a], *([tensors[a:b]] if self.num_weights else []), tensors[b]]
 
+    def of_outputs(self, outputs: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Plan, list[Tensor]]:
+        """The call of these outputs alone, and its tensors."""
+        if len(outputs) == self.num_outputs:
+            return self, list(tensors)
+        *lists, z = self.groups(tensors)
+        weights: list[Tensor] = []
+        if self.stacked:
+            weights = [lists[1][0][list(outputs)]]
+        elif self.num_weights:
+            weights = [lists[1][at] for at in self._matrices(outputs)]
+        plan = replace(self, num_outputs=len(outputs), num_weights=len(weights))
+        return plan, [*lists[0], *weights, z[list(outputs)]]
+
+    def into_whole(self, outputs: Sequence[int], needs: Sequence[bool], found: Sequence[Tensor]) -> list[Tensor | None]:
+        """From the gradients of such a call to those of this one: None for matrices, and zeros for rows, of others."""
+        given = iter(found)
+        result: list[Tensor | None] = [next(given) if needs[0] else None for _ in range(self.num_inputs)]
+        if self.stacked:
+            result.append(self._placed(outputs, next(given)) if needs[1] else None)
+        elif self.num_weights:
+            ours = self._matrices(outputs) if needs[1] else []
+            of_matrices = {at: next(given) for at in ours}
+            result += [of_matrices.get(at) for at in range(self.num_weights)]
+        return [*result, self._placed(outputs, next(given)) if needs[-1] else None]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all weights are one tensor [I, J, D_out, D_in]; one matrix alone may be either."""
+        return self.num_weights == 1 < self.num_outputs * self.num_inputs
+
+    def _matrices(self, outputs: Sequence[int]) -> list[int]:
+        return [i * self.num_inputs + j for i in outputs for j in range(self.num_inputs)]
+
+    def _placed(self, outputs: Sequence[int], rows: Tensor) -> Tensor:
+        """Rows of the outputs among zeros for the others."""
+        if len(outputs) == self.num_outputs:
+            return rows
+        zeros = rows.new_zeros(self.num_outputs, *rows.shape[1:])
+        return zeros.index_copy(0, torch.tensor(outputs, device=rows.device), rows)
+
 
 class Routes(torch.autograd.Function):
     """``apply(plan, *u, *weights, z)`` -> I outputs."""
@@ -61,17 +101,21 @@ class Routes(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.plan, *tensors = inputs
+        if not torch.compiler.is_compiling():  # which does not trace it
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         *lists, z = ctx.plan.groups(ctx.needs_input_grad[1:])
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         needs = (*(any(flags) for flags in lists), z)
-        found = iter(call(RoutesBackward, ctx.plan, needs, *grads, *ctx.saved_tensors))
-        result: list[Tensor | None] = [None]
-        for flags, need in zip(lists, needs[:-1], strict=True):
-            result += [next(found) if need else None for _ in flags]
-        return (*result, next(found) if z else None)
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        plan: Plan = ctx.plan
+        part, tensors = plan.of_outputs(used, ctx.saved_tensors)
+        found = call(RoutesBackward, part, needs, *(grads[i] for i in used), *tensors)
+        return (None, *plan.into_whole(used, needs, found))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Tensor) -> Any:

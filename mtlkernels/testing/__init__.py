@@ -292,7 +292,7 @@ class TaskGradients:
         return len(self.grads)
 
 
-def _some_rows(grad: Tensor, rng: random.Random) -> Tensor:
+def some_rows(grad: Tensor, rng: random.Random) -> Tensor:
     """A sparse gradient with about half of the rows of a dense one; one of three is not coalesced."""
     rows = [i for i in range(grad.shape[0]) if rng.random() < 0.5]
     kept = torch.zeros_like(grad, memory_format=torch.contiguous_format)
@@ -332,7 +332,7 @@ def random_task_gradients(
             values = torch.randn(shape, generator=generator) + rng.uniform(-1.5, 1.5) * common
             grad = (values * (0.0 if rng.random() < 0.1 else scale)).to(dtype).to(device)
             if by_rows and rng.random() < 0.8:
-                column.append(_some_rows(grad, rng))
+                column.append(some_rows(grad, rng))
             else:
                 column.append(laid_out(grad, layout if rng.random() < 0.8 else "contiguous"))
         columns.append(column)

@@ -187,9 +187,52 @@ class GlobalLosses(Edited):
         return super().mix(k, logits, hidden)
 
 
+def note(y: Tensor) -> Tensor:
+    LOSSES.append(y.sum())
+    return y
+
+
+class LossesOfAFunction(Edited):
+    """The list is not named where it is written to."""
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return note(super().expert(e, x))
+
+
+class LossesOfAStaticMethod(Edited):
+    @staticmethod
+    def note(y: Tensor) -> Tensor:
+        return note(y)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return self.note(super().expert(e, x))
+
+
+class LossesInADefault(Edited):
+    def finish(self, x: Tensor, outputs: list[Tensor], kept: list[Any] = []) -> Any:  # noqa: B006 (users write it)
+        kept.append(len(outputs))
+        return outputs
+
+
+TRACKER = Tracker()
+
+
+class GlobalTracker(Edited):
+    def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
+        TRACKER.total += len(outputs)
+        return outputs
+
+
 class Temperature(Edited):
     def mix(self, k: int, logits: Tensor, hidden: list[Tensor]) -> Tensor:
         return super().mix(k, logits / 2 if self.training else logits, hidden)
+
+
+class Cooling(Edited):
+    """A temperature that is 1 so far."""
+
+    def mix(self, k: int, logits: Tensor, hidden: list[Tensor]) -> Tensor:
+        return super().mix(k, logits / self.temperature, hidden)
 
 
 class Residual(Edited):
@@ -203,6 +246,15 @@ class ScaledGradient(Edited):
         if y.requires_grad:
             y.register_hook(lambda gradient: gradient * 0.5)
         return y
+
+
+class CastGates(Edited):
+    """Gates may be in another dtype than experts."""
+
+    def logits(self, k: int, x: Tensor) -> Tensor:
+        gate: Any = self.gates[k]
+        z: Tensor = gate(x.to(gate.weight.dtype)).to(x.dtype)
+        return z
 
 
 class StraightThrough(Edited):
@@ -279,6 +331,13 @@ class ALoss(Edited):
 class DetachedOutput(Edited):
     def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
         return [y.detach() for y in outputs]
+
+
+class TiedInEvaluation(Edited):
+    """Each output's gradient reaches all gates, some by zeros."""
+
+    def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
+        return outputs if self.training else [y + 0.0 * sum(outputs) for y in outputs]
 
 
 class UnusedGate(Edited):

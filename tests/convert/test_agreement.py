@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from tests.convert import agreement
-from tests.convert.agreement import assert_agrees, nudged
+from tests.convert.agreement import assert_agrees, nudge
 
 EXACT = torch.full((4,), 2.0, dtype=torch.float64)
 
@@ -42,6 +43,6 @@ def test_an_error_beyond_all_runs() -> None:
 
 def test_nudged_parameters_are_a_rounding_away() -> None:
     model = torch.nn.Linear(30, 30)
-    for parameter, other in zip(model.parameters(), nudged(model, 0).parameters(), strict=True):
+    for parameter, other in zip(model.parameters(), nudge(copy.deepcopy(model), 0).parameters(), strict=True):
         assert not torch.equal(parameter, other)
         torch.testing.assert_close(parameter, other, rtol=torch.finfo(torch.float32).eps, atol=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,11 +20,14 @@ from tests.convert import doubles
 from tests.convert.doubles import mixed
 from tests.convert.edits import (
     LOSSES,
+    TRACKER,
     WIDTH,
     ALoss,
+    CastGates,
     Clamped,
     ClampedExperts,
     ClassLosses,
+    Cooling,
     Counts,
     DeadZone,
     DetachedGate,
@@ -36,9 +40,13 @@ from tests.convert.edits import (
     GatesInANestedContainer,
     GatesInAnObject,
     GlobalLosses,
+    GlobalTracker,
     InPlace,
     LastGates,
     Load,
+    LossesInADefault,
+    LossesOfAFunction,
+    LossesOfAStaticMethod,
     MomentumTwice,
     NumpyNoise,
     OneRow,
@@ -51,6 +59,7 @@ from tests.convert.edits import (
     Stem,
     StraightThrough,
     Temperature,
+    TiedInEvaluation,
     TopKOfManyRows,
     Tuples,
     TwoRows,
@@ -58,7 +67,7 @@ from tests.convert.edits import (
     WithoutGradients,
     WritesWeights,
 )
-from tests.convert.models import fill
+from tests.convert.models import fill, mmoe
 
 OUTPUTS = "its outputs differ from those of its experts and gates"
 EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
@@ -78,7 +87,24 @@ EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
     "a count of steps": (Counts, "its forward sets steps"),
     "losses of the class": (ClassLosses, "its forward changes ClassLosses.everyone, which is not its own"),
     "losses in a global list": (GlobalLosses, "its forward changes LOSSES, which is not its own"),
+    "losses in a global list, by a function": (
+        LossesOfAFunction,
+        "its forward changes LOSSES, which is not its own",
+    ),
+    "losses in a global list, by a static method": (
+        LossesOfAStaticMethod,
+        "its forward changes LOSSES, which is not its own",
+    ),
+    "a list that is a default": (
+        LossesInADefault,
+        "its forward changes a default of finish, which is not its own",
+    ),
+    "a global object": (GlobalTracker, "its forward changes TRACKER, which is not its own"),
     "a temperature in training": (Temperature, f"in training {OUTPUTS}"),
+    "a temperature that may change": (
+        Cooling,
+        f"in training with another temperature {OUTPUTS}",
+    ),
     "a residual": (Residual, f"in evaluation {OUTPUTS}"),
     "a hook on a tensor": (ScaledGradient, "in evaluation gradients of experts.0.0.weight differ"),
     "a straight-through estimator": (StraightThrough, "in evaluation gradients of gates.0.weight differ"),
@@ -98,6 +124,10 @@ EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
     "a tuple": (Tuples, f"in evaluation {OUTPUTS}"),
     "another result": (ALoss, f"in evaluation {OUTPUTS}"),
     "outputs without gradients": (DetachedOutput, f"in evaluation {OUTPUTS}"),
+    "outputs of one another in evaluation": (
+        TiedInEvaluation,
+        "in evaluation gradients of gates.1.weight differ: the fused way gives none",
+    ),
     "another gate": (UnusedGate, f"in evaluation {OUTPUTS}"),
     "statistics twice": (
         lambda: MomentumTwice(norm=True),
@@ -170,8 +200,71 @@ def test_what_the_user_has_stays() -> None:
         torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
         assert not model.losses
         assert not LOSSES
+        assert not LossesInADefault.finish.__defaults__[0]  # type: ignore[index]
+        assert TRACKER.total == 0
         assert not ClassLosses.everyone
         assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_hooks_keep_stays() -> None:
+    """A trial calls the hooks of copies."""
+    seen: list[Any] = []
+    model = Edited()
+    model.register_forward_hook(lambda *args: seen.append(len(args)))
+    assert mk.convert(model).replaced
+    assert not seen
+    model(torch.randn(3, WIDTH))
+    assert seen == [3]
+
+
+def test_what_an_instances_own_forward_keeps_stays() -> None:
+    """Of a part that is called fused too."""
+    model = mmoe()
+    seen: list[int] = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        y: Tensor = type(self).forward(self, x)
+        return y
+
+    model.tower_dnn[0].forward = types.MethodType(forward, model.tower_dnn[0])
+    (line,) = mk.convert(model).left_alone
+    assert line.detail == "its forward changes seen, which is not its own"
+    assert not seen
+
+
+def test_parameters_of_several_dtypes_are_left_alone() -> None:
+    model = CastGates().bfloat16()
+    model.gates.float()
+    (line,) = mk.convert(model).left_alone
+    assert line.detail == "its parameters are of several dtypes"
+
+
+@pytest.mark.parametrize("part", ["gates", "experts"])
+def test_parameters_that_get_another_dtype_later(part: str) -> None:
+    """The trial, all in float64, says nothing about casts."""
+    model = CastGates()
+    assert mk.convert(model).replaced
+    for module in getattr(model, part):
+        module.bfloat16()
+    x = torch.randn(9, WIDTH, dtype=torch.float32 if part == "gates" else torch.bfloat16)
+    found = model(x)
+    mk.revert(model)
+    torch.testing.assert_close(found, model(x), rtol=0, atol=0)
+
+
+def test_a_norm_of_another_dtype() -> None:
+    """PyTorch's takes bfloat16 where its parameters are in float32."""
+    model = Edited(norm=True).bfloat16()
+    other = copy.deepcopy(model)
+    for each in (model, other):
+        if each is other:
+            assert mk.convert(other).replaced
+        for expert in each.experts:
+            expert[1].float()  # type: ignore[index]
+    x = torch.randn(200, WIDTH, dtype=torch.bfloat16)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    assert mk.convert(model).left_alone[0].detail == "its parameters are of several dtypes"
 
 
 def test_a_module_that_has_run_is_tried() -> None:

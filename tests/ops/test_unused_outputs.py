@@ -24,14 +24,15 @@ SHARED_ONLY = mk.Routing(ROUTING.expert_inputs, (*ROUTING.gate_experts[:2], (EXP
 class Case:
     """A level of one layer an expert, its tensors by name, and its outputs by plain PyTorch."""
 
-    def __init__(self, routing: mk.Routing, norm: bool, gate_weights: bool) -> None:
+    def __init__(self, routing: mk.Routing, norm: str, gate_weights: bool) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
         self.routing, self.gate_weights = routing, gate_weights
-        self.norms = [nn.BatchNorm1d(4, dtype=torch.float64) for _ in range(EXPERTS)] if norm else None
+        norms = [nn.BatchNorm1d(4, dtype=torch.float64).train(norm == "of the batch") for _ in range(EXPERTS)]
+        self.norms = norms if norm else None
         self.tensors = {f"x {g}": random(6, 3) for g in range(STREAMS)}
         self.tensors |= {f"weight {e}": random(4, 3) for e in range(EXPERTS)}
         self.tensors |= {f"bias {e}": random(4) for e in range(EXPERTS)}
@@ -81,9 +82,10 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("used", USED)
 @pytest.mark.parametrize("routing", [ROUTING, SHARED_ONLY], ids=["cgc", "shared only"])
-@pytest.mark.parametrize(("norm", "gate_weights"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("gate_weights", [False, True])
+@pytest.mark.parametrize("norm", ["", "of the batch", "of running statistics"])
 def test_expert_mixture(
-    norm: bool, gate_weights: bool, routing: mk.Routing, used: tuple[int, ...], twice: bool, backend: str
+    norm: str, gate_weights: bool, routing: mk.Routing, used: tuple[int, ...], twice: bool, backend: str
 ) -> None:
     case = Case(routing, norm, gate_weights)
     with mk.use_backend(backend):
@@ -92,7 +94,7 @@ def test_expert_mixture(
 
 
 def mixing() -> tuple[dict[str, Tensor], Callable[[], Any], Callable[[], Any]]:
-    case = Case(SHARED_ONLY, False, False)
+    case = Case(SHARED_ONLY, "", False)
     experts = {f"expert {e}": torch.randn(6, 4, dtype=torch.float64).requires_grad_() for e in range(EXPERTS)}
     logits = case.named("gate", GATES)
     tensors = experts | {f"gate {k}": z for k, z in enumerate(logits)}
@@ -126,7 +128,7 @@ def test_mixing_of_modules(used: tuple[int, ...], twice: bool) -> None:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("used", USED)
 def test_joint_gates(used: tuple[int, ...], biased: bool) -> None:
-    case = Case(ROUTING, False, True)
+    case = Case(ROUTING, "", True)
     x, weights = case.tensors["x 0"], case.named("gate", GATES)
     biases = [torch.randn(len(w), dtype=torch.float64).requires_grad_() for w in weights] if biased else []
     tensors = (
@@ -146,3 +148,51 @@ def test_a_trunk(batch_norm: bool) -> None:
     assert "levels.1.experts.2.linears.0.weight" in without
     assert "levels.1.gates.1.1.weight" in without
     assert all(p.grad is not None for name, p in trunk.named_parameters() if name.startswith("levels.0.experts"))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_sub_network_routing(stacked: bool, used: tuple[int, ...], twice: bool, backend: str) -> None:
+    """Matrices of routes to an output that is not used keep no gradient; where all are one tensor, zeros."""
+    u = [torch.randn(6, 3, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    weight = torch.randn(3, 2, 4, 3, dtype=torch.float64)
+    matrices = [w.clone().requires_grad_() for w in weight.flatten(0, 1)]
+    whole = weight.clone().requires_grad_()
+    z = torch.tensor([[1.0, 0.5], [0.0, 2.0], [0.3, 1.0]], dtype=torch.float64).requires_grad_()
+    rows: Any = whole if stacked else [matrices[2 * i : 2 * i + 2] for i in range(3)]
+    weights = {"weight": whole} if stacked else {f"weight {at}": w for at, w in enumerate(matrices)}
+    tensors = {"u 0": u[0], "u 1": u[1], **weights, "z": z}
+    plain = [sum(z[i, j] * (x @ rows[i][j].t()) for j, x in enumerate(u)) for i in range(3)]
+    with mk.use_backend(backend):
+        found = gradients(mk.snr_trans(u, rows, z), used, tensors, twice)
+    assert_same(found, gradients(plain, used, tensors, twice))
+
+
+@pytest.mark.parametrize("place", ["logits", "weight"])
+def test_what_is_not_finite_in_front_of_an_unused_output(place: str, backend: str) -> None:
+    """It does not reach the gradients of the others, as zeros times NaN would."""
+    x = torch.randn(6, 2, 4).requires_grad_()
+    with mk.use_backend(backend):
+        if place == "logits":
+            logits = [torch.randn(6, 2), torch.full((6, 2), torch.nan).requires_grad_()]
+            outputs = mk.gated_mixture(x, logits, mk.Routing.mmoe(2, 2))
+        else:
+            weight = torch.randn(2, 2, 3, 4)
+            weight[1] = torch.nan
+            outputs = mk.snr_trans(list(x.unbind(1)), weight.requires_grad_(), torch.ones(2, 2))
+        (found,) = torch.autograd.grad(outputs[0].sum(), x)
+    assert found.isfinite().all() and found.any()
+
+
+def test_norms_with_running_statistics(backend: str) -> None:
+    """In training with frozen statistics the norm of an expert that no loss reaches has no gradient either."""
+    routing = mk.Routing((0, 0), ((0,), (1,)))
+    norms = [nn.BatchNorm1d(4).eval() for _ in range(2)]
+    weights, biases = ([torch.randn(*shape).requires_grad_() for _ in range(2)] for shape in ((4, 3), (4,)))
+    logits = [torch.randn(6, 1).requires_grad_() for _ in range(2)]
+    with mk.use_backend(backend):
+        outputs = mk.expert_mixture(torch.randn(6, 3), [weights], [biases], logits, routing, norms=[norms])
+    outputs[0].square().sum().backward()
+    for first, second in (weights, biases, [norm.weight for norm in norms], [norm.bias for norm in norms]):
+        assert first.grad is not None and second.grad is None

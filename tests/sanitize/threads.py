@@ -21,7 +21,7 @@ from torch import Tensor
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import Case, CaseFactory, evaluate
-from tests.csrc import failing_memory
+from tests.ops import calls as every_op
 from tests.ops.level.gate_layers import ROUTING
 from tests.seeding import seed
 
@@ -29,7 +29,7 @@ CALLERS = 6
 COUNTS = (1, 2, 3)  # of PyTorch's threads
 DROPS_NOTHING = 1e-30  # by every seed: callers share the generator that seeds come from
 
-Results = dict[str, list[Tensor]]
+Results = every_op.Results
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def serve() -> Results:
 
 def calls() -> dict[str, Callable[[], Results]]:
     """By name, with tensors that nobody else has."""
-    found = failing_memory.calls(dropout=DROPS_NOTHING)
+    found = every_op.calls(dropout=DROPS_NOTHING)
     for dtype in (torch.float32, torch.bfloat16):
         large = CaseFactory(1, dtype).expert_mixture(700, (24, 40, 80), ROUTING, activation="relu")
         found[f"several blocks, {dtype}"] = functools.partial(evaluate, mk.expert_mixture, large)

@@ -50,8 +50,8 @@ def step(case: Case, *needs: bool, linear: bool = False) -> list[Tensor]:
 level_step = partial(step, linear=True)
 
 
-@pytest.mark.parametrize("gates", [1, 3, 5, 8])
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("gates", [1, 3, 8])
+@pytest.mark.parametrize("layers", [1, 3])
 def test_launches_of_a_step(layers: int, gates: int) -> None:
     """One a layer forward; backward one for the mixture, one a layer, and one for all weights and biases."""
     case = Case("launches", 20, WIDTHS[: layers + 1], 3, gates, (1,) * layers)
@@ -64,8 +64,8 @@ def test_launches_of_a_step(layers: int, gates: int) -> None:
 
 
 @pytest.mark.parametrize("inputs", [1, 8])
-@pytest.mark.parametrize("gates", [1, 4, 8])
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("gates", [1, 8])
+@pytest.mark.parametrize("layers", [1, 3])
 def test_linear_gates_take_no_launch_of_their_own(layers: int, gates: int, inputs: int) -> None:
     """But for experts of one layer, which mix at once: there the gates are in front."""
     case = Case("level", 20, WIDTHS[: layers + 1], 3, gates, (1,) * layers, num_inputs=inputs)

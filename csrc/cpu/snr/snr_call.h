@@ -36,7 +36,7 @@ class SnrCoding {
 
   int outputs() const { return outputs_; }
   int inputs() const { return inputs_; }
-  double operator()(int i, int j) const { return values_.const_data_ptr<double>()[i * inputs_ + j]; }
+  double operator()(int i, int j) const { return values_.const_data_ptr<double>()[int64_t{i} * inputs_ + j]; }
   bool open(int i, int j) const { return (*this)(i, j) != 0; }
 
  private:

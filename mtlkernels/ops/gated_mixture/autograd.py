@@ -55,15 +55,21 @@ class GatedMixture(torch.autograd.Function):
 def _gradients(plan: Plan, needs: tuple[bool, bool], grads: Any, tensors: Any) -> tuple[Tensor | None, list[Any]]:
     """Of the experts and of each gate's logits, None where none is wanted or a gate's output was not used."""
     experts, *logits = tensors
-    if all(grad is None for grad in grads):
-        return None, [None] * len(logits)
-    shape = (experts.shape[0], experts.shape[2])
-    filled = [experts.new_zeros(shape) if grad is None else grad for grad in grads]
-    found = iter(call(GatedMixtureBackward, plan, needs, *filled, *tensors))
+    result: list[Tensor | None] = [None] * len(logits)
+    used = [k for k, grad in enumerate(grads) if grad is not None]
+    if not used:
+        return None, result
+    # Of the used gates alone: zeros for the others would be multiplied by what need not be finite.
+    gates = list(reference.split_gates(plan.gate_experts, plan.gate_sizes))
+    flat = tuple(e for k in used for e in gates[k])
+    part = Plan(flat, tuple(plan.gate_sizes[k] for k in used), plan.backend)
+    tensors = (*(grads[k] for k in used), experts, *(logits[k] for k in used))
+    found = iter(call(GatedMixtureBackward, part, needs, *tensors))
     grad_experts = next(found) if needs[0] else None
-    if not needs[1]:
-        return grad_experts, [None] * len(logits)
-    return grad_experts, [None if grad is None else grad_logits for grad, grad_logits in zip(grads, found, strict=True)]
+    if needs[1]:
+        for k in used:
+            result[k] = next(found)
+    return grad_experts, result
 
 
 class ListMixture(torch.autograd.Function):

@@ -23,8 +23,9 @@ class Parameters:
 
     Dense ones go to the operators, all in one call, and with them what :class:`SparseColumn` makes of the others; a
     parameter without any gradient is left out. Where all go to the C++ operators, these check them: thousands of
-    tensors take Python milliseconds. When they refuse, the checks in Python find out why, in the caller's terms. With
-    ``at_once``, which ranks need that must agree before they compute, they come first in any case.
+    tensors take Python milliseconds. When they refuse, the checks in Python find out why, in the caller's terms. They
+    come first where the reference serves, which checks nothing, and with ``at_once``, which ranks need that must agree
+    before they compute.
 
     Attributes:
         device: where the gradients are; the CPU where there are none.
@@ -52,6 +53,9 @@ class Parameters:
                     self._dense.append(p)
                     self._flat += column
         self._in_pytorch = traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_function(self._flat)
+        if self._in_pytorch and not self._checked:
+            check_gradients(grads, num_tasks)
+            self._checked = True
 
     def column(self, parameter: int) -> Sequence[Tensor | None]:
         """One parameter's gradients."""

@@ -12,7 +12,7 @@ from tests.ops import agreement
 from tests.ops.agreement import assert_as_exact, kinds
 from tests.ops.gated_mixture.definition import formula
 
-CASES = 40
+CASES = 12
 
 
 def check(case: Case, backend: str, threads: int = 1) -> None:

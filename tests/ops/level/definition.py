@@ -139,12 +139,17 @@ def formula(
     eps: Sequence[float] | None = None,
     scales: Any = None,
     shifts: Any = None,
+    means: Any = None,
+    variances: Any = None,
     slopes: Any = None,
     dice_eps: Sequence[float] | None = None,
     dropout: Sequence[float] | None = None,
     kink_noise: float = 0.0,
 ) -> list[Tensor]:
-    """Every expert by itself, x <- dropout(activation(norm(x W^T + b))) a layer, then the mixture."""
+    """Every expert by itself, x <- dropout(activation(norm(x W^T + b))) a layer, then the mixture.
+
+    A batch norm in a layer that has ``means`` and ``variances`` uses these.
+    """
     names = [activation] * len(weights) if isinstance(activation, str) else activation
     live = sorted({e for gate in routing.gate_experts for e in gate})
     key = drawn_seed(weights[0][0].device) if dropout and any(dropout) else 0
@@ -155,7 +160,9 @@ def formula(
             x = x @ weights[layer][e].transpose(0, 1)
             if (bias := entry(biases, layer, e)) is not None:
                 x = x + bias
-            if kinds and eps and kinds[layer] != "none":
+            if eps and (mean := entry(means, layer, e)) is not None:
+                x = (x - mean) / (entry(variances, layer, e) + eps[layer]).sqrt()
+            elif kinds and eps and kinds[layer] != "none":
                 x = _standardized(x, KINDS.index(kinds[layer]) - 1, eps[layer])
             if (scale := entry(scales, layer, e)) is not None:
                 x = x * scale + entry(shifts, layer, e)

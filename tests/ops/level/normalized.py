@@ -23,11 +23,10 @@ ROWS = (2, 3, 5, 16, 31, 64, 65, 100, 127, 128, 129, 255, 256, 257)
 FACTOR = 5.0
 
 
-def by_pytorch(
+def experts_by_pytorch(
     inputs: Any,
     weights: Any,
     biases: Any,
-    gate_logits: Any,
     routing: mk.Routing,
     *,
     activation: Sequence[str],
@@ -35,20 +34,23 @@ def by_pytorch(
     eps: Sequence[float],
     scales: Any,
     shifts: Any,
+    means: Any = None,
+    variances: Any = None,
     slopes: Any,
     dice_eps: Sequence[float],
     dropout: Sequence[float],
-) -> list[Tensor]:
-    """What a user would write: PyTorch's own layers one after another, with the same masks."""
+) -> dict[int, Tensor]:
+    """The outputs of experts that some gate mixes, by PyTorch's own layers one after another, with the same masks."""
     key = drawn_seed(weights[0][0].device)
-    live = sorted({e for gate in routing.gate_experts for e in gate})
-    outputs = []
-    for number, e in enumerate(live):
+    outputs = {}
+    for number, e in enumerate(sorted({e for gate in routing.gate_experts for e in gate})):
         x = inputs if isinstance(inputs, Tensor) else inputs[routing.expert_inputs[e]]
         for layer, (name, kind, rate) in enumerate(zip(activation, kinds, dropout, strict=True)):
             x = F.linear(x, weights[layer][e], entry(biases, layer, e))
             affine = [None if part[layer] is None else part[layer][e].to(x.dtype) for part in (scales, shifts)]
-            if kind == "batch":
+            if (mean := entry(means, layer, e)) is not None:
+                x = F.batch_norm(x, mean, entry(variances, layer, e), *affine, eps=eps[layer])
+            elif kind == "batch":
                 x = F.batch_norm(x, None, None, *affine, training=True, eps=eps[layer])
             elif kind == "layer":
                 x = F.layer_norm(x, x.shape[1:], *affine, eps=eps[layer])
@@ -59,18 +61,35 @@ def by_pytorch(
             else:
                 x = act.activate(act.CODES[name], x)
             x = dropped(x, key, layer, number, rate)
-        outputs.append(x)
+        outputs[e] = x
+    return outputs
+
+
+def by_pytorch(*, gate_logits: Any, routing: mk.Routing, **arguments: Any) -> list[Tensor]:
+    """What a user would write, mixed by the reference of ``gated_mixture``."""
+    outputs = experts_by_pytorch(routing=routing, **arguments)
+    live = list(outputs)
     gates = tuple(tuple(live.index(e) for e in gate) for gate in routing.gate_experts)
     routing = mk.Routing((0,) * len(live), gates)
-    return list(
-        reference_op(mk.gated_mixture, experts=torch.stack(outputs, 1), gate_logits=gate_logits, routing=routing)
-    )
+    stacked = torch.stack(list(outputs.values()), 1)
+    return list(reference_op(mk.gated_mixture, experts=stacked, gate_logits=gate_logits, routing=routing))
 
 
-def module(kind: str, width: int, eps: float, scale: Tensor | None, shift: Tensor | None) -> nn.Module:
-    """A norm in training that reads these tensors, which need not be parameters."""
+def module(
+    kind: str,
+    width: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> nn.Module:
+    """A norm in training, or with these statistics, that reads these tensors, which need not be parameters."""
     if kind == "batch":
-        made: Any = nn.BatchNorm1d(width, eps=eps, affine=False, track_running_stats=False)
+        made: Any = nn.BatchNorm1d(width, eps=eps, affine=False, track_running_stats=mean is not None)
+        if mean is not None:
+            made.running_mean, made.running_var = mean, variance
+            made.eval()
     else:
         made = nn.LayerNorm(width, eps=eps, elementwise_affine=False)
     for name, tensor in (("weight", scale), ("bias", shift)):
@@ -79,14 +98,23 @@ def module(kind: str, width: int, eps: float, scale: Tensor | None, shift: Tenso
     return made
 
 
-def fused(*, kinds: Sequence[str], eps: Sequence[float], scales: Any, shifts: Any, **arguments: Any) -> Any:
-    """The call with modules made of the scales and shifts."""
+def fused(
+    *,
+    kinds: Sequence[str],
+    eps: Sequence[float],
+    scales: Any,
+    shifts: Any,
+    means: Any = None,
+    variances: Any = None,
+    **arguments: Any,
+) -> Any:
+    """The call with modules made of the scales, shifts and statistics."""
     norms: list[Any] = []
     experts = arguments["routing"].num_experts
     for layer, kind in enumerate(kinds):
         width = arguments["weights"][layer][0].shape[0]
-        parts = [part[layer] or [None] * experts for part in (scales, shifts)]
-        made = [module(kind, width, eps[layer], *pair) for pair in zip(*parts, strict=True)] if kind != "none" else None
+        parts = [part and part[layer] or [None] * experts for part in (scales, shifts, means, variances)]
+        made = [module(kind, width, eps[layer], *own) for own in zip(*parts, strict=True)] if kind != "none" else None
         norms.append(made)
     seed(SEED)
     return mk.expert_mixture(**arguments, norms=norms)

@@ -14,7 +14,7 @@ from tests.ops.level import normalized
 from tests.ops.level.definition import kept, philox
 from tests.ops.level.normalized import check
 
-CASES = 45
+CASES = 12
 PLE = mk.Routing.cgc(2, 2, 1, shared_gate=True)
 NORMS = pytest.mark.parametrize("kind", ["batch", "layer"])
 

@@ -1,0 +1,81 @@
+"""Cases of ``gated_mixture``."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+import mtlkernels as mk
+from mtlkernels.testing import tensors_in
+from tests.fuzz import calls, routings, tensors
+from tests.fuzz.calls import Meaning, Way
+from tests.fuzz.routings import Wires
+from tests.ops.agreement import reference_op
+from tests.ops.gated_mixture.definition import formula
+
+
+@dataclass(frozen=True)
+class MixtureCase:
+    """A call of ``gated_mixture``; ``special`` stands in one element of one argument."""
+
+    rows: int
+    features: int
+    routing: Wires
+    way: Way
+    dtype: str = "float32"
+    logits_dtype: str = ""
+    joined: bool = False
+    used: tuple[int, ...] = (0,)
+    layouts: tuple[str, ...] = ("contiguous",)
+    frozen: float = 0.0
+    special: str = ""
+    seed: int = 0
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> MixtureCase:
+    routing = draw(routings.wires)
+    gates = range(len(routing.gates))
+    dtype = draw(tensors.dtypes)
+    return MixtureCase(
+        rows=draw(tensors.rows),
+        features=draw(tensors.widths_or_none),
+        routing=routing,
+        way=draw(tensors.ways("gated_mixture")),
+        dtype=dtype,
+        logits_dtype=draw(st.sampled_from(("", "", "float32"))),
+        joined=draw(st.booleans()),
+        used=draw(routings.some_of(gates)),
+        layouts=draw(tensors.layouts),
+        frozen=draw(st.sampled_from((0.0, 0.0, 0.4))),
+        special=draw(st.sampled_from(("", "", "", "", "", *tensors.SPECIAL))),
+        seed=draw(tensors.seeds),
+    )
+
+
+CASES: st.SearchStrategy[MixtureCase] = _cases()
+
+
+def check(case: MixtureCase) -> None:
+    """Outputs and gradients against the formula.
+
+    Raises:
+        AssertionError: what is wrong.
+    """
+    make = tensors.Maker(case.seed, tensors.of_name(case.dtype), case.layouts, case.way, case.frozen)
+    made = make.gated_mixture(case.rows, case.features, case.routing.routing(), joined_logits=case.joined)
+    if case.logits_dtype and case.dtype != "float64":
+        make.dtype = torch.float32
+        logits = make.logits(case.rows, case.routing.routing(), joined=case.joined)
+        made.arguments["gate_logits"] = logits  # type: ignore[index]
+    baseline = functools.partial(reference_op, mk.gated_mixture)
+    if case.special:
+        make.put(case.special, make.rng.choice(list(tensors_in(list(made.arguments.values())))))
+        calls.check_special(mk.gated_mixture, formula, made, case.way, case.used)
+        return
+    by_formula = case.way.implementation == "reference"
+    meaning = Meaning(formula, formula if by_formula else baseline)
+    calls.check(mk.gated_mixture, meaning, made, case.way, case.used)

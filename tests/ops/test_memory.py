@@ -1,0 +1,81 @@
+"""What the kernels keep for the next call: at most 256 MiB, and enough for a step's results to cost no page faults."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+
+import torch
+
+import mtlkernels as mk
+from mtlkernels import _extension
+from tests import requires
+
+pytestmark = requires.cpp_kernels
+
+MIB = 2**20
+MOST = 256 * MIB
+# With huge pages a fault brings as much as this, without them 4 KiB.
+HUGE_PAGE = 2 * MIB
+STEPS = 5
+
+
+def release() -> int:
+    """Lets go of what is kept; the number of bytes."""
+    freed: int = _extension.function("release_memory")()
+    return freed
+
+
+def training_step(rows: int) -> Callable[[], int]:
+    """A step that makes two outputs of 2 KiB a row, and gradients; the bytes of these."""
+    x, logits = torch.randn(rows, 16), torch.randn(rows, 8)
+    weights = [torch.randn(4, 64, 16).requires_grad_(), torch.randn(4, 512, 64).div_(8).requires_grad_()]
+    cotangents = [torch.randn(1, 512).expand(rows, 512) for _ in range(2)]
+
+    def step() -> int:
+        outputs = mk.expert_mixture(x, weights, None, logits, mk.Routing.mmoe(4, 2))
+        grads = torch.autograd.grad(outputs, weights, cotangents)
+        return sum(t.nbytes for t in (*outputs, *grads))
+
+    return step
+
+
+def test_no_more_than_256_mib_are_kept() -> None:
+    """Of results that are 480 MiB together, and of one that is more than that alone."""
+
+    def mixture(mebibytes: int) -> object:
+        rows = mebibytes * 256
+        experts = torch.ones(1, 1, 1024).expand(rows, 1, 1024)
+        return mk.gated_mixture(experts, torch.zeros(1, 1).expand(rows, 1), mk.Routing.mmoe(1, 1))
+
+    for sizes, least in (([120] * 4, 120 * MIB), ([300], 0)):
+        release()
+        held = [mixture(size) for size in sizes]
+        del held
+        assert least <= release() <= MOST
+
+
+def test_nor_of_a_step_of_training() -> None:
+    release()
+    assert training_step(80_000)() > MOST
+    assert 0 < release() <= MOST
+
+
+def faults(step: Callable[[], object]) -> int:
+    """Page faults of some steps."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(STEPS):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_results_of_every_step_cost_no_page_faults() -> None:
+    """Beside steps behind which the memory is let go of, as a check that faults are counted at all."""
+    step = training_step(8192)
+    result = [step() for _ in range(3)][-1]
+    least = STEPS * result // HUGE_PAGE
+    with_new_memory = faults(lambda: (step(), release()))
+    step()
+    again = faults(step)
+    assert with_new_memory >= least > 20
+    assert again < with_new_memory / 10, f"{again} page faults, {with_new_memory} where nothing is kept"
