@@ -125,7 +125,7 @@ class Products {
         at::Tensor grad;
         if (need_weights) {
           grad = call.stacked ? grad_weights_[0].select(0, i).select(0, j) : pooled(matrix.sizes(), options);
-          if (!open) std::memset(grad.mutable_data_ptr(), 0, grad.nbytes());
+          if (!open && grad.numel() > 0) std::memset(grad.mutable_data_ptr(), 0, grad.nbytes());
           if (!call.stacked) grad_weights_.push_back(grad);
         }
         if (!open && !(every && call.has_elements(i, j))) continue;
