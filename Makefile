@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt mtlkernels/operators.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find $(wildcard csrc tests/csrc) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find $(wildcard csrc tests) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 COMPILER := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
 NVCC := $(shell command -v nvcc)
 CUDA_SOURCES := $(shell find csrc/cuda csrc/common -type f) tests/cuda/compile.py
@@ -27,7 +27,7 @@ SEED ?=
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz large coverage docs matrix wheel wheel-check check bench bench-guard readme aot gpu clean
+.PHONY: help demo test fuzz sanitize coverage large docs matrix wheel wheel-check check bench bench-guard readme aot gpu clean
 
 help:
 	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
@@ -44,6 +44,7 @@ help:
 	@echo "make bench-guard    instructions of small calls against the baseline, under valgrind; ARGS=--update keeps them"
 	@echo "make readme  rewrite the tables of README and of the site from benchmarks/results"
 	@echo "make aot     compile every Triton kernel for every architecture, without a GPU; ARGS='--arch 90'"
+	@echo "make sanitize    the C++ kernels under sanitizers: builds, planted faults, tests, fuzzer; ARGS='--only thread'"
 	@echo "make gpu     on a machine with a GPU: build, tests, sanitizer, suites, by PYTHON's packages; ARGS='--list'"
 	@echo "make clean   remove everything that make has made, .venv included"
 
@@ -122,6 +123,10 @@ wheel-check: $(VENV)/.installed
 
 aot: $(VENV)/.installed
 	$(PY) -m tests.triton.aot $(ARGS)
+
+# Two builds of the C++ kernels, in build, of minutes each.
+sanitize: $(VENV)/.installed
+	$(PY) -m tests.sanitize $(ARGS)
 
 # With the packages of PYTHON, as such a machine may have no network: PyTorch with CUDA, Triton, pytest, pybind11, ninja.
 gpu:

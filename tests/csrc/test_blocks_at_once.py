@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.csrc import sanitizers
 from tests.csrc.library import COMPILER, HERE, needs_compiler
 
 pytestmark = needs_compiler
@@ -20,19 +21,16 @@ FAULTS = ("no fence before a counter", "no fence behind a counter", "two blocks 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("program")
-    empty, target = folder / "empty.cpp", folder / "blocks_at_once"
-    empty.write_text("int main() {}\n")
-    tried = subprocess.run([str(COMPILER), *OPTIONS, str(empty), "-o", str(target)], capture_output=True)
-    if tried.returncode or subprocess.run([str(target)], capture_output=True).returncode:
-        pytest.skip("needs ThreadSanitizer, which this compiler or machine lacks")
+    sanitizers.need("thread")
+    target = tmp_path_factory.mktemp("program") / "blocks_at_once"
     subprocess.run([str(COMPILER), *OPTIONS, str(HERE / "blocks_at_once.cpp"), "-o", str(target)], check=True)
     return target
 
 
 def run(program: Path, name: str) -> subprocess.CompletedProcess[str]:
     options = os.environ | {"TSAN_OPTIONS": "halt_on_error=1:symbolize=0"}
-    return subprocess.run([str(program), name], env=options, capture_output=True, text=True, timeout=300)
+    command = [*(sanitizers.launcher("thread") or ()), str(program), name]
+    return subprocess.run(command, env=options, capture_output=True, text=True, timeout=300)
 
 
 def test_the_kernels_as_they_are(program: Path) -> None:

@@ -66,7 +66,7 @@ struct ChainBackwardScratch {
     panel[1] = arena.take<Element>(panels);
     input = arena.take<Element>(Engine::panel_size(read) * groups);
     signs = arena.take<Word<C>>(sign_words_size(features));
-    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+    total = arena.taken();
   }
 };
 

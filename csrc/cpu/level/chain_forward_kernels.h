@@ -72,7 +72,7 @@ struct ChainForwardScratch {
     mixed = arena.take<C>(level.gates.count * groups * level.widths[level.layers] * kGroup);
     weights = arena.take<typename Engine::Weight>(2 * ForwardWeights<Engine>::made_size(level));
     signs = arena.take<Word<C>>(save ? sign_words_size(level.widths[level.layers]) * groups : 0);
-    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+    total = arena.taken();
   }
 };
 

@@ -38,7 +38,7 @@ struct LayerwiseBackwardScratch {
     few_panel = arena.take<C>(few_ld(level) * kGroup);
     panel = arena.take<Element>(Engine::kGradientIsPanel ? 0 : Engine::panel_size(widest) * groups);
     kept = arena.take<uint16_t>(widest * groups);
-    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+    total = arena.taken();
   }
 };
 

@@ -50,7 +50,7 @@ struct LayerwiseForwardScratch {
     mixed = arena.take<C>(level.gates.count * level.widths[level.layers] * kGroup);
     kept = arena.take<uint16_t>(widest);
     weights = arena.take<typename Engine::Weight>(2 * ForwardWeights<Engine>::made_size(level));
-    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+    total = arena.taken();
   }
 };
 

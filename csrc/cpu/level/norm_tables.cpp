@@ -80,10 +80,14 @@ void NormTables::set_statistics(at::TensorList statistics, int64_t experts) {
 void NormTables::allocate(bool backward) {
   const int64_t item = compute_ == at::kDouble ? 8 : 4, storage = static_cast<int64_t>(c10::elementSize(dtype_));
   int64_t bytes = 0, gradients[2] = {};
-  std::vector<std::pair<void**, int64_t>> pieces;
+  struct Place {
+    void** pointer;
+    int64_t offset, bytes;
+  };
+  std::vector<Place> pieces;
   const auto piece = [&](void*& pointer, int64_t count) {
-    pieces.emplace_back(&pointer, bytes);
-    bytes += (level_.experts * count * item + 63) / 64 * 64;
+    pieces.push_back({&pointer, bytes, level_.experts * count * item});
+    bytes += padded(pieces.back().bytes);
   };
   for (int l = 0; l < level_.layers; ++l) {
     NormLayer& layer = layers_[l];
@@ -112,7 +116,10 @@ void NormTables::allocate(bool backward) {
     }
   }
   memory_ = std::make_unique<Scratch>(1, bytes);
-  for (auto [pointer, offset] : pieces) *pointer = static_cast<char*>((*memory_)[0]) + offset;
+  for (const Place& place : pieces) {
+    *place.pointer = static_cast<char*>((*memory_)[0]) + place.offset;
+    fence(*place.pointer, place.bytes);
+  }
   for (int parity = 0; backward && parity < 2; ++parity) {
     gradients_[parity] = std::make_unique<Scratch>(1, gradients[parity]);
     for (int l = parity; l < level_.layers; l += 2) layers_[l].grad = (*gradients_[parity])[0];

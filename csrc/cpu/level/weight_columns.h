@@ -21,7 +21,7 @@ struct WeightScratch {
     Arena arena(memory);
     operand = arena.take<typename Engine::Operand>(Engine::operand_size(Engine::kColumns, chunk_rows));
     sums = arena.take<typename Engine::C>(widest * Engine::kColumns);
-    total = reinterpret_cast<char*>(arena.take<char>(0)) - static_cast<char*>(memory);
+    total = arena.taken();
   }
 };
 

@@ -79,11 +79,13 @@ MemoryPool::Piece MemoryPool::fresh(int64_t bytes) {
   block->bytes = bytes;
   const auto address = reinterpret_cast<uintptr_t>(block->memory.mutable_data_ptr());
   Piece piece(reinterpret_cast<char*>((address + 63) / 64 * 64), {bytes, block.get()});
+  poison(block->memory.const_data_ptr(), block->memory.nbytes());
   block.release();
   return piece;
 }
 
 void MemoryPool::give_back(Piece piece) noexcept {
+  poison(piece.first(), piece.part().bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto next = idle_.lower_bound(piece.first());
   if (next != idle_.end() && adjoin({piece.first(), piece.part()}, *next)) {
@@ -134,6 +136,7 @@ bool MemoryPool::discard_largest() {
     if (!whole(place->second)) continue;
     const std::unique_ptr<Block> block(place->second.block);
     remove(place);
+    unpoison(block->memory.const_data_ptr(), block->memory.nbytes());
     return true;
   }
   return false;

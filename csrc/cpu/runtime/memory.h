@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "runtime/api.h"
+#include "runtime/poison.h"
 
 namespace mtlk {
 
@@ -76,11 +77,12 @@ class MTLK_API MemoryPool {
   int64_t held_ = 0;
 };
 
-// Uninitialised pieces of equal size, each of which starts on a cache line.
+// Uninitialised pieces of equal size, each of which starts on a cache line. What the pool has is poisoned but for them.
 class Scratch {
  public:
-  Scratch(int64_t pieces, int64_t bytes, bool brief = true) : stride_((bytes + 63) / 64 * 64) {
+  Scratch(int64_t pieces, int64_t bytes, bool brief = true) : stride_(padded(bytes)) {
     if (pieces * stride_ > 0) memory_.emplace(MemoryPool::instance().take(pieces * stride_, brief));
+    for (int64_t i = 0; memory_ && i < pieces; ++i) unpoison(memory_->first() + i * stride_, bytes);
   }
   ~Scratch() {
     if (memory_) MemoryPool::instance().give_back(std::move(*memory_));

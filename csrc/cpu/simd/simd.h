@@ -13,6 +13,7 @@
 #endif
 
 #include "common/dtypes.h"
+#include "runtime/poison.h"
 
 #ifndef MTLK_ISA
 #error "MTLK_ISA names the namespace of the instruction set"
@@ -251,23 +252,25 @@ MTLK_INLINE void narrow_past_caches(const C* in, T* out, int64_t n) {
   }
 }
 
-// A bump allocator over a caller's buffer; every piece starts on a cache line.
+// A bump allocator over a caller's buffer; every piece starts on a cache line. Without a buffer it only counts.
 class Arena {
  public:
-  explicit Arena(void* memory) : next_(static_cast<char*>(memory)) {}
+  explicit Arena(void* memory) : first_(static_cast<char*>(memory)), next_(first_) {}
   template <typename U>
   U* take(int64_t count) {
-    U* piece = reinterpret_cast<U*>(next_);
+    U* const piece = reinterpret_cast<U*>(next_);
+    if (first_ != nullptr) fence(piece, count * static_cast<int64_t>(sizeof(U)));
     next_ += bytes<U>(count);
     return piece;
   }
+  int64_t taken() const { return next_ - first_; }
   template <typename U>
   static int64_t bytes(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+    return padded(count * static_cast<int64_t>(sizeof(U)));
   }
 
  private:
-  char* next_;
+  char *first_, *next_;
 };
 
 }  // namespace MTLK_ISA

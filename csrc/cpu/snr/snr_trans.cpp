@@ -126,7 +126,7 @@ class Products {
         at::Tensor grad;
         if (need_weights) {
           grad = call.stacked ? grad_weights_[0].select(0, i).select(0, j) : pooled(matrix.sizes(), options);
-          if (!open) std::memset(grad.mutable_data_ptr(), 0, grad.nbytes());
+          if (!open && grad.numel() > 0) std::memset(grad.mutable_data_ptr(), 0, grad.nbytes());
           if (!call.stacked) grad_weights_.push_back(grad);
         }
         if (!open && !(every && call.has_elements(i, j))) continue;
@@ -144,10 +144,10 @@ class Products {
     const int64_t capacity = chunk_rows();
     std::vector<int64_t> gradient_at{0}, operand_at{0};
     for (int i = 0; i < grads_.count(); ++i) {
-      gradient_at.push_back(gradient_at.back() + aligned(kernels_.gradient_bytes(grads_.widths()[i], capacity)));
+      gradient_at.push_back(gradient_at.back() + padded(kernels_.gradient_bytes(grads_.widths()[i], capacity)));
     }
     for (int j = 0; j < call_.in.count(); ++j) {
-      operand_at.push_back(operand_at.back() + aligned(kernels_.operand_bytes(call_.in.widths()[j], capacity)));
+      operand_at.push_back(operand_at.back() + padded(kernels_.operand_bytes(call_.in.widths()[j], capacity)));
     }
     const Scratch memory(2, std::max(gradient_at.back(), operand_at.back()));
     gradients_ = static_cast<char*>(memory[0]);
@@ -176,8 +176,6 @@ class Products {
     at::Tensor grad;  // none for a closed route
     at::Tensor weight;
   };
-
-  static int64_t aligned(int64_t bytes) { return divide_up(bytes, 64) * 64; }
 
   // Rows that are multiplied together, in chunks of equal size: the gradients of one output should stay in the
   // second-level cache with what they are multiplied by.

@@ -1,0 +1,197 @@
+// The memory pool under sanitizers: `pool` takes and gives back on several threads and checks what comes of it, `pool
+// NAME...` makes faults of planted_faults.h, or lets the pool take no lock. The exit status is 1 where a check fails.
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace std {
+
+bool nothing_is_locked = false;
+
+// Takes the place of std::lock_guard in the pool.
+template <typename Mutex>
+class switched_guard {
+ public:
+  explicit switched_guard(Mutex& mutex) : mutex_(nothing_is_locked ? nullptr : &mutex) {
+    if (mutex_) mutex_->lock();
+  }
+  ~switched_guard() {
+    if (mutex_) mutex_->unlock();
+  }
+  switched_guard(const switched_guard&) = delete;
+  switched_guard& operator=(const switched_guard&) = delete;
+
+ private:
+  Mutex* mutex_;
+};
+
+}  // namespace std
+
+#define lock_guard switched_guard
+#include "../../csrc/cpu/runtime/memory.cpp"
+#undef lock_guard
+
+#include "planted_faults.h"
+
+namespace {
+
+using mtlk::MemoryPool;
+using mtlk::Scratch;
+
+constexpr int64_t kMiB = 1 << 20;
+constexpr int64_t kMostHeld = 256 * kMiB;  // what docs and memory.cpp promise
+
+void check(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "wrong: %s\n", what);
+  std::_Exit(1);
+}
+
+// Memory as the C library has it, counted. Relaxed, so that counting orders nothing between threads.
+class Counting : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    auto* const memory = static_cast<size_t*>(std::malloc(bytes + kFront));
+    check(memory != nullptr, "there is no memory");
+    memory[0] = bytes;
+    live.fetch_add(static_cast<int64_t>(bytes), std::memory_order_relaxed);
+    return {reinterpret_cast<char*>(memory) + kFront, memory, &free, at::Device(at::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+  std::atomic<int64_t> live{0};
+
+ private:
+  static constexpr size_t kFront = 48;  // so that nothing is aligned by chance
+  static void free(void* memory);
+};
+
+Counting counting;
+
+void Counting::free(void* memory) {
+  counting.live.fetch_sub(static_cast<int64_t>(*static_cast<size_t*>(memory)), std::memory_order_relaxed);
+  std::free(memory);
+}
+
+// Pieces that one thread holds, filled with a byte that nobody else uses.
+struct Held {
+  Held(int64_t pieces, int64_t bytes, bool brief, char mark)
+      : scratch(pieces, bytes, brief), pieces(pieces), bytes(bytes), mark(mark) {
+    for (int64_t i = 0; i < pieces; ++i) {
+      check(reinterpret_cast<uintptr_t>(scratch[i]) % 64 == 0, "a piece starts within a cache line");
+      std::fill_n(static_cast<char*>(scratch[i]), bytes, mark);
+    }
+  }
+  ~Held() {
+    for (int64_t i = 0; i < pieces; ++i) {
+      const char* const first = static_cast<const char*>(scratch[i]);
+      check(std::all_of(first, first + bytes, [&](char c) { return c == mark; }), "pieces overlap");
+    }
+  }
+
+  Scratch scratch;
+  int64_t pieces, bytes;
+  char mark;
+};
+
+void take_and_give_back(int thread) {
+  std::mt19937 random(static_cast<unsigned>(thread));
+  std::vector<std::unique_ptr<Held>> held;
+  std::vector<at::Tensor> tensors;
+  for (int step = 0; step < 400; ++step) {
+    const int64_t bytes = random() % 8 == 0 ? random() % (kMiB / 4) : random() % 9000;
+    const char mark = static_cast<char>(1 + thread * 16 + step % 16);
+    held.push_back(std::make_unique<Held>(random() % 4, bytes, random() % 2 == 0, mark));
+    if (held.size() > 6) held.erase(held.begin() + random() % held.size());
+    tensors.push_back(mtlk::pooled({bytes}, at::kByte, random() % 2 == 0));
+    std::fill_n(tensors.back().mutable_data_ptr<uint8_t>(), bytes, static_cast<uint8_t>(mark));
+    if (tensors.size() > 3) tensors.erase(tensors.begin());
+    if (step % 50 == 0) check(MemoryPool::instance().release() <= kMostHeld, "the pool holds too much");
+  }
+}
+
+void on_threads() {
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) threads.emplace_back(take_and_give_back, t);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Once nothing is in use, what is left are whole blocks: those of which parts were taken have merged again.
+void everything_merges() {
+  check(counting.live > 0, "the pool keeps nothing");
+  MemoryPool::instance().release();
+  check(counting.live == 0, "parts of a block have not merged");
+  const void* first = nullptr;
+  {
+    const Scratch whole(1, 64 * kMiB);
+    first = whole[0];
+  }
+  std::vector<std::unique_ptr<Scratch>> parts;
+  for (int i = 0; i < 50; ++i) parts.push_back(std::make_unique<Scratch>(1, 10000 + i));
+  check((*parts[0])[0] == first, "a brief piece is no part of an idle block");
+  for (int i = 0; i < 50; i += 2) parts[i].reset();
+  parts.clear();
+  const Scratch again(1, 64 * kMiB, false);
+  check(again[0] == first, "parts of a block have not merged");
+}
+
+void little_is_held() {
+  for (const int64_t size : {100, 200, 300}) {
+    {
+      const Scratch a(1, size * kMiB), b(1, 90 * kMiB), c(1, 80 * kMiB), d(1, 70 * kMiB);
+    }
+    check(counting.live <= kMostHeld + 4096, "the pool holds too much");
+  }
+  check(MemoryPool::instance().release() <= kMostHeld && counting.live == 0, "something is left");
+}
+
+// What tasks wrote is there afterwards, each on a thread that it has for itself.
+void tasks_are_done_once() {
+  constexpr int64_t kTasks = 500, kThreads = 3;
+  std::vector<int> done(kTasks), busy(kThreads);
+  mtlk::parallel_tasks_on(kThreads, kTasks, [&](int64_t task, int64_t thread) {
+    const Scratch scratch(1, 5000);
+    std::fill_n(static_cast<char*>(scratch[0]), 5000, 'a');
+    check(busy[thread]++ == 0, "two tasks share a thread's memory");
+    ++done[task];
+    --busy[thread];
+  });
+  check(std::all_of(done.begin(), done.end(), [](int times) { return times == 1; }), "a task ran never, or twice");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  c10::SetCPUAllocator(&counting, 1);
+  const std::vector<std::string> names(arguments + 1, arguments + count);
+  for (const std::string& name : names) {
+    if (name == "a pool without its lock") {
+      std::nothing_is_locked = true;
+      on_threads();
+    } else {
+      check(planted::make(name), "there is no fault of this name");
+    }
+  }
+  if (!names.empty()) return 0;
+  on_threads();
+  everything_merges();
+  little_is_held();
+  tasks_are_done_once();
+  return 0;
+}

@@ -1,0 +1,1 @@
+"""The C++ kernels under sanitizers: ``python -m tests.sanitize``, or ``make sanitize``."""
