@@ -11,23 +11,26 @@ import time
 from tests.fuzz import processes
 from tests.fuzz.targets import TARGETS
 
-# Triton's kernels run in its interpreter, some thousand times slower than the others.
-OF_TRITON, SHARE_OF_TRITON = ("expert_mixture", "gated_mixture", "snr_trans", "snr_aver", "pcgrad"), 100
+# A case of a model is three steps of training, twice, and more; Triton's kernels run in its interpreter, some thousand
+# times slower than the others.
+ONE_OF_MODELS, ONE_OF_TRITON = 10, 100
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=1000, help="cases a target (1000)")
+    parser.add_argument("--cases", type=int, default=1000, help="cases an op (1000); of models a tenth")
     parser.add_argument("--seed", type=int, help="of all cases; by default another one each time")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at once")
     parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="targets")
     parser.add_argument("--without-triton", action="store_true", help="no kernels in Triton's interpreter")
     options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
-    runs = [(name, options.cases, False) for name in options.only]
+    ops = [name for name in options.only if name != "convert"]
+    runs = [(name, options.cases, False) for name in ops]
     if importlib.util.find_spec("triton") and not options.without_triton:
-        share = max(1, options.cases // SHARE_OF_TRITON)
-        runs += [(name, share, True) for name in options.only if name in OF_TRITON]
+        runs += [(name, max(1, options.cases // ONE_OF_TRITON), True) for name in ops]
+    if "convert" in options.only:
+        runs.append(("convert", max(1, options.cases // ONE_OF_MODELS), False))
     print(f"seed {seed}, {options.jobs} processes", flush=True)
     failed = False
     for name, cases, interpreted in runs:

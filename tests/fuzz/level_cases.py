@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from mtlkernels.ops import activations as act
 from mtlkernels.testing import Case, tensors_in
 from tests.fuzz import calls, routings, tensors
 from tests.fuzz.calls import Meaning, Way
+from tests.fuzz.mixture_cases import by_softmax
 from tests.fuzz.routings import Wires
 from tests.ops.agreement import reference_op
 from tests.ops.level import normalized
@@ -171,7 +171,7 @@ def _logits(gate_logits: Any, gate_weights: Any, gate_biases: Any, inputs: Any, 
     """Those of each gate."""
     sizes = [len(gate) for gate in routing.gate_experts]
     if gate_weights is None:
-        return list(gate_logits.split(sizes, 1)) if isinstance(gate_logits, Tensor) else gate_logits
+        return routings.split(gate_logits, routing) if isinstance(gate_logits, Tensor) else gate_logits
     streams = [inputs] * len(sizes) if isinstance(inputs, Tensor) else inputs * len(sizes)
     if isinstance(gate_weights, Tensor):
         gate_weights = gate_weights.split(sizes)
@@ -186,10 +186,7 @@ def by_pytorch(
     """PyTorch's own layers one after another, gates among them, each gate by itself."""
     logits = _logits(gate_logits, gate_weights, gate_biases, arguments["inputs"], routing)
     experts = normalized.experts_by_pytorch(routing=routing, **arguments)
-    return [
-        (own.softmax(1).unsqueeze(2) * torch.stack([experts[e] for e in gate], 1)).sum(1)
-        for gate, own in zip(routing.gate_experts, logits, strict=True)
-    ]
+    return by_softmax(experts, logits, routing)
 
 
 class _Holder(nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
+from torch import Tensor
 
 import mtlkernels as mk
 
@@ -30,6 +31,11 @@ def _wires(draw: st.DrawFn) -> Wires:
     gate = st.lists(st.integers(0, experts - 1), min_size=1, max_size=experts, unique=True).map(tuple)
     gates = draw(st.lists(gate, min_size=1, max_size=30 if many else 5))
     return Wires(tuple(streams), tuple(gates))
+
+
+def split(joined: Tensor, routing: mk.Routing) -> list[Tensor]:
+    """The logits of each gate, from those of all."""
+    return list(joined.split([len(gate) for gate in routing.gate_experts], 1))
 
 
 wires: st.SearchStrategy[Wires] = _wires()

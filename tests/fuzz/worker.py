@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import faulthandler
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--isolate", action="store_true")
     options = parser.parse_args()
     faulthandler.enable()
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # of models that are compiled for many shapes
     torch.set_num_threads(1)
     target = TARGETS[options.target]
     finding = engine.run(target, options.cases, options.seed, options.record, options.isolate)
