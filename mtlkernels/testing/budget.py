@@ -48,6 +48,9 @@ def over_budget(
         accumulation = torch.float64 if dtype == torch.float64 else torch.float32
         floor = scale * (ROUNDINGS * torch.finfo(dtype).eps + ACCUMULATION_ULPS * torch.finfo(accumulation).eps)
         floor += largest * DEFINITION_ULPS * torch.finfo(torch.float64).eps
+        floor += (
+            torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        )  # what is rounded below that, to 0 or to it
         budget = factor * usual + floor
         if not error <= budget:
             return (

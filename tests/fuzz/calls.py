@@ -24,7 +24,8 @@ from tests.seeding import seed
 # Counted while cases run, for the summary.
 counts: Counter[str] = Counter()
 # How far everything in a second trial is off, in eps of the dtype, and how often it is drawn.
-ROUNDINGS, DRAWS = 2.0, 8
+ROUNDINGS, SUM_ROUNDINGS, DRAWS = 2.0, 8.0, 8
+SUMS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.sum, torch.ops.aten.mean)
 Results = dict[str, list[Any]]
 
 
@@ -190,22 +191,31 @@ def check(op: Callable[..., Sequence[Tensor]], meaning: Meaning, case: Case, way
 
 
 class Rounding(TorchDispatchMode):
-    """Within the block each result of an operator is off by a few roundings of a dtype, at random."""
+    """Within the block each result of an operator is off by a few roundings of a dtype, at random.
 
-    def __init__(self, eps: float) -> None:
+    Sums, products of matrices among them, are also off by roundings of the sum of all magnitudes.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self._eps = eps
+        self._eps = ROUNDINGS * torch.finfo(dtype).eps
+        self._sum_eps = SUM_ROUNDINGS * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if any(value.alias_info for value in function._schema.returns):  # a view, or written in place
             return result
+        if function.overloadpacket in SUMS and result.dtype == torch.float64:
+            magnitudes = function(*tree_map_only(Tensor, torch.abs, args), **(kwargs or {}))
+            result = result + magnitudes * _noise(magnitudes, self._sum_eps)
         return tree_map_only(Tensor, self._rounded, result)
 
     def _rounded(self, exact: Tensor) -> Tensor:
-        if exact.dtype != torch.float64:
-            return exact
-        return exact * (1 + self._eps * (2 * torch.rand(exact.shape, dtype=exact.dtype) - 1))
+        return exact * (1 + _noise(exact, self._eps)) if exact.dtype == torch.float64 else exact
+
+
+def _noise(like: Tensor, size: float) -> Tensor:
+    return size * (2 * torch.rand(like.shape, dtype=like.dtype) - 1)
 
 
 def _slack(
@@ -228,7 +238,7 @@ def _slack(
         for draw in range(DRAWS):
             seed(draw)
             moved = wide.map(lambda t: (t.detach() * (1 + eps * torch.randn_like(t))).requires_grad_(t.requires_grad))
-            with Rounding(eps):
+            with Rounding(dtype):
                 results = _without_none(evaluate(meaning.formula, moved, way, used), exact)
             for name, group in total.items():
                 for sums, a, b in zip(group, results[name], right[name], strict=True):
