@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mtlkernels as mk
-from mtlkernels._backends import interpreting
 from mtlkernels.ops import activations as act
 from mtlkernels.testing import Case, tensors_in
 from tests.fuzz import calls, routings, tensors
@@ -24,7 +23,6 @@ from tests.ops.level.definition import formula
 
 GATES = ("logits", "joined logits", "layers", "stacked layers")
 NORMS = ("none", "none", "batch", "running", "layer")
-ROWS_IN_INTERPRETER = (0, 1, 2, 5, 17, 33, 70)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def _cases(draw: st.DrawFn) -> LevelCase:
     layers = tuple(draw(st.lists(_layers(normal), min_size=1, max_size=3)))
     routing = draw(routings.wires)
     of_batch = any(layer.norm == "batch" for layer in layers)
-    rows = draw(st.sampled_from(ROWS_IN_INTERPRETER) if interpreting() else tensors.rows)
+    rows = draw(tensors.rows)
     way = draw(tensors.ways("expert_mixture", "prepared"))
     gates = draw(st.sampled_from(GATES))
     # A linear gate reads the stream of its number, or the only one.
@@ -94,7 +92,7 @@ def _cases(draw: st.DrawFn) -> LevelCase:
         layers=layers,
         routing=routing,
         way=way,
-        dtype=draw(st.sampled_from(("float32", "float16")) if interpreting() else tensors.dtypes),
+        dtype=draw(tensors.dtypes),
         gates=gates,
         one_input=one_input,
         stacked=draw(st.booleans()),

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mtlkernels as mk
-from mtlkernels._backends import interpreting
 from mtlkernels.testing import Case, snr, tensors_in
 from tests.fuzz import calls, routings, tensors
 from tests.fuzz.calls import Meaning, Way
@@ -20,7 +19,6 @@ from tests.ops.snr_aver import definition as aver
 from tests.ops.snr_trans import definition as trans
 
 _SHARES = st.sampled_from(snr.SHARES)
-_FEW_ROWS = st.sampled_from((0, 1, 2, 5, 17, 33))
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,11 @@ def _trans_cases(draw: st.DrawFn) -> TransCase:
     out_widths = draw(_SOME_WIDTHS)
     stacked = draw(st.booleans())
     return TransCase(
-        rows=draw(_FEW_ROWS if interpreting() else tensors.rows),
+        rows=draw(tensors.rows),
         in_widths=draw(_SOME_WIDTHS),
         out_widths=out_widths,
         way=draw(tensors.ways("snr_trans")),
-        dtype=draw(st.sampled_from(("float32", "float16")) if interpreting() else tensors.dtypes),
+        dtype=draw(tensors.dtypes),
         share=draw(_SHARES),
         stacked=stacked,
         stacked_inputs=stacked and draw(st.booleans()),
@@ -93,12 +91,12 @@ def _trans_cases(draw: st.DrawFn) -> TransCase:
 def _aver_cases(draw: st.DrawFn) -> AverCase:
     outputs = draw(st.integers(1, 9))
     return AverCase(
-        rows=draw(_FEW_ROWS if interpreting() else tensors.rows),
+        rows=draw(tensors.rows),
         width=draw(tensors.widths_or_none),
         inputs=draw(st.integers(1, 9)),
         outputs=outputs,
         way=draw(tensors.ways("snr_aver")),
-        dtype=draw(st.sampled_from(("float32", "float16")) if interpreting() else tensors.dtypes),
+        dtype=draw(tensors.dtypes),
         share=draw(_SHARES),
         closed_grad=draw(st.booleans()),
         used=draw(routings.some_of(range(outputs))),
