@@ -82,9 +82,17 @@ def assert_agrees(grads: Sequence[Sequence[Tensor | None]], order: Tensor, **opt
 
 
 def assert_right(
-    actual: Sequence[Tensor | None], grads: Sequence[Sequence[Tensor | None]], order: Tensor, **options: Any
+    actual: Sequence[Tensor | None],
+    grads: Sequence[Sequence[Tensor | None]],
+    order: Tensor,
+    *,
+    sums: float = 1e-13,
+    **options: Any,
 ) -> None:
-    """A result against the definition: an error of one rounding to the dtype, and of float64 sums of all tasks."""
+    """A result against the definition: an error of one rounding to the dtype, and of sums of all tasks.
+
+    Those are off by so much of the size of their terms: ``sums`` is what float64 is, if not given.
+    """
     expected = formula(grads, order.tolist(), **options)
     assert len(actual) == len(expected)
     sizes = [float(sum(g.double().to_dense().square().sum() for g in row if g is not None)) ** 0.5 for row in grads]
@@ -94,12 +102,12 @@ def assert_right(
             continue
         like = next(grad for grad in column if grad is not None)
         assert got.dtype == like.dtype and got.shape == like.shape and got.device == like.device
-        assert_rounded(got, want, len(sizes) * max(sizes))
+        assert_rounded(got, want, sums * len(sizes) * max(sizes))
 
 
-def assert_rounded(got: Tensor, want: Tensor, size: float) -> None:
-    """One rounding to the dtype away from a float64 sum, which itself is off by a little of the size of its terms."""
+def assert_rounded(got: Tensor, want: Tensor, error_of_sum: float) -> None:
+    """One rounding to the dtype away from a sum, which itself is off by that much."""
     rounding = torch.finfo(got.dtype).eps * want.abs() + torch.finfo(got.dtype).tiny
     error = (got.to_dense().double().cpu() - want.cpu()).abs()
-    excess = error - rounding.cpu() - 1e-13 * size
+    excess = error - rounding.cpu() - error_of_sum
     assert not excess.numel() or float(excess.max()) <= 0, f"error {float(error.max()):.3g} in {got.dtype}"

@@ -150,7 +150,7 @@ def test_weights_describe_the_result(backend: str) -> None:
     size = sum(float(g.square().sum()) for row in grads for g in row) ** 0.5
     for p, result in enumerate(found):
         by_hand = sum(c * row[p].double() for c, row in zip(weights.sum(0), grads, strict=True))
-        assert_rounded(result, by_hand, size)
+        assert_rounded(result, by_hand, 1e-13 * size)
 
 
 def test_order_of_a_wrong_device_dtype_or_kind() -> None:
