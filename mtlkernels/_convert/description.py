@@ -15,7 +15,7 @@ from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.evaluation import Parts, evaluate, read_experts, several_dtypes
 from mtlkernels._convert.gates import has_equal_shares, read_gate
 from mtlkernels._convert.paying import mixing_pays, pays, rows_of
-from mtlkernels.ops._fusing import has_hooks
+from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
 from mtlkernels.routing import Routing
 
 
@@ -108,17 +108,22 @@ class LevelDescription:
         gates = self.read_gates(module)
         if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
             return "it has other numbers of experts and gates than when it was converted"
-        if any(isinstance(gate, str) for gate in gates) or any_hooks(self.parts(module)):
-            return "a gate was exchanged, or a part that would not be called has a hook"
+        differentiated = torch.is_grad_enabled()
+        if any(isinstance(gate, str) for gate in gates) or any_hooks(self.parts(module), differentiated):
+            return "a gate was exchanged, or a part that would not be called has a hook, or one of its parameters"
         if several_dtypes(experts[0], gates, dtype) and not autocast_enabled("cpu" if x is None else x.device.type):
             return "it has parameters of several dtypes, or of another than its input"
         return Parts(chains, *experts, gates, routing, rows, self.read_gate_inputs(module, gates, routing))
 
 
-def any_hooks(modules: Iterable[Any]) -> bool:
-    """Whether one of the modules, or one below, has a hook."""
+def any_hooks(modules: Iterable[Any], differentiated: bool) -> bool:
+    """Whether one of the modules, or one below, has a hook; if ``differentiated`` also one on a parameter."""
     for module in modules:
-        if module is not None and (has_hooks(module) or (module._modules and any_hooks(module._modules.values()))):
+        if module is None:
+            continue
+        if has_hooks(module) or (differentiated and has_gradient_hooks(module)):
+            return True
+        if module._modules and any_hooks(module._modules.values(), differentiated):
             return True
     return False
 

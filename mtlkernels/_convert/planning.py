@@ -15,7 +15,7 @@ from mtlkernels._convert.evaluation import several_dtypes
 from mtlkernels._convert.gates import Gate, has_equal_shares
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import disagreement, kept_random_state
-from mtlkernels.ops._fusing import Layer, has_hooks, kind_of, weight_refusal
+from mtlkernels.ops._fusing import Layer, has_gradient_hooks, has_hooks, kind_of, weight_refusal
 from mtlkernels.routing import Routing
 
 # Of an instance: for each level its Routing, None for one that is left alone, or None where all are; and the report.
@@ -89,13 +89,17 @@ def _level_refusal(level: LevelDescription, module: Any, routing: Routing) -> st
 
 def _hook_refusal(model: nn.Module, parts: Iterable[Any]) -> str | None:
     """The report's words for a part that does more than its class's forward, and that would not be called."""
-    inner = (module for part in parts if part is not None for module in part.modules())
-    hooked = next(filter(has_hooks, inner), None)
-    if hooked is None:
-        return None
-    what = "a forward of its own" if "forward" in vars(hooked) else "a hook"
-    name = next((name for name, module in model.named_modules() if module is hooked), "")
-    return f"{name or type(hooked).__name__} has {what}, and would not be called"
+    inner = [module for part in parts if part is not None for module in part.modules()]
+    for hooked in inner:
+        name = next((name for name, module in model.named_modules() if module is hooked), "") or type(hooked).__name__
+        if has_hooks(hooked):
+            what = "a forward of its own" if "forward" in vars(hooked) else "a hook"
+            return f"{name} has {what}, and would not be called"
+        if has_gradient_hooks(hooked):
+            return (
+                f"a parameter of {name} has a hook, which would be called without a gradient where no loss reaches it"
+            )
+    return None
 
 
 def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) -> str | None:

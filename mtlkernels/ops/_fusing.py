@@ -70,6 +70,12 @@ def has_hooks(module: Any) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+def has_gradient_hooks(module: Any) -> bool:
+    """Whether a parameter of the module's own has a hook, which a fused operator's node would call with None for what
+    no loss reaches; where modules are called, it is not called then."""
+    return any(p is not None and p._backward_hooks for p in module._parameters.values())
+
+
 def is_plain(weight: Any) -> bool:
     """Whether a weight is its numbers and nothing more, unlike a quantized or a distributed tensor."""
     return type(weight) in (_Parameter, Tensor) or isinstance(weight, _torch.TRACED)
@@ -83,7 +89,9 @@ def linear_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
     """
     parameters = layer._parameters
     weight = parameters.get("weight")
-    return (layer.weight, layer.bias) if weight is None else (weight, parameters.get("bias"))
+    if weight is None or "bias" not in parameters:  # which may also be a buffer, or a plain attribute
+        return layer.weight, layer.bias
+    return weight, parameters["bias"]
 
 
 def plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:

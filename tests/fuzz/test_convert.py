@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deaf_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks are looked for by a conversion only."""
-    monkeypatch.setattr(description, "any_hooks", lambda modules: False)
+    monkeypatch.setattr(description, "any_hooks", lambda modules, differentiated: False)
 
 
 def blind_to_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +125,20 @@ def test_random_edits_find_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_case_is_what_it_prints() -> None:
     case = edited("a scale", sizes=BATCH_NORM)
     assert eval(repr(case), {"ConvertCase": ConvertCase, "Sizes": Sizes, "Edit": Edit}) == case
+
+
+_SMALL = Sizes(tasks=2, experts=1, shared=1, levels=1, units=(4,), gate=(), norm="", activation="relu", rate=0.0)
+# What the fuzzer has found, as it printed it.
+FOUND = {
+    "a bias that is a buffer": ConvertCase(
+        "registered level", replace(_SMALL, tasks=1), (Edit("a parameter that is a tensor", 1),), seed=1
+    ),
+    "a hook on a weight that no loss reaches": ConvertCase(
+        "easyrec.MMoE", _SMALL, (Edit("a gradient hook", 4),), losses="last"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
+def test_what_was_found_before(case: ConvertCase) -> None:
+    check(case)
