@@ -23,8 +23,9 @@ from tests.seeding import seed
 
 # Counted while cases run, for the summary.
 counts: Counter[str] = Counter()
-# How far everything in a second trial is off, in eps of the dtype, and how often it is drawn.
-ROUNDINGS, SUM_ROUNDINGS, DRAWS = 2.0, 8.0, 8
+# How far everything in a second trial is off, in eps of the dtype, how often it is drawn at most, and how many times as
+# far as the furthest of the draws a result may be.
+ROUNDINGS, SUM_ROUNDINGS, DRAWS, REACH = 2.0, 8.0, 64, 3.0
 SUMS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.sum, torch.ops.aten.mean)
 Results = dict[str, list[Any]]
 
@@ -183,11 +184,12 @@ def check(op: Callable[..., Sequence[Tensor]], meaning: Meaning, case: Case, way
     wrong = over_budget(found, right, base, factor=meaning.factor)
     if wrong is None:
         return
-    slack = _slack(meaning, wide, case.dtype, way, used, exact)
-    still = over_budget(found, right, base, factor=meaning.factor, slack=slack)
-    if still is not None:
-        raise AssertionError(still)
-    counts["second trial: everything moved by rounding"] += 1
+    for slack in _slacks(meaning, wide, case.dtype, way, used, exact):
+        still = over_budget(found, right, base, factor=meaning.factor, slack=slack)
+        if still is None:
+            counts["second trial: everything moved by rounding"] += 1
+            return
+    raise AssertionError(still)
 
 
 class Rounding(TorchDispatchMode):
@@ -218,32 +220,28 @@ def _noise(like: Tensor, size: float) -> Tensor:
     return size * (2 * torch.rand(like.shape, dtype=like.dtype) - 1)
 
 
-def _slack(
-    meaning: Meaning,
-    wide: Case,
-    dtype: torch.dtype,
-    way: Way,
-    used: Sequence[int],
-    exact: Results,
-) -> dict[str, list[Tensor]]:
+def _slacks(
+    meaning: Meaning, wide: Case, dtype: torch.dtype, way: Way, used: Sequence[int], exact: Results
+) -> Iterator[dict[str, list[Tensor]]]:
     """How far results move where arguments and each operator's results are off by a few roundings of the dtype.
 
     No implementation in the dtype does better where terms cancel, as in front of a norm, where a norm divides by a
-    spread that is hardly larger than a rounding, or for units beside a kink.
+    spread that is hardly larger than a rounding, or for units beside a kink. Of such a unit some draws only tell, so
+    that there are as many as it takes, up to a limit; what counts is the furthest of them.
     """
     eps = ROUNDINGS * torch.finfo(dtype).eps
     right = _without_none(exact, exact)
-    total = {name: [torch.zeros_like(t) for t in group] for name, group in right.items()}
+    furthest = {name: [torch.zeros_like(t) for t in group] for name, group in right.items()}
     with torch.random.fork_rng(devices=[]):
         for draw in range(DRAWS):
             seed(draw)
             moved = wide.map(lambda t: (t.detach() * (1 + eps * torch.randn_like(t))).requires_grad_(t.requires_grad))
             with Rounding(dtype):
                 results = _without_none(evaluate(meaning.formula, moved, way, used), exact)
-            for name, group in total.items():
-                for sums, a, b in zip(group, results[name], right[name], strict=True):
-                    sums += (a - b).abs()
-    return total
+            for name, group in furthest.items():
+                for i, (a, b) in enumerate(zip(results[name], right[name], strict=True)):
+                    group[i] = torch.maximum(group[i], REACH * (a - b).abs())
+            yield furthest
 
 
 def check_special(
