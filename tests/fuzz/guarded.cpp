@@ -17,7 +17,8 @@ void __libc_free(void* memory);
 namespace {
 
 constexpr uintptr_t kPage = 4096;
-constexpr uintptr_t kSpace = uintptr_t{1} << 44;  // reserved, and never used twice, so that freed memory stays forbidden
+constexpr uintptr_t kSpace = uintptr_t{1}
+                             << 44;  // reserved, and never used twice, so that freed memory stays forbidden
 std::atomic<uintptr_t> space{0}, next{0};
 std::atomic<bool> armed{false};
 std::atomic<long> made{0};
