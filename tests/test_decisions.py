@@ -187,7 +187,7 @@ def test_a_converted_module_that_runs_its_own_code(records: list[Any]) -> None:
     level(X)
     (found,) = said(records, "FusedLevel")
     assert [record.op for record in records] == ["convert", "FusedLevel"]  # and nothing of the trial of a copy
-    assert found[1:] == ("its own code", "a gate was exchanged, or a part that would not be called has a hook")
+    assert found[1] == "its own code" and "a part that would not be called has a hook" in found[2]
 
 
 def test_nothing_is_logged_below_the_level(caplog: pytest.LogCaptureFixture) -> None:
