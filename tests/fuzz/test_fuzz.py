@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mtlkernels as mk
 from tests.csrc import library
-from tests.fuzz import calls, engine, mixture_cases, processes
+from tests.fuzz import calls, engine, level_cases, mixture_cases, processes
 from tests.fuzz.memory import SIDES, guarded
 from tests.fuzz.mixture_cases import MixtureCase
 from tests.fuzz.routings import Wires
@@ -35,6 +35,15 @@ def test_random_cases(name: str) -> None:
     finding = engine.run(TARGETS[name], CASES[name], seed=1)
     assert finding is None, f"{finding.error}\n{finding.as_test()}"
     assert {f"by {way}" for way in calls.implementations(name)} <= {*calls.counts}
+
+
+def test_what_was_found_before() -> None:
+    """A stream that only a gate outside of the level reads, whose output is not used, had a gradient of zeros."""
+    routing = Wires(streams=(0, 2), gates=((0,), (0,), (0,)))
+    layer = level_cases.Layer(1, "none", False, "batch", False)
+    for implementation in calls.implementations("expert_mixture"):
+        way = calls.Way(implementation)
+        level_cases.check(level_cases.LevelCase(2, 1, (layer,), routing, way, gates="layers", used=(0,)))
 
 
 def spoiled(spoil: Callable[[Sequence[Tensor]], Any]) -> Any:
