@@ -51,8 +51,6 @@ class Plan:
 
     def of_outputs(self, outputs: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Plan, list[Tensor]]:
         """The call of these outputs alone, and its tensors."""
-        if len(outputs) == self.num_outputs:
-            return self, list(tensors)
         *lists, z = self.groups(tensors)
         weights: list[Tensor] = []
         if self.stacked:
@@ -84,8 +82,6 @@ class Plan:
 
     def _placed(self, outputs: Sequence[int], rows: Tensor) -> Tensor:
         """Rows of the outputs among zeros for the others."""
-        if len(outputs) == self.num_outputs:
-            return rows
         zeros = rows.new_zeros(self.num_outputs, *rows.shape[1:])
         return zeros.index_copy(0, torch.tensor(outputs, device=rows.device), rows)
 
@@ -113,6 +109,11 @@ class Routes(torch.autograd.Function):
         needs = (*(any(flags) for flags in lists), z)
         used = [i for i, grad in enumerate(grads) if grad is not None]
         plan: Plan = ctx.plan
+        if len(used) == len(grads):
+            found = iter(call(RoutesBackward, plan, needs, *grads, *ctx.saved_tensors))
+            of_lists = zip(lists, needs[:-1], strict=True)
+            result = [next(found) if need else None for flags, need in of_lists for _ in flags]
+            return (None, *result, next(found) if z else None)
         part, tensors = plan.of_outputs(used, ctx.saved_tensors)
         found = call(RoutesBackward, part, needs, *(grads[i] for i in used), *tensors)
         return (None, *plan.into_whole(used, needs, found))

@@ -59,6 +59,10 @@ def _gradients(plan: Plan, needs: tuple[bool, bool], grads: Any, tensors: Any) -
     used = [k for k, grad in enumerate(grads) if grad is not None]
     if not used:
         return None, result
+    if len(used) == len(grads):
+        found = iter(call(GatedMixtureBackward, plan, needs, *grads, *tensors))
+        grad_experts = next(found) if needs[0] else None
+        return grad_experts, list(found) if needs[1] else result
     # Of the used gates alone: zeros for the others would be multiplied by what need not be finite.
     gates = list(reference.split_gates(plan.gate_experts, plan.gate_sizes))
     flat = tuple(e for k in used for e in gates[k])
