@@ -89,17 +89,15 @@ def _level_refusal(level: LevelDescription, module: Any, routing: Routing) -> st
 
 def _hook_refusal(model: nn.Module, parts: Iterable[Any]) -> str | None:
     """The report's words for a part that does more than its class's forward, and that would not be called."""
-    inner = [module for part in parts if part is not None for module in part.modules()]
-    for hooked in inner:
-        name = next((name for name, module in model.named_modules() if module is hooked), "") or type(hooked).__name__
-        if has_hooks(hooked):
-            what = "a forward of its own" if "forward" in vars(hooked) else "a hook"
-            return f"{name} has {what}, and would not be called"
-        if has_gradient_hooks(hooked):
-            return (
-                f"a parameter of {name} has a hook, which would be called without a gradient where no loss reaches it"
-            )
-    return None
+    inner = (module for part in parts if part is not None for module in part.modules())
+    hooked = next((module for module in inner if has_hooks(module) or has_gradient_hooks(module)), None)
+    if hooked is None:
+        return None
+    name = next((name for name, module in model.named_modules() if module is hooked), "") or type(hooked).__name__
+    if not has_hooks(hooked):
+        return f"a parameter of {name} has a hook, which would be called without a gradient where no loss reaches it"
+    what = "a forward of its own" if "forward" in vars(hooked) else "a hook"
+    return f"{name} has {what}, and would not be called"
 
 
 def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) -> str | None:

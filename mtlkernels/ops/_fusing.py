@@ -71,8 +71,11 @@ def has_hooks(module: Any) -> bool:
 
 
 def has_gradient_hooks(module: Any) -> bool:
-    """Whether a parameter of the module's own has a hook, which a fused operator's node would call with None for what
-    no loss reaches; where modules are called, it is not called then."""
+    """Whether a parameter of the module's own has a hook.
+
+    Autograd would call it with None where no loss reaches the parameter, as a fused operator's node leads to it all the
+    same; where modules are called, it is not called then.
+    """
     return any(p is not None and p._backward_hooks for p in module._parameters.values())
 
 

@@ -9,6 +9,7 @@ import random
 import time
 
 from tests.fuzz import processes
+from tests.fuzz.calls import too_many_second_trials
 from tests.fuzz.targets import TARGETS
 
 # A case of a model is three steps of training, twice, and more; Triton's kernels run in its interpreter, some thousand
@@ -43,12 +44,13 @@ def _run(name: str, cases: int, seed: int, jobs: int, interpreted: bool) -> bool
     started = time.monotonic()
     outcome = processes.run(name, cases, seed, jobs, interpreted=interpreted)
     title = f"{name}, by Triton's interpreter" if interpreted else name
-    verdict = f"{len(outcome.findings)} findings" if outcome.findings else "nothing found"
+    too_many = None if outcome.findings else too_many_second_trials(outcome.counts, cases)
+    verdict = too_many or (f"{len(outcome.findings)} findings" if outcome.findings else "nothing found")
     print(f"{title}: {cases:,} cases, {verdict}, {time.monotonic() - started:.0f} s")
     print("".join(f"    {what}: {count:,}\n" for what, count in sorted(outcome.counts.items())), end="", flush=True)
     for finding in outcome.findings:
         print(f"\n{finding.error}\n{finding.as_test()}", flush=True)
-    return bool(outcome.findings)
+    return bool(outcome.findings or too_many)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import random
 import re
 import signal
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,22 +104,20 @@ def run(target: Target, cases: int, seed: int, record: Path | None = None, isola
             text = repr(case).encode()
             os.pwrite(descriptor, text, 0)
             os.ftruncate(descriptor, len(text))
-        random.seed(0)
         check(case)
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            every()
+        every()
     except FlakyFailure as error:
-        return _finding(last, target, f"not each time: {error.exceptions[0]}")
+        return finding_of(repr(last), target, f"not each time: {error.exceptions[0]}")
     except Exception as error:
-        return _finding(last, target, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        return finding_of(repr(last), target, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     finally:
         if descriptor is not None:
             os.close(descriptor)
     return None
 
 
-def _finding(case: Any, target: Target, error: str) -> Finding:
-    return Finding(repr(case), error, target.check.__module__.rpartition(".")[2], target.check.__name__)
+def finding_of(case: str, target: Target, error: str) -> Finding:
+    """Of a case's repr."""
+    return Finding(case, error, target.check.__module__.rpartition(".")[2], target.check.__name__)

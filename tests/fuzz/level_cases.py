@@ -14,7 +14,7 @@ import mtlkernels as mk
 from mtlkernels.ops import activations as act
 from mtlkernels.testing import Case, tensors_in
 from tests.fuzz import calls, routings, tensors
-from tests.fuzz.calls import Meaning, Way
+from tests.fuzz.calls import Meaning, Way  # noqa: F401  (the case's repr names it)
 from tests.fuzz.mixture_cases import by_softmax
 from tests.fuzz.routings import Wires
 from tests.ops.agreement import reference_op
@@ -40,23 +40,16 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class LevelCase:
-    """A call of ``expert_mixture``; ``special`` stands in one element of one argument."""
+class LevelCase(tensors.CallCase):
+    """A call of ``expert_mixture``."""
 
     rows: int
     inputs: int
     layers: tuple[Layer, ...]
     routing: Wires
-    way: Way
-    dtype: str = "float32"
     gates: str = "logits"
     one_input: bool = False
     stacked: bool = False
-    used: tuple[int, ...] = (0,)
-    layouts: tuple[str, ...] = ("contiguous",)
-    frozen: float = 0.0
-    special: str = ""
-    seed: int = 0
 
 
 @st.composite
@@ -79,29 +72,22 @@ def _layers(draw: st.DrawFn, normal: bool) -> Layer:
 def _cases(draw: st.DrawFn) -> LevelCase:
     normal = draw(st.booleans())
     layers = tuple(draw(st.lists(_layers(normal), min_size=1, max_size=3)))
-    routing = draw(routings.wires)
+    routing, rows, gates = draw(routings.wires), draw(tensors.rows), draw(st.sampled_from(GATES))
     of_batch = any(layer.norm == "batch" for layer in layers)
-    rows = draw(tensors.rows)
-    way = draw(tensors.ways("expert_mixture", "prepared"))
-    gates = draw(st.sampled_from(GATES))
     # A linear gate reads the stream of its number, or the only one.
     one_input = draw(st.booleans()) or ("layers" in gates and 1 + max(routing.streams) != len(routing.gates))
+    fields = tensors.call(draw, "expert_mixture", len(routing.gates), "prepared")
+    if normal:  # of rows that repeat each other nothing that a spread divides would be determined
+        fields.update(layouts=draw(tensors.spread_layouts), special="")
     return LevelCase(
         rows=max(rows, 2) if of_batch else rows,
         inputs=draw(tensors.widths if normal else tensors.widths_or_none),
         layers=layers,
         routing=routing,
-        way=way,
-        dtype=draw(tensors.dtypes),
         gates=gates,
         one_input=one_input,
         stacked=draw(st.booleans()),
-        used=draw(routings.some_of(range(len(routing.gates)))),
-        # Of rows that repeat each other nothing that a spread divides would be determined.
-        layouts=draw(tensors.spread_layouts if normal else tensors.layouts),
-        frozen=draw(st.sampled_from((0.0, 0.0, 0.4))),
-        special="" if normal else draw(st.sampled_from(("", "", "", "", *tensors.SPECIAL))),
-        seed=draw(tensors.seeds),
+        **fields,
     )
 
 
@@ -110,7 +96,7 @@ CASES: st.SearchStrategy[LevelCase] = _cases()
 
 def arguments_of(case: LevelCase) -> Case:
     """The arguments of :func:`normalized.fused`."""
-    make = tensors.Maker(case.seed, tensors.of_name(case.dtype), case.layouts, case.way, case.frozen)
+    make = case.maker()
     routing, layers = case.routing.routing(), case.layers
     made = make.expert_mixture(
         case.rows,
@@ -219,7 +205,7 @@ def check(case: LevelCase) -> None:
     op = prepared if case.way.mode == "prepared" else normalized.fused
     if case.special:
         places = list(tensors_in(list(made.arguments.values())))
-        make = tensors.Maker(case.seed, made.dtype, case.layouts, case.way)
+        make = case.maker()
         make.put(case.special, make.rng.choice(places))
         calls.check_special(op, by_pytorch, made, case.way, case.used)
         return

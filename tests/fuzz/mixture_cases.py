@@ -14,48 +14,33 @@ from torch import Tensor
 import mtlkernels as mk
 from mtlkernels.testing import tensors_in
 from tests.fuzz import calls, routings, tensors
-from tests.fuzz.calls import Meaning, Way
+from tests.fuzz.calls import Meaning, Way  # noqa: F401  (the case's repr names it)
 from tests.fuzz.routings import Wires
 from tests.ops.agreement import reference_op
 from tests.ops.gated_mixture.definition import formula
 
 
 @dataclass(frozen=True)
-class MixtureCase:
-    """A call of ``gated_mixture``; ``special`` stands in one element of one argument."""
+class MixtureCase(tensors.CallCase):
+    """A call of ``gated_mixture``."""
 
     rows: int
     features: int
     routing: Wires
-    way: Way
-    dtype: str = "float32"
     logits_dtype: str = ""
     joined: bool = False
-    used: tuple[int, ...] = (0,)
-    layouts: tuple[str, ...] = ("contiguous",)
-    frozen: float = 0.0
-    special: str = ""
-    seed: int = 0
 
 
 @st.composite
 def _cases(draw: st.DrawFn) -> MixtureCase:
     routing = draw(routings.wires)
-    gates = range(len(routing.gates))
-    dtype = draw(tensors.dtypes)
     return MixtureCase(
         rows=draw(tensors.rows),
         features=draw(tensors.widths_or_none),
         routing=routing,
-        way=draw(tensors.ways("gated_mixture")),
-        dtype=dtype,
         logits_dtype=draw(st.sampled_from(("", "", "float32"))),
         joined=draw(st.booleans()),
-        used=draw(routings.some_of(gates)),
-        layouts=draw(tensors.layouts),
-        frozen=draw(st.sampled_from((0.0, 0.0, 0.4))),
-        special=draw(st.sampled_from(("", "", "", "", "", *tensors.SPECIAL))),
-        seed=draw(tensors.seeds),
+        **tensors.call(draw, "gated_mixture", len(routing.gates)),
     )
 
 
@@ -82,7 +67,7 @@ def check(case: MixtureCase) -> None:
     Raises:
         AssertionError: what is wrong.
     """
-    make = tensors.Maker(case.seed, tensors.of_name(case.dtype), case.layouts, case.way, case.frozen)
+    make = case.maker()
     made = make.gated_mixture(case.rows, case.features, case.routing.routing(), joined_logits=case.joined)
     if case.logits_dtype and case.dtype != "float64":
         make.dtype = torch.float32

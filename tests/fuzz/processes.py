@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.fuzz.engine import Finding
+from tests.fuzz.engine import Finding, finding_of
+from tests.fuzz.targets import TARGETS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -95,4 +96,4 @@ def _after_a_crash(command: Sequence[str], files: Path, status: int, environment
         finding = _read(files.with_suffix(".json"), Counter())
         if finding is not None:
             return finding
-    return Finding(last, what, "targets", "check")
+    return finding_of(last, TARGETS[command[3]], what)

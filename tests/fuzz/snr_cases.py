@@ -12,8 +12,8 @@ from torch import Tensor
 
 import mtlkernels as mk
 from mtlkernels.testing import Case, snr, tensors_in
-from tests.fuzz import calls, routings, tensors
-from tests.fuzz.calls import Meaning, Way
+from tests.fuzz import calls, tensors
+from tests.fuzz.calls import Meaning, Way  # noqa: F401  (the case's repr names it)
 from tests.ops.agreement import reference_op
 from tests.ops.snr_aver import definition as aver
 from tests.ops.snr_trans import definition as trans
@@ -22,68 +22,45 @@ _SHARES = st.sampled_from(snr.SHARES)
 
 
 @dataclass(frozen=True)
-class TransCase:
+class TransCase(tensors.CallCase):
     """A call of ``snr_trans``; where it is ``stacked``, all widths are the first ones."""
 
     rows: int
     in_widths: tuple[int, ...]
     out_widths: tuple[int, ...]
-    way: Way
-    dtype: str = "float32"
     share: float = 0.5
     stacked: bool = False
     stacked_inputs: bool = False
     closed_grad: bool = True
-    used: tuple[int, ...] = (0,)
-    layouts: tuple[str, ...] = ("contiguous",)
-    frozen: float = 0.0
-    special: str = ""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
-class AverCase:
+class AverCase(tensors.CallCase):
     """A call of ``snr_aver``."""
 
     rows: int
     width: int
     inputs: int
     outputs: int
-    way: Way
-    dtype: str = "float32"
     share: float = 0.5
     closed_grad: bool = True
-    used: tuple[int, ...] = (0,)
-    layouts: tuple[str, ...] = ("contiguous",)
-    frozen: float = 0.0
-    special: str = ""
-    seed: int = 0
 
 
-_FROZEN = st.sampled_from((0.0, 0.0, 0.4))
-_SPECIAL = st.sampled_from(("", "", "", "", "", *tensors.SPECIAL))
 _SOME_WIDTHS = st.lists(tensors.widths_or_none, min_size=1, max_size=6).map(tuple)
 
 
 @st.composite
 def _trans_cases(draw: st.DrawFn) -> TransCase:
-    out_widths = draw(_SOME_WIDTHS)
-    stacked = draw(st.booleans())
+    out_widths, stacked = draw(_SOME_WIDTHS), draw(st.booleans())
     return TransCase(
         rows=draw(tensors.rows),
         in_widths=draw(_SOME_WIDTHS),
         out_widths=out_widths,
-        way=draw(tensors.ways("snr_trans")),
-        dtype=draw(tensors.dtypes),
         share=draw(_SHARES),
         stacked=stacked,
         stacked_inputs=stacked and draw(st.booleans()),
         closed_grad=draw(st.booleans()),
-        used=draw(routings.some_of(range(len(out_widths)))),
-        layouts=draw(tensors.layouts),
-        frozen=draw(_FROZEN),
-        special=draw(_SPECIAL),
-        seed=draw(tensors.seeds),
+        **tensors.call(draw, "snr_trans", len(out_widths)),
     )
 
 
@@ -95,15 +72,9 @@ def _aver_cases(draw: st.DrawFn) -> AverCase:
         width=draw(tensors.widths_or_none),
         inputs=draw(st.integers(1, 9)),
         outputs=outputs,
-        way=draw(tensors.ways("snr_aver")),
-        dtype=draw(tensors.dtypes),
         share=draw(_SHARES),
         closed_grad=draw(st.booleans()),
-        used=draw(routings.some_of(range(outputs))),
-        layouts=draw(tensors.layouts),
-        frozen=draw(_FROZEN),
-        special=draw(_SPECIAL),
-        seed=draw(tensors.seeds),
+        **tensors.call(draw, "snr_aver", outputs),
     )
 
 
@@ -117,7 +88,7 @@ def check_trans(case: TransCase) -> None:
     Raises:
         AssertionError: what is wrong.
     """
-    make = tensors.Maker(case.seed, tensors.of_name(case.dtype), case.layouts, case.way, case.frozen)
+    make = case.maker()
     first_in, first_out = case.in_widths[0], case.out_widths[0]
     made = snr.snr_trans(
         make,
@@ -138,7 +109,7 @@ def check_aver(case: AverCase) -> None:
     Raises:
         AssertionError: what is wrong.
     """
-    make = tensors.Maker(case.seed, tensors.of_name(case.dtype), case.layouts, case.way, case.frozen)
+    make = case.maker()
     options = {"share": case.share, "closed_grad": case.closed_grad}
     made = snr.snr_aver(make, case.rows, case.width, case.inputs, case.outputs, **options)
     _check(mk.snr_aver, aver.formula, made, make, case)

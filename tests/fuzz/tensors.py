@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from mtlkernels._backends import interpreting
 from mtlkernels.testing import CaseFactory, laid_out
 from tests.fuzz.calls import Way, implementations
 from tests.fuzz.memory import SIDES, guarded
+from tests.fuzz.routings import some_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded", "overlapping")
@@ -41,6 +44,45 @@ def ways(op: str, *modes: str) -> st.SearchStrategy[Way]:
         mode=st.sampled_from(("train", "serve", "train", "losses", *modes)),
         side=st.sampled_from(SIDES),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallCase:
+    """What cases of all ops have.
+
+    Attributes:
+        way: how the call is made.
+        dtype: of the tensors.
+        used: the outputs that the losses read.
+        layouts: of the tensors, one of these each.
+        frozen: the share of tensors that want no gradient.
+        special: a number that is not finite, in one element of one argument; "" for none.
+        seed: of all that is drawn for the tensors.
+    """
+
+    way: Way
+    dtype: str = "float32"
+    used: tuple[int, ...] = (0,)
+    layouts: tuple[str, ...] = ("contiguous",)
+    frozen: float = 0.0
+    special: str = ""
+    seed: int = 0
+
+    def maker(self) -> Maker:
+        return Maker(self.seed, of_name(self.dtype), self.layouts, self.way, self.frozen)
+
+
+def call(draw: st.DrawFn, op: str, outputs: int, *modes: str) -> dict[str, Any]:
+    """The fields of a :class:`CallCase` of an op with so many outputs."""
+    return {
+        "way": draw(ways(op, *modes)),
+        "dtype": draw(dtypes),
+        "used": draw(some_of(range(outputs))),
+        "layouts": draw(layouts),
+        "frozen": draw(st.sampled_from((0.0, 0.0, 0.4))),
+        "special": draw(st.sampled_from(("", "", "", "", "", *SPECIAL))),
+        "seed": draw(seeds),
+    }
 
 
 def of_name(dtype: str) -> torch.dtype:

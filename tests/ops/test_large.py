@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
-from mtlkernels import _extension
 from mtlkernels.testing import Case, tensors_in
 from tests import requires
+from tests.ops import kept_memory
 from tests.ops.agreement import assert_as_exact
 
 pytestmark = [
@@ -55,30 +55,20 @@ ZERO_ROW = 5  # one that nobody looks at
 assert EDGE * WIDTH == 2**31 and ZERO_ROW not in LOOK
 
 
-def memory_peak() -> int:
-    """The most memory that this process has had resident since the peak was forgotten."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-
-
-def release() -> None:
-    gc.collect()
-    _extension.function("release_memory")()
-
-
 @pytest.fixture(autouse=True)
 def _within_16_gb(request: pytest.FixtureRequest) -> Iterator[None]:
     """By the C++ kernels on two threads; skips where less memory is free than the test's mark says."""
     marker = request.node.get_closest_marker("large")
     requires.memory(marker.args[0] if marker else 3)
     torch.set_num_threads(2)
-    release()
+    gc.collect()
+    kept_memory.release()
     with contextlib.suppress(PermissionError):  # then the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     with mk.use_backend("cpp"):
         yield
-    release()
-    assert memory_peak() <= MOST, f"{memory_peak() / GIGABYTE:.1f} GB"
+    kept_memory.release()
+    assert kept_memory.peak() <= MOST, f"{kept_memory.peak() / GIGABYTE:.1f} GB"
 
 
 def zeros(*shape: int) -> Tensor:
@@ -181,10 +171,10 @@ def level_arguments(experts: int, *widths: int) -> dict[str, Any]:
 def test_an_intermediate_is_never_allocated() -> None:
     """Serving: only a block of rows of it is ever there."""
     arguments = level_arguments(32, 4, WIDTH // 32)
-    before = memory_peak()
+    before = kept_memory.peak()
     with torch.inference_mode():
         (found,) = level(**arguments)
-    assert memory_peak() - before < GIGABYTE
+    assert kept_memory.peak() - before < GIGABYTE
     with mk.use_backend("reference"):
         assert_close(found[LOOK], level(**few(arguments, torch.float64))[0])
 

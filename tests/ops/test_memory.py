@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import mtlkernels as mk
-from mtlkernels import _extension
 from tests import requires
+from tests.ops.kept_memory import release
 
 pytestmark = requires.cpp_kernels
 
@@ -22,12 +22,6 @@ MOST = 256 * MIB
 # With huge pages a fault brings as much as this, without them 4 KiB.
 HUGE_PAGE = 2 * MIB
 STEPS = 5
-
-
-def release() -> int:
-    """Lets go of what is kept; the number of bytes."""
-    freed: int = _extension.function("release_memory")()
-    return freed
 
 
 def training_step(rows: int) -> Callable[[], int]:
