@@ -79,6 +79,8 @@ def _cases(draw: st.DrawFn) -> LevelCase:
     fields = tensors.call(draw, "expert_mixture", len(routing.gates), "prepared")
     if normal:  # of rows that repeat each other nothing that a spread divides would be determined
         fields.update(layouts=draw(tensors.spread_layouts), special="")
+    if fields["special"] and any(layer.activation == "gelu" for layer in layers):
+        fields["special"] = "nan"  # of the gelu of +Inf PyTorch's own kernels make different things
     return LevelCase(
         rows=max(rows, 2) if of_batch else rows,
         inputs=draw(tensors.widths if normal else tensors.widths_or_none),
