@@ -79,7 +79,7 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     streams, of_experts[:2], cast_gates = under_autocast(given.streams[0], given.streams, of_experts[:2], gates)
     # Gate k outside of the level reads stream k, or the only one.
     outside = range(len(wiring.gate_sizes)) if given.gates is not None and not linear else ()
-    idle = [streams[g] for g in spec.unread if g not in outside]
+    idle = list(map(streams.__getitem__, sorted(set(spec.unread).difference(outside))))
     if wiring.idle:
         idle += [t for ts in of_experts for t in _of_experts(ts, wiring.idle, routing) if t is not None]
         of_experts = [_of_experts(ts, wiring.live, routing) for ts in of_experts]
