@@ -34,7 +34,7 @@ help:
 	@echo "make test    check, then the whole test suite"
 	@echo "make fuzz    random calls of every op against float64; CASES=10000 SEED=1 ARGS='--only pcgrad'"
 	@echo "make large   tests of tensors of more than 2^31 elements, one after another: 16 GB of memory and many minutes"
-	@echo "make coverage    which branches of csrc the tests take, by gcov: hours; ARGS='--parts 44' runs a share of them"
+	@echo "make coverage    which branches of csrc the tests take, by gcov: a quarter of an hour; ARGS=--report prints it again"
 	@echo "make docs    build the site into docs/_build/html, with warnings as errors"
 	@echo "make matrix  build and test the last commit with other Pythons and PyTorches; ARGS='--pairs 3.10:2.10'"
 	@echo "make wheel   the wheel of a release: kernels for several PyTorches and Pythons; ARGS='--torch 2.13 --python 3.11'"
@@ -82,7 +82,6 @@ large: $(VENV)/.installed
 
 # The extension that is built here is a copy's, in build/coverage.
 coverage: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable ".[coverage]"
 	$(PY) -m tests.coverage $(ARGS)
 
 docs: $(VENV)/.installed

@@ -30,6 +30,7 @@ def memory(gigabytes: int) -> None:
 
 cpp_kernels = pytest.mark.skipif(not _extension.loaded(), reason="needs C++ kernels, which this install lacks")
 amx = instruction_set("amx", what="AMX")
+kept_weights = instruction_set("amx", "split", what="AMX")  # whose kernels alone keep weights that are prepared
 cuda_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which this machine lacks")
 cuda_kernels = pytest.mark.skipif(
     not _extension.cuda_loaded(), reason=f"needs CUDA C++ kernels; this install: {_extension.cuda_load_error()}"

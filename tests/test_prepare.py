@@ -15,6 +15,7 @@ import mtlkernels as mk
 from mtlkernels import _extension
 from tests import requires
 from tests.ops.agreement import assert_as_exact
+from tests.ops.kept_memory import release
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 16, 64, 100, 200, 300)
@@ -79,7 +80,7 @@ def test_refuses_training() -> None:
         prepared(x)
 
 
-@requires.amx  # without it nothing is kept
+@requires.kept_weights
 @pytest.mark.parametrize("how", ("in place", "load_state_dict", "to"))
 def test_notices_what_is_counted(how: str) -> None:
     prepared: Any = mk.prepare(trunk())
@@ -123,6 +124,20 @@ def test_what_is_kept_goes_with_the_copy() -> None:
         assert_serves_as(copy.deepcopy(prepared), prepared, x)
         del prepared
         gc.collect()
+
+
+@requires.kept_weights
+def test_what_is_kept_is_made_again_when_it_was_let_go() -> None:
+    model, x = trunk(), torch.randn(200, 40)
+    prepared = mk.prepare(model)
+    expected = serve(prepared, x)
+    assert release() > 0
+    assert all(torch.equal(a, b) for a, b in zip(serve(prepared, x), expected, strict=True))
+    # Others beside it, among them one whose weights are not counted.
+    serve(model.eval(), x)
+    with torch.inference_mode():
+        uncounted = trunk()
+        assert_serves_as(copy.deepcopy(uncounted), mk.prepare(uncounted), x)
 
 
 def test_a_converted_model() -> None:

@@ -1,24 +1,27 @@
 """Branches of csrc's lines, and which of them were taken, from what gcov has counted.
 
-gcov counts the branches of each function that was compiled: of every instance of a template, for every instruction set,
-and of a function that is always inlined in each that calls it. Here a branch is one of the source: those that have the
-same place on a line are one, which is taken if any instance took it. Where instances have different numbers of branches
-on a line, those with a multiple of the least are copies of it, inlined; others are other code, as another side of an
-``if constexpr`` is, and count by themselves. :func:`share_of_instances` takes each instance for itself.
+gcov counts the branches of each function that was compiled: of every instance of a template, for every instruction set.
+Here a branch is one of the source: those that have the same place on a line are one, which is taken if any instance
+took it. Where instances have different numbers of branches on a line, those with a multiple of the least are copies of
+it; others are other code, as another side of an ``if constexpr`` is, and count by themselves.
+:func:`share_of_instances` takes each instance for itself.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.instrumented import COMPILER
+
+Instance = tuple[bool, ...]
+# By file and number of a line: each instance's branches, and whether it ran.
+Counts = Mapping[str, Mapping[int, Sequence[tuple[Instance, bool]]]]
 
 
 @dataclass(frozen=True)
@@ -35,28 +38,78 @@ class Line:
         return self.taken.count(False)
 
 
-def counted(root: Path, under: str) -> dict[str, Any]:
-    """gcov's counts of the objects in ``root``, as gcovr gives them.
+def counted(root: Path, under: str) -> Counts:
+    """gcov's counts of the objects in ``root``, of files in the folder ``under`` there.
 
-    Branches to the handling of exceptions are left out, as any call has them; so are those on lines of a brace alone.
+    Branches to the handling of exceptions are left out, as any call has them; so are those on lines of braces alone,
+    which are of destructors.
     """
-    gcov = subprocess.run([str(COMPILER), "-print-prog-name=gcov"], capture_output=True, text=True, check=True).stdout
-    command = [
-        sys.executable, "-m", "gcovr", "--root", str(root), "--filter", f"{under}/",
-        "--gcov-executable", gcov.strip(), "-j", "0",
-        "--json", "-", "--exclude-throw-branches", "--exclude-unreachable-branches",
-        "--merge-mode-functions", "separate", str(root / "build"),
-    ]  # fmt: skip
-    counts: dict[str, Any] = json.loads(subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout)
-    return counts
+    asked = [str(COMPILER), "-print-prog-name=gcov"]
+    gcov = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    objects = sorted(map(str, (root / "build").rglob("*.gcda")))
+    done = subprocess.run([gcov, "--json-format", "-b", "--stdout", *objects], stdout=subprocess.PIPE, check=True)
+    # A function of several objects is one.
+    found: defaultdict[str, defaultdict[int, dict[Any, tuple[Instance, bool]]]] = defaultdict(lambda: defaultdict(dict))
+    sources: dict[str, list[str]] = {}
+    for number, of_object in enumerate(map(json.loads, done.stdout.splitlines())):
+        for file in of_object["files"]:
+            path = Path(of_object["current_working_directory"], file["file"]).resolve()
+            if not path.is_relative_to(root / under):
+                continue
+            name = str(path.relative_to(root))
+            source = sources.setdefault(name, path.read_text().splitlines())
+            for line in file["lines"]:
+                text = source[line["line_number"] - 1]
+                branches = tuple(branch["count"] > 0 for branch in line["branches"] if not branch["throw"])
+                if not text.strip(" {}();,"):
+                    branches = ()
+                function = line.get("function_name")
+                parts = 1 if function else instances_of_lambda(file["functions"], source, line)
+                at = found[name][line["line_number"]]
+                for i, part in enumerate(of_each(branches, parts)):
+                    key = (function or (number, i), len(part))
+                    before, ran = at.get(key, ((False,) * len(part), False))
+                    either = tuple(a or b for a, b in zip(before, part, strict=True))
+                    at[key] = either, ran or line["count"] > 0
+    return {name: {line: list(at.values()) for line, at in by_number.items()} for name, by_number in found.items()}
 
 
-def of_instance(line: dict[str, Any]) -> tuple[bool, ...]:
-    """Which branches of a line an instance of it took, in the order of its code."""
-    return tuple(branch["count"] > 0 for branch in line["branches"] if not branch.get("gcovr/excluded"))
+def instances_of_lambda(functions: Sequence[Mapping[str, Any]], source: Sequence[str], line: Mapping[str, Any]) -> int:
+    """How many instances of a generic lambda gcov has counted as one on a line within it; elsewhere 1.
+
+    GCC takes these for functions of its own making, which end where they begin.
+    """
+    starts = [
+        (function["start_line"], function["start_column"])
+        for function in functions
+        if "{lambda(" in function["demangled_name"] and function["start_line"] == function["end_line"]
+    ]
+    inside = [at for at in starts if at[0] < line["line_number"] <= last_line(source, *at)]
+    return starts.count(max(inside)) if inside else 1
 
 
-def of_source(instances: Sequence[tuple[bool, ...]]) -> tuple[bool, ...]:
+def last_line(source: Sequence[str], number: int, column: int) -> int:
+    """The line on which the braces close that open first at or behind a place."""
+    depth = 0
+    while number <= len(source):
+        for character in source[number - 1][column - 1 :]:
+            depth += (character == "{") - (character == "}")
+            if character == "}" and depth == 0:
+                return number
+        number, column = number + 1, 1
+    return number
+
+
+def of_each(branches: Instance, parts: int) -> Iterator[Instance]:
+    """The branches of each of several instances that stand one behind another; all as one where they differ."""
+    if len(branches) % parts:
+        parts = 1
+    size = len(branches) // parts
+    for part in range(parts):
+        yield branches[part * size : (part + 1) * size]
+
+
+def of_source(instances: Sequence[Instance]) -> Instance:
     """Which branches of a line any instance took."""
     sizes = {len(instance) for instance in instances if instance}
     least = min(sizes, default=0)
@@ -68,24 +121,30 @@ def of_source(instances: Sequence[tuple[bool, ...]]) -> tuple[bool, ...]:
     return tuple(branch for branches in taken.values() for branch in branches)
 
 
-def lines(counts: dict[str, Any], root: Path) -> dict[str, list[Line]]:
+def lines(counts: Counts, root: Path) -> dict[str, list[Line]]:
     """The lines of each file that have code."""
     found = {}
-    for file in counts["files"]:
-        instances: dict[int, list[tuple[bool, ...]]] = defaultdict(list)
-        ran: dict[int, bool] = defaultdict(bool)
-        for line in file["lines"]:
-            instances[line["line_number"]].append(of_instance(line))
-            ran[line["line_number"]] |= line["count"] > 0
-        source = (root / file["file"]).read_text().splitlines()
-        found[file["file"]] = [
-            Line(number, source[number - 1].strip(), ran[number], of_source(instances[number]))
-            for number in sorted(instances)
+    for file, by_number in sorted(counts.items()):
+        source = (root / file).read_text().splitlines()
+        found[file] = [
+            Line(
+                number,
+                source[number - 1].strip(),
+                any(ran for _, ran in instances),
+                of_source([taken for taken, _ in instances]),
+            )
+            for number, instances in sorted(by_number.items())
         ]
     return found
 
 
-def share_of_instances(counts: dict[str, Any]) -> float:
+def share_of_instances(counts: Counts) -> float:
     """The share of branches that were taken, where each instance of a template counts by itself."""
-    taken = [taken for file in counts["files"] for line in file["lines"] for taken in of_instance(line)]
+    taken = [
+        branch
+        for by_number in counts.values()
+        for instances in by_number.values()
+        for instance, _ in instances
+        for branch in instance
+    ]
     return sum(taken) / len(taken)

@@ -57,6 +57,28 @@ def test_a_level(routing: mk.Routing, kind: Kind, backend: str) -> None:
         assert_same(found, expected, usual)
 
 
+@pytest.mark.parametrize("kind", ["logits", "linear gates"])
+@pytest.mark.parametrize("rows", [0, 3, 70])
+def test_frozen_experts(rows: int, kind: str, backend: str) -> None:
+    """Only the gates want gradients."""
+    routing, losses = ROUTINGS["cgc"], [(0,), (0, 1), (1,)]
+    exact, baseline, tested = (
+        Model(routing, KINDS[kind], rows, dtype) for dtype in (torch.float64, torch.float32, torch.float32)
+    )
+    for model in (exact, baseline, tested):
+        for name, tensor in model.tensors.items():
+            tensor.requires_grad_(name.startswith("gates"))
+    gates = [{n: t for n, t in m.tensors.items() if t.requires_grad} for m in (exact, baseline, tested)]
+    with mk.use_backend(backend):
+        outputs = tested.fused()
+        found = together([sum(outputs[k].pow(3).sum() for k in used) for used in losses], gates[2], 2)  # type: ignore[misc]
+    expected, usual = (
+        [gradients(m.plain(), used, own) for used in losses]
+        for m, own in zip((exact, baseline), gates[:2], strict=True)
+    )
+    assert_same(found, expected, usual)
+
+
 @pytest.mark.parametrize("rows", [4, 300, 700])
 def test_threads_and_blocks_of_rows(rows: int, backend: str) -> None:
     torch.set_num_threads(2)

@@ -276,3 +276,15 @@ def test_compiled_autograd() -> None:
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
             loss.backward()
         torch.testing.assert_close(tuple(tensor.grad for tensor in level.tensors), expected)
+
+
+def test_an_error_in_python_reaches_the_caller() -> None:
+    class Failing(Watching):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.mtlkernels.level_backward.default:
+                raise ZeroDivisionError
+            return func(*args, **(kwargs or {}))
+
+    loss = Level().loss()
+    with Failing(), pytest.raises(ZeroDivisionError):
+        loss.backward()

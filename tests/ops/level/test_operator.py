@@ -13,7 +13,7 @@ import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.ops import activations as act
 from mtlkernels.ops.level.autograd import Level, Plan
-from mtlkernels.ops.level.spec import LAYER_NORM, Layer, LevelSpec
+from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM, Layer, LevelSpec
 from mtlkernels.testing import Case, CaseFactory
 from tests import requires
 from tests.ops.level import operator
@@ -101,6 +101,48 @@ def test_the_functions_own_rule_for_vmap() -> None:
     for i, x in enumerate(examples):
         for got, want in zip(found, outputs(x), strict=True):
             torch.testing.assert_close(got[i], want)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("norms", [(0, 0), (LAYER_NORM, BATCH_NORM)], ids=["plain", "norms"])
+def test_an_expert_that_no_gate_mixes(norms: tuple[int, int], rows: int) -> None:
+    """Calls of the operator itself, as the public function leaves such experts out: as if they and their streams were
+    not there, in numbers and in gradients."""
+    x = [torch.randn(rows, 4) for _ in range(2)]
+    parts = [torch.randn(5, 4) for _ in range(3)] + [torch.randn(3, 5) for _ in range(3)]
+    ones = [torch.ones(width) for width in (5, 3) for _ in range(3)] if any(norms) else []
+    layers = tuple(Layer(code, norm, 1e-5 if norm else 0.0) for code, norm in zip((1, 2), norms, strict=True))
+    mixed = [torch.randn(rows, 2)]
+
+    def run(spec: LevelSpec, *tensors: Tensor | None) -> Any:
+        operands = operator.Operands(spec, [*tensors, *mixed])
+        outputs, saved = OPS.level_forward(*operands.forward(True))
+        grads = OPS.level_backward(*operands.backward([torch.ones_like(y) for y in outputs], saved, [True] * 8))
+        return outputs, grads
+
+    def used(tensors: list[Tensor]) -> list[Tensor]:
+        return [t for i, t in enumerate(tensors) if i % 3 != 1]
+
+    whole = run(LevelSpec(2, (0, 1, 0), (2, 0), (2,), layers), *x, *parts, *[None] * 6, *ones, *ones)
+    small = run(LevelSpec(1, (0, 0), (1, 0), (2,), layers), x[0], *used(parts), *[None] * 4, *used(ones), *used(ones))
+    for found, expected in zip(whole, small, strict=True):
+        assert len(found) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@requires.cpp_kernels
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_the_profiler_sees_the_direct_way(wants_gradient: bool) -> None:
+    """Which goes past the dispatcher, where PyTorch itself would tell it."""
+    arguments = random_layers(3, torch.float32)
+    names = (
+        {"mtlkernels::level_forward", "mtlkernels::level_backward"} if wants_gradient else {"mtlkernels::level_serve"}
+    )
+    with torch.profiler.profile() as profile, torch.set_grad_enabled(wants_gradient):
+        outputs = by_layers(**arguments)
+        if wants_gradient:
+            torch.stack([y.sum() for y in outputs]).sum().backward()
+    assert names <= {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

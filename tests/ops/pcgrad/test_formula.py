@@ -48,6 +48,17 @@ def test_options(num_tasks: int, options: dict[str, Any], backend: str) -> None:
         assert_agrees(grads, random_order(num_tasks), **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5, "reduction": "mean"}], ids=str)
+def test_without_projections_no_order_is_drawn(options: dict[str, Any], backend: str) -> None:
+    grads = conflicting(3, (3, 4), (50,))
+    before = torch.get_rng_state()
+    with mk.use_backend(backend):
+        found = mk.pcgrad(grads, project=False, **options)
+        assert torch.equal(torch.get_rng_state(), before)
+        expected = mk.pcgrad(grads, project=False, order=random_order(3), **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_options_change_the_result() -> None:
     """So that the comparisons above compare something. A projection onto oneself matters in few cases."""
     seen = set()
