@@ -10,6 +10,7 @@ it; others are other code, as another side of an ``if constexpr`` is, and count 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import Any
 
 from tests.instrumented import COMPILER
 
+# A lambda's operator(), also where its name is too much for the demangler.
+LAMBDA = re.compile(r"\{lambda\(|^_Z.*clE")
 Instance = tuple[bool, ...]
 # By file and number of a line: each instance's branches, and whether it ran.
 Counts = Mapping[str, Mapping[int, Sequence[tuple[Instance, bool]]]]
@@ -75,14 +78,14 @@ def counted(root: Path, under: str) -> Counts:
 
 
 def instances_of_lambda(functions: Sequence[Mapping[str, Any]], source: Sequence[str], line: Mapping[str, Any]) -> int:
-    """How many instances of a generic lambda gcov has counted as one on a line within it; elsewhere 1.
+    """How many instances of a template's lambda gcov has counted as one on a line within it; elsewhere 1.
 
-    GCC takes these for functions of its own making, which end where they begin.
+    GCC takes them for functions of its own making, which end where they begin.
     """
     starts = [
         (function["start_line"], function["start_column"])
         for function in functions
-        if "{lambda(" in function["demangled_name"] and function["start_line"] == function["end_line"]
+        if LAMBDA.search(function["demangled_name"]) and function["start_line"] == function["end_line"]
     ]
     inside = [at for at in starts if at[0] < line["line_number"] <= last_line(source, *at)]
     return starts.count(max(inside)) if inside else 1

@@ -12,10 +12,11 @@ from tests import instrumented
 from tests.csrc import sanitizers
 from tests.sanitize import planted
 
-# Tests that run the C++ kernels, but for those that compile or start processes, in which nothing else is run.
+# Tests that run the C++ kernels, but for those that compile, or count page faults, and those that start processes, in
+# which nothing else is run.
 OPS = ("tests/ops", "tests/nn", "tests/optim", "tests/test_prepare.py", "tests/test_selfcheck.py")
 WITHOUT = ("tests/ops/test_compile.py", "tests/ops/test_forks.py")
-NAMES_WITHOUT = "not Compiled and not compile and not fullgraph and not inductor"
+NAMES_WITHOUT = "not Compiled and not compile and not fullgraph and not inductor and not page_faults"
 SHORT = ("tests/ops/level/test_gate_layers.py", "tests/ops/gated_mixture", "tests/ops/snr_aver", "tests/ops/pcgrad")
 # Of several threads.
 SHARED = ("tests/ops/level", "tests/ops/gated_mixture", "tests/ops/snr_trans", "tests/ops/snr_aver", "tests/ops/pcgrad")
