@@ -162,6 +162,11 @@ COUNTS: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
     "gates": ("level_forward", lambda: level("forward", {2: lambda ps: ps[:-1]}), "gates must hold 4 entries, got 3"),
     "grad_outputs": ("level_backward", lambda: level("backward", {0: lambda gs: gs * 2 + gs[:1]}), "got 5"),
     "no grad_outputs": ("level_backward", lambda: level("backward", {0: lambda gs: []}), "each of 2 gates.*got 0"),
+    "no seed": (
+        "level_forward",
+        lambda: (*operator.with_norms(torch.float32, ROWS, False).forward(True)[:5], None, True),
+        "dropout needs a seed",
+    ),
     "saved": ("level_backward", lambda: level("backward", {4: lambda saved: saved[:-1]}), r"saved must hold \d+"),
 }
 

@@ -171,6 +171,25 @@ def test_threads_share_what_is_reached(kind: Kind, backend: str) -> None:
             assert_same(functools.partial(Model, ROUTINGS["cgc"], kind, rows), torch.float32, backend, used)
 
 
+@pytest.mark.parametrize("wanted", [("inputs",), ("weights",), ("biases",), ("gates",), ("inputs", "gates")], ids=str)
+@pytest.mark.parametrize("kind", ["logits", "linear gates"])
+def test_some_kinds_of_tensors(kind: str, wanted: tuple[str, ...], backend: str) -> None:
+    """What the other tensors are: constants, of which no gradient is computed."""
+    torch.set_num_threads(2)
+    for rows in (1, 3, 70, 700):
+        models = [Model(ROUTINGS["cgc"], KINDS[kind], rows, dtype) for dtype in (torch.float64, torch.float32) * 2]
+        for model in models:
+            for name, tensor in model.tensors.items():
+                tensor.requires_grad_(name.startswith(wanted))
+            model.tensors = {name: tensor for name, tensor in model.tensors.items() if tensor.requires_grad}
+        exact, baseline, wide, tested = models
+        usual = [gradients(m.plain(), (0, 1), m.tensors) for m in (exact, baseline)]
+        with mk.use_backend(backend):
+            found = [gradients(m.fused(), (0, 1), m.tensors) for m in (wide, tested)]
+        assert_within_budget(*map(by_kind, (found[1], *usual)))
+        assert_within_budget(*map(by_kind, (found[0], usual[0], usual[0])))
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_second_derivatives(kind: Kind, backend: str) -> None:
     model = Model(ROUTINGS["ragged"], kind, 4, torch.float64)
