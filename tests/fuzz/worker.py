@@ -9,6 +9,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tests.fuzz import engine
@@ -27,6 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     faulthandler.enable()
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # of models that are compiled for many shapes
+    np.seterr(all="ignore")  # by which Triton's interpreter computes: special values are among the cases
     torch.set_num_threads(1)
     target = TARGETS[options.target]
     finding = engine.run(target, options.cases, options.seed, options.record, options.isolate)
