@@ -98,8 +98,7 @@ $(VENV)/.cuda-report: $(VENV)/.installed $(CUDA_SOURCES)
 check: $(VENV)/.installed $(if $(NVCC),$(VENV)/.cuda-report)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(VENV)/bin/basedpyright
+	$(VENV)/bin/basedpyright & pyright=$$!; $(PY) -m mypy && wait $$pyright
 	$(if $(CXX_SOURCES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES))
 	@$(if $(NVCC),cat $(VENV)/.cuda-report,echo "csrc/cuda: not compiled, as there is no nvcc")
 

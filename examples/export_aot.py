@@ -69,7 +69,11 @@ def export(path: str | Path, model: Served | None = None) -> Served:
 
 def main() -> None:
     parser = arguments(__doc__, steps=20, rows=512)
-    parser.add_argument("--out", type=Path, help="keep the package here")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--out", type=Path, help="keep the package here")
+    kept.add_argument(
+        "--package", type=Path, help="take this one, which an earlier run of as many steps and rows has kept"
+    )
     parser.add_argument("--both", action="store_true", help="package the library's own code too, to compare")
     options = parser.parse_args()
     own = train(options.steps, options.rows)
@@ -77,8 +81,9 @@ def main() -> None:
     print(mk.convert(converted))
     ways = {"as it is": own, "converted": converted}
     with tempfile.TemporaryDirectory() as folder:
-        path = options.out or Path(folder, "model.pt2")
-        export(path, converted)
+        path = options.package or options.out or Path(folder, "model.pt2")
+        if not options.package:
+            export(path, converted)
         ways["converted, packaged"] = torch._inductor.aoti_load_package(str(path))
         print(f"\n{path.name}: {path.stat().st_size / 2**20:.1f} MiB")
         if options.both:

@@ -10,12 +10,15 @@ spills, uses the stack or does not compile. Does nothing where there is no nvcc.
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,14 +113,14 @@ def main() -> int:
         print("csrc/cuda: not compiled, as there is no nvcc")
         return 0
     known = supported(compiler)
-    compiled, failures = [], 0
+    compiled, failures = [architecture for architecture in args.arch if architecture in known], 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        registration = pool.submit(compile_registration)
+        found = list(pool.map(functools.partial(compile_kernels, compiler), compiled))
     print("arch  registers  stack  spill stores  spill loads  shared  kernel")
-    for architecture in args.arch:
-        if architecture not in known:
-            print(f"{architecture:>4}  this nvcc does not know it")
-            continue
-        compiled.append(architecture)
-        usages, error = compile_kernels(compiler, architecture)
+    for architecture in sorted({*args.arch} - known):
+        print(f"{architecture:>4}  this nvcc does not know it")
+    for architecture, (usages, error) in zip(compiled, found, strict=True):
         for u in usages:
             figures = f"{u.registers:>9}  {u.stack:>5}  {u.stores:>12}  {u.loads:>11}  {u.shared:>6}"
             print(f"{architecture:>4}  {figures}  {u.kernel}", flush=True)
@@ -125,8 +128,7 @@ def main() -> int:
         if error:
             print(f"{architecture:>4}  {error}")
             failures += 1
-    error = compile_registration()
-    if error:
+    if error := registration.result():
         print(f"registration: {error}")
         failures += 1
     listed = ", ".join(f"sm_{architecture}" for architecture in compiled) or "no architecture"

@@ -88,23 +88,13 @@ def test_snr_compact() -> None:
 
 
 @requires.inductor
-def test_export_aot(tmp_path: Path) -> None:
-    """PyTorch's own compiler warns."""
-    out = run(
-        "export_aot", "--rounds", "1", "--steps", "2", "--rows", "16", "--out", str(tmp_path / "model.pt2"), warnings=()
-    )
-    assert out.count("replaced ") == 2 * REPLACED
-    distances = numbers(out, "largest difference between package and library")
-    assert len(distances) == 3 and max(distances) < CLOSE
-    assert timed(out) == ["as it is", "converted", "converted, packaged"] * 3
-    assert (tmp_path / "model.pt2").stat().st_size > 2**20
-
-
-@requires.inductor
 @requires.cpp_kernels
 @pytest.mark.skipif(bool(TOOLS), reason=f"to build the program takes {TOOLS}")
 def test_serving_without_python(tmp_path: Path) -> None:
-    """The program has no Python in it, answers as the model does, and names what it lacks."""
+    """The program has no Python in it, answers as the model does, and names what it lacks.
+
+    The other example takes the same package, as PyTorch's compiler needs half a minute for one.
+    """
     options = ("--rows", "1", "3", "--threads", "1", "--folder", str(tmp_path))
     out = run("serving/run", *options, warnings=("ignore",))
     assert "the C++ program's answers are the model's own" in out
@@ -122,3 +112,8 @@ def test_serving_without_python(tmp_path: Path) -> None:
     ):
         done = subprocess.run([program, *arguments], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("serve: ") and said in done.stderr
+    out = run("export_aot", "--rounds", "1", "--package", str(tmp_path / "model.pt2"), warnings=())
+    assert out.count("replaced ") == 2 * REPLACED
+    distances = numbers(out, "largest difference between package and library")
+    assert len(distances) == 3 and max(distances) < CLOSE
+    assert timed(out) == ["as it is", "converted", "converted, packaged"] * 3
