@@ -71,12 +71,14 @@ def has_hooks(module: Any) -> bool:
 
 
 def has_gradient_hooks(module: Any) -> bool:
-    """Whether a parameter of the module's own has a hook.
+    """Whether a parameter of the module's own has a hook, on its gradient or behind the accumulation of that.
 
-    Autograd would call it with None where no loss reaches the parameter, as a fused operator's node leads to it all the
-    same; where modules are called, it is not called then.
+    Autograd would call it without a gradient where no loss reaches the parameter, as a fused operator's node leads to
+    it all the same; where modules are called, it is not called then.
     """
-    return any(p is not None and p._backward_hooks for p in module._parameters.values())
+    return any(
+        p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in module._parameters.values()
+    )
 
 
 def is_plain(weight: Any) -> bool:

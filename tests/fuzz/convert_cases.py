@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,11 +59,16 @@ class ConvertCase:
 
 
 class Twin:
-    """A case's model, made anew; ``applied`` says what became of its edits."""
+    """A case's model, made anew; ``applied`` says what became of its edits.
 
-    def __init__(self, case: ConvertCase, dtype: torch.dtype, nudge_seed: int | None = None) -> None:
+    ``throughout``: what edits have brought into another dtype is brought back.
+    """
+
+    def __init__(
+        self, case: ConvertCase, dtype: torch.dtype, nudge_seed: int | None = None, throughout: bool = False
+    ) -> None:
         seed_all(case.seed)
-        self.case, self.dtype = case, dtype
+        self.case, self.dtype, self.throughout = case, dtype, throughout
         self.calls: Counter[str] = Counter()
         self.applied: list[str] = []
         self.model = make(case.model, case.sizes, dtype).train(case.training)
@@ -86,6 +91,8 @@ class Twin:
                 self.applied.append(type(error).__name__)
             else:
                 self.applied.append("made")
+        if self.throughout:
+            self.model.to(self.dtype)
 
     def run(self) -> Run:
         case = self.case
@@ -210,22 +217,27 @@ def _assert_agrees(case: ConvertCase, found: Run, expected: Run) -> None:
         for number in range(NUDGED):
             yield Twin(case, DTYPES[case.dtype], number).run().found
 
+    if exact.failure != expected.failure:  # for want of one dtype
+        exact = Twin(case, torch.float64, throughout=True).run()
     if exact.failure != expected.failure:
-        _assert_close(case, found, expected)  # it failed for want of one dtype
+        _assert_close(case, found, expected, [*originals()][1:])
         return
     unread = f"shared_gate_dnn.{case.sizes.levels - 1}.bn."  # of deepctr-torch, which reads no last shared gate
     assert_agrees(found.found, originals(), exact.found, unread)
 
 
-def _assert_close(case: ConvertCase, found: Run, expected: Run) -> None:
+def _assert_close(case: ConvertCase, found: Run, expected: Run, nudged: Sequence[Any]) -> None:
+    """Where nothing in float64 is to be had: as near as runs a rounding away, and a few units."""
+    tolerance = 32 * torch.finfo(DTYPES[case.dtype]).eps ** 0.75
     for part, values in expected.found.items():
         assert found.found[part].keys() == values.keys(), part
         for name, value in values.items():
             other = found.found[part][name]
             assert (other is None) == (value is None), f"{part}: {name}"
             if value is not None:
-                tolerance = 32 * torch.finfo(DTYPES[case.dtype]).eps ** 0.75
-                torch.testing.assert_close(other, value, rtol=tolerance, atol=tolerance, check_dtype=True)
+                apart = [float((run[part][name] - value).abs().nan_to_num().max()) for run in nudged if value.numel()]
+                atol = tolerance + 8 * max(apart, default=0.0)
+                torch.testing.assert_close(other, value, rtol=tolerance, atol=atol, equal_nan=True, check_dtype=True)
 
 
 _SIZES = st.builds(

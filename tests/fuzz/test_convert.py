@@ -136,6 +136,12 @@ FOUND = {
     "a hook on a weight that no loss reaches": ConvertCase(
         "easyrec.MMoE", _SMALL, (Edit("a gradient hook", 4),), losses="last"
     ),
+    "a hook behind accumulation for a gate that no loss reaches": ConvertCase(
+        "easyrec.MMoE",
+        replace(_SMALL, experts=2),
+        (Edit("a hook behind accumulation", 8),),
+        losses="first",
+    ),
 }
 
 
