@@ -51,6 +51,9 @@ def read_experts(
             return None
         experts.append(layers)
         kinds.append(kind)
+    norms = [norm for layers in experts if not isinstance(layers, str) for _, _, norm, *_ in layers if norm is not None]
+    if len({*map(id, norms)}) < len(norms):  # such a norm takes several batches to its statistics, one after another
+        return (experts, [None] * len(kinds)) if mixing_pays else None
     return experts, kinds
 
 
@@ -69,8 +72,8 @@ def several_dtypes(
                 dtype = weight.dtype
             if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
                 return True
-            gamma = None if norm is None else norm._parameters.get("weight")
-            if (gamma is not None and gamma.dtype is not dtype) or (
+            of_norm = () if norm is None else (norm._parameters.get("weight"), norm._buffers.get("running_mean"))
+            if any(t is not None and t.dtype is not dtype for t in of_norm) or (
                 sloped is not None and slopes_of(sloped).dtype is not dtype
             ):
                 return True

@@ -136,6 +136,18 @@ FOUND = {
     "a hook on a weight that no loss reaches": ConvertCase(
         "easyrec.MMoE", _SMALL, (Edit("a gradient hook", 4),), losses="last"
     ),
+    "a norm that two experts share since the conversion": ConvertCase(
+        "libmtl.MMoE", replace(_SMALL, tasks=1), (Edit("a module shared", later=True),), rows=20
+    ),
+    "statistics in another dtype, of a norm without weights": ConvertCase(
+        "registered level",
+        replace(_SMALL, tasks=1, norm="batch"),
+        (Edit("a norm without weights"), Edit("a norm without weights")),
+        dtype="float64",
+    ),
+    "a norm in float32 that float64 does not take": ConvertCase(
+        "deepctr.PLE", replace(_SMALL, tasks=1, gate=(4,), norm="batch"), (Edit("a norm in float32"),), rows=20
+    ),
     "a hook behind accumulation for a gate that no loss reaches": ConvertCase(
         "easyrec.MMoE",
         replace(_SMALL, experts=2),
