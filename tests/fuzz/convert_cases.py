@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import mtlkernels as mk
 from tests.convert import homegrown
-from tests.convert.agreement import NUDGED, assert_agrees, nudge
+from tests.convert.agreement import assert_agrees, nudge
 from tests.fuzz.calls import counts
 from tests.fuzz.convert_code import CODE, ON_INSTANCES, SEEN
 from tests.fuzz.convert_hooks import HOOKS
@@ -30,6 +30,9 @@ from tests.fuzz.convert_subject import NoPlace, Subject
 # An edit of code after a conversion is a class's own: nobody can see that a class was exchanged behind its back.
 LATER = {**STATE, **LAYERS, **HOOKS, **ON_INSTANCES}
 EDITS = {**LATER, **CODE}
+# Runs of the library a rounding away, each made only where those before it are not enough: among thousands of cases
+# some have units of bfloat16 so near to a kink that few of them fall on the side on which ours does.
+NEARBY = 16
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -214,7 +217,7 @@ def _assert_agrees(case: ConvertCase, found: Run, expected: Run) -> None:
 
     def originals() -> Iterator[Any]:
         yield expected.found
-        for number in range(NUDGED):
+        for number in range(NEARBY):
             yield Twin(case, DTYPES[case.dtype], number).run().found
 
     if exact.failure != expected.failure:  # for want of one dtype

@@ -136,6 +136,14 @@ FOUND = {
     "a hook on a weight that no loss reaches": ConvertCase(
         "easyrec.MMoE", _SMALL, (Edit("a gradient hook", 4),), losses="last"
     ),
+    "bfloat16 beside a kink": ConvertCase(
+        "mtreclib.MMoE",
+        replace(_SMALL, experts=3, units=(5, 4)),
+        (Edit("an attribute more"),),
+        rows=20,
+        dtype="bfloat16",
+        losses="first",
+    ),
     "a norm that two experts share since the conversion": ConvertCase(
         "libmtl.MMoE", replace(_SMALL, tasks=1), (Edit("a module shared", later=True),), rows=20
     ),
