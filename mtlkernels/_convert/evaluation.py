@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, read_chain, run_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
@@ -51,7 +51,8 @@ def read_experts(
             return None
         experts.append(layers)
         kinds.append(kind)
-    norms = [norm for layers in experts if not isinstance(layers, str) for _, _, norm, *_ in layers if norm is not None]
+    read = (layer for layers in experts if not isinstance(layers, str) for layer in layers)
+    norms = [norm for _, _, norm, *_ in read if type(norm) is nn.BatchNorm1d]
     if len({*map(id, norms)}) < len(norms):  # such a norm takes several batches to its statistics, one after another
         return (experts, [None] * len(kinds)) if mixing_pays else None
     return experts, kinds
