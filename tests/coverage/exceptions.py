@@ -14,19 +14,15 @@ WITHOUT_PYTHON = "in a process without Python, as of tests/examples and tests/cs
 LIBRARY = "branches of pybind11's macros, and of strings, lists and tensors that are copied and destroyed"
 BY_CONSTRUCTION = "its callers never bring the other side; kept so that the function is right by itself"
 CONSTANT = "the other side is another instruction set's, or folded away in these instances"
-NOT_BY_THESE = "no test brings the other side"
 
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "csrc/cpu/gemm/kept_weights.cpp": {
         "static auto* kept = new KeptWeights;": FAILED_ALLOCATION,
-        "return at == entries_.end() || at->second.weight.expired()": NOT_BY_THESE,
     },
     "csrc/cpu/gemm/pair_engine.h": {
         "_mm512_storeu_si512(place + p * kBlock, Split::interleaved(even[p], odd[p]));": CONSTANT,
     },
-    "csrc/cpu/gemm/weight_forms.cpp": {"const bool repeats = weight.stride(1) == 0": NOT_BY_THESE},
     "csrc/cpu/level/affine.h": {"switch (part.dtype) {": NO_OTHER_VALUE},
-    "csrc/cpu/level/chain_backward.cpp": {"if (first == last) return;": NOT_BY_THESE},
     "csrc/cpu/level/chain_backward_kernels.h": {"if (begin == end) std::memset(s_.whole": BY_CONSTRUCTION},
     "csrc/cpu/level/chain_forward_kernels.h": {
         "switch (uses(e)) {": NO_OTHER_VALUE,
@@ -40,7 +36,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "csrc/cpu/level/forward_weights.h": {"bool operator==(const WeightTile&) const = default;": BY_CONSTRUCTION},
     "csrc/cpu/level/gate_layers.cpp": {"return at::linear(inputs[streams[0]], at::cat(weights)": LIBRARY},
     "csrc/cpu/level/gates.h": {"switch (gates.dtype) {": NO_OTHER_VALUE},
-    "csrc/cpu/level/level.cpp": {"if (!holds(spec.expert_inputs, stream) &&": NOT_BY_THESE},
     "csrc/cpu/level/level_gradients.cpp": {"result.push_back((whole ? grad : grad.sum().view(1))": LIBRARY},
     "csrc/cpu/level/level_tables.cpp": {
         "MTLK_CHECK_VALUE(weights.size() == count,": CHECKED_BEFORE,
@@ -68,7 +63,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "csrc/cpu/runtime/memory.cpp": {
         "static auto* pool = new MemoryPool;": FAILED_ALLOCATION,
         "const auto give_back = [](void* context)": LIBRARY,
-        "if (context.deterministicAlgorithms() &&": NOT_BY_THESE,
     },
     "csrc/cpu/runtime/tensors.cpp": {"MTLK_CHECK_TYPE(x.defined()": CHECKED_BY_SCHEMA},
     "csrc/cpu/simd/simd.h": {"return kVectorBytes > 16 &&": CONSTANT},
