@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -77,9 +77,11 @@ def compile_with_pool(kind: str, source: Path, target: Path, *options: str) -> N
     subprocess.run([str(COMPILER), *command], check=True)
 
 
-def run(kind: str, program: Path, names: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    kind: str, program: Path, names: Sequence[str] = (), options: Mapping[str, str] = OPTIONS
+) -> subprocess.CompletedProcess[str]:
     command = [*(launcher(kind) or ()), str(program), *names]
-    return subprocess.run(command, env=os.environ | OPTIONS, capture_output=True, text=True, errors="replace")
+    return subprocess.run(command, env={**os.environ, **options}, capture_output=True, text=True, errors="replace")
 
 
 def not_found(kind: str, printed: str) -> list[str]:
