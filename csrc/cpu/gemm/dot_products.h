@@ -44,8 +44,11 @@ class PairProducts {
   template <int Tiles, typename Work>
   static void rows_against(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1,
                            int64_t ld, bool add, Work& work) {
-    if (a.row == kPairStep)
+    if (a.row == kPairStep) {
+      if (a.step > Planes * kPairTile)
+        return rows_against<Tiles, true>(a.first, PairStep{}, a.step, a.rows, b, steps, out0, out1, ld, add, work);
       return rows_against<Tiles>(a.first, PairStep{}, a.step, a.rows, b, steps, out0, out1, ld, add, work);
+    }
     if constexpr (Planes == 1) rows_against<Tiles>(a.first, a.row, a.step, a.rows, b, steps, out0, out1, ld, add, work);
   }
 
@@ -54,7 +57,9 @@ class PairProducts {
     constexpr operator int64_t() const { return kPairStep; }
   };
 
-  template <int Tiles, typename Row, typename Work>
+  // `Far`: neither is the next step beside this one, where a hardware prefetcher would find it, nor is the place of the
+  // result in a near cache.
+  template <int Tiles, bool Far = false, typename Row, typename Work>
   static void rows_against(const BFloat16* a, Row row, int64_t a_step, int64_t a_rows, const PairFactor& b,
                            int64_t steps, float* out0, float* out1, int64_t ld, bool add, Work& work) {
     __m512 sums[kRows][Tiles], rest[kRows][Tiles];
@@ -63,9 +68,20 @@ class PairProducts {
 #pragma GCC unroll 2
       for (int t = 0; t < Tiles; ++t) sums[i][t] = rest[i][t] = _mm512_setzero_ps();
     }
+    if constexpr (Far) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kRows; ++i) {
+        __builtin_prefetch(out0 + i * ld, 1);
+        if constexpr (Tiles == 2) __builtin_prefetch(out1 + i * ld, 1);
+      }
+    }
     const BFloat16 *first = b.first, *second = b.second;
     for (int64_t k = 0; k < steps; ++k, a += a_step, first += b.step, second += b.step) {
       work.step();
+      if constexpr (Far) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kRows; ++i) __builtin_prefetch(a + a_step + i * row);
+      }
       for (int p = 0; p < Planes; ++p) {
         for (int q = 0; p + q < Planes; ++q) {
           auto& to = p + q == 0 ? sums : rest;

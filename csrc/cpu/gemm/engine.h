@@ -32,6 +32,7 @@ struct EngineTable {
   int64_t block_bytes, forward_block_bytes, chunk_bytes;
   int64_t weight_sum_multiple, gradient_bytes_each;
   bool sums_as_stored;  // sums of weights' gradients are of the storage type
+  bool from_signs;      // gradients of a last layer may follow from its signs
 };
 
 // Rows up to which the engine of a few rows serves, which reads weights as they lie, row by row.

@@ -51,6 +51,7 @@ EngineTable engine_table() {
   table.weight_sum_multiple = Engine::kSumMultiple;
   table.gradient_bytes_each = Engine::kGradientBytes;
   table.sums_as_stored = Engine::kSumsAsStored;
+  table.from_signs = Engine::kFromSigns;
   return table;
 }
 

@@ -196,16 +196,8 @@ struct PairEngine {
   static constexpr int64_t kGradientRows = kStep;
   static constexpr int64_t kGradientBytes = kPlanes * sizeof(BFloat16);
   static constexpr bool kSumsAsStored = __is_same(T, C);
-  static constexpr bool kGradientIsPanel = false;
+  static constexpr bool kGradientIsPanel = false, kFromSigns = kPlanes == 1;
   static int64_t gradient_size(int64_t features) { return group_count(features) * kPlaneBlock; }
-  static void store_gradient(Gradient* base, int64_t features, int64_t group, int64_t feature, int64_t n,
-                             const C* values) {
-    for (int64_t i = 0; i < n; ++i) {
-      __m256i planes[kPlanes];
-      Split::split(_mm512_loadu_ps(values + i * kGroup), planes);
-      place_gradient(base, features, group, feature + i, planes);
-    }
-  }
   // Those of features [feature, feature + n) of a group, in both their places: value(i, 0) the 16 rows of feature + i.
   template <typename F>
   MTLK_INLINE static void store_gradients(Element* panel, Gradient* base, int64_t features, int64_t group,
@@ -219,6 +211,17 @@ struct PairEngine {
         place_gradient(base, features, group, feature + i + 1, odd);
       }
       store_pair(panel, feature + i, even, odd);
+    }
+  }
+
+  // The same, only for the weights' gradients.
+  template <typename F>
+  MTLK_INLINE static void keep_gradients(Gradient* base, int64_t features, int64_t group, int64_t feature, int64_t n,
+                                         F value) {
+    for (int64_t i = 0; i < n; ++i) {
+      __m256i planes[kPlanes];
+      Split::split(reinterpret_cast<__m512>(value(i, 0)), planes);
+      place_gradient(base, features, group, feature + i, planes);
     }
   }
 

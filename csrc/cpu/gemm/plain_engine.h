@@ -89,13 +89,19 @@ struct PlainEngine {
   static constexpr int64_t kGradientRows = kGroup;
   static constexpr int64_t kGradientBytes = sizeof(C);
   static constexpr bool kSumsAsStored = __is_same(T, C);
-  static constexpr bool kGradientIsPanel = true;
+  static constexpr bool kGradientIsPanel = true, kFromSigns = true;
   static int64_t gradient_size(int64_t features) { return features * kGroup; }
   // Those of features [feature, feature + n) of a group, in both their places: value(i, j) as in store_each.
   template <typename F>
   MTLK_INLINE static void store_gradients(Element* panel, Gradient*, int64_t, int64_t, int64_t feature, int64_t n,
                                           F value) {
     store_each(panel, feature, n, value);
+  }
+  // The same, only for the weights' gradients.
+  template <typename F>
+  MTLK_INLINE static void keep_gradients(Gradient* base, int64_t features, int64_t group, int64_t feature, int64_t n,
+                                         F value) {
+    store_each(base + group * gradient_size(features), feature, n, value);
   }
 
   // What a layer read, for the weights' gradients: rows [nrows][operand_width(features)] of the compute type.

@@ -177,7 +177,7 @@ struct RowsEngine {
   using Weight = T;
   static constexpr WeightForm kForm = WeightForm::kNatural;
   static constexpr int64_t kMinCallRows = 0, kMinForwardRows = 0, kNaturalOutputs = 0;
-  static constexpr bool kBackwardTransposed = false, kSumsAsStored = true;
+  static constexpr bool kBackwardTransposed = false, kSumsAsStored = true, kFromSigns = false;
   static constexpr int64_t kBlockBytes = 640 * 1024, kForwardBlockBytes = kBlockBytes, kChunkBytes = kBlockBytes;
   static constexpr int64_t kSumMultiple = 1, kGradientBytes = sizeof(C);
 

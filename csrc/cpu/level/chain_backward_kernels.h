@@ -227,11 +227,18 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
 
   // Whether expert e's last two layers have their gradients, and its gate's probability what it wants, from signs.
   bool last_from_signs([[maybe_unused]] int e) {
-    if constexpr (Engine::kForm == WeightForm::kNatural) {
+    if constexpr (Engine::kFromSigns) {
       const int l = level_.layers - 1, first = level_.gates.use_begin[e];
       if (!args_.from_signs || level_.gates.use_begin[e + 1] != first + 1) return false;
       load_input(l - 1, e);
-      return LastFromSigns<Engine>(args_, row_, nrows_, s_, e, gradients(l), gradients(l - 1)).run();
+      Element* passed;
+      if constexpr (Engine::kGradientIsPanel) {
+        passed = s_.kept;
+      } else {
+        passed = panels(l);
+      }
+      return LastFromSigns<Engine>(args_, row_, nrows_, s_, e, passed, gradients(l), gradients(l - 1), panels(l - 1))
+          .run();
     }
     return false;
   }

@@ -129,7 +129,7 @@ inline int saved_layers(int layers) { return layers > 1 ? layers - 1 : layers; }
 inline bool signs_suffice(int64_t layers, const int64_t* activations, Dtype dtype) {
   if (saved_layers(static_cast<int>(layers)) == layers) return false;
   const int64_t last = activations[layers - 1];
-  return (dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64) && (last == kRelu || last == kNone) &&
+  return dtype != Dtype::kFloat16 && (last == kRelu || last == kNone) &&
          !from_input(static_cast<int>(activations[layers - 2]));
 }
 inline bool saves_signs(int64_t layers, const int64_t* activations, Dtype dtype) {

@@ -11,7 +11,7 @@ struct ChainKernels {
   EngineTable engine;
   // Whether gradients of experts that one gate mixes follow from signs.
   bool from_signs(int64_t layers, const int64_t* activations, Dtype dtype) const {
-    return engine.form == WeightForm::kNatural && signs_suffice(layers, activations, dtype);
+    return engine.from_signs && signs_suffice(layers, activations, dtype);
   }
   FoldNorm fold_norm;
   int64_t min_forward_rows;  // as EngineTable::min_call_rows, of a forward pass, which makes weights ready as it goes

@@ -144,7 +144,7 @@ void snr_make_gradient(const typename Engine::T* rows, int64_t ld, int64_t nrows
       for (int64_t f = 0; f < features; f += kWidth) {
         const int64_t width = features - f < kWidth ? features - f : kWidth;
         pack_panel(rows + f, ld, n, width, part);
-        Engine::store_gradient(out, features, g, f, width, part);
+        Engine::keep_gradients(out, features, g, f, width, [&](int64_t i, int) { return load(part + i * kGroup); });
       }
     }
   }

@@ -21,7 +21,7 @@ from tests.ops.level.definition import formula
 
 OPS = torch.ops.mtlkernels
 INSTRUCTION_SETS = pytest.mark.parametrize("isa", _extension.instruction_sets())
-EXACT = pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+EXACT = pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 ROUTINGS = {
     "one gate an expert": mk.Routing((0, 0, 1), ((0, 2), (1,))),
     "one and two": mk.Routing.cgc(2, 2, 1),
