@@ -125,7 +125,7 @@ inline int saved_layers(int layers) { return layers > 1 ? layers - 1 : layers; }
 // expert. With p the gate's probability, dy its output's gradient, d = dy where the last activation passes a gradient
 // and otherwise 0, and h what the layer below gave, the backward pass makes u = W^T d anyway, as p * u is the gradient
 // of h; and <dy, output> = <d, W h + b> = <u, h> + <d, b>. Where d is not 0 has to be saved for relu, as signs.
-// LevelSpec.saves_signs is the same rule in Python.
+// Not of float16, whose engine for AMX splits gradients into planes. LevelSpec.saves_signs is the same rule in Python.
 inline bool signs_suffice(int64_t layers, const int64_t* activations, Dtype dtype) {
   if (saved_layers(static_cast<int>(layers)) == layers) return false;
   const int64_t last = activations[layers - 1];
