@@ -1,5 +1,6 @@
 // The memory pool under sanitizers: `pool` takes and gives back on several threads and checks what comes of it, `pool
-// NAME...` makes faults of planted_faults.h, or lets the pool take no lock. The exit status is 1 where a check fails.
+// forks` does so while the process forks, `pool NAME...` makes faults of planted_faults.h, or lets the pool take no
+// lock. The exit status is 1 where a check fails.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -7,6 +8,8 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -175,6 +178,32 @@ void tasks_are_done_once() {
   check(std::all_of(done.begin(), done.end(), [](int times) { return times == 1; }), "a task ran never, or twice");
 }
 
+// A child finds the lock free, whoever held it when it was forked.
+void children_find_it_free() {
+  std::atomic<bool> over{false};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&] {
+      while (!over) const Scratch scratch(1, 5000);
+    });
+  }
+  for (int i = 0; i < 30; ++i) {
+    const pid_t child = fork();
+    check(child >= 0, "there are no more processes");
+    if (child == 0) {
+      alarm(20);  // ends it
+      {
+        const Scratch scratch(1, 5000);
+      }
+      _exit(0);
+    }
+    int status = -1;
+    check(waitpid(child, &status, 0) == child && status == 0, "a child of a fork waits for ever");
+  }
+  over = true;
+  for (std::thread& thread : threads) thread.join();
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -184,6 +213,8 @@ int main(int count, char** arguments) {
     if (name == "a pool without its lock") {
       std::nothing_is_locked = true;
       on_threads();
+    } else if (name == "forks") {
+      children_find_it_free();
     } else {
       check(planted::make(name), "there is no fault of this name");
     }

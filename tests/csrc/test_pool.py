@@ -37,6 +37,13 @@ def test_planted_faults_are_found(kind: str, program: Path) -> None:
     assert not sanitizers.not_found(kind, found.stderr), found.stdout + found.stderr
 
 
+def test_children_of_a_fork(kind: str, program: Path) -> None:
+    """Under ThreadSanitizer alone: a fork may find AddressSanitizer's own lock held."""
+    if kind == "thread":
+        found = sanitizers.run(kind, program, ["forks"])
+        assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_a_pool_without_its_lock(kind: str, program: Path) -> None:
     """Chance decides whether anything but ThreadSanitizer notices.
 
