@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert import registry
@@ -204,6 +204,28 @@ def test_what_the_user_has_stays() -> None:
         assert TRACKER.total == 0
         assert not ClassLosses.everyone
         assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("norm", "fused"), [(nn.LayerNorm, [4]), (nn.BatchNorm1d, [])])
+def test_a_norm_that_experts_share_since_the_conversion(
+    norm: type[nn.Module], fused: list[int], fused_calls: list[int]
+) -> None:
+    """A batch norm takes one expert's batch after another to its statistics, which a fused call does not."""
+    model = Edited()
+    for expert in model.experts:
+        expert[1] = norm(5)
+    fill(model)
+    plain = copy.deepcopy(model)
+    assert mk.convert(model).replaced
+    for other in (model, plain):
+        other.experts[2][1] = other.experts[0][1]
+    x = torch.randn(200, WIDTH)  # of fewer a layer norm's experts are called
+    fused_calls.clear()
+    for found, expected in zip(model(x), plain(x), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert fused_calls == fused
+    for (name, found), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
 
 
 def test_what_hooks_keep_stays() -> None:
