@@ -21,7 +21,7 @@ from tests.ops.level.definition import formula
 
 OPS = torch.ops.mtlkernels
 INSTRUCTION_SETS = pytest.mark.parametrize("isa", _extension.instruction_sets())
-EXACT = pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+KINDS = pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 ROUTINGS = {
     "one gate an expert": mk.Routing((0, 0, 1), ((0, 2), (1,))),
     "one and two": mk.Routing.cgc(2, 2, 1),
@@ -36,7 +36,7 @@ def case(kind: torch.dtype, rows: int, routing: mk.Routing, last: str = "relu", 
 
 
 @INSTRUCTION_SETS
-@EXACT
+@KINDS
 @pytest.mark.parametrize("rows", [1, 5, 17, 33, 100])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 @pytest.mark.parametrize("last", ["relu", "none"])
@@ -66,7 +66,7 @@ def test_losses_at_once_as_one_by_one(routing: mk.Routing, rows: int, isa: str) 
         assert torch.equal(got, want)
 
 
-@EXACT
+@KINDS
 @pytest.mark.parametrize("width", [0, 1, 8, 13, 33, 70])
 @pytest.mark.parametrize("rows", [1, 3, 17, 100])
 @pytest.mark.parametrize("isa", ["reference", *_extension.instruction_sets()])
