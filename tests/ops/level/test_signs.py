@@ -49,11 +49,12 @@ def test_formula(last: str, routing: mk.Routing, rows: int, kind: torch.dtype, i
 
 
 @INSTRUCTION_SETS
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [33, 1537])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
-def test_losses_at_once_as_one_by_one(routing: mk.Routing, rows: int, isa: str) -> None:
+def test_losses_at_once_as_one_by_one(routing: mk.Routing, rows: int, kind: torch.dtype, isa: str) -> None:
     """To the bit: each loss takes an expert from signs, or not, whatever others do."""
-    operands = operator.of_case(case(torch.float32, rows, routing).map(Tensor.detach))
+    operands = operator.of_case(case(kind, rows, routing).map(Tensor.detach))
     with _extension.instruction_set(isa):
         outputs, saved = OPS.level_forward(*operands.forward(True))
         grads = [torch.randn_like(y) for y in outputs]
