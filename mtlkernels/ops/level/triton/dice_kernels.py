@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from mtlkernels.ops._triton_functions import kernel, operand, pointer, whole
+from mtlkernels.ops._triton_functions import kernel, operand, whole
 from mtlkernels.ops.level.triton.layerwise_functions import (
-    ENTRIES,
+    ALONG,
+    CENTERS,
+    FACTORS,
+    LEVELS,
     dice_gradient,
     dropped,
     hidden,
+    layer_of,
     normalized,
+    numbers,
     row_statistics,
     slopes_of,
 )
@@ -33,8 +38,7 @@ def dice_rows(
     """Mean and factor of each row; with ``HIDDEN``, then, what the layer gives: its rows are at hand."""
     width = whole(width, KIND)
     e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, num_rows, 1, ROWS, 1)
-    entry = table + layers + ENTRIES * e
-    layer = (entry, factor, eps)
+    layer = layer_of(table, layers, e, factor, eps, LAYER)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = rows < left_rows
@@ -56,8 +60,8 @@ def dice_rows(
             spread = tl.where(inside, 1.0 / tl.sqrt_rn(tl.sum(total, 1) + tl.maximum(width, 1) * dice_eps), 0.0)
         else:
             mean = tl.sum(total, 1) / tl.maximum(width, 1)
-    tl.store(pointer(entry, 6, tl.float32) + first + rows, mean, mask=inside)
-    tl.store(pointer(entry, 7, tl.float32) + first + rows, spread, mask=inside)
+    tl.store(numbers(layer, CENTERS) + first + rows, mean, mask=inside)
+    tl.store(numbers(layer, FACTORS) + first + rows, spread, mask=inside)
     if HIDDEN:
         of_rows = (of_norm[0], of_norm[1], mean, spread)
         out = operand(table, outputs + e, KIND) + offsets
@@ -78,8 +82,7 @@ def dice_gradient_rows(
     """Of each row the mean of w, and the sum of w u."""
     width = whole(width, KIND)
     e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, num_rows, 1, ROWS, 1)
-    entry = table + layers + ENTRIES * e
-    layer = (entry, factor, eps)
+    layer = layer_of(table, layers, e, factor, eps, LAYER)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = rows < left_rows
@@ -96,9 +99,9 @@ def dice_gradient_rows(
         grad = tl.load(grads + k, mask=mask, other=0.0).to(tl.float32)
         grad = dropped(grad, layer, first, tl.zeros((), tl.int64) + k, LAYER, ROWS, COLUMNS)
         _, x = normalized(z, layer, k + columns, there, of_rows, LAYER, COLUMNS)
-        slope = slopes_of(entry, k + columns, there, LAYER, COLUMNS)
+        slope = slopes_of(layer, k + columns, there, LAYER, COLUMNS)
         u, _, _, w = dice_gradient(grad, x, slope, there, of_rows)
         level += tl.where(mask, w, 0.0)
         along += tl.where(mask, w * u, 0.0)
-    tl.store(pointer(entry, 8, tl.float32) + first + rows, tl.sum(level, 1) / tl.maximum(width, 1), mask=inside)
-    tl.store(pointer(entry, 9, tl.float32) + first + rows, tl.sum(along, 1), mask=inside)
+    tl.store(numbers(layer, LEVELS) + first + rows, tl.sum(level, 1) / tl.maximum(width, 1), mask=inside)
+    tl.store(numbers(layer, ALONG) + first + rows, tl.sum(along, 1), mask=inside)

@@ -11,10 +11,11 @@ import triton.language as tl
 
 from mtlkernels.ops._triton_functions import kernel, operand, pointer, whole
 from mtlkernels.ops.level.triton.layerwise_functions import (
-    ENTRIES,
     NO_NORM,
     PRELU,
+    VARIANCES,
     affine,
+    layer_of,
     load_rows,
     norm_gradient,
     row_statistics,
@@ -35,7 +36,7 @@ def norm_sums(
     e, block, first, first_column, left_rows, left_columns = corner_of(
         num_experts, num_rows, width, ROWS * DEPTH, COLUMNS
     )
-    layer = (table + layers + ENTRIES * e, factor, eps)
+    layer = layer_of(table, layers, e, factor, eps, LAYER)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     there = columns < left_columns
@@ -123,8 +124,7 @@ def preactivation_gradient(
     """The gradient of the pre-activations in the place of that of the outputs; no norm, or a batch norm."""
     width = whole(width, KIND)
     e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, num_rows, width, ROWS, COLUMNS)
-    entry = table + layers + ENTRIES * e
-    layer = (entry, factor, eps)
+    layer = layer_of(table, layers, e, factor, eps, LAYER)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = rows < left_rows
@@ -139,8 +139,8 @@ def preactivation_gradient(
         grad, z, layer, first, first_column, first_column + columns, there, of_rows, LAYER, ROWS, COLUMNS
     )
     if LAYER.norm != NO_NORM:
-        scale, shift = affine(entry, first_column + columns, there, LAYER, COLUMNS)
-        scale = scale / tl.sqrt_rn(load_rows(entry, 1, first_column, columns, there) + eps)
+        scale, shift = affine(layer, first_column + columns, there, LAYER, COLUMNS)
+        scale = scale / tl.sqrt_rn(load_rows(layer, VARIANCES, first_column, columns, there) + eps)
         total = pointer(table, totals, tl.float32, KIND.aligned) + e * 3 * width + first_column + columns
         shifts = tl.load(total, mask=there, other=0.0) / num_rows
         scales = tl.load(total + width, mask=there, other=0.0) / num_rows
@@ -156,7 +156,7 @@ def layer_norm_gradient(
     """Likewise behind a layer norm: first a pass for means."""
     width = whole(width, KIND)
     e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, num_rows, 1, ROWS, 1)
-    layer = (table + layers + ENTRIES * e, factor, eps)
+    layer = layer_of(table, layers, e, factor, eps, LAYER)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = rows < left_rows
@@ -174,7 +174,7 @@ def layer_norm_gradient(
             grad = tl.load(grads + k, mask=mask, other=0.0).to(tl.float32)
             start = tl.zeros((), tl.int64) + k
             g, s, _ = norm_gradient(grad, z, layer, first, start, k + columns, there, of_rows, LAYER, ROWS, COLUMNS)
-            scale, shift = affine(layer[0], k + columns, there, LAYER, COLUMNS)
+            scale, shift = affine(layer, k + columns, there, LAYER, COLUMNS)
             g = tl.where(mask, g * scale[None, :], 0.0)
             if last_pass:
                 g = of_rows[1][:, None] * (g - (means / width)[:, None] - s * (products / width)[:, None])

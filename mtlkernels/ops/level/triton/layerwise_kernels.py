@@ -14,7 +14,14 @@ import triton.language as tl
 
 from mtlkernels.ops._triton_functions import NONE, kernel, multiply, operand, pointer, whole
 from mtlkernels.ops.level.triton.chain_kernels import add_bias
-from mtlkernels.ops.level.triton.layerwise_functions import ENTRIES, NO_NORM, hidden, read_hidden, row_statistics
+from mtlkernels.ops.level.triton.layerwise_functions import (
+    ENTRIES,
+    NO_NORM,
+    hidden,
+    layer_of,
+    read_hidden,
+    row_statistics,
+)
 
 
 @triton.jit
@@ -45,7 +52,7 @@ def layerwise_product(
     width = whole(width, KIND)
     depth = whole(depth, KIND)
     e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, num_rows, width, ROWS, COLUMNS)
-    layer = (table + layers + ENTRIES * e, factor, eps)
+    layer = layer_of(table, layers, e, factor, eps, LAYER)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
@@ -148,7 +155,7 @@ def normalize(
     """What a layer gives, from its pre-activations: for the mixture, and for the gradient of the weights above."""
     width = whole(width, KIND)
     e, block, first, first_column, left_rows, left_columns = corner_of(num_experts, num_rows, width, ROWS, COLUMNS)
-    layer = (table + layers + ENTRIES * e, factor, eps)
+    layer = layer_of(table, layers, e, factor, eps, LAYER)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = rows < left_rows
