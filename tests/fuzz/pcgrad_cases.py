@@ -17,11 +17,9 @@ from mtlkernels.testing import some_rows
 from tests.fuzz import calls, tensors
 from tests.fuzz.calls import Way
 from tests.fuzz.memory import guarded
-from tests.ops.pcgrad.definition import assert_right
+from tests.ops.pcgrad.definition import EXACT, assert_right
 
 SHAPES = ((7,), (), (1,), (0,), (5, 3), (300,), (33, 65), (4, 3, 3, 3), (17, 1), (4097,), (20000,))
-# Triton's Gram matrix adds up float32 products in short float32 sums: 1e-6 of |g_i| |g_j| at most.
-SUMS = {"triton": 1e-6}
 SCALES = ("alike", "wide", "tiny", "huge")
 
 
@@ -127,7 +125,7 @@ def check(case: PCGradCase) -> None:
     with calls.made_by(case.way):
         found = mk.pcgrad(grads, order=order, **options)
     if special is None:
-        assert_right(found, grads, order, sums=SUMS.get(case.way.implementation, 1e-13), **options)
+        assert_right(found, grads, order, sums=EXACT if case.way.implementation == "reference" else None, **options)
         return
     result = found[special]
     assert result is not None

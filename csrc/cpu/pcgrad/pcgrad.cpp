@@ -104,8 +104,7 @@ at::Tensor gram(GradList grads, int64_t tasks) {
   double* slots = products.mutable_data_ptr<double>();
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   int64_t bytes = 0;
-  for (int64_t some = 1; some <= tasks; ++some)
-    bytes = std::max(bytes, kernels_for<PcgradKernels>(Dtype::kFloat32).gram_bytes(some));
+  for (const Piece& piece : pieces) bytes = std::max(bytes, piece.parameter->kernels->gram_bytes(piece.run.count));
   const Scratch scratch(threads, bytes);
   parallel_tasks_on(threads, count, [&](int64_t i, int64_t thread) {
     pieces[i].parameter->kernels->gram(pieces[i].run, slots + i * tasks * tasks, scratch[thread]);

@@ -1,6 +1,7 @@
-// PCGrad's two passes over gradients. Both are bound by memory, so both compute in float64: products of float32 are
-// exact there, and no gradient is too small or too large to be squared.
+// PCGrad's two passes over gradients, as fast as memory gives them.
 #pragma once
+
+#include <type_traits>
 
 #include "pcgrad/pcgrad_args.h"
 #include "simd/simd.h"
@@ -8,27 +9,97 @@
 namespace mtlk {
 namespace MTLK_ISA {
 
-// Elements of storage type T as float64, whatever stands between.
+// As many elements as make a vector of float64, in float64.
 template <typename T>
-MTLK_INLINE void widen_to_double(const T* in, double* out, int64_t n) {
-  if constexpr (sizeof(T) == 2) {
-    constexpr int kStep = 64;
-    alignas(64) float wide[kStep];
-    for (int64_t i = 0; i < n; i += kStep) {
-      const int64_t m = n - i < kStep ? n - i : kStep;
-      widen(in + i, wide, m);
-      for (int64_t k = 0; k < m; ++k) out[i + k] = wide[k];
-    }
+MTLK_INLINE Vector<double> load_double(const T* p) {
+  if constexpr (__is_same(T, double)) {
+    return load(p);
+  } else if constexpr (__is_same(T, float)) {
+    typedef float Narrow __attribute__((vector_size(kVectorBytes / 2)));
+    Narrow values;
+    std::memcpy(&values, p, sizeof(values));
+    return __builtin_convertvector(values, Vector<double>);
   } else {
-    widen(in, out, n);
+#if defined(__AVX512F__)
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (__is_same(T, Half)) return _mm512_cvtps_pd(_mm256_cvtph_ps(raw));
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)));
+#elif defined(__AVX2__)
+    const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    if constexpr (__is_same(T, Half)) return _mm256_cvtps_pd(_mm_cvtph_ps(raw));
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(raw), 16)));
+#else
+    float wide[Simd<double>::lanes];
+    for (int i = 0; i < Simd<double>::lanes; ++i) wide[i] = to_compute(p[i]);
+    return load_double(wide);
+#endif
   }
 }
 
 template <typename T>
+MTLK_INLINE void widen_to_double(const T* in, double* out, int64_t n) {
+  constexpr int kLanes = Simd<double>::lanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load_double(in + i));
+  for (; i < n; ++i) out[i] = to_compute(in[i]);
+}
+
+// Products of vectors of elements, added up in vectors of sums. In float32 each addition rounds, so that only kSteps of
+// them follow each other before float64 takes over: a sum is then off by at most 16 * 2^-24 of the size of its terms,
+// which is less than 1e-6. In float64 the products alone would take twice as long as memory does.
+template <typename C>
+struct PlainProducts {
+  using Element = C;
+  using Sum = C;
+  using Elements = Vector<C>;
+  static constexpr int kElements = Simd<C>::lanes;
+  static constexpr int64_t kSteps = __is_same(C, float) ? 16 : int64_t{1} << 32;
+
+  static MTLK_INLINE Elements load(const Element* p) { return mtlk::MTLK_ISA::load(p); }
+  static MTLK_INLINE Vector<Sum> add(Vector<Sum> sum, Elements a, Elements b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// Two products a step, and each is an addition.
+struct DotProducts {
+  using Element = BFloat16;
+  using Sum = float;
+  using Elements = __m512bh;
+  static constexpr int kElements = 32;
+  static constexpr int64_t kSteps = 8;
+
+  static MTLK_INLINE Elements load(const Element* p) {
+    Elements elements;
+    std::memcpy(&elements, p, sizeof(elements));
+    return elements;
+  }
+  static MTLK_INLINE Vector<Sum> add(Vector<Sum> sum, Elements a, Elements b) {
+    return reinterpret_cast<Vector<Sum>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), a, b));
+  }
+};
+#endif
+
+// What is tried first, see held_in_float.
+template <typename T>
+struct ProductsOf {
+  using type = PlainProducts<Compute<T>>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ProductsOf<BFloat16> {
+  using type = DotProducts;
+};
+#endif
+
+template <typename T, typename Products>
 class GramPiece {
+  using Element = typename Products::Element;
+  using Sum = typename Products::Sum;
+
  public:
   static int64_t bytes(int count) {
-    return Arena::bytes<double>(padded_tasks(count) * row_size(count)) +
+    return Arena::bytes<Element>(padded_tasks(count) * row_size(count)) +
+           Arena::bytes<const Element*>(padded_tasks(count)) +
            Arena::bytes<Vector<double>>(tiles(count) * kTile * kTile);
   }
 
@@ -38,13 +109,15 @@ class GramPiece {
         columns_(columns_for(piece.count)),
         ld_(row_size(piece.count)) {
     Arena arena(memory);
-    values_ = arena.take<double>(rows_ * ld_);
+    values_ = arena.take<Element>(rows_ * ld_);
+    row_ = arena.take<const Element*>(rows_);
     sums_ = arena.take<Vector<double>>(tiles(piece.count) * kTile * kTile);
   }
 
   void run(double* products) {
-    std::memset(values_, 0, rows_ * ld_ * sizeof(double));
+    std::memset(static_cast<void*>(values_), 0, rows_ * ld_ * sizeof(Element));
     std::memset(sums_, 0, tiles(piece_.count) * kTile * kTile * sizeof(Vector<double>));
+    for (int t = 0; t < rows_; ++t) row_[t] = values_ + t * ld_;
     for (int64_t first = 0; first < piece_.elements; first += columns_) add(first);
     for (int i = 0; i < piece_.count; ++i) {
       for (int j = i; j < piece_.count; ++j) products[i * piece_.count + j] = total(i, j);
@@ -55,17 +128,17 @@ class GramPiece {
   // Products are computed in tiles of tasks, as many as stay in registers.
   static constexpr int kTile = 4;
   static constexpr int kHalf = kRegisters >= 32 ? kTile : kTile / 2;
-  static constexpr int kLanes = Simd<double>::lanes;
-  // Values of all tasks that are worked on together: a third of a first-level cache, as the next ones pass through it.
-  static constexpr int64_t kValues = 2048;
+  static constexpr int64_t kStep = Products::kElements;
+  // Values of all tasks that are worked on together: a part of a first-level cache, as the next ones pass through it.
+  static constexpr int64_t kValues = 16384 / sizeof(Element);
 
   static int padded_tasks(int count) { return (count + kTile - 1) / kTile * kTile; }
   static int64_t columns_for(int count) {
-    const int64_t columns = kValues / padded_tasks(count) / kLanes * kLanes;
-    return columns < 8 * kLanes ? 8 * kLanes : columns;
+    const int64_t columns = kValues / padded_tasks(count) / kStep * kStep;
+    return columns < 8 * kStep ? 8 * kStep : columns;
   }
   // Rows a power of two apart would share their places in the first-level cache.
-  static int64_t row_size(int count) { return columns_for(count) + kLanes; }
+  static int64_t row_size(int count) { return columns_for(count) + kStep; }
   static int tiles(int count) {
     const int side = padded_tasks(count) / kTile;
     return side * (side + 1) / 2;
@@ -78,11 +151,19 @@ class GramPiece {
 
   void add(int64_t first) {
     const int64_t n = piece_.elements - first < columns_ ? piece_.elements - first : columns_;
-    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    const int64_t padded = (n + kStep - 1) / kStep * kStep;
     for (int t = 0; t < piece_.count; ++t) {
-      double* row = values_ + t * ld_;
-      widen_to_double(grad(t) + first, row, n);
-      for (int64_t i = n; i < padded; ++i) row[i] = 0;
+      if constexpr (__is_same(T, Element)) {
+        row_[t] = grad(t) + first;
+        if (n == padded) continue;
+        std::memcpy(values_ + t * ld_, grad(t) + first, n * sizeof(T));
+      } else if constexpr (__is_same(Element, double)) {
+        widen_to_double(grad(t) + first, values_ + t * ld_, n);
+      } else {
+        widen(grad(t) + first, values_ + t * ld_, n);
+      }
+      std::memset(static_cast<void*>(values_ + t * ld_ + n), 0, (padded - n) * sizeof(Element));
+      row_[t] = values_ + t * ld_;
     }
     const int side = rows_ / kTile, count = tiles(piece_.count);
     int done = 0;
@@ -112,43 +193,105 @@ class GramPiece {
   // Adds the products of tile (a, b), of kHalf of its columns.
   template <bool Diagonal>
   void multiply(int a, int b, int half, int64_t n, const Coming& coming) {
-    const double* left = values_ + a * kTile * ld_;
-    const double* right = values_ + (b * kTile + half) * ld_;
-    Vector<double>* sums = sums_ + tile(a, b) * kTile * kTile + half;
-    Vector<double> acc[kTile][kHalf];
-    for (int i = 0; i < kTile; ++i) {
-      for (int j = 0; j < kHalf; ++j) acc[i][j] = sums[i * kTile + j];
-    }
-    for (int64_t k = 0; k < n; k += kLanes) {
-      for (int i = 0; i < kTile; ++i) __builtin_prefetch(coming.rows[i] + k, 0, 2);
-      Vector<double> row[kTile];
-      for (int i = 0; i < kTile; ++i) row[i] = load(left + i * ld_ + k);
+    const Element *left[kTile], *right[kHalf];
+    for (int i = 0; i < kTile; ++i) left[i] = row_[a * kTile + i];
+    for (int j = 0; j < kHalf; ++j) right[j] = row_[b * kTile + half + j];
+    Vector<double>* const sums = sums_ + tile(a, b) * kTile * kTile + half;
+    for (int64_t begin = 0; begin < n;) {
+      const int64_t end = n - begin < Products::kSteps * kStep ? n : begin + Products::kSteps * kStep;
+      Vector<Sum> acc[kTile][kHalf] = {};
+      for (int64_t k = begin; k < end; k += kStep) {
+        for (int i = 0; i < kTile; ++i) __builtin_prefetch(coming.rows[i] + k, 0, 2);
+        typename Products::Elements row[kTile];
+        for (int i = 0; i < kTile; ++i) row[i] = Products::load(left[i] + k);
 #pragma GCC unroll 4
-      for (int j = 0; j < kHalf; ++j) {
-        const Vector<double> column = load(right + j * ld_ + k);
+        for (int j = 0; j < kHalf; ++j) {
+          const auto column = Diagonal && kHalf == kTile ? row[j] : Products::load(right[j] + k);
 #pragma GCC unroll 4
-        for (int i = 0; i < kTile; ++i) {
-          if (!Diagonal || kHalf < kTile || i <= j) acc[i][j] += row[i] * column;
+          for (int i = 0; i < kTile; ++i) {
+            if (!Diagonal || kHalf < kTile || i <= j) acc[i][j] = Products::add(acc[i][j], row[i], column);
+          }
         }
       }
+#pragma GCC unroll 4
+      for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kHalf; ++j) {
+          if (!Diagonal || kHalf < kTile || i <= j) sums[i * kTile + j] += in_double(acc[i][j]);
+        }
+      }
+      begin = end;
     }
-    for (int i = 0; i < kTile; ++i) {
-      for (int j = 0; j < kHalf; ++j) sums[i * kTile + j] = acc[i][j];
+  }
+
+  static MTLK_INLINE Vector<double> in_double(Vector<Sum> sum) {
+    if constexpr (__is_same(Sum, double)) {
+      return sum;
+    } else {
+#if defined(__AVX512F__)
+      const auto all = reinterpret_cast<__m512d>(sum);
+      const __m256d low = _mm512_castpd512_pd256(all), high = _mm512_extractf64x4_pd(all, 1);
+      return _mm512_cvtps_pd(_mm256_castpd_ps(low)) + _mm512_cvtps_pd(_mm256_castpd_ps(high));
+#elif defined(__AVX2__)
+      const auto all = reinterpret_cast<__m256>(sum);
+      return _mm256_cvtps_pd(_mm256_castps256_ps128(all)) + _mm256_cvtps_pd(_mm256_extractf128_ps(all, 1));
+#else
+      alignas(64) float lanes[Simd<float>::lanes];
+      store(lanes, sum);
+      return load_double(lanes) + load_double(lanes + Simd<double>::lanes);
+#endif
     }
   }
 
   double total(int i, int j) const {
     const Vector<double> sum = sums_[tile(i / kTile, j / kTile) * kTile * kTile + i % kTile * kTile + j % kTile];
     double value = 0;
-    for (int lane = 0; lane < kLanes; ++lane) value += sum[lane];
+    for (int lane = 0; lane < Simd<double>::lanes; ++lane) value += sum[lane];
     return value;
   }
 
   const PcgradPiece& piece_;
   const int rows_;
   const int64_t columns_, ld_;
-  double* values_;
+  Element* values_;
+  const Element** row_;  // where each task's values are
   Vector<double>* sums_;
+};
+
+// Whether float32 held the squares: each task's sum is finite, and so large that squares which are too small, or
+// flushed to zero, are less than 1e-8 of it; or all elements are zeros.
+template <typename T>
+bool held_in_float(const PcgradPiece& piece, const double* products) {
+  const double least = static_cast<double>(piece.elements) * 0x1p-99;
+  for (int i = 0; i < piece.count; ++i) {
+    const double squares = products[i * piece.count + i];
+    if (!std::isfinite(squares)) return false;
+    if (squares >= least) continue;
+    const T* const grad = static_cast<const T*>(piece.grads[i]) + piece.first;
+    using Word = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+    Word bits = 0;
+    for (int64_t k = 0; k < piece.elements; ++k) bits |= bits_of<Word>(grad[k]);
+    if (bits != 0) return false;
+  }
+  return true;
+}
+
+template <typename T>
+struct Gram {
+  using Products = typename ProductsOf<T>::type;
+  using Wide = GramPiece<T, PlainProducts<double>>;
+  using Fast = GramPiece<T, Products>;
+
+  static int64_t bytes(int count) {
+    const int64_t fast = Fast::bytes(count), wide = Wide::bytes(count);
+    return fast > wide ? fast : wide;
+  }
+  static void run(const PcgradPiece& piece, double* products, void* scratch) {
+    Fast(piece, scratch).run(products);
+    if constexpr (!__is_same(typename Products::Sum, double)) {
+      if (!held_in_float<T>(piece, products)) Wide(piece, scratch).run(products);
+    }
+  }
 };
 
 // Rounds sums to the storage type, past the caches where that is asked for and whole vectors allow it.
@@ -166,26 +309,6 @@ MTLK_INLINE void write(const double* sums, int64_t n, T* out, bool past) {
     for (int64_t i = 0; i < n; ++i) target[i] = static_cast<T>(sums[i]);
   }
   for (int64_t i = 0; whole && i < n; i += kPerVector<T>) bytes_past_caches(out + i, rounded + i);
-}
-
-// As many elements as make a vector of float64, in float64.
-template <typename T>
-MTLK_INLINE Vector<double> load_double(const T* p) {
-  constexpr int kLanes = Simd<double>::lanes;
-  if constexpr (__is_same(T, double)) {
-    return load(p);
-  } else {
-    typedef float Narrow __attribute__((vector_size(kVectorBytes / 2)));
-    Narrow values;
-    if constexpr (__is_same(T, float)) {
-      std::memcpy(&values, p, sizeof(values));
-    } else {
-      float wide[kLanes];
-      for (int i = 0; i < kLanes; ++i) wide[i] = to_compute(p[i]);
-      std::memcpy(&values, wide, sizeof(values));
-    }
-    return __builtin_convertvector(values, Vector<double>);
-  }
 }
 
 template <typename T>
@@ -223,9 +346,7 @@ void combine_piece(const PcgradPiece& piece, const double* coefficients, T* out,
 
 template <typename T>
 PcgradKernels pcgrad_kernels() {
-  return {GramPiece<T>::bytes,
-          [](const PcgradPiece& piece, double* products, void* scratch) { GramPiece<T>(piece, scratch).run(products); },
-          [](const PcgradPiece& piece, const double* coefficients, void* out, bool past) {
+  return {Gram<T>::bytes, Gram<T>::run, [](const PcgradPiece& piece, const double* coefficients, void* out, bool past) {
             combine_piece(piece, coefficients, static_cast<T*>(out), past);
           }};
 }
