@@ -5,6 +5,7 @@ Both take tensors in groups: the sub-networks' outputs u, the weights (Trans alo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,12 +104,12 @@ class Routes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        *lists, z = ctx.plan.groups(ctx.needs_input_grad[1:])
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        needs = (*(any(flags) for flags in lists), z)
-        used = [i for i, grad in enumerate(grads) if grad is not None]
         plan: Plan = ctx.plan
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
+        *lists, z = plan.groups(ctx.needs_input_grad[1:])
+        needs = (*map(any, lists), z)
         if len(used) == len(grads):
             found = iter(call(RoutesBackward, plan, needs, *grads, *ctx.saved_tensors))
             of_lists = zip(lists, needs[:-1], strict=True)
@@ -133,7 +134,7 @@ class RoutesBackward(torch.autograd.Function):
             return batched_backward(RoutesBackward, (plan, needs), tensors)
         run = implementation(plan.op, "backward", plan.backend, primals[0])
         groups = run(grad_outputs, *plan.groups(primals), *needs, plan.closed_grad)
-        return tuple(grad for group in groups for grad in group)
+        return tuple(itertools.chain.from_iterable(groups))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
