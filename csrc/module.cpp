@@ -14,6 +14,7 @@
 #include "cpu/runtime/memory.h"
 #include "direct.h"
 #include "level_node.h"
+#include "linears.h"
 #include "recording.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -38,6 +39,8 @@ PYBIND11_MODULE(_C, module) {
              "mtlkernels.expert_mixture by the direct way: outputs, or None: not its call.");
   module.def("level_tensors", &mtlk::level_tensors_from_python,
              "The tensors of an expert_mixture in the operators' order, and whether a gradient is wanted; or None.");
+  module.def("linears", &mtlk::linears_of_experts,
+             "Weights and biases of experts of mtlkernels.nn, by layer; or None: not all are plain.");
   module.def("recoded_level", &mtlk::recoded_level, "A LevelSpec's encoding, decoded and encoded again.");
   module.def(
       "release_memory",

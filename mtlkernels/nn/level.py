@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mtlkernels import _decisions, _tracing
+from mtlkernels import _decisions, _extension, _tracing
 from mtlkernels.nn._arguments import Style
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
@@ -91,34 +91,40 @@ def read_experts(experts: Any, activation: str) -> Experts | None:
     That is where one is not what it was made as, or where gradients are recorded and somebody listens by a forward
     hook, as TorchJD's autogram does. In serving nobody looks for hooks: the look-ups show when one row is served.
     """
-    rows = []
     modules = experts._modules.values()
     heard = torch.is_grad_enabled()
-    for expert in modules:
-        if type(expert) is not Expert or (heard and expert._forward_hooks):
-            return None
-        row: list[Any] = []
-        for layer in expert._modules["linears"]._modules.values():  # type: ignore[union-attr]
-            if heard and layer._forward_hooks:  # type: ignore[union-attr]
-                return None
-            parameters = layer._parameters  # type: ignore[union-attr]
-            weight = parameters.get("weight")
-            if type(layer) is _Linear and type(weight) is _Parameter:  # as plain_parameters, without a call
-                row.append((weight, parameters.get("bias")))
-            else:
-                row.append(plain_parameters(layer))
-        if None in row:
-            return None
-        rows.append(row)
-    layers: list[Any] = list(zip(*rows, strict=True))
-    weights = [[w for w, _ in layer] for layer in layers]
-    biases = [None if layer[0][1] is None else [b for _, b in layer] for layer in layers]
+    linears = None
+    if _extension.has_module() and not torch.compiler.is_compiling():
+        linears = _extension.function("linears")(experts._modules, Expert, _Linear, _Parameter, heard)
+    weights, biases = linears or _linears(modules, heard) or (None, None)
+    if weights is None:
+        return None
     options: dict[str, Any] = {"activation": activation}
     if next(iter(modules)).slopes is not None:
         if heard and any(expert.slopes._forward_hooks for expert in modules):
             return None
         options.update(slopes=list(zip(*(expert.slopes for expert in modules), strict=True)), dice_eps=DICE_EPS)
     return weights, biases, options
+
+
+def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], list[Any]] | None:
+    """Weights and biases by layer, then expert; None where an expert or a layer has to be called.
+
+    C++ does the same for plain ones, ``csrc/linears.cpp``.
+    """
+    rows: list[Any] = []
+    for expert in modules:
+        if type(expert) is not Expert or (heard and expert._forward_hooks):
+            return None
+        layers = expert._modules["linears"]._modules.values()  # type: ignore[union-attr]
+        if heard and any(layer._forward_hooks for layer in layers):  # type: ignore[union-attr]
+            return None
+        rows.append([plain_parameters(layer) for layer in layers])
+        if None in rows[-1]:
+            return None
+    found: list[Any] = list(zip(*rows, strict=True))
+    weights = [[w for w, _ in layer] for layer in found]
+    return weights, [None if layer[0][1] is None else [b for _, b in layer] for layer in found]
 
 
 class TrunkLevel(NotScriptable, nn.Module):

@@ -1,0 +1,155 @@
+"""Weights and biases of a level's experts: C++ takes out what Python would, or leaves it to Python."""
+
+from __future__ import annotations
+
+import collections
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import mtlkernels as mk
+from mtlkernels import _extension
+from mtlkernels.nn.level import Expert, _linears
+
+pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
+
+
+class Own(nn.Linear):
+    """A kind of linear layer, such as LoRA's."""
+
+
+class Weight(nn.Parameter):
+    """A kind of parameter, such as a quantized one."""
+
+
+def in_cpp(experts: nn.ModuleList, heard: bool) -> Any:
+    return _extension.function("linears")(experts._modules, Expert, nn.Linear, nn.Parameter, heard)
+
+
+def level(**options: Any) -> Any:
+    return mk.nn.CGC(6, 2, (5, 4), num_specific=1, num_shared=1, **options).level.experts
+
+
+def hook(*_: Any) -> None:
+    """One that does nothing."""
+
+
+def first(experts: Any) -> Any:
+    return experts[0].linears[0]
+
+
+def _replace(experts: Any) -> None:
+    experts[1].linears[0] = nn.Linear(6, 5)
+
+
+def _own_class(experts: Any) -> None:
+    experts[1].linears[0] = Own(6, 5)
+
+
+def _other_expert(experts: Any) -> None:
+    experts[1] = nn.Sequential(nn.Linear(6, 4))
+
+
+def _more_layers(experts: Any) -> None:
+    experts[1].linears.append(nn.Linear(4, 4))
+
+
+def _own_weight(experts: Any) -> None:
+    del first(experts).weight
+    first(experts).register_parameter("weight", Weight(torch.zeros(5, 6)))
+
+
+def _no_weight(experts: Any) -> None:
+    first(experts).register_parameter("weight", None)
+
+
+def _no_bias(experts: Any) -> None:
+    first(experts).register_parameter("bias", None)
+
+
+def _no_bias_of_another(experts: Any) -> None:
+    experts[1].linears[0].register_parameter("bias", None)
+
+
+def _without_linears(experts: Any) -> None:
+    del experts[1]._modules["linears"]
+
+
+def _ordered(experts: Any) -> None:
+    experts._modules = collections.OrderedDict(experts._modules)
+
+
+EDITS: dict[str, Callable[[Any], object]] = {
+    "none": lambda _: None,
+    "a layer replaced": _replace,
+    "bias is None": _no_bias,
+    "another's bias is None": _no_bias_of_another,
+    "a frozen weight": lambda experts: first(experts).weight.requires_grad_(False),
+    "a hook on the data": lambda experts: first(experts).weight.register_hook(lambda grad: grad),
+}
+LEFT_TO_PYTHON: dict[str, Callable[[Any], object]] = {
+    "a layer of another class": _own_class,
+    "an expert of another class": _other_expert,
+    "another number of layers": _more_layers,
+    "a weight of another class": _own_weight,
+    "weight is None": _no_weight,
+    "a parametrization": lambda experts: parametrize.register_parametrization(first(experts), "weight", nn.Tanh()),
+    "weight norm": lambda experts: nn.utils.parametrizations.weight_norm(first(experts)),
+    "no layers": _without_linears,
+    "modules in another kind of dictionary": _ordered,
+}
+HEARD: dict[str, Callable[[Any], object]] = {
+    "a hook on an expert": lambda experts: experts[1].register_forward_hook(hook),
+    "a hook on a layer": lambda experts: first(experts).register_forward_hook(hook),
+}
+
+
+@pytest.mark.parametrize("heard", [False, True])
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("options", [{}, {"batch_norm": True}], ids=["with biases", "without biases"])
+def test_the_same_objects(edit: str, heard: bool, options: dict[str, Any]) -> None:
+    experts = level(**options)
+    EDITS[edit](experts)
+    found, expected = in_cpp(experts, heard), _linears(experts, heard)
+    assert found is not None and expected is not None
+    assert len(found[0]) == len(found[1]) == 2
+    for mine, wanted in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        assert (mine is None) == (wanted is None)
+        assert wanted is None or all(a is b for a, b in zip(mine, wanted, strict=True))
+
+
+@pytest.mark.parametrize("edit", LEFT_TO_PYTHON)
+def test_what_is_not_plain_is_left_to_python(edit: str) -> None:
+    experts = level()
+    LEFT_TO_PYTHON[edit](experts)
+    assert in_cpp(experts, heard=False) is None and in_cpp(experts, heard=True) is None
+
+
+@pytest.mark.parametrize("edit", HEARD)
+def test_hooks_count_where_gradients_are_recorded(edit: str) -> None:
+    experts = level()
+    HEARD[edit](experts)
+    assert in_cpp(experts, heard=True) is None and _linears(experts, True) is None
+    assert in_cpp(experts, heard=False) is not None
+
+
+def test_objects_that_are_no_modules_are_left_to_python() -> None:
+    for experts in ({"0": object()}, {"0": 1}, [], None):
+        assert _extension.function("linears")(experts, Expert, nn.Linear, nn.Parameter, True) is None
+
+
+def test_no_reference_is_lost_or_kept() -> None:
+    experts = level()
+    weight, bias = first(experts).weight, first(experts).bias
+    before = sys.getrefcount(weight), sys.getrefcount(bias)
+    for _ in range(100):
+        in_cpp(experts, heard=True)
+    experts[1].linears[1].register_parameter("weight", None)
+    for _ in range(100):
+        assert in_cpp(experts, heard=True) is None
+    assert (sys.getrefcount(weight), sys.getrefcount(bias)) == before
