@@ -96,9 +96,10 @@ def read_experts(experts: Any, activation: str) -> Experts | None:
     linears = None
     if _extension.has_module() and not torch.compiler.is_compiling():
         linears = _extension.function("linears")(experts._modules, Expert, _Linear, _Parameter, heard)
-    weights, biases = linears or _linears(modules, heard) or (None, None)
-    if weights is None:
+    linears = linears or _linears(modules, heard)
+    if linears is None:
         return None
+    weights, biases = linears
     options: dict[str, Any] = {"activation": activation}
     if next(iter(modules)).slopes is not None:
         if heard and any(expert.slopes._forward_hooks for expert in modules):
