@@ -3,6 +3,9 @@
 
 #include "gemm/engine.h"
 #include "gemm/panels.h"
+#if defined(__AVX512BF16__)
+#include "gemm/planes.h"
+#endif
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -70,6 +73,69 @@ void dot_rows(const T* w, int64_t ldw, int64_t outputs, const C* x, int64_t ldx,
     }
   }
 }
+
+#if defined(__AVX512BF16__)
+// Rows as sums of P bfloat16 planes, [P][kFewRows][ld], zeros up to a multiple of kPairStep: rows that were bfloat16
+// are one, and of float32 two hold 16 bits. Weights in bfloat16 then need not be widened.
+template <int P>
+struct PlaneRows {
+  const BFloat16* first;
+  int64_t ld;
+
+  MTLK_INLINE __m512bh load(int plane, int row, int64_t k) const {
+    return (__m512bh)_mm512_loadu_si512(first + (plane * kFewRows + row) * ld + k);
+  }
+};
+
+// partial[r][o] = the lanes of <x row r, w row o> for R rows and O outputs.
+template <int R, int O, int P>
+MTLK_INLINE void dot_tile(const BFloat16* w, int64_t ldw, PlaneRows<P> x, int64_t depth, float* partial) {
+  __m512 acc[O][R] = {};
+  for (int64_t k = 0; k < depth; k += kPairStep) {
+    const __mmask32 inside = depth - k < kPairStep ? (__mmask32{1} << (depth - k)) - 1 : ~__mmask32{0};
+    __m512bh row[R][P];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) row[r][p] = x.load(p, r, k);
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const auto weight = (__m512bh)_mm512_maskz_loadu_epi16(inside, w + o * ldw + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) acc[o][r] = _mm512_dpbf16_ps(acc[o][r], weight, row[r][p]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) _mm512_store_ps(partial + (r * kGroup + o) * kGroup, acc[o][r]);
+  }
+}
+
+// As dot_rows of rows that are no planes.
+template <int R, int P>
+void dot_rows(const BFloat16* w, int64_t ldw, int64_t outputs, PlaneRows<P> x, int64_t depth, float* out,
+              int64_t ld_out) {
+  constexpr int O = R * 8 + R * P < 32 ? 8 : 4;
+  alignas(64) float partial[R * kGroup * kGroup];
+  for (int64_t o = 0; o < outputs; o += kGroup) {
+    const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);
+    const BFloat16* const rows = w + o * ldw;
+    int i = 0;
+    for (; i + O <= n; i += O) dot_tile<R, O>(rows + i * ldw, ldw, x, depth, partial + i * kGroup);
+    for (; i < n; ++i) dot_tile<R, 1>(rows + i * ldw, ldw, x, depth, partial + i * kGroup);
+    for (int r = 0; r < R; ++r) {
+      float* const own = partial + r * kGroup * kGroup;
+      if (n < kGroup) std::memset(own + n * kGroup, 0, (kGroup - n) * kGroup * sizeof(float));
+      sum_lanes(own, out + r * ld_out + o);
+    }
+  }
+}
+#endif
 
 // acc row r += the sum over O rows of w of factor[r][o] * w row o, over whole vectors of `width`.
 template <typename T, typename C, int R, int O>
@@ -180,6 +246,11 @@ struct RowsEngine {
   static constexpr bool kBackwardTransposed = false, kSumsAsStored = true, kFromSigns = false;
   static constexpr int64_t kBlockBytes = 640 * 1024, kForwardBlockBytes = kBlockBytes, kChunkBytes = kBlockBytes;
   static constexpr int64_t kSumMultiple = 1, kGradientBytes = sizeof(C);
+#if defined(__AVX512BF16__)
+  static constexpr bool kPlanes = __is_same(T, BFloat16);  // multiply_planes is faster
+#else
+  static constexpr bool kPlanes = false;
+#endif
 
   static void begin() {}
   static void end() {}
@@ -190,6 +261,15 @@ struct RowsEngine {
     with_rows(rows,
               [&](auto constant) { dot_rows<T, C, decltype(constant)::value>(w, ldw, width, in, ld, depth, out, ld); });
   }
+
+#if defined(__AVX512BF16__)
+  // The same of rows as planes.
+  template <int P>
+  static void multiply_planes(int64_t rows, const BFloat16* w, int64_t ldw, int64_t width, PlaneRows<P> in,
+                              int64_t depth, float* out, int64_t ld) {
+    with_rows(rows, [&](auto constant) { dot_rows<decltype(constant)::value>(w, ldw, width, in, depth, out, ld); });
+  }
+#endif
 
   // out[row] += the sum over o < outputs of in[row][o] * w row o.
   static void multiply_back(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t ld,

@@ -24,7 +24,7 @@ class ChainForward<RowsEngine<T>> {
 
   static int64_t bytes(const LevelShape& level, int64_t, bool) {
     return 3 * Arena::bytes<C>(kFewRows * row_stride(level)) + Arena::bytes<C>(level.gates.columns * kGroup) +
-           Arena::bytes<C>(mixed_size(level, kFewRows));
+           Arena::bytes<C>(mixed_size(level, kFewRows)) + Arena::bytes<T>(planes_size(level));
   }
   static int64_t mixed_size(const LevelShape& level, int64_t) {
     return level.gates.count * kFewRows * padded_to_group(level.widths[level.layers]);
@@ -39,6 +39,7 @@ class ChainForward<RowsEngine<T>> {
     hidden_[1] = arena.take<C>(kFewRows * widest_);
     probabilities_ = arena.take<C>(level_.gates.columns * kGroup);
     mixed_ = arena.take<C>(mixed_size());
+    planes_ = arena.take<T>(planes_size(level_));
   }
 
   const C* mixed() const { return mixed_; }
@@ -74,11 +75,48 @@ class ChainForward<RowsEngine<T>> {
   }
 
  private:
+  // Where products read planes: one of the inputs, two of what is in between.
+  static int64_t plane_stride(const LevelShape& level) { return (row_stride(level) + 31) / 32 * 32; }
+  static int64_t planes_size(const LevelShape& level) {
+    return Engine::kPlanes ? 3 * kFewRows * plane_stride(level) : 0;
+  }
+
   void load_input(int stream) {
     const T* rows = static_cast<const T*>(level_.inputs[stream]);
-    for (int64_t r = 0; r < rows_; ++r) {
-      widen(rows + r * level_.input_ld[stream], input_ + r * widest_, level_.widths[0]);
+    const int64_t width = level_.widths[0], stride = plane_stride(level_);
+    for (int64_t r = 0; r < rows_; ++r, rows += level_.input_ld[stream]) {
+      if constexpr (Engine::kPlanes) {
+        std::memcpy(planes_ + r * stride, rows, width * sizeof(T));
+        std::memset(static_cast<void*>(planes_ + r * stride + width), 0, (stride - width) * sizeof(T));
+      } else {
+        widen(rows, input_ + r * widest_, width);
+      }
     }
+  }
+
+  // What a layer gave, for the next one.
+  void load_hidden([[maybe_unused]] const C* rows, [[maybe_unused]] int64_t width) {
+#if defined(__AVX512BF16__)
+    if constexpr (Engine::kPlanes) {
+      const int64_t stride = plane_stride(level_);
+      T* const first = planes_ + kFewRows * stride;
+      for (int64_t r = 0; r < rows_; ++r) {
+        for (int64_t i = 0; i < width; i += kGroup) {
+          const __mmask16 inside = width - i < kGroup ? (1 << (width - i)) - 1 : 0xffff;
+          __m256i planes[2];
+          Planes<Half>::split(_mm512_maskz_loadu_ps(inside, rows + r * widest_ + i), planes);
+          for (int p = 0; p < 2; ++p) {
+            T* const place = first + (p * kFewRows + r) * stride + i;
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), planes[p]);
+          }
+        }
+        for (int p = 0; p < 2; ++p) {
+          T* const end = first + (p * kFewRows + r) * stride + padded_to_group(width);
+          std::memset(static_cast<void*>(end), 0, (stride - padded_to_group(width)) * sizeof(T));
+        }
+      }
+    }
+#endif
   }
 
   // The gates' probabilities. Returns the stream whose input is loaded then, or -1.
@@ -93,7 +131,7 @@ class ChainForward<RowsEngine<T>> {
       if (gates.streams[k] != stream) load_input(stream = gates.streams[k]);
       const auto affine = Affine<T, C>::of(gates.biases, gates.scales, gates.shifts, k);
       product(static_cast<const T*>(gates.weights[k]), gates.weight_ld[k], gates.sizes[k], input_, level_.widths[0],
-              hidden_[0]);
+              hidden_[0], true);
       C* panel = probabilities_ + gates.begin[k] * kGroup;
       for (int c = 0; c < gates.sizes[k]; ++c) {
         for (int r = 0; r < kGroup; ++r) {
@@ -105,7 +143,18 @@ class ChainForward<RowsEngine<T>> {
     return stream;
   }
 
-  void product(const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out) {
+  // `first`: of an input, instead of what lies in between.
+  void product(const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out,
+               [[maybe_unused]] bool first) {
+#if defined(__AVX512BF16__)
+    if constexpr (Engine::kPlanes) {
+      const int64_t stride = plane_stride(level_);
+      if (first)
+        return Engine::multiply_planes(rows_, w, ldw, width, PlaneRows<1>{planes_, stride}, depth, out, widest_);
+      const PlaneRows<2> hidden{planes_ + kFewRows * stride, stride};
+      return Engine::multiply_planes(rows_, w, ldw, width, hidden, depth, out, widest_);
+    }
+#endif
     Engine::multiply(rows_, w, ldw, width, in, depth, out, widest_);
   }
 
@@ -113,7 +162,7 @@ class ChainForward<RowsEngine<T>> {
     const int64_t at = weight_number(level_, l, e);
     const int64_t width = level_.widths[l + 1];
     const auto affine = Affine<T, C>::of(level_, at);
-    product(static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, in, level_.widths[l], out);
+    product(static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, in, level_.widths[l], out, l == 0);
     constexpr int L = Simd<C>::lanes;
     const bool before = from_input(level_.activations[l]);
     with_activation(level_.activations[l], [&](auto constant) {
@@ -135,6 +184,7 @@ class ChainForward<RowsEngine<T>> {
         }
       }
     });
+    if (l + 1 < level_.layers) load_hidden(out, width);
   }
 
   void mix(int e, const C* values) {
@@ -154,6 +204,7 @@ class ChainForward<RowsEngine<T>> {
   const LevelShape& level_;
   const int64_t rows_, widest_;
   C *input_, *hidden_[2], *probabilities_, *mixed_;
+  T* planes_;
 };
 
 }  // namespace MTLK_ISA
