@@ -48,9 +48,14 @@ def gram_tile(dtype: torch.dtype, wide: bool, single: bool) -> Tile:
 
 
 def projection_tile(num_tasks: int) -> Tile:
-    """T x T coefficients, 8 a thread up to 64 tasks; up to 16 tasks are one warp, whose sums need no barrier."""
+    """T x T coefficients, 8 a thread up to 32 tasks; up to 16 tasks are one warp, whose sums need no barrier.
+
+    As few as 4 a thread for up to 64 tasks, as the compiler spilled some of 8 on sm_120; of more tasks it spills many.
+    """
     size = max(8, triton.next_power_of_2(num_tasks))
-    return Tile(rows=size, columns=size, depth=1, warps=min(max(1, size * size // 256), 32), stages=1)
+    if size > 32:
+        return Tile(rows=size, columns=size, depth=1, warps=32, stages=1)
+    return Tile(rows=size, columns=size, depth=1, warps=max(1, size * size // 256), stages=1, registers=255)
 
 
 def group_size(num_tasks: int) -> int:
