@@ -36,7 +36,7 @@ struct EngineTable {
 };
 
 // Rows up to which the engine of a few rows serves, which reads weights as they lie, row by row.
-constexpr int kFewRows = 4;
+constexpr int kFewRows = 8;
 
 // Kernels that are built on an engine, their `engine`: on the best that an instruction set has; on one that makes no
 // weights ready, for calls of fewer rows than the other pays for; on that of a few rows, or the one before where it is

@@ -3,9 +3,6 @@
 
 #include "gemm/engine.h"
 #include "gemm/panels.h"
-#if defined(__AVX512BF16__)
-#include "gemm/planes.h"
-#endif
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -29,6 +26,15 @@ MTLK_INLINE void sum_lanes(const C* partial, C* out) {
   }
 }
 
+// Outputs of a tile of R rows: as many as have their sums in registers.
+template <int R>
+constexpr int kTileOutputs = kRegisters >= 32 ? (R <= 2   ? 8
+                                                 : R <= 4 ? 4
+                                                          : 2)
+                             : R == 1         ? 4
+                             : R <= 4         ? 2
+                                              : 1;
+
 // partial[r][o] = the lanes of <x row r, w row o> over whole vectors of `depth`, for R rows and O outputs.
 template <typename T, typename C, int R, int O>
 MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int64_t depth, C* partial) {
@@ -40,7 +46,7 @@ MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int6
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
       const Vector<C> weight = load_as<T, C>(w + o * ldw + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[o][r] += weight * row[r];
     }
   }
@@ -54,12 +60,12 @@ template <typename T, typename C, int R>
 void dot_rows(const T* w, int64_t ldw, int64_t outputs, const C* x, int64_t ldx, int64_t depth, C* out,
               int64_t ld_out) {
   constexpr int L = Simd<C>::lanes;
-  constexpr int O = kRegisters >= 32 && R * 8 <= 32 - R - 1 ? 8 : kRegisters >= 32 ? 4 : R == 1 ? 4 : 2;
   alignas(64) C partial[R * kGroup * L];
   const int64_t tail = depth / L * L;
   for (int64_t o = 0; o < outputs; o += kGroup) {
     const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);
     const T* rows = w + o * ldw;
+    constexpr int O = kTileOutputs<R>;
     int i = 0;
     for (; i + O <= n; i += O) dot_tile<T, C, R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
     for (; i < n; ++i) dot_tile<T, C, R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
@@ -75,59 +81,44 @@ void dot_rows(const T* w, int64_t ldw, int64_t outputs, const C* x, int64_t ldx,
 }
 
 #if defined(__AVX512BF16__)
-// Rows as sums of P bfloat16 planes, [P][kFewRows][ld], zeros up to a multiple of kPairStep: rows that were bfloat16
-// are one, and of float32 two hold 16 bits. Weights in bfloat16 then need not be widened.
-template <int P>
-struct PlaneRows {
-  const BFloat16* first;
-  int64_t ld;
+// As dot_tile and dot_rows of rows that are bfloat16 as well: weights need not be widened. Behind each row's depth are
+// zeros up to a multiple of kDotStep.
+constexpr int64_t kDotStep = 32;
 
-  MTLK_INLINE __m512bh load(int plane, int row, int64_t k) const {
-    return (__m512bh)_mm512_loadu_si512(first + (plane * kFewRows + row) * ld + k);
-  }
-};
-
-// partial[r][o] = the lanes of <x row r, w row o> for R rows and O outputs.
-template <int R, int O, int P>
-MTLK_INLINE void dot_tile(const BFloat16* w, int64_t ldw, PlaneRows<P> x, int64_t depth, float* partial) {
+template <int R, int O>
+MTLK_INLINE void dot_tile(const BFloat16* w, int64_t ldw, const BFloat16* x, int64_t ldx, int64_t depth,
+                          float* partial) {
   __m512 acc[O][R] = {};
-  for (int64_t k = 0; k < depth; k += kPairStep) {
-    const __mmask32 inside = depth - k < kPairStep ? (__mmask32{1} << (depth - k)) - 1 : ~__mmask32{0};
-    __m512bh row[R][P];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) row[r][p] = x.load(p, r, k);
-    }
+  for (int64_t k = 0; k < depth; k += kDotStep) {
+    const __mmask32 inside = depth - k < kDotStep ? (__mmask32{1} << (depth - k)) - 1 : ~__mmask32{0};
+    __m512bh row[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) row[r] = (__m512bh)_mm512_loadu_si512(x + r * ldx + k);
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
       const auto weight = (__m512bh)_mm512_maskz_loadu_epi16(inside, w + o * ldw + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) acc[o][r] = _mm512_dpbf16_ps(acc[o][r], weight, row[r][p]);
-      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[o][r] = _mm512_dpbf16_ps(acc[o][r], weight, row[r]);
     }
   }
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) _mm512_store_ps(partial + (r * kGroup + o) * kGroup, acc[o][r]);
   }
 }
 
-// As dot_rows of rows that are no planes.
-template <int R, int P>
-void dot_rows(const BFloat16* w, int64_t ldw, int64_t outputs, PlaneRows<P> x, int64_t depth, float* out,
-              int64_t ld_out) {
-  constexpr int O = R * 8 + R * P < 32 ? 8 : 4;
+template <int R>
+void dot_rows(const BFloat16* w, int64_t ldw, int64_t outputs, const BFloat16* x, int64_t ldx, int64_t depth,
+              float* out, int64_t ld_out) {
+  constexpr int O = kTileOutputs<R>;
   alignas(64) float partial[R * kGroup * kGroup];
   for (int64_t o = 0; o < outputs; o += kGroup) {
     const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);
     const BFloat16* const rows = w + o * ldw;
     int i = 0;
-    for (; i + O <= n; i += O) dot_tile<R, O>(rows + i * ldw, ldw, x, depth, partial + i * kGroup);
-    for (; i < n; ++i) dot_tile<R, 1>(rows + i * ldw, ldw, x, depth, partial + i * kGroup);
+    for (; i + O <= n; i += O) dot_tile<R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * kGroup);
+    for (; i < n; ++i) dot_tile<R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * kGroup);
     for (int r = 0; r < R; ++r) {
       float* const own = partial + r * kGroup * kGroup;
       if (n < kGroup) std::memset(own + n * kGroup, 0, (kGroup - n) * kGroup * sizeof(float));
@@ -152,7 +143,7 @@ MTLK_INLINE void add_rows_tile(const T* w, int64_t ldw, const C* factor, int64_t
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
       const Vector<C> weight = load_as<T, C>(w + o * ldw + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[r] += f[o][r] * weight;
     }
     for (int r = 0; r < R; ++r) store(acc + r * ld_acc + i, sum[r]);
@@ -170,7 +161,7 @@ MTLK_INLINE void add_rows_tile(const T* w, int64_t ldw, const C* factor, int64_t
 template <typename T, typename C, int R>
 void add_rows(const T* w, int64_t ldw, int64_t outputs, const C* factor, int64_t ld_factor, int64_t width, C* acc,
               int64_t ld_acc) {
-  constexpr int O = R == 1 ? 8 : kRegisters >= 32 ? 4 : 2;
+  constexpr int O = R == 1 ? 8 : R <= 4 ? kRegisters / 8 : kRegisters / 16;
   int64_t o = 0;
   for (; o + O <= outputs; o += O) {
     add_rows_tile<T, C, R, O>(w + o * ldw, ldw, factor + o, ld_factor, width, acc, ld_acc);
@@ -185,12 +176,22 @@ struct RowsConstant {
   static constexpr int value = N;
 };
 
-// f(constant rows) for as many rows as are computed: those that are not there are too, from what lies in their place.
+// Of so many rows those that are computed: some that are not there are too, from what lies in their place.
+inline int64_t computed_rows(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kFewRows; }
+
+// f(constant computed rows).
 template <typename F>
 void with_rows(int64_t rows, F f) {
-  if (rows == 1) return f(RowsConstant<1>{});
-  if (rows == 2) return f(RowsConstant<2>{});
-  f(RowsConstant<kFewRows>{});
+  switch (computed_rows(rows)) {
+    case 1:
+      return f(RowsConstant<1>{});
+    case 2:
+      return f(RowsConstant<2>{});
+    case 4:
+      return f(RowsConstant<4>{});
+    default:
+      return f(RowsConstant<kFewRows>{});
+  }
 }
 
 // out row o = the sum over the rows r of factor[r][o] * x row r; `row` has room for one, in whole vectors. Past the
@@ -209,7 +210,7 @@ void outer_products(const C* factor, int64_t ld_factor, int64_t outputs, const C
     for (int r = 0; r < R; ++r) f[r] = broadcast(factor[r * ld_factor + o]);
     for (int64_t i = 0; i < width; i += L) {
       Vector<C> sum = f[0] * load(x + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 1; r < R; ++r) sum += f[r] * load(x + r * ldx + i);
       store(place + i, sum);
     }
@@ -247,9 +248,9 @@ struct RowsEngine {
   static constexpr int64_t kBlockBytes = 640 * 1024, kForwardBlockBytes = kBlockBytes, kChunkBytes = kBlockBytes;
   static constexpr int64_t kSumMultiple = 1, kGradientBytes = sizeof(C);
 #if defined(__AVX512BF16__)
-  static constexpr bool kPlanes = __is_same(T, BFloat16);  // multiply_planes is faster
+  static constexpr bool kDots = __is_same(T, BFloat16);  // products want rows in bfloat16
 #else
-  static constexpr bool kPlanes = false;
+  static constexpr bool kDots = false;
 #endif
 
   static void begin() {}
@@ -263,11 +264,11 @@ struct RowsEngine {
   }
 
 #if defined(__AVX512BF16__)
-  // The same of rows as planes.
-  template <int P>
-  static void multiply_planes(int64_t rows, const BFloat16* w, int64_t ldw, int64_t width, PlaneRows<P> in,
-                              int64_t depth, float* out, int64_t ld) {
-    with_rows(rows, [&](auto constant) { dot_rows<decltype(constant)::value>(w, ldw, width, in, depth, out, ld); });
+  // The same of rows in bfloat16, as dot_rows wants them, ld_in apart.
+  static void multiply(int64_t rows, const BFloat16* w, int64_t ldw, int64_t width, const BFloat16* in, int64_t ld_in,
+                       int64_t depth, float* out, int64_t ld) {
+    with_rows(rows,
+              [&](auto constant) { dot_rows<decltype(constant)::value>(w, ldw, width, in, ld_in, depth, out, ld); });
   }
 #endif
 

@@ -28,6 +28,7 @@ class ChainBackward<RowsEngine<T>> {
       : args_(args),
         level_(args.level),
         rows_(nrows),
+        computed_(computed_rows(nrows)),
         features_(args.level.widths[args.level.layers]),
         widest_(row_stride(args.level)) {
     Arena arena(memory);
@@ -98,7 +99,7 @@ class ChainBackward<RowsEngine<T>> {
   }
 
   void read(const T* rows, int64_t ld, int64_t width, C* out, int64_t ld_out) const {
-    std::memset(out, 0, kFewRows * ld_out * sizeof(C));
+    std::memset(out, 0, computed_ * ld_out * sizeof(C));
     for (int64_t r = 0; r < rows_; ++r) widen(rows + r * ld, out + r * ld_out, width);
   }
 
@@ -119,7 +120,7 @@ class ChainBackward<RowsEngine<T>> {
     const T* bias = static_cast<const T*>(level_.biases[weight_number(level_, l, e)]);
     const int code = level_.activations[l];
     with_activation(from_input(code) ? static_cast<int>(kNone) : code, [&](auto constant) {
-      for (int64_t r = 0; r < kFewRows; ++r) {
+      for (int64_t r = 0; r < computed_; ++r) {
         C* row = kept_ + r * widest_;
         const int64_t width = r < rows_ ? level_.widths[l + 1] : 0;
         for (int64_t o = 0; bias && o < width; ++o) row[o] += static_cast<C>(to_compute(bias[o]));
@@ -140,7 +141,7 @@ class ChainBackward<RowsEngine<T>> {
     }
     const int code = level_.activations[l - 1];
     with_activation(from_input(code) ? code : static_cast<int>(kNone), [&](auto constant) {
-      for (int64_t i = 0; i < kFewRows * widest_; i += Simd<C>::lanes) {
+      for (int64_t i = 0; i < computed_ * widest_; i += Simd<C>::lanes) {
         store(input_ + i, activate<decltype(constant)::value, C>(load(kept_ + i)));
       }
     });
@@ -172,7 +173,7 @@ class ChainBackward<RowsEngine<T>> {
       if (l == 0 && !args_.grad_inputs) return;
       C* into = l > 0 ? gradient_[(l - 1) % 2] : sums;
       const int64_t ld = l > 0 ? widest_ : padded_to_group(width);
-      if (l > 0) std::memset(into, 0, kFewRows * widest_ * sizeof(C));
+      if (l > 0) std::memset(into, 0, computed_ * widest_ * sizeof(C));
       Engine::multiply_back(rows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, gradient,
                             widest_, outputs, into, ld);
       if (l > 0) through_activation(l - 1);
@@ -190,7 +191,7 @@ class ChainBackward<RowsEngine<T>> {
       after = input_;
     }
     C* whole = gradient_[last % 2];
-    std::memset(whole, 0, kFewRows * widest_ * sizeof(C));
+    std::memset(whole, 0, computed_ * widest_ * sizeof(C));
     for (int u = gates.use_begin[e]; u < gates.use_begin[e + 1]; ++u) {
       const GateUse use = gates.uses[u];
       for (int64_t r = 0; r < rows_; ++r) {
@@ -220,12 +221,12 @@ class ChainBackward<RowsEngine<T>> {
       }
     });
     // An infinite weight makes NaN of the zeros of rows that are not there, and these are summed as well.
-    std::memset(gradient + size, 0, (kFewRows * widest_ - size) * sizeof(C));
+    std::memset(gradient + size, 0, (computed_ * widest_ - size) * sizeof(C));
   }
 
   const ChainBackwardArgs& args_;
   const LevelShape& level_;
-  const int64_t rows_, features_, widest_;
+  const int64_t rows_, computed_, features_, widest_;
   C *grad_outputs_, *probabilities_, *inner_, *gradient_[2], *kept_, *input_, *below_, *row_;
 };
 

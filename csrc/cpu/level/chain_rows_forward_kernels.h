@@ -24,7 +24,7 @@ class ChainForward<RowsEngine<T>> {
 
   static int64_t bytes(const LevelShape& level, int64_t, bool) {
     return 3 * Arena::bytes<C>(kFewRows * row_stride(level)) + Arena::bytes<C>(level.gates.columns * kGroup) +
-           Arena::bytes<C>(mixed_size(level, kFewRows)) + Arena::bytes<T>(planes_size(level));
+           Arena::bytes<C>(mixed_size(level, kFewRows)) + Arena::bytes<T>(dots_size(level));
   }
   static int64_t mixed_size(const LevelShape& level, int64_t) {
     return level.gates.count * kFewRows * padded_to_group(level.widths[level.layers]);
@@ -39,7 +39,7 @@ class ChainForward<RowsEngine<T>> {
     hidden_[1] = arena.take<C>(kFewRows * widest_);
     probabilities_ = arena.take<C>(level_.gates.columns * kGroup);
     mixed_ = arena.take<C>(mixed_size());
-    planes_ = arena.take<T>(planes_size(level_));
+    dots_ = arena.take<T>(dots_size(level_));
   }
 
   const C* mixed() const { return mixed_; }
@@ -75,19 +75,18 @@ class ChainForward<RowsEngine<T>> {
   }
 
  private:
-  // Where products read planes: one of the inputs, two of what is in between.
-  static int64_t plane_stride(const LevelShape& level) { return (row_stride(level) + 31) / 32 * 32; }
-  static int64_t planes_size(const LevelShape& level) {
-    return Engine::kPlanes ? 3 * kFewRows * plane_stride(level) : 0;
-  }
+  // Of rows in bfloat16, where products want them: the inputs', and behind them those in between, rounded as modules
+  // round them.
+  static int64_t dot_stride(const LevelShape& level) { return (row_stride(level) + 31) / 32 * 32; }
+  static int64_t dots_size(const LevelShape& level) { return Engine::kDots ? 2 * kFewRows * dot_stride(level) : 0; }
 
   void load_input(int stream) {
     const T* rows = static_cast<const T*>(level_.inputs[stream]);
-    const int64_t width = level_.widths[0], stride = plane_stride(level_);
+    const int64_t width = level_.widths[0], stride = dot_stride(level_);
     for (int64_t r = 0; r < rows_; ++r, rows += level_.input_ld[stream]) {
-      if constexpr (Engine::kPlanes) {
-        std::memcpy(planes_ + r * stride, rows, width * sizeof(T));
-        std::memset(static_cast<void*>(planes_ + r * stride + width), 0, (stride - width) * sizeof(T));
+      if constexpr (Engine::kDots) {
+        std::memcpy(dots_ + r * stride, rows, width * sizeof(T));
+        std::memset(static_cast<void*>(dots_ + r * stride + width), 0, (stride - width) * sizeof(T));
       } else {
         widen(rows, input_ + r * widest_, width);
       }
@@ -95,28 +94,15 @@ class ChainForward<RowsEngine<T>> {
   }
 
   // What a layer gave, for the next one.
-  void load_hidden([[maybe_unused]] const C* rows, [[maybe_unused]] int64_t width) {
-#if defined(__AVX512BF16__)
-    if constexpr (Engine::kPlanes) {
-      const int64_t stride = plane_stride(level_);
-      T* const first = planes_ + kFewRows * stride;
-      for (int64_t r = 0; r < rows_; ++r) {
-        for (int64_t i = 0; i < width; i += kGroup) {
-          const __mmask16 inside = width - i < kGroup ? (1 << (width - i)) - 1 : 0xffff;
-          __m256i planes[2];
-          Planes<Half>::split(_mm512_maskz_loadu_ps(inside, rows + r * widest_ + i), planes);
-          for (int p = 0; p < 2; ++p) {
-            T* const place = first + (p * kFewRows + r) * stride + i;
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), planes[p]);
-          }
-        }
-        for (int p = 0; p < 2; ++p) {
-          T* const end = first + (p * kFewRows + r) * stride + padded_to_group(width);
-          std::memset(static_cast<void*>(end), 0, (stride - padded_to_group(width)) * sizeof(T));
-        }
+  void load_hidden(const C* rows, int64_t width) {
+    if constexpr (Engine::kDots) {
+      const int64_t stride = dot_stride(level_);
+      T* place = dots_ + kFewRows * stride;
+      for (int64_t r = 0; r < rows_; ++r, place += stride) {
+        narrow(rows + r * widest_, place, width);
+        std::memset(static_cast<void*>(place + width), 0, (stride - width) * sizeof(T));
       }
     }
-#endif
   }
 
   // The gates' probabilities. Returns the stream whose input is loaded then, or -1.
@@ -144,18 +130,13 @@ class ChainForward<RowsEngine<T>> {
   }
 
   // `first`: of an input, instead of what lies in between.
-  void product(const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out,
-               [[maybe_unused]] bool first) {
-#if defined(__AVX512BF16__)
-    if constexpr (Engine::kPlanes) {
-      const int64_t stride = plane_stride(level_);
-      if (first)
-        return Engine::multiply_planes(rows_, w, ldw, width, PlaneRows<1>{planes_, stride}, depth, out, widest_);
-      const PlaneRows<2> hidden{planes_ + kFewRows * stride, stride};
-      return Engine::multiply_planes(rows_, w, ldw, width, hidden, depth, out, widest_);
+  void product(const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out, bool first) {
+    if constexpr (Engine::kDots) {
+      const int64_t stride = dot_stride(level_);
+      Engine::multiply(rows_, w, ldw, width, dots_ + (first ? 0 : kFewRows * stride), stride, depth, out, widest_);
+    } else {
+      Engine::multiply(rows_, w, ldw, width, in, depth, out, widest_);
     }
-#endif
-    Engine::multiply(rows_, w, ldw, width, in, depth, out, widest_);
   }
 
   void layer(int e, int l, const C* in, C* out) {
@@ -204,7 +185,7 @@ class ChainForward<RowsEngine<T>> {
   const LevelShape& level_;
   const int64_t rows_, widest_;
   C *input_, *hidden_[2], *probabilities_, *mixed_;
-  T* planes_;
+  T* dots_;
 };
 
 }  // namespace MTLK_ISA

@@ -336,7 +336,7 @@ class LayerwiseBackward : RowBlock<LayerwiseBackwardArgs> {
   void multiply(int l, int e, Gradient* gradients, F f) {
     if (!few_rows(level_)) return multiply_below<Engine>(level_, l, e, panels(gradients), groups_, s_.tile, f);
     const int64_t width = level_.widths[l], ld = few_ld(level_), at = weight_number(level_, l, e);
-    std::memset(s_.few[1], 0, kFewRows * ld * sizeof(C));
+    std::memset(s_.few[1], 0, computed_rows(nrows_) * ld * sizeof(C));
     RowsEngine<T>::multiply_back(nrows_, static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width,
                                  s_.few[0], ld, level_.widths[l + 1], s_.few[1], ld);
     panel_of_rows(s_.few[1], ld, nrows_, width, s_.few_panel);

@@ -42,7 +42,14 @@ def test_other_dtypes(activation: str, norm: str, kind: torch.dtype, backend: st
 
 
 @INSTRUCTION_SETS
-@pytest.mark.parametrize("rows", [1, 3, 40, 200])
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_few_rows_in_bfloat16(rows: int, isa: str) -> None:
+    with _extension.instruction_set(isa), mk.use_backend("cpp"):
+        check(Style("relu", rows=rows), torch.bfloat16, grads=(True, False))
+
+
+@INSTRUCTION_SETS
+@pytest.mark.parametrize("rows", [1, 3, 8, 40, 200])
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 def test_instruction_sets(activation: str, rows: int, isa: str) -> None:
     """Few rows, groups of rows with room left in the last, and as many as AMX splits float32 for.
