@@ -98,7 +98,7 @@ LAYERWISE = {
     ("ieee", True): Tile(64, 64, 16, 8, 3, 255),
     ("half", False): Tile(64, 32, 32, 8, 2),
     ("tf32", False): Tile(32, 32, 32, 8, 2, 255),
-    ("ieee", False): Tile(32, 32, 16, 8, 2),
+    ("ieee", False): Tile(32, 32, 16, 8, 2, 255),
 }
 # What works value by value: a 16-byte load a thread in half precision. Without alignment each needs its own address.
 VALUES = {True: Tile(16, 64, 1, 4, 1), False: Tile(16, 32, 1, 4, 1, 255)}
