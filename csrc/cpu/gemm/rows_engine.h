@@ -28,12 +28,10 @@ MTLK_INLINE void sum_lanes(const C* partial, C* out) {
 
 // Outputs of a tile of R rows: as many as have their sums in registers.
 template <int R>
-constexpr int kTileOutputs = kRegisters >= 32 ? (R <= 2   ? 8
-                                                 : R <= 4 ? 4
-                                                          : 2)
-                             : R == 1         ? 4
-                             : R <= 4         ? 2
-                                              : 1;
+constexpr int tile_outputs() {
+  if (kRegisters < 32) return R == 1 ? 4 : R <= 4 ? 2 : 1;
+  return R <= 2 ? 8 : R <= 4 ? 4 : 2;
+}
 
 // partial[r][o] = the lanes of <x row r, w row o> over whole vectors of `depth`, for R rows and O outputs.
 template <typename T, typename C, int R, int O>
@@ -60,12 +58,12 @@ template <typename T, typename C, int R>
 void dot_rows(const T* w, int64_t ldw, int64_t outputs, const C* x, int64_t ldx, int64_t depth, C* out,
               int64_t ld_out) {
   constexpr int L = Simd<C>::lanes;
+  constexpr int O = tile_outputs<R>();
   alignas(64) C partial[R * kGroup * L];
   const int64_t tail = depth / L * L;
   for (int64_t o = 0; o < outputs; o += kGroup) {
     const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);
     const T* rows = w + o * ldw;
-    constexpr int O = kTileOutputs<R>;
     int i = 0;
     for (; i + O <= n; i += O) dot_tile<T, C, R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
     for (; i < n; ++i) dot_tile<T, C, R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
@@ -111,7 +109,7 @@ MTLK_INLINE void dot_tile(const BFloat16* w, int64_t ldw, const BFloat16* x, int
 template <int R>
 void dot_rows(const BFloat16* w, int64_t ldw, int64_t outputs, const BFloat16* x, int64_t ldx, int64_t depth,
               float* out, int64_t ld_out) {
-  constexpr int O = kTileOutputs<R>;
+  constexpr int O = tile_outputs<R>();
   alignas(64) float partial[R * kGroup * kGroup];
   for (int64_t o = 0; o < outputs; o += kGroup) {
     const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);

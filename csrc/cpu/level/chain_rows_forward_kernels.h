@@ -26,8 +26,8 @@ class ChainForward<RowsEngine<T>> {
     return 3 * Arena::bytes<C>(kFewRows * row_stride(level)) + Arena::bytes<C>(level.gates.columns * kGroup) +
            Arena::bytes<C>(mixed_size(level, kFewRows)) + Arena::bytes<T>(dots_size(level));
   }
-  static int64_t mixed_size(const LevelShape& level, int64_t) {
-    return level.gates.count * kFewRows * padded_to_group(level.widths[level.layers]);
+  static int64_t mixed_size(const LevelShape& level, int64_t rows) {
+    return level.gates.count * rows * padded_to_group(level.widths[level.layers]);
   }
   int64_t mixed_size() const { return mixed_size(level_, rows_); }
 
@@ -69,7 +69,7 @@ class ChainForward<RowsEngine<T>> {
     if (parts > 1) mixed = mixed_;
     for (int k = 0; k < level_.gates.count; ++k) {
       for (int64_t r = 0; r < rows_; ++r) {
-        narrow(mixed + (k * kFewRows + r) * row, static_cast<T*>(args_.outputs[k]) + r * width, width);
+        narrow(mixed + (k * rows_ + r) * row, static_cast<T*>(args_.outputs[k]) + r * width, width);
       }
     }
   }
@@ -175,7 +175,7 @@ class ChainForward<RowsEngine<T>> {
       const GateUse use = gates.uses[u];
       for (int64_t r = 0; r < rows_; ++r) {
         const C p = probabilities_[use.column * kGroup + r];
-        C* acc = mixed_ + (use.gate * kFewRows + r) * row;
+        C* acc = mixed_ + (use.gate * rows_ + r) * row;
         for (int64_t o = 0; o < width; ++o) acc[o] += p * values[r * widest_ + o];
       }
     }
