@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops.pcgrad import cuda, reference
+from mtlkernels.ops.pcgrad import cuda, parameters, reference
 from mtlkernels.testing import DTYPES, random_task_gradients
 from tests.csrc import library
-from tests.ops.pcgrad.definition import assert_agrees
+from tests.ops.pcgrad.definition import EXACT, assert_agrees
 
 pytestmark = library.needs_compiler
 EPS = torch.finfo(torch.float64).eps
@@ -253,6 +253,14 @@ def test_an_order_out_of_range_makes_its_row_nan() -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_public_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def run_cuda(_: str, direction: str, *args: Any) -> Any:
+        ran.append(direction)
+        return getattr(cuda, direction)(*args)
+
+    # Lists of gradients on a CPU go straight to C++.
+    monkeypatch.setattr(parameters, "run_cpp", run_cuda)
     monkeypatch.setattr(_backends, "implementation", lambda op, direction, *_: getattr(cuda, direction))
     case = random_task_gradients(seed)
     rng = random.Random(seed)
@@ -263,7 +271,8 @@ def test_the_public_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
         "project": rng.random() < 0.8,
     }
     with library.operators(seed):
-        assert_agrees(case.grads, case.order, **options)
+        assert_agrees(case.grads, case.order, EXACT, **options)
+    assert ran == ["gram", "combine"]
 
 
 def test_more_tasks_than_the_kernels_take() -> None:

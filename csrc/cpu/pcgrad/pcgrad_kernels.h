@@ -46,7 +46,7 @@ MTLK_INLINE void widen_to_double(const T* in, double* out, int64_t n) {
 
 // Products of vectors of elements, added up in vectors of sums. In float32 each addition rounds, so that only kSteps of
 // them follow each other before float64 takes over: a sum is then off by at most 16 * 2^-24 of the size of its terms,
-// which is less than 1e-6. In float64 the products alone would take twice as long as memory does.
+// which is less than 1e-6. In float64 alone they take twice as many instructions.
 template <typename C>
 struct PlainProducts {
   using Element = C;

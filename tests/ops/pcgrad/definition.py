@@ -79,11 +79,13 @@ def formula(
     return found
 
 
-def assert_agrees(grads: Sequence[Sequence[Tensor | None]], order: Tensor, **options: Any) -> None:
-    """mk.pcgrad against the definition."""
+def assert_agrees(
+    grads: Sequence[Sequence[Tensor | None]], order: Tensor, sums: float | None = None, **options: Any
+) -> None:
+    """mk.pcgrad against the definition; ``sums`` as below."""
     with poisoned_outputs():
         actual = mk.pcgrad(grads, order=order, **options)
-    assert_right(actual, grads, order, **options)
+    assert_right(actual, grads, order, sums=sums, **options)
 
 
 def assert_right(
