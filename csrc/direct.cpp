@@ -6,49 +6,23 @@
 #include "direct.h"
 
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <optional>
 
+#include "arguments.h"
 #include "cpu/gemm/kept_weights.h"
 #include "cpu/level/level.h"
 #include "cpu/runtime/check.h"
 #include "cpu/simd/activation_codes.h"
 #include "level_node.h"
-#include "recording.h"
 
 namespace mtlk {
 namespace {
 
 namespace py = pybind11;
 
-// Each reads one kind of argument, and tells whether it is of the expected structure.
-
-// A plain tensor, or a parameter.
-bool read_tensor(PyObject* object, at::Tensor& tensor) {
-  if (!THPVariable_Check(object)) return false;
-  tensor = THPVariable_Unpack(object);
-  return is_plain(tensor);
-}
-
-bool read_optional(PyObject* object, at::Tensor& tensor) { return object == Py_None || read_tensor(object, tensor); }
-
-// f(object) for each item of a list or a tuple, until one is not as expected.
-template <typename F>
-bool read_each(PyObject* items, F f) {
-  if (!PyList_Check(items) && !PyTuple_Check(items)) return false;
-  PyObject** const entries = PySequence_Fast_ITEMS(items);
-  return std::all_of(entries, entries + PySequence_Fast_GET_SIZE(items), f);
-}
-
-template <bool Optional = false>
-bool read_tensors(PyObject* items, Tensors& tensors) {
-  return read_each(items, [&](PyObject* item) {
-    at::Tensor& tensor = tensors.emplace_back();
-    return Optional ? read_optional(item, tensor) : read_tensor(item, tensor);
-  });
-}
+// As those of arguments.h, each reads one kind of argument, and tells whether it is of the expected structure.
 
 bool read_ints(PyObject* items, std::vector<int64_t>& values) {
   return read_each(items, [&](PyObject* item) {
@@ -184,25 +158,6 @@ bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyOb
          (gate_norms == Py_None || read_norms(gate_norms, call.norms.gates));
 }
 
-// A list or a tuple of the groups' tensors, None for an undefined one.
-template <typename Sequence>
-py::object wrapped(std::initializer_list<Tensors*> groups) {
-  size_t size = 0, next = 0;
-  for (const Tensors* group : groups) size += group->size();
-  Sequence result(size);
-  for (Tensors* group : groups) {
-    for (at::Tensor& tensor : *group) {
-      PyObject* const object = to_python(std::move(tensor)).release().ptr();
-      if constexpr (std::is_same_v<Sequence, py::list>) {
-        PyList_SET_ITEM(result.ptr(), next++, object);
-      } else {
-        PyTuple_SET_ITEM(result.ptr(), next++, object);
-      }
-    }
-  }
-  return result;
-}
-
 bool any_requires_grad(const Call& call) {
   const auto of = [](const Tensors& tensors) {
     return std::any_of(tensors.begin(), tensors.end(),
@@ -245,8 +200,8 @@ py::object level_tensors_from_python(py::handle inputs, py::handle weights, py::
     }
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     LevelTensors& own = call.tensors;
-    return py::make_tuple(wrapped<py::list>({&own.inputs, &own.weights, &own.biases, &own.gates, &own.gate_biases}),
-                          wanted);
+    return py::make_tuple(
+        wrapped_groups<py::list>({&own.inputs, &own.weights, &own.biases, &own.gates, &own.gate_biases}), wanted);
   } catch (const Refused&) {
     return py::none();
   }
@@ -278,7 +233,7 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
       const py::gil_scoped_release release;
       outputs = wanted ? trained_level(*spec, call.tensors, by_name) : serve_level(*spec, call.tensors, call.norms);
     }
-    return wrapped<py::tuple>({&outputs});
+    return wrapped_groups<py::tuple>({&outputs});
   } catch (const Refused&) {
     return py::none();
   }

@@ -13,6 +13,7 @@
 #include "cpu/runtime/kernel_tables.h"
 #include "cpu/runtime/memory.h"
 #include "direct.h"
+#include "kept_level.h"
 #include "level_node.h"
 #include "linears.h"
 #include "recording.h"
@@ -53,5 +54,6 @@ PYBIND11_MODULE(_C, module) {
              "Keeps what is prepared of each of these weights, which nobody writes to any more.");
   mtlk::define_recording(module);
   mtlk::define_level_node(module);
+  mtlk::define_kept_level(module);
   module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mtlkernels import _extension
 from mtlkernels._convert.classes import original_class
+from mtlkernels.nn._kept import KeptCalls, refuse_training
 from mtlkernels.nn.level import TrunkLevel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,13 +46,13 @@ def prepare(model: Model) -> Model:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     prepared = copy.deepcopy(model).eval().requires_grad_(False)
     _declare(prepared)
-    prepared.register_forward_pre_hook(functools.partial(_refuse_training, _fused(prepared)))
+    levels = [module for module in prepared.modules() if isinstance(module, TrunkLevel)]
+    for level in levels:
+        level._calls = KeptCalls(serves_only=True)
+    converted = [module for module in prepared.modules() if original_class(type(module)) is not None]
+    if converted or not levels:
+        prepared.register_forward_pre_hook(functools.partial(_refuse_training, converted))
     return prepared
-
-
-def _fused(model: nn.Module) -> list[nn.Module]:
-    """The modules in it with levels that are one operator."""
-    return [m for m in model.modules() if isinstance(m, TrunkLevel) or original_class(type(m)) is not None]
 
 
 def _declare(model: nn.Module) -> None:
@@ -65,9 +66,7 @@ def _lies_on_cpu(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.layout == torch.strided
 
 
-def _refuse_training(fused: list[nn.Module], module: nn.Module, args: Any) -> None:
-    if module.training or any(level.training for level in fused):
-        raise RuntimeError(
-            "a copy that mtlkernels.prepare has made serves only, got a call in training mode: call eval(), or train"
-            " the model that it was made of"
-        )
+def _refuse_training(converted: list[nn.Module], module: nn.Module, args: Any) -> None:
+    """Levels of :mod:`mtlkernels.nn` refuse it themselves, with less to do at each call."""
+    if module.training or any(other.training for other in converted):
+        refuse_training()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mtlkernels import _decisions, _extension, _tracing
 from mtlkernels.nn._arguments import Style
+from mtlkernels.nn._kept import KeptCalls
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import uses_running
@@ -25,6 +26,8 @@ from mtlkernels.ops._fusing import (
 )
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.level import expert_mixture
+from mtlkernels.ops.level.call import spec_of
+from mtlkernels.ops.level.direct import of_name
 from mtlkernels.routing import Routing
 
 # PyTorch's, and deepctr-torch's; torch-rechub draws that of Dice, whose eps is this.
@@ -124,6 +127,8 @@ def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], l
         if None in rows[-1]:
             return None
     found: list[Any] = list(zip(*rows, strict=True))
+    if any(len({bias is None for _, bias in layer}) > 1 for layer in found):
+        return None
     weights = [[w for w, _ in layer] for layer in found]
     return weights, [None if layer[0][1] is None else [b for _, b in layer] for layer in found]
 
@@ -157,6 +162,7 @@ class TrunkLevel(NotScriptable, nn.Module):
         style: Style,
     ) -> None:
         super().__init__()
+        self._calls = KeptCalls()
         self.routing = routing
         self.activation = style.activation
         self.batch_norm = style.batch_norm
@@ -174,6 +180,10 @@ class TrunkLevel(NotScriptable, nn.Module):
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
+        if not torch.compiler.is_compiling():
+            outputs = self._calls.serve(self, inputs)
+            if outputs is not None:
+                return outputs
         streams: Any = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
         if _tracing.needs_plain(streams):
             return self._by_modules(streams)
@@ -210,6 +220,16 @@ class TrunkLevel(NotScriptable, nn.Module):
             return None
         options.update(norms=norms or None, dropout=rates.pop())
         return read
+
+    def read_for_serving(self, num_inputs: int) -> Any:
+        """What C++ keeps of a level without norms whose gates are linear layers; None for any other."""
+        experts: Any = self.experts
+        layers, sloped = of_name(self.activation, len(experts[0].linears)) or ((), True)
+        wiring = self.routing.wiring
+        if self.batch_norm or sloped or wiring.idle or self._gate_weights(num_inputs) is None:
+            return None
+        spec = spec_of(wiring, num_inputs, layers, True)
+        return _extension.function("keep_level")(self, spec.encoded[0], Expert, _Linear, _Parameter)
 
     def _by_modules(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
         logits = self._gate_logits(streams)

@@ -44,7 +44,7 @@ def first(experts: Any) -> Any:
 
 
 def _replace(experts: Any) -> None:
-    experts[1].linears[0] = nn.Linear(6, 5)
+    experts[1].linears[0] = nn.Linear(6, 5, bias=experts[1].linears[0].bias is not None)
 
 
 def _own_class(experts: Any) -> None:
@@ -87,12 +87,12 @@ def _ordered(experts: Any) -> None:
 EDITS: dict[str, Callable[[Any], object]] = {
     "none": lambda _: None,
     "a layer replaced": _replace,
-    "bias is None": _no_bias,
-    "another's bias is None": _no_bias_of_another,
     "a frozen weight": lambda experts: first(experts).weight.requires_grad_(False),
     "a hook on the data": lambda experts: first(experts).weight.register_hook(lambda grad: grad),
 }
 LEFT_TO_PYTHON: dict[str, Callable[[Any], object]] = {
+    "no bias": _no_bias,
+    "no bias of another": _no_bias_of_another,
     "a layer of another class": _own_class,
     "an expert of another class": _other_expert,
     "another number of layers": _more_layers,
@@ -136,6 +136,21 @@ def test_hooks_count_where_gradients_are_recorded(edit: str) -> None:
     HEARD[edit](experts)
     assert in_cpp(experts, heard=True) is None and _linears(experts, True) is None
     assert in_cpp(experts, heard=False) is not None
+
+
+@pytest.mark.parametrize("edit", [_no_bias, _no_bias_of_another])
+def test_biases_that_not_all_have(edit: Callable[[Any], object]) -> None:
+    """Such experts are called as modules: none of the biases is left out."""
+    model = mk.nn.CGC(6, 2, (5, 4), num_specific=1, num_shared=1)
+    edit(model.level.experts)
+    assert _linears(model.level.experts, True) is None
+    x = torch.randn(3, 6)
+    expected = model.level._by_modules([x])
+    with torch.no_grad():
+        served = model(x)
+    for y, one_row, true in zip(model(x), served, expected, strict=True):
+        torch.testing.assert_close(y, true)
+        torch.testing.assert_close(one_row, true)
 
 
 def test_objects_that_are_no_modules_are_left_to_python() -> None:

@@ -15,6 +15,9 @@ struct LevelResults {
 LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
                            const RunningNorms& norms, bool save);
 
+// The outputs alone, of a level whose tables are complete.
+Tensors serve_chain(const LevelShape& level, const at::TensorOptions& options, const ChainKernels& kernels);
+
 class LossesInCommon;
 
 // Fills the gradients. The tables have the outputs' gradients and what the forward pass saved. `shared`: what this loss

@@ -42,7 +42,23 @@ void run(const ChainForwardArgs& args, const ChainKernels& kernels) {
   }
 }
 
+Tensors outputs_of(const LevelShape& level, const at::TensorOptions& options, std::vector<void*>& pointers) {
+  Tensors outputs;
+  for (int k = 0; k < level.gates.count; ++k) {
+    outputs.push_back(pooled({level.rows, level.widths[level.layers]}, options));
+    pointers.push_back(outputs.back().mutable_data_ptr());
+  }
+  return outputs;
+}
+
 }  // namespace
+
+Tensors serve_chain(const LevelShape& level, const at::TensorOptions& options, const ChainKernels& kernels) {
+  std::vector<void*> pointers;
+  Tensors outputs = outputs_of(level, options, pointers);
+  if (level.rows > 0) run({level, pointers.data(), nullptr, nullptr}, kernels);
+  return outputs;
+}
 
 LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
                            const RunningNorms& norms, bool save) {
@@ -50,25 +66,27 @@ LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, con
   const at::Tensor logits = tables.set_gates(norms.gates, kernels.fold_norm, kernels.engine.form, save);
   const auto options = tensors.inputs[0].options();
   LevelResults results;
+  if (!save) {
+    if (level.rows > 0) tables.set_forward_weights(kernels.engine, all_declared(tensors.weights));
+    results.outputs = serve_chain(level, options, kernels);
+    return results;
+  }
   std::vector<void*> outputs, saved;
-  const auto add = [&](Tensors& made, std::vector<void*>& pointers, at::IntArrayRef sizes) {
-    made.push_back(pooled(sizes, options));
-    pointers.push_back(made.back().mutable_data_ptr());
-  };
-  for (int k = 0; k < level.gates.count; ++k) add(results.outputs, outputs, {level.rows, level.widths[level.layers]});
-  for (int l = 0; save && l < saved_layers(level.layers); ++l) {
-    add(results.saved, saved, {level.experts, level.rows, level.widths[l + 1]});
+  results.outputs = outputs_of(level, options, outputs);
+  for (int l = 0; l < saved_layers(level.layers); ++l) {
+    results.saved.push_back(pooled({level.experts, level.rows, level.widths[l + 1]}, options));
+    saved.push_back(results.saved.back().mutable_data_ptr());
   }
   uint8_t* signs = nullptr;
-  if (save && saves_signs(level.layers, level.activations, dtype_of(tensors.inputs[0]))) {
+  if (saves_signs(level.layers, level.activations, dtype_of(tensors.inputs[0]))) {
     const int64_t bytes = sign_bytes(level.widths[level.layers]);
     results.saved.push_back(pooled({level.experts, level.rows, bytes}, options.dtype(at::kByte)));
     signs = results.saved.back().mutable_data_ptr<uint8_t>();
   }
-  if (save && logits.defined()) results.saved.push_back(logits);
+  if (logits.defined()) results.saved.push_back(logits);
   if (level.rows == 0) return results;
-  tables.set_forward_weights(kernels.engine, !save && all_declared(tensors.weights));
-  run({level, outputs.data(), save ? saved.data() : nullptr, signs}, kernels);
+  tables.set_forward_weights(kernels.engine, false);
+  run({level, outputs.data(), saved.data(), signs}, kernels);
   return results;
 }
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mtlkernels import _backends, _decisions, _torch
+from mtlkernels import _decisions, _torch
 from mtlkernels.ops._call import needs_plain, why_checked
 from mtlkernels.ops.level import plain
 from mtlkernels.ops.level.call import evaluate
 from mtlkernels.ops.level.checks import check_arguments
-from mtlkernels.ops.level.direct import OBSERVED, direct
+from mtlkernels.ops.level.direct import OBSERVED, direct, note_direct
 from mtlkernels.routing import Routing
 
 PerExpert = Tensor | Sequence[Tensor]
@@ -94,7 +94,7 @@ def expert_mixture(
         found: Any = direct(inputs, weights, biases, of_gates, routing, activation, norms, slopes, dice_eps)
         if type(found) is tuple:
             if _decisions.on:
-                _note_direct(inputs)
+                note_direct(inputs)
             return found
         refusal = found
     else:
@@ -109,12 +109,3 @@ def expert_mixture(
         reason = why_checked("level", x) if refusal is OBSERVED else refusal
         _decisions.note("expert_mixture", "checks in Python and PyTorch's dispatcher", reason, x, x.shape[0])
     return evaluate(checked, routing)
-
-
-def _note_direct(inputs: Any) -> None:
-    x = inputs if isinstance(inputs, Tensor) else inputs[0]
-    if x.is_cpu and _backends.forced() != "triton":
-        name, reason = "cpp", "nothing stands in the way of the direct call of C++"
-    else:
-        name, reason = "triton", "a call like it was recorded, and is replayed"
-    _decisions.note("expert_mixture", name, reason, x, x.shape[0], "forward")

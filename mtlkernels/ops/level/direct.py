@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mtlkernels import _backends, _extension
+from mtlkernels import _backends, _decisions, _extension
 from mtlkernels.ops._call import replays, unobserved
 from mtlkernels.ops.activations import CODES, has_slopes
 from mtlkernels.ops.level.call import spec_of
@@ -85,10 +85,20 @@ def direct(
     return _ODD if found is None else found
 
 
+def note_direct(inputs: Any) -> None:
+    """Logs a call that went the direct way."""
+    x = inputs if isinstance(inputs, Tensor) else inputs[0]
+    if x.is_cpu and _backends.forced() != "triton":
+        name, reason = "cpp", "nothing stands in the way of the direct call of C++"
+    else:
+        name, reason = "triton", "a call like it was recorded, and is replayed"
+    _decisions.note("expert_mixture", name, reason, x, x.shape[0], "forward")
+
+
 def _named(activation: Any, count: int) -> tuple[tuple[Layer, ...], bool] | None:
     """The layers by the names of their activations, and whether any has slopes."""
     if isinstance(activation, str):
-        return _alike(activation, count)
+        return of_name(activation, count)
     if not isinstance(activation, _LISTS) or len(activation) != count:
         return None
     if not all(isinstance(name, str) and name in _LAYERS for name in activation):
@@ -97,7 +107,8 @@ def _named(activation: Any, count: int) -> tuple[tuple[Layer, ...], bool] | None
 
 
 @functools.lru_cache(64)
-def _alike(activation: str, count: int) -> tuple[tuple[Layer, ...], bool] | None:
+def of_name(activation: str, count: int) -> tuple[tuple[Layer, ...], bool] | None:
+    """So many layers with the activation of one name; whether it has slopes."""
     return _named((activation,) * count, count)
 
 

@@ -1,0 +1,66 @@
+// Tensors out of Python's lists and back.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/level/spec.h"
+#include "level_node.h"
+#include "recording.h"
+
+namespace mtlk {
+
+// Each reads one kind of argument, and tells whether it is of the expected structure.
+
+// A plain tensor, or a parameter.
+inline bool read_tensor(PyObject* object, at::Tensor& tensor) {
+  if (!THPVariable_Check(object)) return false;
+  tensor = THPVariable_Unpack(object);
+  return is_plain(tensor);
+}
+
+inline bool read_optional(PyObject* object, at::Tensor& tensor) {
+  return object == Py_None || read_tensor(object, tensor);
+}
+
+// f(object) for each item of a list or a tuple, until one is not as expected.
+template <typename F>
+bool read_each(PyObject* items, F f) {
+  if (!PyList_Check(items) && !PyTuple_Check(items)) return false;
+  PyObject** const entries = PySequence_Fast_ITEMS(items);
+  return std::all_of(entries, entries + PySequence_Fast_GET_SIZE(items), f);
+}
+
+template <bool Optional = false>
+bool read_tensors(PyObject* items, Tensors& tensors) {
+  return read_each(items, [&](PyObject* item) {
+    at::Tensor& tensor = tensors.emplace_back();
+    return Optional ? read_optional(item, tensor) : read_tensor(item, tensor);
+  });
+}
+
+// A list or a tuple of the groups' tensors, None for an undefined one.
+template <typename Sequence>
+pybind11::object wrapped_groups(std::initializer_list<Tensors*> groups) {
+  size_t size = 0, next = 0;
+  for (const Tensors* group : groups) size += group->size();
+  Sequence result(size);
+  for (Tensors* group : groups) {
+    for (at::Tensor& tensor : *group) {
+      PyObject* const object = to_python(std::move(tensor)).release().ptr();
+      if constexpr (std::is_same_v<Sequence, pybind11::list>) {
+        PyList_SET_ITEM(result.ptr(), next++, object);
+      } else {
+        PyTuple_SET_ITEM(result.ptr(), next++, object);
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace mtlk

@@ -1,0 +1,98 @@
+// What lies in the dictionaries of PyTorch's modules, past their __getattr__.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace mtlk {
+
+inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+// An entry of a dictionary by an interned name, borrowed; null for none.
+inline PyObject* entry(PyObject* dictionary, PyObject* name) {
+  PyObject* const found = PyDict_GetItemWithError(dictionary, name);
+  if (!found) PyErr_Clear();
+  return found;
+}
+
+// Of an object's own dictionary, borrowed; null where it has none of that name.
+inline PyObject* attribute(PyObject* object, PyObject* name) {
+  PyObject* const own = PyObject_GenericGetDict(object, nullptr);
+  if (!own) return PyErr_Clear(), nullptr;
+  PyObject* const found = entry(own, name);
+  Py_DECREF(own);
+  return found;
+}
+
+// The same, which is to be a dictionary and nothing more, whose order is that of its entries.
+inline PyObject* dictionary(PyObject* object, PyObject* name) {
+  PyObject* const found = object ? attribute(object, name) : nullptr;
+  return found && PyDict_CheckExact(found) ? found : nullptr;
+}
+
+// A module among another's, borrowed; null where it has none of that name.
+inline PyObject* submodule(PyObject* module, PyObject* name) {
+  static PyObject* const modules = interned("_modules");
+  PyObject* const own = dictionary(module, modules);
+  return own ? entry(own, name) : nullptr;
+}
+
+// Whether there are hooks of one kind, or where they should be is something else.
+inline bool has_hooks(PyObject* module, PyObject* kind) {
+  PyObject* const hooks = attribute(module, kind);
+  return !hooks || !PyDict_Check(hooks) || PyDict_Size(hooks) > 0;
+}
+
+// Those of which modules are plain.
+struct ModuleTypes {
+  PyObject *expert, *linear, *parameter;
+};
+
+inline bool is_of(PyObject* object, PyObject* type) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type; }
+
+// Weight and bias of a plain linear layer, borrowed; a bias that is not there is null. A null weight: it is not plain.
+struct LinearLayer {
+  LinearLayer(PyObject* layer, const ModuleTypes& types) {
+    static PyObject *const parameters = interned("_parameters"), *const of_weight = interned("weight");
+    static PyObject* const of_bias = interned("bias");
+    PyObject* const own = is_of(layer, types.linear) ? dictionary(layer, parameters) : nullptr;
+    if (own) weight = entry(own, of_weight);
+    if (!weight || !is_of(weight, types.parameter)) {
+      weight = nullptr;
+      return;
+    }
+    bias = entry(own, of_bias);
+    if (bias == Py_None) bias = nullptr;
+  }
+  PyObject *weight = nullptr, *bias = nullptr;
+};
+
+// visit(expert, layer, its LinearLayer) for each of experts of mtlkernels.nn, which are modules by their names, until
+// it returns false. Returns false then, and where an expert or a layer is not of the plain types, or, if `heard`, has a
+// forward hook, or where experts differ in their number of layers or in whether a layer has a bias.
+template <typename F>
+bool each_linear(PyObject* experts, const ModuleTypes& types, bool heard, F visit) {
+  static PyObject *const linears = interned("linears"), *const modules = interned("_modules");
+  static PyObject* const forward_hooks = interned("_forward_hooks");
+  if (!PyDict_CheckExact(experts)) return false;
+  constexpr Py_ssize_t kLayers = 64;  // of which the biases are compared
+  uint64_t biased = 0;
+  Py_ssize_t layers = 0;
+  PyObject *expert, *layer;
+  for (Py_ssize_t at = 0, e = 0; PyDict_Next(experts, &at, nullptr, &expert); ++e) {
+    if (!is_of(expert, types.expert) || (heard && has_hooks(expert, forward_hooks))) return false;
+    PyObject* const own = dictionary(submodule(expert, linears), modules);
+    if (!own || (e > 0 && PyDict_Size(own) != layers)) return false;
+    layers = PyDict_Size(own);
+    if (layers > kLayers) return false;
+    for (Py_ssize_t next = 0, i = 0; PyDict_Next(own, &next, nullptr, &layer); ++i) {
+      const LinearLayer linear(layer, types);
+      if (!linear.weight || (heard && has_hooks(layer, forward_hooks))) return false;
+      const uint64_t bit = uint64_t{linear.bias != nullptr} << i;
+      if (e == 0) biased |= bit;
+      if ((biased & uint64_t{1} << i) != bit || !visit(e, i, linear)) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace mtlk
