@@ -95,7 +95,24 @@ bool read_norms(PyObject* items, std::vector<NormTensors>& norms) {
   return read_each(items, [&](PyObject* item) { return read_norm(item, norms.emplace_back()); });
 }
 
-// The spec whose ints are given, with the eps of Dice in every layer; null where these have another structure.
+bool any_requires_grad(const LevelCall& call) {
+  const auto of = [](const Tensors& tensors) {
+    return std::any_of(tensors.begin(), tensors.end(),
+                       [](const at::Tensor& t) { return t.defined() && t.requires_grad(); });
+  };
+  const auto of_norms = [](const std::vector<NormTensors>& norms) {
+    return std::any_of(norms.begin(), norms.end(), [](const NormTensors& norm) {
+      return (norm.weight.defined() && norm.weight.requires_grad()) ||
+             (norm.bias.defined() && norm.bias.requires_grad());
+    });
+  };
+  const LevelTensors& tensors = call.tensors;
+  return of(tensors.inputs) || of(tensors.weights) || of(tensors.biases) || of(tensors.slopes) || of(tensors.gates) ||
+         of(tensors.gate_biases) || of_norms(call.norms.experts) || of_norms(call.norms.gates);
+}
+
+}  // namespace
+
 std::optional<LevelSpec> read_spec(PyObject* spec_ints, PyObject* dice_eps) {
   std::vector<int64_t> ints;
   std::vector<double> floats;
@@ -112,14 +129,9 @@ std::optional<LevelSpec> read_spec(PyObject* spec_ints, PyObject* dice_eps) {
   return spec;
 }
 
-struct Call {
-  LevelTensors tensors{};
-  RunningNorms norms;
-};
-
 bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyObject* biases, PyObject* gate_logits,
                 PyObject* gate_weights, PyObject* gate_biases, PyObject* norms, PyObject* gate_norms, PyObject* slopes,
-                Call& call) {
+                LevelCall& call) {
   LevelTensors& tensors = call.tensors;
   const bool streams = THPVariable_Check(inputs) ? read_tensor(inputs, tensors.inputs.emplace_back())
                                                  : read_tensors(inputs, tensors.inputs);
@@ -158,24 +170,6 @@ bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyOb
          (gate_norms == Py_None || read_norms(gate_norms, call.norms.gates));
 }
 
-bool any_requires_grad(const Call& call) {
-  const auto of = [](const Tensors& tensors) {
-    return std::any_of(tensors.begin(), tensors.end(),
-                       [](const at::Tensor& t) { return t.defined() && t.requires_grad(); });
-  };
-  const auto of_norms = [](const std::vector<NormTensors>& norms) {
-    return std::any_of(norms.begin(), norms.end(), [](const NormTensors& norm) {
-      return (norm.weight.defined() && norm.weight.requires_grad()) ||
-             (norm.bias.defined() && norm.bias.requires_grad());
-    });
-  };
-  const LevelTensors& tensors = call.tensors;
-  return of(tensors.inputs) || of(tensors.weights) || of(tensors.biases) || of(tensors.slopes) || of(tensors.gates) ||
-         of(tensors.gate_biases) || of_norms(call.norms.experts) || of_norms(call.norms.gates);
-}
-
-}  // namespace
-
 void keep_prepared_from_python(py::handle weights) {
   const bool fit = read_each(weights.ptr(), [](PyObject* weight) {
     at::Tensor tensor;
@@ -193,7 +187,7 @@ py::object level_tensors_from_python(py::handle inputs, py::handle weights, py::
   try {
     const py::none none;
     const std::optional<LevelSpec> spec = read_spec(spec_ints.ptr(), none.ptr());
-    Call call;
+    LevelCall call;
     if (!spec || !read_level(*spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
                              gate_biases.ptr(), none.ptr(), none.ptr(), none.ptr(), call)) {
       return none;
@@ -221,7 +215,7 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
                              py::handle slopes, py::handle dice_eps, py::handle spec_ints, bool trains, bool by_name) {
   try {
     const std::optional<LevelSpec> spec = read_spec(spec_ints.ptr(), dice_eps.ptr());
-    Call call;
+    LevelCall call;
     if (!spec || !read_level(*spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
                              gate_biases.ptr(), norms.ptr(), gate_norms.ptr(), slopes.ptr(), call)) {
       return py::none();

@@ -3,10 +3,28 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "cpu/level/folded_norms.h"
+#include "cpu/level/spec.h"
+
 namespace mtlk {
+
+// A call's tensors, and its batch norms by running statistics.
+struct LevelCall {
+  LevelTensors tensors{};
+  RunningNorms norms;
+};
+
+// The spec whose ints are given, with the eps of Dice in every layer; null where these have another structure.
+std::optional<LevelSpec> read_spec(PyObject* spec_ints, PyObject* dice_eps);
+
+// Whether the arguments, which are those of mtlkernels.expert_mixture, have the structure that is expected.
+bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyObject* biases, PyObject* gate_logits,
+                PyObject* gate_weights, PyObject* gate_biases, PyObject* norms, PyObject* gate_norms, PyObject* slopes,
+                LevelCall& call);
 
 // mtlkernels._C.level, see direct.cpp.
 pybind11::object level_from_python(pybind11::handle inputs, pybind11::handle weights, pybind11::handle biases,

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from mtlkernels import _extension
 from mtlkernels._convert.classes import original_class
-from mtlkernels.nn._kept import KeptCalls, refuse_training
-from mtlkernels.nn.level import TrunkLevel
+from mtlkernels.nn.level import TrunkLevel, refuse_training
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,7 +47,7 @@ def prepare(model: Model) -> Model:
     _declare(prepared)
     levels = [module for module in prepared.modules() if isinstance(module, TrunkLevel)]
     for level in levels:
-        level._calls = KeptCalls(serves_only=True)
+        level._serves_only = True
     converted = [module for module in prepared.modules() if original_class(type(module)) is not None]
     if converted or not levels:
         prepared.register_forward_pre_hook(functools.partial(_refuse_training, converted))

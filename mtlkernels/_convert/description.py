@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor
 from mtlkernels import _decisions
 from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.evaluation import Parts, evaluate, read_experts, several_dtypes
+from mtlkernels._convert.evaluation import CALLS, CallsOfLevels, Parts, Serving, evaluate, read_experts, several_dtypes
 from mtlkernels._convert.gates import has_equal_shares, read_gate
-from mtlkernels._convert.paying import mixing_pays, pays, rows_of
+from mtlkernels._convert.paying import in_trial, mixing_pays, pays, rows_of
 from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
+from mtlkernels.ops.level.kept import KeptCalls
 from mtlkernels.routing import Routing
 
 
@@ -81,6 +83,13 @@ class LevelDescription:
         if routing.num_inputs > 1 and any(map(has_equal_shares, gates)):
             return [0 if has_equal_shares(gate) else k for k, gate in enumerate(gates)]
         return None
+
+    def roots(self, module: Any, routing: Routing) -> Any:
+        """All that a call depends on beside its inputs."""
+        gates: Any = self.gates(module)
+        inputs = None if self.gate_inputs is None else tuple(self.gate_inputs(module))
+        chains = list(self.experts(module)), gates if isinstance(gates, Tensor) else list(gates)
+        return *chains, list(self.parts(module)), inputs, routing.expert_inputs, routing.gate_experts
 
     def prepare(
         self, module: Any, routing: Routing, x: Tensor | None, dtype: torch.dtype | None = None
@@ -173,23 +182,34 @@ class TrunkDescription:
         levels = self.levels(module)
         if len(levels) != len(plan):
             return None
+        numbers: Sequence[int] = range(len(levels))
         if self.level_of is not None:
-            number = self.level_of(module, *args, **kwargs)
-            levels, plan = [levels[number]], [plan[number]]
-        if self.embeds:
-            parts = _prepare(levels, plan, module, _first_tensor((args, kwargs)))
-            streams = None if parts is None else self._streams(module, args, kwargs)
-            if streams is not None:
-                _check_streams(streams)
-        else:
+            numbers = (self.level_of(module, *args, **kwargs),)
+            levels, plan = [levels[numbers[0]]], [plan[numbers[0]]]
+        streams = None
+        if not self.embeds:
             streams = self._streams(module, args, kwargs)
             if streams is None or not all(x.dim() == 2 for x in streams):
                 return None
-            parts = _prepare(levels, plan, module, streams[0], streams[0].dtype)
-        if parts is None or streams is None:
+        x = _first_tensor((args, kwargs)) if streams is None else streams[0]
+        prepare = functools.partial(_prepare, levels, plan, module, x, None if streams is None else streams[0].dtype)
+        serving = _serving(levels, plan, numbers, module, x)
+        kept = serving is not None and all(level.still for level in serving)
+        parts = None if kept else prepare()
+        if parts is None and not kept:
             return None
-        for level, prepared in zip(levels, parts, strict=True):
-            mixed = evaluate(prepared, streams)
+        if streams is None:
+            streams = self._streams(module, args, kwargs)
+            if streams is None:
+                return None
+            _check_streams(streams)
+        for i, level in enumerate(levels):
+            mixed = serving[i].serve(plan[i], streams) if kept else None  # type: ignore[index]
+            if mixed is None:
+                parts = parts or prepare()
+                if parts is None:
+                    return None
+                mixed = evaluate(parts[i], streams, serving[i] if serving else None)
             streams = mixed if level.level_outputs is None else level.level_outputs(module, mixed, streams)
         return (self.outputs(module, streams),)
 
@@ -213,6 +233,25 @@ def _prepare(
             return None
         prepared.append(parts)
     return prepared
+
+
+def _serving(
+    levels: Sequence[LevelDescription],
+    plan: Sequence[Routing | None],
+    numbers: Sequence[int],
+    module: Any,
+    x: Tensor | None,
+) -> list[Serving] | None:
+    """Levels of which calls may be kept, by their numbers; None for a call that is none of them."""
+    if torch.compiler.is_compiling() or in_trial() or None in plan or not KeptCalls.may_serve(x):
+        return None
+    calls = module.__dict__.get(CALLS)
+    if calls is None:
+        calls = module.__dict__[CALLS] = CallsOfLevels()
+    found = []
+    for level, routing, number in zip(levels, plan, numbers, strict=True):
+        found.append(Serving(calls.of(number), level.roots(module, routing)))  # type: ignore[arg-type]
+    return found
 
 
 def _check_streams(streams: Sequence[Tensor]) -> None:

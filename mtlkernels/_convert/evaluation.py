@@ -1,7 +1,7 @@
 """A level of experts and gates, evaluated by as few operators as its modules allow at that moment.
 
-All is read at each call, so that weights are never stale, and so that whatever is done to the modules later (training
-of batch norm or dropout, an exchanged layer) is seen.
+All is read at each call, or compared with what was read, so that weights are never stale, and so that whatever is done
+to the modules later (training of batch norm or dropout, an exchanged layer) is seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mtlkernels._convert.gates import Gate, linear_gates, logits_of
 from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of, slopes_of
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.level import expert_mixture
+from mtlkernels.ops.level.kept import KeptCalls
 from mtlkernels.routing import Routing
 
 
@@ -81,7 +82,52 @@ def several_dtypes(
     return False
 
 
-def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+# Of an instance: the calls that are kept of its levels.
+CALLS = "_mtlkernels_calls"
+
+
+class CallsOfLevels:
+    """Those of an instance of a converted class."""
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, KeptCalls] = {}
+
+    def __reduce__(self) -> Any:
+        """A copy of the instance keeps nothing of it."""
+        return CallsOfLevels, ()
+
+    def of(self, number: int) -> KeptCalls:
+        """Those of one level."""
+        return self._by_number.get(number) or self._by_number.setdefault(number, KeptCalls())
+
+
+class Serving:
+    """A level that serves, of which calls are kept.
+
+    Args:
+        calls: those.
+        roots: all that they depend on beside their inputs.
+    """
+
+    def __init__(self, calls: KeptCalls, roots: Any) -> None:
+        self._calls, self._roots = calls, roots
+        self.still = calls.still(roots)
+
+    def serve(self, routing: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The level's outputs; None: this call goes the usual way."""
+        single = all(x is inputs[0] for x in inputs)
+        if single is not self._calls.single or not (single or len(inputs) == routing.num_inputs):
+            return None
+        return self._calls.serve(inputs[0] if single else inputs)
+
+    def offer(self, inputs: Sequence[Tensor], *arguments: Any) -> None:
+        """A call that goes the usual way, by an ``expert_mixture`` of these arguments."""
+        if self._calls.wants():
+            self._calls.single = all(x is inputs[0] for x in inputs)
+            self._calls.keep(self._roots, *arguments)
+
+
+def evaluate(parts: Parts, inputs: Sequence[Tensor], serving: Serving | None = None) -> tuple[Tensor, ...]:
     """The level's K outputs; inputs that no expert reads come last."""
     gates, routing = parts.gates, parts.routing
     if len(inputs) == 1:
@@ -97,6 +143,8 @@ def evaluate(parts: Parts, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     in_order = parts.gate_inputs is None and len(inputs) == routing.num_inputs
     linear = linear_gates(gates, parts.rows) if single or in_order else None
     logits = logits_of(gates, read, sizes) if linear is None else None
+    if serving is not None and linear is not None:
+        serving.offer(inputs, streams, weights, biases, routing, linear, options)
     return expert_mixture(streams, weights, biases, logits, routing, **options, **(linear or {}))
 
 

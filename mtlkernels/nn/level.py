@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from mtlkernels import _decisions, _extension, _tracing
 from mtlkernels.nn._arguments import Style
-from mtlkernels.nn._kept import KeptCalls
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._folding import uses_running
@@ -26,8 +25,7 @@ from mtlkernels.ops._fusing import (
 )
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.level import expert_mixture
-from mtlkernels.ops.level.call import spec_of
-from mtlkernels.ops.level.direct import of_name
+from mtlkernels.ops.level.kept import KeptCalls
 from mtlkernels.routing import Routing
 
 # PyTorch's, and deepctr-torch's; torch-rechub draws that of Dice, whose eps is this.
@@ -133,6 +131,14 @@ def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], l
     return weights, [None if layer[0][1] is None else [b for _, b in layer] for layer in found]
 
 
+def refuse_training() -> NoReturn:
+    """For a level, or a model, that :func:`mtlkernels.prepare` has made."""
+    raise RuntimeError(
+        "a copy that mtlkernels.prepare has made serves only, got a call in training mode: call eval(), or train the"
+        " model that it was made of"
+    )
+
+
 class TrunkLevel(NotScriptable, nn.Module):
     """Experts and gates of one level: ``y_k = sum_e softmax(gate_k(x))_e * expert_e(x)``.
 
@@ -151,6 +157,8 @@ class TrunkLevel(NotScriptable, nn.Module):
         gate_inputs: the stream that each gate reads.
         style: activation, batch norm, dropout, device and dtype.
     """
+
+    _serves_only = False
 
     def __init__(
         self,
@@ -180,22 +188,41 @@ class TrunkLevel(NotScriptable, nn.Module):
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every expert and gate reads, or G of them → K tensors [B, H]."""
-        if not torch.compiler.is_compiling():
-            outputs = self._calls.serve(self, inputs)
+        streams: Any = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
+        if self._serves_only and self.training:
+            refuse_training()
+        compiles = torch.compiler.is_compiling()
+        calls = None if compiles or not KeptCalls.may_serve(streams[0] if streams else None) else self._calls
+        if calls is None and _tracing.needs_plain(streams):
+            return self._by_modules(streams)
+        by_modules = self.batch_norm or self.dropout > 0  # which are compared faster than they are read
+        roots: Any = (self._modules["experts"], self._modules["gates"], *self._settings()) if by_modules else None
+        if calls is not None and by_modules and calls.still(roots):
+            outputs = calls.serve(inputs)
             if outputs is not None:
                 return outputs
-        streams: Any = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
-        if _tracing.needs_plain(streams):
-            return self._by_modules(streams)
         experts = self._read_experts(streams[0])
         if experts is None:
             reason = "experts have hooks, differ from each other, or hold layers that are not plain ones"
             _decisions.note("mtlkernels.nn", "experts as modules", reason, streams[0])
             return self._by_modules(streams)
-        gates = self._gate_weights(len(streams))
-        logits = self._gate_logits(streams) if gates is None else None
         weights, biases, options = experts
+        gates = self._gate_weights(len(streams))
+        if calls is not None and gates is not None:
+            if not by_modules:
+                roots = weights, biases, gates, *self._settings()
+                outputs = calls.serve(inputs) if calls.still(roots) else None
+                if outputs is not None:
+                    return outputs
+            if calls.wants():
+                calls.keep(roots, inputs, weights, biases, self.routing, {"gate_weights": gates}, options)
+        logits = self._gate_logits(streams) if gates is None else None
         return expert_mixture(inputs, weights, biases, logits, self.routing, gate_weights=gates, **options)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What a call depends on beside modules."""
+        routing = self.routing
+        return self.activation, self.dropout, self._gate_inputs, routing.expert_inputs, routing.gate_experts
 
     def _read_experts(self, x: Tensor) -> Experts | None:
         """What the op takes of the experts, norms and dropout included; None where they have to run as modules."""
@@ -220,16 +247,6 @@ class TrunkLevel(NotScriptable, nn.Module):
             return None
         options.update(norms=norms or None, dropout=rates.pop())
         return read
-
-    def read_for_serving(self, num_inputs: int) -> Any:
-        """What C++ keeps of a level without norms whose gates are linear layers; None for any other."""
-        experts: Any = self.experts
-        layers, sloped = of_name(self.activation, len(experts[0].linears)) or ((), True)
-        wiring = self.routing.wiring
-        if self.batch_norm or sloped or wiring.idle or self._gate_weights(num_inputs) is None:
-            return None
-        spec = spec_of(wiring, num_inputs, layers, True)
-        return _extension.function("keep_level")(self, spec.encoded[0], Expert, _Linear, _Parameter)
 
     def _by_modules(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
         logits = self._gate_logits(streams)

@@ -9,6 +9,7 @@ import pytest
 
 import mtlkernels as mk
 import mtlkernels._convert.evaluation
+from mtlkernels._convert.evaluation import Serving
 from mtlkernels._convert.paying import in_trial
 
 
@@ -22,5 +23,14 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             calls.append(len(weights[0]))
         return mk.expert_mixture(inputs, weights, *args, **kwargs)
 
+    serve = Serving.serve
+
+    def served(self: Serving, routing: mk.Routing, inputs: Any) -> Any:
+        outputs = serve(self, routing, inputs)
+        if outputs is not None:
+            calls.append(routing.num_experts)
+        return outputs
+
     monkeypatch.setattr(mtlkernels._convert.evaluation, "expert_mixture", counted)
+    monkeypatch.setattr(Serving, "serve", served)
     yield calls

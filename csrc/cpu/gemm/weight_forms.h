@@ -29,9 +29,6 @@ class WeightForms {
   // Weights as they are, for kernels that read rows of the storage type.
   void set_natural(at::TensorList weights);
 
-  // Keeps no tensor from here on; weights must live on without.
-  void let_go() { kept_.clear(); }
-
   // Weights for a forward pass that makes what is in no fitting form.
   void set_to_be_made(at::TensorList weights, const EngineTable& engine);
 

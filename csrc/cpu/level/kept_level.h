@@ -3,6 +3,8 @@
 
 #include <optional>
 
+#include "level/folded_norms.h"
+#include "level/level_kernels.h"
 #include "level/level_tables.h"
 #include "level/spec.h"
 #include "runtime/api.h"
@@ -13,21 +15,24 @@ namespace mtlk {
 // they were. Values are read there, at each call.
 class MTLK_API KeptLevel {
  public:
-  // Of a chain whose gates are linear layers, all without norms; `parameters` have no inputs. Throws a ValueError also
-  // where kernels could not read a parameter as it lies.
-  KeptLevel(LevelSpec spec, LevelTensors parameters);
+  // Of a chain; `parameters` and `norms` are as serve_level's, whose errors are thrown, but for the inputs, of which
+  // there are none.
+  KeptLevel(LevelSpec spec, const LevelTensors& parameters, const RunningNorms& norms);
   KeptLevel(const KeptLevel&) = delete;
 
-  const LevelSpec& spec() const { return spec_; }
-
-  // As serve_level; nothing where the kernels for so many rows want weights in another form.
+  // As serve_level. Nothing where that would use what mtlkernels.prepare has declared, which it knows by its tensors.
   std::optional<Tensors> serve(const Tensors& inputs) const;
 
  private:
+  Tensors serve_by_tables(const Tensors& inputs, const ChainKernels& kernels) const;
+
   const LevelSpec spec_;
-  LevelTensors tensors_;  // while the tables are made; inputs have no rows
+  const LevelTensors tensors_;  // which own nothing; inputs have no rows
+  const RunningNorms norms_;
+  const bool declared_;
+  const bool as_they_lie_;  // so that the tables hold no copies
   LevelTables tables_;
-  const at::TensorOptions options_;
+  std::vector<int64_t> norm_widths_;
 };
 
 }  // namespace mtlk

@@ -52,12 +52,6 @@ class LevelTables {
   void set_forward_weights(const EngineTable& engine, bool kept);
   void set_weights(const GroupForms& forms);
 
-  // Keeps no tensor from here on; what they point to must live on without.
-  void let_go() {
-    kept_.clear();
-    weights_.let_go();
-  }
-
   // The last layer's weights as the forward pass wants them, after the backward pass's.
   void set_last_weights(const EngineTable& engine);
   const void* const* last_weights() const { return last_forms().pointers() + last_offset(); }

@@ -59,10 +59,10 @@ def direct(
         return _ODD
     if gates[1] is None if gates[0] is None else gates[1:] != (None, None, None):
         return _ODD
-    named = _named(activation, len(weights))
-    if named is None:
+    found_layers = named(activation, len(weights))
+    if found_layers is None:
         return _ODD
-    layers, sloped = named
+    layers, sloped = found_layers
     if sloped != (slopes is not None) or (sloped and not isinstance(slopes, _LISTS)):
         return _ODD
     if on_gpu:
@@ -73,9 +73,8 @@ def direct(
         epsilons = [dice_eps] * len(layers) if isinstance(dice_eps, float) else dice_eps
         if not isinstance(epsilons, _LISTS) or not all(isinstance(eps, float) for eps in epsilons):
             return _ODD
-    running: Any = None if norms is None else _running(norms)
-    running_gates: Any = None if gates[3] is None else _parts(gates[3])
-    if running is _NOT_MINE or running_gates is _NOT_MINE:
+    running, running_gates = parts_of_norms(norms, gates[3])
+    if running is NotImplemented or running_gates is NotImplemented:
         return "a norm is not a plain batch norm by running statistics"
     spec = spec_of(routing.wiring, len(inputs) if several else 1, layers, gates[1] is not None and not sloped)
     way = spec.encoded[0], not spec.unread, _backends.forced() is not None
@@ -95,10 +94,10 @@ def note_direct(inputs: Any) -> None:
     _decisions.note("expert_mixture", name, reason, x, x.shape[0], "forward")
 
 
-def _named(activation: Any, count: int) -> tuple[tuple[Layer, ...], bool] | None:
+def named(activation: Any, count: int) -> tuple[tuple[Layer, ...], bool] | None:
     """The layers by the names of their activations, and whether any has slopes."""
     if isinstance(activation, str):
-        return of_name(activation, count)
+        return _alike(activation, count)
     if not isinstance(activation, _LISTS) or len(activation) != count:
         return None
     if not all(isinstance(name, str) and name in _LAYERS for name in activation):
@@ -107,9 +106,8 @@ def _named(activation: Any, count: int) -> tuple[tuple[Layer, ...], bool] | None
 
 
 @functools.lru_cache(64)
-def of_name(activation: str, count: int) -> tuple[tuple[Layer, ...], bool] | None:
-    """So many layers with the activation of one name; whether it has slopes."""
-    return _named((activation,) * count, count)
+def _alike(activation: str, count: int) -> tuple[tuple[Layer, ...], bool] | None:
+    return named((activation,) * count, count)
 
 
 def _on_gpu(
@@ -138,20 +136,22 @@ def _on_gpu(
     return tuple(with_node(tensors, results, spec.encoded[0], _backends.forced() is not None))
 
 
-_NOT_MINE = object()
+def parts_of_norms(norms: Any, gate_norms: Any) -> tuple[Any, Any]:
+    """What C++ takes of batch norms by running statistics, experts' by layer and gates'; NotImplemented for others."""
+    return None if norms is None else _running(norms), None if gate_norms is None else _parts(gate_norms)
 
 
 def _parts(norms: Any) -> Any:
-    """What C++ takes of batch norms by running statistics, of which any may be None."""
+    """Of norms of which any may be None."""
     if not isinstance(norms, (*_LISTS, nn.ModuleList)):
-        return _NOT_MINE
-    parts = [None if norm is None else running_parts(norm) or _NOT_MINE for norm in norms]
-    return _NOT_MINE if any(part is _NOT_MINE for part in parts) else parts
+        return NotImplemented
+    parts = [None if norm is None else running_parts(norm) or NotImplemented for norm in norms]
+    return NotImplemented if any(part is NotImplemented for part in parts) else parts
 
 
 def _running(norms: Any) -> Any:
     """The same for each layer."""
     if not isinstance(norms, (*_LISTS, nn.ModuleList)):
-        return _NOT_MINE
+        return NotImplemented
     layers = [None if layer is None else _parts(layer) for layer in norms]
-    return _NOT_MINE if any(layer is _NOT_MINE for layer in layers) else layers
+    return NotImplemented if any(layer is NotImplemented for layer in layers) else layers

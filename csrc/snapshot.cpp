@@ -1,0 +1,195 @@
+#include "snapshot.h"
+
+#include <torch/csrc/Device.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Layout.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <array>
+#include <string_view>
+#include <utility>
+
+#include "level_node.h"
+
+namespace mtlk {
+namespace {
+
+namespace py = pybind11;
+
+// What of a module's dictionary has no say in what it computes.
+constexpr std::array<std::string_view, 9> kBookkeeping = {
+    "_non_persistent_buffers_set", "_is_full_backward_hook",       "_state_dict_hooks",
+    "_state_dict_pre_hooks",       "_load_state_dict_pre_hooks",   "_load_state_dict_post_hooks",
+    "_forward_hooks_with_kwargs",  "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+};
+// What has to be empty.
+constexpr std::array<std::string_view, 4> kHooks = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+                                                    "_backward_pre_hooks"};
+
+template <size_t N>
+bool is_among(const std::array<std::string_view, N>& names, PyObject* name) {
+  Py_ssize_t size = 0;
+  const char* const text = PyUnicode_AsUTF8AndSize(name, &size);
+  return text && std::find(names.begin(), names.end(), std::string_view(text, size)) != names.end();
+}
+
+// Whether an object is the same as long as it is the same object, and holds no module.
+bool is_fixed(PyObject* object) {
+  if (object == Py_None || PyBool_Check(object) || PyLong_CheckExact(object) || PyFloat_CheckExact(object) ||
+      PyComplex_CheckExact(object) || PyUnicode_CheckExact(object) || PyBytes_CheckExact(object)) {
+    return true;
+  }
+  if (THPDtype_Check(object) || THPDevice_Check(object) || THPLayout_Check(object) || PyType_Check(object)) return true;
+  if (PyCFunction_Check(object)) {
+    PyObject* const self = PyCFunction_GET_SELF(object);
+    return !self || PyModule_Check(self) || PyType_Check(self);
+  }
+  if (!PyFunction_Check(object) || PyFunction_GET_CLOSURE(object) || PyFunction_GET_KW_DEFAULTS(object)) return false;
+  PyObject* const defaults = PyFunction_GET_DEFAULTS(object);
+  for (Py_ssize_t i = 0; defaults && i < PyTuple_GET_SIZE(defaults); ++i) {
+    if (!is_fixed(PyTuple_GET_ITEM(defaults, i))) return false;
+  }
+  return true;
+}
+
+bool is_sequence(PyObject* object) { return PyList_CheckExact(object) || PyTuple_CheckExact(object); }
+
+// A module's dictionary, which it keeps alive; null for none.
+PyObject* dictionary_of(PyObject* module) {
+  PyObject* const found = PyObject_GenericGetDict(module, nullptr);
+  if (!found) return PyErr_Clear(), nullptr;
+  Py_DECREF(found);
+  return found;
+}
+
+}  // namespace
+
+Known::Known(const at::Tensor& tensor)
+    : data_(tensor.const_data_ptr()),
+      sizes_(tensor.sizes().vec()),
+      strides_(tensor.strides().vec()),
+      keys_(tensor.key_set().raw_repr()),
+      type_(tensor.scalar_type()) {}
+
+bool Known::is(const at::Tensor& now) const {
+  return now.key_set().raw_repr() == keys_ && now.scalar_type() == type_ && now.sizes() == sizes_ &&
+         now.strides() == strides_ && now.const_data_ptr() == data_;
+}
+
+std::optional<Snapshot> Snapshot::of(PyObject* roots, PyObject* module_type) {
+  Snapshot found;
+  if (!found.take(roots, module_type)) return std::nullopt;
+  return found;
+}
+
+bool Snapshot::is(PyObject* roots) const {
+  const Entry* next = entries_.data();
+  return same(roots, next);
+}
+
+bool Snapshot::holds(const at::Tensor& tensor) const {
+  return storages_.count(tensor.storage().unsafeGetStorageImpl()) > 0;
+}
+
+bool Snapshot::take(PyObject* object, PyObject* module_type) {
+  if (THPVariable_Check(object)) {
+    const at::Tensor& tensor = THPVariable_Unpack(object);
+    if (!is_plain(tensor)) return false;
+    entries_.push_back({Kind::kTensor, static_cast<int64_t>(tensors_.size())});
+    tensors_.emplace_back(tensor);
+    storages_.insert(tensor.storage().unsafeGetStorageImpl());
+    return true;
+  }
+  if (is_sequence(object)) {
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
+    entries_.push_back({Kind::kSequence, count, nullptr, Py_TYPE(object)});
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (!take(PySequence_Fast_GET_ITEM(object, i), module_type)) return false;
+    }
+    return true;
+  }
+  if (PyDict_Check(object)) {
+    if (PyDict_GET_SIZE(object) == 0) return entries_.push_back({Kind::kEmpty}), true;
+    if (!PyDict_CheckExact(object)) return false;  // whose order may be another than that of its entries
+    entries_.push_back({Kind::kDict, PyDict_GET_SIZE(object)});
+    return take_entries(object, module_type, false);
+  }
+  if (is_fixed(object)) {
+    kept_.push_back(py::reinterpret_borrow<py::object>(object));
+    entries_.push_back({Kind::kSame, 0, object});
+    return true;
+  }
+  if (PyObject_IsInstance(object, module_type) != 1) return PyErr_Clear(), false;
+  if (!modules_.insert(object).second) return entries_.push_back({Kind::kSeen, 0, object}), true;
+  PyObject* const own = dictionary_of(object);
+  if (!own) return false;
+  kept_.push_back(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(object))));
+  entries_.push_back({Kind::kModule, PyDict_GET_SIZE(own), object, Py_TYPE(object)});
+  return take_entries(own, module_type, true);
+}
+
+bool Snapshot::take_entries(PyObject* dictionary, PyObject* module_type, bool of_module) {
+  PyObject *key, *value;
+  for (Py_ssize_t next = 0; PyDict_Next(dictionary, &next, &key, &value);) {
+    if (!is_fixed(key)) return false;
+    kept_.push_back(py::reinterpret_borrow<py::object>(key));
+    const size_t place = entries_.size();
+    const bool named = PyUnicode_CheckExact(key);
+    if (named && PyUnicode_CompareWithASCIIString(key, "parametrizations") == 0) return false;
+    if (of_module && named && PyUnicode_CompareWithASCIIString(key, "forward") == 0) return false;
+    if (of_module && named && is_among(kBookkeeping, key)) {
+      entries_.push_back({Kind::kIgnored});
+    } else if (of_module && named && is_among(kHooks, key)) {
+      if (!PyDict_Check(value) || PyDict_GET_SIZE(value) > 0) return false;
+      entries_.push_back({Kind::kEmpty});
+    } else if (!take(value, module_type)) {
+      return false;
+    }
+    entries_[place].key = key;
+  }
+  return true;
+}
+
+bool Snapshot::same(PyObject* object, const Entry*& next) const {
+  const Entry& entry = *next++;
+  switch (entry.kind) {
+    case Kind::kSame:
+    case Kind::kSeen:
+      return object == entry.object;
+    case Kind::kTensor:
+      return THPVariable_Check(object) && tensors_[entry.count].is(THPVariable_Unpack(object));
+    case Kind::kEmpty:
+      return PyDict_Check(object) && PyDict_GET_SIZE(object) == 0;
+    case Kind::kIgnored:
+      return true;
+    case Kind::kDict:
+      return PyDict_CheckExact(object) && same_entries(object, next, entry.count);
+    case Kind::kSequence: {
+      if (Py_TYPE(object) != entry.type || PySequence_Fast_GET_SIZE(object) != entry.count) return false;
+      for (int64_t i = 0; i < entry.count; ++i) {
+        if (!same(PySequence_Fast_GET_ITEM(object, i), next)) return false;
+      }
+      return true;
+    }
+    case Kind::kModule: {
+      if (object != entry.object || Py_TYPE(object) != entry.type) return false;
+      PyObject* const own = dictionary_of(object);
+      return own && same_entries(own, next, entry.count);
+    }
+  }
+  return false;
+}
+
+bool Snapshot::same_entries(PyObject* dictionary, const Entry*& next, int64_t count) const {
+  if (PyDict_GET_SIZE(dictionary) != count) return false;
+  PyObject *key, *value;
+  for (Py_ssize_t place = 0; PyDict_Next(dictionary, &place, &key, &value);) {
+    if (key != next->key) return false;
+    // Most entries are settings of modules.
+    if (next->kind == Kind::kSame ? (next++)->object != value : !same(value, next)) return false;
+  }
+  return true;
+}
+
+}  // namespace mtlk

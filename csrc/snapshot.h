@@ -1,0 +1,63 @@
+// What a call depends on beside its inputs, as it was once: modules, their tensors, settings and hooks.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <unordered_set>
+#include <vector>
+
+namespace mtlk {
+
+// Where a tensor was that was looked at. It is not kept alive, and may be another one by now: what is known of it is
+// all that is used.
+class Known {
+ public:
+  explicit Known(const at::Tensor& tensor);
+  bool is(const at::Tensor& now) const;
+
+ private:
+  const void* data_;
+  std::vector<int64_t> sizes_, strides_;
+  uint64_t keys_;
+  at::ScalarType type_;
+};
+
+// Of modules, tensors, numbers, strings and functions, in lists and tuples, which hold them. Of a module it is all that
+// stands in its dictionary: its class, the modules and tensors in it, and its settings; of a tensor where it lies, not
+// its values. No module or tensor is kept alive.
+class Snapshot {
+ public:
+  // Nothing where there is something among them that could change unseen, as the state of an object of any other kind,
+  // a hook, or a parametrization.
+  static std::optional<Snapshot> of(PyObject* roots, PyObject* module_type);
+
+  // Whether these are what was there.
+  bool is(PyObject* roots) const;
+
+  // Whether a tensor's memory, when the snapshot was taken, was that of one of its tensors.
+  bool holds(const at::Tensor& tensor) const;
+
+ private:
+  enum class Kind { kSame, kTensor, kModule, kSeen, kDict, kSequence, kEmpty, kIgnored };
+  struct Entry {
+    Kind kind;
+    int64_t count = 0;             // of what follows, or the number of the tensor
+    const void* object = nullptr;  // of what is to be the same object
+    const void* type = nullptr;
+    const void* key = nullptr;  // under which a dictionary has it
+  };
+
+  bool take(PyObject* object, PyObject* module_type);
+  bool take_entries(PyObject* dictionary, PyObject* module_type, bool of_module);
+  bool same(PyObject* object, const Entry*& next) const;
+  bool same_entries(PyObject* dictionary, const Entry*& next, int64_t count) const;
+
+  std::vector<Entry> entries_;
+  std::vector<Known> tensors_;
+  std::vector<pybind11::object> kept_;  // what is neither module nor tensor
+  std::unordered_set<const void*> modules_, storages_;
+};
+
+}  // namespace mtlk

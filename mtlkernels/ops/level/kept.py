@@ -1,0 +1,104 @@
+"""Calls of a level that serves on a CPU: what was read of its modules is kept from one call to the next.
+
+Reading a dozen experts' parameters and laying out tables for the kernels takes longer than a small level. It is done
+once, and each call compares what the modules hold then with what they held, see ``csrc/snapshot.cpp``: the same modules
+and settings, the same tensors where they were, with the same shapes and strides. So a parameter that was replaced or
+moved is never met by what was read before; what was written to one is seen, as values are read where they are.
+
+Nothing is kept of the first call in a row, which may be the only one; and where modules keep changing, as under
+``torch.func.functional_call``, less and less often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlkernels import _decisions, _extension
+from mtlkernels.ops._call import direct_to_cpp
+from mtlkernels.ops.level.call import spec_of
+from mtlkernels.ops.level.direct import named, note_direct, parts_of_norms
+from mtlkernels.routing import Routing
+
+_MOST_CALLS_TO_WAIT = 1024
+
+
+class KeptCalls:
+    """Those of one level of a model."""
+
+    def __init__(self) -> None:
+        self._kept: Any = None
+        self.single = True  # for whoever makes the calls: that what is kept has one input
+        self._wait = 1  # so many calls go by before one is kept
+        self._waited = 0
+
+    def __reduce__(self) -> Any:
+        """A copy of a level keeps nothing of it."""
+        return KeptCalls, ()
+
+    @staticmethod
+    def may_serve(x: Any) -> bool:
+        """Whether a call with this tensor may be one of them: nothing looks on, no gradient is wanted."""
+        return not torch.is_grad_enabled() and direct_to_cpp(x)
+
+    def still(self, roots: Any) -> bool:
+        """Whether a call may be served by what is kept of one with the same ``roots``.
+
+        These hold, in lists and tuples, all that the call depends on beside its inputs.
+        """
+        if self._kept is not None:
+            if self._kept.still(roots):
+                return True
+            self._kept = None
+            self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+        self._waited += 1
+        return False
+
+    def serve(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The outputs for inputs as ``expert_mixture`` takes them; None: that call goes the usual way."""
+        outputs: tuple[Tensor, ...] | None = self._kept.serve(inputs)
+        if outputs is not None and _decisions.on:
+            note_direct(inputs)
+        return outputs
+
+    def wants(self) -> bool:
+        """Whether a call that goes the usual way is to be kept."""
+        return self._waited > self._wait and self._kept is None
+
+    def keep(
+        self,
+        roots: Any,
+        inputs: Tensor | Sequence[Tensor],
+        weights: Any,
+        biases: Any,
+        routing: Routing,
+        gates: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Keeps a call of ``expert_mixture``, if it is one of those that can be.
+
+        ``gates`` are the arguments of linear gates, ``options`` all others.
+        """
+        self._waited = 0
+        self._kept = _kept(roots, inputs, weights, biases, routing, gates, options)
+        if self._kept is None:
+            self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+
+
+def _kept(
+    roots: Any, inputs: Any, weights: Any, biases: Any, routing: Routing, gates: Mapping[str, Any], options: Any
+) -> Any:
+    """Nothing but a level without slopes, whose norms take running statistics and whose gates are linear layers."""
+    found = named(options["activation"], len(weights))
+    if not _extension.has_module() or found is None or found[1] or options.get("dropout") or routing.wiring.idle:
+        return None
+    norms, gate_norms = parts_of_norms(options.get("norms"), gates.get("gate_norms"))
+    if norms is NotImplemented or gate_norms is NotImplemented:
+        return None
+    count = len(inputs) if isinstance(inputs, (list, tuple)) else 1
+    ints = spec_of(routing.wiring, count, found[0], True).encoded[0]
+    of_gates = gates["gate_weights"], gates.get("gate_biases")
+    return _extension.function("keep_call")(roots, nn.Module, weights, biases, *of_gates, norms, gate_norms, ints)
