@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,19 +25,12 @@ from mtlkernels.ops.level.kept import KeptCalls
 pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
 
 
-class Settings:
-    """Where a class may keep what an expert is made of."""
-
-    def __init__(self) -> None:
-        self.function = F.relu
-
-
 class Level(nn.Module):
     """Experts with batch norm and dropout, gates with a softmax; its own code is what every call is held against."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.settings = Settings()
+        self.settings = types.SimpleNamespace(function=F.relu)  # where a class may keep what it is made of
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(20, 24), nn.BatchNorm1d(24), nn.LeakyReLU(), nn.Dropout(0.2), nn.Linear(24, 12))
             for _ in range(3)
@@ -237,6 +231,21 @@ def test_changes_are_noticed(change: Callable[[Any], None]) -> None:
     change(model)
     after = [assert_as_own_code(model, x) for _ in range(10)]
     assert not all(torch.equal(a, b) for a, b in zip(after[0], before, strict=True)), "the change changed nothing"
+
+
+def test_a_module_that_experts_share() -> None:
+    model, x = Level().eval(), torch.randn(6, 20)
+    shared = nn.LeakyReLU()
+    for expert in model.experts:
+        expert[2] = shared  # type: ignore[operator]
+    assert mk.convert(model).replaced
+    for _ in range(5):
+        assert_as_own_code(model, x)
+    assert is_kept(model)
+    _first(model)[2] = copy.deepcopy(shared)
+    shared.negative_slope = 0.7
+    for _ in range(5):
+        assert_as_own_code(model, x)
 
 
 def test_training_goes_on_and_off() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 import mtlkernels as mk
 from mtlkernels import _extension
@@ -201,6 +202,18 @@ def test_a_tensor_that_is_transposed_where_it_is() -> None:
     assert weight.data_ptr() == address
     after = serve(model, x)
     assert not equal(after, before) and equal(after, serve(fresh(model), x))
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_weights_that_are_computed(batch_norm: bool) -> None:
+    """From a parameter that lies where it lay, while its values change."""
+    model, x = TRUNKS["MMoE"](batch_norm=batch_norm).eval(), torch.randn(6, 20)
+    layer: Any = model.level.experts[0].linears[0]
+    parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    for factor in (1.0, 2.0, 0.5):
+        layer.parametrizations.weight.original.detach().mul_(factor)
+        for _ in range(6):
+            assert equal(serve(model, x), serve(fresh(model), x))
 
 
 def test_dropout_that_drops_again() -> None:
