@@ -36,11 +36,8 @@ class Level(nn.Module):
             for _ in range(3)
         )
         self.gates = nn.ModuleList(nn.Sequential(nn.Linear(20, 3), nn.Softmax(dim=1)) for _ in range(2))
-        for expert in self.experts:
-            assert isinstance(expert, nn.Sequential)
-            for part in (expert[1].running_mean, expert[1].running_var):
-                assert isinstance(part, Tensor)
-                nn.init.uniform_(part, 0.5, 1.5)
+        for norm in (module for module in self.modules() if isinstance(module, nn.BatchNorm1d)):
+            norm.running_mean, norm.running_var = torch.rand(24), torch.rand(24) + 0.5
 
     def forward(self, x: Tensor) -> list[Tensor]:
         hidden = torch.stack([self.settings.function(expert(x)) for expert in self.experts], dim=1)
