@@ -80,20 +80,6 @@ class Context {
   AutogradContext* context_;
 };
 
-// Whether someone wants to see what a backward pass does, stands behind its tensors, or has given these tangents;
-// without asking whether a forward-mode level is open, since that takes a lock, which a fork may find held by another
-// thread.
-bool observed(const variable_list& grads) {
-  static const c10::DispatchKeySet watchers({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-                                             c10::DispatchKey::FuncTorchVmapMode, c10::DispatchKey::VmapMode,
-                                             c10::DispatchKey::Functionalize, c10::DispatchKey::Tracer});
-  return at::GradMode::is_enabled() || at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
-         !(c10::impl::tls_local_dispatch_key_set().included_ & watchers).empty() ||
-         !std::all_of(grads.begin(), grads.end(), [](const at::Tensor& t) {
-           return !t.defined() || (is_plain(t) && !t._fw_grad(/*level=*/0).defined());
-         });
-}
-
 // Of each kind of a level's tensors, in their order.
 Needs needs_by_kind(const std::vector<bool>& needs, const LevelTensors& tensors) {
   Needs result{};
@@ -161,7 +147,7 @@ struct LevelFunction : torch::autograd::Function<LevelFunction> {
     variable_list result(wanted.size() - std::count(wanted.begin(), wanted.end(), kAbsent));  // one an edge
     const bool reached = std::any_of(grads.begin(), grads.end(), [](const at::Tensor& t) { return t.defined(); });
     if (!reached && !context.losses()) return result;
-    const bool in_cpp = !context.recorded() && !context.losses() && !observed(grads);
+    const bool in_cpp = !context.recorded() && !context.losses() && !is_observed(grads);
     Tensors found = in_cpp ? by_cpp(context, grads) : by_python(context, grads);
     size_t edge = 0;
     for (size_t i = 0; i < found.size(); ++i) {
@@ -254,6 +240,19 @@ bool is_plain(const at::Tensor& tensor) {
     return keys.raw_repr();
   }();
   return (tensor.key_set().raw_repr() & ~plain) == 0;
+}
+
+// Without asking whether a forward-mode level is open, since that takes a lock, which a fork may find held by another
+// thread.
+bool is_observed(at::TensorList tensors) {
+  static const c10::DispatchKeySet watchers({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                             c10::DispatchKey::FuncTorchVmapMode, c10::DispatchKey::VmapMode,
+                                             c10::DispatchKey::Functionalize, c10::DispatchKey::Tracer});
+  return at::GradMode::is_enabled() || at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
+         !(c10::impl::tls_local_dispatch_key_set().included_ & watchers).empty() ||
+         !std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) {
+           return !t.defined() || (is_plain(t) && !t._fw_grad(/*level=*/0).defined());
+         });
 }
 
 Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, bool by_name) {

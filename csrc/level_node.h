@@ -15,6 +15,10 @@ namespace mtlk {
 // ask.
 bool is_plain(const at::Tensor& tensor);
 
+// Whether someone wants to see what a call or a backward pass does, or stands behind these tensors, or has given them
+// tangents; or gradients are recorded. Undefined tensors are None.
+bool is_observed(at::TensorList tensors);
+
 // The outputs of a level without norms, dropout and slopes, of which gradients are wanted. `by_name`: "cpp" was asked
 // for.
 Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, bool by_name);

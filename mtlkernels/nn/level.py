@@ -192,12 +192,15 @@ class TrunkLevel(NotScriptable, nn.Module):
         if self._serves_only and self.training:
             refuse_training()
         compiles = torch.compiler.is_compiling()
+        outputs = None if compiles else self._calls.serve_trunk(self, inputs)
+        if outputs is not None:
+            return outputs
         calls = None if compiles or not KeptCalls.may_serve(streams[0] if streams else None) else self._calls
         if calls is None and _tracing.needs_plain(streams):
             return self._by_modules(streams)
-        by_modules = self.batch_norm or self.dropout > 0  # which are compared faster than they are read
+        by_modules = self.batch_norm or self.dropout > 0
         roots: Any = (self._modules["experts"], self._modules["gates"], *self._settings()) if by_modules else None
-        if calls is not None and by_modules and calls.still(roots):
+        if calls is not None and calls.still(roots):
             outputs = calls.serve(inputs)
             if outputs is not None:
                 return outputs
@@ -208,14 +211,11 @@ class TrunkLevel(NotScriptable, nn.Module):
             return self._by_modules(streams)
         weights, biases, options = experts
         gates = self._gate_weights(len(streams))
-        if calls is not None and gates is not None:
-            if not by_modules:
-                roots = weights, biases, gates, *self._settings()
-                outputs = calls.serve(inputs) if calls.still(roots) else None
-                if outputs is not None:
-                    return outputs
-            if calls.wants():
+        if calls is not None and gates is not None and calls.wants():
+            if by_modules:
                 calls.keep(roots, inputs, weights, biases, self.routing, {"gate_weights": gates}, options)
+            else:
+                calls.keep_trunk(self, Expert, inputs, weights, biases, self.routing, gates)
         logits = self._gate_logits(streams) if gates is None else None
         return expert_mixture(inputs, weights, biases, logits, self.routing, gate_weights=gates, **options)
 

@@ -39,8 +39,12 @@ def levels(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, TrunkLevel)]
 
 
+def keeps(level: Any) -> bool:
+    return level._calls._kept is not None or level._calls._trunk is not None
+
+
 def are_kept(model: nn.Module) -> bool:
-    return all(level._calls._kept is not None for level in levels(model))
+    return all(map(keeps, levels(model)))
 
 
 def serve(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -61,7 +65,7 @@ def kept(name: str = "PLE", kind: torch.dtype = torch.float32, **options: Any) -
 def fresh(model: Any) -> Any:
     """A copy, of which nothing is kept."""
     found = copy.deepcopy(model)
-    assert not any(level._calls._kept for level in levels(found))
+    assert not any(map(keeps, levels(found)))
     return found
 
 
@@ -265,7 +269,7 @@ def test_copies_keep_nothing() -> None:
     model, x = kept("PLE"), torch.randn(5, 20)
     expected = serve(model, x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not any(level._calls._kept for level in levels(other))
+        assert not any(map(keeps, levels(other)))
         assert all(equal(serve(other, x), expected) for _ in range(4)) and are_kept(other)
     assert are_kept(model)
     assert not any("_calls" in key for key in model.state_dict())
@@ -288,7 +292,10 @@ def test_modules_that_keep_changing_are_seldom_read() -> None:
     other = {name: -p for name, p in own.items()}
     with torch.no_grad():
         expected = [list(functional_call(model, parameters, (x,))) for parameters in (own, other)]
-    with mock.patch.object(KeptCalls, "keep", autospec=True, side_effect=KeptCalls.keep) as keep, torch.no_grad():
+    with (
+        mock.patch.object(KeptCalls, "keep_trunk", autospec=True, side_effect=KeptCalls.keep_trunk) as keep,
+        torch.no_grad(),
+    ):
         for i in range(3000):
             parameters = [own, other][i % 2]
             for y, true in zip(functional_call(model, parameters, (x,)), expected[i % 2], strict=True):
@@ -392,7 +399,7 @@ def test_several_threads_at_once() -> None:
         thread.start()
     for _ in range(50):  # what is kept may go while others serve by it
         for level in levels(model):
-            level._calls._kept = None
+            level._calls._kept = level._calls._trunk = None
             level._calls = KeptCalls()
     for thread in threads:
         thread.join()

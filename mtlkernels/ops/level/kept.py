@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtlkernels import _decisions, _extension
+from mtlkernels import _backends, _decisions, _dumps, _extension
 from mtlkernels.ops._call import direct_to_cpp
 from mtlkernels.ops.level.call import spec_of
 from mtlkernels.ops.level.direct import named, note_direct, parts_of_norms
@@ -31,6 +31,7 @@ class KeptCalls:
 
     def __init__(self) -> None:
         self._kept: Any = None
+        self._trunk: Any = None
         self.single = True  # for whoever makes the calls: that what is kept has one input
         self._wait = 1  # so many calls go by before one is kept
         self._waited = 0
@@ -64,9 +65,36 @@ class KeptCalls:
             note_direct(inputs)
         return outputs
 
+    def serve_trunk(self, level: nn.Module, inputs: Any) -> tuple[Tensor, ...] | None:
+        """The outputs of a trunk's level, all in C++; None: that call goes another way."""
+        if self._trunk is None:
+            return None
+        found = self._trunk.serve(level, inputs)
+        if type(found) is tuple:
+            if _decisions.on:
+                note_direct(inputs)
+            return found
+        if found is False:
+            self._trunk = None
+            self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+        return None
+
+    def keep_trunk(
+        self, level: nn.Module, expert: type, inputs: Any, weights: Any, biases: Any, routing: Routing, gates: Any
+    ) -> None:
+        """Keeps a call of a trunk's level without norms and dropout, whose experts are of one class."""
+        self._waited = 0
+        spec = _spec_ints(level.activation, len(weights), inputs, routing)
+        if spec is not None:
+            dictionaries = vars(_backends), vars(_dumps)
+            of_modules = level, *dictionaries, expert, nn.Linear, nn.Parameter
+            self._trunk = _extension.function("keep_trunk")(*of_modules, weights, biases, gates, spec)
+        if self._trunk is None:
+            self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+
     def wants(self) -> bool:
         """Whether a call that goes the usual way is to be kept."""
-        return self._waited > self._wait and self._kept is None
+        return self._waited > self._wait and self._kept is None and self._trunk is None
 
     def keep(
         self,
@@ -92,13 +120,17 @@ def _kept(
     roots: Any, inputs: Any, weights: Any, biases: Any, routing: Routing, gates: Mapping[str, Any], options: Any
 ) -> Any:
     """Nothing but a level without slopes, whose norms take running statistics and whose gates are linear layers."""
-    found = named(options["activation"], len(weights))
-    if not _extension.has_module() or found is None or found[1] or options.get("dropout") or routing.wiring.idle:
-        return None
+    spec = _spec_ints(options["activation"], len(weights), inputs, routing)
     norms, gate_norms = parts_of_norms(options.get("norms"), gates.get("gate_norms"))
-    if norms is NotImplemented or gate_norms is NotImplemented:
+    if spec is None or options.get("dropout") or norms is NotImplemented or gate_norms is NotImplemented:
+        return None
+    of_gates = gates["gate_weights"], gates.get("gate_biases")
+    return _extension.function("keep_call")(roots, nn.Module, weights, biases, *of_gates, norms, gate_norms, spec)
+
+
+def _spec_ints(activation: Any, layers: int, inputs: Any, routing: Routing) -> Any:
+    found = named(activation, layers)
+    if not _extension.has_module() or found is None or found[1] or routing.wiring.idle:
         return None
     count = len(inputs) if isinstance(inputs, (list, tuple)) else 1
-    ints = spec_of(routing.wiring, count, found[0], True).encoded[0]
-    of_gates = gates["gate_weights"], gates.get("gate_biases")
-    return _extension.function("keep_call")(roots, nn.Module, weights, biases, *of_gates, norms, gate_norms, ints)
+    return spec_of(routing.wiring, count, found[0], True).encoded[0]

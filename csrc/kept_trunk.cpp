@@ -1,0 +1,170 @@
+// Calls of a level of mtlkernels.nn without norms, all of which goes on in C++: who looks on, what its modules hold,
+// and the level. In Python that takes as long as the processor needs to read a tenth of the weights.
+
+#include <ATen/autocast_mode.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "cpu/runtime/check.h"
+#include "kept_level.h"
+#include "level_node.h"
+#include "modules.h"
+#include "snapshot.h"
+
+namespace mtlk {
+namespace {
+
+namespace py = pybind11;
+
+// visit(weight) for the one linear layer that is all gates, or for each of them, until it returns false. Returns false
+// then, and where one is not a plain layer without a bias, or does more than that when it is called.
+template <typename F>
+bool each_gate(PyObject* gates, const ModuleTypes& types, F visit) {
+  static PyObject* const kinds[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                    interned("_backward_hooks"), interned("_backward_pre_hooks")};
+  static PyObject *const modules = interned("_modules"), *const forward = interned("forward");
+  const auto visit_one = [&](PyObject* gate) {
+    const LinearLayer layer(gate, types);
+    return layer.weight && !layer.bias && !attribute(gate, forward) &&
+           std::none_of(std::begin(kinds), std::end(kinds), [&](PyObject* kind) { return has_hooks(gate, kind); }) &&
+           visit(layer.weight);
+  };
+  if (is_of(gates, types.linear)) return visit_one(gates);
+  PyObject* const own = dictionary(gates, modules);
+  PyObject* gate;
+  for (Py_ssize_t next = 0; own && PyDict_Next(own, &next, nullptr, &gate);) {
+    if (!visit_one(gate)) return false;
+  }
+  return own;
+}
+
+// What a level is beside its parameters, borrowed.
+struct Parts {
+  explicit Parts(PyObject* level) {
+    static PyObject *const of_experts = interned("experts"), *const of_gates = interned("gates");
+    static PyObject *const modules = interned("_modules"), *const of_routing = interned("routing");
+    static PyObject *const of_activation = interned("activation"), *const of_dropout = interned("dropout");
+    PyObject* const own = submodule(level, of_experts);
+    experts = own ? dictionary(own, modules) : nullptr;
+    gates = submodule(level, of_gates);
+    routing = attribute(level, of_routing);
+    activation = attribute(level, of_activation);
+    dropout = attribute(level, of_dropout);
+  }
+  bool complete() const { return experts && gates && routing && activation && dropout; }
+
+  PyObject *experts, *gates, *routing, *activation, *dropout;
+};
+
+// visit(tensor), undefined for none, for weight and bias of each layer of each expert, then for the gates' weights,
+// until it returns false. Returns false then, and where the level is not plain.
+template <typename F>
+bool each_parameter(const Parts& parts, const ModuleTypes& types, F visit) {
+  const auto take = [&](PyObject* object) {
+    if (!object) return visit(at::Tensor());
+    return THPVariable_Check(object) && visit(THPVariable_Unpack(object));
+  };
+  const auto both = [&](Py_ssize_t, Py_ssize_t, const LinearLayer& layer) {
+    return take(layer.weight) && take(layer.bias);
+  };
+  return each_linear(parts.experts, types, false, both) && each_gate(parts.gates, types, take);
+}
+
+class KeptTrunk {
+ public:
+  // Of a level whose dropout is zero. `backends` and `dumps` are the dictionaries of the Python modules that tell
+  // whether calls may go straight to C++. The others are as stored_call's. None where the call is not one to be kept.
+  static std::unique_ptr<KeptTrunk> of(py::handle level, py::handle backends, py::handle dumps, py::handle expert_type,
+                                       py::handle linear_type, py::handle parameter_type, py::handle weights,
+                                       py::handle biases, py::handle gate_weights, py::handle spec_ints) {
+    const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr()};
+    const Parts parts(level.ptr());
+    std::vector<std::optional<Known>> known;
+    std::unordered_set<const void*> storages;
+    const auto take = [&](const at::Tensor& tensor) {
+      if (!tensor.defined()) return known.emplace_back(), true;
+      if (!is_plain(tensor)) return false;
+      known.emplace_back(tensor);
+      storages.insert(tensor.storage().unsafeGetStorageImpl());
+      return true;
+    };
+    if (!parts.complete() || !each_parameter(parts, types, take)) return nullptr;
+    const auto held = [&](const at::Tensor& tensor) {
+      return storages.count(tensor.storage().unsafeGetStorageImpl()) > 0;
+    };
+    const py::none none;
+    try {
+      auto stored = stored_call(weights, biases, gate_weights, none, none, none, spec_ints);
+      if (!stored || !all_parameters(stored->call, held)) return nullptr;
+      py::object kept =
+          py::make_tuple(backends, dumps, expert_type, linear_type, parameter_type, py::handle(parts.routing),
+                         py::handle(parts.activation), py::handle(parts.dropout));
+      return std::unique_ptr<KeptTrunk>(new KeptTrunk(std::move(kept), std::move(known), std::move(*stored)));
+    } catch (const Refused&) {
+      return nullptr;
+    }
+  }
+
+  // The outputs; None: this is not a call for it; False: the level is no longer what it was.
+  py::object serve(py::handle level, py::handle inputs) const {
+    Tensors streams;
+    if (!read_streams(inputs, streams) || !is_plain_call(inputs, streams)) return py::none();
+    return still(level.ptr()) ? served(level_, streams) : py::bool_(false);
+  }
+
+ private:
+  KeptTrunk(py::object kept, std::vector<std::optional<Known>> known, StoredCall stored)
+      : kept_(std::move(kept)),
+        types_{item(2), item(3), item(4)},
+        known_(std::move(known)),
+        level_(std::move(stored.spec), stored.call.tensors, stored.call.norms) {}
+
+  PyObject* item(Py_ssize_t i) const { return PyTuple_GET_ITEM(kept_.ptr(), i); }
+
+  // As direct_to_cpp in mtlkernels/ops/_call.py, where no gradients are recorded.
+  bool is_plain_call(py::handle inputs, const Tensors& streams) const {
+    static PyObject *const forced = interned("_forced"), *const folder = interned("folder");
+    PyObject* const first = THPVariable_Check(inputs.ptr()) ? inputs.ptr() : PySequence_Fast_ITEMS(inputs.ptr())[0];
+    PyObject* const backend = entry(item(0), forced);
+    const bool by_cpp = backend == Py_None ||
+                        (backend && PyUnicode_Check(backend) && PyUnicode_CompareWithASCIIString(backend, "cpp") == 0);
+    return is_of(first, reinterpret_cast<PyObject*>(THPVariableClass)) && streams[0].is_cpu() && by_cpp &&
+           entry(item(1), folder) == Py_None && !at::autocast::is_autocast_enabled(at::kCPU) && !is_observed(streams);
+  }
+
+  bool still(PyObject* level) const {
+    const Parts parts(level);
+    if (!parts.complete() || parts.routing != item(5) || parts.activation != item(6) || parts.dropout != item(7)) {
+      return false;
+    }
+    auto next = known_.begin();
+    const auto same = [&](const at::Tensor& now) {
+      if (next == known_.end() || next->has_value() != now.defined() || (now.defined() && !(*next)->is(now))) {
+        return false;
+      }
+      ++next;
+      return true;
+    };
+    return each_parameter(parts, types_, same) && next == known_.end();
+  }
+
+  const py::object kept_;  // in the order of `of`
+  const ModuleTypes types_;
+  const std::vector<std::optional<Known>> known_;
+  const KeptLevel level_;
+};
+
+}  // namespace
+
+void define_kept_trunk(py::module_& module) {
+  py::class_<KeptTrunk>(module, "KeptTrunk").def("serve", &KeptTrunk::serve, "Outputs, None or False, see there.");
+  module.def("keep_trunk", &KeptTrunk::of, "What is kept of a call of a trunk's level, or None.");
+}
+
+}  // namespace mtlk
