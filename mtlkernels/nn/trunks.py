@@ -46,7 +46,8 @@ class _Trunk(NotScriptable, nn.Module):
         """x [B, D] → T tensors [B, H]."""
         if not _tracing.holds_proxy(x):  # whose shape is not known yet
             _tracing.quietly(check_features, x, self.in_features)
-        outputs: tuple[Tensor, ...] = self._modules["level"](x)  # type: ignore[misc]  # past __getattr__, which shows when one row is served
+        # Past nn.Module.__getattr__, which shows when one row is served.
+        outputs: tuple[Tensor, ...] = self._modules["level"](x)  # type: ignore[misc]
         return outputs
 
     def extra_repr(self) -> str:
