@@ -44,12 +44,14 @@ class KeptCall {
     }
   }
 
-  bool still(py::handle roots) const { return snapshot_.is(roots.ptr()); }
+  bool still(py::handle roots) const { return snapshot_.is(roots.ptr(), nullptr); }
 
-  // The outputs of a call without gradients, after `still`, or None: this is not a call for it.
-  py::object serve(py::handle inputs) const {
+  // The outputs of a call without gradients; None: this is not a call for it; False: the roots are not what they were.
+  py::object serve(py::handle roots, py::handle inputs) const {
     Tensors streams;
-    return read_streams(inputs, streams) ? served(level_, streams) : py::none();
+    std::vector<c10::Storage> held;
+    if (!read_streams(inputs, streams)) return py::none();
+    return snapshot_.is(roots.ptr(), &held) ? served(level_, streams) : py::bool_(false);
   }
 
  private:
@@ -97,7 +99,7 @@ py::object served(const KeptLevel& level, const Tensors& streams) {
 void define_kept_level(py::module_& module) {
   py::class_<KeptCall>(module, "KeptCall")
       .def("still", &KeptCall::still, "Whether modules and tensors are what they were.")
-      .def("serve", &KeptCall::serve, "The outputs, or None: not its call.");
+      .def("serve", &KeptCall::serve, "Outputs, None or False, see there.");
   module.def("keep_call", &KeptCall::of, "What is kept of a level's call, or None.");
 }
 

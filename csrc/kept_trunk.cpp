@@ -114,8 +114,9 @@ class KeptTrunk {
   // The outputs; None: this is not a call for it; False: the level is no longer what it was.
   py::object serve(py::handle level, py::handle inputs) const {
     Tensors streams;
+    std::vector<c10::Storage> held;
     if (!read_streams(inputs, streams) || !is_plain_call(inputs, streams)) return py::none();
-    return still(level.ptr()) ? served(level_, streams) : py::bool_(false);
+    return still(level.ptr(), held) ? served(level_, streams) : py::bool_(false);
   }
 
  private:
@@ -138,15 +139,19 @@ class KeptTrunk {
            entry(item(1), folder) == Py_None && !at::autocast::is_autocast_enabled(at::kCPU) && !is_observed(streams);
   }
 
-  bool still(PyObject* level) const {
+  // Whether the level is what it was; the memory of its parameters is then `held`.
+  bool still(PyObject* level, std::vector<c10::Storage>& held) const {
     const Parts parts(level);
     if (!parts.complete() || parts.routing != item(5) || parts.activation != item(6) || parts.dropout != item(7)) {
       return false;
     }
+    held.reserve(known_.size());
     auto next = known_.begin();
     const auto same = [&](const at::Tensor& now) {
-      if (next == known_.end() || next->has_value() != now.defined() || (now.defined() && !(*next)->is(now))) {
-        return false;
+      if (next == known_.end() || next->has_value() != now.defined()) return false;
+      if (now.defined()) {
+        if (!(*next)->is(now)) return false;
+        held.push_back(now.storage());
       }
       ++next;
       return true;

@@ -83,9 +83,10 @@ std::optional<Snapshot> Snapshot::of(PyObject* roots, PyObject* module_type) {
   return found;
 }
 
-bool Snapshot::is(PyObject* roots) const {
-  const Entry* next = entries_.data();
-  return same(roots, next);
+bool Snapshot::is(PyObject* roots, std::vector<c10::Storage>* held) const {
+  if (held) held->reserve(tensors_.size());
+  Cursor at{entries_.data(), held};
+  return same(roots, at);
 }
 
 bool Snapshot::holds(const at::Tensor& tensor) const {
@@ -151,43 +152,46 @@ bool Snapshot::take_entries(PyObject* dictionary, PyObject* module_type, bool of
   return true;
 }
 
-bool Snapshot::same(PyObject* object, const Entry*& next) const {
-  const Entry& entry = *next++;
+bool Snapshot::same(PyObject* object, Cursor& at) const {
+  const Entry& entry = *at.next++;
   switch (entry.kind) {
     case Kind::kSame:
     case Kind::kSeen:
       return object == entry.object;
-    case Kind::kTensor:
-      return THPVariable_Check(object) && tensors_[entry.count].is(THPVariable_Unpack(object));
+    case Kind::kTensor: {
+      if (!THPVariable_Check(object) || !tensors_[entry.count].is(THPVariable_Unpack(object))) return false;
+      if (at.held) at.held->push_back(THPVariable_Unpack(object).storage());
+      return true;
+    }
     case Kind::kEmpty:
       return PyDict_Check(object) && PyDict_GET_SIZE(object) == 0;
     case Kind::kIgnored:
       return true;
     case Kind::kDict:
-      return PyDict_CheckExact(object) && same_entries(object, next, entry.count);
+      return PyDict_CheckExact(object) && same_entries(object, at, entry.count);
     case Kind::kSequence: {
       if (Py_TYPE(object) != entry.type || PySequence_Fast_GET_SIZE(object) != entry.count) return false;
       for (int64_t i = 0; i < entry.count; ++i) {
-        if (!same(PySequence_Fast_GET_ITEM(object, i), next)) return false;
+        if (!same(PySequence_Fast_GET_ITEM(object, i), at)) return false;
       }
       return true;
     }
     case Kind::kModule: {
       if (object != entry.object || Py_TYPE(object) != entry.type) return false;
       PyObject* const own = dictionary_of(object);
-      return own && same_entries(own, next, entry.count);
+      return own && same_entries(own, at, entry.count);
     }
   }
   return false;
 }
 
-bool Snapshot::same_entries(PyObject* dictionary, const Entry*& next, int64_t count) const {
+bool Snapshot::same_entries(PyObject* dictionary, Cursor& at, int64_t count) const {
   if (PyDict_GET_SIZE(dictionary) != count) return false;
   PyObject *key, *value;
   for (Py_ssize_t place = 0; PyDict_Next(dictionary, &place, &key, &value);) {
-    if (key != next->key) return false;
+    if (key != at.next->key) return false;
     // Most entries are settings of modules.
-    if (next->kind == Kind::kSame ? (next++)->object != value : !same(value, next)) return false;
+    if (at.next->kind == Kind::kSame ? (at.next++)->object != value : !same(value, at)) return false;
   }
   return true;
 }

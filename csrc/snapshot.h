@@ -33,8 +33,8 @@ class Snapshot {
   // a hook, or a parametrization.
   static std::optional<Snapshot> of(PyObject* roots, PyObject* module_type);
 
-  // Whether these are what was there.
-  bool is(PyObject* roots) const;
+  // Whether these are what was there; the memory of their tensors is then `held`, which may be null.
+  bool is(PyObject* roots, std::vector<c10::Storage>* held) const;
 
   // Whether a tensor's memory, when the snapshot was taken, was that of one of its tensors.
   bool holds(const at::Tensor& tensor) const;
@@ -51,8 +51,12 @@ class Snapshot {
 
   bool take(PyObject* object, PyObject* module_type);
   bool take_entries(PyObject* dictionary, PyObject* module_type, bool of_module);
-  bool same(PyObject* object, const Entry*& next) const;
-  bool same_entries(PyObject* dictionary, const Entry*& next, int64_t count) const;
+  struct Cursor {
+    const Entry* next;
+    std::vector<c10::Storage>* held;
+  };
+  bool same(PyObject* object, Cursor& at) const;
+  bool same_entries(PyObject* dictionary, Cursor& at, int64_t count) const;
 
   std::vector<Entry> entries_;
   std::vector<Known> tensors_;

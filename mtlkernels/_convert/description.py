@@ -194,7 +194,9 @@ class TrunkDescription:
         x = _first_tensor((args, kwargs)) if streams is None else streams[0]
         prepare = functools.partial(_prepare, levels, plan, module, x, None if streams is None else streams[0].dtype)
         serving = _serving(levels, plan, numbers, module, x)
-        kept = serving is not None and all(level.still for level in serving)
+        # Where nothing is lost if it then goes the usual way, what is kept is compared in the same call.
+        at_once = len(levels) == 1 and not self.embeds
+        kept = serving is not None and (at_once or all([level.still() for level in serving]))
         parts = None if kept else prepare()
         if parts is None and not kept:
             return None

@@ -111,14 +111,18 @@ class Serving:
 
     def __init__(self, calls: KeptCalls, roots: Any) -> None:
         self._calls, self._roots = calls, roots
-        self.still = calls.still(roots)
+
+    def still(self) -> bool:
+        """Whether a call may be served by what is kept."""
+        return self._calls.still(self._roots)
 
     def serve(self, routing: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The level's outputs; None: this call goes the usual way."""
         single = all(x is inputs[0] for x in inputs)
-        if single is not self._calls.single or not (single or len(inputs) == routing.num_inputs):
+        fits = single is self._calls.single and (single or len(inputs) == routing.num_inputs)
+        if not (fits or self._calls.empty):
             return None
-        return self._calls.serve(inputs[0] if single else inputs)
+        return self._calls.serve(self._roots, inputs[0] if single else inputs)
 
     def offer(self, inputs: Sequence[Tensor], *arguments: Any) -> None:
         """A call that goes the usual way, by an ``expert_mixture`` of these arguments."""

@@ -200,10 +200,9 @@ class TrunkLevel(NotScriptable, nn.Module):
             return self._by_modules(streams)
         by_modules = self.batch_norm or self.dropout > 0
         roots: Any = (self._modules["experts"], self._modules["gates"], *self._settings()) if by_modules else None
-        if calls is not None and calls.still(roots):
-            outputs = calls.serve(inputs)
-            if outputs is not None:
-                return outputs
+        outputs = None if calls is None else calls.serve(roots, inputs)
+        if outputs is not None:
+            return outputs
         experts = self._read_experts(streams[0])
         if experts is None:
             reason = "experts have hooks, differ from each other, or hold layers that are not plain ones"

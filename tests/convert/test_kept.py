@@ -311,8 +311,8 @@ def test_streams_and_tensors_without_modules() -> None:
     calls = []
     serve_kept = KeptCalls.serve
 
-    def served(self: KeptCalls, inputs: Any) -> Any:
-        outputs = serve_kept(self, inputs)
+    def served(self: KeptCalls, roots: Any, inputs: Any) -> Any:
+        outputs = serve_kept(self, roots, inputs)
         calls.append(outputs is not None)
         return outputs
 

@@ -383,6 +383,39 @@ def test_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.implementation for record in found] == ["cpp"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_weights_that_go_while_others_serve(batch_norm: bool) -> None:
+    """Memory that nobody else holds any more is held until the call is over."""
+    model = mk.nn.MMoE(256, 2, (512, 64), num_experts=4, batch_norm=batch_norm).eval()
+    x = torch.randn(2, 256)
+    layer: Any = model.level.experts[3].linears[0]
+    values = [layer.weight.detach().clone(), torch.zeros_like(layer.weight)]
+    expected = []
+    for value in values:
+        layer.weight = nn.Parameter(value.clone())
+        expected.append(serve(fresh(model), x))
+    wrong: list[list[Tensor]] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            found = serve(model, x)
+            if not any(equal(found, true) for true in expected):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(600):
+        fill = torch.full_like(values[0], 1e6)  # takes the memory of a weight that is gone
+        layer.weight = nn.Parameter(values[i % 2].clone())
+        del fill
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_several_threads_at_once() -> None:
     model = kept("PLE")
     inputs = [torch.randn(rows, 20) for rows in (1, 4, 16, 50)]

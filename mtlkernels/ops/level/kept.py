@@ -34,11 +34,16 @@ class KeptCalls:
         self._trunk: Any = None
         self.single = True  # for whoever makes the calls: that what is kept has one input
         self._wait = 1  # so many calls go by before one is kept
-        self._waited = 0
+        self._waited = self._served = 0
 
     def __reduce__(self) -> Any:
         """A copy of a level keeps nothing of it."""
         return KeptCalls, ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is kept."""
+        return self._kept is None and self._trunk is None
 
     @staticmethod
     def may_serve(x: Any) -> bool:
@@ -46,38 +51,47 @@ class KeptCalls:
         return not torch.is_grad_enabled() and direct_to_cpp(x)
 
     def still(self, roots: Any) -> bool:
-        """Whether a call may be served by what is kept of one with the same ``roots``.
+        """Whether a call is like that which is kept, whose ``roots`` were the same.
 
         These hold, in lists and tuples, all that the call depends on beside its inputs.
         """
-        if self._kept is not None:
-            if self._kept.still(roots):
-                return True
-            self._kept = None
-            self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
-        self._waited += 1
-        return False
+        kept = self._kept
+        if kept is None:
+            self._waited += 1
+            return False
+        found: bool = kept.still(roots)
+        if not found:
+            self._changed()
+        return found
 
-    def serve(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    def serve(self, roots: Any, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The outputs for inputs as ``expert_mixture`` takes them; None: that call goes the usual way."""
-        outputs: tuple[Tensor, ...] | None = self._kept.serve(inputs)
-        if outputs is not None and _decisions.on:
-            note_direct(inputs)
-        return outputs
+        kept = self._kept
+        if kept is None:
+            self._waited += 1
+            return None
+        return self._outputs(kept.serve(roots, inputs), inputs)
 
     def serve_trunk(self, level: nn.Module, inputs: Any) -> tuple[Tensor, ...] | None:
         """The outputs of a trunk's level, all in C++; None: that call goes another way."""
-        if self._trunk is None:
-            return None
-        found = self._trunk.serve(level, inputs)
+        trunk = self._trunk
+        return None if trunk is None else self._outputs(trunk.serve(level, inputs), inputs)
+
+    def _outputs(self, found: Any, inputs: Any) -> tuple[Tensor, ...] | None:
         if type(found) is tuple:
+            self._served += 1
             if _decisions.on:
                 note_direct(inputs)
             return found
         if found is False:
-            self._trunk = None
-            self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+            self._changed()
         return None
+
+    def _changed(self) -> None:
+        """What is kept is gone: the sooner again, the longer it had served."""
+        self._wait = 1 if self._served > 8 * self._wait else min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+        self._kept = self._trunk = None
+        self._served = self._waited = 0
 
     def keep_trunk(
         self, level: nn.Module, expert: type, inputs: Any, weights: Any, biases: Any, routing: Routing, gates: Any
@@ -94,7 +108,7 @@ class KeptCalls:
 
     def wants(self) -> bool:
         """Whether a call that goes the usual way is to be kept."""
-        return self._waited > self._wait and self._kept is None and self._trunk is None
+        return self._waited > self._wait and self.empty
 
     def keep(
         self,
