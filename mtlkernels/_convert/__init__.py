@@ -11,6 +11,7 @@ from torch import nn
 
 from mtlkernels import _decisions
 from mtlkernels._convert.classes import CLASS_ATTRIBUTE, PLAN, converted_class, original_class
+from mtlkernels._convert.evaluation import CALLS
 from mtlkernels._convert.paying import FORCE, slower
 from mtlkernels._convert.registration import Registration
 from mtlkernels._convert.registry import find_converter, known_names
@@ -144,6 +145,7 @@ def revert(model: nn.Module) -> ConversionReport:
             continue
         module.__class__ = original
         delattr(module, PLAN)
+        module.__dict__.pop(CALLS, None)
         vars(module).pop(FORCE, None)
         lines.append(Line("reverted", path, name, f"{original.__name__} again"))
     if not lines:

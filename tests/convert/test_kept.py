@@ -284,6 +284,12 @@ def test_nothing_is_kept_alive_and_copies_keep_nothing() -> None:
     assert gone() is None
 
 
+def test_nothing_is_left_of_it_when_reverted() -> None:
+    model = kept()
+    mk.revert(model)
+    assert type(model) is Level and CALLS not in vars(model)
+
+
 class Across(nn.Module):
     """Experts of bare matrices, gates in one tensor, and a stream for each gate or one for all."""
 

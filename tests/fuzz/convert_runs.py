@@ -17,6 +17,8 @@ from tests.convert.agreement import STEPS, flat, tensors
 from tests.fuzz.convert_models import Inputs
 from tests.seeding import seed
 
+# Calls of a model one after another, the last of which use what is kept of those before.
+SERVED = 4
 # Names of attributes that a conversion adds.
 OURS = "_mtlkernels"
 
@@ -70,11 +72,13 @@ class Run:
         self.seen: list[Any] = []
 
     def serve(self, words: str, rows: int) -> None:
+        """Often enough for calls to be kept."""
         with serving(self.model):
-            seed_all(7)
-            self.found["outputs"][f"served {words} on {rows} rows"] = flat(
-                self.model(*self.inputs(rows, 9, self.dtype))
-            )
+            for number in range(SERVED):
+                seed_all(7)
+                self.found["outputs"][f"served {words} on {rows} rows, {number}"] = flat(
+                    self.model(*self.inputs(rows, 9, self.dtype))
+                )
 
     def set_rates(self, number: int) -> None:
         """Dropout drops nothing, or in the second step all here and there: fused, it draws other random numbers."""
