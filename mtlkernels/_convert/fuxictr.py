@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtlkernels._convert.chains import chains_of
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
@@ -31,12 +31,18 @@ def _inputs(module: Any, x: Sequence[Tensor], require_gate: bool = False) -> Seq
     return None if require_gate else [*x[: module.num_tasks], x[-1]]
 
 
+def _gates(module: Any) -> list[Any]:
+    """None where something else than a softmax follows them."""
+    activation = module.gate_activation
+    return [[chain, activation] for chain in _chains(module.gate)] if type(activation) is nn.Softmax else []
+
+
 # By the name of the class.
 DESCRIPTIONS: dict[str, Any] = {
     "CGC_Layer": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module.specific_experts, module.shared_experts),
-            gates=lambda module: _chains(module.gate),
+            gates=_gates,
             routing=_routing,
         ),
         inputs=_inputs,
@@ -45,7 +51,7 @@ DESCRIPTIONS: dict[str, Any] = {
     "MMoE_Layer": TrunkDescription.of(
         LevelDescription(
             experts=lambda module: _chains(module.experts),
-            gates=lambda module: _chains(module.gate),
+            gates=_gates,
             routing=lambda module: Routing.mmoe(module.num_experts, module.num_tasks),
         )
     ),

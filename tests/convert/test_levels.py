@@ -92,6 +92,20 @@ def test_serves_as_the_library(name: str, grad: bool, fused_calls: list[int]) ->
             assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if hasattr(MODULES[name](), "gate_activation")])
+def test_another_activation_of_gates(name: str, fused_calls: list[int]) -> None:
+    model = MODULES[name]().eval()
+    converted = copy.deepcopy(model)
+    assert mk.convert(converted).replaced
+    for activation in (nn.Softmax(dim=-1), nn.Softmax(dim=0), nn.Sigmoid()):
+        model.gate_activation = converted.gate_activation = activation
+        fused_calls.clear()
+        with torch.no_grad():
+            found, expected = converted(*arguments(model)), model(*arguments(model))
+        assert error(found, copy.deepcopy(expected)) <= 1e-5
+        assert bool(fused_calls) == (getattr(activation, "dim", 0) == -1)
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if "batch norm" in name])
 def test_trains_as_the_library(name: str) -> None:
     model = MODULES[name]()
