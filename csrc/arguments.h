@@ -44,6 +44,11 @@ bool read_tensors(PyObject* items, Tensors& tensors) {
   });
 }
 
+// A tensor, or a list or a tuple of some.
+inline bool read_streams(PyObject* inputs, Tensors& streams) {
+  return THPVariable_Check(inputs) ? read_tensor(inputs, streams.emplace_back()) : read_tensors(inputs, streams);
+}
+
 // A list or a tuple of the groups' tensors, None for an undefined one.
 template <typename Sequence>
 pybind11::object wrapped_groups(std::initializer_list<Tensors*> groups) {

@@ -133,9 +133,7 @@ bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyOb
                 PyObject* gate_weights, PyObject* gate_biases, PyObject* norms, PyObject* gate_norms, PyObject* slopes,
                 LevelCall& call) {
   LevelTensors& tensors = call.tensors;
-  const bool streams = THPVariable_Check(inputs) ? read_tensor(inputs, tensors.inputs.emplace_back())
-                                                 : read_tensors(inputs, tensors.inputs);
-  if (!streams || !read_stacked(weights, spec, false, tensors.weights)) return false;
+  if (!read_streams(inputs, tensors.inputs) || !read_stacked(weights, spec, false, tensors.weights)) return false;
   if (biases == Py_None) {
     tensors.biases.resize(tensors.weights.size());
   } else if (!read_stacked(biases, spec, true, tensors.biases)) {

@@ -50,7 +50,7 @@ class KeptCall {
   py::object serve(py::handle roots, py::handle inputs) const {
     Tensors streams;
     std::vector<c10::Storage> held;
-    if (!read_streams(inputs, streams)) return py::none();
+    if (!read_streams(inputs.ptr(), streams) || streams.empty()) return py::none();
     return snapshot_.is(roots.ptr(), &held) ? served(level_, streams) : py::bool_(false);
   }
 
@@ -74,12 +74,6 @@ std::optional<StoredCall> stored_call(py::handle weights, py::handle biases, py:
     return std::nullopt;
   }
   return StoredCall{std::move(*spec), std::move(call)};
-}
-
-bool read_streams(py::handle inputs, Tensors& streams) {
-  const bool fit = THPVariable_Check(inputs.ptr()) ? read_tensor(inputs.ptr(), streams.emplace_back())
-                                                   : read_tensors(inputs.ptr(), streams);
-  return fit && !streams.empty();
 }
 
 py::object served(const KeptLevel& level, const Tensors& streams) {

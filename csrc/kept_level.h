@@ -40,9 +40,6 @@ bool all_parameters(const LevelCall& call, F holds) {
   return true;
 }
 
-// A tensor, or a list or a tuple of some.
-bool read_streams(pybind11::handle inputs, Tensors& streams);
-
 // The outputs for Python, or None: not a call for it. Python runs meanwhile, in other threads: whoever calls this holds
 // the parameters' memory.
 pybind11::object served(const KeptLevel& level, const Tensors& streams);

@@ -115,7 +115,7 @@ class KeptTrunk {
   py::object serve(py::handle level, py::handle inputs) const {
     Tensors streams;
     std::vector<c10::Storage> held;
-    if (!read_streams(inputs, streams) || !is_plain_call(inputs, streams)) return py::none();
+    if (!read_streams(inputs.ptr(), streams) || streams.empty() || !is_plain_call(inputs, streams)) return py::none();
     return still(level.ptr(), held) ? served(level_, streams) : py::bool_(false);
   }
 

@@ -14,13 +14,18 @@ inline PyObject* entry(PyObject* dictionary, PyObject* name) {
   return found;
 }
 
-// Of an object's own dictionary, borrowed; null where it has none of that name.
-inline PyObject* attribute(PyObject* object, PyObject* name) {
+// An object's own dictionary, which it keeps alive; null for none.
+inline PyObject* dictionary_of(PyObject* object) {
   PyObject* const own = PyObject_GenericGetDict(object, nullptr);
   if (!own) return PyErr_Clear(), nullptr;
-  PyObject* const found = entry(own, name);
   Py_DECREF(own);
-  return found;
+  return own;
+}
+
+// Of that dictionary, borrowed; null where it has none of that name.
+inline PyObject* attribute(PyObject* object, PyObject* name) {
+  PyObject* const own = dictionary_of(object);
+  return own ? entry(own, name) : nullptr;
 }
 
 // The same, which is to be a dictionary and nothing more, whose order is that of its entries.

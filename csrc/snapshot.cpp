@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "level_node.h"
+#include "modules.h"
 
 namespace mtlk {
 namespace {
@@ -54,14 +55,6 @@ bool is_fixed(PyObject* object) {
 }
 
 bool is_sequence(PyObject* object) { return PyList_CheckExact(object) || PyTuple_CheckExact(object); }
-
-// A module's dictionary, which it keeps alive; null for none.
-PyObject* dictionary_of(PyObject* module) {
-  PyObject* const found = PyObject_GenericGetDict(module, nullptr);
-  if (!found) return PyErr_Clear(), nullptr;
-  Py_DECREF(found);
-  return found;
-}
 
 }  // namespace
 
