@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -164,19 +165,46 @@ void little_is_held() {
   check(MemoryPool::instance().release() <= kMostHeld && counting.live == 0, "something is left");
 }
 
-// What tasks wrote is there afterwards, each on a thread that it has for itself.
-void tasks_are_done_once() {
-  constexpr int64_t kTasks = 500, kThreads = 3;
-  std::vector<int> done(kTasks), busy(kThreads);
-  mtlk::parallel_tasks_on(kThreads, kTasks, [&](int64_t task, int64_t thread) {
-    const Scratch scratch(1, 5000);
-    std::fill_n(static_cast<char*>(scratch[0]), 5000, 'a');
-    check(busy[thread]++ == 0, "two tasks share a thread's memory");
-    ++done[task];
-    --busy[thread];
-  });
-  check(std::all_of(done.begin(), done.end(), [](int times) { return times == 1; }), "a task ran never, or twice");
+// What tasks wrote is there afterwards, each on a thread that it has for itself; `run` hands them out.
+template <typename Run>
+void each_is_done_once(Run run) {
+  constexpr int64_t kThreads = 3;
+  for (const int64_t tasks : {0, 1, 2, 500}) {
+    std::vector<int> done(tasks), busy(kThreads);
+    run(kThreads, tasks, [&](int64_t task, int64_t thread) {
+      const Scratch scratch(1, 5000);
+      std::fill_n(static_cast<char*>(scratch[0]), 5000, 'a');
+      check(busy[thread]++ == 0, "two tasks share a thread's memory");
+      ++done[task];
+      --busy[thread];
+    });
+    check(std::all_of(done.begin(), done.end(), [](int times) { return times == 1; }), "a task ran never, or twice");
+  }
 }
+
+void tasks_are_done_once() {
+  each_is_done_once([](int64_t threads, int64_t tasks, auto f) { mtlk::parallel_tasks_on(threads, tasks, f); });
+  each_is_done_once([](int64_t threads, int64_t tasks, auto f) { mtlk::parallel_runs_on(threads, tasks, f); });
+}
+
+#if defined(__SANITIZE_THREAD__)  // elsewhere this program may have one thread
+// A thread begins with its own run, and ends with what another is slow to begin.
+void runs_stay_and_are_shared() {
+  constexpr int64_t kTasks = 8;
+  std::array<std::atomic<int64_t>, kTasks> by{};
+  std::atomic<int64_t> begun{0}, others{0};
+  mtlk::parallel_runs_on(2, kTasks, [&](int64_t task, int64_t thread) {
+    by[task] = thread;
+    if (task == 0) {  // the first thread's first, until the second thread has done all else
+      while (others < kTasks - 1) std::this_thread::yield();
+    } else {
+      if (begun++ == 0) check(task == kTasks / 2 && thread == 1, "a thread does not begin with its own run");
+      ++others;
+    }
+  });
+  for (int64_t task = 1; task < kTasks; ++task) check(by[task] == 1, "a thread waits for one that is slow");
+}
+#endif
 
 // A child finds the lock free, whoever held it when it was forked.
 void children_find_it_free() {
@@ -224,5 +252,8 @@ int main(int count, char** arguments) {
   everything_merges();
   little_is_held();
   tasks_are_done_once();
+#if defined(__SANITIZE_THREAD__)
+  runs_stay_and_are_shared();
+#endif
   return 0;
 }

@@ -150,8 +150,8 @@ class BackwardRun {
   // f(task, scratch): by all threads, or in turn where this thread is a lane.
   template <typename F>
   void tasks(int64_t lane, int64_t count, F f) const {
-    parallel_tasks_on(plan_.lanes > 1 ? 1 : threads_, count,
-                      [&](int64_t task, int64_t thread) { f(task, scratch_[lane + thread]); });
+    parallel_runs_on(plan_.lanes > 1 ? 1 : threads_, count,
+                     [&](int64_t task, int64_t thread) { f(task, scratch_[lane + thread]); });
   }
 
   void prepare(const BackwardChunk& chunk, int64_t lane) const {
@@ -168,13 +168,14 @@ class BackwardRun {
   int64_t operands() const { return apart_ && args_.need_weights ? table_.operand_tasks(args_) : 0; }
 
   // Threads wait for each other as seldom as can be: what the weights' gradients read of the streams is made along with
-  // the first group's chain, and where a block has no other parts its last group finishes it.
+  // the first group's chain, and where a block has no other parts its last group finishes it. Tasks are a block's part
+  // for every group, as what a block sums up over its groups should stay in the caches of one thread.
   void chain(const BackwardChunk& chunk, int64_t lane, bool add) const {
     const int64_t made = plan_.lanes == 1 && !add ? operands() : 0;
     const bool finishes = plan_.sums && plan_.lanes * plan_.parts == 1 && chunk.last == level_.experts;
-    tasks(lane, made + blocks(chunk) * plan_.parts, [&](int64_t task, void* scratch) {
-      if (task < made) return table_.make_operand(args_, chunk, task);
-      task -= made;
+    const int64_t count = blocks(chunk) * plan_.parts;
+    tasks(lane, count, [&](int64_t task, void* scratch) {
+      for (int64_t i = made * task / count; i < made * (task + 1) / count; ++i) table_.make_operand(args_, chunk, i);
       const int64_t block = task / plan_.parts, nrows = rows(chunk, block);
       const int part = static_cast<int>(task % plan_.parts);
       const int first = part_of(chunk.first, chunk.last, part), last = part_of(chunk.first, chunk.last, part + 1);

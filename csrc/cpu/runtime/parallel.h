@@ -5,10 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #if defined(__SANITIZE_THREAD__)
 #include <thread>
-#include <vector>
 #endif
 
 #include "runtime/memory.h"
@@ -41,6 +41,26 @@ void parallel_tasks_on(int64_t threads, int64_t tasks, F f) {
   parallel_threads(threads, [&](int64_t thread) {
     const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };  // orders nothing: tasks need not
     for (int64_t task = take(); task < tasks; task = take()) f(task, thread);
+  });
+}
+
+// The same where a call comes back to what tasks of an earlier one wrote: each thread begins with a run of its own, the
+// same in every call of as many tasks, so that this is in its caches; then it takes what others have not begun.
+template <typename F>
+void parallel_runs_on(int64_t threads, int64_t tasks, F f) {
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+  };
+  threads = std::min(threads, tasks);
+  const auto begin = [=](int64_t run) { return tasks * run / threads; };
+  std::vector<Run> runs(std::max<int64_t>(threads, 0));
+  for (int64_t i = 0; i < threads; ++i) runs[i].next.store(begin(i), std::memory_order_relaxed);
+  parallel_threads(threads, [&](int64_t thread) {
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t run = (thread + i) % threads, end = begin(run + 1);
+      const auto take = [&] { return runs[run].next.fetch_add(1, std::memory_order_relaxed); };
+      for (int64_t task = take(); task < end; task = take()) f(task, thread);
+    }
   });
 }
 
