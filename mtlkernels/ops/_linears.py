@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtlkernels import _tracing
 from mtlkernels._backends import autocast_enabled
+from mtlkernels.ops._autograd import applied
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
@@ -23,7 +24,7 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     autocast = autocast_enabled(device)
     if autocast or _tracing.observed() or not torch.is_grad_enabled():  # who looks on sees into plain operators
         return _forward(x, weights, biases)
-    return list(_JointLinear.apply(len(weights), x, *weights, *biases))
+    return list(applied(_JointLinear, len(weights), x, *weights, *biases))
 
 
 def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:

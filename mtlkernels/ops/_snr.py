@@ -18,6 +18,7 @@ from mtlkernels import _decisions
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import (
+    applied,
     batched_backward,
     by_example,
     call,
@@ -199,7 +200,7 @@ def register(op: str, reference: Any) -> None:
 
     def differentiable(*groups: Any) -> list[Tensor]:
         flat = [tensor for group in groups[:-1] for tensor in group]
-        return list(Routes.apply(plan_of(*groups), *flat, groups[-1]))
+        return list(applied(Routes, plan_of(*groups), *flat, groups[-1]))
 
     def rule(info: Any, in_dims: Any, *groups: Any) -> Any:
         """The operator's own rule, which torch.compile needs where no gradient is wanted."""

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
-from mtlkernels.ops._autograd import batched_backward, by_example, call, differentiate_twice, front, grads_are_batched
+from mtlkernels.ops._autograd import (
+    applied,
+    batched_backward,
+    by_example,
+    call,
+    differentiate_twice,
+    front,
+    grads_are_batched,
+)
 from mtlkernels.ops._call import run_forward
 from mtlkernels.ops.gated_mixture import reference, schema  # noqa: F401  (it defines the operators)
 
@@ -48,7 +56,7 @@ class GatedMixture(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Tensor) -> Any:
-        out = GatedMixture.apply(plan, *_as_rows(tensors, in_dims[1:], info.batch_size))
+        out = applied(GatedMixture, plan, *_as_rows(tensors, in_dims[1:], info.batch_size))
         return tuple(by_example(y, 0, info.batch_size) for y in out), (0,) * len(out)
 
 
@@ -148,7 +156,7 @@ class GatedMixtureBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *tensors: Tensor) -> Any:
-        out = GatedMixtureBackward.apply(plan, needs, *_as_rows(tensors, in_dims[2:], info.batch_size))
+        out = applied(GatedMixtureBackward, plan, needs, *_as_rows(tensors, in_dims[2:], info.batch_size))
         return tuple(by_example(y, 0, info.batch_size) for y in out), (0,) * len(out)
 
 
@@ -171,7 +179,7 @@ def _vmap_operator(info: Any, in_dims: Any, experts: Tensor, logits: Any, gate_e
 
 
 def _differentiable_forward(experts: Tensor, logits: Any, gate_experts: Any, gate_sizes: Any) -> list[Tensor]:
-    return list(GatedMixture.apply(Plan(tuple(gate_experts), tuple(gate_sizes), None), experts, *logits))
+    return list(applied(GatedMixture, Plan(tuple(gate_experts), tuple(gate_sizes), None), experts, *logits))
 
 
 register_autograd("gated_mixture_forward", _differentiable_forward)
