@@ -138,7 +138,7 @@ def test_the_profiler_sees_the_direct_way(wants_gradient: bool) -> None:
     names = (
         {"mtlkernels::level_forward", "mtlkernels::level_backward"} if wants_gradient else {"mtlkernels::level_serve"}
     )
-    with torch.profiler.profile() as profile, torch.set_grad_enabled(wants_gradient):
+    with torch.profiler.profile(acc_events=True) as profile, torch.set_grad_enabled(wants_gradient):
         outputs = by_layers(**arguments)
         if wants_gradient:
             torch.stack([y.sum() for y in outputs]).sum().backward()
