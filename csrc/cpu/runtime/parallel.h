@@ -52,8 +52,9 @@ void parallel_runs_on(int64_t threads, int64_t tasks, F f) {
     std::atomic<int64_t> next;
   };
   threads = std::min(threads, tasks);
+  if (threads <= 1) return parallel_tasks_on(threads, tasks, f);
   const auto begin = [=](int64_t run) { return tasks * run / threads; };
-  std::vector<Run> runs(std::max<int64_t>(threads, 0));
+  std::vector<Run> runs(threads);
   for (int64_t i = 0; i < threads; ++i) runs[i].next.store(begin(i), std::memory_order_relaxed);
   parallel_threads(threads, [&](int64_t thread) {
     for (int64_t i = 0; i < threads; ++i) {
