@@ -192,16 +192,22 @@ void tasks_are_done_once() {
 void runs_stay_and_are_shared() {
   constexpr int64_t kTasks = 8;
   std::array<std::atomic<int64_t>, kTasks> by{};
-  std::atomic<int64_t> begun{0}, others{0};
+  std::atomic<int64_t> met{0}, others{0};
+  std::atomic<bool> begun{false};
   mtlk::parallel_runs_on(2, kTasks, [&](int64_t task, int64_t thread) {
     by[task] = thread;
     if (task == 0) {  // the first thread's first, until the second thread has done all else
+      begun = true;
       while (others < kTasks - 1) std::this_thread::yield();
-    } else {
-      if (begun++ == 0) check(task == kTasks / 2 && thread == 1, "a thread does not begin with its own run");
-      ++others;
+      return;
     }
+    if (met++ == 0) {
+      check(task == kTasks / 2 && thread == 1, "a thread does not begin with its own run");
+      while (!begun) std::this_thread::yield();
+    }
+    ++others;
   });
+  check(by[0] == 0, "a thread does not begin with its own run");
   for (int64_t task = 1; task < kTasks; ++task) check(by[task] == 1, "a thread waits for one that is slow");
 }
 #endif
