@@ -12,11 +12,6 @@ from torch import Tensor
 from mtlkernels import _torch
 
 
-def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """What a Function gives: older versions of PyTorch have a type for it that may be None."""
-    return function.apply(*args)
-
-
 def differentiate_twice(
     forward: Callable[..., Any], primals: Sequence[Tensor], grad_outputs: Sequence[Tensor], grads: Sequence[Any]
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:

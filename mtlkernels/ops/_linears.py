@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mtlkernels import _tracing
 from mtlkernels._backends import autocast_enabled
-from mtlkernels.ops._autograd import applied
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
@@ -24,7 +23,7 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     autocast = autocast_enabled(device)
     if autocast or _tracing.observed() or not torch.is_grad_enabled():  # who looks on sees into plain operators
         return _forward(x, weights, biases)
-    return list(applied(_JointLinear, len(weights), x, *weights, *biases))
+    return list(cast(Any, _JointLinear.apply(len(weights), x, *weights, *biases)))
 
 
 def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from mtlkernels import _decisions
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import (
-    applied,
     batched_backward,
     by_example,
     call,
@@ -200,7 +199,7 @@ def register(op: str, reference: Any) -> None:
 
     def differentiable(*groups: Any) -> list[Tensor]:
         flat = [tensor for group in groups[:-1] for tensor in group]
-        return list(applied(Routes, plan_of(*groups), *flat, groups[-1]))
+        return list(cast(Any, Routes.apply(plan_of(*groups), *flat, groups[-1])))
 
     def rule(info: Any, in_dims: Any, *groups: Any) -> Any:
         """The operator's own rule, which torch.compile needs where no gradient is wanted."""

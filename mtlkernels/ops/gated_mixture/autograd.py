@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
-from mtlkernels.ops._autograd import (
-    applied,
-    batched_backward,
-    by_example,
-    call,
-    differentiate_twice,
-    front,
-    grads_are_batched,
-)
+from mtlkernels.ops._autograd import batched_backward, by_example, call, differentiate_twice, front, grads_are_batched
 from mtlkernels.ops._call import run_forward
 from mtlkernels.ops.gated_mixture import reference, schema  # noqa: F401  (it defines the operators)
 
@@ -56,7 +48,7 @@ class GatedMixture(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Tensor) -> Any:
-        out = applied(GatedMixture, plan, *_as_rows(tensors, in_dims[1:], info.batch_size))
+        out = cast(Any, GatedMixture.apply(plan, *_as_rows(tensors, in_dims[1:], info.batch_size)))
         return tuple(by_example(y, 0, info.batch_size) for y in out), (0,) * len(out)
 
 
@@ -156,7 +148,7 @@ class GatedMixtureBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *tensors: Tensor) -> Any:
-        out = applied(GatedMixtureBackward, plan, needs, *_as_rows(tensors, in_dims[2:], info.batch_size))
+        out = cast(Any, GatedMixtureBackward.apply(plan, needs, *_as_rows(tensors, in_dims[2:], info.batch_size)))
         return tuple(by_example(y, 0, info.batch_size) for y in out), (0,) * len(out)
 
 
@@ -179,7 +171,7 @@ def _vmap_operator(info: Any, in_dims: Any, experts: Tensor, logits: Any, gate_e
 
 
 def _differentiable_forward(experts: Tensor, logits: Any, gate_experts: Any, gate_sizes: Any) -> list[Tensor]:
-    return list(applied(GatedMixture, Plan(tuple(gate_experts), tuple(gate_sizes), None), experts, *logits))
+    return list(cast(Any, GatedMixture.apply(Plan(tuple(gate_experts), tuple(gate_sizes), None), experts, *logits)))
 
 
 register_autograd("gated_mixture_forward", _differentiable_forward)

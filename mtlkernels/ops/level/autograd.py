@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from mtlkernels._backends import implementation, register_reference, triton_modu
 from mtlkernels._library import register_autograd
 from mtlkernels._tracing import observed
 from mtlkernels.ops._autograd import (
-    applied,
     batched_backward,
     by_example,
     call,
@@ -207,7 +206,7 @@ class LevelBackward(torch.autograd.Function):
         returned = spec.returned(arguments[:gates], rest[:count], needs)
         one_level = all(dim is None for dim in dims[gates:])  # of whose outputs there are several gradients
         if plan.losses == 1 and one_level:
-            out = applied(LevelBackward, plan._replace(losses=size), needs, *grads, *rest)
+            out = cast(Any, LevelBackward.apply(plan._replace(losses=size), needs, *grads, *rest))
             found = _in_place(spec, grads, rest[:count], needs, out)
             return tuple(torch.stack(found[i::count]) for i in returned), (0,) * len(returned)
         if plan.losses > 1 or spec.stores_inputs or spec.gate_inputs:
@@ -220,7 +219,7 @@ class LevelBackward(torch.autograd.Function):
         kept = zip(rest[count + 1 :], dims[gates + count + 1 :], strict=True)
         saved = [front(t, dim, size).flatten(0, 1) for t, dim in kept]
         wide_spec = spec.repeated(size, shared)
-        out = applied(LevelBackward, plan._replace(spec=wide_spec), needs, *grads, *wide, None, *saved)
+        out = cast(Any, LevelBackward.apply(plan._replace(spec=wide_spec), needs, *grads, *wide, None, *saved))
         return _restacked(spec, returned, wide_spec, _in_place(wide_spec, grads, wide, needs, out), size)
 
 
@@ -304,7 +303,7 @@ def _differentiable_forward(
     inputs: Any, parameters: Any, gates: Any, ints: Any, floats: Any, seed: Any, save: bool
 ) -> Any:
     spec = LevelSpec.decoded(ints, floats)
-    out = applied(Level, Plan(spec, None), *inputs, *parameters, *gates, seed)
+    out = cast(Any, Level.apply(Plan(spec, None), *inputs, *parameters, *gates, seed))
     count = len(spec.gate_sizes)
     saved = out[count:]
     return list(out[:count]), list(saved if save else spec.split_saved(saved)[1])

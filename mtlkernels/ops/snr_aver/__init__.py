@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from mtlkernels import _backends, _tracing
-from mtlkernels.ops._autograd import applied
 from mtlkernels.ops._call import (
     distinct,
     needs_function,
@@ -68,7 +67,7 @@ def snr_aver(u: Tensor | Sequence[Tensor], z: Tensor, *, closed_grad: bool = Tru
         return traced("snr_aver", closed_grad, inputs, z)
     if needs_function(inputs, (z,)):
         plan = Plan("snr_aver", len(inputs), 0, num_outputs, closed_grad, backend)
-        return tuple(applied(Routes, plan, *distinct(*inputs, z)))
+        return tuple(cast(Any, Routes.apply(plan, *distinct(*inputs, z))))
     return tuple(run_forward("snr_aver", backend, inputs[0], inputs, z))
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from mtlkernels import _backends, _tracing
-from mtlkernels.ops._autograd import applied
 from mtlkernels.ops._call import (
     distinct,
     needs_function,
@@ -80,7 +79,7 @@ def snr_trans(
         return traced("snr_trans", closed_grad, inputs, weights, z)
     if needs_function(inputs, weights, (z,)):
         plan = Plan("snr_trans", len(inputs), len(weights), num_outputs, closed_grad, backend)
-        return tuple(applied(Routes, plan, *distinct(*inputs, *weights, z)))
+        return tuple(cast(Any, Routes.apply(plan, *distinct(*inputs, *weights, z))))
     return tuple(run_forward("snr_trans", backend, inputs[0], inputs, weights, z))
 
 
