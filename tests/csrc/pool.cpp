@@ -191,6 +191,7 @@ void tasks_are_done_once() {
 // A thread begins with its own run, and ends with what another is slow to begin.
 void runs_stay_and_are_shared() {
   constexpr int64_t kTasks = 8;
+  alarm(60);  // ends the program, where a thread waits for ever
   std::array<std::atomic<int64_t>, kTasks> by{};
   std::atomic<int64_t> met{0}, others{0};
   std::atomic<bool> begun{false};
@@ -209,6 +210,7 @@ void runs_stay_and_are_shared() {
   });
   check(by[0] == 0, "a thread does not begin with its own run");
   for (int64_t task = 1; task < kTasks; ++task) check(by[task] == 1, "a thread waits for one that is slow");
+  alarm(0);
 }
 #endif
 
