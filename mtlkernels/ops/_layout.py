@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
-
-
-def saved_layers(layers: int, device: torch.device) -> int:
-    """How many of an expert mixture's layers, from the first on, the forward pass saves for the backward pass.
-
-    Of several layers the last is small beside the others, so computing it again costs less than the memory is worth;
-    Triton's backward kernels read it from memory.
-    """
-    return layers if layers == 1 or device.type == "cuda" else layers - 1
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -11,9 +11,9 @@ struct LevelResults {
   Tensors outputs, saved;
 };
 
-// With `save`, what the backward pass wants is saved.
+// With `save`, what the backward pass wants is saved, in that shape.
 LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
-                           const RunningNorms& norms, bool save);
+                           const RunningNorms& norms, const SavedShape& shape, bool save);
 
 // The outputs alone, of a level whose tables are complete.
 Tensors serve_chain(const LevelShape& level, const at::TensorOptions& options, const ChainKernels& kernels);

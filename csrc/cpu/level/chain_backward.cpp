@@ -22,8 +22,7 @@ struct BackwardPlan {
   bool sums;                             // the inputs' gradients are sums of what several parts or groups leave
 
   static BackwardPlan of(const ChainBackwardArgs& args, const ChainKernels& kernels) {
-    constexpr int64_t kExperts = 4;  // of a group: with fewer, the outputs' gradients are read too often
-    constexpr int64_t kTasks = 8;    // of a thread: with fewer, it waits too long for the others
+    constexpr int64_t kTasks = 8;  // of a thread: with fewer, it waits too long for the others
     const LevelShape& level = args.level;
     const int64_t threads = at::get_num_threads(), experts = level.experts;
     BackwardPlan plan{};
@@ -43,7 +42,10 @@ struct BackwardPlan {
       BackwardChunk one_expert{};
       one_expert.last = 1;
       const int64_t tasks = kernels.weight_tasks(args, one_expert), waiting = divide_up(threads, plan.blocks);
-      const int64_t least = std::max({kExperts, divide_up(kTasks * threads, tasks), waiting});
+      // Of a group: with fewer, the outputs' gradients are read too often; but beside few chunks what lies between is a
+      // large part of what a step holds.
+      const int64_t few = level.rows > 2 * plan.capacity ? 4 : 2;
+      const int64_t least = std::max({few, divide_up(kTasks * threads, tasks), waiting});
       plan.lanes = 1;
       plan.group = static_cast<int>(divide_up(experts, divide_up(experts, least)));
       plan.parts = static_cast<int>(std::min<int64_t>(plan.group, waiting));
@@ -215,7 +217,7 @@ void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, c
   const EngineTable& engine = kernels.engine;
   const BackwardPlan plan = BackwardPlan::of(args, kernels);
   const int experts = args.level.experts;
-  const bool again = saved_layers(args.level.layers) < args.level.layers;
+  const bool again = computes_last_again(args.level);
   if (shared) {
     args.level = tables.level();
     const LossesInCommon::Pointers pointers = shared->point(args);

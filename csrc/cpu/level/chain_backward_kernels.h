@@ -67,12 +67,6 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     if (!below && args_.grad_logits) write_logits();
   }
 
-  // What would have been saved of expert e's last layer, to panels of all rows.
-  void compute_last(int e, C* values) {
-    compute_kept(e);
-    std::memcpy(values + row_ * features(), s_.kept, groups_ * features() * kGroup * sizeof(C));
-  }
-
   // Sums the inputs' gradients of `parts` parts in their order.
   void finish(const C* below, int parts, C* inner) {
     if (args_.grad_logits) {
@@ -114,7 +108,8 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   }
 
   const T* saved_rows(int l, int e) const {
-    return static_cast<const T*>(args_.saved[l]) + (level_.numbers[e] * level_.rows + row_) * level_.widths[l + 1];
+    return static_cast<const T*>(args_.saved[l]) +
+           (saved_place(level_, l, e) * level_.rows + row_) * level_.widths[l + 1];
   }
 
   void load_kept(int l, int e) {
@@ -148,9 +143,9 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     });
   }
 
-  // What would have been saved of the last layer, from the one below.
+  // What would have been saved of the last layer, from the one below. Its activation is one of which signs suffice.
   void compute_kept(int e) {
-    const int l = level_.layers - 1, code = level_.activations[l];
+    const int l = level_.layers - 1;
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1], size = Engine::panel_size(depth);
     const int64_t at = weight_number(level_, l, e), ld = args_.last_weight_ld[e];
     const auto* weight = static_cast<const typename Engine::Weight*>(args_.last_weights[e]);
@@ -169,8 +164,8 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
         Engine::tile(weight, ld, o, n, s_.input + g0 * size, depth, ng, s_.tile, tile_group,
                      ahead.share(g0, ng, groups_));
         for (int64_t g = g0; g < g0 + ng; ++g) {
-          affine_activation<T, C>(from_input(code) ? static_cast<int>(kNone) : code, s_.tile + (g - g0) * tile_group,
-                                  affine.from(o), n, s_.kept + (g * width + o) * kGroup, nullptr);
+          affine_activation<T, C>(level_.activations[l], s_.tile + (g - g0) * tile_group, affine.from(o), n,
+                                  s_.kept + (g * width + o) * kGroup, nullptr);
           clear_absent(group_rows(g), n, s_.kept + (g * width + o) * kGroup);
         }
       }
@@ -179,12 +174,9 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
 
   void expert(int e) {
     const int last = level_.layers - 1;
-    const auto* shared = args_.last_values ? static_cast<const C*>(args_.last_values[e]) : nullptr;
-    const bool done = last_from_signs(e);
+    const bool saved = saved_place(level_, last, e) >= 0, done = !saved && last_from_signs(e);
     if (!done) {
-      const bool saved = last < saved_layers(level_.layers);
-      last_ = shared ? shared + row_ * features() : s_.kept;
-      if (!shared) saved ? load_kept(last, e) : compute_kept(e);
+      saved ? load_kept(last, e) : compute_kept(e);
       for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
     }
     if (!args_.need_experts) return;
@@ -192,7 +184,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
       // Where the last layer was computed again, what it read is there.
       if (from_input(level_.activations[l - 1])) {
         load_kept(l - 1, e);
-      } else if (l < saved_layers(level_.layers) || shared) {
+      } else if (l < last || saved) {
         load_input(l - 1, e);
       }
       start_panels(l - 1);
@@ -248,7 +240,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     constexpr int L = Simd<C>::lanes;
     const int l = level_.layers - 1, code = level_.activations[l];
     const int64_t values = features() * kGroup;
-    const C* kept = last_ + g * values;
+    const C* kept = s_.kept + g * values;
     const C* after = kept;
     if (from_input(code)) {
       with_activation(code, [&](auto constant) {
@@ -359,7 +351,6 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   const BackwardChunk& chunk_;
   const BackwardLayout<Engine>& layout_;
   ChainBackwardScratch<Engine> s_;
-  const C* last_ = nullptr;  // of the expert whose turn it is, what its last layer's derivative follows from
   C* below_ = nullptr;
   C* stream_ = nullptr;  // the sums that the experts' input gradients go to
   bool fresh_ = true;    // nothing is in them yet

@@ -61,7 +61,7 @@ Tensors serve_chain(const LevelShape& level, const at::TensorOptions& options, c
 }
 
 LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
-                           const RunningNorms& norms, bool save) {
+                           const RunningNorms& norms, const SavedShape& shape, bool save) {
   const LevelShape& level = tables.level();
   const at::Tensor logits = tables.set_gates(norms.gates, kernels.fold_norm, kernels.engine.form, save);
   const auto options = tensors.inputs[0].options();
@@ -73,14 +73,16 @@ LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, con
   }
   std::vector<void*> outputs, saved;
   results.outputs = outputs_of(level, options, outputs);
-  for (int l = 0; l < saved_layers(level.layers); ++l) {
-    results.saved.push_back(pooled({level.experts, level.rows, level.widths[l + 1]}, options));
+  for (int l = 0; l < level.layers; ++l) {
+    const int64_t experts = l + 1 < level.layers ? shape.experts : shape.last_experts;
+    if (experts == 0) continue;
+    results.saved.push_back(pooled({experts, level.rows, level.widths[l + 1]}, options));
     saved.push_back(results.saved.back().mutable_data_ptr());
   }
   uint8_t* signs = nullptr;
-  if (saves_signs(level.layers, level.activations, dtype_of(tensors.inputs[0]))) {
-    const int64_t bytes = sign_bytes(level.widths[level.layers]);
-    results.saved.push_back(pooled({level.experts, level.rows, bytes}, options.dtype(at::kByte)));
+  if (shape.signs) {
+    const int64_t others = shape.experts - shape.last_experts, bytes = sign_bytes(level.widths[level.layers]);
+    results.saved.push_back(pooled({others, level.rows, bytes}, options.dtype(at::kByte)));
     signs = results.saved.back().mutable_data_ptr<uint8_t>();
   }
   if (logits.defined()) results.saved.push_back(logits);

@@ -192,10 +192,10 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   void layer(int e, int l, const Element* in, Element* out, int64_t next, bool ends) {
     const int64_t width = level_.widths[l + 1], at = weight_number(level_, l, e), tiles = Engine::tiles(width);
     const auto affine = Affine<T, C>::of(level_, at);
-    for (int64_t g = 0; g < groups_ && panel_out(l); ++g) {
+    for (int64_t g = 0; g < groups_ && panel_out(e, l); ++g) {
       Engine::clear_margin(out + g * Engine::panel_size(width), width);
     }
-    const bool signs = args_.signs && l + 1 == level_.layers;
+    const bool signs = args_.signs && saved_place(level_, l, e) < 0;
     const int64_t words = sign_words_size(width);
     if (signs) std::memset(s_.signs, 0, words * groups_ * sizeof(Word<C>));
     for (int64_t t = 0; t < tiles; ++t) {
@@ -205,16 +205,15 @@ class ChainForward : RowBlock<ChainForwardArgs> {
                       [&](const auto& meanwhile) { tile(e, l, t, weights, affine, in, out, meanwhile); });
     }
     if constexpr (!Engine::kSavesTiles) {
-      if (args_.saves(l)) write_saved(e, l, saves_before(l) ? s_.kept : out);
+      if (args_.saves(l, e)) write_saved(e, l, saves_before(e, l) ? s_.kept : out);
     }
     for (int64_t g = 0; signs && g < groups_; ++g) {
-      store_signs(s_.signs + g * words, width, group_rows(g),
-                  args_.signs + (e * level_.rows + row(g)) * sign_bytes(width));
+      store_signs(s_.signs + g * words, width, group_rows(g), args_.signs + sign_offset(level_, e, row(g)));
     }
   }
 
-  bool saves_before(int l) const { return args_.saves(l) && from_input(level_.activations[l]); }
-  bool panel_out(int l) const { return l + 1 < level_.layers || (args_.saves(l) && !Engine::kSavesTiles); }
+  bool saves_before(int e, int l) const { return args_.saves(l, e) && from_input(level_.activations[l]); }
+  bool panel_out(int e, int l) const { return l + 1 < level_.layers || (args_.saves(l, e) && !Engine::kSavesTiles); }
 
   // Tile t of a layer, for all rows.
   template <typename Meanwhile>
@@ -222,7 +221,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
                         const Element* in, Element* out, const Meanwhile& meanwhile) {
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1];
     const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
-    const bool last = l + 1 == level_.layers, save = args_.saves(l), save_before = saves_before(l);
+    const bool last = l + 1 == level_.layers, save = args_.saves(l, e), save_before = saves_before(e, l);
     const int64_t in_size = Engine::panel_size(depth), out_size = Engine::panel_size(width);
     constexpr int64_t tile_group = Engine::kRows * kGroup;
     const Affine<T, C> affine = of_layer.from(o);
@@ -232,12 +231,17 @@ class ChainForward : RowBlock<ChainForwardArgs> {
                    meanwhile.share(g0, ng, groups_));
       for (int64_t g = g0; g < g0 + ng; ++g) {
         C* values = s_.tile + (g - g0) * tile_group;
-        if (last && args_.signs) {
+        if (last && args_.signs && !save) {
           add_signs<C>(o, n, s_.signs + g * sign_words_size(width),
                        [&](int64_t i, int j) { return affine(load(values + i * kGroup + j), i); });
         }
-        if (last && !save && uses(e) <= kFusedUses) {
-          mix_activated(e, g, o, n, values, affine);
+        if (last && uses(e) <= kFusedUses) {
+          C* kept = save ? values : nullptr;
+          if constexpr (!Engine::kSavesTiles) {  // for write_saved
+            if (save) kept = (save_before ? s_.kept : out) + (g * width + o) * kGroup;
+          }
+          mix_activated(e, g, o, n, values, affine, kept);
+          if (save && Engine::kSavesTiles) keep(e, l, g, o, n, kept);
           continue;
         }
         if (!last && (!save || (Engine::kSavesPanels && !save_before))) {
@@ -246,9 +250,9 @@ class ChainForward : RowBlock<ChainForwardArgs> {
           continue;
         }
         C* before = save_before ? s_.before : nullptr;
-        C* after = panel_out(l) ? Engine::destination(out + g * out_size, o, values) : values;
+        C* after = panel_out(e, l) ? Engine::destination(out + g * out_size, o, values) : values;
         affine_activation(level_.activations[l], values, affine, n, after, before);
-        if (panel_out(l)) Engine::store(out + g * out_size, o, n, after);
+        if (panel_out(e, l)) Engine::store(out + g * out_size, o, n, after);
         if (save) keep(e, l, g, o, n, save_before ? before : after);
         if (last) mix(e, g, o, n, after);
       }
@@ -264,22 +268,23 @@ class ChainForward : RowBlock<ChainForwardArgs> {
     });
   }
 
-  // Adds activation(affine(values)) of n features of expert e's last layer to every gate's sum, in one pass.
-  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<T, C>& affine) {
+  // Adds activation(affine(values)) of n features of expert e's last layer to every gate's sum, in one pass. `kept`, or
+  // null, receives what the backward pass wants of it.
+  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<T, C>& affine, C* kept) {
     with_activation(level_.activations[level_.layers - 1], [&](auto constant) {
       switch (uses(e)) {
         case 1:
-          return mix_activated<decltype(constant)::value, 1>(e, g, o, n, values, affine);
+          return mix_activated<decltype(constant)::value, 1>(e, g, o, n, values, affine, kept);
         case 2:
-          return mix_activated<decltype(constant)::value, 2>(e, g, o, n, values, affine);
+          return mix_activated<decltype(constant)::value, 2>(e, g, o, n, values, affine, kept);
         case 3:
-          return mix_activated<decltype(constant)::value, 3>(e, g, o, n, values, affine);
+          return mix_activated<decltype(constant)::value, 3>(e, g, o, n, values, affine, kept);
       }
     });
   }
 
   template <int Code, int Uses>
-  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<T, C>& affine) {
+  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<T, C>& affine, C* kept) {
     constexpr int L = Simd<C>::lanes;
     const Gates& gates = level_.gates;
     const GateUse* use = gates.uses + gates.use_begin[e];
@@ -289,7 +294,8 @@ class ChainForward : RowBlock<ChainForwardArgs> {
       Vector<C> p[Uses];
       for (int u = 0; u < Uses; ++u) p[u] = load(probabilities(g) + use[u].column * kGroup + j);
       for (int64_t i = 0; i < n; ++i) {
-        const Vector<C> x = activate<Code, C>(affine(load(values + i * kGroup + j), i));
+        const Vector<C> z = affine(load(values + i * kGroup + j), i), x = activate<Code, C>(z);
+        if (kept) mtlk::MTLK_ISA::store(kept + i * kGroup + j, from_input(Code) ? z : x);
 #pragma GCC unroll 3
         for (int u = 0; u < Uses; ++u) {
           C* place = sums[u] + i * kGroup + j;
@@ -323,7 +329,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
 
   T* saved_rows(int e, int l, int64_t g) const {
     const int64_t width = level_.widths[l + 1];
-    return static_cast<T*>(args_.saved[l]) + (e * level_.rows + row_ + g * kGroup) * width;
+    return static_cast<T*>(args_.saved[l]) + (saved_place(level_, l, e) * level_.rows + row(g)) * width;
   }
 
   void mix(int e, int64_t g, int64_t o, int64_t n, const C* values) {

@@ -50,16 +50,6 @@ void backward_finish(const ChainBackwardArgs& args, const BackwardChunk& chunk, 
       .finish(static_cast<const C*>(below), parts, static_cast<C*>(inner));
 }
 
-template <typename Engine>
-void compute_last(const ChainBackwardArgs& args, int64_t row, int64_t nrows, int e, void* scratch, void* values) {
-  Engine::begin();
-  const BackwardChunk chunk{};
-  const BackwardLayout<Engine> layout{args.level, 0, 0};
-  ChainBackward<Engine>(args, chunk, layout, row, nrows, scratch)
-      .compute_last(e, static_cast<typename Engine::C*>(values));
-  Engine::end();
-}
-
 // f(the weights' gradients of a chunk, their layout in scope).
 template <typename Engine, typename F>
 auto with_weight_gradients(const ChainBackwardArgs& args, const BackwardChunk& chunk, F f) {
@@ -67,10 +57,9 @@ auto with_weight_gradients(const ChainBackwardArgs& args, const BackwardChunk& c
   return f(ChainWeightGradients<Engine>(args, chunk, layout));
 }
 
-// What makes the gradients of weights and biases from a chunk's, and what several losses share.
+// What makes the gradients of weights and biases from a chunk's.
 template <typename Engine>
 void add_weight_kernels(ChainKernels& table) {
-  table.compute_last = compute_last<Engine>;
   table.gradient_bytes = [](const LevelShape& level, int64_t chunk_rows, int experts) {
     return BackwardLayout<Engine>{level, chunk_rows, experts}.gradients() *
            static_cast<int64_t>(sizeof(typename Engine::Gradient));

@@ -106,11 +106,12 @@ class ChainBackward<RowsEngine<T>> {
   // Into kept_: what the forward pass has saved of a layer, or would have.
   void load_kept(int l, int e) {
     const int64_t width = level_.widths[l + 1];
-    if (l >= saved_layers(level_.layers)) return compute_kept(e);
-    read(static_cast<const T*>(args_.saved[l]) + level_.numbers[e] * rows_ * width, width, width, kept_, widest_);
+    const int64_t place = saved_place(level_, l, e);
+    if (place < 0) return compute_kept(e);
+    read(static_cast<const T*>(args_.saved[l]) + place * rows_ * width, width, width, kept_, widest_);
   }
 
-  // The last layer, from what the one below has saved.
+  // The last layer, from what the one below has saved. Its activation is one of which signs suffice.
   void compute_kept(int e) {
     const int l = level_.layers - 1;
     load_kept(l - 1, e);
@@ -118,8 +119,7 @@ class ChainBackward<RowsEngine<T>> {
     Engine::multiply(rows_, static_cast<const T*>(args_.last_weights[e]), args_.last_weight_ld[e], level_.widths[l + 1],
                      input_, level_.widths[l], kept_, widest_);
     const T* bias = static_cast<const T*>(level_.biases[weight_number(level_, l, e)]);
-    const int code = level_.activations[l];
-    with_activation(from_input(code) ? static_cast<int>(kNone) : code, [&](auto constant) {
+    with_activation(level_.activations[l], [&](auto constant) {
       for (int64_t r = 0; r < computed_; ++r) {
         C* row = kept_ + r * widest_;
         const int64_t width = r < rows_ ? level_.widths[l + 1] : 0;

@@ -146,10 +146,11 @@ class ChainForward<RowsEngine<T>> {
     product(static_cast<const T*>(level_.weights[at]), level_.weight_ld[at], width, in, level_.widths[l], out, l == 0);
     constexpr int L = Simd<C>::lanes;
     const bool before = from_input(level_.activations[l]);
+    const int64_t place = saved_place(level_, l, e);
     with_activation(level_.activations[l], [&](auto constant) {
       for (int64_t r = 0; r < rows_; ++r) {
         C* row = out + r * widest_;
-        T* saved = args_.saves(l) ? static_cast<T*>(args_.saved[l]) + (e * rows_ + r) * width : nullptr;
+        T* saved = args_.saves(l, e) ? static_cast<T*>(args_.saved[l]) + (place * rows_ + r) * width : nullptr;
         if (affine.scale) {
           for (int64_t o = 0; o < width; ++o) row[o] = row[o] * affine.scale[o] + affine.shift[o];
         } else if (affine.bias) {
@@ -158,8 +159,8 @@ class ChainForward<RowsEngine<T>> {
         if (saved && before) narrow(row, saved, width);
         for (int64_t o = 0; o < width; o += L) store(row + o, activate<decltype(constant)::value, C>(load(row + o)));
         if (saved && !before) narrow(row, saved, width);
-        if (args_.signs && l + 1 == level_.layers) {
-          uint8_t* const bytes = args_.signs + (e * rows_ + r) * sign_bytes(width);
+        if (args_.signs && place < 0) {
+          uint8_t* const bytes = args_.signs + sign_offset(level_, e, r);
           std::memset(bytes, 0, sign_bytes(width));
           for (int64_t o = 0; o < width; ++o) bytes[o / 8] |= static_cast<uint8_t>(!(row[o] <= 0)) << o % 8;
         }

@@ -73,8 +73,7 @@ class LastFromSigns : RowBlock<ChainBackwardArgs> {
     const C* const dy = s_.grad_outputs + (use_.gate * groups_ + g) * width * kGroup;
     Element* const panel = passed_ + g * Engine::panel_size(width);
     if (args_.signs) {
-      const int64_t first = level_.numbers[e_] * level_.rows + row(g);
-      load_signs(args_.signs + first * sign_bytes(width), width, group_rows(g), s_.signs);
+      load_signs(args_.signs + sign_offset(level_, e_, row(g)), width, group_rows(g), s_.signs);
     } else {
       std::memset(s_.signs, 0xff, sign_words_size(width) * sizeof(Word<C>));
     }

@@ -31,7 +31,7 @@ LevelResults evaluate(const LevelSpec& spec, const LevelTensors& tensors, const 
   const auto& by_rows = kernels_for<KernelsByRows<ChainKernels>>(dtype);
   const ChainKernels& kernels = by_rows.of(rows, by_rows.usual.min_forward_rows);
   tables.set_norms(norms.experts, kernels.fold_norm);
-  return chain_forward(tensors, tables, kernels, norms, save);
+  return chain_forward(tensors, tables, kernels, norms, spec.saved_shape(dtype), save);
 }
 
 std::tuple<Tensors, Tensors> level_forward(at::TensorList inputs, const OptionalTensors& parameters,
@@ -46,8 +46,8 @@ std::tuple<Tensors, Tensors> level_forward(at::TensorList inputs, const Optional
 
 // What the forward pass saved.
 struct Saved {
-  at::TensorList activations, statistics;  // signs, if any, are the last of the activations
-  int64_t experts;                         // over which they are stacked
+  at::TensorList activations, statistics;
+  SavedShape shape;
 };
 
 // Of a level, all of whose outputs have a gradient; or of the part of another one that was reached.
@@ -58,7 +58,7 @@ Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const T
   if (tensors.linear_gates) tables.check_gate_layers();
   tables.set_logits(logits);
   tables.set_grad_outputs(grad_outputs);
-  tables.set_saved(saved.activations, saved.experts);
+  tables.set_saved(saved.activations, saved.shape);
   const LevelShape& level = tables.level();
   const Dtype dtype = dtype_of(tensors.inputs[0]);
   if (!spec.stores_inputs()) {
@@ -69,7 +69,7 @@ Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const T
   }
   const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows);
   LevelGradients gradients(level, tensors, kernels.engine, needs);
-  layerwise_backward(spec, tensors, tables, kernels, saved.statistics, saved.experts, seed, gradients);
+  layerwise_backward(spec, tensors, tables, kernels, saved.statistics, saved.shape.experts, seed, gradients);
   return gradients.take(tables.gate_streams());
 }
 
@@ -88,32 +88,20 @@ bool all_read(const LevelSpec& spec) {
 }
 
 // What the backward passes of several losses, each of which reaches a part of the level, share; null for nothing.
-std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTensors& tensors, const Saved& saved,
+std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTensors& tensors,
                                           const std::vector<ReachedLevel>& parts, const Needs& needs) {
   const at::Tensor& x = tensors.inputs[0];
   if (parts.size() < 2 || spec.stores_inputs() || x.size(0) == 0) return nullptr;
-  const Dtype dtype = dtype_of(x);
-  const auto& kernels = kernels_for<ChainKernels>(dtype, x.size(0));
+  const auto& kernels = kernels_for<ChainKernels>(dtype_of(x), x.size(0));
   const bool need_experts = std::any_of(needs.begin(), needs.begin() + 6, [](bool need) { return need; });
-  const bool from_signs = need_experts && kernels.from_signs(spec.layers(), spec.activations.data(), dtype);
   std::vector<bool> reached(spec.gates());
-  std::vector<int> count(spec.experts());  // of the losses that want an expert's outputs
   for (const ReachedLevel& part : parts) {
     for (const int64_t k : part.gates) reached[k] = true;
-    const at::IntArrayRef uses = part.spec.gate_experts;
-    for (size_t i = 0; i < part.experts.size(); ++i) {
-      count[part.experts[i]] += !from_signs || std::count(uses.begin(), uses.end(), static_cast<int64_t>(i)) != 1;
-    }
   }
   const ReachedLevel all = spec.reached(reached);
-  std::vector<int> several;
-  for (size_t i = 0; i < all.experts.size(); ++i) {
-    if (count[all.experts[i]] > 1) several.push_back(static_cast<int>(i));
-  }
   const LevelTensors own = all.pick(tensors);
-  LevelTables tables(all.spec, own);
-  tables.set_saved(saved.activations, saved.experts);
-  return std::make_unique<LossesInCommon>(own, tables, kernels, need_experts, several);
+  const LevelTables tables(all.spec, own);
+  return std::make_unique<LossesInCommon>(own, tables.level(), kernels, need_experts);
 }
 
 // Of one loss after another.
@@ -122,9 +110,9 @@ Tensors gradients_of_losses(const LevelSpec& spec, const LevelTensors& tensors, 
   const auto count = static_cast<int64_t>(grad_outputs.size());
   MTLK_CHECK_VALUE(count > 0 && count % spec.gates() == 0, "grad_outputs must hold an entry for each of ", spec.gates(),
                    " gates, or as many for each of several losses, got ", count);
-  const auto layers = static_cast<size_t>(spec.layers()), linear = static_cast<size_t>(tensors.linear_gates);
-  const size_t activations = (spec.stores_inputs() ? layers : saved_layers(static_cast<int>(layers))) +
-                             spec.saves_signs(dtype_of(tensors.inputs[0]));
+  const auto linear = static_cast<size_t>(tensors.linear_gates);
+  const SavedShape shape = spec.saved_shape(dtype_of(tensors.inputs[0]));
+  const auto activations = static_cast<size_t>(shape.tensors());
   const size_t statistics = 2 * std::count_if(spec.norms.begin(), spec.norms.end(), [](int64_t norm) { return norm; });
   MTLK_CHECK_VALUE(saved.size() == activations + statistics + linear, "saved must hold ",
                    activations + statistics + linear, " tensors, got ", saved.size());
@@ -148,13 +136,13 @@ Tensors gradients_of_losses(const LevelSpec& spec, const LevelTensors& tensors, 
     grads.push_back(std::move(present));
     losses.push_back(std::move(outputs));
   }
-  const Saved kept{saved.slice(0, activations), saved.slice(activations, statistics), spec.experts()};
+  const Saved kept{saved.slice(0, activations), saved.slice(activations, statistics), shape};
   if (losses.size() == 1 && static_cast<int64_t>(grads[0].size()) == spec.gates() && all_read(spec)) {
     return gradients_of(spec, tensors, logits, grads[0], kept, seed, needs, nullptr);
   }
   std::vector<ReachedLevel> parts;
   for (const std::vector<bool>& outputs : losses) parts.push_back(spec.reached(outputs));
-  const auto shared = in_common(spec, tensors, kept, parts, needs);
+  const auto shared = in_common(spec, tensors, parts, needs);
   Tensors result;
   for (size_t i = 0; i < parts.size(); ++i) {
     Tensors found = gradients_of(parts[i].spec, parts[i].pick(tensors), picked(logits, parts[i].gates), grads[i], kept,

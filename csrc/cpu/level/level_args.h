@@ -67,6 +67,9 @@ struct LevelShape {
   // [experts], their numbers in the whole level, over whose experts activations and statistics are stacked, and whose
   // numbers dropout counts.
   const int* numbers;
+
+  // [experts], their places among those of the whole level whose last layer is saved; of any other, ~place among those.
+  const int* last_places;
   const void* const* inputs;  // [rows, widths[0]], unit column stride
   const int64_t* input_ld;
   const void* const* weights;  // see WeightForm
@@ -81,6 +84,26 @@ struct LevelShape {
   const void* const* shifts;  // of them, in the place of biases; both tables are null without such norms
   Gates gates;
 };
+
+inline int64_t sign_bytes(int64_t features) { return (features + 7) / 8; }
+
+// Where expert e is among those over which what is saved of a layer is stacked; negative where it is not saved.
+inline int saved_place(const LevelShape& level, int layer, int e) {
+  return layer + 1 < level.layers ? level.numbers[e] : level.last_places[e];
+}
+
+// Whether some experts' last layers may have to be computed again.
+inline bool computes_last_again(const LevelShape& level) {
+  for (int e = 0; e < level.experts; ++e) {
+    if (level.last_places[e] < 0) return true;
+  }
+  return false;
+}
+
+// Of an expert whose last layer is not saved, where its signs are, see signs.h.
+inline int64_t sign_offset(const LevelShape& level, int e, int64_t row) {
+  return (~level.last_places[e] * level.rows + row) * sign_bytes(level.widths[level.layers]);
+}
 
 inline int64_t weight_number(const LevelShape& level, int64_t layer, int64_t expert) {
   return layer * level.experts + expert;
@@ -117,33 +140,25 @@ struct BackwardChunk {
 
 // Chain: all layers of a block of rows, one after another. ------------------------------------------------------------
 
-// The layers whose activations the forward pass saves. With another below, the last one's are computed again: one small
-// product in place of the memory that they would take.
-inline int saved_layers(int layers) { return layers > 1 ? layers - 1 : layers; }
-
-// Whether the backward pass can do without what the last layer gave, which was not saved, where one gate mixes an
-// expert. With p the gate's probability, dy its output's gradient, d = dy where the last activation passes a gradient
-// and otherwise 0, and h what the layer below gave, the backward pass makes u = W^T d anyway, as p * u is the gradient
-// of h; and <dy, output> = <d, W h + b> = <u, h> + <d, b>. Where d is not 0 has to be saved for relu, as signs.
-// Not of float16, whose engine for AMX splits gradients into planes. LevelSpec.saves_signs is the same rule in Python.
+// The forward pass saves the activations of every layer, but of the last one's only what the backward pass cannot do
+// without. It can where one gate mixes an expert: with p the gate's probability, dy its output's gradient, d = dy where
+// the last activation passes a gradient and otherwise 0, and h what the layer below gave, it makes u = W^T d anyway, as
+// p * u is the gradient of h; and <dy, output> = <d, W h + b> = <u, h> + <d, b>. Where d is not 0 has to be saved for
+// relu, as signs. Not of float16, whose engine for AMX splits gradients into planes. LevelSpec._signs_suffice is the
+// same rule in Python.
 inline bool signs_suffice(int64_t layers, const int64_t* activations, Dtype dtype) {
-  if (saved_layers(static_cast<int>(layers)) == layers) return false;
+  if (layers == 1 || dtype == Dtype::kFloat16) return false;
   const int64_t last = activations[layers - 1];
-  return dtype != Dtype::kFloat16 && (last == kRelu || last == kNone) &&
-         !from_input(static_cast<int>(activations[layers - 2]));
+  return (last == kRelu || last == kNone) && !from_input(static_cast<int>(activations[layers - 2]));
 }
-inline bool saves_signs(int64_t layers, const int64_t* activations, Dtype dtype) {
-  return signs_suffice(layers, activations, dtype) && activations[layers - 1] == kRelu;
-}
-inline int64_t sign_bytes(int64_t features) { return (features + 7) / 8; }
 
 struct ChainForwardArgs {
   LevelShape level;
   void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
-  void* const* saved;    // a contiguous [experts, rows, width] for each of the saved layers, or null
-  uint8_t* signs;        // [experts, rows, sign_bytes] of the last layer's outputs, see signs.h, or null
+  void* const* saved;    // for each layer a contiguous [experts, rows, width], the last of some experts; or null
+  uint8_t* signs;        // [others, rows, sign_bytes] of the last layer's outputs of the other experts, or null
 
-  bool saves(int layer) const { return saved != nullptr && layer < saved_layers(level.layers); }
+  bool saves(int layer, int e) const { return saved != nullptr && saved_place(level, layer, e) >= 0; }
 };
 
 struct ChainBackwardArgs : GradientArgs {
@@ -154,13 +169,10 @@ struct ChainBackwardArgs : GradientArgs {
   bool from_signs;
   const uint8_t* signs;
 
-  // Of the last layer, in the forward pass's form, for each expert: where it was not saved.
+  // Of the last layer, in the forward pass's form, for each expert: where it was not saved, and has to be computed
+  // again as signs are not enough after all.
   const void* const* last_weights;
   const int64_t* last_weight_ld;
-
-  // [experts], what would have been saved of it, of the compute type in panels of all rows; null for an expert whose
-  // last layer is computed again or not at all, and altogether where no other loss shares it.
-  const void* const* last_values;
 
   // The streams whose experts do not all go together, so that sums of their gradients have to be kept: which of them
   // each stream is, or -1.

@@ -40,9 +40,6 @@ struct ChainKernels {
                    void* scratch, void* below, void* inner, bool add);
   void (*backward_finish)(const ChainBackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, const void* below,
                           int parts, void* inner, void* scratch);
-  // Of a block of rows, what would have been saved of expert e's last layer, to `values`, which has room for all rows:
-  // see ChainBackwardArgs::last_values. Null with a few rows.
-  void (*compute_last)(const ChainBackwardArgs&, int64_t row, int64_t nrows, int e, void* scratch, void* values);
   int64_t (*operand_tasks)(const ChainBackwardArgs&);
   void (*make_operand)(const ChainBackwardArgs&, const BackwardChunk&, int64_t task);
   int64_t (*weight_tasks)(const ChainBackwardArgs&, const BackwardChunk&);

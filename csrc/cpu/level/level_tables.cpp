@@ -32,6 +32,7 @@ LevelTables::LevelTables(const LevelSpec& spec, const LevelTensors& tensors)
   level_.expert_inputs = spec.expert_inputs.data();
   level_.order = order_.data();
   level_.numbers = spec.numbers.data();
+  level_.last_places = (spec.signs_suffice(dtype_of(tensors.inputs[0])) ? spec.last_places : spec.numbers).data();
   level_.inputs = inputs_.data();
   level_.input_ld = input_ld_.data();
   level_.biases = biases_.data();
@@ -173,10 +174,11 @@ void LevelTables::set_grad_outputs(at::TensorList grad_outputs) {
   }
 }
 
-void LevelTables::set_saved(at::TensorList saved, int64_t experts) {
+void LevelTables::set_saved(at::TensorList saved, const SavedShape& shape) {
   for (size_t l = 0; l < saved.size(); ++l) {
-    const bool signs = l + 1 == saved.size() && spec_.saves_signs(dtype_of(tensors_.inputs[0]));
+    const bool signs = shape.signs && l + 1 == saved.size(), last = static_cast<int64_t>(l) + 1 == shape.layers;
     const int64_t width = signs ? sign_bytes(widths_.back()) : widths_[l + 1];
+    const int64_t experts = signs ? shape.experts - shape.last_experts : last ? shape.last_experts : shape.experts;
     check_dense("saved", l, saved[l], signs ? at::kByte : dtype_);
     MTLK_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({experts, level_.rows, width}), "saved[", l,
                      "] must have shape [", experts, ", ", level_.rows, ", ", width, "], got ", saved[l].sizes());

@@ -35,10 +35,9 @@ class LevelTables {
 
   void check_gate_layers();
 
-  // Of a backward pass: the outputs' gradients; and what the forward pass saved of each of the first layers of a whole
-  // level of so many experts, then the last one's signs where it saves these.
+  // Of a backward pass: the outputs' gradients; and what the forward pass saved of the layers of a whole level.
   void set_grad_outputs(at::TensorList grad_outputs);
-  void set_saved(at::TensorList saved, int64_t experts);
+  void set_saved(at::TensorList saved, const SavedShape& shape);
   const void* const* grad_outputs() const { return grad_outputs_.data(); }
   const int64_t* grad_output_ld() const { return grad_output_ld_.data(); }
   const void* const* saved() const { return saved_.data(); }

@@ -84,6 +84,10 @@ LevelSpec::LevelSpec(std::vector<int64_t> ints, std::vector<double> floats)
   MTLK_CHECK_SPEC(!(linear && stores_inputs()), "take the logits of a level with norms, dropout or slopes");
   numbers.resize(num_experts);
   std::iota(numbers.begin(), numbers.end(), 0);
+  std::vector<int> uses(num_experts);
+  for (const int64_t e : gate_experts) ++uses[e];
+  int several = 0, others = 0;
+  for (const int count : uses) last_places.push_back(count > 1 ? several++ : ~others++);
 }
 
 bool LevelSpec::has_norms() const {
@@ -94,8 +98,14 @@ bool LevelSpec::has_slopes() const {
   return std::any_of(activations.begin(), activations.end(), [](int64_t code) { return mtlk::has_slopes(code); });
 }
 
-bool LevelSpec::saves_signs(Dtype dtype) const {
-  return !stores_inputs() && mtlk::saves_signs(layers(), activations.data(), dtype);
+bool LevelSpec::signs_suffice(Dtype dtype) const {
+  return !stores_inputs() && mtlk::signs_suffice(layers(), activations.data(), dtype);
+}
+
+SavedShape LevelSpec::saved_shape(Dtype dtype) const {
+  if (!signs_suffice(dtype)) return {layers(), experts(), experts(), false};
+  const int64_t last = std::count_if(last_places.begin(), last_places.end(), [](int place) { return place >= 0; });
+  return {layers(), experts(), last, last < experts() && activations.back() == kRelu};
 }
 
 bool LevelSpec::stores_inputs() const {
@@ -156,13 +166,14 @@ ReachedLevel LevelSpec::reached(const std::vector<bool>& outputs) const {
     for (const int64_t e : gate_experts.slice(column, gate_sizes[k])) members.push_back(e), place[e] = 0;
     if (!gate_inputs.empty()) gate_streams.push_back(gate_inputs[k]);
   }
-  std::vector<int> part_numbers;
+  std::vector<int> part_numbers, part_places;
   for (int64_t e = 0; e < experts(); ++e) {
     if (place[e] < 0) continue;
     place[e] = static_cast<int64_t>(live.size());
     live.push_back(e);
     live_streams.push_back(expert_inputs[e]);
     part_numbers.push_back(numbers[e]);
+    part_places.push_back(last_places[e]);
   }
   for (const auto& read : {live_streams, gate_streams}) streams.insert(streams.end(), read.begin(), read.end());
   std::sort(streams.begin(), streams.end());
@@ -176,6 +187,7 @@ ReachedLevel LevelSpec::reached(const std::vector<bool>& outputs) const {
   const auto count = static_cast<int64_t>(streams.size());
   LevelSpec part(joined(count, {live_streams, sizes, activations, norms, gate_streams, members}), floats_);
   part.numbers = std::move(part_numbers);
+  part.last_places = std::move(part_places);
   return {std::move(part), std::move(streams), std::move(live), std::move(used)};
 }
 

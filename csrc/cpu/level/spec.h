@@ -29,6 +29,15 @@ using Needs = std::array<bool, 8>;
 
 struct ReachedLevel;
 
+// Over how many experts of a whole level what the forward pass saves is stacked: all layers but the last, then the last
+// where it is of any, then signs where there are.
+struct SavedShape {
+  int64_t layers, experts, last_experts;
+  bool signs;
+
+  int64_t tensors() const { return layers - (last_experts == 0) + signs; }
+};
+
 // Holds the encoded lists; what describes the level are views of them.
 class MTLK_API LevelSpec {
  public:
@@ -43,11 +52,16 @@ class MTLK_API LevelSpec {
   at::ArrayRef<double> eps, dice_eps, dropout;
   std::vector<int> numbers;  // the experts' in the level of which this is a part
 
+  // Where that saves the last layer of experts that several gates mix, and signs of the others: an expert's place among
+  // the former, or ~place among the latter.
+  std::vector<int> last_places;
+
   int64_t experts() const { return static_cast<int64_t>(expert_inputs.size()); }
   int64_t gates() const { return static_cast<int64_t>(gate_sizes.size()); }
   int64_t layers() const { return static_cast<int64_t>(activations.size()); }
-  bool stores_inputs() const;           // the pre-activations of all layers are stored
-  bool saves_signs(Dtype dtype) const;  // see level_args.h
+  bool stores_inputs() const;             // the pre-activations of all layers are stored
+  bool signs_suffice(Dtype dtype) const;  // for an expert that one gate mixes, see level_args.h
+  SavedShape saved_shape(Dtype dtype) const;
   bool has_norms() const;
   bool has_slopes() const;
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels.ops import activations as act
-from mtlkernels.ops._layout import saved_layers
 from mtlkernels.ops._random import dropout_factors
 from mtlkernels.ops.gated_mixture import reference as mixture
 from mtlkernels.ops.level.spec import BATCH_NORM, Groups, Layer, LevelSpec, Reached
@@ -139,9 +138,9 @@ def forward(
 
     Returns the K outputs [B, H_L] and what :meth:`LevelSpec.split_saved` takes apart. Between two products all is in
     the dtype of accumulation. Saved are, with ``save``, the pre-activations [E, B, H] of each layer before its norm, if
-    ``stores_inputs`` is true; otherwise, for each of the ``saved_layers``, the output of the activation, or its input
-    where its derivative follows from that, then the last layer's signs where ``saves_signs`` is true. Statistics are
-    saved always, logits of linear gates with ``save``.
+    ``stores_inputs`` is true; otherwise, for each layer, the output of the activation, or its input where its
+    derivative follows from that, of the last layer that of the experts ``last_saved`` and of the others signs, where
+    ``saves_signs`` is true. Statistics are saved always, logits of linear gates with ``save``.
     """
     level = LevelSpec.decoded(spec, numbers)
     groups = level.split((*inputs, *parameters, *gates))
@@ -151,10 +150,14 @@ def forward(
     if save and level.stores_inputs:
         saved = before
     elif save:
-        kept = zip(level.layers, before, values, range(saved_layers(len(before), inputs[0].device)), strict=False)
-        saved = [z if act.from_input(layer.activation) else value.hidden for layer, z, value, _ in kept]
+        kept = zip(level.layers, before, values, strict=True)
+        saved = [z if act.from_input(layer.activation) else value.hidden for layer, z, value in kept]
+        last = level.last_saved(inputs[0])
+        others = [e for e in range(len(level.expert_inputs)) if e not in last]
+        if others:
+            saved[-1:] = [saved[-1][list(last)]] if last else []
         if level.saves_signs(inputs[0]):
-            saved.append(_signs(values[-1].hidden))
+            saved.append(_signs(values[-1].hidden[others]))
     logits = [torch.cat(gate_logits(level, groups), 1)] if save and level.gate_inputs else []
     return outputs, [*saved, *stats, *logits]
 

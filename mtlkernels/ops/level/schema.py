@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mtlkernels._library import cast_floats, define
-from mtlkernels.ops._layout import saved_layers
 from mtlkernels.ops.level.spec import LAYER_NORM, LevelSpec
 
 
@@ -35,14 +34,17 @@ def _forward(
     rows, experts = x.shape[0], len(level.expert_inputs)
     weights = level.split((*inputs, *parameters, *gates)).weights
     widths = [weight.shape[0] for weight in weights[::experts]]
-    kept = len(widths) if level.stores_inputs else saved_layers(len(widths), x.device)
-    saved = [x.new_empty((experts, rows, width)) for width in widths[: kept * save]]
+    saved: list[Tensor] = []
+    last = len(level.last_saved(x))
+    if save:
+        stacks = [experts] * (len(widths) - 1) + [last]
+        saved = [x.new_empty((count, rows, width)) for count, width in zip(stacks, widths, strict=True) if count]
     norms = [(layer.norm, width) for layer, width in zip(level.layers, widths, strict=True) if layer.norm]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for norm, width in norms * 2:
         saved.append(x.new_empty((experts, rows if norm == LAYER_NORM else width), dtype=dtype))
     if save and level.saves_signs(x):
-        saved.append(x.new_empty((experts, rows, -(-widths[-1] // 8)), dtype=torch.uint8))
+        saved.append(x.new_empty((experts - last, rows, -(-widths[-1] // 8)), dtype=torch.uint8))
     if save and level.gate_inputs:
         saved.append(x.new_empty((rows, sum(level.gate_sizes))))
     return [x.new_empty((rows, widths[-1])) for _ in level.gate_sizes], saved

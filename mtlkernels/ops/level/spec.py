@@ -6,6 +6,7 @@ floats, and the level's tensors as flat lists whose order the spec knows; csrc/c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mtlkernels.ops._layout import saved_layers
 from mtlkernels.ops.activations import CODES, from_input, has_slopes
 
 Item = TypeVar("Item")
@@ -185,25 +185,39 @@ class LevelSpec:
         """What the forward pass saved: a tensor [E, B, H] a layer; then statistics of norms, or linear gates' logits.
 
         Statistics are the means of all layers that have a norm, then the variances; of what is without norms the
-        second part is empty. The third is the logits [B, sum N_k], in a list. Behind the layers there may be signs,
-        see :meth:`saves_signs`, which only the C++ kernels read: they are in no part.
+        second part is empty. The third is the logits [B, sum N_k], in a list. Of some experts only, a last layer is in
+        no part, nor are signs, see :meth:`last_saved`: only the C++ kernels read them.
         """
         stats = sum(layer.norm > 0 for layer in self.layers)
         end = len(saved) - 2 * stats - bool(self.gate_inputs)
         layers = end - (end > 0 and saved[end - 1].dtype == torch.uint8)
+        if layers > 1 and saved[layers - 1].shape[0] < saved[0].shape[0]:
+            layers -= 1
         return saved[:layers], saved[end : end + 2 * stats], saved[end + 2 * stats :]
 
-    def saves_signs(self, x: Tensor) -> bool:
-        """Whether the forward pass saves, for inputs like ``x``, which of the last layer's outputs are not <= 0.
+    def last_saved(self, x: Tensor) -> tuple[int, ...]:
+        """The experts whose last layer the forward pass saves, for inputs like ``x``.
 
-        A bit each, bit i % 8 of byte i // 8 of uint8 [E, B, ceil(H / 8)]: all that relu's gradient wants of a last
-        layer that is not saved. What gates want of it follows from its gradient and from the output of the layer below,
-        see csrc/cpu/level/level_args.h, which has the same rule.
+        On GPUs all; on CPUs those that several gates mix, or one gate more than once. Of any other, what gates want
+        follows from the last layer's gradient and from the output of the layer below, see csrc/cpu/level/level_args.h,
+        which has the same rule: relu's gradient wants no more than which outputs are not <= 0, a bit each, bit i % 8 of
+        byte i // 8 of uint8 [others, B, ceil(H / 8)].
         """
-        if self.stores_inputs or saved_layers(len(self.layers), x.device) == len(self.layers):
+        experts = range(len(self.expert_inputs))
+        if x.device.type == "cuda" or not self._signs_suffice(x.dtype):
+            return tuple(experts)
+        uses = Counter(self.gate_experts)
+        return tuple(e for e in experts if uses[e] > 1)
+
+    def _signs_suffice(self, dtype: torch.dtype) -> bool:
+        if self.stores_inputs or len(self.layers) == 1 or dtype == torch.float16:
             return False
-        below, last = self.layers[-2:]
-        return x.dtype != torch.float16 and last.activation == CODES["relu"] and not from_input(below.activation)
+        below, last = (layer.activation for layer in self.layers[-2:])
+        return last in (CODES["relu"], CODES["none"]) and not from_input(below)
+
+    def saves_signs(self, x: Tensor) -> bool:
+        """Whether there are experts whose last layer is not saved, but signs of it."""
+        return self.layers[-1].activation == CODES["relu"] and len(self.last_saved(x)) < len(self.expert_inputs)
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

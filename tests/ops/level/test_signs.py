@@ -1,4 +1,4 @@
-"""Gradients of gates and last layers from the signs that the forward pass saves in place of the last layer."""
+"""What the forward pass saves of last layers, of some experts signs in its place; gradients that follow from them."""
 
 from __future__ import annotations
 
@@ -83,17 +83,52 @@ def test_signs(isa: str, rows: int, width: int, kind: torch.dtype) -> None:
     assert signs.dtype == torch.uint8 and np.array_equal(signs.numpy(), expected)
 
 
+@INSTRUCTION_SETS
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 17, 100])
+@pytest.mark.parametrize("last", ["relu", "none", "silu", "tanh"])
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+def test_last_layers(routing: mk.Routing, last: str, rows: int, kind: torch.dtype, isa: str) -> None:
+    """Those of experts that several gates mix; of all where signs would not do."""
+    operands = operator.of_case(case(kind, rows, routing, last).map(Tensor.detach))
+    _, expected = reference.forward(*operands.forward(True))
+    with _extension.instruction_set(isa):
+        _, saved = OPS.level_forward(*operands.forward(True))
+    uses = [sum(e in experts for experts in routing.gate_experts) for e in range(len(routing.expert_inputs))]
+    count = len(uses) if last in ("silu", "tanh") or kind == torch.float16 else sum(own > 1 for own in uses)
+    stacked = [len(values) for values in saved if values.dtype == kind]
+    assert stacked == [len(uses)] * (len(operands.spec.layers) - 1) + [count] * (count > 0)
+    for got, want in zip(saved, expected, strict=True):
+        assert got.dtype == want.dtype
+        if got.dtype == kind:
+            scale = want.abs().max().item()  # this is about places; precision is above
+            torch.testing.assert_close(got, want, rtol=0, atol=8 * torch.finfo(kind).eps * scale)
+
+
 @requires.cpp_kernels
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda signs: [], ValueError, "saved must hold 2 tensors, got 1"),
-        (lambda signs: [signs.float()], TypeError, r"saved\[1\] must be a dense tensor of Byte, got Strided of Float"),
-        (lambda signs: [signs[:, :, 1:]], ValueError, r"saved\[1\] must have shape \[5, 17, 2\], got \[5, 17, 1\]"),
+        (lambda last, _: [last], ValueError, "saved must hold 3 tensors, got 2"),
+        (
+            lambda last, signs: [last.repeat(2, 1, 1), signs],
+            ValueError,
+            r"saved\[1\] must have shape \[1, 17, 13\], got \[2, 17, 13\]",
+        ),
+        (
+            lambda last, signs: [last, signs.float()],
+            TypeError,
+            r"saved\[2\] must be a dense tensor of Byte, got Strided of Float",
+        ),
+        (
+            lambda last, signs: [last, signs[:, :, 1:]],
+            ValueError,
+            r"saved\[2\] must have shape \[4, 17, 2\], got \[4, 17, 1\]",
+        ),
     ],
 )
 def test_refusals(wrong: Any, error: type[Exception], message: str) -> None:
     operands = operator.of_case(case(torch.float32, 17, ROUTINGS["one and two"]).map(Tensor.detach))
-    outputs, (hidden, signs) = OPS.level_forward(*operands.forward(True))
+    outputs, (hidden, *others) = OPS.level_forward(*operands.forward(True))
     with pytest.raises(error, match=message):
-        OPS.level_backward(*operands.backward(outputs, [hidden, *wrong(signs)], [True] * 8))
+        OPS.level_backward(*operands.backward(outputs, [hidden, *wrong(*others)], [True] * 8))
