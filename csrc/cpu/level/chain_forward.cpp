@@ -56,14 +56,14 @@ Tensors outputs_of(const LevelShape& level, const at::TensorOptions& options, st
 Tensors serve_chain(const LevelShape& level, const at::TensorOptions& options, const ChainKernels& kernels) {
   std::vector<void*> pointers;
   Tensors outputs = outputs_of(level, options, pointers);
-  if (level.rows > 0) run({level, pointers.data(), nullptr, nullptr}, kernels);
+  if (level.rows > 0) run({level, pointers.data(), nullptr, nullptr, nullptr}, kernels);
   return outputs;
 }
 
 LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, const ChainKernels& kernels,
                            const RunningNorms& norms, const SavedShape& shape, bool save) {
   const LevelShape& level = tables.level();
-  const at::Tensor logits = tables.set_gates(norms.gates, kernels.fold_norm, kernels.engine.form, save);
+  tensors.linear_gates ? tables.set_gate_layers(norms.gates, kernels) : tables.set_logits(tensors.gates);
   const auto options = tensors.inputs[0].options();
   LevelResults results;
   if (!save) {
@@ -85,10 +85,14 @@ LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, con
     results.saved.push_back(pooled({others, level.rows, bytes}, options.dtype(at::kByte)));
     signs = results.saved.back().mutable_data_ptr<uint8_t>();
   }
-  if (logits.defined()) results.saved.push_back(logits);
+  void* logits = nullptr;
+  if (tensors.linear_gates) {
+    results.saved.push_back(pooled({level.rows, level.gates.columns}, options));
+    logits = results.saved.back().mutable_data_ptr();
+  }
   if (level.rows == 0) return results;
   tables.set_forward_weights(kernels.engine, false);
-  run({level, outputs.data(), saved.data(), signs}, kernels);
+  run({level, outputs.data(), saved.data(), signs, logits}, kernels);
   return results;
 }
 

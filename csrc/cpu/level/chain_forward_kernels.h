@@ -91,7 +91,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   // Adds experts order[first] up to order[last] to the gates' sums, s_.mixed[gate][group][feature][16].
   void run(int first, int last) {
     std::memset(s_.mixed, 0, mixed_size() * sizeof(C));
-    int stream = gates();
+    int stream = gates(first == 0);
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
       if (level_.expert_inputs[e] != stream) {
@@ -136,17 +136,16 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   }
 
  private:
-  // The gates' probabilities. Returns the stream whose input is loaded then, or -1.
-  int gates() {
+  // The gates' probabilities. Returns the stream whose input is loaded then, or -1. One of a block's parts `writes` the
+  // logits that are saved.
+  int gates(bool writes) {
     int stream = -1;
-    if constexpr (Engine::kForm != WeightForm::kPrepared) {
-      if (level_.gates.weights) {
-        for (int k = level_.gates.count - 1; k >= 0; --k) {  // so that the first stream is the last to be loaded
-          if (level_.gates.streams[k] != stream) load_input(stream = level_.gates.streams[k]);
-          gate_layer(k);
-        }
-        return stream;
+    if (level_.gates.weights) {
+      for (int k = level_.gates.count - 1; k >= 0; --k) {  // so that the first stream is the last to be loaded
+        if (level_.gates.streams[k] != stream) load_input(stream = level_.gates.streams[k]);
+        gate_layer(k, writes);
       }
+      return stream;
     }
     for (int64_t g = 0; g < groups_; ++g) {
       gate_probabilities(level_.gates, row_ + g * kGroup, group_rows(g), probabilities(g));
@@ -155,7 +154,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   }
 
   // Gate k's linear layer on the input that is loaded, and its softmax.
-  void gate_layer(int k) {
+  void gate_layer(int k, bool writes) {
     const Gates& gates = level_.gates;
     const auto* weight = static_cast<const typename Engine::Weight*>(gates.weights[k]);
     const auto affine = Affine<T, C>::of(gates.biases, gates.scales, gates.shifts, k);
@@ -165,7 +164,8 @@ class ChainForward : RowBlock<ChainForwardArgs> {
       const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
       for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
         const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
-        Engine::tile(weight, gates.weight_ld[k], o, n, s_.input + g0 * in_size, depth, ng, s_.tile, tile_group, {});
+        Engine::tile(weight, gates.weight_ld[k], o, n, s_.input + g0 * in_size, depth, ng, s_.tile, tile_group,
+                     Prefetch{});
         for (int64_t g = g0; g < g0 + ng; ++g) {
           affine_activation<T, C>(kNone, s_.tile + (g - g0) * tile_group, affine.from(o), n,
                                   probabilities(g) + (gates.begin[k] + o) * kGroup, nullptr);
@@ -173,7 +173,12 @@ class ChainForward : RowBlock<ChainForwardArgs> {
       }
     }
     for (int64_t g = 0; g < groups_; ++g) {
-      softmax_panel(probabilities(g) + gates.begin[k] * kGroup, static_cast<int>(width));
+      C* panel = probabilities(g) + gates.begin[k] * kGroup;
+      if (args_.logits) {
+        T* rows = static_cast<T*>(args_.logits) + row(g) * gates.columns + gates.begin[k];
+        save_logits(panel, static_cast<int>(width), writes ? rows : nullptr, gates.columns, group_rows(g));
+      }
+      softmax_panel(panel, static_cast<int>(width));
     }
   }
 

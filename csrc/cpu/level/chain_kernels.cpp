@@ -3,6 +3,7 @@
 #include "gemm/engines.h"
 #include "level/chain_rows_backward_kernels.h"
 #include "level/chain_weight_kernels.h"
+#include "level/gate_gradient_kernels.h"
 #include "level/level_kernels.h"
 
 namespace mtlk {
@@ -85,6 +86,23 @@ void add_weight_kernels(ChainKernels& table) {
   };
 }
 
+template <typename T>
+GateKernels gate_kernels() {
+  using Gradients = GateGradients<T>;
+  GateKernels table{};
+  table.features = Gradients::kFeatures;
+  table.joined_bytes = [](int columns) {
+    return Gradients::joined_ld(columns) * static_cast<int64_t>(sizeof(Compute<T>));
+  };
+  table.gradient_bytes = [](int columns) { return Gradients::bytes(columns); };
+  table.join = Gradients::join;
+  table.gradient = [](const GateGradientArgs& args, int64_t feature, void* scratch) {
+    Gradients(args, feature, scratch).run();
+  };
+  table.biases = Gradients::biases;
+  return table;
+}
+
 template <typename Engine>
 ChainKernels chain_kernels(const EngineTable& engine) {
   using T = typename Engine::T;
@@ -92,6 +110,7 @@ ChainKernels chain_kernels(const EngineTable& engine) {
   ChainKernels table{};
   table.engine = engine;
   table.fold_norm = fold_norm<T, C>;
+  table.gates = gate_kernels<T>();
   table.min_forward_rows = Engine::kMinForwardRows;
   table.forward_bytes = ChainForward<Engine>::bytes;
   table.forward_mixed_bytes = [](const LevelShape& level, int64_t nrows) {

@@ -46,7 +46,7 @@ class ChainForward<RowsEngine<T>> {
 
   void run(int first, int last) {
     std::memset(mixed_, 0, mixed_size() * sizeof(C));
-    int stream = gates();
+    int stream = gates(first == 0);
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
       if (level_.expert_inputs[e] != stream) load_input(stream = level_.expert_inputs[e]);
@@ -105,8 +105,8 @@ class ChainForward<RowsEngine<T>> {
     }
   }
 
-  // The gates' probabilities. Returns the stream whose input is loaded then, or -1.
-  int gates() {
+  // As that of other engines.
+  int gates(bool writes) {
     const Gates& gates = level_.gates;
     if (!gates.weights) {
       gate_probabilities(gates, 0, rows_, probabilities_);
@@ -123,6 +123,10 @@ class ChainForward<RowsEngine<T>> {
         for (int r = 0; r < kGroup; ++r) {
           panel[c * kGroup + r] = r < rows_ ? affine(hidden_[0][r * widest_ + c], c) : static_cast<C>(0);
         }
+      }
+      if (args_.logits) {
+        T* rows = static_cast<T*>(args_.logits) + gates.begin[k];
+        save_logits(panel, gates.sizes[k], writes ? rows : nullptr, gates.columns, rows_);
       }
       softmax_panel(panel, gates.sizes[k]);
     }

@@ -1,61 +1,84 @@
 #include "level/gate_layers.h"
 
-#include <ATen/ops/cat.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
+
+#include "runtime/memory.h"
+#include "runtime/parallel.h"
 
 namespace mtlk {
 namespace {
 
-bool alike(const std::vector<int>& streams) {
-  return std::all_of(streams.begin(), streams.end(), [&](int stream) { return stream == streams[0]; });
+// Those of the gates of one stream.
+void run(GateGradientArgs& args, const GateKernels& kernels) {
+  constexpr int64_t kRows = 1024;  // of a task
+  const int64_t threads = at::get_num_threads(), spans = divide_up(args.width, kernels.features);
+  const Scratch joined(1, args.rows * kernels.joined_bytes(args.columns));
+  const Scratch scratch(std::min(threads, spans), kernels.gradient_bytes(args.columns));
+  args.joined = joined[0];
+  parallel_tasks(threads, divide_up(args.rows, kRows),
+                 [&](int64_t task) { kernels.join(args, task * kRows, std::min(kRows, args.rows - task * kRows)); });
+  const int64_t made = args.grad_input || args.grad_weights ? spans : 0;
+  parallel_tasks_on(std::min(threads, spans), made, [&](int64_t task, int64_t thread) {
+    kernels.gradient(args, task * kernels.features, scratch[thread]);
+  });
+  if (args.grad_biases) kernels.biases(args);
 }
 
-std::optional<at::Tensor> optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+// The address of each row.
+void add_rows(const at::Tensor& matrix, std::vector<void*>& rows) {
+  for (int64_t r = 0; r < matrix.size(0); ++r) {
+    rows.push_back(static_cast<char*>(matrix.data_ptr()) + r * matrix.stride(0) * matrix.element_size());
+  }
 }
 
 }  // namespace
 
-at::Tensor gate_logits(const Tensors& inputs, const std::vector<int>& streams, const Tensors& weights,
-                       const Tensors& biases) {
-  const auto there = std::count_if(biases.begin(), biases.end(), [](const at::Tensor& bias) { return bias.defined(); });
-  const bool all = there == static_cast<int64_t>(biases.size());
-  if (alike(streams) && (all || there == 0)) {  // one product
-    return at::linear(inputs[streams[0]], at::cat(weights), all ? optional(at::cat(biases)) : std::nullopt);
-  }
-  Tensors logits;
-  for (size_t k = 0; k < weights.size(); ++k) {
-    logits.push_back(at::linear(inputs[streams[k]], weights[k], optional(biases[k])));
-  }
-  return at::cat(logits, 1);
-}
-
 GateGradients gate_gradients(const LevelTensors& level, const std::vector<int>& streams, const Tensors& grad_logits,
-                             const Tensors& grad_inputs, bool need_weights, bool need_biases) {
-  const Tensors& weights = level.gates;
+                             const Tensors& grad_inputs, bool need_weights, bool need_biases,
+                             const GateKernels& kernels) {
+  const size_t count = level.gates.size();
   GateGradients result;
-  if (alike(streams) && weights.size() > 1) {  // one product again
-    const at::Tensor grad = at::cat(grad_logits, 1);
-    if (!grad_inputs.empty()) grad_inputs[streams[0]].addmm_(grad, at::cat(weights));
-    if (need_weights) {
-      int64_t row = 0;
-      const at::Tensor found = at::mm(grad.t(), level.inputs[streams[0]]);
-      for (const at::Tensor& weight : weights) {
-        result.weights.push_back(found.narrow(0, row, weight.size(0)).clone());
-        row += weight.size(0);
+  for (size_t k = 0; k < count; ++k) {
+    const at::Tensor &weight = level.gates[k], &bias = level.gate_biases[k];
+    if (need_weights) result.weights.push_back(at::empty(weight.sizes(), weight.options()));
+    if (need_biases) result.biases.push_back(bias.defined() ? at::empty(bias.sizes(), bias.options()) : at::Tensor());
+  }
+  for (int stream = 0; stream < static_cast<int>(level.inputs.size()); ++stream) {
+    Tensors kept;
+    std::vector<int> sizes;
+    std::vector<const void*> logits;
+    std::vector<void*> weights, grad_weights, grad_biases;
+    for (size_t k = 0; k < count; ++k) {
+      if (streams[k] != stream) continue;
+      kept.push_back(with_unit_stride(level.gates[k]));
+      add_rows(kept.back(), weights);
+      sizes.push_back(static_cast<int>(kept.back().size(0)));
+      logits.push_back(grad_logits[k].const_data_ptr());
+      if (need_weights) add_rows(result.weights[k], grad_weights);
+      for (int64_t c = 0; need_biases && c < sizes.back(); ++c) {
+        const at::Tensor& bias = result.biases[k];
+        grad_biases.push_back(bias.defined() ? static_cast<char*>(bias.mutable_data_ptr()) + c * bias.element_size()
+                                             : nullptr);
       }
     }
-  } else {
-    for (size_t k = 0; k < weights.size(); ++k) {
-      if (!grad_inputs.empty()) grad_inputs[streams[k]].addmm_(grad_logits[k], weights[k]);
-      if (need_weights) result.weights.push_back(at::mm(grad_logits[k].t(), level.inputs[streams[k]]));
-    }
-  }
-  for (size_t k = 0; need_biases && k < weights.size(); ++k) {
-    result.biases.push_back(level.gate_biases[k].defined() ? grad_logits[k].sum(0) : at::Tensor());
+    if (sizes.empty()) continue;
+    const at::Tensor x = with_unit_stride(level.inputs[stream]);
+    GateGradientArgs args{};
+    args.rows = x.size(0);
+    args.width = x.size(1);
+    args.gates = static_cast<int>(sizes.size());
+    args.columns = static_cast<int>(weights.size());
+    args.sizes = sizes.data();
+    args.grad_logits = logits.data();
+    args.input = x.const_data_ptr();
+    args.input_ld = x.stride(0);
+    args.weights = weights.data();
+    args.grad_input = grad_inputs.empty() ? nullptr : grad_inputs[stream].mutable_data_ptr();
+    args.grad_weights = need_weights ? grad_weights.data() : nullptr;
+    args.grad_biases = need_biases ? grad_biases.data() : nullptr;
+    run(args, kernels);
   }
   return result;
 }

@@ -3,13 +3,10 @@
 
 #include <vector>
 
+#include "level/level_kernels.h"
 #include "level/spec.h"
 
 namespace mtlk {
-
-// The logits of all gates, [B, sum of their sizes]. Biases are undefined where there is none.
-at::Tensor gate_logits(const Tensors& inputs, const std::vector<int>& streams, const Tensors& weights,
-                       const Tensors& biases);
 
 // The gradients of weights and biases, of those that there are, from the logits' gradients, one a gate; adds to those
 // of the inputs, of which there may be none.
@@ -17,6 +14,7 @@ struct GateGradients {
   Tensors weights, biases;
 };
 GateGradients gate_gradients(const LevelTensors& level, const std::vector<int>& streams, const Tensors& grad_logits,
-                             const Tensors& grad_inputs, bool need_weights, bool need_biases);
+                             const Tensors& grad_inputs, bool need_weights, bool need_biases,
+                             const GateKernels& kernels);
 
 }  // namespace mtlk

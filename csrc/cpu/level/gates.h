@@ -73,6 +73,18 @@ void gate_probabilities(const Gates& gates, int64_t row, int64_t nrows, C* panel
   }
 }
 
+// Rounds a gate's logits to the type in which they are saved, so that the backward pass finds the same probabilities;
+// and writes them, if there are rows to write to.
+template <typename T, typename C>
+void save_logits(C* panel, int columns, T* rows, int64_t ld, int64_t nrows) {
+  for (int c = 0; c < columns; ++c) {
+    T rounded[kGroup];
+    narrow(panel + c * kGroup, rounded, kGroup);
+    widen(rounded, panel + c * kGroup, kGroup);
+    for (int64_t r = 0; rows && r < nrows; ++r) rows[r * ld + c] = rounded[r];
+  }
+}
+
 // d logits = p * (inner - sum over the gate's experts of p * inner), for one group of rows.
 template <typename T, typename C>
 void softmax_gradient(const C* p, const C* inner, int columns, int64_t nrows, T* out) {

@@ -68,7 +68,7 @@ KeptLevel::KeptLevel(LevelSpec spec, const LevelTensors& parameters, const Runni
       as_they_lie_(lie_row_by_row(tensors_)),
       tables_(spec_, tensors_) {
   tables_.set_natural_weights();
-  tables_.set_gates({}, nullptr, WeightForm::kNatural, false);
+  tables_.set_natural_gate_layers();
   const LevelShape& level = tables_.level();
   for (int64_t i = 0; i < spec_.layers() * spec_.experts(); ++i) {
     norm_widths_.push_back(level.widths[i / spec_.experts() + 1]);

@@ -142,7 +142,7 @@ LevelResults layerwise_forward(const LevelSpec& spec, const LevelTensors& tensor
                                const LayerwiseKernels& kernels, const RunningNorms& norms,
                                const std::optional<at::Tensor>& seed, bool save) {
   const LevelShape& level = tables.level();
-  tables.set_gates(norms.gates, kernels.fold_norm, WeightForm::kPrepared, true);
+  tables.set_logits(tensors.gates);
   NormTables norm_tables(spec, level, tensors, seed);
   const auto options = tensors.inputs[0].options();
   Tensors outputs, before;

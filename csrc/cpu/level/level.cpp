@@ -65,12 +65,12 @@ Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const T
     const auto& kernels = kernels_for<ChainKernels>(dtype, level.rows);
     LevelGradients gradients(level, tensors, kernels.engine, needs);
     chain_backward(tensors, tables, kernels, gradients, shared);
-    return gradients.take(tables.gate_streams());
+    return gradients.take(tables.gate_streams(), kernels.gates);
   }
   const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows);
   LevelGradients gradients(level, tensors, kernels.engine, needs);
   layerwise_backward(spec, tensors, tables, kernels, saved.statistics, saved.shape.experts, seed, gradients);
-  return gradients.take(tables.gate_streams());
+  return gradients.take({}, {});
 }
 
 // Whether every stream and every expert is part of what all gates together mix.

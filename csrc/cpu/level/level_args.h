@@ -157,6 +157,7 @@ struct ChainForwardArgs {
   void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
   void* const* saved;    // for each layer a contiguous [experts, rows, width], the last of some experts; or null
   uint8_t* signs;        // [others, rows, sign_bytes] of the last layer's outputs of the other experts, or null
+  void* logits;          // of linear gates [rows, columns] of the storage type, or null
 
   bool saves(int layer, int e) const { return saved != nullptr && saved_place(level, layer, e) >= 0; }
 };
@@ -178,6 +179,21 @@ struct ChainBackwardArgs : GradientArgs {
   // each stream is, or -1.
   const int* divided;
   int divided_count;
+};
+
+// Gradients of gates that are linear layers of one stream, from those of their logits.
+struct GateGradientArgs {
+  int64_t rows, width;             // of the stream
+  int gates, columns;              // columns: logits of all these gates
+  const int* sizes;                // [gates]
+  const void* const* grad_logits;  // [gates], contiguous [rows, sizes[k]] of the storage type
+  const void* input;               // unit column stride
+  int64_t input_ld;
+  const void* const* weights;  // for each column [width], contiguous
+  void* joined;                // of the compute type, for the logits' gradients of all these gates, see GateKernels
+  void* grad_input;            // contiguous [rows, width], which is added to; or null
+  void* const* grad_weights;   // for each column [width]; or null
+  void* const* grad_biases;    // for each column an element or null; or null
 };
 
 // Layerwise: a layer of all rows after another. -----------------------------------------------------------------------

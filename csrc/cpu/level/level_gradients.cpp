@@ -107,7 +107,7 @@ void LevelGradients::zero() {
   }
 }
 
-Tensors LevelGradients::take(const std::vector<int>& gate_streams) {
+Tensors LevelGradients::take(const std::vector<int>& gate_streams, const GateKernels& kernels) {
   Tensors result;
   const auto add = [&](const Tensors& grads) {
     std::copy_if(grads.begin(), grads.end(), std::back_inserter(result),
@@ -115,7 +115,7 @@ Tensors LevelGradients::take(const std::vector<int>& gate_streams) {
   };
   GateGradients gates{logits_.tensors, {}};
   if (level_.linear_gates && !logits_.tensors.empty()) {
-    gates = gate_gradients(level_, gate_streams, logits_.tensors, inputs_.tensors, needs_[6], needs_[7]);
+    gates = gate_gradients(level_, gate_streams, logits_.tensors, inputs_.tensors, needs_[6], needs_[7], kernels);
   }
   for (const Results* results : {&inputs_, &weights_, &biases_}) add(results->tensors);
   for (auto [results, parts] :

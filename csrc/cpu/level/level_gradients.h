@@ -5,6 +5,7 @@
 
 #include "gemm/engine.h"
 #include "level/level_args.h"
+#include "level/level_kernels.h"
 #include "level/spec.h"
 
 namespace mtlk {
@@ -24,8 +25,8 @@ class LevelGradients {
   // Nothing has a gradient.
   void zero();
 
-  // All that are there, in the order of the level's tensors.
-  Tensors take(const std::vector<int>& gate_streams);
+  // All that are there, in the order of the level's tensors; those of linear gates, if any, are made by `kernels`.
+  Tensors take(const std::vector<int>& gate_streams, const GateKernels& kernels);
 
  private:
   int64_t weight_bytes() const;

@@ -7,6 +7,19 @@
 namespace mtlk {
 
 // Scratch is bytes that the caller provides, aligned to a cache line.
+
+// Of gates that are linear layers: join puts the logits' gradients of some rows next to each other, `joined_bytes` a
+// row; then gradient makes what belongs to `features` features of the input from the one given on, and biases those of
+// all biases, in any order.
+struct GateKernels {
+  int64_t features;
+  int64_t (*joined_bytes)(int columns);
+  int64_t (*gradient_bytes)(int columns);
+  void (*join)(const GateGradientArgs&, int64_t row, int64_t nrows);
+  void (*gradient)(const GateGradientArgs&, int64_t feature, void* scratch);
+  void (*biases)(const GateGradientArgs&);
+};
+
 struct ChainKernels {
   EngineTable engine;
   // Whether gradients of experts that one gate mixes follow from signs.
@@ -14,6 +27,7 @@ struct ChainKernels {
     return engine.from_signs && signs_suffice(layers, activations, dtype);
   }
   FoldNorm fold_norm;
+  GateKernels gates;
   int64_t min_forward_rows;  // as EngineTable::min_call_rows, of a forward pass, which makes weights ready as it goes
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each

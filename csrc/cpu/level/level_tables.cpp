@@ -1,14 +1,8 @@
 #include "level/level_tables.h"
 
-#include <ATen/ops/addcmul.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
-#include "level/gate_layers.h"
 #include "runtime/check.h"
 
 namespace mtlk {
@@ -95,11 +89,6 @@ void LevelTables::set_logits(at::TensorList logits) {
   level_.gates = gates_.gates();
 }
 
-void LevelTables::set_joined_logits(const at::Tensor& logits) {
-  kept_.push_back(logits);
-  set_logits(logits.split_with_sizes(spec_.gate_sizes, 1));
-}
-
 void LevelTables::check_gate_layers() {
   const Tensors &weights = tensors_.gates, &biases = tensors_.gate_biases;
   const size_t count = spec_.gates(), streams = tensors_.inputs.size();
@@ -119,49 +108,26 @@ void LevelTables::check_gate_layers() {
   }
 }
 
-at::Tensor LevelTables::set_gates(const std::vector<NormTensors>& norms, FoldNorm fold, WeightForm form, bool joined) {
-  const Tensors &inputs = tensors_.inputs, &weights = tensors_.gates, &biases = tensors_.gate_biases;
-  if (!tensors_.linear_gates) {
-    set_logits(weights);
-    return {};
-  }
+void LevelTables::set_gate_layers(const std::vector<NormTensors>& norms, const ChainKernels& kernels) {
   check_gate_layers();
   if (!norms.empty()) {
-    gate_norms_.emplace(norms, spec_.gate_sizes.vec(), gate_biases_.data(), fold, dtype_ == at::kDouble, "gate norms");
+    gate_norms_.emplace(norms, spec_.gate_sizes.vec(), gate_biases_.data(), kernels.fold_norm, dtype_ == at::kDouble,
+                        "gate norms");
     gates_.set_norms(gate_norms_->scales(), gate_norms_->shifts());
   }
-  if (joined || form == WeightForm::kPrepared) {
-    const at::Tensor logits = norms.empty() ? gate_logits(inputs, gate_streams_, weights, biases) : normalized_logits();
-    set_joined_logits(logits);
-    return logits;
-  }
-  for (const at::Tensor& weight : weights) {
-    add_rows(form == WeightForm::kCompute && dtype_ != at::kDouble ? weight.to(at::kFloat) : weight, gate_weights_,
-             gate_weight_ld_);
-  }
-  gates_.set_weights(gate_weights_.data(), gate_weight_ld_.data(), gate_biases_.data(), gate_streams_.data());
-  level_.gates = gates_.gates();
-  return {};
+  gate_weights_.set(tensors_.gates, kernels.engine, false);
+  point_gate_layers();
 }
 
-// Products, and what stands behind them: norms, and the biases of gates without one.
-at::Tensor LevelTables::normalized_logits() const {
-  const Tensors& weights = tensors_.gates;
-  const at::Tensor products = gate_logits(tensors_.inputs, gate_streams_, weights, Tensors(weights.size()));
-  const Gates& gates = gates_.gates();
-  const at::ScalarType compute = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
-  const auto options = products.options().dtype(compute);
-  const at::Tensor scale = at::ones({gates.columns}, options), shift = at::zeros({gates.columns}, options);
-  for (int k = 0; k < gates.count; ++k) {
-    const int64_t first = gates.begin[k], bytes = gates.sizes[k] * static_cast<int64_t>(scale.element_size());
-    if (gates.scales[k]) {
-      std::memcpy(scale.narrow(0, first, gates.sizes[k]).mutable_data_ptr(), gates.scales[k], bytes);
-      std::memcpy(shift.narrow(0, first, gates.sizes[k]).mutable_data_ptr(), gates.shifts[k], bytes);
-    } else if (tensors_.gate_biases[k].defined()) {
-      shift.narrow(0, first, gates.sizes[k]).copy_(tensors_.gate_biases[k]);
-    }
-  }
-  return at::addcmul(shift, products.to(compute), scale);
+void LevelTables::set_natural_gate_layers() {
+  check_gate_layers();
+  gate_weights_.set_natural(tensors_.gates);
+  point_gate_layers();
+}
+
+void LevelTables::point_gate_layers() {
+  gates_.set_weights(gate_weights_.pointers(), gate_weights_.ld(), gate_biases_.data(), gate_streams_.data());
+  level_.gates = gates_.gates();
 }
 
 void LevelTables::set_grad_outputs(at::TensorList grad_outputs) {

@@ -7,6 +7,7 @@
 #include "gemm/weight_forms.h"
 #include "level/folded_norms.h"
 #include "level/gate_tables.h"
+#include "level/level_kernels.h"
 #include "level/spec.h"
 
 namespace mtlk {
@@ -28,10 +29,10 @@ class LevelTables {
 
   void set_logits(at::TensorList logits);
 
-  // Logits as they are given, or linear layers in their place. The joined logits of these, [B, sum of the gates'
-  // sizes], where they are `joined`, which `form` may ask for too: so narrow a layer is nothing to prepare weights for.
-  // `norms` stand behind them, or it is empty.
-  at::Tensor set_gates(const std::vector<NormTensors>& norms, FoldNorm fold, WeightForm form, bool joined);
+  // Linear layers in the place of logits, with weights as the kernels want them; `norms` stand behind them, or it is
+  // empty.
+  void set_gate_layers(const std::vector<NormTensors>& norms, const ChainKernels& kernels);
+  void set_natural_gate_layers();
 
   void check_gate_layers();
 
@@ -60,8 +61,7 @@ class LevelTables {
   void check_experts();
   const void* bias_of(const at::Tensor& bias, int64_t size, const char* name, size_t i);
   void add_rows(const at::Tensor& x, std::vector<const void*>& pointers, std::vector<int64_t>& ld);
-  void set_joined_logits(const at::Tensor& logits);
-  at::Tensor normalized_logits() const;
+  void point_gate_layers();
   void point_weights();
   const WeightForms& last_forms() const { return last_weights_ ? *last_weights_ : weights_; }
   int64_t last_offset() const { return last_weights_ ? 0 : (spec_.layers() - 1) * spec_.experts(); }
@@ -71,11 +71,11 @@ class LevelTables {
   const at::ScalarType dtype_;
   GateTables gates_;
   std::vector<int> order_, gate_streams_;
-  std::vector<int64_t> widths_, input_ld_, grad_output_ld_, gate_weight_ld_;
-  std::vector<const void*> inputs_, biases_, grad_outputs_, saved_, gate_weights_, gate_biases_;
+  std::vector<int64_t> widths_, input_ld_, grad_output_ld_;
+  std::vector<const void*> inputs_, biases_, grad_outputs_, saved_, gate_biases_;
   const uint8_t* signs_ = nullptr;
   Tensors kept_;
-  WeightForms weights_;
+  WeightForms weights_, gate_weights_;
   std::optional<WeightForms> last_weights_;
   std::optional<FoldedNorms> norms_, gate_norms_;
   LevelShape level_{};
