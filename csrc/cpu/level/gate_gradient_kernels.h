@@ -2,12 +2,13 @@
 #pragma once
 
 #include "level/level_args.h"
+#include "simd/prefetch.h"
 #include "simd/simd.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
 
-// Of the gates of one stream, some of its features at a time, for all rows.
+// Of the gates of one stream, some of its features at a time, for all rows. Sums are sums of those of kRows rows.
 template <typename T>
 class GateGradients {
  public:
@@ -64,11 +65,19 @@ class GateGradients {
 
   static void biases(const GateGradientArgs& args) {
     const int64_t ld = joined_ld(args.columns);
-    for (int64_t c = 0; c < args.columns; ++c) {
-      if (!args.grad_biases[c]) continue;
-      C sum = 0;
-      for (int64_t r = 0; r < args.rows; ++r) sum += static_cast<const C*>(args.joined)[r * ld + c];
-      narrow(&sum, static_cast<T*>(args.grad_biases[c]), 1);
+    for (int64_t c = 0; c < args.columns; c += kSums) {
+      C sums[kSums] = {};
+      for (int64_t row = 0; row < args.rows; row += kRows) {
+        const int64_t end = row + kRows < args.rows ? row + kRows : args.rows;
+        C part[kSums] = {};
+        for (int64_t r = row; r < end; ++r) {
+          for (int i = 0; i < kSums; ++i) part[i] += static_cast<const C*>(args.joined)[r * ld + c + i];
+        }
+        for (int i = 0; i < kSums; ++i) sums[i] += part[i];
+      }
+      for (int i = 0; i < kSums && c + i < args.columns; ++i) {
+        if (args.grad_biases[c + i]) narrow(sums + i, static_cast<T*>(args.grad_biases[c + i]), 1);
+      }
     }
   }
 
@@ -79,7 +88,10 @@ class GateGradients {
   void add_to_sums(int64_t row, int64_t nrows) const {
     constexpr int L = Simd<C>::lanes;
     const T* rows = static_cast<const T*>(args_.input) + row * args_.input_ld + feature_;
-    for (int64_t r = 0; r < nrows; ++r) widen(rows + r * args_.input_ld, input_ + r * kFeatures, n_);
+    for (int64_t r = 0; r < nrows; ++r) {
+      fetch_rows(rows + (r + kRows) * args_.input_ld, n_);
+      widen(rows + r * args_.input_ld, input_ + r * kFeatures, n_);
+    }
     for (int64_t c = 0; c < ld_; c += kSums) {
       C* const place = sums_ + c * kFeatures;
       Sums sums = {};
@@ -100,7 +112,10 @@ class GateGradients {
     for (int64_t r = 0; r < nrows; r += kSums) {
       const int64_t count = nrows - r < kSums ? nrows - r : kSums;
       C block[kSums * kFeatures] = {};
-      for (int64_t i = 0; i < count; ++i) widen(rows + (r + i) * args_.width, block + i * kFeatures, n_);
+      for (int64_t i = 0; i < count; ++i) {
+        fetch_rows(rows + (r + i + kRows) * args_.width, n_);
+        widen(rows + (r + i) * args_.width, block + i * kFeatures, n_);
+      }
       const C* grad[kSums];  // of rows that are not there, the last one's
       for (int i = 0; i < kSums; ++i) grad[i] = joined_ + (row + r + (i < count ? i : count - 1)) * ld_;
       Sums sums;

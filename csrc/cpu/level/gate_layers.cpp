@@ -15,15 +15,14 @@ void run(GateGradientArgs& args, const GateKernels& kernels) {
   constexpr int64_t kRows = 1024;  // of a task
   const int64_t threads = at::get_num_threads(), spans = divide_up(args.width, kernels.features);
   const Scratch joined(1, args.rows * kernels.joined_bytes(args.columns));
-  const Scratch scratch(std::min(threads, spans), kernels.gradient_bytes(args.columns));
+  const Scratch scratch(threads, kernels.gradient_bytes(args.columns));
   args.joined = joined[0];
   parallel_tasks(threads, divide_up(args.rows, kRows),
                  [&](int64_t task) { kernels.join(args, task * kRows, std::min(kRows, args.rows - task * kRows)); });
   const int64_t made = args.grad_input || args.grad_weights ? spans : 0;
-  parallel_tasks_on(std::min(threads, spans), made, [&](int64_t task, int64_t thread) {
-    kernels.gradient(args, task * kernels.features, scratch[thread]);
+  parallel_tasks_on(threads, made + (args.grad_biases != nullptr), [&](int64_t task, int64_t thread) {
+    task < made ? kernels.gradient(args, task * kernels.features, scratch[thread]) : kernels.biases(args);
   });
-  if (args.grad_biases) kernels.biases(args);
 }
 
 // The address of each row.

@@ -37,14 +37,20 @@ def random_layers(seed: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def with_layers(
-    make: CaseFactory, rows: int, widths: Sequence[int], *, activation: str = "silu", streams: bool = True
+    make: CaseFactory,
+    rows: int,
+    widths: Sequence[int],
+    *,
+    activation: str = "silu",
+    streams: bool = True,
+    routing: mk.Routing = ROUTING,
 ) -> Case:
-    """A call whose gates are linear layers, one of them with biases."""
-    arguments = dict(make.expert_mixture(rows, widths, ROUTING, activation=activation, streams=streams).arguments)
+    """A call whose gates are linear layers, the first of them with biases."""
+    arguments = dict(make.expert_mixture(rows, widths, routing, activation=activation, streams=streams).arguments)
     del arguments["gate_logits"]
-    sizes = [len(gate) for gate in ROUTING.gate_experts]
-    layers = {"gate_weights": [make.leaf(size, widths[0]) for size in sizes], "gate_biases": [make.leaf(3), None, None]}
-    return Case({**arguments, **layers}, make.dtype)
+    sizes = [len(gate) for gate in routing.gate_experts]
+    weights, biases = [make.leaf(size, widths[0]) for size in sizes], [make.leaf(sizes[0]), *[None] * (len(sizes) - 1)]
+    return Case({**arguments, "gate_weights": weights, "gate_biases": biases}, make.dtype)
 
 
 def by_layers(**arguments: Any) -> tuple[Tensor, ...]:

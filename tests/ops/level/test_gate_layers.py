@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch.autograd import gradcheck, gradgradcheck
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.testing import Case, CaseFactory, evaluate
+from tests.ops.agreement import assert_agrees, reference_op
 from tests.ops.derivatives import function_of_leaves
+from tests.ops.level.definition import formula
 from tests.ops.level.gate_layers import ROUTING, by_layers, by_logits, check, random_layers, with_layers
 
 
@@ -25,10 +28,23 @@ def test_random_cases(seed: int, grad: bool, dtype: torch.dtype, backend: str) -
 
 
 @pytest.mark.parametrize("isa", _extension.instruction_sets()[:-1])
+@pytest.mark.parametrize("grad", [False, True], ids=["serving", "training"])
 @pytest.mark.parametrize("seed", range(40, 55))
-def test_every_instruction_set(seed: int, isa: str, dtype: torch.dtype) -> None:
+def test_every_instruction_set(seed: int, grad: bool, isa: str, dtype: torch.dtype) -> None:
     with _extension.instruction_set(isa):
-        check(seed, dtype, False)
+        check(seed, dtype, grad)
+
+
+@pytest.mark.parametrize("isa", _extension.instruction_sets())
+@pytest.mark.parametrize("rows", [3, 70, 1100])
+@pytest.mark.parametrize("experts", [15, 16, 17, 41])
+def test_many_experts(experts: int, rows: int, isa: str, dtype: torch.dtype) -> None:
+    """More logits than a tile of products has, and a number of inputs that fills none."""
+    case = with_layers(
+        CaseFactory(experts, dtype), rows, [67, 5, 3], streams=False, routing=mk.Routing.mmoe(experts, 2)
+    )
+    with _extension.instruction_set(isa):
+        assert_agrees(by_layers, formula, case, partial(reference_op, by_logits))
 
 
 def small(seed: int) -> tuple[Callable[..., Any], list[Tensor]]:
