@@ -47,6 +47,19 @@ def test_many_experts(experts: int, rows: int, isa: str, dtype: torch.dtype) -> 
         assert_agrees(by_layers, formula, case, partial(reference_op, by_logits))
 
 
+@pytest.mark.parametrize("isa", _extension.instruction_sets())
+def test_inputs_that_are_parts_of_wider_rows(isa: str, dtype: torch.dtype) -> None:
+    """To the bit as copies of them."""
+    arguments = with_layers(CaseFactory(0, dtype), 70, [40, 5, 3], streams=False).arguments
+    part = torch.randn(70, 60).to(dtype)[:, 7:47]
+    found = []
+    with _extension.instruction_set(isa):
+        for x in (part, part.contiguous()):
+            ys = by_layers(**{**arguments, "inputs": x.requires_grad_()})
+            found.append(torch.autograd.grad(ys, [x, *arguments["gate_weights"]], [torch.ones_like(y) for y in ys]))
+    assert all(map(torch.equal, *found))
+
+
 def small(seed: int) -> tuple[Callable[..., Any], list[Tensor]]:
     """A function of the leaves of a call with few rows, in float64."""
     case = with_layers(CaseFactory(seed, torch.float64), 3, [3, 4, 2], activation="tanh", streams=seed % 2 > 0)
