@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "runtime/memory.h"
 #include "runtime/parallel.h"
@@ -25,10 +26,12 @@ void run(GateGradientArgs& args, const GateKernels& kernels) {
   });
 }
 
-// The address of each row.
-void add_rows(const at::Tensor& matrix, std::vector<void*>& rows) {
+// The address of each row of a matrix that begins at `first`, which may be const.
+template <typename Address>
+void add_rows(Address first, const at::Tensor& matrix, std::vector<Address>& rows) {
+  using Byte = std::conditional_t<std::is_same_v<Address, void*>, char, const char>;
   for (int64_t r = 0; r < matrix.size(0); ++r) {
-    rows.push_back(static_cast<char*>(matrix.data_ptr()) + r * matrix.stride(0) * matrix.element_size());
+    rows.push_back(static_cast<Byte*>(first) + r * matrix.stride(0) * matrix.element_size());
   }
 }
 
@@ -47,15 +50,15 @@ GateGradients gate_gradients(const LevelTensors& level, const std::vector<int>& 
   for (int stream = 0; stream < static_cast<int>(level.inputs.size()); ++stream) {
     Tensors kept;
     std::vector<int> sizes;
-    std::vector<const void*> logits;
-    std::vector<void*> weights, grad_weights, grad_biases;
+    std::vector<const void*> logits, weights;
+    std::vector<void*> grad_weights, grad_biases;
     for (size_t k = 0; k < count; ++k) {
       if (streams[k] != stream) continue;
       kept.push_back(with_unit_stride(level.gates[k]));
-      add_rows(kept.back(), weights);
+      add_rows(kept.back().const_data_ptr(), kept.back(), weights);
       sizes.push_back(static_cast<int>(kept.back().size(0)));
       logits.push_back(grad_logits[k].const_data_ptr());
-      if (need_weights) add_rows(result.weights[k], grad_weights);
+      if (need_weights) add_rows(result.weights[k].mutable_data_ptr(), result.weights[k], grad_weights);
       for (int64_t c = 0; need_biases && c < sizes.back(); ++c) {
         const at::Tensor& bias = result.biases[k];
         grad_biases.push_back(bias.defined() ? static_cast<char*>(bias.mutable_data_ptr()) + c * bias.element_size()
