@@ -34,7 +34,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "MTLK_CHECK_VALUE(tensor.is_cpu() &&": CHECKED_BEFORE,
     },
     "csrc/cpu/level/forward_weights.h": {"bool operator==(const WeightTile&) const = default;": BY_CONSTRUCTION},
-    "csrc/cpu/level/gate_layers.cpp": {"return at::linear(inputs[streams[0]], at::cat(weights)": LIBRARY},
     "csrc/cpu/level/gates.h": {"switch (gates.dtype) {": NO_OTHER_VALUE},
     "csrc/cpu/level/level_gradients.cpp": {"result.push_back((whole ? grad : grad.sum().view(1))": LIBRARY},
     "csrc/cpu/level/level_tables.cpp": {
@@ -42,7 +41,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "MTLK_CHECK_VALUE(tensors_.biases.size() == count,": CHECKED_BEFORE,
         "dtype_(tensors.inputs.empty() ?": CHECKED_BEFORE,
         "MTLK_CHECK_VALUE(!spec_.gate_inputs.empty() ||": CHECKED_BEFORE,
-        "add_rows(form == WeightForm::kCompute && dtype_ != at::kDouble": LIBRARY,
     },
     "csrc/cpu/level/norm_tables.cpp": {
         "compute_(dtype_ == at::kDouble ?": CONSTANT,
