@@ -163,7 +163,7 @@ def forward(
 
 
 def _signs(outputs: Tensor) -> Tensor:
-    """Which of the outputs [E, B, H] are not <= 0, as :meth:`LevelSpec.saves_signs` describes it."""
+    """Which of the outputs [E, B, H] are not <= 0, as :meth:`LevelSpec.last_saved` describes it."""
     flags = F.pad((~(outputs <= 0)).to(torch.uint8), (0, -outputs.shape[2] % 8))
     places = torch.arange(8, dtype=torch.uint8, device=outputs.device)
     return torch.bitwise_left_shift(flags.unflatten(2, (flags.shape[2] // 8, 8)), places).sum(3, dtype=torch.uint8)
