@@ -91,16 +91,19 @@ struct PairEngine {
     return value;
   }
 
-  // Values are saved tile by tile: bfloat16 as the panel has them, other types while they are float32 and at hand.
+  // Values are saved tile by tile: bfloat16 as the panel has them, other types while they are float32 and at hand;
+  // whole lines `past` the caches where they can be.
   static constexpr bool kSavesTiles = true;
   static constexpr bool kSavesPanels = kPlanes == 1;
-  static void save_panel(const Element* panel, int64_t feature, int64_t n, T* rows, int64_t ld, int64_t nrows) {
+  static void save_panel(const Element* panel, int64_t feature, int64_t n, T* rows, int64_t ld, int64_t nrows,
+                         bool past) {
     alignas(64) BFloat16 block[kBlock];
+    past = past && can_go_past_caches(rows, ld);
     for (int64_t f = 0; f < n; f += kStep) {
       const Element* pairs = panel + (feature + f) * kGroup;
       const int64_t width = n - f < kStep ? n - f : kStep;
       if (width == kStep && nrows == kGroup && ld % 2 == 0) {
-        transpose16(pairs, kGroup, rows + f, ld / 2);
+        past ? transpose16<true>(pairs, kGroup, rows + f, ld / 2) : transpose16(pairs, kGroup, rows + f, ld / 2);
         continue;
       }
       transpose16(pairs, kGroup, block, kStep / 2);

@@ -33,7 +33,16 @@ MTLK_INLINE void transpose8(const uint32_t* in, int64_t ld_in, uint32_t* out, in
 }
 #endif
 
-// 16 x 16 transpose of 32-bit elements: rows of `in`, `ld_in` apart, become columns of `out`.
+// Whether a transpose writes whole lines, so that they may go past the caches.
+#if defined(__AVX512F__)
+constexpr bool kTransposesLines = true;
+#else
+constexpr bool kTransposesLines = false;
+#endif
+
+// 16 x 16 transpose of 32-bit elements: rows of `in`, `ld_in` apart, become columns of `out`. Past the caches where
+// kTransposesLines and can_go_past_caches.
+template <bool Past = false>
 MTLK_INLINE void transpose16(const void* in, int64_t ld_in, void* out, int64_t ld_out) {
   const uint32_t* a = static_cast<const uint32_t*>(in);
   uint32_t* b = static_cast<uint32_t*>(out);
@@ -56,11 +65,14 @@ MTLK_INLINE void transpose16(const void* in, int64_t ld_in, void* out, int64_t l
     t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
     t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
   }
+  const auto leave = [](uint32_t* place, __m512i row) {
+    Past ? _mm512_stream_si512(reinterpret_cast<__m512i*>(place), row) : _mm512_storeu_si512(place, row);
+  };
   for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_si512(b + (i + 0) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(b + (i + 4) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_storeu_si512(b + (i + 8) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-    _mm512_storeu_si512(b + (i + 12) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+    leave(b + (i + 0) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    leave(b + (i + 4) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    leave(b + (i + 8) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    leave(b + (i + 12) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
   }
 #elif defined(__AVX2__)
   for (int i = 0; i < 16; i += 8) {
@@ -73,10 +85,10 @@ MTLK_INLINE void transpose16(const void* in, int64_t ld_in, void* out, int64_t l
 #endif
 }
 
-template <typename C>
+template <bool Past = false, typename C>
 MTLK_INLINE void transpose_block(const C* in, int64_t ld_in, C* out, int64_t ld_out) {
   if constexpr (sizeof(C) == 4) {
-    transpose16(in, ld_in, out, ld_out);
+    transpose16<Past>(in, ld_in, out, ld_out);
   } else {
     for (int i = 0; i < 16; ++i) {
       for (int j = 0; j < 16; ++j) out[j * ld_out + i] = in[i * ld_in + j];
@@ -110,6 +122,7 @@ MTLK_INLINE void pack_pairs(const BFloat16* rows, int64_t ld, float* panel) {
 #endif
 
 #if defined(__AVX512BF16__)
+template <bool Past>
 MTLK_INLINE void unpack_pairs(const float* panel, BFloat16* rows, int64_t ld) {
   alignas(64) uint32_t pairs[kGroup * kGroup];
   for (int i = 0; i < kGroup; ++i) {
@@ -118,7 +131,7 @@ MTLK_INLINE void unpack_pairs(const float* panel, BFloat16* rows, int64_t ld) {
     const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
     _mm512_store_si512(pairs + i * kGroup, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
   }
-  if (ld % 2 == 0) return transpose16(pairs, kGroup, rows, ld / 2);
+  if (ld % 2 == 0) return transpose16<Past>(pairs, kGroup, rows, ld / 2);
   alignas(64) BFloat16 block[kGroup * kPairs];
   transpose16(pairs, kGroup, block, kGroup);
   for (int r = 0; r < kGroup; ++r) std::memcpy(rows + r * ld, block + r * kPairs, sizeof(BFloat16) * kPairs);
@@ -162,14 +175,14 @@ void clear_absent(int64_t nrows, int64_t features, C* panel) {
   for (int64_t i = 0; i < features; ++i) std::memset(panel + i * kGroup + nrows, 0, (kGroup - nrows) * sizeof(C));
 }
 
-// A plain panel back to rows.
-template <typename T, typename C>
+// A plain panel back to rows; whole lines of them past the caches.
+template <bool Past, typename T, typename C>
 void unpack_panel(const C* panel, int64_t features, T* rows, int64_t ld, int64_t nrows) {
   alignas(64) C block[kGroup * kGroup];
   int64_t f = 0;
 #if defined(__AVX512BF16__)
   if constexpr (__is_same(T, BFloat16) && sizeof(C) == 4) {
-    for (; nrows == kGroup && f + kPairs <= features; f += kPairs) unpack_pairs(panel + f * kGroup, rows + f, ld);
+    for (; nrows == kGroup && f + kPairs <= features; f += kPairs) unpack_pairs<Past>(panel + f * kGroup, rows + f, ld);
   }
 #endif
   for (; f < features; f += kGroup) {
@@ -177,7 +190,7 @@ void unpack_panel(const C* panel, int64_t features, T* rows, int64_t ld, int64_t
     if (width == kGroup) {
       if constexpr (__is_same(T, C)) {
         if (nrows == kGroup) {
-          transpose_block(panel + f * kGroup, kGroup, rows + f, ld);
+          transpose_block<Past>(panel + f * kGroup, kGroup, rows + f, ld);
           continue;
         }
       }
@@ -189,6 +202,14 @@ void unpack_panel(const C* panel, int64_t features, T* rows, int64_t ld, int64_t
     }
     for (int64_t r = 0; r < nrows; ++r) narrow(block + r * kGroup, rows + r * ld + f, width);
   }
+}
+
+// The same, `past` the caches where it can be.
+template <typename T, typename C>
+void unpack_panel(const C* panel, int64_t features, T* rows, int64_t ld, int64_t nrows, bool past = false) {
+  if (kTransposesLines && past && can_go_past_caches(rows, ld))
+    return unpack_panel<true>(panel, features, rows, ld, nrows);
+  unpack_panel<false>(panel, features, rows, ld, nrows);
 }
 
 }  // namespace MTLK_ISA

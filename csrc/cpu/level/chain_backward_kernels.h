@@ -120,6 +120,20 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     }
   }
 
+  // The panel of a group of a saved last layer.
+  const C* last_kept(int e, int64_t g) {
+    const int64_t values = features() * kGroup;
+    const T* const place = saved_rows(level_.layers - 1, e) + g * values;
+    if (group_rows(g) < kGroup) {
+      pack_panel(place, features(), group_rows(g), features(), s_.kept);
+    } else if constexpr (__is_same(T, C)) {
+      return place;
+    } else {
+      widen(place, s_.kept, values);
+    }
+    return s_.kept;
+  }
+
   // What a saved layer's activation gave.
   void load_input(int l, int e) {
     const int64_t width = level_.widths[l + 1], size = Engine::panel_size(width);
@@ -141,6 +155,14 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
         });
       }
     });
+  }
+
+  void load_signs(int l, int e) {
+    const int64_t width = level_.widths[l + 1];
+    const T* rows = saved_rows(l, e);
+    for (int64_t g = 0; g < groups_; ++g) {
+      make_signs<C>(rows + g * kGroup * width, width, group_rows(g), s_.signs + g * sign_words_size(width));
+    }
   }
 
   // What would have been saved of the last layer, from the one below. Its activation is one of which signs suffice.
@@ -176,20 +198,26 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     const int last = level_.layers - 1;
     const bool saved = saved_place(level_, last, e) >= 0, done = !saved && last_from_signs(e);
     if (!done) {
-      saved ? load_kept(last, e) : compute_kept(e);
-      for (int64_t g = 0; g < groups_; ++g) last_layer(e, g);
+      if (!saved) compute_kept(e);
+      for (int64_t g = 0; g < groups_; ++g)
+        last_layer(e, g, saved ? last_kept(e, g) : s_.kept + g * features() * kGroup);
     }
     if (!args_.need_experts) return;
     for (int l = done ? last - 1 : last; l > 0; --l) {
       // Where the last layer was computed again, what it read is there.
-      if (from_input(level_.activations[l - 1])) {
+      const bool there = l == last && !saved, signs = !there && level_.activations[l - 1] == kRelu;
+      if (signs) {
+        load_signs(l - 1, e);
+      } else if (from_input(level_.activations[l - 1])) {
         load_kept(l - 1, e);
-      } else if (l < last || saved) {
+      } else if (!there) {
         load_input(l - 1, e);
       }
       start_panels(l - 1);
-      multiply_below<Engine>(level_, l, e, panels(l), groups_, s_.tile,
-                             [&](int64_t g, int64_t o, int64_t n, C* tile) { hidden_gradients(l - 1, g, o, n, tile); });
+      multiply_below<Engine>(level_, l, e, panels(l), groups_, s_.tile, [&](int64_t g, int64_t o, int64_t n, C* tile) {
+        clear_absent(group_rows(g), n, tile);  // where an infinite weight has made NaN of zeros
+        signs ? relu_gradients(l - 1, g, o, n, tile) : hidden_gradients(l - 1, g, o, n, tile);
+      });
     }
     if (!args_.grad_inputs) return;
     add_to_stream<Engine>(level_, e, panels(0), groups_, stream_, !fresh_);
@@ -203,8 +231,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
 
   // The gradients of n pre-activations from those of their activations. What the derivative follows from lies in
   // s_.kept or s_.input.
-  void hidden_gradients(int l, int64_t g, int64_t o, int64_t n, C* grad) {
-    clear_absent(group_rows(g), n, grad);  // where an infinite weight has made NaN of their zeros
+  void hidden_gradients(int l, int64_t g, int64_t o, int64_t n, const C* grad) {
     const int64_t width = level_.widths[l + 1], size = Engine::panel_size(width);
     with_activation(level_.activations[l], [&](auto constant) {
       constexpr int kCode = decltype(constant)::value;
@@ -215,6 +242,17 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
         return activation_gradient<kCode, C>(load(grad + i * kGroup + j), s);
       });
     });
+  }
+
+  // The same of relu, from s_.signs.
+  void relu_gradients(int l, int64_t g, int64_t o, int64_t n, const C* grad) {
+    const int64_t width = level_.widths[l + 1];
+    const Word<C>* const words = s_.signs + g * sign_words_size(width);
+    Engine::store_gradients(panels(l) + g * Engine::panel_size(width), gradients(l), width, g, o, n,
+                            [&](int64_t i, int j) {
+                              const Vector<C> value = load(grad + i * kGroup + j);
+                              return has_sign(words, o + i, j) ? value : Vector<C>{};
+                            });
   }
 
   // Whether expert e's last two layers have their gradients, and its gate's probability what it wants, from signs.
@@ -236,11 +274,10 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   }
 
   // One group of an expert's outputs: <dy, output> for every gate that mixes it, and the last layer's gradient.
-  void last_layer(int e, int64_t g) {
+  void last_layer(int e, int64_t g, const C* kept) {
     constexpr int L = Simd<C>::lanes;
     const int l = level_.layers - 1, code = level_.activations[l];
     const int64_t values = features() * kGroup;
-    const C* kept = s_.kept + g * values;
     const C* after = kept;
     if (from_input(code)) {
       with_activation(code, [&](auto constant) {

@@ -65,7 +65,8 @@ struct ChainBackwardScratch {
     panel[0] = arena.take<Element>(panels);
     panel[1] = arena.take<Element>(panels);
     input = arena.take<Element>(Engine::panel_size(read) * groups);
-    signs = arena.take<Word<C>>(sign_words_size(features));
+    const int64_t of_last = sign_words_size(features), of_read = sign_words_size(read) * groups;
+    signs = arena.take<Word<C>>(of_last > of_read ? of_last : of_read);
     total = arena.taken();
   }
 };

@@ -7,6 +7,9 @@
 namespace mtlk {
 namespace {
 
+// Of activations that are saved, as many bytes leave the caches before the backward pass reads them.
+constexpr int64_t kCachedSaved = int64_t{1} << 20;
+
 void run(const ChainForwardArgs& args, const ChainKernels& kernels) {
   const LevelShape& level = args.level;
   const bool save = args.saved != nullptr;
@@ -56,7 +59,7 @@ Tensors outputs_of(const LevelShape& level, const at::TensorOptions& options, st
 Tensors serve_chain(const LevelShape& level, const at::TensorOptions& options, const ChainKernels& kernels) {
   std::vector<void*> pointers;
   Tensors outputs = outputs_of(level, options, pointers);
-  if (level.rows > 0) run({level, pointers.data(), nullptr, nullptr, nullptr}, kernels);
+  if (level.rows > 0) run({level, pointers.data(), nullptr, nullptr, nullptr, false}, kernels);
   return outputs;
 }
 
@@ -72,17 +75,21 @@ LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, con
     return results;
   }
   std::vector<void*> outputs, saved;
+  int64_t bytes = 0;  // of activations
   results.outputs = outputs_of(level, options, outputs);
   for (int l = 0; l < level.layers; ++l) {
     const int64_t experts = l + 1 < level.layers ? shape.experts : shape.last_experts;
     if (experts == 0) continue;
-    results.saved.push_back(pooled({experts, level.rows, level.widths[l + 1]}, options));
+    const int64_t width = level.widths[l + 1];
+    const std::vector<int64_t> panels{experts, level.rows * width}, stacked{experts, level.rows, width};
+    results.saved.push_back(pooled(l + 1 < level.layers ? stacked : panels, options));
     saved.push_back(results.saved.back().mutable_data_ptr());
+    bytes += static_cast<int64_t>(results.saved.back().nbytes());
   }
   uint8_t* signs = nullptr;
   if (shape.signs) {
-    const int64_t others = shape.experts - shape.last_experts, bytes = sign_bytes(level.widths[level.layers]);
-    results.saved.push_back(pooled({others, level.rows, bytes}, options.dtype(at::kByte)));
+    const int64_t others = shape.experts - shape.last_experts, width = sign_bytes(level.widths[level.layers]);
+    results.saved.push_back(pooled({others, level.rows, width}, options.dtype(at::kByte)));
     signs = results.saved.back().mutable_data_ptr<uint8_t>();
   }
   void* logits = nullptr;
@@ -92,7 +99,7 @@ LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, con
   }
   if (level.rows == 0) return results;
   tables.set_forward_weights(kernels.engine, false);
-  run({level, outputs.data(), saved.data(), signs, logits}, kernels);
+  run({level, outputs.data(), saved.data(), signs, logits, bytes >= kCachedSaved}, kernels);
   return results;
 }
 

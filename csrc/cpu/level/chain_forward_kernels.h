@@ -107,6 +107,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
         in = out;
       }
     }
+    if (args_.past_caches) fence_past_caches();
   }
 
   // Of a block's scratch, and the sums that a part leaves.
@@ -197,7 +198,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   void layer(int e, int l, const Element* in, Element* out, int64_t next, bool ends) {
     const int64_t width = level_.widths[l + 1], at = weight_number(level_, l, e), tiles = Engine::tiles(width);
     const auto affine = Affine<T, C>::of(level_, at);
-    for (int64_t g = 0; g < groups_ && panel_out(e, l); ++g) {
+    for (int64_t g = 0; g < groups_ && l + 1 < level_.layers; ++g) {
       Engine::clear_margin(out + g * Engine::panel_size(width), width);
     }
     const bool signs = args_.signs && saved_place(level_, l, e) < 0;
@@ -210,7 +211,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
                       [&](const auto& meanwhile) { tile(e, l, t, weights, affine, in, out, meanwhile); });
     }
     if constexpr (!Engine::kSavesTiles) {
-      if (args_.saves(l, e)) write_saved(e, l, saves_before(e, l) ? s_.kept : out);
+      if (args_.saves(l, e)) write_saved(e, l, saves_before(e, l) || l + 1 == level_.layers ? s_.kept : out);
     }
     for (int64_t g = 0; signs && g < groups_; ++g) {
       store_signs(s_.signs + g * words, width, group_rows(g), args_.signs + sign_offset(level_, e, row(g)));
@@ -218,7 +219,6 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   }
 
   bool saves_before(int e, int l) const { return args_.saves(l, e) && from_input(level_.activations[l]); }
-  bool panel_out(int e, int l) const { return l + 1 < level_.layers || (args_.saves(l, e) && !Engine::kSavesTiles); }
 
   // Tile t of a layer, for all rows.
   template <typename Meanwhile>
@@ -241,12 +241,8 @@ class ChainForward : RowBlock<ChainForwardArgs> {
                        [&](int64_t i, int j) { return affine(load(values + i * kGroup + j), i); });
         }
         if (last && uses(e) <= kFusedUses) {
-          C* kept = save ? values : nullptr;
-          if constexpr (!Engine::kSavesTiles) {  // for write_saved
-            if (save) kept = (save_before ? s_.kept : out) + (g * width + o) * kGroup;
-          }
-          mix_activated(e, g, o, n, values, affine, kept);
-          if (save && Engine::kSavesTiles) keep(e, l, g, o, n, kept);
+          mix_activated(e, g, o, n, values, affine, save ? values : nullptr);
+          if (save) keep_last(e, g, o, n, values);
           continue;
         }
         if (!last && (!save || (Engine::kSavesPanels && !save_before))) {
@@ -255,11 +251,15 @@ class ChainForward : RowBlock<ChainForwardArgs> {
           continue;
         }
         C* before = save_before ? s_.before : nullptr;
-        C* after = panel_out(e, l) ? Engine::destination(out + g * out_size, o, values) : values;
+        C* after = last ? values : Engine::destination(out + g * out_size, o, values);
         affine_activation(level_.activations[l], values, affine, n, after, before);
-        if (panel_out(e, l)) Engine::store(out + g * out_size, o, n, after);
-        if (save) keep(e, l, g, o, n, save_before ? before : after);
-        if (last) mix(e, g, o, n, after);
+        if (last) {
+          if (save) keep_last(e, g, o, n, save_before ? before : after);
+          mix(e, g, o, n, after);
+        } else {
+          Engine::store(out + g * out_size, o, n, after);
+          if (save) keep(e, l, g, o, n, save_before ? before : after);
+        }
       }
     }
   }
@@ -314,12 +314,24 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   static constexpr int kFusedUses = 3;
   int uses(int e) const { return level_.gates.use_begin[e + 1] - level_.gates.use_begin[e]; }
 
-  // Saves what the backward pass wants of n features: at once, or in a panel for write_saved.
+  // Saves n features of the last layer.
+  void keep_last(int e, int64_t g, int64_t o, int64_t n, const C* values) {
+    if (group_rows(g) < kGroup) return keep(e, level_.layers - 1, g, o, n, values);
+    T* const place = saved_rows(e, level_.layers - 1, g) + o * kGroup;
+    const int64_t count = n * kGroup;
+    if (args_.past_caches && can_go_past_caches(place, 0) && count % kPerVector<T> == 0) {
+      narrow_past_caches(values, place, count);
+    } else {
+      narrow(values, place, count);
+    }
+  }
+
+  // Saves what the backward pass wants of n features as rows: at once, or in a panel for write_saved.
   void keep(int e, int l, int64_t g, int64_t o, int64_t n, const C* values) {
     const int64_t width = level_.widths[l + 1];
     if constexpr (Engine::kSavesTiles) {
-      unpack_panel(values, n, saved_rows(e, l, g) + o, width, group_rows(g));
-    } else if (from_input(level_.activations[l])) {
+      unpack_panel(values, n, saved_rows(e, l, g) + o, width, group_rows(g), args_.past_caches);
+    } else if (l + 1 == level_.layers || from_input(level_.activations[l])) {
       std::memcpy(s_.kept + (g * width + o) * kGroup, values, n * kGroup * sizeof(C));
     }
   }
@@ -328,7 +340,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   void keep_panel(int e, int l, int64_t g, int64_t o, int64_t n, const Element* panel) {
     if constexpr (Engine::kSavesPanels) {
       const int64_t width = level_.widths[l + 1];
-      Engine::save_panel(panel, o, n, saved_rows(e, l, g) + o, width, group_rows(g));
+      Engine::save_panel(panel, o, n, saved_rows(e, l, g) + o, width, group_rows(g), args_.past_caches);
     }
   }
 
@@ -346,10 +358,11 @@ class ChainForward : RowBlock<ChainForwardArgs> {
     }
   }
 
+  // Rows of a layer; of the last one's those of a group that is not full.
   void write_saved(int e, int l, const C* panels) {
     const int64_t width = level_.widths[l + 1];
-    for (int64_t g = 0; g < groups_; ++g) {
-      unpack_panel(panels + g * width * kGroup, width, saved_rows(e, l, g), width, group_rows(g));
+    for (int64_t g = l + 1 < level_.layers ? 0 : nrows_ / kGroup; g < groups_; ++g) {
+      unpack_panel(panels + g * width * kGroup, width, saved_rows(e, l, g), width, group_rows(g), args_.past_caches);
     }
   }
 

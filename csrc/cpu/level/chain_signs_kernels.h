@@ -84,9 +84,7 @@ class LastFromSigns : RowBlock<ChainBackwardArgs> {
     Engine::clear_margin(below_panels_ + g * Engine::panel_size(below), below);
     for (int64_t w = 0; w < width; w += 32) {
       const int64_t n = width - w < 32 ? width - w : 32;
-      const auto passes = [&](int64_t i, int j) {
-        return (load(s_.signs + w / 32 * kGroup + j) & broadcast(static_cast<Word<C>>(Word<C>{1} << i))) != 0;
-      };
+      const auto passes = [&](int64_t i, int j) { return has_sign(s_.signs + w / 32 * kGroup, i, j); };
       Engine::store_each(panel, w, n, [&](int64_t i, int j) {
         const Vector<C> grad = load(dy + (w + i) * kGroup + j);
         const auto pass = passes(i, j);

@@ -141,11 +141,14 @@ struct BackwardChunk {
 // Chain: all layers of a block of rows, one after another. ------------------------------------------------------------
 
 // The forward pass saves the activations of every layer, but of the last one's only what the backward pass cannot do
-// without. It can where one gate mixes an expert: with p the gate's probability, dy its output's gradient, d = dy where
-// the last activation passes a gradient and otherwise 0, and h what the layer below gave, it makes u = W^T d anyway, as
-// p * u is the gradient of h; and <dy, output> = <d, W h + b> = <u, h> + <d, b>. Where d is not 0 has to be saved for
-// relu, as signs. Not of float16, whose engine for AMX splits gradients into planes. LevelSpec._signs_suffice is the
-// same rule in Python.
+// without. The last one's are read in panels and by nobody else, so that of each expert every full group of 16 rows
+// lies as one, [width][16], and rows that are left lie as rows, as those of the other layers do.
+//
+// It can do without where one gate mixes an expert: with p the gate's probability, dy its output's gradient, d = dy
+// where the last activation passes a gradient and otherwise 0, and h what the layer below gave, it makes u = W^T d
+// anyway, as p * u is the gradient of h; and <dy, output> = <d, W h + b> = <u, h> + <d, b>. Where d is not 0 has to be
+// saved for relu, as signs. Not of float16, whose engine for AMX splits gradients into planes. LevelSpec._signs_suffice
+// is the same rule in Python.
 inline bool signs_suffice(int64_t layers, const int64_t* activations, Dtype dtype) {
   if (layers == 1 || dtype == Dtype::kFloat16) return false;
   const int64_t last = activations[layers - 1];
@@ -158,6 +161,7 @@ struct ChainForwardArgs {
   void* const* saved;    // for each layer a contiguous [experts, rows, width], the last of some experts; or null
   uint8_t* signs;        // [others, rows, sign_bytes] of the last layer's outputs of the other experts, or null
   void* logits;          // of linear gates [rows, columns] of the storage type, or null
+  bool past_caches;      // what is saved is more than caches keep, see Leave
 
   bool saves(int layer, int e) const { return saved != nullptr && saved_place(level, layer, e) >= 0; }
 };

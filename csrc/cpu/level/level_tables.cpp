@@ -146,8 +146,9 @@ void LevelTables::set_saved(at::TensorList saved, const SavedShape& shape) {
     const int64_t width = signs ? sign_bytes(widths_.back()) : widths_[l + 1];
     const int64_t experts = signs ? shape.experts - shape.last_experts : last ? shape.last_experts : shape.experts;
     check_dense("saved", l, saved[l], signs ? at::kByte : dtype_);
-    MTLK_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef({experts, level_.rows, width}), "saved[", l,
-                     "] must have shape [", experts, ", ", level_.rows, ", ", width, "], got ", saved[l].sizes());
+    const std::vector<int64_t> panels{experts, level_.rows * width}, stacked{experts, level_.rows, width};
+    const at::IntArrayRef sizes = last && !signs && shape.panels ? panels : stacked;
+    MTLK_CHECK_VALUE(saved[l].sizes() == sizes, "saved[", l, "] must have shape ", sizes, ", got ", saved[l].sizes());
     kept_.push_back(saved[l].contiguous());
     saved_.push_back(kept_.back().const_data_ptr());
     if (signs) signs_ = static_cast<const uint8_t*>(saved_.back());

@@ -1,4 +1,4 @@
-// Which of the last layer's outputs are not <= 0, as relu's gradient asks.
+// Which of a layer's outputs are not <= 0, as relu's gradient asks.
 //
 // A bit each: in memory in rows of bytes, the first feature in the lowest bit; for a group of rows in words of 32
 // features, [word][16], each in a lane as wide as one of the compute type. Bytes of a word are in the order of memory,
@@ -50,6 +50,47 @@ template <typename W>
 void load_signs(const uint8_t* rows, int64_t features, int64_t nrows, W* words) {
   std::memset(words, 0, sign_words_size(features) * sizeof(W));
   each_word(words, rows, features, nrows, [](W* word, const uint8_t* byte, int64_t n) { std::memcpy(word, byte, n); });
+}
+
+// Of up to 32 values, the first in the lowest bit.
+template <typename C, typename T>
+MTLK_INLINE uint32_t sign_bits(const T* values, int64_t n) {
+  uint32_t bits = 0;
+#if defined(__AVX2__)
+  if constexpr (sizeof(C) == 4) {
+    if (n == 32) {
+      for (int i = 0; i < 32; i += Simd<C>::lanes) {
+#if defined(__AVX512F__)
+        const uint32_t some = _mm512_cmp_ps_mask(load_wide(values + i), _mm512_setzero_ps(), _CMP_NLE_UQ);
+#else
+        const auto x = reinterpret_cast<__m256>(load_as<T, C>(values + i));
+        const uint32_t some = _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NLE_UQ));
+#endif
+        bits |= some << i;
+      }
+      return bits;
+    }
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) bits |= static_cast<uint32_t>(!(to_compute(values[i]) <= 0)) << i;
+  return bits;
+}
+
+// The words of a group of rows, from these.
+template <typename C, typename T>
+void make_signs(const T* rows, int64_t features, int64_t nrows, Word<C>* words) {
+  std::memset(words, 0, sign_words_size(features) * sizeof(Word<C>));
+  for (int64_t r = 0; r < nrows; ++r, rows += features) {
+    for (int64_t f = 0; f < features; f += 32) {
+      words[f / 32 * kGroup + r] = sign_bits<C>(rows + f, features - f < 32 ? features - f : 32);
+    }
+  }
+}
+
+// Whether feature i has its bit set, lanes from j on.
+template <typename W>
+MTLK_INLINE auto has_sign(const W* words, int64_t i, int j) {
+  return (load(words + i / 32 * kGroup + j) & broadcast(static_cast<W>(W{1} << i % 32))) != 0;
 }
 
 }  // namespace MTLK_ISA

@@ -103,9 +103,10 @@ bool LevelSpec::signs_suffice(Dtype dtype) const {
 }
 
 SavedShape LevelSpec::saved_shape(Dtype dtype) const {
-  if (!signs_suffice(dtype)) return {layers(), experts(), experts(), false};
+  const bool panels = !stores_inputs();
+  if (!signs_suffice(dtype)) return {layers(), experts(), experts(), false, panels};
   const int64_t last = std::count_if(last_places.begin(), last_places.end(), [](int place) { return place >= 0; });
-  return {layers(), experts(), last, last < experts() && activations.back() == kRelu};
+  return {layers(), experts(), last, last < experts() && activations.back() == kRelu, panels};
 }
 
 bool LevelSpec::stores_inputs() const {

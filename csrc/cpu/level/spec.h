@@ -34,6 +34,7 @@ struct ReachedLevel;
 struct SavedShape {
   int64_t layers, experts, last_experts;
   bool signs;
+  bool panels;  // the last layer lies in panels, see ChainForwardArgs
 
   int64_t tensors() const { return layers - (last_experts == 0) + signs; }
 };

@@ -270,13 +270,20 @@ def _vmap_forward(run: Callable[..., Any], size: int, in_dims: Any, spec: LevelS
             for ts, own in ((groups.inputs, dims.inputs), (groups.gates, dims.gates))
         ]
         out = run(spec, *rows[0], *groups.weights, *groups.biases, *rows[1], None)
-        saved = [by_example(s, 1, size) for s in out[gates:]]
+        last = rows[0][0].shape[0], groups.weights[-1].shape[0]
+        saved = [by_example(s, 1, size) if s.dim() == 3 else _panels_by_example(s, *last, size) for s in out[gates:]]
         return (*(by_example(y, 0, size) for y in out[:gates]), *saved), (0,) * gates + (1,) * len(saved)
     shared = all(dim is None for dim in dims.inputs)  # different experts: the examples become further experts
     out = run(spec.repeated(size, shared), *_side_by_side(spec, groups, dims, size, shared), None)
     ys = [torch.stack(out[k : size * gates : gates]) for k in range(gates)]
     saved = [by_example(s, 0, size) for s in out[size * gates :]]
     return (*ys, *saved), (0,) * (gates + len(saved))
+
+
+def _panels_by_example(saved: Tensor, rows: int, width: int, size: int) -> Tensor:
+    """A last layer's panels of ``rows`` of ``size`` examples as those [E, size, B * H] of each example."""
+    values = by_example(reference.rows_of_panels(saved, rows, width), 1, size)
+    return by_example(reference.panels(values.flatten(0, 1)), 0, saved.shape[0])
 
 
 def _side_by_side(spec: LevelSpec, groups: Groups, dims: Groups, size: int, shared: bool) -> list[Any]:

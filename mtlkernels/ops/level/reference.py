@@ -15,6 +15,8 @@ from mtlkernels.ops._random import dropout_factors
 from mtlkernels.ops.gated_mixture import reference as mixture
 from mtlkernels.ops.level.spec import BATCH_NORM, Groups, Layer, LevelSpec, Reached
 
+_GROUP = 16  # rows of a panel, kGroup in C++
+
 
 class _Values(NamedTuple):
     """What becomes of the pre-activations of a layer, each [E, B, H] and in the dtype of accumulation.
@@ -156,10 +158,28 @@ def forward(
         others = [e for e in range(len(level.expert_inputs)) if e not in last]
         if others:
             saved[-1:] = [saved[-1][list(last)]] if last else []
+        if last and level.saves_panels(inputs[0]):
+            saved[-1] = panels(saved[-1])
         if level.saves_signs(inputs[0]):
             saved.append(_signs(values[-1].hidden[others]))
     logits = [torch.cat(gate_logits(level, groups), 1)] if save and level.gate_inputs else []
     return outputs, [*saved, *stats, *logits]
+
+
+def panels(values: Tensor) -> Tensor:
+    """Values [E, B, H] as kernels on CPUs want a last layer [E, B * H]: each full group of 16 rows lies as [H, 16]."""
+    full = values.shape[1] // _GROUP
+    groups, rest = values[:, : full * _GROUP], values[:, full * _GROUP :]
+    groups = groups.unflatten(1, (full, _GROUP)).transpose(2, 3)
+    return torch.cat((groups.flatten(1), rest.flatten(1)), 1)
+
+
+def rows_of_panels(values: Tensor, rows: int, width: int) -> Tensor:
+    """The values [E, rows, width] of :func:`panels`."""
+    experts, full = values.shape[0], rows // _GROUP
+    groups, rest = values.split((full * _GROUP * width, rows % _GROUP * width), 1)
+    groups = groups.reshape(experts, full, width, _GROUP).transpose(2, 3).reshape(experts, full * _GROUP, width)
+    return torch.cat((groups, rest.reshape(experts, rows % _GROUP, width)), 1)
 
 
 def _signs(outputs: Tensor) -> Tensor:
@@ -183,7 +203,10 @@ def _from_saved(spec: LevelSpec, groups: Groups, saved: Sequence[Tensor], seed: 
     for number, layer in enumerate(spec.layers):
         parameters = _of_layer(spec, groups, number)
         if number < len(stored):
-            z = _of_part(spec, stored[number])
+            z = stored[number]
+            if z.dim() == 2:
+                z = rows_of_panels(z, groups.inputs[0].shape[0], parameters.weights[0].shape[0])
+            z = _of_part(spec, z)
         else:
             z = _products(parameters, values[-1].hidden.unbind(0))
         own = [_of_part(spec, next(part)) for part in (means, variances)] if layer.norm else []

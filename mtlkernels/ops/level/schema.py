@@ -39,6 +39,8 @@ def _forward(
     if save:
         stacks = [experts] * (len(widths) - 1) + [last]
         saved = [x.new_empty((count, rows, width)) for count, width in zip(stacks, widths, strict=True) if count]
+        if last and level.saves_panels(x):
+            saved[-1] = saved[-1].flatten(1)
     norms = [(layer.norm, width) for layer, width in zip(level.layers, widths, strict=True) if layer.norm]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for norm, width in norms * 2:

@@ -184,6 +184,7 @@ class LevelSpec:
     def split_saved(self, saved: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """What the forward pass saved: a tensor [E, B, H] a layer; then statistics of norms, or linear gates' logits.
 
+        The last layer's is [E, B * H] where :meth:`saves_panels` is true.
         Statistics are the means of all layers that have a norm, then the variances; of what is without norms the
         second part is empty. The third is the logits [B, sum N_k], in a list. Of some experts only, a last layer is in
         no part, nor are signs, see :meth:`last_saved`: only the C++ kernels read them.
@@ -208,6 +209,10 @@ class LevelSpec:
             return tuple(experts)
         uses = Counter(self.gate_experts)
         return tuple(e for e in experts if uses[e] > 1)
+
+    def saves_panels(self, x: Tensor) -> bool:
+        """Whether the last layer is saved in panels, see :func:`reference.panels`, for inputs like ``x``."""
+        return x.device.type != "cuda" and not self.stores_inputs
 
     def _signs_suffice(self, dtype: torch.dtype) -> bool:
         if self.stores_inputs or len(self.layers) == 1 or dtype == torch.float16:

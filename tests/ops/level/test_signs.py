@@ -30,7 +30,10 @@ ROUTINGS = {
 
 
 def case(kind: torch.dtype, rows: int, routing: mk.Routing, last: str = "relu", **options: Any) -> Case:
-    widths = {1: [5, 3, 1], 5: [7, 9, 8, 16], 17: [20, 33, 13], 33: [24, 16, 70], 100: [19, 24, 33], 1537: [9, 30, 41]}
+    widths = {
+        **{1: [5, 3, 1], 5: [7, 9, 8, 16], 17: [20, 33, 13], 33: [24, 16, 70], 100: [19, 24, 33], 1537: [9, 30, 41]},
+        **{1100: [9, 64, 33], 1207: [5, 96, 64]},  # more than caches keep, in lines that are whole or not
+    }
     names = ["tanh", "relu", "leaky_relu"][: len(widths[rows]) - 2] + [last]
     return CaseFactory(rows, kind).expert_mixture(rows, widths[rows], routing, activation=names, **options)
 
@@ -85,11 +88,11 @@ def test_signs(isa: str, rows: int, width: int, kind: torch.dtype) -> None:
 
 @INSTRUCTION_SETS
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 17, 100])
+@pytest.mark.parametrize("rows", [1, 5, 17, 100, 1100, 1207])
 @pytest.mark.parametrize("last", ["relu", "none", "silu", "tanh"])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 def test_last_layers(routing: mk.Routing, last: str, rows: int, kind: torch.dtype, isa: str) -> None:
-    """Those of experts that several gates mix; of all where signs would not do."""
+    """Those of experts that several gates mix, in panels; of all where signs would not do."""
     operands = operator.of_case(case(kind, rows, routing, last).map(Tensor.detach))
     _, expected = reference.forward(*operands.forward(True))
     with _extension.instruction_set(isa):
@@ -102,7 +105,17 @@ def test_last_layers(routing: mk.Routing, last: str, rows: int, kind: torch.dtyp
         assert got.dtype == want.dtype
         if got.dtype == kind:
             scale = want.abs().max().item()  # this is about places; precision is above
-            torch.testing.assert_close(got, want, rtol=0, atol=8 * torch.finfo(kind).eps * scale)
+            torch.testing.assert_close(got, want, rtol=0, atol=16 * torch.finfo(kind).eps * scale)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 50])
+def test_panels(rows: int) -> None:
+    values = torch.randn(2, rows, 3)
+    found = reference.panels(values)
+    full = rows // 16 * 16
+    parts = [values[0, first : first + 16].t() for first in range(0, full, 16)] + [values[0, full:]]
+    assert torch.equal(found[0], torch.cat([part.flatten() for part in parts]))
+    assert torch.equal(reference.rows_of_panels(found, rows, 3), values)
 
 
 @requires.cpp_kernels
@@ -111,9 +124,14 @@ def test_last_layers(routing: mk.Routing, last: str, rows: int, kind: torch.dtyp
     [
         (lambda last, _: [last], ValueError, "saved must hold 3 tensors, got 2"),
         (
-            lambda last, signs: [last.repeat(2, 1, 1), signs],
+            lambda last, signs: [last.repeat(2, 1), signs],
             ValueError,
-            r"saved\[1\] must have shape \[1, 17, 13\], got \[2, 17, 13\]",
+            r"saved\[1\] must have shape \[1, 221\], got \[2, 221\]",
+        ),
+        (
+            lambda last, signs: [last.view(1, 17, 13), signs],
+            ValueError,
+            r"saved\[1\] must have shape \[1, 221\], got \[1, 17, 13\]",
         ),
         (
             lambda last, signs: [last, signs.float()],
