@@ -74,7 +74,7 @@ class BackwardRun {
         operands_(1, apart_ && args.need_weights ? table.operand_bytes(level_, plan.capacity) : 0),
         prepared_(plan.lanes, plan.group * expert_bytes()),
         divided_(args.grad_inputs ? divided() : std::vector<int>()),
-        below_(plan.blocks, plan.sums ? plan.lanes * plan.parts * below_bytes(plan.block_rows) : 0),
+        parts_(plan.blocks, plan.sums ? plan.lanes * plan.parts * part_bytes(plan.block_rows) : 0),
         inner_(plan.blocks, plan.sums ? table.backward_inner_bytes(level_, plan.block_rows) : 0) {
     args_.divided = divided_.data();
     args_.divided_count = divided_count();
@@ -111,7 +111,7 @@ class BackwardRun {
     for (const GroupForms* forms : forms_) bytes += forms->bytes();
     return bytes;
   }
-  int64_t below_bytes(int64_t nrows) const { return divided_count() * table_.backward_below_bytes(level_, nrows); }
+  int64_t part_bytes(int64_t nrows) const { return table_.backward_part_bytes(level_, nrows, divided_count()); }
 
   // f(first, last, whether the lane had some before) for each group of a lane: experts order[first, last).
   template <typename F>
@@ -182,8 +182,8 @@ class BackwardRun {
       const int part = static_cast<int>(task % plan_.parts);
       const int first = part_of(chunk.first, chunk.last, part), last = part_of(chunk.first, chunk.last, part + 1);
       if (first == last) return;  // of a last group, which is smaller
-      char* const below = static_cast<char*>(below_[block]) + (lane + part) * below_bytes(nrows);
-      table_.backward(args_, chunk, row(chunk, block), nrows, first, last, scratch, plan_.sums ? below : nullptr,
+      char* const own = static_cast<char*>(parts_[block]) + (lane + part) * part_bytes(nrows);
+      table_.backward(args_, chunk, row(chunk, block), nrows, first, last, scratch, plan_.sums ? own : nullptr,
                       plan_.sums ? inner_[block] : nullptr, add);
       if (finishes) finish(chunk, block, scratch);
     });
@@ -196,7 +196,7 @@ class BackwardRun {
   }
 
   void finish(const BackwardChunk& chunk, int64_t block, void* scratch) const {
-    table_.backward_finish(args_, chunk, row(chunk, block), rows(chunk, block), below_[block],
+    table_.backward_finish(args_, chunk, row(chunk, block), rows(chunk, block), parts_[block],
                            plan_.lanes * plan_.parts, inner_[block], scratch);
   }
 
@@ -209,7 +209,7 @@ class BackwardRun {
   const bool apart_;  // gradients of weights and biases are made apart from the chain
   const Scratch scratch_, gradients_, operands_, prepared_;
   const std::vector<int> divided_;
-  const Scratch below_, inner_;
+  const Scratch parts_, inner_;
 };
 
 void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const ChainKernels& kernels,

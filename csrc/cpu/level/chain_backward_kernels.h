@@ -9,6 +9,7 @@
 #include "level/chain_forward_kernels.h"
 #include "level/chain_signs_kernels.h"
 #include "level/products_below.h"
+#include "level/weighing.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -33,42 +34,38 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     return stream_sums<Engine>(level, group_count(nrows));
   }
 
-  // What the parts of a block leave for finish: each its sums of the divided streams' gradients, below[stream][group]
-  // [feature][16], all of them inner[column], in the block's own scratch where there is one part.
-  int64_t below_size() const { return args_.divided_count * stream_size(); }
+  // What a part of a block has: its sums of the divided streams' gradients, [stream][group][feature][16], for finish;
+  // and gates' probabilities and outputs' gradients in panels, for its later groups.
+  static int64_t part_size(const LevelShape& level, int64_t nrows, int divided) {
+    return divided * stream_size(level, nrows) + ChainBackwardScratch<Engine>::gates_size(level, group_count(nrows));
+  }
 
-  // Experts order[first] up to order[last]; with one part and one group, null for what parts leave.
-  void run(int first, int last, C* below, C* inner, bool add) {
-    const Gates& gates = level_.gates;
-    below_ = below;
+  // Experts order[first] up to order[last]; with one part and one group, null for what parts have and for
+  // inner[column], which they have in common.
+  void run(int first, int last, C* part, C* inner, bool add) {
+    below_ = part;
     if (inner) s_.inner = inner;
-    if (below && !add) clear_others(first, last);
-    for (int64_t g = 0; g < groups_; ++g) {
-      gate_probabilities(gates, row_ + g * kGroup, group_rows(g), s_.probabilities + g * gates.columns * kGroup);
-      for (int k = 0; k < gates.count; ++k) {
-        const int64_t ld = args_.grad_output_ld[k];
-        const T* rows = static_cast<const T*>(args_.grad_outputs[k]) + (row_ + g * kGroup) * ld;
-        pack_panel(rows, ld, group_rows(g), features(), s_.grad_outputs + (k * groups_ + g) * features() * kGroup);
-      }
-    }
+    if (part) s_.point_gates(level_, groups_, part + args_.divided_count * stream_size());
+    if (!add) start(first, last);
     int stream = -1;
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
       if (level_.expert_inputs[e] != stream) {
         if (stream >= 0) leave_inputs(stream);
         stream = level_.expert_inputs[e];
-        stream_ = divided(stream) ? below + args_.divided[stream] * stream_size() : s_.below;
+        stream_ = divided(stream) ? part + args_.divided[stream] * stream_size() : s_.below;
         fresh_ = !add || !divided(stream);
       }
       index_ = i - chunk_.first;
       expert(e);
     }
     leave_inputs(stream);
-    if (!below && args_.grad_logits) write_logits();
+    if (!part && args_.grad_logits) write_logits();
   }
 
   // Sums the inputs' gradients of `parts` parts in their order.
-  void finish(const C* below, int parts, C* inner) {
+  void finish(const C* part, int parts, C* inner) {
+    const int64_t size = part_size(level_, nrows_, args_.divided_count);
     if (args_.grad_logits) {
       for (int64_t g = 0; g < groups_; ++g) {
         C* panel = s_.probabilities + g * level_.gates.columns * kGroup;
@@ -82,10 +79,10 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
       if (level_.expert_inputs[level_.order[i]] == stream) continue;
       stream = level_.expert_inputs[level_.order[i]];
       if (args_.divided[stream] < 0) continue;
-      const C* const sums = below + args_.divided[stream] * stream_size();
+      const C* const sums = part + args_.divided[stream] * stream_size();
       for (int64_t at = 0; parts > 1 && at < stream_size(); at += Simd<C>::lanes) {
         Vector<C> sum = load(sums + at);
-        for (int p = 1; p < parts; ++p) sum += load(sums + p * below_size() + at);
+        for (int p = 1; p < parts; ++p) sum += load(sums + p * size + at);
         mtlk::MTLK_ISA::store(s_.below + at, sum);
       }
       write_inputs(stream, parts > 1 ? s_.below : sums);
@@ -93,6 +90,20 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   }
 
  private:
+  // Before a part's first experts.
+  void start(int first, int last) {
+    const Gates& gates = level_.gates;
+    if (below_) clear_others(first, last);
+    for (int64_t g = 0; g < groups_; ++g) {
+      gate_probabilities(gates, row(g), group_rows(g), s_.probabilities + g * gates.columns * kGroup);
+      for (int k = 0; k < gates.count; ++k) {
+        const int64_t ld = args_.grad_output_ld[k];
+        pack_panel(static_cast<const T*>(args_.grad_outputs[k]) + row(g) * ld, ld, group_rows(g), features(),
+                   s_.grad_outputs + (k * groups_ + g) * features() * kGroup);
+      }
+    }
+  }
+
   // Of the expert whose turn it is.
   Gradient* gradients(int l) const {
     return static_cast<Gradient*>(chunk_.gradients) + layout_.gradient_offset(l, index_) +
@@ -301,52 +312,19 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
 
   // For every gate that mixes expert e, <dy, output> of a group; and the outputs' gradient, s_.whole.
   void weigh(int e, int64_t g, const C* outputs) {
-    const int begin = level_.gates.use_begin[e], end = level_.gates.use_begin[e + 1];
-    if (begin == end) std::memset(s_.whole, 0, features() * kGroup * sizeof(C));
-    for (int u = begin; u < end; u += 2) {
-      if (u + 1 < end) {
-        weigh_some<2>(u, u == begin, g, outputs);
+    const Gates& gates = level_.gates;
+    const GateUse *use = gates.uses + gates.use_begin[e], *const end = gates.uses + gates.use_begin[e + 1];
+    const int64_t column = g * gates.columns * kGroup, size = features() * kGroup;
+    const Weighing<C> w{
+        outputs,   s_.grad_outputs + g * size, groups_ * size, s_.probabilities + column, s_.inner + column, s_.whole,
+        features()};
+    if (use == end) std::memset(s_.whole, 0, size * sizeof(C));
+    for (bool fresh = true; use < end; fresh = false) {
+      if (use + 1 < end) {
+        w.template run<2>(use, fresh);
+        use += 2;
       } else {
-        weigh_some<1>(u, u == begin, g, outputs);
-      }
-    }
-  }
-
-  template <int Uses>
-  void weigh_some(int first, bool fresh, int64_t g, const C* outputs) {
-    constexpr int L = Simd<C>::lanes;
-    constexpr int kSums = 4;  // of each inner product, so that none waits for the one before
-    const GateUse* const use = level_.gates.uses + first;
-    for (int j = 0; j < kGroup; j += L) {
-      const C* grad[Uses];
-      C* inner[Uses];
-      Vector<C> p[Uses], sum[Uses][kSums] = {};
-      for (int u = 0; u < Uses; ++u) {
-        const int64_t column = (g * level_.gates.columns + use[u].column) * kGroup + j;
-        grad[u] = s_.grad_outputs + (use[u].gate * groups_ + g) * features() * kGroup + j;
-        inner[u] = s_.inner + column;
-        p[u] = load(s_.probabilities + column);
-      }
-      const auto step = [&](int64_t i, int k) {
-        const int64_t at = i * kGroup;
-        const Vector<C> out = load(outputs + at + j);
-        Vector<C> whole = fresh ? Vector<C>{} : load(s_.whole + at + j);
-#pragma GCC unroll 2
-        for (int u = 0; u < Uses; ++u) {
-          const Vector<C> dy = load(grad[u] + at);
-          whole += p[u] * dy;
-          sum[u][k] += dy * out;
-        }
-        mtlk::MTLK_ISA::store(s_.whole + at + j, whole);
-      };
-      int64_t i = 0;
-      for (; i + kSums <= features(); i += kSums) {
-#pragma GCC unroll 4
-        for (int k = 0; k < kSums; ++k) step(i + k, k);
-      }
-      for (; i < features(); ++i) step(i, 0);
-      for (int u = 0; u < Uses; ++u) {
-        mtlk::MTLK_ISA::store(inner[u], (sum[u][0] + sum[u][1]) + (sum[u][2] + sum[u][3]));
+        w.template run<1>(use++, fresh);
       }
     }
   }

@@ -53,8 +53,7 @@ struct ChainBackwardScratch {
     const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
     int64_t read = 0;
     for (int l = 1; l < level.layers; ++l) read = level.widths[l] > read ? level.widths[l] : read;
-    grad_outputs = arena.take<C>(level.gates.count * groups * features * kGroup);
-    probabilities = arena.take<C>(level.gates.columns * groups * kGroup);
+    point_gates(level, groups, arena.take<C>(gates_size(level, groups)));
     inner = arena.take<C>(level.gates.columns * groups * kGroup);
     kept = arena.take<C>(widest * groups * kGroup);
     after = arena.take<C>(features * kGroup);
@@ -68,6 +67,15 @@ struct ChainBackwardScratch {
     const int64_t of_last = sign_words_size(features), of_read = sign_words_size(read) * groups;
     signs = arena.take<Word<C>>(of_last > of_read ? of_last : of_read);
     total = arena.taken();
+  }
+
+  // Where probabilities and outputs' gradients are.
+  static int64_t gates_size(const LevelShape& level, int64_t groups) {
+    return (level.gates.columns + level.gates.count * level.widths[level.layers]) * groups * kGroup;
+  }
+  void point_gates(const LevelShape& level, int64_t groups, C* memory) {
+    probabilities = memory;
+    grad_outputs = memory + level.gates.columns * groups * kGroup;
   }
 };
 

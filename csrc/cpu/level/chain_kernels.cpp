@@ -33,22 +33,22 @@ void forward_finish(const ChainForwardArgs& args, int64_t row, int64_t nrows, co
 
 template <typename Engine>
 void backward(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, int first,
-              int last, void* scratch, void* below, void* inner, bool add) {
+              int last, void* scratch, void* part, void* inner, bool add) {
   using C = typename Engine::C;
   Engine::begin();
   const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
   ChainBackward<Engine> block(args, chunk, layout, row, nrows, scratch);
-  block.run(first, last, static_cast<C*>(below), static_cast<C*>(inner), add);
+  block.run(first, last, static_cast<C*>(part), static_cast<C*>(inner), add);
   Engine::end();
 }
 
 template <typename Engine>
 void backward_finish(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows,
-                     const void* below, int parts, void* inner, void* scratch) {
+                     const void* part, int parts, void* inner, void* scratch) {
   using C = typename Engine::C;
   const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
   ChainBackward<Engine>(args, chunk, layout, row, nrows, scratch)
-      .finish(static_cast<const C*>(below), parts, static_cast<C*>(inner));
+      .finish(static_cast<const C*>(part), parts, static_cast<C*>(inner));
 }
 
 // f(the weights' gradients of a chunk, their layout in scope).
@@ -120,8 +120,8 @@ ChainKernels chain_kernels(const EngineTable& engine) {
   table.forward_finish = forward_finish<Engine>;
 
   table.backward_bytes = ChainBackward<Engine>::bytes;
-  table.backward_below_bytes = [](const LevelShape& level, int64_t nrows) {
-    return ChainBackward<Engine>::stream_size(level, nrows) * static_cast<int64_t>(sizeof(C));
+  table.backward_part_bytes = [](const LevelShape& level, int64_t nrows, int divided) {
+    return ChainBackward<Engine>::part_size(level, nrows, divided) * static_cast<int64_t>(sizeof(C));
   };
   table.backward_inner_bytes = [](const LevelShape& level, int64_t nrows) {
     return level.gates.columns * padded_to_group(nrows) * static_cast<int64_t>(sizeof(C));
