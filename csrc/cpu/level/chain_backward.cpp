@@ -67,14 +67,14 @@ class BackwardRun {
         threads_(at::get_num_threads()),
         forms_(std::move(forms)),
         apart_(table.weight_gradient != nullptr),
-        scratch_(threads_, std::max(table.backward_bytes(level_, plan.block_rows),
+        divided_(args.grad_inputs ? divided() : std::vector<int>()),
+        scratch_(threads_, std::max(table.backward_bytes(level_, plan.block_rows) + (plan.sums ? 0 : part_bytes()),
                                     apart_ && args.need_weights ? table.weight_bytes(level_, plan.capacity) : 0)),
         gradients_(plan.lanes,
                    apart_ && args.need_experts ? table.gradient_bytes(level_, plan.capacity, plan.group) : 0),
         operands_(1, apart_ && args.need_weights ? table.operand_bytes(level_, plan.capacity) : 0),
         prepared_(plan.lanes, plan.group * expert_bytes()),
-        divided_(args.grad_inputs ? divided() : std::vector<int>()),
-        parts_(plan.blocks, plan.sums ? plan.lanes * plan.parts * part_bytes(plan.block_rows) : 0),
+        parts_(plan.blocks, plan.sums ? plan.lanes * plan.parts * part_bytes() : 0),
         inner_(plan.blocks, plan.sums ? table.backward_inner_bytes(level_, plan.block_rows) : 0) {
     args_.divided = divided_.data();
     args_.divided_count = divided_count();
@@ -112,6 +112,7 @@ class BackwardRun {
     return bytes;
   }
   int64_t part_bytes(int64_t nrows) const { return table_.backward_part_bytes(level_, nrows, divided_count()); }
+  int64_t part_bytes() const { return part_bytes(plan_.block_rows); }
 
   // f(first, last, whether the lane had some before) for each group of a lane: experts order[first, last).
   template <typename F>
@@ -182,8 +183,9 @@ class BackwardRun {
       const int part = static_cast<int>(task % plan_.parts);
       const int first = part_of(chunk.first, chunk.last, part), last = part_of(chunk.first, chunk.last, part + 1);
       if (first == last) return;  // of a last group, which is smaller
-      char* const own = static_cast<char*>(parts_[block]) + (lane + part) * part_bytes(nrows);
-      table_.backward(args_, chunk, row(chunk, block), nrows, first, last, scratch, plan_.sums ? own : nullptr,
+      char* const own = plan_.sums ? static_cast<char*>(parts_[block]) + (lane + part) * part_bytes(nrows)
+                                   : static_cast<char*>(scratch) + table_.backward_bytes(level_, plan_.block_rows);
+      table_.backward(args_, chunk, row(chunk, block), nrows, first, last, scratch, own,
                       plan_.sums ? inner_[block] : nullptr, add);
       if (finishes) finish(chunk, block, scratch);
     });
@@ -207,9 +209,8 @@ class BackwardRun {
   const int64_t threads_;
   const std::vector<GroupForms*> forms_;
   const bool apart_;  // gradients of weights and biases are made apart from the chain
-  const Scratch scratch_, gradients_, operands_, prepared_;
   const std::vector<int> divided_;
-  const Scratch parts_, inner_;
+  const Scratch scratch_, gradients_, operands_, prepared_, parts_, inner_;
 };
 
 void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const ChainKernels& kernels,

@@ -40,12 +40,12 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     return divided * stream_size(level, nrows) + ChainBackwardScratch<Engine>::gates_size(level, group_count(nrows));
   }
 
-  // Experts order[first] up to order[last]; with one part and one group, null for what parts have and for
-  // inner[column], which they have in common.
+  // Experts order[first] up to order[last]; null for inner[column], which parts have in common, where one part and one
+  // group are all.
   void run(int first, int last, C* part, C* inner, bool add) {
     below_ = part;
     if (inner) s_.inner = inner;
-    if (part) s_.point_gates(level_, groups_, part + args_.divided_count * stream_size());
+    s_.point_gates(level_, groups_, part + args_.divided_count * stream_size());
     if (!add) start(first, last);
     int stream = -1;
     for (int i = first; i < last; ++i) {
@@ -60,20 +60,15 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
       expert(e);
     }
     leave_inputs(stream);
-    if (!part && args_.grad_logits) write_logits();
+    if (!inner && args_.grad_logits) write_logits();
   }
 
   // Sums the inputs' gradients of `parts` parts in their order.
-  void finish(const C* part, int parts, C* inner) {
+  void finish(C* part, int parts, C* inner) {
     const int64_t size = part_size(level_, nrows_, args_.divided_count);
-    if (args_.grad_logits) {
-      for (int64_t g = 0; g < groups_; ++g) {
-        C* panel = s_.probabilities + g * level_.gates.columns * kGroup;
-        gate_probabilities(level_.gates, row_ + g * kGroup, group_rows(g), panel);
-      }
-      s_.inner = inner;
-      write_logits();
-    }
+    s_.point_gates(level_, groups_, part + args_.divided_count * stream_size());
+    s_.inner = inner;
+    if (args_.grad_logits) write_logits();
     int stream = -1;
     for (int i = 0; args_.grad_inputs && i < level_.experts; ++i) {
       if (level_.expert_inputs[level_.order[i]] == stream) continue;
@@ -93,7 +88,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   // Before a part's first experts.
   void start(int first, int last) {
     const Gates& gates = level_.gates;
-    if (below_) clear_others(first, last);
+    clear_others(first, last);
     for (int64_t g = 0; g < groups_; ++g) {
       gate_probabilities(gates, row(g), group_rows(g), s_.probabilities + g * gates.columns * kGroup);
       for (int k = 0; k < gates.count; ++k) {
@@ -332,7 +327,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   int64_t stream_size() const { return stream_size(level_, nrows_); }
 
   // Whether the stream's sums are of several parts.
-  bool divided(int stream) const { return below_ && args_.grad_inputs && args_.divided[stream] >= 0; }
+  bool divided(int stream) const { return args_.grad_inputs && args_.divided[stream] >= 0; }
 
   // Zeroes the sums of the divided streams that none of experts order[first, last) reads.
   void clear_others(int first, int last) {

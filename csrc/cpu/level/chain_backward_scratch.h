@@ -53,7 +53,6 @@ struct ChainBackwardScratch {
     const int64_t widest = widest_hidden(level), features = level.widths[level.layers];
     int64_t read = 0;
     for (int l = 1; l < level.layers; ++l) read = level.widths[l] > read ? level.widths[l] : read;
-    point_gates(level, groups, arena.take<C>(gates_size(level, groups)));
     inner = arena.take<C>(level.gates.columns * groups * kGroup);
     kept = arena.take<C>(widest * groups * kGroup);
     after = arena.take<C>(features * kGroup);
@@ -69,7 +68,7 @@ struct ChainBackwardScratch {
     total = arena.taken();
   }
 
-  // Where probabilities and outputs' gradients are.
+  // Where probabilities and outputs' gradients are, which a part of a block keeps.
   static int64_t gates_size(const LevelShape& level, int64_t groups) {
     return (level.gates.columns + level.gates.count * level.widths[level.layers]) * groups * kGroup;
   }

@@ -43,12 +43,12 @@ void backward(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t
 }
 
 template <typename Engine>
-void backward_finish(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows,
-                     const void* part, int parts, void* inner, void* scratch) {
+void backward_finish(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, void* part,
+                     int parts, void* inner, void* scratch) {
   using C = typename Engine::C;
   const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
   ChainBackward<Engine>(args, chunk, layout, row, nrows, scratch)
-      .finish(static_cast<const C*>(part), parts, static_cast<C*>(inner));
+      .finish(static_cast<C*>(part), parts, static_cast<C*>(inner));
 }
 
 // f(the weights' gradients of a chunk, their layout in scope).

@@ -48,7 +48,7 @@ class ChainBackward<RowsEngine<T>> {
   // As that of other engines.
   void run(int first, int last, C* part, C* inner, bool add) {
     if (inner) inner_ = inner;
-    if (part && !add) std::memset(part, 0, part_size() * sizeof(C));
+    if (!add) std::memset(part, 0, part_size() * sizeof(C));
     gate_probabilities(level_.gates, 0, rows_, probabilities_);
     const int64_t row = padded_to_group(features_);
     for (int k = 0; k < level_.gates.count; ++k) {
@@ -57,14 +57,14 @@ class ChainBackward<RowsEngine<T>> {
     }
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i], stream = static_cast<int>(level_.expert_inputs[e]);
-      const bool divided = part && args_.grad_inputs && args_.divided[stream] >= 0;
+      const bool divided = args_.grad_inputs && args_.divided[stream] >= 0;
       C* const sums = divided ? part + args_.divided[stream] * stream_size() : below_;
       const auto reads = [&](int position) { return level_.expert_inputs[level_.order[position]] == stream; };
       if (!divided && (i == first || !reads(i - 1))) std::memset(sums, 0, stream_size() * sizeof(C));
       expert(e, sums);
       if (!divided && args_.grad_inputs && (i + 1 == last || !reads(i + 1))) write_inputs(stream, sums);
     }
-    if (!part && args_.grad_logits) write_logits();
+    if (!inner && args_.grad_logits) write_logits();
   }
 
   void finish(const C* part, int parts, C* inner) {
