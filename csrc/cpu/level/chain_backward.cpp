@@ -20,6 +20,8 @@ struct BackwardPlan {
   int lanes, group;                      // experts of a group
   int parts;                             // of a group, where there are fewer blocks than threads
   bool sums;                             // the inputs' gradients are sums of what several parts or groups leave
+  bool
+      keeps_gates;  // from one group to the next, see BackwardPart: where it takes no more memory, or many rows hide it
 
   static BackwardPlan of(const ChainBackwardArgs& args, const ChainKernels& kernels) {
     constexpr int64_t kTasks = 8;  // of a thread: with fewer, it waits too long for the others
@@ -27,7 +29,9 @@ struct BackwardPlan {
     const int64_t threads = at::get_num_threads(), experts = level.experts;
     BackwardPlan plan{};
     plan.capacity = chunk_rows(level, kernels.engine);
-    const int64_t row_bytes = kernels.backward_bytes(level, kMinBlockRows) / kMinBlockRows;
+    const int64_t bytes =
+        kernels.backward_bytes(level, kMinBlockRows) + kernels.backward_gates_bytes(level, kMinBlockRows);
+    const int64_t row_bytes = bytes / kMinBlockRows;
     plan.block_rows = std::min(plan.capacity, mtlk::block_rows(plan.capacity, kernels.engine.block_bytes, row_bytes));
     plan.blocks = divide_up(std::min(plan.capacity, level.rows), plan.block_rows);
     const bool even = divide_up(experts, threads) * threads * 8 <= experts * 9;
@@ -51,6 +55,7 @@ struct BackwardPlan {
       plan.parts = static_cast<int>(std::min<int64_t>(plan.group, waiting));
     }
     plan.sums = plan.lanes * plan.parts > 1 || plan.group < experts;
+    plan.keeps_gates = plan.blocks * plan.lanes * plan.parts <= threads || level.rows > 2 * plan.capacity;
     return plan;
   }
 };
@@ -68,13 +73,14 @@ class BackwardRun {
         forms_(std::move(forms)),
         apart_(table.weight_gradient != nullptr),
         divided_(args.grad_inputs ? divided() : std::vector<int>()),
-        scratch_(threads_, std::max(table.backward_bytes(level_, plan.block_rows) + (plan.sums ? 0 : part_bytes()),
+        scratch_(threads_, std::max(chain_bytes() + (plan.keeps_gates ? 0 : gates_bytes()),
                                     apart_ && args.need_weights ? table.weight_bytes(level_, plan.capacity) : 0)),
         gradients_(plan.lanes,
                    apart_ && args.need_experts ? table.gradient_bytes(level_, plan.capacity, plan.group) : 0),
         operands_(1, apart_ && args.need_weights ? table.operand_bytes(level_, plan.capacity) : 0),
         prepared_(plan.lanes, plan.group * expert_bytes()),
-        parts_(plan.blocks, plan.sums ? plan.lanes * plan.parts * part_bytes() : 0),
+        gates_(plan.keeps_gates ? plan.blocks * plan.lanes * plan.parts : 0, gates_bytes()),
+        below_(plan.blocks, plan.sums ? plan.lanes * plan.parts * below_bytes(plan.block_rows) : 0),
         inner_(plan.blocks, plan.sums ? table.backward_inner_bytes(level_, plan.block_rows) : 0) {
     args_.divided = divided_.data();
     args_.divided_count = divided_count();
@@ -99,8 +105,7 @@ class BackwardRun {
         });
       });
       if (plan_.sums && plan_.lanes * plan_.parts > 1) {
-        parallel_tasks_on(threads_, blocks(all),
-                          [&](int64_t block, int64_t thread) { finish(all, block, scratch_[thread]); });
+        parallel_tasks_on(threads_, blocks(all), [&](int64_t block, int64_t thread) { finish(all, block, thread); });
       }
     }
   }
@@ -111,8 +116,23 @@ class BackwardRun {
     for (const GroupForms* forms : forms_) bytes += forms->bytes();
     return bytes;
   }
-  int64_t part_bytes(int64_t nrows) const { return table_.backward_part_bytes(level_, nrows, divided_count()); }
-  int64_t part_bytes() const { return part_bytes(plan_.block_rows); }
+  int64_t chain_bytes() const { return table_.backward_bytes(level_, plan_.block_rows); }
+  int64_t gates_bytes() const { return table_.backward_gates_bytes(level_, plan_.block_rows); }
+  int64_t below_bytes(int64_t nrows) const { return divided_count() * table_.backward_below_bytes(level_, nrows); }
+
+  // What number `part` of a block has; `later`: after its first group.
+  BackwardPart memory_of(int64_t block, int64_t part, int64_t nrows, int64_t thread, bool later) const {
+    BackwardPart own{};
+    own.gates = plan_.keeps_gates ? gates_[block * plan_.lanes * plan_.parts + part]
+                                  : static_cast<char*>(scratch_[thread]) + chain_bytes();
+    own.made = plan_.keeps_gates && later;
+    if (plan_.sums) {
+      own.sums = static_cast<char*>(below_[block]) + part * below_bytes(nrows);
+      own.inner = inner_[block];
+    }
+    own.add = later;
+    return own;
+  }
 
   // f(first, last, whether the lane had some before) for each group of a lane: experts order[first, last).
   template <typename F>
@@ -150,17 +170,17 @@ class BackwardRun {
     return std::min(plan_.block_rows, chunk.rows - block * plan_.block_rows);
   }
 
-  // f(task, scratch): by all threads, or in turn where this thread is a lane.
+  // f(task, thread): by all threads, or in turn where this thread is a lane.
   template <typename F>
   void tasks(int64_t lane, int64_t count, F f) const {
     parallel_runs_on(plan_.lanes > 1 ? 1 : threads_, count,
-                     [&](int64_t task, int64_t thread) { f(task, scratch_[lane + thread]); });
+                     [&](int64_t task, int64_t thread) { f(task, lane + thread); });
   }
 
   void prepare(const BackwardChunk& chunk, int64_t lane) const {
     char* memory = static_cast<char*>(prepared_[lane]);
     for (GroupForms* forms : forms_) {
-      tasks(lane, (chunk.last - chunk.first) * forms->layers(), [&](int64_t task, void*) {
+      tasks(lane, (chunk.last - chunk.first) * forms->layers(), [&](int64_t task, int64_t) {
         const int64_t index = task / forms->layers();
         forms->prepare(task % forms->layers(), level_.order[chunk.first + index], memory + index * forms->bytes());
       });
@@ -177,29 +197,28 @@ class BackwardRun {
     const int64_t made = plan_.lanes == 1 && !add ? operands() : 0;
     const bool finishes = plan_.sums && plan_.lanes * plan_.parts == 1 && chunk.last == level_.experts;
     const int64_t count = blocks(chunk) * plan_.parts;
-    tasks(lane, count, [&](int64_t task, void* scratch) {
+    tasks(lane, count, [&](int64_t task, int64_t thread) {
       for (int64_t i = made * task / count; i < made * (task + 1) / count; ++i) table_.make_operand(args_, chunk, i);
       const int64_t block = task / plan_.parts, nrows = rows(chunk, block);
       const int part = static_cast<int>(task % plan_.parts);
       const int first = part_of(chunk.first, chunk.last, part), last = part_of(chunk.first, chunk.last, part + 1);
       if (first == last) return;  // of a last group, which is smaller
-      char* const own = plan_.sums ? static_cast<char*>(parts_[block]) + (lane + part) * part_bytes(nrows)
-                                   : static_cast<char*>(scratch) + table_.backward_bytes(level_, plan_.block_rows);
-      table_.backward(args_, chunk, row(chunk, block), nrows, first, last, scratch, own,
-                      plan_.sums ? inner_[block] : nullptr, add);
-      if (finishes) finish(chunk, block, scratch);
+      table_.backward(args_, chunk, row(chunk, block), nrows, first, last, scratch_[thread],
+                      memory_of(block, lane + part, nrows, thread, add));
+      if (finishes) finish(chunk, block, thread);
     });
   }
 
   void weights(const BackwardChunk& chunk, int64_t lane) const {
     if (!apart_ || (!args_.need_weights && !args_.need_biases)) return;
     tasks(lane, table_.weight_tasks(args_, chunk),
-          [&](int64_t task, void* scratch) { table_.weight_gradient(args_, chunk, task, scratch); });
+          [&](int64_t task, int64_t thread) { table_.weight_gradient(args_, chunk, task, scratch_[thread]); });
   }
 
-  void finish(const BackwardChunk& chunk, int64_t block, void* scratch) const {
-    table_.backward_finish(args_, chunk, row(chunk, block), rows(chunk, block), parts_[block],
-                           plan_.lanes * plan_.parts, inner_[block], scratch);
+  void finish(const BackwardChunk& chunk, int64_t block, int64_t thread) const {
+    const int64_t nrows = rows(chunk, block);
+    table_.backward_finish(args_, chunk, row(chunk, block), nrows, memory_of(block, 0, nrows, thread, true),
+                           plan_.lanes * plan_.parts, scratch_[thread]);
   }
 
   ChainBackwardArgs args_;
@@ -210,7 +229,7 @@ class BackwardRun {
   const std::vector<GroupForms*> forms_;
   const bool apart_;  // gradients of weights and biases are made apart from the chain
   const std::vector<int> divided_;
-  const Scratch scratch_, gradients_, operands_, prepared_, parts_, inner_;
+  const Scratch scratch_, gradients_, operands_, prepared_, gates_, below_, inner_;
 };
 
 void run(ChainBackwardArgs& args, LevelTables& tables, at::TensorList weights, const ChainKernels& kernels,

@@ -34,47 +34,48 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     return stream_sums<Engine>(level, group_count(nrows));
   }
 
-  // What a part of a block has: its sums of the divided streams' gradients, [stream][group][feature][16], for finish;
-  // and gates' probabilities and outputs' gradients in panels, for its later groups.
-  static int64_t part_size(const LevelShape& level, int64_t nrows, int divided) {
-    return divided * stream_size(level, nrows) + ChainBackwardScratch<Engine>::gates_size(level, group_count(nrows));
+  static int64_t gates_size(const LevelShape& level, int64_t nrows) {
+    return ChainBackwardScratch<Engine>::gates_size(level, group_count(nrows));
   }
 
-  // Experts order[first] up to order[last]; null for inner[column], which parts have in common, where one part and one
-  // group are all.
-  void run(int first, int last, C* part, C* inner, bool add) {
-    below_ = part;
-    if (inner) s_.inner = inner;
-    s_.point_gates(level_, groups_, part + args_.divided_count * stream_size());
-    if (!add) start(first, last);
+  // Experts order[first] up to order[last].
+  void run(int first, int last, const BackwardPart& part) {
+    below_ = static_cast<C*>(part.sums);
+    if (part.inner) s_.inner = static_cast<C*>(part.inner);
+    s_.point_gates(level_, groups_, static_cast<C*>(part.gates));
+    if (!part.made) make_gates();
+    if (below_ && !part.add) clear_others(first, last);
     int stream = -1;
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i];
       if (level_.expert_inputs[e] != stream) {
         if (stream >= 0) leave_inputs(stream);
         stream = level_.expert_inputs[e];
-        stream_ = divided(stream) ? part + args_.divided[stream] * stream_size() : s_.below;
-        fresh_ = !add || !divided(stream);
+        stream_ = divided(stream) ? below_ + args_.divided[stream] * stream_size() : s_.below;
+        fresh_ = !part.add || !divided(stream);
       }
       index_ = i - chunk_.first;
       expert(e);
     }
     leave_inputs(stream);
-    if (!inner && args_.grad_logits) write_logits();
+    if (!part.inner && args_.grad_logits) write_logits();
   }
 
-  // Sums the inputs' gradients of `parts` parts in their order.
-  void finish(C* part, int parts, C* inner) {
-    const int64_t size = part_size(level_, nrows_, args_.divided_count);
-    s_.point_gates(level_, groups_, part + args_.divided_count * stream_size());
-    s_.inner = inner;
-    if (args_.grad_logits) write_logits();
+  // Sums the inputs' gradients of `parts` parts in their order, from the first one's.
+  void finish(const BackwardPart& first, int parts) {
+    const int64_t size = args_.divided_count * stream_size();
+    s_.point_gates(level_, groups_, static_cast<C*>(first.gates));
+    s_.inner = static_cast<C*>(first.inner);
+    if (args_.grad_logits) {
+      if (!first.made) make_probabilities();
+      write_logits();
+    }
     int stream = -1;
     for (int i = 0; args_.grad_inputs && i < level_.experts; ++i) {
       if (level_.expert_inputs[level_.order[i]] == stream) continue;
       stream = level_.expert_inputs[level_.order[i]];
       if (args_.divided[stream] < 0) continue;
-      const C* const sums = part + args_.divided[stream] * stream_size();
+      const C* const sums = static_cast<const C*>(first.sums) + args_.divided[stream] * stream_size();
       for (int64_t at = 0; parts > 1 && at < stream_size(); at += Simd<C>::lanes) {
         Vector<C> sum = load(sums + at);
         for (int p = 1; p < parts; ++p) sum += load(sums + p * size + at);
@@ -85,13 +86,16 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   }
 
  private:
-  // Before a part's first experts.
-  void start(int first, int last) {
-    const Gates& gates = level_.gates;
-    clear_others(first, last);
+  void make_probabilities() const {
     for (int64_t g = 0; g < groups_; ++g) {
-      gate_probabilities(gates, row(g), group_rows(g), s_.probabilities + g * gates.columns * kGroup);
-      for (int k = 0; k < gates.count; ++k) {
+      gate_probabilities(level_.gates, row(g), group_rows(g), s_.probabilities + g * level_.gates.columns * kGroup);
+    }
+  }
+
+  void make_gates() const {
+    make_probabilities();
+    for (int64_t g = 0; g < groups_; ++g) {
+      for (int k = 0; k < level_.gates.count; ++k) {
         const int64_t ld = args_.grad_output_ld[k];
         pack_panel(static_cast<const T*>(args_.grad_outputs[k]) + row(g) * ld, ld, group_rows(g), features(),
                    s_.grad_outputs + (k * groups_ + g) * features() * kGroup);
@@ -327,7 +331,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   int64_t stream_size() const { return stream_size(level_, nrows_); }
 
   // Whether the stream's sums are of several parts.
-  bool divided(int stream) const { return args_.grad_inputs && args_.divided[stream] >= 0; }
+  bool divided(int stream) const { return below_ && args_.grad_inputs && args_.divided[stream] >= 0; }
 
   // Zeroes the sums of the divided streams that none of experts order[first, last) reads.
   void clear_others(int first, int last) {

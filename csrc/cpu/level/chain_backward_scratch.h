@@ -68,7 +68,7 @@ struct ChainBackwardScratch {
     total = arena.taken();
   }
 
-  // Where probabilities and outputs' gradients are, which a part of a block keeps.
+  // Where probabilities and outputs' gradients are, see BackwardPart.
   static int64_t gates_size(const LevelShape& level, int64_t groups) {
     return (level.gates.columns + level.gates.count * level.widths[level.layers]) * groups * kGroup;
   }

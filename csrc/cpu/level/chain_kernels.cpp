@@ -33,22 +33,18 @@ void forward_finish(const ChainForwardArgs& args, int64_t row, int64_t nrows, co
 
 template <typename Engine>
 void backward(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, int first,
-              int last, void* scratch, void* part, void* inner, bool add) {
-  using C = typename Engine::C;
+              int last, void* scratch, const BackwardPart& part) {
   Engine::begin();
   const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
-  ChainBackward<Engine> block(args, chunk, layout, row, nrows, scratch);
-  block.run(first, last, static_cast<C*>(part), static_cast<C*>(inner), add);
+  ChainBackward<Engine>(args, chunk, layout, row, nrows, scratch).run(first, last, part);
   Engine::end();
 }
 
 template <typename Engine>
-void backward_finish(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows, void* part,
-                     int parts, void* inner, void* scratch) {
-  using C = typename Engine::C;
+void backward_finish(const ChainBackwardArgs& args, const BackwardChunk& chunk, int64_t row, int64_t nrows,
+                     const BackwardPart& first, int parts, void* scratch) {
   const BackwardLayout<Engine> layout{args.level, chunk.capacity, chunk.last - chunk.first};
-  ChainBackward<Engine>(args, chunk, layout, row, nrows, scratch)
-      .finish(static_cast<C*>(part), parts, static_cast<C*>(inner));
+  ChainBackward<Engine>(args, chunk, layout, row, nrows, scratch).finish(first, parts);
 }
 
 // f(the weights' gradients of a chunk, their layout in scope).
@@ -120,8 +116,11 @@ ChainKernels chain_kernels(const EngineTable& engine) {
   table.forward_finish = forward_finish<Engine>;
 
   table.backward_bytes = ChainBackward<Engine>::bytes;
-  table.backward_part_bytes = [](const LevelShape& level, int64_t nrows, int divided) {
-    return ChainBackward<Engine>::part_size(level, nrows, divided) * static_cast<int64_t>(sizeof(C));
+  table.backward_gates_bytes = [](const LevelShape& level, int64_t nrows) {
+    return ChainBackward<Engine>::gates_size(level, nrows) * static_cast<int64_t>(sizeof(C));
+  };
+  table.backward_below_bytes = [](const LevelShape& level, int64_t nrows) {
+    return ChainBackward<Engine>::stream_size(level, nrows) * static_cast<int64_t>(sizeof(C));
   };
   table.backward_inner_bytes = [](const LevelShape& level, int64_t nrows) {
     return level.gates.columns * padded_to_group(nrows) * static_cast<int64_t>(sizeof(C));

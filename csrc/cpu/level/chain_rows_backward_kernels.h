@@ -22,9 +22,7 @@ class ChainBackward<RowsEngine<T>> {
            Arena::bytes<C>(stream_size(level, kFewRows)) + Arena::bytes<C>(row_stride(level));
   }
   static int64_t stream_size(const LevelShape& level, int64_t) { return kFewRows * padded_to_group(level.widths[0]); }
-  static int64_t part_size(const LevelShape& level, int64_t nrows, int divided) {
-    return divided * stream_size(level, nrows);
-  }
+  static int64_t gates_size(const LevelShape&, int64_t) { return 0; }  // they are in the scratch
 
   ChainBackward(const ChainBackwardArgs& args, const BackwardChunk&, const BackwardLayout<Engine>&, int64_t,
                 int64_t nrows, void* memory)
@@ -46,9 +44,10 @@ class ChainBackward<RowsEngine<T>> {
   }
 
   // As that of other engines.
-  void run(int first, int last, C* part, C* inner, bool add) {
-    if (inner) inner_ = inner;
-    if (!add) std::memset(part, 0, part_size() * sizeof(C));
+  void run(int first, int last, const BackwardPart& part) {
+    C* const left = static_cast<C*>(part.sums);
+    if (part.inner) inner_ = static_cast<C*>(part.inner);
+    if (left && !part.add) std::memset(left, 0, below_size() * sizeof(C));
     gate_probabilities(level_.gates, 0, rows_, probabilities_);
     const int64_t row = padded_to_group(features_);
     for (int k = 0; k < level_.gates.count; ++k) {
@@ -57,28 +56,28 @@ class ChainBackward<RowsEngine<T>> {
     }
     for (int i = first; i < last; ++i) {
       const int e = level_.order[i], stream = static_cast<int>(level_.expert_inputs[e]);
-      const bool divided = args_.grad_inputs && args_.divided[stream] >= 0;
-      C* const sums = divided ? part + args_.divided[stream] * stream_size() : below_;
+      const bool divided = left && args_.grad_inputs && args_.divided[stream] >= 0;
+      C* const sums = divided ? left + args_.divided[stream] * stream_size() : below_;
       const auto reads = [&](int position) { return level_.expert_inputs[level_.order[position]] == stream; };
       if (!divided && (i == first || !reads(i - 1))) std::memset(sums, 0, stream_size() * sizeof(C));
       expert(e, sums);
       if (!divided && args_.grad_inputs && (i + 1 == last || !reads(i + 1))) write_inputs(stream, sums);
     }
-    if (!inner && args_.grad_logits) write_logits();
+    if (!part.inner && args_.grad_logits) write_logits();
   }
 
-  void finish(const C* part, int parts, C* inner) {
-    inner_ = inner;
+  void finish(const BackwardPart& first, int parts) {
+    inner_ = static_cast<C*>(first.inner);
     if (args_.grad_logits) {
       gate_probabilities(level_.gates, 0, rows_, probabilities_);
       write_logits();
     }
     for (int stream = 0; args_.grad_inputs && stream < stream_count(level_); ++stream) {
       if (args_.divided[stream] < 0) continue;
-      const C* const sums = part + args_.divided[stream] * stream_size();
+      const C* const sums = static_cast<const C*>(first.sums) + args_.divided[stream] * stream_size();
       for (int64_t i = 0; i < stream_size(); ++i) {
         below_[i] = sums[i];
-        for (int p = 1; p < parts; ++p) below_[i] += sums[p * part_size() + i];
+        for (int p = 1; p < parts; ++p) below_[i] += sums[p * below_size() + i];
       }
       write_inputs(stream, below_);
     }
@@ -86,7 +85,7 @@ class ChainBackward<RowsEngine<T>> {
 
  private:
   int64_t stream_size() const { return stream_size(level_, rows_); }
-  int64_t part_size() const { return part_size(level_, rows_, args_.divided_count); }
+  int64_t below_size() const { return args_.divided_count * stream_size(); }
 
   void write_logits() {
     for (int k = 0; k < level_.gates.count; ++k) {

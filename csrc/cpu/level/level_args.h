@@ -138,6 +138,18 @@ struct BackwardChunk {
   void* operands;    // the streams, where they have to be made
 };
 
+// What a part of a block's experts has beside its scratch.
+struct BackwardPart {
+  void* gates;  // for gates' probabilities and outputs' gradients in panels
+  bool made;    // they are there, of an earlier group
+
+  // With more parts or groups than one, otherwise null: sums of the divided streams' gradients,
+  // [stream][group][feature] [16], and inner products <dy, output>, [column], which all parts of a block have in
+  // common.
+  void *sums, *inner;
+  bool add;  // to the sums of an earlier group
+};
+
 // Chain: all layers of a block of rows, one after another. ------------------------------------------------------------
 
 // The forward pass saves the activations of every layer, but of the last one's only what the backward pass cannot do

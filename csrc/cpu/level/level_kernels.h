@@ -40,21 +40,20 @@ struct ChainKernels {
 
   // A chunk of the backward pass: the operands of its rows, and for each group of experts the chain for its blocks,
   // then the weights' gradients; each may run its tasks in any order. Blocks start at multiples of 32 rows within the
-  // chunk. The chain runs for experts order[first, last) of the group. Each part of a block has `part` for all of
-  // its groups, for what it makes before the first and for its sums of the divided streams' gradients, to which it
-  // `add`s later. With more parts or groups than one all of a block share `inner`, and finish writes the gradients of
-  // the logits and of those streams. With a few rows the chain writes the gradients of weights and biases too, and what
-  // makes them apart is null.
+  // chunk. The chain runs for experts order[first, last) of the group. With more parts or groups than one,
+  // finish writes the gradients of the logits and of the divided streams, from what the parts have left. With a few
+  // rows the chain writes the gradients of weights and biases too, and what makes them apart is null.
   int64_t (*backward_bytes)(const LevelShape&, int64_t nrows);
   int64_t (*gradient_bytes)(const LevelShape&, int64_t chunk_rows, int experts);
   int64_t (*operand_bytes)(const LevelShape&, int64_t chunk_rows);
   int64_t (*weight_bytes)(const LevelShape&, int64_t chunk_rows);
-  int64_t (*backward_part_bytes)(const LevelShape&, int64_t nrows, int divided);
+  int64_t (*backward_gates_bytes)(const LevelShape&, int64_t nrows);
+  int64_t (*backward_below_bytes)(const LevelShape&, int64_t nrows);  // of a stream
   int64_t (*backward_inner_bytes)(const LevelShape&, int64_t nrows);
   void (*backward)(const ChainBackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, int first, int last,
-                   void* scratch, void* part, void* inner, bool add);
-  void (*backward_finish)(const ChainBackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows, void* part,
-                          int parts, void* inner, void* scratch);
+                   void* scratch, const BackwardPart& part);
+  void (*backward_finish)(const ChainBackwardArgs&, const BackwardChunk&, int64_t row, int64_t nrows,
+                          const BackwardPart& first, int parts, void* scratch);
   int64_t (*operand_tasks)(const ChainBackwardArgs&);
   void (*make_operand)(const ChainBackwardArgs&, const BackwardChunk&, int64_t task);
   int64_t (*weight_tasks)(const ChainBackwardArgs&, const BackwardChunk&);
