@@ -20,8 +20,7 @@ struct BackwardPlan {
   int lanes, group;                      // experts of a group
   int parts;                             // of a group, where there are fewer blocks than threads
   bool sums;                             // the inputs' gradients are sums of what several parts or groups leave
-  bool
-      keeps_gates;  // from one group to the next, see BackwardPart: where it takes no more memory, or many rows hide it
+  bool keeps_gates;                      // from one group to the next: takes no more memory, or many rows hide it
 
   static BackwardPlan of(const ChainBackwardArgs& args, const ChainKernels& kernels) {
     constexpr int64_t kTasks = 8;  // of a thread: with fewer, it waits too long for the others
