@@ -108,6 +108,24 @@ def test_last_layers(routing: mk.Routing, last: str, rows: int, kind: torch.dtyp
             torch.testing.assert_close(got, want, rtol=0, atol=16 * torch.finfo(kind).eps * scale)
 
 
+@INSTRUCTION_SETS
+@KINDS
+@pytest.mark.parametrize("rows", [3, 17, 40])
+def test_nan_in_a_hidden_layer(rows: int, kind: torch.dtype, isa: str) -> None:
+    """relu lets the gradient pass there, so that that of the biases is finite and has the row in it."""
+    routing = mk.Routing((0, 0), ((0, 1), (0, 1)))
+    operands = operator.of_case(CaseFactory(0, kind).expert_mixture(rows, [6, 45, 24], routing).map(Tensor.detach))
+    operands.tensors[0][rows // 2, 2] = float("nan")  # type: ignore[index]
+    with _extension.instruction_set(isa):
+        outputs, saved = OPS.level_forward(*operands.forward(True))
+        asked = operands.backward([torch.ones_like(y) for y in outputs], saved, [i == 2 for i in range(8)])
+        found = OPS.level_backward(*asked)
+    for got, want in zip(found, reference.backward(*asked), strict=True):
+        assert want.isfinite().all()
+        error = (2 if kind == torch.bfloat16 else 64) * torch.finfo(kind).eps  # less than a row's part
+        torch.testing.assert_close(got, want, rtol=0, atol=error * want.abs().max().item())
+
+
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 50])
 def test_panels(rows: int) -> None:
     values = torch.randn(2, rows, 3)
