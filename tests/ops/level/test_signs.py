@@ -126,6 +126,26 @@ def test_nan_in_a_hidden_layer(rows: int, kind: torch.dtype, isa: str) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=error * want.abs().max().item())
 
 
+@pytest.mark.parametrize("rows", [5, 16, 20])
+def test_vmap(backend: str, rows: int) -> None:
+    """Panels of examples that become rows of one call are not those of each example."""
+    a = CaseFactory(0, torch.float64).expert_mixture(rows, [6, 9, 7], mk.Routing((0, 0), ((0, 1), (1, 0)))).arguments
+    weights = [[w.detach() for w in layer] for layer in a["weights"]]
+    (x,), logits = ([tensor.detach() for tensor in a[name]] for name in ("inputs", "gate_logits"))
+
+    def loss(x: Tensor, *logits: Tensor) -> Tensor:
+        outputs = mk.expert_mixture([x], weights, None, list(logits), a["routing"], activation="tanh")
+        return sum((y**2).sum() * (k + 1) for k, y in enumerate(outputs))  # type: ignore[return-value]
+
+    examples = [torch.stack([tensor, -tensor, tensor.flip(0)]) for tensor in (x, *logits)]
+    gradient = torch.func.grad(loss, (0, 1, 2))
+    with mk.use_backend(backend):
+        found = torch.func.vmap(gradient)(*examples)
+        wanted = [gradient(*example) for example in zip(*examples, strict=True)]
+    for got, want in zip(found, zip(*wanted, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 50])
 def test_panels(rows: int) -> None:
     values = torch.randn(2, rows, 3)
