@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ from mtlkernels.testing import DTYPES
 from tests.seeding import seed
 
 pytest_plugins = ["tests.summary"]
+
+# Of this checkout: graphs of another version, which PyTorch's own folder may hold, stop where what is saved has changed.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,7 +23,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "_mm512_storeu_si512(place + p * kBlock, Split::interleaved(even[p], odd[p]));": CONSTANT,
     },
     "csrc/cpu/level/affine.h": {"switch (part.dtype) {": NO_OTHER_VALUE},
-    "csrc/cpu/level/chain_backward_kernels.h": {"if (begin == end) std::memset(s_.whole": BY_CONSTRUCTION},
+    "csrc/cpu/level/chain_backward_kernels.h": {"if (use == end) std::memset(s_.whole": BY_CONSTRUCTION},
     "csrc/cpu/level/chain_forward_kernels.h": {
         "switch (uses(e)) {": NO_OTHER_VALUE,
         "add_signs<C>(o, n, s_.signs": CONSTANT,
