@@ -18,7 +18,7 @@ from tests.seeding import seed
 
 pytest_plugins = ["tests.summary"]
 
-# Of this checkout: graphs of another version, which PyTorch's own folder may hold, stop where what is saved has changed.
+# Of this checkout: a graph of another version, from PyTorch's own folder, stops where what is saved has changed.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))
 
 
