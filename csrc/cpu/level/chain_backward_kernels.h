@@ -209,8 +209,9 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     const bool saved = saved_place(level_, last, e) >= 0, done = !saved && last_from_signs(e);
     if (!done) {
       if (!saved) compute_kept(e);
-      for (int64_t g = 0; g < groups_; ++g)
+      for (int64_t g = 0; g < groups_; ++g) {
         last_layer(e, g, saved ? last_kept(e, g) : s_.kept + g * features() * kGroup);
+      }
     }
     if (!args_.need_experts) return;
     for (int l = done ? last - 1 : last; l > 0; --l) {

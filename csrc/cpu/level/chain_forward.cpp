@@ -78,11 +78,9 @@ LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, con
   int64_t bytes = 0;  // of activations
   results.outputs = outputs_of(level, options, outputs);
   for (int l = 0; l < level.layers; ++l) {
-    const int64_t experts = l + 1 < level.layers ? shape.experts : shape.last_experts;
-    if (experts == 0) continue;
-    const int64_t width = level.widths[l + 1];
-    const std::vector<int64_t> panels{experts, level.rows * width}, stacked{experts, level.rows, width};
-    results.saved.push_back(pooled(l + 1 < level.layers ? stacked : panels, options));
+    const std::vector<int64_t> sizes = shape.sizes(l, level.rows, level.widths[l + 1]);
+    if (sizes[0] == 0) continue;
+    results.saved.push_back(pooled(sizes, options));
     saved.push_back(results.saved.back().mutable_data_ptr());
     bytes += static_cast<int64_t>(results.saved.back().nbytes());
   }

@@ -143,9 +143,8 @@ struct BackwardPart {
   void* gates;  // for gates' probabilities and outputs' gradients in panels
   bool made;    // they are there, of an earlier group
 
-  // With more parts or groups than one, otherwise null: sums of the divided streams' gradients,
-  // [stream][group][feature] [16], and inner products <dy, output>, [column], which all parts of a block have in
-  // common.
+  // With more parts or groups than one, otherwise null: sums of the divided streams' gradients, panels a stream, and
+  // inner products <dy, output>, [column], which all parts of a block have in common.
   void *sums, *inner;
   bool add;  // to the sums of an earlier group
 };
@@ -170,7 +169,7 @@ inline bool signs_suffice(int64_t layers, const int64_t* activations, Dtype dtyp
 struct ChainForwardArgs {
   LevelShape level;
   void* const* outputs;  // a contiguous [rows, widths[layers]] for each gate
-  void* const* saved;    // for each layer a contiguous [experts, rows, width], the last of some experts; or null
+  void* const* saved;    // for each layer what SavedShape::sizes says, contiguous; or null
   uint8_t* signs;        // [others, rows, sign_bytes] of the last layer's outputs of the other experts, or null
   void* logits;          // of linear gates [rows, columns] of the storage type, or null
   bool past_caches;      // what is saved is more than caches keep, see Leave

@@ -142,13 +142,13 @@ void LevelTables::set_grad_outputs(at::TensorList grad_outputs) {
 
 void LevelTables::set_saved(at::TensorList saved, const SavedShape& shape) {
   for (size_t l = 0; l < saved.size(); ++l) {
-    const bool signs = shape.signs && l + 1 == saved.size(), last = static_cast<int64_t>(l) + 1 == shape.layers;
-    const int64_t width = signs ? sign_bytes(widths_.back()) : widths_[l + 1];
-    const int64_t experts = signs ? shape.experts - shape.last_experts : last ? shape.last_experts : shape.experts;
+    const bool signs = shape.signs && l + 1 == saved.size();
+    const std::vector<int64_t> sizes =
+        signs ? std::vector<int64_t>{shape.experts - shape.last_experts, level_.rows, sign_bytes(widths_.back())}
+              : shape.sizes(static_cast<int64_t>(l), level_.rows, widths_[l + 1]);
     check_dense("saved", l, saved[l], signs ? at::kByte : dtype_);
-    const std::vector<int64_t> panels{experts, level_.rows * width}, stacked{experts, level_.rows, width};
-    const at::IntArrayRef sizes = last && !signs && shape.panels ? panels : stacked;
-    MTLK_CHECK_VALUE(saved[l].sizes() == sizes, "saved[", l, "] must have shape ", sizes, ", got ", saved[l].sizes());
+    MTLK_CHECK_VALUE(saved[l].sizes() == at::IntArrayRef(sizes), "saved[", l, "] must have shape ",
+                     at::IntArrayRef(sizes), ", got ", saved[l].sizes());
     kept_.push_back(saved[l].contiguous());
     saved_.push_back(kept_.back().const_data_ptr());
     if (signs) signs_ = static_cast<const uint8_t*>(saved_.back());

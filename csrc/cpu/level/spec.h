@@ -34,9 +34,15 @@ struct ReachedLevel;
 struct SavedShape {
   int64_t layers, experts, last_experts;
   bool signs;
-  bool panels;  // the last layer lies in panels, see ChainForwardArgs
+  bool panels;  // the last layer lies in panels, see signs_suffice
 
   int64_t tensors() const { return layers - (last_experts == 0) + signs; }
+  // Of a layer's activations.
+  std::vector<int64_t> sizes(int64_t layer, int64_t rows, int64_t width) const {
+    if (layer + 1 < layers) return {experts, rows, width};
+    if (panels) return {last_experts, rows * width};
+    return {last_experts, rows, width};
+  }
 };
 
 // Holds the encoded lists; what describes the level are views of them.
