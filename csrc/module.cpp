@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 
+#include "below_autograd.h"
 #include "cpu/gemm/kept_weights.h"
 #include "cpu/runtime/instruction_sets.h"
 #include "cpu/runtime/kernel_tables.h"
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, module) {
       "Lets go of the memory that the kernels keep for later calls; the number of bytes.");
   module.def("keep_prepared", &mtlk::keep_prepared_from_python,
              "Keeps what is prepared of each of these weights, which nobody writes to any more.");
+  mtlk::define_below_autograd(module);
   mtlk::define_recording(module);
   mtlk::define_level_node(module);
   mtlk::define_kept_level(module);

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlkernels import _backends, _torch, _tracing
+from mtlkernels import _backends, _extension, _torch, _tracing
 
 _library = torch.library.Library("mtlkernels", "DEF")
 _schemas = {line.partition("(")[0]: line for line in (Path(__file__).parent / "operators.txt").read_text().splitlines()}
@@ -68,7 +68,8 @@ def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None
     """Gives an operator a derivative: ``differentiable`` takes its arguments and returns what it returns.
 
     The public functions apply the op's autograd Function themselves; this serves direct calls of the operator, and
-    torch.compile of torch.func.vmap, which traces past autograd Functions.
+    torch.compile of torch.func.vmap, which traces past autograd Functions. Where there is nothing to record on a CPU,
+    C++ comes before it.
     """
     overload = getattr(torch.ops.mtlkernels, operator).default
     op, _, direction = operator.rpartition("_")
@@ -82,6 +83,8 @@ def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None
             return overload.redispatch(keyset & _torch.AFTER_AUTOGRAD_KEYS, *args)
 
     _library.impl(operator, kernel, "Autograd", with_keyset=True)
+    if _extension.has_module():
+        _extension.function("pass_below_autograd")(operator)
 
 
 def _requires_grad(value: Any) -> bool:

@@ -34,15 +34,16 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     return stream_sums<Engine>(level, group_count(nrows));
   }
 
-  static int64_t gates_size(const LevelShape& level, int64_t nrows) {
-    return ChainBackwardScratch<Engine>::gates_size(level, group_count(nrows));
+  static int64_t gates_bytes(const LevelShape& level, int64_t nrows) {
+    const int64_t groups = group_count(nrows);
+    return ChainBackwardScratch<Engine>(level, groups, nullptr).point_gates(level, groups, nullptr);
   }
 
   // Experts order[first] up to order[last].
   void run(int first, int last, const BackwardPart& part) {
     below_ = static_cast<C*>(part.sums);
     if (part.inner) s_.inner = static_cast<C*>(part.inner);
-    s_.point_gates(level_, groups_, static_cast<C*>(part.gates));
+    s_.point_gates(level_, groups_, part.gates);
     if (!part.made) make_gates();
     if (below_ && !part.add) clear_others(first, last);
     int stream = -1;
@@ -64,7 +65,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
   // Sums the inputs' gradients of `parts` parts in their order, from the first one's.
   void finish(const BackwardPart& first, int parts) {
     const int64_t size = args_.divided_count * stream_size();
-    s_.point_gates(level_, groups_, static_cast<C*>(first.gates));
+    s_.point_gates(level_, groups_, first.gates);
     s_.inner = static_cast<C*>(first.inner);
     if (args_.grad_logits) {
       if (!first.made) make_probabilities();

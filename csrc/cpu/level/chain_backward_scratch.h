@@ -68,13 +68,12 @@ struct ChainBackwardScratch {
     total = arena.taken();
   }
 
-  // Where probabilities and outputs' gradients are, see BackwardPart.
-  static int64_t gates_size(const LevelShape& level, int64_t groups) {
-    return (level.gates.columns + level.gates.count * level.widths[level.layers]) * groups * kGroup;
-  }
-  void point_gates(const LevelShape& level, int64_t groups, C* memory) {
-    probabilities = memory;
-    grad_outputs = memory + level.gates.columns * groups * kGroup;
+  // Probabilities and outputs' gradients are elsewhere, see BackwardPart; the bytes that they take.
+  int64_t point_gates(const LevelShape& level, int64_t groups, void* memory) {
+    Arena arena(memory);
+    probabilities = arena.take<C>(level.gates.columns * groups * kGroup);
+    grad_outputs = arena.take<C>(level.gates.count * level.widths[level.layers] * groups * kGroup);
+    return arena.taken();
   }
 };
 

@@ -116,9 +116,7 @@ ChainKernels chain_kernels(const EngineTable& engine) {
   table.forward_finish = forward_finish<Engine>;
 
   table.backward_bytes = ChainBackward<Engine>::bytes;
-  table.backward_gates_bytes = [](const LevelShape& level, int64_t nrows) {
-    return ChainBackward<Engine>::gates_size(level, nrows) * static_cast<int64_t>(sizeof(C));
-  };
+  table.backward_gates_bytes = ChainBackward<Engine>::gates_bytes;
   table.backward_below_bytes = [](const LevelShape& level, int64_t nrows) {
     return ChainBackward<Engine>::stream_size(level, nrows) * static_cast<int64_t>(sizeof(C));
   };

@@ -22,7 +22,7 @@ class ChainBackward<RowsEngine<T>> {
            Arena::bytes<C>(stream_size(level, kFewRows)) + Arena::bytes<C>(row_stride(level));
   }
   static int64_t stream_size(const LevelShape& level, int64_t) { return kFewRows * padded_to_group(level.widths[0]); }
-  static int64_t gates_size(const LevelShape&, int64_t) { return 0; }  // they are in the scratch
+  static int64_t gates_bytes(const LevelShape&, int64_t) { return 0; }  // they are in the scratch
 
   ChainBackward(const ChainBackwardArgs& args, const BackwardChunk&, const BackwardLayout<Engine>&, int64_t,
                 int64_t nrows, void* memory)
