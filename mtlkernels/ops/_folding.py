@@ -31,21 +31,34 @@ def fold(
     the vectors, of equal length, are put together first, so that a layer of experts takes a few operators instead of a
     few for each. Otherwise each expert keeps its own graph, so that one that no loss reaches gets no gradient.
     """
-    mean, variance = (torch.stack([getattr(norm, part) for norm in norms]) for part in ("running_mean", "running_var"))
-    dtype = torch.promote_types(variance.dtype, torch.float32)
-    scale = torch.rsqrt(variance.to(dtype) + norms[0].eps)
     gammas, betas = [norm.weight for norm in norms], [norm.bias for norm in norms]
     if _differentiated((*gammas, *betas, *biases)):
+        mean, scale = _statistics(norms)
         of_each = zip(weights, biases, gammas, betas, mean.unbind(0), scale.unbind(0), strict=True)
         pairs = [_fold_one(*own) for own in of_each]
         return [weight for weight, _ in pairs], [bias for _, bias in pairs]
+    scale, shift = scale_and_shift(biases, norms)
+    folded = [(w * s.unsqueeze(1)).to(w.dtype) for w, s in zip(weights, scale.unbind(0), strict=True)]
+    return folded, [b.to(w.dtype) for w, b in zip(weights, shift.unbind(0), strict=True)]
+
+
+def scale_and_shift(biases: Sequence[Tensor | None], norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """``norm(product + bias) = product * scale + shift`` of norms of one width, each [E, H]; float32 at least."""
+    mean, scale = _statistics(norms)
+    gammas, betas = [norm.weight for norm in norms], [norm.bias for norm in norms]
     if any(gamma is not None for gamma in gammas):
         scale = scale * _stacked(gammas, mean, 1.0)
     shift = -mean * scale if all(bias is None for bias in biases) else (_stacked(biases, mean, 0.0) - mean) * scale
     if any(beta is not None for beta in betas):
         shift = shift + _stacked(betas, mean, 0.0)
-    folded = [(w * s.unsqueeze(1)).to(w.dtype) for w, s in zip(weights, scale.unbind(0), strict=True)]
-    return folded, [b.to(w.dtype) for w, b in zip(weights, shift.unbind(0), strict=True)]
+    return scale, shift
+
+
+def _statistics(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Means, and what the norms multiply by on their account."""
+    mean, variance = (torch.stack([getattr(norm, part) for norm in norms]) for part in ("running_mean", "running_var"))
+    dtype = torch.promote_types(variance.dtype, torch.float32)
+    return mean.to(dtype), torch.rsqrt(variance.to(dtype) + norms[0].eps)
 
 
 def _differentiated(vectors: Sequence[Tensor | None]) -> bool:
@@ -66,4 +79,5 @@ def _fold_one(
 
 def _stacked(vectors: Sequence[Tensor | None], like: Tensor, absent: float) -> Tensor:
     """[E, H]; a constant for those that are None."""
-    return torch.stack([like.new_full(like.shape[1:], absent) if vector is None else vector for vector in vectors])
+    filled = [like.new_full(like.shape[1:], absent) if vector is None else vector for vector in vectors]
+    return torch.stack([vector if vector.dtype == like.dtype else vector.to(like.dtype) for vector in filled])

@@ -199,7 +199,7 @@ def _lies_along(weight: Tensor) -> bool:
 def common(kinds: Sequence[Any]) -> Any:
     """What all of some kinds are, so that their owners can be fused; None where they differ or one cannot be."""
     first = kinds[0]
-    return first if kinds.count(first) == len(kinds) else None
+    return first if all(kind == first for kind in kinds) else None  # torch.compile cannot count tuples
 
 
 def join(experts: Sequence[Sequence[Layer]]) -> Experts:

@@ -58,6 +58,9 @@ def of_levels() -> Iterator[tuple[str, tuple[Any, ...]]]:
         outputs, saved = run("level_forward", *operands.forward(True))
         yield "level_forward", operands.forward(True)
         yield "level_backward", operands.backward([torch.ones_like(y) for y in outputs], saved, [True] * 8)
+    *lists, ints, floats, _, _ = operator.with_gate_layers(torch.float32, ROWS, False).forward(False)
+    folded = [None, torch.ones(3, 3), None, torch.ones(3)]
+    yield "level_serve", (*lists, folded, folded, ints, floats)
 
 
 CALLS: list[tuple[str, tuple[Any, ...]]] = [

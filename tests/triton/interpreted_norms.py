@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from mtlkernels import use_backend
-from mtlkernels._backends import interpreting
+from mtlkernels._backends import interpreting, triton_implementation
+from mtlkernels.ops.level import serving
 from tests.ops.level import special_values
 from tests.ops.level.special_values import Style
+from tests.ops.level.test_serving_operator import KINDS, experts_and_rows
 from tests.triton import norms
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
@@ -27,6 +29,13 @@ def test_only_the_gradients_asked_for(needs: tuple[bool, ...], activation: str) 
 
 def test_running_statistics() -> None:
     norms.check_statistics("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_serves(kind: str) -> None:
+    experts, x = experts_and_rows(kind, torch.float32, 20)
+    args = experts.operands(*x)
+    torch.testing.assert_close(triton_implementation("level", "serve")(*args), serving.serve(*args))
 
 
 # A few of tests/ops/level/test_special_values.py's: each of their calls takes a second here. NumPy, which the

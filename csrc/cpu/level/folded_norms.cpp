@@ -16,10 +16,15 @@ FoldedNorms::FoldedNorms(const std::vector<NormTensors>& norms, const std::vecto
   MTLK_CHECK_VALUE(norms.size() == widths.size(), name, " must hold ", widths.size(), " norms, got ", norms.size());
   const int64_t item = wide ? sizeof(double) : sizeof(float);
   int64_t channels = 0;
-  for (const int64_t width : widths) channels += rounded(width);
+  for (size_t i = 0; i < norms.size(); ++i) channels += norms[i].mean.defined() ? rounded(widths[i]) : 0;
   memory_.emplace(2, channels * item);
   char *scale = static_cast<char*>((*memory_)[0]), *shift = static_cast<char*>((*memory_)[1]);
   for (size_t i = 0; i < norms.size(); ++i) {
+    if (norms[i].scale) {
+      MTLK_CHECK_VALUE(!biases[i], "the bias before a shift must be None, as that has it");
+      scales_[i] = norms[i].scale;
+      shifts_[i] = norms[i].shift;
+    }
     if (!norms[i].mean.defined()) continue;
     const RunningNorm norm{part(norms[i].mean, widths[i], name), part(norms[i].variance, widths[i], name),
                            part(norms[i].weight, widths[i], name), part(norms[i].bias, widths[i], name), norms[i].eps};

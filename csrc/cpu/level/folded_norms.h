@@ -12,10 +12,12 @@
 
 namespace mtlk {
 
-// A norm's statistics and parameters; without a mean there is no norm, and weight and bias may be undefined.
+// A norm's statistics and parameters; without a mean there is no norm, and weight and bias may be undefined. Or what
+// somebody has made of one and of the bias before it, of the compute type.
 struct NormTensors {
   at::Tensor mean, variance, weight, bias;
   double eps = 0;
+  const void *scale = nullptr, *shift = nullptr;
 };
 
 // Those of a level, by layer and expert, and of its gates; empty without any.

@@ -44,6 +44,54 @@ std::tuple<Tensors, Tensors> level_forward(at::TensorList inputs, const Optional
   return {std::move(results.outputs), std::move(results.saved)};
 }
 
+// What level_serve gets in the place of norms, by layer and expert and for each linear gate; `kept` holds it.
+RunningNorms folded_norms(const LevelSpec& spec, const LevelTensors& tensors, const OptionalTensors& scales,
+                          const OptionalTensors& shifts, Tensors& kept) {
+  const int64_t layers = spec.layers(), count = layers + static_cast<int64_t>(spec.gate_inputs.size());
+  const bool wide = tensors.inputs[0].scalar_type() == at::kDouble;
+  const auto place = [&](const OptionalTensors& list, int64_t i, const char* name, at::IntArrayRef sizes) {
+    const at::Tensor tensor = list.get(i).value_or(at::Tensor());
+    if (!tensor.defined()) return static_cast<const char*>(nullptr);
+    check_dense(name, i, tensor, wide ? at::kDouble : at::kFloat);
+    MTLK_CHECK_VALUE(tensor.sizes() == sizes, name, "[", i, "] must have shape ", sizes, ", got ", tensor.sizes());
+    kept.push_back(tensor.contiguous());
+    return static_cast<const char*>(kept.back().const_data_ptr());
+  };
+  for (const OptionalTensors* list : {&scales, &shifts}) {
+    MTLK_CHECK_VALUE(static_cast<int64_t>(list->size()) == count, list == &scales ? "scales" : "shifts",
+                     " must hold an entry for each of ", layers, " layers and ", count - layers, " linear gates, got ",
+                     list->size());
+  }
+  RunningNorms found;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t experts = i < layers ? spec.experts() : 1;
+    const at::Tensor like = i < layers ? tensors.weights[i * experts] : at::Tensor();
+    const int64_t width = i >= layers                         ? spec.gate_sizes[i - layers]
+                          : like.defined() && like.dim() == 2 ? like.size(0)
+                                                              : 0;
+    const std::vector<int64_t> sizes = i < layers ? std::vector{experts, width} : std::vector{width};
+    const char *scale = place(scales, i, "scales", sizes), *shift = place(shifts, i, "shifts", sizes);
+    MTLK_CHECK_VALUE(!scale == !shift, "scales[", i, "] and shifts[", i, "] must both be there, or none of them");
+    for (int64_t e = 0; e < experts; ++e) {
+      const int64_t at = e * width * static_cast<int64_t>(wide ? sizeof(double) : sizeof(float));
+      NormTensors norm;
+      if (scale) norm.scale = scale + at, norm.shift = shift + at;
+      (i < layers ? found.experts : found.gates).push_back(std::move(norm));
+    }
+  }
+  return found;
+}
+
+Tensors level_serve(at::TensorList inputs, const OptionalTensors& parameters, const OptionalTensors& gates,
+                    const OptionalTensors& scales, const OptionalTensors& shifts, at::IntArrayRef ints,
+                    at::ArrayRef<double> floats) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const LevelSpec spec(ints.vec(), floats.vec());
+  const LevelTensors tensors = spec.split(inputs, parameters, gates);
+  Tensors kept;
+  return evaluate(spec, tensors, folded_norms(spec, tensors, scales, shifts, kept), {}, false).outputs;
+}
+
 // What the forward pass saved.
 struct Saved {
   at::TensorList activations, statistics;
@@ -206,6 +254,7 @@ Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("level_forward", TORCH_FN(level_forward));
   m.impl("level_backward", TORCH_FN(level_backward));
+  m.impl("level_serve", TORCH_FN(level_serve));
 }
 
 }  // namespace mtlk

@@ -11,18 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels import _backends, _torch
-from mtlkernels.ops._call import apply, needs_function, run_forward, traced_under_func, under_autocast
+from mtlkernels.ops._call import apply, needs_function, run_forward, run_operator, traced_under_func, under_autocast
 from mtlkernels.ops._linears import joint_linear
+from mtlkernels.ops.level import serving  # noqa: F401  (it registers level_serve)
 from mtlkernels.ops.level.autograd import Level, Plan
 from mtlkernels.ops.level.checks import Arguments
 from mtlkernels.ops.level.norms import (
     check_rows,
     fold_gate_norms,
     fold_running,
+    others,
     parameters,
+    scales_of_running,
     update_running_statistics,
 )
-from mtlkernels.ops.level.spec import Layer, LevelSpec
+from mtlkernels.ops.level.spec import LAYER_NORM, Layer, LevelSpec
 from mtlkernels.routing import Routing, Wiring
 
 # Of a routing, kept: a rate of dropout that changes with every step must not fill the memory.
@@ -52,21 +55,29 @@ def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_g
 def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     """The level's outputs; the running statistics of norms are then brought up to date."""
     wiring, layers, biases = routing.wiring, given.layers, given.biases
-    norms = fold_running(given.norms, layers, biases)
+    serves = _serves_graph(given)
+    keeps = serves and _keeps_norms(given.streams[0])
+    norms = others(given.norms) if keeps else fold_running(given.norms, layers, biases)
     present = [norm for norm in norms if norm is not None]
     settings = [(0, 0.0) if norm is None else (norm.code, norm.eps) for norm in norms]
     of_layers = zip(given.codes, settings, given.dice_eps, given.dropout, strict=True)
     static = tuple(Layer(code, *norm, dice_eps, rate) for code, norm, dice_eps, rate in of_layers)
     gates: Any = (given.logits, ())
-    if given.gates is not None:
-        gates = fold_gate_norms(*given.gates)
-    # Transforms of torch.func and the compiler see further into a level whose logits come from outside.
+    # Transforms of torch.func and the compiler see further into a level whose logits come from outside, if gradients
+    # are wanted.
     spec = spec_of(wiring, len(given.streams), static, False)
-    linear = given.gates is not None and not spec.stores_inputs and not _transformed()
+    linear = given.gates is not None and not spec.stores_inputs and (serves or not _transformed())
+    if given.gates is not None:
+        gates = given.gates[:2] if linear and keeps else fold_gate_norms(*given.gates)
+        if not linear:
+            gates = (_gate_logits(given.streams, *gates), ())
     if linear:
         spec = spec_of(wiring, len(given.streams), static, True)
-    elif given.gates is not None:
-        gates = (_gate_logits(given.streams, *gates), ())
+    scales: Sequence[Any] = ()
+    shifts: Sequence[Any] = ()
+    if keeps:
+        own = given.gates[1:] if linear and given.gates is not None else None
+        scales, shifts = scales_of_running(given.norms, biases, wiring.live, own)
 
     weights = [weight for layer in layers for weight in layer]
     of_experts: list[Any] = [weights, biases]
@@ -92,12 +103,37 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling() and needs_function(tensors):
         results = apply(Level, Plan(spec, backend), *tensors, seed)
         outputs, saved = results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
+    elif any(scale is not None for scale in scales):
+        operands = spec.operands(tensors)
+        return tuple(run_operator("level", "serve", backend, streams[0], *operands, scales, shifts, *spec.encoded))
     else:
         args = (*spec.operands(tensors), *spec.encoded, seed, False)
         outputs, saved = run_forward("level", "reference" if traced else backend, streams[0], *args)
     if present:
         update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
     return _with_zeros(outputs, idle)
+
+
+def _serves_graph(given: Arguments) -> bool:
+    """Whether a graph is made of a call that nobody differentiates, and that leaves nothing behind but its outputs."""
+    if not torch.compiler.is_compiling() or _torch.func_transforms_active() or any(given.dropout):
+        return False
+    norms = [norm for norm in given.norms if norm is not None]
+    if not all(norm.running or norm.code == LAYER_NORM for norm in norms):
+        return False
+    modules = [module for norm in norms for module in norm.modules]
+    weights, biases, of_gates = given.gates or ((), (), ())
+    modules += [module for module in of_gates if module is not None]
+    of_norms = [part for module in modules for part in (module.weight, module.bias)]
+    experts = [weight for layer in given.layers for weight in layer]
+    return not needs_function(
+        given.streams, experts, given.biases, given.slopes, given.logits, weights, biases, of_norms
+    )
+
+
+def _keeps_norms(x: Tensor) -> bool:
+    """Whether norms by running statistics stay outside of weights: the C++ kernels take them as they are."""
+    return x.is_cpu and _backends.has_cpp("level") and _backends.forced() in (None, "cpp")
 
 
 def _transformed() -> bool:

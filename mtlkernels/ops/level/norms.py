@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels.ops._checks import Like, as_sequence, check_parameter, numbers_by_layer, shape_of
-from mtlkernels.ops._folding import fold, uses_running
+from mtlkernels.ops._folding import fold, scale_and_shift, uses_running
 from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM
 from mtlkernels.routing import Routing
 
@@ -109,6 +109,40 @@ def fold_running(
             continue
         part = slice(i * len(norm.modules), (i + 1) * len(norm.modules))
         layers[i], biases[part] = fold(layers[i], biases[part], norm.modules)
+    return others(norms)
+
+
+def scales_of_running(
+    norms: Sequence[Norm | None], biases: list[Tensor | None], live: Sequence[int], gates: Any
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """What ``level_serve`` takes of norms with running statistics, in the place of biases, which become None.
+
+    Args:
+        norms, biases: of the layers, and by layer, then expert.
+        live: the experts that some gate mixes.
+        gates: biases and norms of linear gates, whose norms may be none at all; None without such gates.
+    """
+    found: list[tuple[Tensor | None, Tensor | None]] = []
+    for i, norm in enumerate(norms):
+        if norm is None or not norm.running:
+            found.append((None, None))
+            continue
+        first = i * len(norm.modules)
+        found.append(scale_and_shift([biases[first + e] for e in live], [norm.modules[e] for e in live]))
+        biases[first : first + len(norm.modules)] = [None] * len(norm.modules)
+    of_gates, modules = ([], []) if gates is None else gates
+    for k, module in enumerate(modules or [None] * len(of_gates)):
+        if module is None:
+            found.append((None, None))
+            continue
+        scale, shift = scale_and_shift([of_gates[k]], [module])
+        found.append((scale.squeeze(0), shift.squeeze(0)))
+        of_gates[k] = None
+    return [scale for scale, _ in found], [shift for _, shift in found]
+
+
+def others(norms: Sequence[Norm | None]) -> list[Norm | None]:
+    """The norms without those by running statistics."""
     return [None if norm is None or norm.running else norm for norm in norms]
 
 

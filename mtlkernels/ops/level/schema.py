@@ -8,6 +8,10 @@ A level's tensors travel in three lists, in the order of :class:`mtlkernels.ops.
 ``grad_outputs`` are None for outputs that nobody used, and the backward operator returns the gradients of what the
 others depend on, see :meth:`LevelSpec.returned`; ``needs`` is one for each kind of tensor. They may be those of several
 losses, K of one after K of another, whose gradients are then returned apart.
+
+``scales`` and ``shifts`` of ``level_serve`` are what batch norms by running statistics make of products, in the place
+of their biases: an entry a layer, [E, H], and then an entry a linear gate, [N_k], None where there is none; float32, or
+float64 beside float64.
 """
 
 from __future__ import annotations
@@ -52,6 +56,18 @@ def _forward(
     return [x.new_empty((rows, widths[-1])) for _ in level.gate_sizes], saved
 
 
+def _serve(
+    inputs: list[Tensor],
+    parameters: list[Tensor | None],
+    gates: list[Tensor | None],
+    scales: list[Tensor | None],
+    shifts: list[Tensor | None],
+    spec: list[int],
+    numbers: list[float],
+) -> list[Tensor]:
+    return _forward(inputs, parameters, gates, spec, numbers, None, False)[0]
+
+
 def _backward(
     grad_outputs: list[Tensor | None],
     inputs: list[Tensor],
@@ -84,5 +100,12 @@ def _autocast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
+def _autocast_serving(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The same; scales and shifts stay."""
+    *cast, spec, numbers = _autocast((*args[:3], *args[5:]), dtype)
+    return (*cast, *args[3:5], spec, numbers)
+
+
 define("level_forward", _forward, _autocast)
+define("level_serve", _serve, _autocast_serving)
 define("level_backward", _backward)

@@ -19,6 +19,7 @@ from torch import Tensor
 from mtlkernels.ops._recording import Finish, Recording, Recordings, apart, signature
 from mtlkernels.ops._triton import Table, contiguous
 from mtlkernels.ops.level.reference import Asked, asked_for
+from mtlkernels.ops.level.serving import folded
 from mtlkernels.ops.level.spec import LevelSpec
 from mtlkernels.ops.level.triton import chain_backward, chain_forward, layerwise_backward, layerwise_forward
 from mtlkernels.ops.level.triton.operands import check_level, check_saved
@@ -53,6 +54,11 @@ def forward(
     own = moving(level, tensors, seed), _fixed(level, tensors)
     _keep(level, "forward", (save, _precision(inputs[0])), table, *own, (*outputs, *saved))
     return outputs, saved
+
+
+def serve(*args: Any) -> list[Tensor]:
+    """As the reference."""
+    return forward(*folded(*args), None, False)[0]
 
 
 def recorded(level: LevelSpec, tensors: Tensors, save: bool, seed: Tensor | None = None) -> Recording | None:
