@@ -14,6 +14,7 @@
 #include "cpu/runtime/kernel_tables.h"
 #include "cpu/runtime/memory.h"
 #include "direct.h"
+#include "gradient_lists.h"
 #include "kept_level.h"
 #include "level_node.h"
 #include "linears.h"
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("keep_prepared", &mtlk::keep_prepared_from_python,
              "Keeps what is prepared of each of these weights, which nobody writes to any more.");
   mtlk::define_below_autograd(module);
+  mtlk::define_gradient_lists(module);
   mtlk::define_recording(module);
   mtlk::define_level_node(module);
   mtlk::define_kept_level(module);

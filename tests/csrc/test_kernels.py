@@ -255,12 +255,12 @@ def test_an_order_out_of_range_makes_its_row_nan() -> None:
 def test_the_public_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    def run_cuda(_: str, direction: str, *args: Any) -> Any:
+    def run_cuda(_: str, direction: str, backend: Any, like: Any, *args: Any) -> Any:
         ran.append(direction)
         return getattr(cuda, direction)(*args)
 
-    # Lists of gradients on a CPU go straight to C++.
-    monkeypatch.setattr(parameters, "run_cpp", run_cuda)
+    monkeypatch.setattr(parameters, "direct_to_cpp", lambda like: False)  # where lists on a CPU go
+    monkeypatch.setattr(parameters, "run_operator", run_cuda)
     monkeypatch.setattr(_backends, "implementation", lambda op, direction, *_: getattr(cuda, direction))
     case = random_task_gradients(seed)
     rng = random.Random(seed)
