@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 namespace mtlk {
@@ -38,6 +39,9 @@ void autograd_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, to
     return op.redispatchBoxed(below | c10::DispatchKeySet(c10::DispatchKey::AutogradOther), stack);
   }
   const at::AutoDispatchBelowAutograd guard;
+  // AOTInductor's Python class holds it while a package runs, and several threads may serve with one.
+  std::optional<py::gil_scoped_release> others;
+  if (PyGILState_Check()) others.emplace();
   op.redispatchBoxed(below, stack);
 }
 

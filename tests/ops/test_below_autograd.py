@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +111,37 @@ def test_vmap() -> None:
 
     for found, expected in zip(vmap(of)(examples), zip(*map(of, examples), strict=True), strict=True):
         torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """Also where the caller holds the interpreter's lock, as PyTorch does while it runs a package."""
+    torch_cpu = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # PyDLL: with the lock
+    call = torch_cpu.aoti_torch_call_dispatcher
+    call.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint64)]
+    gram = torch.ones(1, 1, dtype=torch.float64).expand(3000, 3000)  # takes some hundredths of a second
+    (handle,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([gram])  # type: ignore[attr-defined]
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    stack = (ctypes.c_uint64 * 8)(address(handle, None))  # of pcgrad_weights: all that follows is None, False or 0
+    turns, done = [0], threading.Event()
+
+    def count() -> None:
+        while not done.is_set():
+            turns[0] += 1
+            time.sleep(0)  # gives the lock away
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)  # nobody gives the lock away unasked
+    other = threading.Thread(target=count)
+    other.start()
+    try:
+        before = turns[0]
+        assert call(b"mtlkernels::pcgrad_weights", b"", stack) == 0
+        during = turns[0] - before
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+        other.join()
+    for result in stack[:2]:
+        torch_cpu.aoti_torch_delete_tensor_object(ctypes.c_void_p(result))
+    assert during > 0
