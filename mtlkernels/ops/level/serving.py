@@ -1,8 +1,7 @@
 """Batch norms by running statistics in graphs that nobody differentiates: the operator ``level_serve``.
 
 A graph of ``level_forward`` folds them into new copies of all weights at each call, which takes longer than a level of
-few rows, and which a package that folds constants keeps beside the weights. This operator takes what they make of a
-product, a scale and a shift a channel.
+few rows. This operator takes what they make of a product, a scale and a shift a channel.
 """
 
 from __future__ import annotations
