@@ -17,6 +17,7 @@ from mtlkernels.ops.level import serving  # noqa: F401  (it registers level_serv
 from mtlkernels.ops.level.autograd import Level, Plan
 from mtlkernels.ops.level.checks import Arguments
 from mtlkernels.ops.level.norms import (
+    Norm,
     check_rows,
     fold_gate_norms,
     fold_running,
@@ -59,25 +60,8 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     keeps = serves and _keeps_norms(given.streams[0])
     norms = others(given.norms) if keeps else fold_running(given.norms, layers, biases)
     present = [norm for norm in norms if norm is not None]
-    settings = [(0, 0.0) if norm is None else (norm.code, norm.eps) for norm in norms]
-    of_layers = zip(given.codes, settings, given.dice_eps, given.dropout, strict=True)
-    static = tuple(Layer(code, *norm, dice_eps, rate) for code, norm, dice_eps, rate in of_layers)
-    gates: Any = (given.logits, ())
-    # Transforms of torch.func and the compiler see further into a level whose logits come from outside, if gradients
-    # are wanted.
-    spec = spec_of(wiring, len(given.streams), static, False)
-    linear = given.gates is not None and not spec.stores_inputs and (serves or not _transformed())
-    if given.gates is not None:
-        gates = given.gates[:2] if linear and keeps else fold_gate_norms(*given.gates)
-        if not linear:
-            gates = (_gate_logits(given.streams, *gates), ())
-    if linear:
-        spec = spec_of(wiring, len(given.streams), static, True)
-    scales: Sequence[Any] = ()
-    shifts: Sequence[Any] = ()
-    if keeps:
-        own = given.gates[1:] if linear and given.gates is not None else None
-        scales, shifts = scales_of_running(given.norms, biases, wiring.live, own)
+    spec, gates, linear = _gates(given, wiring, _static(given, norms), serves, keeps)
+    scales, shifts = _scales(given, wiring, linear) if keeps else ((), ())
 
     weights = [weight for layer in layers for weight in layer]
     of_experts: list[Any] = [weights, biases]
@@ -95,23 +79,61 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
         idle += [t for ts in of_experts for t in _of_experts(ts, wiring.idle, routing) if t is not None]
         of_experts = [_of_experts(ts, wiring.live, routing) for ts in of_experts]
     tensors = list(chain(streams, *of_experts, *(cast_gates if linear else gates)))
+    outputs, saved = _run(spec, tensors, scales, shifts, any(given.dropout))
+    if present and not serves:  # a graph that serves has norms by running statistics alone
+        update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
+    return _with_zeros(outputs, idle)
 
-    drops, backend = any(given.dropout), _backends.forced()
-    seed = torch.randint(0, 2**63 - 1, (1,), device=streams[0].device) if drops else None
+
+def _static(given: Arguments, norms: Sequence[Norm | None]) -> tuple[Layer, ...]:
+    """The layers, with these norms."""
+    settings = [(0, 0.0) if norm is None else (norm.code, norm.eps) for norm in norms]
+    of_layers = zip(given.codes, settings, given.dice_eps, given.dropout, strict=True)
+    return tuple(Layer(code, *norm, dice_eps, rate) for code, norm, dice_eps, rate in of_layers)
+
+
+def _gates(
+    given: Arguments, wiring: Wiring, layers: tuple[Layer, ...], serves: bool, keeps: bool
+) -> tuple[LevelSpec, Any, bool]:
+    """The spec, what it has of gates (logits, or weights and biases), and whether these are linear gates inside of it.
+
+    Transforms of torch.func and the compiler see further into a level whose logits come from outside, if gradients are
+    wanted.
+    """
+    streams = given.streams
+    spec = spec_of(wiring, len(streams), layers, False)
+    if given.gates is None:
+        return spec, (given.logits, ()), False
+    linear = not spec.stores_inputs and (serves or not _transformed())
+    gates = given.gates[:2] if linear and keeps else fold_gate_norms(*given.gates)
+    if linear:
+        return spec_of(wiring, len(streams), layers, True), gates, True
+    return spec, (_gate_logits(streams, *gates), ()), False
+
+
+def _scales(given: Arguments, wiring: Wiring, linear: bool) -> tuple[Sequence[Any], Sequence[Any]]:
+    """What batch norms in evaluation make of products: their scales and shifts, of layers and then of linear gates."""
+    own = given.gates[1:] if linear and given.gates is not None else None
+    return scales_of_running(given.norms, given.biases, wiring.live, own)
+
+
+def _run(
+    spec: LevelSpec, tensors: list[Any], scales: Sequence[Any], shifts: Sequence[Any], drops: bool
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The outputs, and what was saved, by the operator that fits, or by a Function where autograd has to have one."""
+    backend, x = _backends.forced(), tensors[0]
+    seed = torch.randint(0, 2**63 - 1, (1,), device=x.device) if drops else None
     traced = traced_under_func("expert_mixture")
     # The compiler differentiates the operator itself, and so sees which outputs nobody uses.
     if not torch.compiler.is_compiling() and needs_function(tensors):
         results = apply(Level, Plan(spec, backend), *tensors, seed)
-        outputs, saved = results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
-    elif any(scale is not None for scale in scales):
+        return results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
+    if any(scale is not None for scale in scales):
         operands = spec.operands(tensors)
-        return tuple(run_operator("level", "serve", backend, streams[0], *operands, scales, shifts, *spec.encoded))
-    else:
-        args = (*spec.operands(tensors), *spec.encoded, seed, False)
-        outputs, saved = run_forward("level", "reference" if traced else backend, streams[0], *args)
-    if present:
-        update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
-    return _with_zeros(outputs, idle)
+        return tuple(run_operator("level", "serve", backend, x, *operands, scales, shifts, *spec.encoded)), ()
+    args = (*spec.operands(tensors), *spec.encoded, seed, False)
+    outputs, saved = run_forward("level", "reference" if traced else backend, x, *args)
+    return outputs, saved
 
 
 def _serves_graph(given: Arguments) -> bool:
