@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from tests.fuzz.routings import Wires
 from tests.ops.agreement import reference_op
 from tests.ops.level import normalized
 from tests.ops.level.definition import formula
+from tests.seeding import seed
 
 GATES = ("logits", "joined logits", "layers", "stacked layers")
 NORMS = ("none", "none", "batch", "running", "layer")
+SERVED = {"batch": "running"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ def _cases(draw: st.DrawFn) -> LevelCase:
     of_batch = any(layer.norm == "batch" for layer in layers)
     # A linear gate reads the stream of its number, or the only one.
     one_input = draw(st.booleans()) or ("layers" in gates and 1 + max(routing.streams) != len(routing.gates))
-    fields = tensors.call(draw, "expert_mixture", len(routing.gates), "prepared")
+    fields = tensors.call(draw, "expert_mixture", len(routing.gates), "prepared", "graph")
+    if fields["way"].mode == "graph":  # of a level that serves
+        layers = tuple(replace(own, norm=SERVED.get(own.norm, own.norm), dropout=0.0) for own in layers)
     if normal:  # of rows that repeat each other nothing that a spread divides would be determined
         fields.update(layouts=draw(tensors.spread_layouts), special="")
     if fields["special"] and any(layer.activation == "gelu" for layer in layers):
@@ -193,6 +198,18 @@ def prepared(**arguments: Any) -> Any:
     return [copy() for _ in range(3)][-1]
 
 
+def in_graph(**arguments: Any) -> Any:
+    """What a graph of the compiler computes, which has norms by running statistics outside of weights."""
+    torch.compiler.reset()
+    made = normalized.with_modules(**arguments)
+    seed(normalized.SEED)
+    return torch.compile(lambda: mk.expert_mixture(**made), backend="eager", fullgraph=True, dynamic=False)()
+
+
+# The modes of a way that call something else than the op.
+OTHERS = {"prepared": prepared, "graph": in_graph}
+
+
 def by_reference(**arguments: Any) -> Any:
     return reference_op(normalized.fused, **arguments)
 
@@ -204,7 +221,7 @@ def check(case: LevelCase) -> None:
         AssertionError: what is wrong.
     """
     made = arguments_of(case)
-    op = prepared if case.way.mode == "prepared" else normalized.fused
+    op = OTHERS.get(case.way.mode, normalized.fused)
     if case.special:
         places = list(tensors_in(list(made.arguments.values())))
         make = case.maker()

@@ -13,11 +13,16 @@ import mtlkernels as mk
 from mtlkernels.testing import Case, CaseFactory, evaluate
 from mtlkernels.testing.snr import snr_aver, snr_trans
 from tests.ops.level import gate_layers, normalized
+from tests.ops.level.test_serving_operator import SERVE, experts_and_rows
 
 ROUTING = mk.Routing.cgc(2, 1, 1)
 NORMS = ((("batch", "none"), "relu"), (("none", "layer"), "prelu"), (("none", "none"), "dice"))
 WIDTHS = (24, 40, 80)
 Results = dict[str, list[Tensor]]
+
+
+def _serve(operands: tuple[Any, ...]) -> Results:
+    return {"outputs": SERVE(*operands)}
 
 
 def calls(dropout: float = 0.2) -> dict[str, Callable[[], Results]]:
@@ -35,6 +40,8 @@ def calls(dropout: float = 0.2) -> dict[str, Callable[[], Results]]:
     for dtype, rows in ((torch.float32, 3), (torch.float32, 64), (torch.bfloat16, 200)):
         make = CaseFactory(rows, dtype)
         add(f"expert_mixture, {dtype}, {rows} rows", mk.expert_mixture, make.expert_mixture(rows, WIDTHS, ROUTING))
+        experts, x = experts_and_rows("linear gates", dtype, rows)
+        found[f"level_serve, {dtype}, {rows} rows"] = functools.partial(_serve, experts.operands(*x))
     make = CaseFactory(0, torch.float32)
     add("gate layers", gate_layers.by_layers, gate_layers.with_layers(make, 64, WIDTHS))
     for kinds, activation in NORMS:

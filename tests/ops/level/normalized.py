@@ -98,7 +98,7 @@ def module(
     return made
 
 
-def fused(
+def with_modules(
     *,
     kinds: Sequence[str],
     eps: Sequence[float],
@@ -107,8 +107,8 @@ def fused(
     means: Any = None,
     variances: Any = None,
     **arguments: Any,
-) -> Any:
-    """The call with modules made of the scales, shifts and statistics."""
+) -> dict[str, Any]:
+    """The arguments of the op, with modules made of the scales, shifts and statistics."""
     norms: list[Any] = []
     experts = arguments["routing"].num_experts
     for layer, kind in enumerate(kinds):
@@ -116,8 +116,14 @@ def fused(
         parts = [part and part[layer] or [None] * experts for part in (scales, shifts, means, variances)]
         made = [module(kind, width, eps[layer], *own) for own in zip(*parts, strict=True)] if kind != "none" else None
         norms.append(made)
+    return {**arguments, "norms": norms}
+
+
+def fused(**arguments: Any) -> Any:
+    """The call with the modules of :func:`with_modules`, whose dropout is that of the formula."""
+    made = with_modules(**arguments)
     seed(SEED)
-    return mk.expert_mixture(**arguments, norms=norms)
+    return mk.expert_mixture(**made)
 
 
 def check(case: Case, backend: str, threads: int = 1) -> None:
