@@ -64,12 +64,7 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     scales, shifts = _scales(given, wiring, linear) if keeps else ((), ())
 
     weights = [weight for layer in layers for weight in layer]
-    of_experts: list[Any] = [weights, biases]
-    if spec.has_norms:
-        everyone = range(routing.num_experts)
-        of_experts += [parameters(norms, part, everyone) for part in ("weight", "bias")]
-    if spec.has_slopes:
-        of_experts.append(given.slopes)
+    of_experts = [weights, biases, *_of_norms_and_slopes(norms, given.slopes, spec, routing.num_experts)]
     check_rows(present, given.streams[0].shape[0])
     streams, of_experts[:2], cast_gates = under_autocast(given.streams[0], given.streams, of_experts[:2], gates)
     # Gate k outside of the level reads stream k, or the only one.
@@ -79,10 +74,34 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
         idle += [t for ts in of_experts for t in _of_experts(ts, wiring.idle, routing) if t is not None]
         of_experts = [_of_experts(ts, wiring.live, routing) for ts in of_experts]
     tensors = list(chain(streams, *of_experts, *(cast_gates if linear else gates)))
-    outputs, saved = _run(spec, tensors, scales, shifts, any(given.dropout))
-    if present and not serves:  # a graph that serves has norms by running statistics alone
+
+    drops, backend = any(given.dropout), _backends.forced()
+    seed = torch.randint(0, 2**63 - 1, (1,), device=streams[0].device) if drops else None
+    traced = traced_under_func("expert_mixture")
+    # The compiler differentiates the operator itself, and so sees which outputs nobody uses.
+    if not torch.compiler.is_compiling() and needs_function(tensors):
+        results = apply(Level, Plan(spec, backend), *tensors, seed)
+        outputs, saved = results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
+    elif any(scale is not None for scale in scales):
+        operands = spec.operands(tensors)
+        return tuple(run_operator("level", "serve", backend, streams[0], *operands, scales, shifts, *spec.encoded))
+    else:
+        args = (*spec.operands(tensors), *spec.encoded, seed, False)
+        outputs, saved = run_forward("level", "reference" if traced else backend, streams[0], *args)
+    if present:
         update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
     return _with_zeros(outputs, idle)
+
+
+def _of_norms_and_slopes(norms: Sequence[Norm | None], slopes: Any, spec: LevelSpec, num_experts: int) -> list[Any]:
+    """Parameters of all experts, kind by kind, beside weights and biases."""
+    found: list[Any] = []
+    if spec.has_norms:
+        everyone = range(num_experts)
+        found += [parameters(norms, part, everyone) for part in ("weight", "bias")]
+    if spec.has_slopes:
+        found.append(slopes)
+    return found
 
 
 def _static(given: Arguments, norms: Sequence[Norm | None]) -> tuple[Layer, ...]:
@@ -115,25 +134,6 @@ def _scales(given: Arguments, wiring: Wiring, linear: bool) -> tuple[Sequence[An
     """What batch norms in evaluation make of products: their scales and shifts, of layers and then of linear gates."""
     own = given.gates[1:] if linear and given.gates is not None else None
     return scales_of_running(given.norms, given.biases, wiring.live, own)
-
-
-def _run(
-    spec: LevelSpec, tensors: list[Any], scales: Sequence[Any], shifts: Sequence[Any], drops: bool
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The outputs, and what was saved, by the operator that fits, or by a Function where autograd has to have one."""
-    backend, x = _backends.forced(), tensors[0]
-    seed = torch.randint(0, 2**63 - 1, (1,), device=x.device) if drops else None
-    traced = traced_under_func("expert_mixture")
-    # The compiler differentiates the operator itself, and so sees which outputs nobody uses.
-    if not torch.compiler.is_compiling() and needs_function(tensors):
-        results = apply(Level, Plan(spec, backend), *tensors, seed)
-        return results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
-    if any(scale is not None for scale in scales):
-        operands = spec.operands(tensors)
-        return tuple(run_operator("level", "serve", backend, x, *operands, scales, shifts, *spec.encoded)), ()
-    args = (*spec.operands(tensors), *spec.encoded, seed, False)
-    outputs, saved = run_forward("level", "reference" if traced else backend, x, *args)
-    return outputs, saved
 
 
 def _serves_graph(given: Arguments) -> bool:
