@@ -4,6 +4,7 @@
 
 #include "kept_level.h"
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
@@ -16,6 +17,8 @@
 #include "cpu/level/kept_level.h"
 #include "cpu/runtime/check.h"
 #include "direct.h"
+#include "level_node.h"
+#include "modules.h"
 #include "snapshot.h"
 
 namespace mtlk {
@@ -74,6 +77,17 @@ std::optional<StoredCall> stored_call(py::handle weights, py::handle biases, py:
     return std::nullopt;
   }
   return StoredCall{std::move(*spec), std::move(call)};
+}
+
+bool is_plain_call(PyObject* inputs, const Tensors& streams, PyObject* backends, PyObject* dumps) {
+  static PyObject *const forced = interned("_forced"), *const folder = interned("folder");
+  if (streams.empty()) return false;
+  PyObject* const first = THPVariable_Check(inputs) ? inputs : PySequence_Fast_ITEMS(inputs)[0];
+  PyObject* const backend = entry(backends, forced);
+  const bool by_cpp = backend == Py_None ||
+                      (backend && PyUnicode_Check(backend) && PyUnicode_CompareWithASCIIString(backend, "cpp") == 0);
+  return is_of(first, reinterpret_cast<PyObject*>(THPVariableClass)) && streams[0].is_cpu() && by_cpp &&
+         entry(dumps, folder) == Py_None && !at::autocast::is_autocast_enabled(at::kCPU) && !is_observed(streams);
 }
 
 py::object served(const KeptLevel& level, const Tensors& streams) {

@@ -40,12 +40,19 @@ bool all_parameters(const LevelCall& call, F holds) {
   return true;
 }
 
+// Whether a call with these inputs may be served by what is kept: as direct_to_cpp in mtlkernels/ops/_call.py, where no
+// gradients are recorded. `backends` and `dumps` are the dictionaries of the Python modules that have a say in it.
+bool is_plain_call(PyObject* inputs, const Tensors& streams, PyObject* backends, PyObject* dumps);
+
 // The outputs for Python, or None: not a call for it. Python runs meanwhile, in other threads: whoever calls this holds
 // the parameters' memory.
 pybind11::object served(const KeptLevel& level, const Tensors& streams);
 
 // mtlkernels._C.KeptCall, see kept_level.cpp.
 void define_kept_level(pybind11::module_& module);
+
+// mtlkernels._C.KeptLists, see kept_lists.cpp.
+void define_kept_lists(pybind11::module_& module);
 
 // mtlkernels._C.KeptTrunk, see kept_trunk.cpp.
 void define_kept_trunk(pybind11::module_& module);

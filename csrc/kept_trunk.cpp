@@ -1,12 +1,8 @@
 // Calls of a level of mtlkernels.nn without norms, all of which goes on in C++: who looks on, what its modules hold,
 // and the level. In Python that takes as long as the processor needs to read a tenth of the weights.
 
-#include <ATen/autocast_mode.h>
-
 #include <algorithm>
 #include <memory>
-#include <optional>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -85,23 +81,14 @@ class KeptTrunk {
                                        py::handle biases, py::handle gate_weights, py::handle spec_ints) {
     const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr()};
     const Parts parts(level.ptr());
-    std::vector<std::optional<Known>> known;
-    std::unordered_set<const void*> storages;
-    const auto take = [&](const at::Tensor& tensor) {
-      if (!tensor.defined()) return known.emplace_back(), true;
-      if (!is_plain(tensor)) return false;
-      known.emplace_back(tensor);
-      storages.insert(tensor.storage().unsafeGetStorageImpl());
-      return true;
-    };
-    if (!parts.complete() || !each_parameter(parts, types, take)) return nullptr;
-    const auto held = [&](const at::Tensor& tensor) {
-      return storages.count(tensor.storage().unsafeGetStorageImpl()) > 0;
-    };
+    KnownTensors known;
+    if (!parts.complete() || !each_parameter(parts, types, [&](const at::Tensor& t) { return known.take(t); })) {
+      return nullptr;
+    }
     const py::none none;
     try {
       auto stored = stored_call(weights, biases, gate_weights, none, none, none, spec_ints);
-      if (!stored || !all_parameters(stored->call, held)) return nullptr;
+      if (!stored || !all_parameters(stored->call, [&](const at::Tensor& t) { return known.holds(t); })) return nullptr;
       py::object kept =
           py::make_tuple(backends, dumps, expert_type, linear_type, parameter_type, py::handle(parts.routing),
                          py::handle(parts.activation), py::handle(parts.dropout));
@@ -115,12 +102,14 @@ class KeptTrunk {
   py::object serve(py::handle level, py::handle inputs) const {
     Tensors streams;
     std::vector<c10::Storage> held;
-    if (!read_streams(inputs.ptr(), streams) || streams.empty() || !is_plain_call(inputs, streams)) return py::none();
+    if (!read_streams(inputs.ptr(), streams) || !is_plain_call(inputs.ptr(), streams, item(0), item(1))) {
+      return py::none();
+    }
     return still(level.ptr(), held) ? served(level_, streams) : py::bool_(false);
   }
 
  private:
-  KeptTrunk(py::object kept, std::vector<std::optional<Known>> known, StoredCall stored)
+  KeptTrunk(py::object kept, KnownTensors known, StoredCall stored)
       : kept_(std::move(kept)),
         types_{item(2), item(3), item(4)},
         known_(std::move(known)),
@@ -128,40 +117,19 @@ class KeptTrunk {
 
   PyObject* item(Py_ssize_t i) const { return PyTuple_GET_ITEM(kept_.ptr(), i); }
 
-  // As direct_to_cpp in mtlkernels/ops/_call.py, where no gradients are recorded.
-  bool is_plain_call(py::handle inputs, const Tensors& streams) const {
-    static PyObject *const forced = interned("_forced"), *const folder = interned("folder");
-    PyObject* const first = THPVariable_Check(inputs.ptr()) ? inputs.ptr() : PySequence_Fast_ITEMS(inputs.ptr())[0];
-    PyObject* const backend = entry(item(0), forced);
-    const bool by_cpp = backend == Py_None ||
-                        (backend && PyUnicode_Check(backend) && PyUnicode_CompareWithASCIIString(backend, "cpp") == 0);
-    return is_of(first, reinterpret_cast<PyObject*>(THPVariableClass)) && streams[0].is_cpu() && by_cpp &&
-           entry(item(1), folder) == Py_None && !at::autocast::is_autocast_enabled(at::kCPU) && !is_observed(streams);
-  }
-
   // Whether the level is what it was; the memory of its parameters is then `held`.
   bool still(PyObject* level, std::vector<c10::Storage>& held) const {
     const Parts parts(level);
     if (!parts.complete() || parts.routing != item(5) || parts.activation != item(6) || parts.dropout != item(7)) {
       return false;
     }
-    held.reserve(known_.size());
-    auto next = known_.begin();
-    const auto same = [&](const at::Tensor& now) {
-      if (next == known_.end() || next->has_value() != now.defined()) return false;
-      if (now.defined()) {
-        if (!(*next)->is(now)) return false;
-        held.push_back(now.storage());
-      }
-      ++next;
-      return true;
-    };
-    return each_parameter(parts, types_, same) && next == known_.end();
+    KnownTensors::Comparison known(known_, held);
+    return each_parameter(parts, types_, [&](const at::Tensor& now) { return known.next(now); }) && known.complete();
   }
 
   const py::object kept_;  // in the order of `of`
   const ModuleTypes types_;
-  const std::vector<std::optional<Known>> known_;
+  const KnownTensors known_;
   const KeptLevel level_;
 };
 

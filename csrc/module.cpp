@@ -59,6 +59,7 @@ PYBIND11_MODULE(_C, module) {
   mtlk::define_recording(module);
   mtlk::define_level_node(module);
   mtlk::define_kept_level(module);
+  mtlk::define_kept_lists(module);
   mtlk::define_kept_trunk(module);
   module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
 }

@@ -60,14 +60,41 @@ bool is_sequence(PyObject* object) { return PyList_CheckExact(object) || PyTuple
 
 Known::Known(const at::Tensor& tensor)
     : data_(tensor.const_data_ptr()),
-      sizes_(tensor.sizes().vec()),
-      strides_(tensor.strides().vec()),
+      sizes_(tensor.sizes()),
+      strides_(tensor.strides()),
       keys_(tensor.key_set().raw_repr()),
       type_(tensor.scalar_type()) {}
 
 bool Known::is(const at::Tensor& now) const {
   return now.key_set().raw_repr() == keys_ && now.scalar_type() == type_ && now.sizes() == sizes_ &&
          now.strides() == strides_ && now.const_data_ptr() == data_;
+}
+
+bool KnownTensors::take(const at::Tensor& tensor) {
+  if (!tensor.defined()) return known_.emplace_back(), true;
+  if (!is_plain(tensor)) return false;
+  known_.emplace_back(tensor);
+  storages_.insert(tensor.storage().unsafeGetStorageImpl());
+  return true;
+}
+
+bool KnownTensors::holds(const at::Tensor& tensor) const {
+  return storages_.count(tensor.storage().unsafeGetStorageImpl()) > 0;
+}
+
+KnownTensors::Comparison::Comparison(const KnownTensors& known, std::vector<c10::Storage>& held)
+    : next_(known.known_.begin()), end_(known.known_.end()), held_(held) {
+  held.reserve(known.known_.size());
+}
+
+bool KnownTensors::Comparison::next(const at::Tensor& now) {
+  if (next_ == end_ || next_->has_value() != now.defined()) return false;
+  if (now.defined()) {
+    if (!(*next_)->is(now)) return false;
+    held_.push_back(now.storage());
+  }
+  ++next_;
+  return true;
 }
 
 std::optional<Snapshot> Snapshot::of(PyObject* roots, PyObject* module_type) {

@@ -1,6 +1,7 @@
 // What a call depends on beside its inputs, as it was once: modules, their tensors, settings and hooks.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
@@ -19,9 +20,34 @@ class Known {
 
  private:
   const void* data_;
-  std::vector<int64_t> sizes_, strides_;
+  at::DimVector sizes_, strides_;
   uint64_t keys_;
   at::ScalarType type_;
+};
+
+// A call's parameters in their order, of which some may be undefined.
+class KnownTensors {
+ public:
+  // False for one behind which something else stands than its memory.
+  bool take(const at::Tensor& tensor);
+  // Whether a tensor's memory, when they were taken, was that of one of them.
+  bool holds(const at::Tensor& tensor) const;
+
+  // Whether tensors are those that were taken, one after another; their memory is then `held`.
+  class Comparison {
+   public:
+    Comparison(const KnownTensors& known, std::vector<c10::Storage>& held);
+    bool next(const at::Tensor& now);
+    bool complete() const { return next_ == end_; }
+
+   private:
+    std::vector<std::optional<Known>>::const_iterator next_, end_;
+    std::vector<c10::Storage>& held_;
+  };
+
+ private:
+  std::vector<std::optional<Known>> known_;
+  std::unordered_set<const void*> storages_;
 };
 
 // Of modules, tensors, numbers, strings and functions, in lists and tuples, which hold them. Of a module it is all that

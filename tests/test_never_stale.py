@@ -34,6 +34,22 @@ class Plain(nn.Module):
         return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
 
 
+class OwnLists(nn.Module):
+    """A level that hands its parameters to the op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(*n) for _ in range(3)) for n in ((40, 48), (48, 32)))
+        self.gates = nn.ModuleList(nn.Linear(40, 3) for _ in range(2))
+        self.routing = mk.Routing.mmoe(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = ([[getattr(e, part) for e in layer] for layer in self.layers] for part in ("weight", "bias"))  # type: ignore[union-attr]
+        gate_weights, gate_biases = ([getattr(gate, part) for gate in self.gates] for part in ("weight", "bias"))
+        gates = {"gate_weights": gate_weights, "gate_biases": gate_biases}
+        return mk.expert_mixture(x, weights, biases, None, self.routing, **gates)
+
+
 @functools.cache
 def converted(act: Callable[[], nn.Module]) -> nn.Module:
     """To be copied, as the trial of a conversion takes longer than most tests here."""
@@ -49,6 +65,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "ple, PReLU and batch norm": lambda: mk.nn.PLE(
         40, 2, (48, 40), num_specific=1, num_shared=1, num_levels=2, activation="prelu", batch_norm=True
     ),
+    "own lists": OwnLists,
     "snr": lambda: mk.nn.SNR(40, 2, (48, 32), num_subnets=(3, 3), mode="trans"),
     "converted, batch norm": lambda: copy.deepcopy(converted(nn.ReLU)),
     "converted, PReLU and batch norm": lambda: copy.deepcopy(converted(nn.PReLU)),

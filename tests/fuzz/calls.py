@@ -41,7 +41,8 @@ class Way:
         implementation: a backend's name, or "cpp:" and an instruction set.
         threads: for the C++ kernels.
         mode: "serve" for outputs alone, "prepared" for those of a copy that ``mk.prepare`` made, "graph" for those of
-            the compiler's graph, "train" for gradients too, "losses" for those of several losses at once.
+            the compiler's graph, "again" for those of a call that was made before, "train" for gradients too, "losses"
+            for those of several losses at once.
         side: on which side of a tensor the nearer forbidden page lies.
     """
 

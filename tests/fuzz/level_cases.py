@@ -79,7 +79,7 @@ def _cases(draw: st.DrawFn) -> LevelCase:
     of_batch = any(layer.norm == "batch" for layer in layers)
     # A linear gate reads the stream of its number, or the only one.
     one_input = draw(st.booleans()) or ("layers" in gates and 1 + max(routing.streams) != len(routing.gates))
-    fields = tensors.call(draw, "expert_mixture", len(routing.gates), "prepared", "graph")
+    fields = tensors.call(draw, "expert_mixture", len(routing.gates), "prepared", "graph", "again")
     if fields["way"].mode == "graph":  # of a level that serves
         layers = tuple(replace(own, norm=SERVED.get(own.norm, own.norm), dropout=0.0) for own in layers)
     if normal:  # of rows that repeat each other nothing that a spread divides would be determined
@@ -206,8 +206,13 @@ def in_graph(**arguments: Any) -> Any:
     return torch.compile(lambda: mk.expert_mixture(**made), backend="eager", fullgraph=True, dynamic=False)()
 
 
-# The modes of a way that call something else than the op.
-OTHERS = {"prepared": prepared, "graph": in_graph}
+def again(**arguments: Any) -> Any:
+    """The fourth call by the same lists, of which what was read is kept by then."""
+    return [normalized.fused(**arguments) for _ in range(4)][-1]
+
+
+# The modes of a way that call something else than the op once.
+OTHERS = {"prepared": prepared, "graph": in_graph, "again": again}
 
 
 def by_reference(**arguments: Any) -> Any:

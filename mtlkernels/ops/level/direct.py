@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mtlkernels import _backends, _decisions, _extension
 from mtlkernels.ops._call import replays, unobserved
 from mtlkernels.ops.activations import CODES, has_slopes
+from mtlkernels.ops.level import lists
 from mtlkernels.ops.level.call import spec_of
 from mtlkernels.ops.level.norms import running_parts
 from mtlkernels.ops.level.spec import Layer
@@ -46,6 +47,12 @@ def direct(
         return "inputs are not plain tensors"
     if not _extension.has_module():
         return "there is no direct way from this Python"
+    keeps = lists.known_by(weights, biases, gates, routing, activation) if norms is None and slopes is None else None
+    if keeps is not None and first.is_cpu:
+        kept = lists.kept_lists().serve(inputs, *keeps)
+        if type(kept) is tuple:
+            return kept
+        keeps = None if kept is None else keeps
     on_gpu = not (first.is_cpu and unobserved())
     if on_gpu and not replays("level", first.device, first.dtype):
         return OBSERVED
@@ -81,7 +88,11 @@ def direct(
     found: tuple[Tensor, ...] | None = _extension.function("level")(
         inputs, weights, biases, *gates[:3], running, running_gates, slopes, epsilons, *way
     )
-    return _ODD if found is None else found
+    if found is None:
+        return _ODD
+    if keeps is not None:
+        lists.kept_lists().keep(*keeps, spec.encoded[0])
+    return found
 
 
 def note_direct(inputs: Any) -> None:
