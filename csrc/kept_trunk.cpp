@@ -18,18 +18,23 @@ namespace {
 
 namespace py = pybind11;
 
+// Whether a module has hooks that run when it is called, or a forward method of its own.
+bool has_any_hooks(PyObject* module) {
+  static PyObject* const kinds[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                    interned("_backward_hooks"), interned("_backward_pre_hooks")};
+  static PyObject* const forward = interned("forward");
+  return attribute(module, forward) ||
+         std::any_of(std::begin(kinds), std::end(kinds), [&](PyObject* kind) { return has_hooks(module, kind); });
+}
+
 // visit(weight) for the one linear layer that is all gates, or for each of them, until it returns false. Returns false
 // then, and where one is not a plain layer without a bias, or does more than that when it is called.
 template <typename F>
 bool each_gate(PyObject* gates, const ModuleTypes& types, F visit) {
-  static PyObject* const kinds[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
-                                    interned("_backward_hooks"), interned("_backward_pre_hooks")};
-  static PyObject *const modules = interned("_modules"), *const forward = interned("forward");
+  static PyObject* const modules = interned("_modules");
   const auto visit_one = [&](PyObject* gate) {
     const LinearLayer layer(gate, types);
-    return layer.weight && !layer.bias && !attribute(gate, forward) &&
-           std::none_of(std::begin(kinds), std::end(kinds), [&](PyObject* kind) { return has_hooks(gate, kind); }) &&
-           visit(layer.weight);
+    return layer.weight && !layer.bias && !has_any_hooks(gate) && visit(layer.weight);
   };
   if (is_of(gates, types.linear)) return visit_one(gates);
   PyObject* const own = dictionary(gates, modules);
@@ -74,11 +79,12 @@ bool each_parameter(const Parts& parts, const ModuleTypes& types, F visit) {
 
 class KeptTrunk {
  public:
-  // Of a level whose dropout is zero. `backends` and `dumps` are the dictionaries of the Python modules that tell
-  // whether calls may go straight to C++. The others are as stored_call's. None where the call is not one to be kept.
-  static std::unique_ptr<KeptTrunk> of(py::handle level, py::handle backends, py::handle dumps, py::handle expert_type,
-                                       py::handle linear_type, py::handle parameter_type, py::handle weights,
-                                       py::handle biases, py::handle gate_weights, py::handle spec_ints) {
+  // Of a level whose dropout is zero. `backends` and `dumps` are as in is_plain_call, `global_hooks` those that run
+  // with each call of any module. The others are as stored_call's. None where the call is not one to be kept.
+  static std::unique_ptr<KeptTrunk> of(py::handle level, py::handle backends, py::handle dumps, py::handle global_hooks,
+                                       py::handle expert_type, py::handle linear_type, py::handle parameter_type,
+                                       py::handle weights, py::handle biases, py::handle gate_weights,
+                                       py::handle spec_ints) {
     const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr()};
     const Parts parts(level.ptr());
     KnownTensors known;
@@ -91,15 +97,17 @@ class KeptTrunk {
       if (!stored || !all_parameters(stored->call, [&](const at::Tensor& t) { return known.holds(t); })) return nullptr;
       py::object kept =
           py::make_tuple(backends, dumps, expert_type, linear_type, parameter_type, py::handle(parts.routing),
-                         py::handle(parts.activation), py::handle(parts.dropout));
+                         py::handle(parts.activation), py::handle(parts.dropout), global_hooks);
       return std::unique_ptr<KeptTrunk>(new KeptTrunk(std::move(kept), std::move(known), std::move(*stored)));
     } catch (const Refused&) {
       return nullptr;
     }
   }
 
-  // The outputs; None: this is not a call for it; False: the level is no longer what it was.
-  py::object serve(py::handle level, py::handle inputs) const {
+  // The outputs; None: this is not a call for it; False: the level is no longer what it was. `uncalled`: the level was
+  // not called as a module is, and so its hooks have not run.
+  py::object serve(py::handle level, py::handle inputs, bool uncalled) const {
+    if (uncalled && does_more_when_called(level.ptr())) return py::none();
     Tensors streams;
     std::vector<c10::Storage> held;
     if (!read_streams(inputs.ptr(), streams) || !is_plain_call(inputs.ptr(), streams, item(0), item(1))) {
@@ -116,6 +124,14 @@ class KeptTrunk {
         level_(std::move(stored.spec), stored.call.tensors, stored.call.norms) {}
 
   PyObject* item(Py_ssize_t i) const { return PyTuple_GET_ITEM(kept_.ptr(), i); }
+
+  bool does_more_when_called(PyObject* level) const {
+    PyObject* const hooks = item(8);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(hooks); ++i) {
+      if (PyDict_Size(PyTuple_GET_ITEM(hooks, i)) != 0) return true;
+    }
+    return has_any_hooks(level);
+  }
 
   // Whether the level is what it was; the memory of its parameters is then `held`.
   bool still(PyObject* level, std::vector<c10::Storage>& held) const {

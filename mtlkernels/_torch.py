@@ -24,6 +24,12 @@ add_batch_dim = torch._add_batch_dim
 # Stand-ins for tensors while the compiler and torch.export trace.
 TRACED = (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor)
 # Who looks on while a call is made.
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
 is_jit_tracing = torch._C._is_tracing
 is_fx_symbolic_tracing = torch.fx._symbolic_trace.is_fx_symbolic_tracing
 function_stack_length = torch._C._len_torch_function_stack

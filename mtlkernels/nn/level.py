@@ -218,6 +218,15 @@ class TrunkLevel(NotScriptable, nn.Module):
         logits = self._gate_logits(streams) if gates is None else None
         return expert_mixture(inputs, weights, biases, logits, self.routing, gate_weights=gates, **options)
 
+    def served(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """What a call of this module would return, where that is kept and no hook is to run; otherwise None.
+
+        A module's call takes a microsecond of its own.
+        """
+        if torch.compiler.is_compiling() or (self._serves_only and self.training):
+            return None
+        return self._calls.serve_trunk(self, inputs, uncalled=True)
+
     def _settings(self) -> tuple[Any, ...]:
         """What a call depends on beside modules."""
         routing = self.routing

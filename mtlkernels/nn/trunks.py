@@ -44,11 +44,17 @@ class _Trunk(NotScriptable, nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""
+        # Past nn.Module.__getattr__, which shows when one row is served.
+        level: Any = self._modules["level"]
+        outputs: tuple[Tensor, ...] | None = level.served(x) if type(level) is TrunkLevel else None
+        if outputs is None:
+            self._check(x)
+            outputs = level(x)
+        return outputs
+
+    def _check(self, x: Tensor) -> None:
         if not _tracing.holds_proxy(x):  # whose shape is not known yet
             _tracing.quietly(check_features, x, self.in_features)
-        # Past nn.Module.__getattr__, which shows when one row is served.
-        outputs: tuple[Tensor, ...] = self._modules["level"](x)  # type: ignore[misc]
-        return outputs
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_tasks={self.num_tasks}, out_features={self.out_features}"
@@ -194,8 +200,7 @@ class PLE(_Trunk):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""
-        if not _tracing.holds_proxy(x):  # whose shape is not known yet
-            _tracing.quietly(check_features, x, self.in_features)
+        self._check(x)
         streams: Any = x
         for level in self.levels:
             streams = level(streams)

@@ -232,6 +232,45 @@ def test_other_levels_go_the_usual_way(options: dict[str, Any]) -> None:
     assert not are_kept(model) and all(equal(y, outputs[0]) for y in outputs)
 
 
+@pytest.mark.parametrize("name", TRUNKS)
+def test_hooks_on_a_level_run(name: str) -> None:
+    """Of one level and of all modules, and a method in the place of its own, once a call; and then no longer."""
+    model, x = kept(name), torch.randn(3, 20)
+    level = levels(model)[0]
+    expected = serve(model, x)
+    heard: list[Any] = []
+
+    def hear(module: Any, *_: Any) -> None:
+        if module is level:
+            heard.append(module)
+
+    for register in (
+        level.register_forward_hook,
+        level.register_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(hear)
+        assert equal(serve(model, x), expected) and len(heard) == 1, register
+        handle.remove()
+        assert equal(serve(model, x), expected) and len(heard) == 1, register
+        heard.clear()
+    handle = level.register_forward_hook(lambda module, args, outputs: tuple(2 * y for y in outputs))
+    assert not equal(serve(model, x), expected)
+    handle.remove()
+    level.forward = types.MethodType(lambda own, inputs: tuple(-y for y in type(own).forward(own, inputs)), level)
+    assert not equal(serve(model, x), expected)
+    del level.forward
+    assert equal(serve(model, x), expected) and are_kept(model)
+
+
+def test_another_module_in_the_place_of_a_level() -> None:
+    model, x = kept("MMoE"), torch.randn(3, 20)
+    model.level = nn.Identity()
+    with torch.no_grad():
+        assert model(x) is x
+
+
 def test_bad_input_is_refused_as_ever() -> None:
     model = kept("MMoE")
     for bad in (torch.randn(3, 21), torch.randn(20), torch.randn(3, 20).double()):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtlkernels import _backends, _decisions, _dumps, _extension
+from mtlkernels import _backends, _decisions, _dumps, _extension, _torch
 from mtlkernels.ops._call import direct_to_cpp
 from mtlkernels.ops.level.call import spec_of
 from mtlkernels.ops.level.direct import named, note_direct, parts_of_norms
@@ -72,10 +72,13 @@ class KeptCalls:
             return None
         return self._outputs(kept.serve(roots, inputs), inputs)
 
-    def serve_trunk(self, level: nn.Module, inputs: Any) -> tuple[Tensor, ...] | None:
-        """The outputs of a trunk's level, all in C++; None: that call goes another way."""
+    def serve_trunk(self, level: nn.Module, inputs: Any, uncalled: bool = False) -> tuple[Tensor, ...] | None:
+        """The outputs of a trunk's level, all in C++; None: that call goes another way.
+
+        ``uncalled``: the level was not called as a module is, so that one with hooks goes another way.
+        """
         trunk = self._trunk
-        return None if trunk is None else self._outputs(trunk.serve(level, inputs), inputs)
+        return None if trunk is None else self._outputs(trunk.serve(level, inputs, uncalled), inputs)
 
     def _outputs(self, found: Any, inputs: Any) -> tuple[Tensor, ...] | None:
         if type(found) is tuple:
@@ -100,8 +103,8 @@ class KeptCalls:
         self._waited = 0
         spec = _spec_ints(level.activation, len(weights), inputs, routing)
         if spec is not None:
-            dictionaries = vars(_backends), vars(_dumps)
-            of_modules = level, *dictionaries, expert, nn.Linear, nn.Parameter
+            surroundings = vars(_backends), vars(_dumps), _torch.GLOBAL_HOOKS
+            of_modules = level, *surroundings, expert, nn.Linear, nn.Parameter
             self._trunk = _extension.function("keep_trunk")(*of_modules, weights, biases, gates, spec)
         if self._trunk is None:
             self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
