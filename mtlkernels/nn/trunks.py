@@ -46,10 +46,11 @@ class _Trunk(NotScriptable, nn.Module):
         """x [B, D] → T tensors [B, H]."""
         # Past nn.Module.__getattr__, which shows when one row is served.
         level: Any = self._modules["level"]
-        outputs: tuple[Tensor, ...] | None = level.served(x) if type(level) is TrunkLevel else None
-        if outputs is None:
-            self._check(x)
-            outputs = level(x)
+        served: tuple[Tensor, ...] | None = level.served(x) if type(level) is TrunkLevel else None
+        if served is not None:
+            return served
+        self._check(x)
+        outputs: tuple[Tensor, ...] = level(x)
         return outputs
 
     def _check(self, x: Tensor) -> None:
