@@ -76,6 +76,12 @@ def _share(row: Row) -> str:
     return "–" if value is None else f"{100 * value:.0f}%"
 
 
+def _share_of_read(row: Row) -> str:
+    """Of a read that took turns with the call."""
+    value = row.speedup(pcgrad.READ)
+    return "–" if value is None else f"{100 * value:.0f}%"
+
+
 def _gradients(row: Row) -> str:
     tasks = f"{row.size['T']} tasks, "
     if row.workload == "C-sparse":
@@ -241,6 +247,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
             _time("mtlkernels", OURS),
             _speedup("vs usual", pcgrad.USUAL, bold=True),
             _speedup("vs TorchJD", pcgrad.TORCHJD),
+            Column("of a read in turns", _share_of_read),
             Column("of the limit", _share),
             _peaks(pcgrad.USUAL, "usual"),
         ),
