@@ -21,8 +21,21 @@ WIDTHS = (24, 40, 80)
 Results = dict[str, list[Tensor]]
 
 
-def _serve(operands: tuple[Any, ...]) -> Results:
-    return {"outputs": SERVE(*operands)}
+@functools.cache
+def _operands(dtype: torch.dtype, rows: int) -> tuple[Any, ...]:
+    """Made once, as they are drawn from PyTorch's generator, which all threads share."""
+    experts, x = experts_and_rows("linear gates", dtype, rows)
+    return experts.operands(*x)
+
+
+def _serve(dtype: torch.dtype, rows: int) -> Results:
+    return {"outputs": SERVE(*_operands(dtype, rows))}
+
+
+def _kept(case: Case) -> Results:
+    """The last of four calls, of which what was read is kept by then."""
+    with torch.no_grad():
+        return [evaluate(gate_layers.by_layers, case) for _ in range(4)][-1]
 
 
 def calls(dropout: float = 0.2) -> dict[str, Callable[[], Results]]:
@@ -40,10 +53,12 @@ def calls(dropout: float = 0.2) -> dict[str, Callable[[], Results]]:
     for dtype, rows in ((torch.float32, 3), (torch.float32, 64), (torch.bfloat16, 200)):
         make = CaseFactory(rows, dtype)
         add(f"expert_mixture, {dtype}, {rows} rows", mk.expert_mixture, make.expert_mixture(rows, WIDTHS, ROUTING))
-        experts, x = experts_and_rows("linear gates", dtype, rows)
-        found[f"level_serve, {dtype}, {rows} rows"] = functools.partial(_serve, experts.operands(*x))
+        found[f"level_serve, {dtype}, {rows} rows"] = functools.partial(_serve, dtype, rows)
     make = CaseFactory(0, torch.float32)
     add("gate layers", gate_layers.by_layers, gate_layers.with_layers(make, 64, WIDTHS))
+    for rows in (1, 64):
+        lists = gate_layers.with_layers(make, rows, WIDTHS).map(Tensor.detach)
+        found[f"kept lists, {rows} rows"] = functools.partial(_kept, lists)
     for kinds, activation in NORMS:
         case = normalized.case(make, 64, WIDTHS, ROUTING, kinds, activation=activation, dropout=[dropout, 0.0])
         add(f"norms, {kinds}, {activation}", normalized.fused, case)
