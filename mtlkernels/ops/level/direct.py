@@ -37,9 +37,10 @@ def direct(
 ) -> tuple[Tensor, ...] | str:
     """The level's outputs from the public function's arguments; ``gates`` are logits, weights, biases and norms.
 
-    C++ takes the tensors out of the caller's lists, checks them, and serves or trains. On a GPU it hands them back, for
-    a recording of a call that was checked. Words say why this is not a call for it: somebody looks on, the arguments
-    are not such as C++ takes, or do not fit each other. The checks in Python then find out why, in the caller's terms.
+    C++ takes the tensors out of the caller's lists, checks them, and serves or trains; of a call that serves it keeps
+    what it has read, for the next one. On a GPU it hands them back, for a recording of a call that was checked. Words
+    say why this is not a call for it: somebody looks on, the arguments are not such as C++ takes, or do not fit each
+    other. The checks in Python then find out why, in the caller's terms.
     """
     several = isinstance(inputs, _LISTS)
     first = inputs[0] if several and inputs else inputs
