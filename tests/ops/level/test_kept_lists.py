@@ -3,67 +3,20 @@
 from __future__ import annotations
 
 import copy
-import gc
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.ops.level import lists
-from tests.seeding import seed
+from tests.ops.level.own_lists import CALLS, ROUTING, SINGLE, Level, Read, equal, kept, rows
 
 pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
-
-ROUTING = mk.Routing((0, 1, 0), ((2, 0), (0, 1, 2)))
-SINGLE = mk.Routing((0, 0, 0), ((2, 0), (0, 1, 2)))
-WIDTHS = (20, 37, 24)
-CALLS = 4  # so many make the last one a kept one
-
-
-class Level:
-    """A caller with lists of parameters."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, routing: mk.Routing = ROUTING, biases: bool = True) -> None:
-        seed(3)
-
-        def make(*shape: int) -> Tensor:
-            return (torch.randn(*shape) / 4).to(dtype)
-
-        pairs = list(zip(WIDTHS, WIDTHS[1:], strict=False))
-        sizes = [len(gate) for gate in routing.gate_experts]
-        self.routing, self.activation = routing, "relu"
-        self.weights: list[Any] = [[make(b, a) for _ in range(3)] for a, b in pairs]
-        self.biases: Any = [[make(b) for _ in range(3)] for _, b in pairs] if biases else None
-        self.gate_weights: Any = [make(size, WIDTHS[0]) for size in sizes]
-        self.gate_biases: Any = [make(size) for size in sizes] if biases else None
-
-    def __call__(self, x: Any) -> list[Tensor]:
-        gates = {"gate_weights": self.gate_weights, "gate_biases": self.gate_biases}
-        args = (x, self.weights, self.biases, None, self.routing)
-        with torch.no_grad():
-            return list(mk.expert_mixture(*args, activation=self.activation, **gates))
-
-    def anew(self, x: Any) -> list[Tensor]:
-        """The outputs of a copy, of which nothing is kept."""
-        return copy.deepcopy(self)(x)
-
-
-def rows(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    seed(count)
-    return [torch.randn(count, WIDTHS[0]).to(dtype) for _ in range(2)]
-
-
-def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.fixture(autouse=True)
@@ -71,34 +24,6 @@ def nothing_kept() -> Iterator[None]:
     lists.kept_lists.cache_clear()
     yield
     lists.kept_lists.cache_clear()
-
-
-class Read:
-    """Within the block, how many calls were read by ``_C.level``."""
-
-    def __enter__(self) -> Read:
-        self.count, function = 0, _extension.function
-
-        def counting(name: str) -> Any:
-            self.count += name == "level"
-            return function(name)
-
-        self._patch = mock.patch.object(_extension, "function", counting)
-        self._patch.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._patch.__exit__(*error)
-
-
-def kept(level: Level, x: Any) -> Level:
-    """The level, after calls that made it a kept one."""
-    for _ in range(CALLS):
-        level(x)
-    with Read() as read:
-        level(x)
-    assert read.count == 0 and len(lists.kept_lists()) == 1
-    return level
 
 
 @pytest.mark.parametrize("isa", _extension.instruction_sets() or [""])
@@ -350,81 +275,3 @@ def test_who_looks_on_sees_what_is_his() -> None:
     with Read() as read:
         level(x)
     assert read.count == 0, "what looked on has made it forget"
-
-
-def test_nothing_is_kept_alive() -> None:
-    x = rows(3)
-    level = kept(Level(), x)
-    gone = weakref.ref(level.weights[0][1])
-    del level
-    gc.collect()
-    assert gone() is None
-
-
-def test_a_bounded_number_is_kept() -> None:
-    x = rows(1)
-    levels = [Level() for _ in range(100)]
-    for level in levels:
-        expected = level(x)
-        assert all(equal(level(x), expected) for _ in range(CALLS))
-    assert len(lists.kept_lists()) == 64
-    with Read() as read:
-        levels[-1](x)
-        levels[-64](x)
-        assert read.count == 0
-        levels[0](x)
-    assert read.count == 1
-
-
-def test_parameters_that_keep_changing_are_seldom_read() -> None:
-    """Behind one first weight others come and go."""
-    level, x = Level(), rows(2)
-    others = [[t.clone() for t in level.weights[0][1:]], [-t for t in level.weights[0][1:]]]
-    expected = []
-    for own in others:
-        level.weights[0][1:] = own
-        expected.append(level.anew(x))
-    keep, places = mock.Mock(), lists.kept_lists()
-
-    class Counting:
-        serve = staticmethod(places.serve)
-
-        def keep(self, *args: Any) -> None:
-            keep()
-            places.keep(*args)
-
-    counting = Counting()
-    with mock.patch("mtlkernels.ops.level.lists.kept_lists", lambda: counting):
-        for i in range(3000):
-            level.weights[0][1:] = others[i % 2]
-            assert equal(level(x), expected[i % 2])
-    assert 2 <= keep.call_count <= 24
-
-
-def test_weights_that_go_while_others_serve() -> None:
-    """Memory that nobody else holds any more is held until the call is over."""
-    level, x = Level(), rows(2)
-    values = [level.weights[0][2], torch.zeros_like(level.weights[0][2])]
-    expected = []
-    for value in values:
-        level.weights[0][2] = value.clone()
-        expected.append(level.anew(x))
-    wrong: list[list[Tensor]] = []
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.is_set():
-            found = level(x)
-            if not any(equal(found, true) for true in expected):
-                wrong.append(found)
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for i in range(600):
-        level.weights[0][2] = values[i % 2].clone()
-        torch.full_like(values[0], 1e6)  # takes the memory of a weight that is gone
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not wrong

@@ -1,0 +1,105 @@
+"""What is kept of a caller's lists keeps nothing alive, is bounded, and holds what it read while other threads run."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtlkernels import _extension
+from mtlkernels.ops.level import lists
+from tests.ops.level.own_lists import CALLS, Level, Read, equal, kept, rows
+
+pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    lists.kept_lists.cache_clear()
+    yield
+    lists.kept_lists.cache_clear()
+
+
+def test_nothing_is_kept_alive() -> None:
+    x = rows(3)
+    level = kept(Level(), x)
+    gone = weakref.ref(level.weights[0][1])
+    del level
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_bounded_number_is_kept() -> None:
+    x = rows(1)
+    levels = [Level() for _ in range(100)]
+    for level in levels:
+        expected = level(x)
+        assert all(equal(level(x), expected) for _ in range(CALLS))
+    assert len(lists.kept_lists()) == 64
+    with Read() as read:
+        levels[-1](x)
+        levels[-64](x)
+        assert read.count == 0
+        levels[0](x)
+    assert read.count == 1
+
+
+def test_parameters_that_keep_changing_are_seldom_read() -> None:
+    """Behind one first weight others come and go."""
+    level, x = Level(), rows(2)
+    others = [[t.clone() for t in level.weights[0][1:]], [-t for t in level.weights[0][1:]]]
+    expected = []
+    for own in others:
+        level.weights[0][1:] = own
+        expected.append(level.anew(x))
+    keep, places = mock.Mock(), lists.kept_lists()
+
+    class Counting:
+        serve = staticmethod(places.serve)
+
+        def keep(self, *args: Any) -> None:
+            keep()
+            places.keep(*args)
+
+    counting = Counting()
+    with mock.patch("mtlkernels.ops.level.lists.kept_lists", lambda: counting):
+        for i in range(3000):
+            level.weights[0][1:] = others[i % 2]
+            assert equal(level(x), expected[i % 2])
+    assert 2 <= keep.call_count <= 24
+
+
+def test_weights_that_go_while_others_serve() -> None:
+    """Memory that nobody else holds any more is held until the call is over."""
+    level, x = Level(), rows(2)
+    values = [level.weights[0][2], torch.zeros_like(level.weights[0][2])]
+    expected = []
+    for value in values:
+        level.weights[0][2] = value.clone()
+        expected.append(level.anew(x))
+    wrong: list[list[Tensor]] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            found = level(x)
+            if not any(equal(found, true) for true in expected):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(600):
+        level.weights[0][2] = values[i % 2].clone()
+        torch.full_like(values[0], 1e6)  # takes the memory of a weight that is gone
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
