@@ -81,7 +81,8 @@ class KeptLists {
     place.used = ++calls_;
     if (!place.call) return ++place.waited > place.wait ? py::object(py::bool_(false)) : py::none();
     Tensors streams;
-    if (!read_streams(inputs.ptr(), streams) || !is_plain_call(inputs.ptr(), streams, backends_.ptr(), dumps_.ptr())) {
+    if (place.call->single != THPVariable_Check(inputs.ptr()) || !read_streams(inputs.ptr(), streams) ||
+        !is_plain_call(inputs.ptr(), streams, backends_.ptr(), dumps_.ptr())) {
       return py::none();
     }
     const std::shared_ptr<const Call> call = place.call;  // other threads may drop it while this one computes
@@ -100,9 +101,10 @@ class KeptLists {
                          [](const auto& place) { return place.second.call != nullptr; });
   }
 
-  // Keeps a call that was served, whose spec has these ints.
-  void keep(py::handle weights, py::handle biases, py::handle gate_weights, py::handle gate_biases, py::handle routing,
-            py::handle activation, py::handle spec_ints) {
+  // Keeps a call that was served, whose spec has these ints. `single`: of one tensor that everybody reads, which a list
+  // of one tensor is not.
+  void keep(bool single, py::handle weights, py::handle biases, py::handle gate_weights, py::handle gate_biases,
+            py::handle routing, py::handle activation, py::handle spec_ints) {
     const void* const key = address(weights.ptr());
     if (!key) return;
     Place& place = at(key);
@@ -115,7 +117,7 @@ class KeptLists {
       KnownTensors known;
       const Py_ssize_t layers = stored->spec.layers(), experts = stored->spec.experts(), gates = stored->spec.gates();
       if (!each_parameter(lists, layers, experts, gates, [&](const at::Tensor& t) { return known.take(t); })) return;
-      place.call = std::make_shared<const Call>(py::reinterpret_borrow<py::object>(routing),
+      place.call = std::make_shared<const Call>(single, py::reinterpret_borrow<py::object>(routing),
                                                 py::reinterpret_borrow<py::object>(activation), std::move(known),
                                                 std::move(*stored));
     } catch (const Refused&) {
@@ -124,8 +126,9 @@ class KeptLists {
 
  private:
   struct Call {
-    Call(py::object routing, py::object activation, KnownTensors known, StoredCall stored)
-        : routing(std::move(routing)),
+    Call(bool single, py::object routing, py::object activation, KnownTensors known, StoredCall stored)
+        : single(single),
+          routing(std::move(routing)),
           activation(std::move(activation)),
           known(std::move(known)),
           layers(stored.spec.layers()),
@@ -141,13 +144,15 @@ class KeptLists {
              now.complete();
     }
 
+    const bool single;
     const py::object routing, activation;
     const KnownTensors known;
     const Py_ssize_t layers, experts, gates;
     const KeptLevel level;
   };
 
-  // What is known of the calls with one address. They are kept the sooner, the longer the last one that was had served.
+  // What is known of the calls with one address, by the rule of KeptCalls in mtlkernels/ops/level/kept.py: they are
+  // kept the sooner, the longer the last one that was had served.
   struct Place {
     void drop() {
       wait = served > 8 * wait ? 1 : std::min<int64_t>(2 * wait, kMostCallsToWait);

@@ -9,8 +9,8 @@ Workloads:
 
 Gradients are there; what is timed goes from lists of them to the update, a tensor a parameter, or TorchJD's vector
 where its matrix is said to be ready. All contenders project in the same order. The peak memory of a call is what it
-holds beyond the gradients, the update included. A plain read of as many bytes takes its turn among them, as the share
-of it is what the call is measured by.
+holds beyond the gradients, the update included. Plain reads of as many bytes take their turns among them, as the share
+of the faster one is what the call is measured by.
 
 The usual PCGrad under ``torch.compile`` is no contender: with its branches on inner products none of it is compiled;
 without them it takes half a minute to compile and is a tenth faster.
@@ -28,13 +28,13 @@ from benchmarks.harness.case import OURS, Bench, Case, Contender, Curve, Suite
 from benchmarks.harness.work import projection, sparse_projection
 from benchmarks.peers import task_gradients
 from benchmarks.peers.pcgrad_libraries import PytorchOptimizer, TorchJD, TorchJDReady
-from benchmarks.peers.plain_read import PlainRead, whole
+from benchmarks.peers.plain_read import WAYS, PlainRead, whole
 from benchmarks.peers.task_gradients import Grads
 from benchmarks.peers.usual_pcgrad import DensifiedSurgery, Surgery
 
 UPDATE = "update"
 USUAL, OPTIMIZER, TORCHJD, READY = "usual", "optimizer", "torchjd", "torchjd-ready"
-READ = "read"
+READS = {f"read-{way}": way for way in WAYS}
 TASKS = 8
 TENSORS = 40
 MILLION = 1_000_000
@@ -76,8 +76,12 @@ def _contenders(grads: Grads, order: Sequence[Sequence[int]]) -> list[Contender]
     ]
 
 
-def _reading(traffic: float, device: torch.device) -> Contender:
-    return Contender(READ, "a plain read of as many bytes: a floor", lambda: PlainRead(traffic, device), whole)
+def _reading(traffic: float, device: torch.device) -> list[Contender]:
+    def contender(name: str, way: str) -> Contender:
+        label = f"a plain read of as many bytes, by {way}: a floor"
+        return Contender(name, label, lambda: PlainRead(traffic, device, way), whole)
+
+    return [contender(*read) for read in READS.items()]
 
 
 def build(
@@ -88,7 +92,7 @@ def build(
     grads = task_gradients.dense(num_tasks, lengths, order, dtype, device)
     reading = _reading(projection(num_tasks, sum(lengths), dtype.itemsize).traffic, device)
     return Bench(
-        [contender for contender in (*_contenders(grads, order), reading) if contender.name not in leave_out],
+        [contender for contender in (*_contenders(grads, order), *reading) if contender.name not in leave_out],
         lambda: task_gradients.exact(grads, order),
         baseline=USUAL,
         slack=SLACK.get(dtype, 1.0),

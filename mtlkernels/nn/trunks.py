@@ -46,7 +46,7 @@ class _Trunk(NotScriptable, nn.Module):
         """x [B, D] → T tensors [B, H]."""
         # Past nn.Module.__getattr__, which shows when one row is served.
         level: Any = self._modules["level"]
-        served: tuple[Tensor, ...] | None = level.served(x) if type(level) is TrunkLevel else None
+        served: tuple[Tensor, ...] | None = level.served(x) if type(level) is TrunkLevel and type(x) is Tensor else None
         if served is not None:
             return served
         self._check(x)

@@ -16,7 +16,7 @@ from benchmarks.harness.limits import Limits
 from benchmarks.harness.memory import MIB, peak_mib
 from benchmarks.harness.runner import check, run_case
 from benchmarks.peers import task_gradients
-from benchmarks.peers.plain_read import PlainRead, whole
+from benchmarks.peers.plain_read import WAYS, PlainRead, whole
 from benchmarks.peers.usual_pcgrad import Surgery, usual
 from benchmarks.suites import pcgrad
 
@@ -37,7 +37,7 @@ def test_every_contender_agrees_with_float64(num_tasks: int, precision: torch.dt
         pytest.importorskip(library)
     made = pcgrad.case("C", num_tasks, 20_001, 6, precision).build(CPU)
     outcomes, steps = check(made, precision)
-    names = [pcgrad.USUAL, *LIBRARIES, "ours", pcgrad.READ]
+    names = [pcgrad.USUAL, *LIBRARIES, "ours", *pcgrad.READS]
     assert {name: outcome.reason for name, outcome in outcomes.items()} == dict.fromkeys(names, "")
     assert steps.keys() == outcomes.keys()
     assert made.expected()["update"].shape == (20_001,)
@@ -124,10 +124,11 @@ def test_peak_memory() -> None:
     assert 0.999 * update <= peaks["ours"] < peaks[pcgrad.USUAL]
 
 
-def test_a_plain_read_reads_as_many_bytes() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plain_read_reads_as_many_bytes(way: str) -> None:
     """It is a floor: held against what it computes itself, and refused where it has read something else."""
     traffic = work.projection(8, 2_000_000, 4).traffic
-    step = PlainRead(traffic, CPU)
+    step = PlainRead(traffic, CPU, way)
     assert 2 * step.buffer.nbytes == pytest.approx(traffic, rel=0.01)
     step()
     torch.testing.assert_close(step.results()["update"].double(), whole()["update"])

@@ -279,6 +279,9 @@ def test_bad_input_is_refused_as_ever() -> None:
         with pytest.raises(usual.type) as found:
             serve(model, bad)
         assert str(found.value) == str(usual.value)
+    for wrong in ([torch.randn(3, 20)], (torch.randn(3, 20),)):
+        with pytest.raises(TypeError, match="x must be a"), torch.no_grad():
+            model(wrong)
     level = levels(model)[0]
     for bad in ([], [1], 1, None):
         for own in (level, levels(fresh(model))[0]):

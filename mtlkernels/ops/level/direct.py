@@ -57,16 +57,9 @@ def direct(
     on_gpu = not (first.is_cpu and unobserved())
     if on_gpu and not replays("level", first.device, first.dtype):
         return OBSERVED
-    if type(routing) is not Routing or not (isinstance(weights, _LISTS) and weights):
-        return _ODD
-    if routing.wiring.idle:
-        return "an expert is not mixed by any gate"
-    if several and len(inputs) != routing.num_inputs:
-        return _ODD
-    if several and gates[1] is not None and 1 < len(inputs) < routing.num_gates:
-        return _ODD
-    if gates[1] is None if gates[0] is None else gates[1:] != (None, None, None):
-        return _ODD
+    refusal = _refusal(inputs, weights, gates, routing)
+    if refusal is not None:
+        return refusal
     found_layers = named(activation, len(weights))
     if found_layers is None:
         return _ODD
@@ -92,8 +85,22 @@ def direct(
     if found is None:
         return _ODD
     if keeps is not None:
-        lists.kept_lists().keep(*keeps, spec.encoded[0])
+        lists.kept_lists().keep(not several, *keeps, spec.encoded[0])
     return found
+
+
+def _refusal(inputs: Any, weights: Any, gates: tuple[Any, Any, Any, Any], routing: Any) -> str | None:
+    """Why arguments do not fit each other, as far as their numbers tell."""
+    if type(routing) is not Routing or not (isinstance(weights, _LISTS) and weights):
+        return _ODD
+    if routing.wiring.idle:
+        return "an expert is not mixed by any gate"
+    several = isinstance(inputs, _LISTS)
+    if several and len(inputs) != routing.num_inputs:
+        return _ODD
+    if several and gates[1] is not None and 1 < len(inputs) < routing.num_gates:
+        return _ODD
+    return _ODD if (gates[1] is None if gates[0] is None else gates[1:] != (None, None, None)) else None
 
 
 def note_direct(inputs: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -55,6 +57,14 @@ def rows(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    """For each test of the modules that import it."""
+    lists.kept_lists.cache_clear()
+    yield
+    lists.kept_lists.cache_clear()
 
 
 class Read:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,16 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.ops.level import lists
-from tests.ops.level.own_lists import CALLS, ROUTING, SINGLE, Level, Read, equal, kept, rows
+from tests.ops.level.own_lists import CALLS, ROUTING, SINGLE, Level, Read, equal, kept, nothing_kept, rows  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    lists.kept_lists.cache_clear()
-    yield
-    lists.kept_lists.cache_clear()
 
 
 @pytest.mark.parametrize("isa", _extension.instruction_sets() or [""])
@@ -241,6 +234,20 @@ def test_inputs_are_refused_in_the_same_words(kind: str) -> None:
     with pytest.raises(type(expected.value)) as found:
         level(INPUTS[kind](x))
     assert str(found.value) == str(expected.value)
+
+
+def test_a_list_of_one_tensor_is_not_one_tensor() -> None:
+    """Where the routing has several streams: one tensor is read by everybody, a list of one is a fault."""
+    x = rows(3)
+    level = kept(Level(), x[0])
+    with pytest.raises(ValueError) as expected:
+        level.anew(x[:1])
+    with pytest.raises(ValueError) as found:
+        level(x[:1])
+    assert str(found.value) == str(expected.value)
+    lists.kept_lists.cache_clear()
+    single = kept(Level(routing=SINGLE), x[:1])
+    assert equal(single(x[:1]), single.anew(x[0])) and equal(single(x[0]), single.anew(x[0]))
 
 
 def test_logits_beside_linear_gates_are_refused() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,16 +14,9 @@ from torch import Tensor
 
 from mtlkernels import _extension
 from mtlkernels.ops.level import lists
-from tests.ops.level.own_lists import CALLS, Level, Read, equal, kept, rows
+from tests.ops.level.own_lists import CALLS, Level, Read, equal, kept, nothing_kept, rows  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    lists.kept_lists.cache_clear()
-    yield
-    lists.kept_lists.cache_clear()
 
 
 def test_nothing_is_kept_alive() -> None:
