@@ -50,11 +50,11 @@ class Context {
   explicit Context(AutogradContext* context) : context_(context) {}
 
   LevelSpec spec() const {
-    const std::string& bytes = string(kSpec);
-    std::vector<int64_t> ints(bytes.size() / sizeof(int64_t));
-    std::memcpy(ints.data(), bytes.data(), bytes.size());
+    std::vector<int64_t> ints(words().size() / sizeof(int64_t));
+    std::memcpy(ints.data(), words().data(), words().size());
     return LevelSpec(std::move(ints), {});
   }
+  const std::string& words() const { return string(kSpec); }
   const std::string& wanted() const { return string(kWanted); }
   bool recorded() const { return (integer(kWay) & kRecorded) != 0; }
   bool by_name() const { return (integer(kWay) & kByName) != 0; }
@@ -190,6 +190,7 @@ Tensors with_node(const LevelSpec& spec, const Tensors& tensors, LevelResults re
   node->set_ctx_grad_fn(node);
   node->set_next_edges(torch::autograd::collect_next_edges(given));
   node->is_variable_input_.assign(given.size(), true);
+  node->input_info_.reserve(given.size());
   for (const at::Tensor& tensor : given) node->input_info_.emplace_back(tensor);
   AutogradContext& context = node->ctx_;
   context.set_materialize_grads(false);
@@ -269,9 +270,15 @@ void define_level_node(py::module_& module) {
   module.def("level_context", &level_context, "The context of a node that was made in C++, otherwise None.");
   py::class_<Context>(module, "LevelContext")
       .def_property_readonly("ints", [](const Context& context) { return context.spec().encoded().first; })
+      .def_property_readonly("words", [](const Context& context) { return py::bytes(context.words()); })
       .def_property_readonly("recorded", &Context::recorded)
       .def_property_readonly("by_name", &Context::by_name)
       .def_property_readonly("needs", &Context::needs)
+      .def_property_readonly("flags",
+                             [](const Context& context) {
+                               const std::vector<bool> needs = context.needs();
+                               return py::bytes(std::string(needs.begin(), needs.end()));
+                             })
       .def_property_readonly("variables",
                              [](const Context& context) {
                                std::vector<bool> result;

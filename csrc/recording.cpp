@@ -10,8 +10,8 @@
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
-#include <iterator>
+#include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -64,73 +64,101 @@ py::object signature(py::handle moving, py::handle fixed) {
   return py::bytes(words);
 }
 
+using Shapes = std::vector<std::vector<int64_t>>;
+
+// A tensor in an allocation.
 struct Part {
-  int64_t offset;  // in elements
+  int64_t offset;  // in bytes
+  at::ScalarType dtype;
   std::vector<int64_t> sizes;
 };
 
 // One allocation, of several tensors that become results each by itself, or of one.
-struct Room {
-  at::ScalarType dtype;
+struct Allocation {
   std::vector<Part> parts;
-  int64_t size = 0;
+  int64_t bytes = 0;
+
+  void add(at::ScalarType dtype, Shapes shapes) {
+    for (std::vector<int64_t>& sizes : shapes) {
+      const int64_t size = c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype));
+      parts.push_back({bytes, dtype, std::move(sizes)});
+      bytes += (size + kApart - 1) / kApart * kApart;
+    }
+  }
+
+  at::Tensor memory(const at::Tensor& like) const {
+    if (parts.size() == 1) return at::empty(parts[0].sizes, like.options().dtype(parts[0].dtype));
+    return at::empty({bytes}, like.options().dtype(at::kByte));
+  }
+
+  // A tensor of its own in that memory, no view of it.
+  at::Tensor tensor(const at::Tensor& memory, const Part& part) const {
+    if (parts.size() == 1) return memory;
+    const caffe2::TypeMeta type = c10::scalarTypeToTypeMeta(part.dtype);
+    at::Tensor found = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(memory.storage()), memory.key_set(), type);
+    found.unsafeGetTensorImpl()->set_sizes_contiguous(part.sizes);
+    found.unsafeGetTensorImpl()->set_storage_offset(part.offset / static_cast<int64_t>(type.itemsize()));
+    return found;
+  }
 };
 
-// A tensor of its own in the memory of another, no view of it.
-at::Tensor tensor_in(const at::Tensor& memory, const Part& part) {
-  at::Tensor tensor =
-      at::detail::make_tensor<c10::TensorImpl>(c10::Storage(memory.storage()), memory.key_set(), memory.dtype());
-  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(part.sizes);
-  tensor.unsafeGetTensorImpl()->set_storage_offset(part.offset);
-  return tensor;
-}
-
-std::vector<at::Tensor> allocate(const Room& room, const at::Tensor& like) {
-  const at::TensorOptions options = like.options().dtype(room.dtype);
-  if (room.parts.size() == 1) return {at::empty(room.parts[0].sizes, options)};
-  const at::Tensor memory = at::empty({room.size}, options);
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(room.parts.size());
-  for (const Part& part : room.parts) tensors.push_back(tensor_in(memory, part));
-  return tensors;
-}
-
-// Tensors of these shapes in one allocation, as a recording gives them later.
-Room room_of(py::handle dtype, std::vector<std::vector<int64_t>> shapes) {
+at::ScalarType scalar_type(py::handle dtype) {
   if (!THPDtype_Check(dtype.ptr())) throw py::type_error("mtlkernels: a dtype was expected");
-  Room room{reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type, {}};
-  const auto apart = kApart / static_cast<int64_t>(c10::elementSize(room.dtype));
-  for (std::vector<int64_t>& sizes : shapes) {
-    const int64_t size = c10::multiply_integers(sizes);
-    room.parts.push_back({room.size, std::move(sizes)});
-    room.size += (size + apart - 1) / apart * apart;
-  }
-  return room;
+  return reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
 }
 
-py::list together(py::handle like, py::handle dtype, std::vector<std::vector<int64_t>> shapes) {
+// Tensors of these shapes in one allocation.
+py::list together(py::handle like, py::handle dtype, Shapes shapes) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   py::list found;
   if (shapes.empty()) return found;
-  for (at::Tensor& tensor : allocate(room_of(dtype, std::move(shapes)), THPVariable_Unpack(like.ptr()))) {
-    found.append(to_python(std::move(tensor)));
-  }
+  Allocation all;
+  all.add(scalar_type(dtype), std::move(shapes));
+  const at::Tensor memory = all.memory(THPVariable_Unpack(like.ptr()));
+  for (const Part& part : all.parts) found.append(to_python(all.tensor(memory, part)));
   return found;
 }
 
 class Recording {
  public:
   // `entries` of the table, each relative to what `bases` says: to nothing, 0; to the i-th tensor that a call brings,
-  // i + 1; or to a room, whose numbers go on from there. `rooms` are dtypes and shapes. `returned` are tensors by their
-  // number among those of all rooms, or -1 for None.
+  // i + 1; or to a room, whose numbers go on from there. `rooms` are dtypes and shapes; `passed` are those of which
+  // launches take the first tensor. `returned` are tensors by their number among those of all rooms, or -1 for None.
+  //
+  // An allocation costs the host more than a launch's arguments. So all scratch is one, and so are results of rooms of
+  // several: who lets go of one of these lets go of all.
   Recording(std::vector<int64_t> entries, std::vector<int32_t> bases,
-            const std::vector<std::pair<py::object, std::vector<std::vector<int64_t>>>>& rooms,
-            std::vector<int32_t> returned)
-      : entries_(std::move(entries)), bases_(std::move(bases)), returned_(std::move(returned)) {
-    for (const auto& [dtype, shapes] : rooms) rooms_.push_back(room_of(dtype, shapes));
+            const std::vector<std::pair<py::object, Shapes>>& rooms, const std::vector<int32_t>& passed,
+            const std::vector<int32_t>& returned)
+      : entries_(std::move(entries)), bases_(std::move(bases)) {
+    const std::set<int32_t> results(returned.begin(), returned.end());
+    std::vector<Place> places;  // of all rooms' tensors
+    std::optional<size_t> scratch, several;
+    for (const auto& [dtype, shapes] : rooms) {
+      const auto first = static_cast<int32_t>(places.size()), last = first + static_cast<int32_t>(shapes.size());
+      std::optional<size_t> alone, *own = &alone;
+      if (results.lower_bound(first) == results.lower_bound(last)) {
+        own = &scratch;
+      } else if (shapes.size() > 1) {
+        own = &several;
+      }
+      if (!*own) {
+        *own = allocations_.size();
+        allocations_.emplace_back();
+      }
+      Allocation& allocation = allocations_[own->value()];
+      for (size_t i = 0; i < shapes.size(); ++i) places.push_back({own->value(), allocation.parts.size() + i});
+      allocation.add(scalar_type(dtype), shapes);
+      firsts_.push_back(places[first]);
+    }
+    for (const int32_t room : passed) passed_.push_back(firsts_[room]);
+    for (const int32_t number : returned) {
+      returned_.push_back(number < 0 ? std::nullopt : std::optional<Place>(places[number]));
+    }
   }
 
-  // The table of a call in the host's memory; a tensor of each room; and what is returned.
+  // The table of a call in the host's memory; the tensors that launches take; what has to stay until they are made; and
+  // what is returned.
   py::tuple prepare(py::handle moving) const {
     const at::AutoDispatchBelowADInplaceOrView guard;
     std::vector<int64_t> base = {0};
@@ -139,28 +167,41 @@ class Recording {
       if (!like) like = tensor;
       base.push_back(reinterpret_cast<int64_t>(tensor->const_data_ptr()));
     });
-    std::vector<at::Tensor> tensors;
-    py::list firsts;
-    Results results;
-    for (const Room& room : rooms_) {
-      std::vector<at::Tensor> found = allocate(room, *like);
-      base.push_back(reinterpret_cast<int64_t>(found[0].const_data_ptr()));
-      firsts.append(to_python(found[0]));
-      std::move(found.begin(), found.end(), std::back_inserter(tensors));
+    std::vector<at::Tensor> memory;
+    memory.reserve(allocations_.size());
+    for (const Allocation& allocation : allocations_) memory.push_back(allocation.memory(*like));
+    const auto tensor_of = [&](const Place& place) {
+      const Allocation& allocation = allocations_[place.allocation];
+      return allocation.tensor(memory[place.allocation], allocation.parts[place.part]);
+    };
+    for (const Place& first : firsts_) {
+      base.push_back(reinterpret_cast<int64_t>(memory[first.allocation].const_data_ptr()) +
+                     allocations_[first.allocation].parts[first.part].offset);
     }
     const auto count = static_cast<int64_t>(entries_.size());
     at::Tensor table = at::empty({count}, at::TensorOptions().dtype(at::kLong).pinned_memory(like->is_cuda()));
     auto* const values = table.mutable_data_ptr<int64_t>();
     for (int64_t i = 0; i < count; ++i) values[i] = entries_[i] + base[bases_[i]];
-    for (const int32_t number : returned_) results.tensors.push_back(number < 0 ? at::Tensor() : tensors[number]);
-    return py::make_tuple(to_python(std::move(table)), firsts, std::move(results));
+    py::list passed;
+    for (const Place& place : passed_) passed.append(to_python(tensor_of(place)));
+    Results results;
+    results.tensors.reserve(returned_.size());
+    for (const auto& place : returned_) results.tensors.push_back(place ? tensor_of(*place) : at::Tensor());
+    py::list all;
+    for (at::Tensor& each : memory) all.append(to_python(std::move(each)));
+    return py::make_tuple(to_python(std::move(table)), passed, all, std::move(results));
   }
 
  private:
+  struct Place {
+    size_t allocation, part;
+  };
+
   const std::vector<int64_t> entries_;
   const std::vector<int32_t> bases_;
-  std::vector<Room> rooms_;
-  const std::vector<int32_t> returned_;
+  std::vector<Allocation> allocations_;
+  std::vector<Place> firsts_, passed_;  // of all rooms, and of those that launches take
+  std::vector<std::optional<Place>> returned_;
 };
 
 }  // namespace
@@ -180,10 +221,10 @@ void define_recording(py::module_& module) {
   });
   module.def("together", &together, "Tensors of these shapes, in one allocation.");
   py::class_<Recording>(module, "Recording")
-      .def(py::init<std::vector<int64_t>, std::vector<int32_t>,
-                    const std::vector<std::pair<py::object, std::vector<std::vector<int64_t>>>>&,
-                    std::vector<int32_t>>())
-      .def("prepare", &Recording::prepare, "The table, a tensor of each room, and what is returned.");
+      .def(py::init<std::vector<int64_t>, std::vector<int32_t>, const std::vector<std::pair<py::object, Shapes>>&,
+                    const std::vector<int32_t>&, const std::vector<int32_t>&>())
+      .def("prepare", &Recording::prepare,
+           "The table, what launches take beside it, what stays, and what is returned.");
 }
 
 }  // namespace mtlk

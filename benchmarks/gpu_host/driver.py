@@ -50,9 +50,14 @@ class Driver:
         return self._launch
 
     def _launch(self, *call: Any) -> None:
+        metadata, enter, leave = call[6:9]
+        if enter is not None:
+            enter(metadata)
         self.launches += 1
         if self.watch is not None:
             self.watch(call[:3], call[9:])
+        if leave is not None:
+            leave(metadata)
 
     def get_current_target(self) -> GPUTarget:
         return self._target

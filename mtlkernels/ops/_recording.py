@@ -16,12 +16,12 @@ the second time is not tried again. Without the C++ extension there are no recor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from mtlkernels import _extension, _torch
+from mtlkernels.ops._relaunch import Launches
 from mtlkernels.ops._table import Table, copied, on_device
 
 # Of a level and a direction, kept: one for each number of rows, set of parameters, and so on; and signatures that were
@@ -59,38 +59,22 @@ class Recording:
         rooms = [(room[0].dtype, [tuple(tensor.shape) for tensor in room]) for room in table.rooms]
         make = _extension.function("Recording")
         places = [-1 if tensor is None else numbers[id(tensor)] for tensor in returned]
-        self._prepare = make(entries, bases, rooms, places).prepare
-        firsts = {id(room[0]): i for i, room in enumerate(table.rooms)}
-        self._launches = [_again(launch, firsts) for launch in table.launches if launch is not None]
+        launches = [launch for launch in table.launches if launch is not None]
+        taken = {id(arg) for launch in launches for arg in launch.args[1:] if isinstance(arg, Tensor)}
+        passed = [i for i, room in enumerate(table.rooms) if id(room[0]) in taken]
+        self._prepare = make(entries, bases, rooms, passed, places).prepare
+        self._launch = Launches(launches, [table.rooms[i][0] for i in passed])
 
     def replay(self, moving: Sequence[Tensor]) -> Any:
         """What the call returns, as ``_C.Results``, for other tensors in the place of those of the recorded one."""
         device = moving[0].device
-        host, rooms, results = self._prepare(moving)
+        host, passed, memory, results = self._prepare(moving)
         with on_device(device):
-            entries = copied(host, device)
-            for start, args, places in self._launches:
-                if places:
-                    args = list(args)
-                    for at, room in places:
-                        args[at] = rooms[room]
-                start(entries, *args)
+            self._launch(copied(host, device), passed)
+        del memory  # which kernels find through the table
         if self._finish is not None:
             self._finish(results.list())
         return results
-
-
-def _again(made: Any, rooms: dict[int, int]) -> tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]:
-    """What makes a launch again, its arguments behind the table, and where among them rooms go, and which."""
-    if made.compiled is None:
-        start = partial(made.kernel[(made.programs,)], **made.constants)
-        args = list(made.args[1:])
-    else:  # what is compiled takes all of the kernel's parameters in their order
-        given = dict(zip(made.kernel.arg_names, made.args, strict=False)) | made.constants
-        start = made.compiled[(made.programs, 1, 1)]
-        args = [given[name] for name in made.kernel.arg_names][1:]
-    places = [(at, rooms[id(arg)]) for at, arg in enumerate(args) if isinstance(arg, Tensor)]
-    return start, [None if isinstance(arg, Tensor) else arg for arg in args], places
 
 
 class Recordings:

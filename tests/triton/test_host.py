@@ -15,6 +15,8 @@ import mtlkernels as mk
 from mtlkernels import _extension
 
 pytest.importorskip("triton")
+from triton import knobs  # noqa: E402
+
 from benchmarks.gpu_host.driver import Driver, launching_nothing  # noqa: E402
 from benchmarks.suites import gpu_host  # noqa: E402
 
@@ -68,6 +70,27 @@ def test_a_replayed_call_launches_what_triton_itself_does(driver: Driver) -> Non
         parameter.requires_grad_()
     whole = [launched(driver, lambda: step(run)) for _ in range(3)]
     assert whole[0] == whole[1] == whole[2] and len(whole[0]) > 3
+
+
+def test_hooks_see_launches_that_are_made_again(driver: Driver) -> None:
+    """A profiler's, which want to know each launch's name."""
+    run, _ = level(3)
+    for _ in range(2):
+        run()
+    found: list[tuple[str, str]] = []
+    hooks = [(knobs.runtime.launch_enter_hook, "begins"), (knobs.runtime.launch_exit_hook, "ends")]
+    notes = [lambda launch, what=what: found.append((what, launch.get()["name"])) for _, what in hooks]
+    for (chain, _), note in zip(hooks, notes, strict=True):
+        chain.add(note)
+    try:
+        run()
+    finally:
+        for (chain, _), note in zip(hooks, notes, strict=True):
+            chain.remove(note)
+    names = [name for what, name in found if what == "begins"]
+    assert names and found == [(what, name) for name in names for what in ("begins", "ends")]
+    run()
+    assert len(found) == 2 * len(names)
 
 
 def calls_of_ours(run: Callable[[], Any]) -> int:

@@ -95,10 +95,10 @@ def gradients(
     return found
 
 
-def in_place(level: LevelSpec, grad_outputs: Tensors, tensors: Tensors, saved: Tensors, flags: Sequence[bool]) -> Any:
+def in_place(level: LevelSpec, grad_outputs: Tensors, tensors: Tensors, saved: Tensors, flags: bytes) -> Any:
     """Of one loss, each where its tensor stands, in a list or as ``_C.Results``.
 
-    ``flags`` says which are wanted; of its kind all may be returned.
+    ``flags`` says which are wanted, a byte each; of its kind all may be returned.
     """
     return _of_losses(level, grad_outputs, tensors, saved, None, flags, True)
 

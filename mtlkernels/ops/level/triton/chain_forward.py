@@ -30,12 +30,15 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
     x, experts, last = inputs[0], range(len(spec.expert_inputs)), len(spec.layers) - 1
     widths = [weight.shape[0] for weight in weights[:: len(experts)]]
     linear, logits = None, list(groups.gates)
+    shapes: list[tuple[int, ...]] = [(len(experts), x.shape[0], width) for width in widths] if save else []
     if spec.gate_inputs:
         linear = LinearGates(inputs, spec.gate_inputs, contiguous(groups.gates), contiguous(groups.gate_biases))
-        all_logits = table.room(x, (x.shape[0], sum(spec.gate_sizes)))
-        logits = list(all_logits.split(spec.gate_sizes, 1))
+        shapes.append((x.shape[0], sum(spec.gate_sizes)))
     level = LevelShape.of(x, len(experts), widths, (*inputs, *weights, *(linear.weights if linear else ())))
-    saved = [level.outputs(table, layer) for layer in range(last + 1)] if save else []
+    rooms = table.together(x, shapes)  # as they are let go of
+    saved = rooms[: last + 1] if save else []
+    if linear:
+        logits = list(rooms[-1].split(spec.gate_sizes, 1))
     tile = tiles.mixing(level.kind, len(spec.gate_sizes), level.num_rows, widths[-1], spec.layers[last].activation)
     hidden = _hidden(table, level, spec, saved, fused=tile is not None)
 
@@ -49,7 +52,7 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
         for layer in range(last + 1)
     ]
     gates = Gates(logits, spec.gate_experts, spec.gate_sizes)
-    beside = linear.entries(table, all_logits) if linear else None
+    beside = linear.entries(table, rooms[-1]) if linear else None
     runs = []
     if beside and last == 0 and tile is not None:
         alone = replace(level, num_experts=0, widths=(level.widths[0], VECTOR))
@@ -62,7 +65,7 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
     else:
         outputs, run = _last(level, table, tile, spec.layers[last].activation, places[last], gates, save)
     execute(table, x, [*runs, run])
-    return outputs, [*saved, all_logits] if save and linear else saved
+    return outputs, rooms if save else []
 
 
 def _layer(
