@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.gpu_model.launches import Launch
 from benchmarks.gpu_model.sass import Code, Loop
+from mtlkernels.ops.level.triton.gradient_kernels import FEW_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,30 @@ def _input_gradient(launch: Launch) -> list[Part]:
     offsets = _entries(launch, launch.arguments["members"], groups + 1)
     each = [_quotient(end - start, splits) for start, end in zip(offsets, offsets[1:], strict=False)]
     far = 3.0 * launch.constants["LINEAR_GATES"] + (launch.constants["CODE"] > 0)
-    programs = rows * columns * splits
-    return [Part(each.count(n) * programs, 0, n, n * steps, chain=3, far=far) for n in sorted(set(each))]
+    programs, others = rows * columns * splits, _sums_of_parts(launch)
+    return [Part(each.count(n) * programs, 0, n, n * steps, others, chain=3, far=far) for n in sorted(set(each))]
+
+
+def _sums_of_parts(launch: Launch) -> Callable[[Code, Loop], int]:
+    """The passes of loops that add programs' parts, some columns at a time: of the last program, whom others wait for.
+
+    The compiler has unrolled the loop over parts several times, with another one for those that are left.
+    """
+    splits, chunks = launch.arguments["splits"], _quotient(launch.tile.columns, FEW_COLUMNS.value)
+
+    def trips(code: Code, loop: Loop) -> int:
+        if not code.depth(loop):
+            return chunks if any(loop.holds(other) for other in code.loops) else 1
+        moved = sorted(other.moved("LDG") for other in code.loops if other.begin in within(code, loop))
+        times = moved[-1] // max(moved[0], 1)
+        return chunks * (splits // times if loop.moved("LDG") == moved[-1] else splits % times)
+
+    def within(code: Code, loop: Loop) -> set[int]:
+        """Where the loops begin that lie in the same one."""
+        around = code.around(loop)[-1]
+        return {other.begin for other in code.loops if around.holds(other)}
+
+    return trips
 
 
 def _weight_gradient(launch: Launch) -> list[Part]:
@@ -93,7 +116,8 @@ def _weight_gradient(launch: Launch) -> list[Part]:
         rows, columns = _quotient(height, tile.rows), _quotient(width, tile.columns)
         first += members * rows * splits
         others += members * rows * (columns - 1) * splits
-    return [Part(programs, place, 1, steps, chain=4) for place, programs in enumerate((first, others))]
+    loops = _sums_of_parts(launch)
+    return [Part(programs, place, 1, steps, loops, chain=4) for place, programs in enumerate((first, others))]
 
 
 def _mix_backward(launch: Launch) -> list[Part]:

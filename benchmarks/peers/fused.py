@@ -77,7 +77,7 @@ def fused_launches(
                 precision=_triton.Kind.of(dtype, True).precision,
                 aligned=all(width % 16 == 0 for width in widths),
                 num_inputs=routing.num_inputs,
-                multiprocessors=_triton_splits.multiprocessors(device),
+                card=_triton_splits.card(device),
                 gate_inputs=tuple(k * (routing.num_inputs > 1) for k in range(len(wiring.gate_sizes))),
                 gate_biases=sum(wiring.gate_sizes),
             )

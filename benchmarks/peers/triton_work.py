@@ -55,7 +55,7 @@ class Shape:
         precision: of products, see :class:`mtlkernels.ops._triton.Kind`.
         aligned: whether kernels may read whole vectors.
         num_inputs: G.
-        multiprocessors: how many the GPU has.
+        card: the GPU.
         gate_inputs: the input that each gate reads that is a linear layer; empty where logits are given.
         gate_biases: elements of the biases of such gates.
     """
@@ -72,7 +72,7 @@ class Shape:
     precision: str
     aligned: bool
     num_inputs: int
-    multiprocessors: int
+    card: _triton_splits.Card
     gate_inputs: tuple[int, ...] = ()
     gate_biases: int = 0
 
@@ -133,7 +133,7 @@ class Shape:
 
     def parts(self, sums: Sums) -> int:
         """How many parts a split launch stores, a block's counted one by one; 0 for one that is not split."""
-        count = _triton_splits.splits(sums, self.multiprocessors)
+        count = _triton_splits.splits(sums, self.card.multiprocessors)
         return sums.blocks * count if count > 1 else 0
 
 
@@ -243,8 +243,7 @@ def _input_gradient(shape: Shape) -> Work:
     """The gradient of those of the level's inputs that are read."""
     width, depth = shape.widths[:2]
     members = [shape.expert_inputs.count(stream) for stream in {*shape.expert_inputs, *shape.gate_inputs}]
-    tile = tiles.product(shape.kind, shape.rows, width)
-    sums = tiles.input_sums(tile, members, shape.rows, width, depth, shape.dtype.itemsize)
+    _, sums = tiles.inputs(shape.kind, members, shape.rows, width, depth, shape.dtype.itemsize, shape.card)
     return Work(
         "input_gradient",
         shape.product(0) + 2 * shape.rows * shape.gate_weights,
@@ -256,18 +255,17 @@ def _input_gradient(shape: Shape) -> Work:
 
 def _weight_gradient(shape: Shape, need_weights: bool, need_biases: bool, experts: bool, gates: bool) -> Work:
     """Of the experts' layers, of linear gates, or of both."""
-    tile = tiles.WEIGHT_GRADIENT[shape.kind.operands]
     layers = range(shape.last + 1 if experts else 0)
     groups = shape.groups if gates else []
     # How many there are, their outputs and their inputs.
     parts = [(shape.experts, shape.widths[layer + 1], shape.widths[layer]) for layer in layers]
     parts += [(1, padded(logits), shape.widths[0]) for logits in groups]
+    shapes = [(count, h, w if need_weights else 1) for count, h, w in parts]
+    tile, sums = tiles.weights(shape.kind, shapes, shape.rows, shape.dtype.itemsize, shape.card)
     # Blocks of all layers, and those of them that add up biases too.
-    blocks = sum(tiles.weight_blocks(tile, count, h, w if need_weights else 1) for count, h, w in parts)
     first = sum(tiles.weight_blocks(tile, count, h, 1) for count, h, _ in parts)
-    sums = tiles.weight_sums(tile, blocks, shape.rows, shape.dtype.itemsize)
-    each = shape.parts(sums) // max(blocks, 1)
-    elements = (blocks * tile.columns if need_weights else 0) + (first if need_biases else 0)
+    each = shape.parts(sums) // max(sums.blocks, 1)
+    elements = (sums.blocks * tile.columns if need_weights else 0) + (first if need_biases else 0)
     weights = sum(map(shape.weights, layers)) + (shape.gate_weights if groups else 0)
     biases = sum(shape.experts * shape.widths[layer + 1] for layer in layers) + sum(groups)
     read = sum(shape.hidden(layer + 1) for layer in layers) + (shape.grad_logits if groups else 0)

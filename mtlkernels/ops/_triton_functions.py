@@ -99,7 +99,7 @@ def multiply(
     """
     inner = tl.arange(0, DEPTH)
     if SUMS:
-        ones = tl.full((DEPTH, 16), 1.0, KIND.dtype)
+        ones = tl.full((DEPTH, 16), 1.0, tl.float32).to(KIND.dtype)  # not at once, for the interpreter of Triton 3.6
     for k in range(begin, end, DEPTH):
         there = inner < end - k
         left = tl.load(a + k if steps is None else a, mask=a_inside[:, None] & there[None, :], other=0.0)

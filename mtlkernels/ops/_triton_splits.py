@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,6 @@ from mtlkernels.ops._table import Table
 
 # The last program adds the parts alone.
 MAX_SPLITS = 32
-# Where there is no GPU: those of an H100.
-_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,42 @@ class Sums:
     part: int
 
 
-@lru_cache(maxsize=4096)
+class Card(NamedTuple):
+    """What of a GPU decides launch configurations.
+
+    Its multiprocessors, and whether these have 200 KiB of shared memory, as those of capabilities 9.0 and 10.0 do.
+    """
+
+    multiprocessors: int
+    large: bool
+
+
+LARGE = 200 * 1024
+_H100 = Card(132, True)
+
+
+@lru_cache(maxsize=64)
+def card(device: torch.device) -> Card:
+    """A GPU's; where there is none, an H100's."""
+    if device.type != "cuda":
+        return _H100
+    found = torch.cuda.get_device_properties(device)
+    return Card(int(found.multi_processor_count), int(found.shared_memory_per_multiprocessor) >= LARGE)
+
+
 def splits(sums: Sums, multiprocessors: int) -> int:
     """The number of programs a block with which the busiest multiprocessor moves the fewest bytes."""
+    return _fewest(sums, multiprocessors)[1]
+
+
+def moved(sums: Sums, multiprocessors: int) -> int:
+    """How many bytes that are."""
+    return _fewest(sums, multiprocessors)[0]
+
+
+@lru_cache(maxsize=4096)
+def _fewest(sums: Sums, multiprocessors: int) -> tuple[int, int]:
+    """Bytes, and the number of programs."""
 
     def moved(count: int) -> int:
         waves = _quotient(sums.blocks * count, multiprocessors)
@@ -50,20 +82,12 @@ def splits(sums: Sums, multiprocessors: int) -> int:
         return terms + (waves + count * _quotient(sums.blocks, multiprocessors)) * 4 * sums.part
 
     most = min(sums.terms, MAX_SPLITS, 2 * multiprocessors // max(sums.blocks, 1))
-    return min(range(1, max(most, 1) + 1), key=moved)
+    return min((moved(count), count) for count in range(1, max(most, 1) + 1))
 
 
 def _quotient(a: int, b: int) -> int:
     """Rounded up."""
     return -(-a // b)
-
-
-@lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has."""
-    if device.type != "cuda":
-        return _MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ class Split:
 
 def split(table: Table, sums: Sums, like: Tensor) -> Split:
     """Chooses the number of programs a block; appends the address of the parts, and counters at zero."""
-    count = splits(sums, multiprocessors(like.device))
+    count = splits(sums, card(like.device).multiprocessors)
     if count == 1:
         return Split(sums.blocks)
     parts = table.room(like, (sums.blocks * count * sums.part,), torch.float32)

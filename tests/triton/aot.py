@@ -1,27 +1,35 @@
 """Compiles every kernel in every configuration that is shipped, without a GPU, and shows what each one uses.
 
-    python -m tests.triton.aot [--arch 80 90 100] [--kernel NAME ...] [--activations] [--gates]
+    python -m tests.triton.aot [--arch 80 90 100] [--kernel NAME ...] [--activations] [--gates] [--triton 3.6.0]
 
 A row a kernel, configuration and architecture: registers a thread, bytes of stack (spilled registers), bytes of shared
 memory, and the number of tensor-core instructions. Fails if anything does not compile, or has one of the faults that
 ``faults.py`` looks for: spills, resources that a card has not, narrow products and copies, counters without fences.
+
+With ``--triton`` another version does so, which is fetched into ``build/triton``. Configurations are chosen for the
+newest, so that only what does not compile is a failure then.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import triton
 import triton.language as tl
 
 from benchmarks.gpu_model.cubin import compile_kernel
 from benchmarks.gpu_model.sass import Code
 from mtlkernels.ops._triton import DTYPES, Kind, Tile
+from mtlkernels.ops._triton_splits import LARGE
 from mtlkernels.ops.activations import CODES, DICE, from_input, has_slopes
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture import triton_kernels as mixtures
@@ -144,13 +152,25 @@ def mixture_variants(
         # Only sums over the readers of an input are split, with gates or without, and no activation is in front.
         ways = ((False, False), (False, True), (True, False), (True, True))
         for code, gates, split in (*((code, False, False) for code in backward_codes), *((0, *way) for way in ways)):
-            for rows, columns in SIZES:
-                tile = tiles.product(kind, rows, columns, from_input(code))
+            choice = [tiles.product(kind, rows, columns, from_input(code)) for rows, columns in SIZES]
+            for tile in (*choice, *(_of(tiles.LARGE_INPUT, kind) if code == 0 else ())):
                 what = {"CODE": code, "ACTIVATED": from_input(code), "LINEAR_GATES": gates, "SPLIT": split}
-                yield _made("input_gradient", tile, kind, **what)
+                yield _made("input_gradient", tiles.beside_gates(tile) if gates else tile, kind, **what)
         for gates, split in ways:
             what = {"NEED_WEIGHTS": True, "NEED_BIASES": True, "LINEAR_GATES": gates, "SPLIT": split}
-            yield _made("weight_gradient", tiles.WEIGHT_GRADIENT[kind.operands], kind, **what)
+            for tile in (tiles.WEIGHT_GRADIENT[kind.operands], *_of(tiles.LARGE_WEIGHT, kind)):
+                yield _made("weight_gradient", tile, kind, **what)
+
+
+def _of(large: Mapping[tuple[str, bool], Tile], kind: Kind) -> list[Tile]:
+    """The tile of a large card for these operands, if there is one."""
+    return [large[kind.operands]] if kind.operands in large else []
+
+
+def ships(variant: Variant, architecture: int) -> bool:
+    """Whether launchers choose the configuration on that architecture."""
+    large = {*tiles.LARGE_INPUT.values(), *tiles.LARGE_WEIGHT.values()}
+    return variant.tile not in large or SHARED[architecture] >= LARGE
 
 
 def layerwise_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:
@@ -225,22 +245,41 @@ def _compile(task: tuple[Variant, int]) -> Usage:
     return compile_variant(*task)
 
 
+def _with_triton(version: str) -> int:
+    """Runs this program with that version of Triton in front of the installed one."""
+    folder = Path("build", "triton", version).resolve()
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*pip, f"triton=={version}"], check=True)
+    paths = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths}
+    return subprocess.run([sys.executable, "-m", "tests.triton.aot", *sys.argv[1:]], env=environment).returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED, default=list(SHARED))
     parser.add_argument("--kernel", nargs="+", help="only these kernels")
     parser.add_argument("--activations", action="store_true", help="every activation, not only tanh, gelu and dice")
     parser.add_argument("--gates", action="store_true", help="every number of gates, not only the fewest and the most")
+    parser.add_argument("--dtype", nargs="+", help="only kernels of these dtypes, such as bf16")
+    parser.add_argument("--triton", metavar="VERSION", help="compile with this version of Triton")
     args = parser.parse_args()
+    if args.triton and args.triton != triton.__version__:
+        return _with_triton(args.triton)
     every = range(len(CODES))
     codes = (every, every) if args.activations else (FORWARD_CODES, BACKWARD_CODES)
-    found = dict.fromkeys(v for v in every_variant(*codes, args.gates) if not args.kernel or v.kernel in args.kernel)
-    tasks = [(variant, architecture) for variant in found for architecture in args.arch]
+    found = dict.fromkeys(
+        v
+        for v in every_variant(*codes, args.gates)
+        if (not args.kernel or v.kernel in args.kernel) and (not args.dtype or v.dtype in args.dtype)
+    )
+    tasks = [(variant, each) for variant, each in itertools.product(found, args.arch) if ships(variant, each)]
     failures = 0
     print("arch  registers  stack  shared  tensor-core  kernel")
     with ProcessPoolExecutor(2) as pool:
         for (variant, architecture), usage in zip(tasks, pool.map(_compile, tasks, chunksize=4), strict=True):
-            failures += bool(usage.error)
+            failures += bool(usage.error) and not (args.triton and usage.registers)
             figures = f"{usage.registers:>9}  {usage.stack:>5}  {usage.shared:>6}  {usage.tensor_core:>11}"
             print(f"{architecture:>4}  {figures}  {variant}  {usage.error}".rstrip(), flush=True)
     print(f"{len(tasks)} compiled for {', '.join(f'sm_{a}' for a in args.arch)}: {failures} with faults")

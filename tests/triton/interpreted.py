@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 
 from mtlkernels import Routing, expert_mixture, use_backend
 from mtlkernels._backends import interpreting
+from mtlkernels.ops._triton import Kind
+from mtlkernels.ops._triton_splits import Card
 from mtlkernels.ops.level.spec import Groups, Layer, LevelSpec
+from mtlkernels.ops.level.triton import chain_backward, tiles
 from tests.ops import zero_widths
 from tests.ops.level import gate_layers
 from tests.ops.level.operator import Operands, with_norms
@@ -50,6 +54,22 @@ def test_only_the_mixture_gradients_asked_for(needs: tuple[bool, bool]) -> None:
 @pytest.mark.parametrize("case", levels.cases(), ids=str)
 def test_chain_with_linear_gates(case: Case) -> None:
     check_level(case, "cpu", linear=True)
+
+
+@pytest.mark.parametrize("name", ["whole_sums", "split_sums_"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_tiles_of_a_large_card(name: str, linear: bool) -> None:
+    """With one multiprocessor, for which these read least."""
+    case = Case(name, 140, (256, 256, 16), 2, 2, (1, 2), dtype=torch.float16, largest_gate=2)
+    kind = Kind.of(torch.float16, True)
+    with (
+        mock.patch.object(chain_backward, "card", lambda _: Card(1, True)),
+        mock.patch.object(chain_backward, "launch", wraps=chain_backward.launch) as launch,
+    ):
+        check_level(case, "cpu", linear=linear)
+    launched = {(call.args[2], call.kwargs["SPLIT"]) for call in launch.call_args_list}
+    split = name == "split_sums_"
+    assert {(tiles.LARGE_INPUT[kind.operands], split), (tiles.LARGE_WEIGHT[kind.operands], split)} <= launched
 
 
 @pytest.mark.parametrize("needs", one_or_all_but_one(5), ids=str)

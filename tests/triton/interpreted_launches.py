@@ -22,6 +22,7 @@ from benchmarks.peers.shape import TrunkShape
 from benchmarks.peers.triton_work import Shape, Work
 from mtlkernels import use_backend
 from mtlkernels._backends import interpreting
+from mtlkernels.ops._triton_splits import card
 from mtlkernels.ops.level.spec import Groups
 from mtlkernels.testing import evaluate
 from tests.ops.level import normalized
@@ -202,7 +203,7 @@ def works(case: Case, *needs: bool, linear: bool = False) -> list[Work]:
         aligned=all(width % 16 == 0 for width in case.widths),
         num_inputs=case.num_inputs,
         gate_inputs=tuple(a.gate_inputs) if linear else (),
-        multiprocessors=132,
+        card=card(torch.device("cpu")),
         gate_biases=sum(bias.numel() for bias in a.gate_biases if bias is not None),
     )
     return [*triton_work.forward(shape, save=True), *triton_work.backward(shape, *needs)]

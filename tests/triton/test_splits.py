@@ -6,8 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from mtlkernels.ops._triton import DTYPES, Kind  # noqa: E402
-from mtlkernels.ops._triton_splits import MAX_SPLITS, Sums, splits  # noqa: E402
+from mtlkernels.ops._triton import DTYPES, Kind, Tile  # noqa: E402
+from mtlkernels.ops._triton_splits import MAX_SPLITS, Card, Sums, splits  # noqa: E402
 from mtlkernels.ops.activations import CODES  # noqa: E402
 from mtlkernels.ops.level.triton import tiles  # noqa: E402
 
@@ -24,9 +24,8 @@ def mixing(rows: int, multiprocessors: int = H100) -> int:
 
 def weights(rows: int, features: int, multiprocessors: int = H100) -> int:
     """The splits of the weights' gradients of workload A's experts behind that number of features."""
-    tile = tiles.WEIGHT_GRADIENT[HALF.operands]
-    blocks = tiles.weight_blocks(tile, 12, 256, features) + tiles.weight_blocks(tile, 12, 128, 256)
-    return splits(tiles.weight_sums(tile, blocks, rows, 2), multiprocessors)
+    _, sums = tiles.weights(HALF, ((12, 256, features), (12, 128, 256)), rows, 2, Card(multiprocessors, False))
+    return splits(sums, multiprocessors)
 
 
 def test_enough_blocks_are_not_split() -> None:
@@ -40,6 +39,24 @@ def test_few_blocks_are_split_over_the_multiprocessors() -> None:
     assert mixing(1024) == 3  # 16 blocks, whose parts the last program adds alone
     assert mixing(1) > 1
     assert weights(4096, 128) == 2  # 48 blocks; in five parts 240 programs would come in two waves
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_large_tiles_are_for_large_cards_and_for_much_to_read(large: bool) -> None:
+    """Of workload A; of few rows, and of few columns, larger tiles would read more."""
+    card, shapes = Card(H100, large), ((12, 256, 416), (12, 128, 256))
+    others = [tiles.PRODUCT[HALF.operands].full, tiles.WEIGHT_GRADIENT[HALF.operands]]
+    larger = [tiles.LARGE_INPUT[HALF.operands], tiles.LARGE_WEIGHT[HALF.operands]]
+
+    def chosen(rows: int, columns: int, kind: Kind = HALF) -> list[Tile]:
+        found = tiles.inputs(kind, [12], rows, columns, 256, 2, card), tiles.weights(kind, shapes, rows, 2, card)
+        return [tile for tile, _ in found]
+
+    assert chosen(65536, 416) == (larger if large else others)
+    assert chosen(65536, 128)[0] == others[0]
+    assert chosen(16, 416)[0] == tiles.PRODUCT[HALF.operands].short
+    wide = HALF._replace(dtype=DTYPES[torch.float32])
+    assert chosen(65536, 416, wide) == [tiles.PRODUCT[wide.operands].full, tiles.WEIGHT_GRADIENT[wide.operands]]
 
 
 def test_one_multiprocessor_splits_nothing() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mtlkernels.ops._triton import Launch, Run, Table, contiguous, launch
-from mtlkernels.ops._triton_splits import split
+from mtlkernels.ops._triton_splits import card, split
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture.triton import Gates
@@ -124,8 +124,14 @@ def inputs_gradient(
     """
     width, depth = level.widths[layer : layer + 2]
     start, sizes = members
-    tile = tiles.product(level.kind, level.num_rows, width, heavy=from_input(code))
-    sums = tiles.input_sums(tile, sizes, level.num_rows, width, depth, level.like.itemsize)
+    lengths = (level.num_rows, width, depth, level.like.itemsize)
+    if code:
+        tile = tiles.product(level.kind, level.num_rows, width, heavy=from_input(code))
+        sums = tiles.input_sums(tile, sizes, *lengths)
+    else:
+        tile, sums = tiles.inputs(level.kind, sizes, *lengths, card(level.like.device))
+    if gates is not None:
+        tile = tiles.beside_gates(tile)
     shares = split(table, sums, level.like)
     at, kept, activated = outputs
     places = (*operands, start, at, kept, activated or 0, gates or 0)
@@ -175,14 +181,15 @@ def _parameters_gradient(
     need_biases: bool,
 ) -> Run:
     """The gradients of the weights and biases of experts' layers, of linear gates, or of both."""
-    tile = tiles.WEIGHT_GRADIENT[level.kind.operands]
+    shapes = [(part.members, part.height, part.width if need_weights else 1) for part in (*experts, *gates)]
+    tile, sums = tiles.weights(level.kind, shapes, level.num_rows, level.like.itemsize, card(level.like.device))
     layers: list[int] = []
     blocks = 0
-    for part in (*experts, *gates):
+    for part, shape in zip((*experts, *gates), shapes, strict=True):
         layers += [blocks, *part]
-        blocks += tiles.weight_blocks(tile, part.members, part.height, part.width if need_weights else 1)
+        blocks += tiles.weight_blocks(tile, *shape)
     at_layers = table.integers(layers)
-    shares = split(table, tiles.weight_sums(tile, blocks, level.num_rows, level.like.itemsize), level.like)
+    shares = split(table, sums, level.like)
     constants = {
         "KIND": level.kind,
         "NEED_WEIGHTS": need_weights,

@@ -211,7 +211,13 @@ def last_forward(
         for k in tl.static_range(GATES):
             position = tl.load(table + positions + k * num_experts + e)
             value = sums[k]
-            if position >= 0:  # an expert that the gate does not see must not reach it, not even as 0 times infinity
+            seen = position >= 0  # an expert that the gate does not see must not reach it, not even as 0 times infinity
+            if FLAT:  # without a branch, of which Triton before 3.9 cannot make one loop
+                logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
+                there = rows < tl.where(seen, left_rows, 0)
+                weight = probability(logits, column_stride, position, maxima[k], totals[k], there)
+                value = tl.where(seen, value + weight[:, None] * expert, value)
+            elif seen:
                 logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
                 weight = probability(logits, column_stride, position, maxima[k], totals[k], inside)
                 value += weight[:, None] * expert

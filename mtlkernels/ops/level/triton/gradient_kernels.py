@@ -11,6 +11,7 @@ import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
     NONE,
+    Constant,
     activation_gradient,
     activation_of,
     kernel,
@@ -24,6 +25,25 @@ from mtlkernels.ops._triton_functions import (
     whole,
 )
 from mtlkernels.ops.level.triton.chain_kernels import GATE_COLUMNS
+
+# The columns of which programs' parts are added at a time; no tile has fewer.
+FEW_COLUMNS = Constant(32)
+
+
+@triton.jit
+def store_sums(
+    parts, count, stride, out, last, left_columns, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Stores the sum of ``count`` parts [ROWS, COLUMNS], by the last program to arrive; ``out``: where its rows begin.
+
+    A few columns at a time: all of them and where they are would be more than there are registers.
+    """
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, FEW_COLUMNS)
+    for at in range(0, COLUMNS, FEW_COLUMNS):
+        value = sum_of_parts(parts, count, stride, rows[:, None] * COLUMNS + at + columns[None, :])
+        mask = last[:, None] & (at + columns < left_columns)[None, :]
+        tl.store(out[:, None] + at + columns[None, :], value.to(KIND.dtype), mask=mask)
 
 
 @triton.jit
@@ -89,43 +109,55 @@ def input_gradient(
     a_inside = rows < left_rows
     b_inside = columns < left_columns
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # Behind the experts, gates take registers that tiles of float32 do not have; before them, that large ones do not.
+    LARGE: tl.constexpr = COLUMNS > 128
     if LINEAR_GATES:
         few: tl.constexpr = DEPTH if DEPTH < GATE_COLUMNS else GATE_COLUMNS
         entry = table + gates + 4 * group
         logits = tl.load(entry + 1).to(tl.int32)
         if SPLIT:
             logits = tl.where(share == 0, logits, 0)
-        acc = add_gates(acc, table, entry, logits, first, first_column, a_inside, b_inside, KIND, ROWS, COLUMNS, few)
+        if not LARGE:
+            acc = add_gates(
+                acc, table, entry, logits, first, first_column, a_inside, b_inside, KIND, ROWS, COLUMNS, few
+            )
     start = tl.load(table + members + group).to(tl.int32)
     end = tl.load(table + members + group + 1).to(tl.int32)
     if SPLIT:
         low, high = share_of(end - start, share, splits)
         end = start + high
         start += low
-    for i in range(start, end):
+    # As one loop, the next expert's operands are copied while the last ones of one are multiplied. In smaller tiles
+    # another program that is there at the same time does that, and some registers would be too many.
+    FLAT: tl.constexpr = LARGE and CODE == NONE and not ACTIVATED
+    for i in tl.range(start, end, flatten=FLAT):
         e = tl.load(table + members + num_groups + 1 + i)
         grad = operand(table, grads + e, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
         weight = operand(table, weights + e, KIND) + first_column + inner[:, None] * width + columns[None, :]
         step = (tl.zeros((), tl.int64) + DEPTH) * width
         acc = multiply(acc, grad, weight, (DEPTH, step), a_inside, b_inside, 0, depth, KIND, DEPTH)
-    mask = a_inside[:, None] & b_inside[None, :]
-    offsets = rows[:, None] * width + columns[None, :]
+    if LINEAR_GATES and LARGE:
+        acc = add_gates(acc, table, entry, logits, first, first_column, a_inside, b_inside, KIND, ROWS, COLUMNS, few)
     corner = first * width + first_column
+    out = operand(table, outputs + group, KIND) + corner
     if SPLIT:
+        tl.static_assert(CODE == NONE and not ACTIVATED)
         area: tl.constexpr = ROWS * COLUMNS
-        within = rows[:, None] * COLUMNS + columns[None, :]
         shared = pointer(table, parts, tl.float32, True) + tile.to(tl.int64) * splits * area
-        tl.store(shared + share * area + within, acc)
+        tl.store(shared + share * area + rows[:, None] * COLUMNS + columns[None, :], acc)
         count = parts_to_add(table + counters + tile, splits)
-        acc = sum_of_parts(shared, count, area, within)
-        mask = mask & (rows < count * ROWS)[:, None]  # nothing but by the last to arrive
-    if CODE != NONE or ACTIVATED:
-        saved = tl.load(operand(table, kept + group, KIND) + corner + offsets, mask=mask, other=0.0).to(tl.float32)
-        acc = activation_gradient(acc, saved, CODE)
-        if ACTIVATED:
-            out = operand(table, activated + group, KIND) + corner
-            tl.store(out + offsets, activation_of(saved, CODE).to(KIND.dtype), mask=mask)
-    tl.store(operand(table, outputs + group, KIND) + corner + offsets, acc.to(KIND.dtype), mask=mask)
+        last = a_inside & (rows < count * ROWS)
+        store_sums(shared, count, area, out + rows * width, last, left_columns, KIND, ROWS, COLUMNS)
+    else:
+        mask = a_inside[:, None] & b_inside[None, :]
+        offsets = rows[:, None] * width + columns[None, :]
+        if CODE != NONE or ACTIVATED:
+            saved = tl.load(operand(table, kept + group, KIND) + corner + offsets, mask=mask, other=0.0).to(tl.float32)
+            acc = activation_gradient(acc, saved, CODE)
+            if ACTIVATED:
+                again = operand(table, activated + group, KIND) + corner
+                tl.store(again + offsets, activation_of(saved, CODE).to(KIND.dtype), mask=mask)
+        tl.store(out + offsets, acc.to(KIND.dtype), mask=mask)
 
 
 @kernel()
@@ -201,20 +233,18 @@ def weight_gradient(
         else:
             acc = multiply(acc, left, right, steps, there, inside, begin, stop, KIND, DEPTH)
         out = operand(table, tl.load(entry + 6) + e, KIND) + first * width + first_column + rows * width
-        wanted = there
+        stored = there
         if LINEAR_GATES:
             row = tl.load(table + tl.load(entry + 6) + first + rows, mask=own, other=0)
             out = tl.where(own, row.to(tl.pointer_type(KIND.dtype)) + first_column, out)
             if KIND.aligned:
                 out = tl.multiple_of(out, 16)
-            wanted = tl.where(own, row != 0, there)
-        out = out[:, None] + columns[None, :]
-        mask = wanted[:, None] & inside[None, :]
-        within = rows[:, None] * COLUMNS + columns[None, :]
+            stored = tl.where(own, row != 0, there)
         if SPLIT:
-            tl.store(part + within, acc)
+            tl.store(part + rows[:, None] * COLUMNS + columns[None, :], acc)
         else:
-            tl.store(out, acc.to(KIND.dtype), mask=mask)
+            mask = stored[:, None] & inside[None, :]
+            tl.store(out[:, None] + columns[None, :], acc.to(KIND.dtype), mask=mask)
     if NEED_BIASES:
         sums = operand(table, tl.load(entry + 7) + e, KIND) + first + rows
         wanted = there
@@ -241,8 +271,8 @@ def weight_gradient(
     if SPLIT:
         count = parts_to_add(counter, splits)
         if NEED_WEIGHTS:
-            value = sum_of_parts(parts, count, size, within)
-            tl.store(out, value.to(KIND.dtype), mask=mask & (rows < count * ROWS)[:, None])
+            last = stored & (rows < count * ROWS)
+            store_sums(parts, count, size, out, last, left_columns, KIND, ROWS, COLUMNS)
         if NEED_BIASES:
             count = tl.where(first_column == 0, count, 0)
             value = sum_of_parts(parts + ROWS * COLUMNS, count, size, rows)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 
 from mtlkernels.ops._triton import Kind, Tile
-from mtlkernels.ops._triton_splits import Sums
+from mtlkernels.ops._triton_splits import Card, Sums, moved
 from mtlkernels.ops.activations import CODES
 from mtlkernels.ops.level.triton.chain_kernels import FLAT_GATES
 
@@ -31,10 +31,9 @@ class Products(NamedTuple):
 # A 128 x 128 tile reads two thirds of what 64 x 128 tiles do. Its 8 warps are two warp groups, each with 64 rows. A
 # tensor core takes 16 rows at least (64 for a warp group's). In half precision, by `python -m benchmarks.gpu_model` for
 # workload A at 65,536 rows, steps of 32 instead of 64 take 379 us instead of 404 in layer_forward, as 416 inputs are 13
-# of them, 385 instead of 389 in input_gradient for the hidden layer, and 414 instead of 616 for the inputs: registers
-# then leave a multiprocessor room for two programs, of which one copies while the other waits for its next expert. Of
-# 128 x 256 tiles, which read a quarter less, there is room for one: 394 us in layer_forward. Where registers are given,
-# gelu's derivative spilled a few on sm_120.
+# of them: registers then leave a multiprocessor room for two programs, of which one copies while the other waits for
+# its next expert. Of 128 x 256 tiles, which read a quarter less, there is room for one: 394 us. Where registers are
+# given, gelu's derivative spilled a few on sm_120.
 PRODUCT = {
     ("half", True): Products(Tile(16, 64, 128, 4, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
     ("tf32", True): Products(Tile(16, 64, 64, 4, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3)),
@@ -78,10 +77,9 @@ MIXING = {
     ("ieee", False): Mixers(Tile(16, 32, 16, 4, 2, 255), Tile(32, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 255), 8),
 }
 
-# By the model, workload A at 65,536 rows: 543 us, as each multiprocessor has one program and copies take two thirds
-# longer than products. 128 x 256 x 64 would take 415, in 147 KiB of shared memory that not every card has, but spills
-# 104 to 304 bytes on sm_80, and 8 to 88 on sm_90 and 100 where programs share a sum, whether registers are given or
-# not. Where they are, the compiler spilled a few of this tile's on sm_86, 89 or 120 for the sake of more programs.
+# By the model, workload A at 65,536 rows takes 543 us with 128 x 128, as each multiprocessor has one program and copies
+# take two thirds longer than products. Where registers are given, the compiler spilled a few of this tile's on sm_86,
+# 89 or 120 for the sake of more programs.
 WEIGHT_GRADIENT = {
     ("half", True): Tile(128, 128, 64, 8, 3),
     ("tf32", True): Tile(128, 128, 32, 8, 3),
@@ -90,6 +88,12 @@ WEIGHT_GRADIENT = {
     ("tf32", False): Tile(64, 64, 32, 8, 2, 255),
     ("ieee", False): Tile(32, 32, 16, 4, 2, 255),
 }
+
+# Of a large card, see :class:`mtlkernels.ops._triton_splits.Card`: 128 x 256 tiles read a quarter less than 128 x 128,
+# and reading is what these kernels wait for. By the model, workload A at 65,536 rows: 336 us for the inputs' gradient
+# instead of 413, 424 for the weights' instead of 543. On sm_80 the weights' spill.
+LARGE_INPUT = {("half", True): Tile(128, 256, 32, 8, 3)}
+LARGE_WEIGHT = {("half", True): Tile(128, 256, 64, 8, 3)}
 
 # A product whose first operand passes through registers, to be normalized there, has less room: its steps along the
 # depth are shorter.
@@ -121,9 +125,9 @@ def product(kind: Kind, rows: int, columns: int, heavy: bool = False) -> Tile:
 
 
 def beside_gates(tile: Tile) -> Tile:
-    """``tile`` for a ``layer_forward`` with linear gates; of two, the compiler would spill a few registers else.
+    """``tile`` for a product with linear gates; of two, the compiler would spill a few registers else.
 
-    Without alignment it does so on sm_86 and sm_89 alone.
+    In ``layer_forward``, without alignment on sm_86 and sm_89 alone; in ``input_gradient`` of split sums on sm_100.
     """
     spills = tile in (PRODUCT["ieee", True].full, PRODUCT["ieee", False].full)
     return replace(tile, registers=255) if spills else tile
@@ -147,10 +151,29 @@ def mixing_sums(tile: Tile, experts: int, rows: int, columns: int, depth: int, g
     return Sums(blocks, experts, _lines(tile) * depth * itemsize, gates * tile.rows * tile.columns)
 
 
+def inputs(
+    kind: Kind, members: Sequence[int], rows: int, columns: int, depth: int, itemsize: int, card: Card
+) -> tuple[Tile, Sums]:
+    """For ``input_gradient`` without an activation below; and what it adds up, see :func:`input_sums`."""
+    few = rows <= 2 * PRODUCT[kind.operands].short.rows
+    larger = LARGE_INPUT.get(kind.operands) if card.large and not few else None
+    choice = [product(kind, rows, columns), *([larger] if larger else [])]
+    return _fewest([(tile, input_sums(tile, members, rows, columns, depth, itemsize)) for tile in choice], card)
+
+
 def input_sums(tile: Tile, members: Sequence[int], rows: int, columns: int, depth: int, itemsize: int) -> Sums:
     """What ``input_gradient`` adds up: the experts of each group, of which there are ``members``."""
     blocks = len(members) * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     return Sums(blocks, max(members), _lines(tile) * depth * itemsize, tile.rows * tile.columns)
+
+
+def weights(
+    kind: Kind, shapes: Sequence[tuple[int, int, int]], rows: int, itemsize: int, card: Card
+) -> tuple[Tile, Sums]:
+    """For ``weight_gradient`` of so many layers of such outputs and inputs each; and what it adds up: the batch."""
+    larger = LARGE_WEIGHT.get(kind.operands) if card.large else None
+    choice = [WEIGHT_GRADIENT[kind.operands], *([larger] if larger else [])]
+    return _fewest([(tile, weight_sums(tile, shapes, rows, itemsize)) for tile in choice], card)
 
 
 def weight_blocks(tile: Tile, experts: int, height: int, width: int) -> int:
@@ -158,10 +181,16 @@ def weight_blocks(tile: Tile, experts: int, height: int, width: int) -> int:
     return experts * int(triton.cdiv(height, tile.rows) * triton.cdiv(max(width, 1), tile.columns))
 
 
-def weight_sums(tile: Tile, blocks: int, rows: int, itemsize: int) -> Sums:
+def weight_sums(tile: Tile, shapes: Sequence[tuple[int, int, int]], rows: int, itemsize: int) -> Sums:
     """What ``weight_gradient`` adds up: the batch."""
+    blocks = sum(weight_blocks(tile, *shape) for shape in shapes)
     part = (tile.columns + 1) * tile.rows
     return Sums(blocks, triton.cdiv(rows, tile.depth), _lines(tile) * tile.depth * itemsize, part)
+
+
+def _fewest(choice: Sequence[tuple[Tile, Sums]], card: Card) -> tuple[Tile, Sums]:
+    """The first of those with which the busiest multiprocessor moves the fewest bytes."""
+    return min(choice, key=lambda pair: moved(pair[1], card.multiprocessors))
 
 
 def _lines(tile: Tile) -> int:
