@@ -40,14 +40,14 @@ class Sums:
 class Card(NamedTuple):
     """What of a GPU decides launch configurations.
 
-    Its multiprocessors, and whether these have 200 KiB of shared memory, as those of capabilities 9.0 and 10.0 do.
+    Its multiprocessors, and whether these have 227 KiB of shared memory and products of groups of warps.
     """
 
     multiprocessors: int
     large: bool
 
 
-LARGE = 200 * 1024
+LARGE = ((9, 0), (10, 0))  # their capabilities
 _H100 = Card(132, True)
 
 
@@ -56,8 +56,8 @@ def card(device: torch.device) -> Card:
     """A GPU's; where there is none, an H100's."""
     if device.type != "cuda":
         return _H100
-    found = torch.cuda.get_device_properties(device)
-    return Card(int(found.multi_processor_count), int(found.shared_memory_per_multiprocessor) >= LARGE)
+    multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return Card(multiprocessors, torch.cuda.get_device_capability(device) in LARGE)
 
 
 def splits(sums: Sums, multiprocessors: int) -> int:
