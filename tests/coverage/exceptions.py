@@ -78,6 +78,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     },
     "csrc/recording.cpp": {
         "if (!object) throw py::error_already_set();": FAILED_ALLOCATION,
-        "if (room.parts.size() == 1) return": LIBRARY,
+        "if (parts.size() == 1) return at::empty(": LIBRARY,
     },
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import testing
+from mtlkernels.ops._table import Table
 from mtlkernels.ops.activations import ACTIVATIONS
 from mtlkernels.ops.gated_mixture import reference as mixture_reference
 from mtlkernels.ops.level import reference
@@ -169,7 +170,10 @@ def arguments(case: Case, device: str) -> Arguments:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fills what launchers allocate with NaN, so that an element that no kernel writes is seen."""
+    """Fills what launchers allocate with NaN, so that an element that no kernel writes is seen.
+
+    Tensors that would share an allocation have their own.
+    """
 
     def fill(allocate: Any) -> Any:
         def allocated(*args: Any, **kwargs: Any) -> Tensor:
@@ -178,7 +182,11 @@ def poisoned() -> Iterator[None]:
 
         return allocated
 
+    def apart(table: Table, like: Tensor, shapes: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
+        return [table.room(like, shape, dtype) for shape in shapes]
+
     with (
+        mock.patch.object(Table, "together", apart),
         mock.patch.object(torch, "empty", fill(torch.empty)),
         mock.patch.object(torch, "empty_like", fill(torch.empty_like)),
         mock.patch.object(Tensor, "new_empty", fill(Tensor.new_empty)),
