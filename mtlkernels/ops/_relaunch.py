@@ -24,27 +24,26 @@ class Launches:
         self._launches = [(launch, *_arguments(launch, numbers)) for launch in made]
 
     def __call__(self, table: Tensor, passed: Sequence[Tensor]) -> None:
-        stream = None if self._interpreted else _stream()
-        plainly = not (self._interpreted or _hooked())
+        stream, hooked = None, False
+        if not self._interpreted:
+            active: Any = driver.active
+            stream = active.get_current_stream(active.get_current_device())
+            enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+            # None, a function, or a chain of some, which may be empty.
+            hooked = bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
         for launch, arguments, places in self._launches:
             if places:
                 arguments = list(arguments)
                 for at, number in places:
                     arguments[at] = passed[number]
             compiled = launch.compiled
-            if plainly:
-                handle = compiled.function, compiled.packed_metadata
-                compiled.run(launch.programs, 1, 1, stream, *handle, None, None, None, table, *arguments)
-            elif compiled is not None:
+            if compiled is None:
+                launch.kernel[(launch.programs,)](table, *arguments, **launch.constants)
+            elif hooked:
                 compiled[(launch.programs, 1, 1)](table, *arguments, stream=stream)
             else:
-                launch.kernel[(launch.programs,)](table, *arguments, **launch.constants)
-
-
-def _stream() -> Any:
-    """The current one of the current device."""
-    active: Any = driver.active
-    return active.get_current_stream(active.get_current_device())
+                handle = compiled.function, compiled.packed_metadata
+                compiled.run(launch.programs, 1, 1, stream, *handle, None, None, None, table, *arguments)
 
 
 def _arguments(launch: Any, numbers: dict[int, int]) -> tuple[list[Any], list[tuple[int, int]]]:
@@ -55,10 +54,3 @@ def _arguments(launch: Any, numbers: dict[int, int]) -> tuple[list[Any], list[tu
         arguments = [given[name] for name in launch.kernel.arg_names][1:]
     places = [(at, numbers[id(each)]) for at, each in enumerate(arguments) if isinstance(each, Tensor)]
     return [None if isinstance(each, Tensor) else each for each in arguments], places
-
-
-def _hooked() -> bool:
-    """Whether any hook is called at launches: a function, or a chain of some."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    calls = enter is not None and getattr(enter, "calls", True), leave is not None and getattr(leave, "calls", True)
-    return any(calls)
