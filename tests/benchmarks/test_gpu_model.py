@@ -161,7 +161,7 @@ def test_launches_are_those_of_the_launchers() -> None:
     first = tiles.beside_gates(tiles.product(kind, 4096, 256))
     assert found[0].name == "layer_forward" and found[0].tile == first
     assert found[1].name == "last_forward" and found[1].tile == tiles.mixing(kind, 3, 4096, 128, CODES["relu"])
-    assert found[-1].name == "weight_gradient" and found[-1].tile == tiles.LARGE_WEIGHT[kind.operands]
+    assert found[-1].name == "weight_gradient" and found[-1].tile == tiles.WEIGHT_GRADIENT[kind.operands]
     assert found[0].arguments["depth"] == 416 and found[0].constants["LINEAR_GATES"] is True
 
 

@@ -54,6 +54,7 @@ def test_large_tiles_are_for_large_cards_and_for_much_to_read(large: bool) -> No
 
     assert chosen(65536, 416) == (larger if large else others)
     assert chosen(65536, 128)[0] == others[0]
+    assert chosen(4096, 416)[1] == others[1]
     assert chosen(16, 416)[0] == tiles.PRODUCT[HALF.operands].short
     wide = HALF._replace(dtype=DTYPES[torch.float32])
     assert chosen(65536, 416, wide) == [tiles.PRODUCT[wide.operands].full, tiles.WEIGHT_GRADIENT[wide.operands]]
