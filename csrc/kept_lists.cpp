@@ -108,20 +108,10 @@ class KeptLists {
     const void* const key = address(weights.ptr());
     if (!key) return;
     Place& place = at(key);
-    place.drop();
-    const Lists lists{weights.ptr(), biases.ptr(), gate_weights.ptr(), gate_biases.ptr()};
-    try {
-      const py::none none;
-      auto stored = stored_call(weights, biases, gate_weights, gate_biases, none, none, spec_ints);
-      if (!stored || !stored->call.tensors.linear_gates) return;
-      KnownTensors known;
-      const Py_ssize_t layers = stored->spec.layers(), experts = stored->spec.experts(), gates = stored->spec.gates();
-      if (!each_parameter(lists, layers, experts, gates, [&](const at::Tensor& t) { return known.take(t); })) return;
-      place.call = std::make_shared<const Call>(single, py::reinterpret_borrow<py::object>(routing),
-                                                py::reinterpret_borrow<py::object>(activation), std::move(known),
-                                                std::move(*stored));
-    } catch (const Refused&) {
-    }
+    place.waited = place.served = 0;
+    place.call = made(single, {weights.ptr(), biases.ptr(), gate_weights.ptr(), gate_biases.ptr()}, routing, activation,
+                      spec_ints);
+    if (!place.call) place.wait_longer();
   }
 
  private:
@@ -151,14 +141,40 @@ class KeptLists {
     const KeptLevel level;
   };
 
+  // Null where the call is not one to be kept.
+  static std::shared_ptr<const Call> made(bool single, const Lists& lists, py::handle routing, py::handle activation,
+                                          py::handle spec_ints) {
+    const py::none none;
+    try {
+      auto stored =
+          stored_call(lists.weights, lists.biases, lists.gate_weights, lists.gate_biases, none, none, spec_ints);
+      if (!stored || !stored->call.tensors.linear_gates) return nullptr;
+      KnownTensors known;
+      const Py_ssize_t layers = stored->spec.layers(), experts = stored->spec.experts(), gates = stored->spec.gates();
+      if (!each_parameter(lists, layers, experts, gates, [&](const at::Tensor& t) { return known.take(t); })) {
+        return nullptr;
+      }
+      return std::make_shared<const Call>(single, py::reinterpret_borrow<py::object>(routing),
+                                          py::reinterpret_borrow<py::object>(activation), std::move(known),
+                                          std::move(*stored));
+    } catch (const Refused&) {
+      return nullptr;
+    }
+  }
+
   // What is known of the calls with one address, by the rule of KeptCalls in mtlkernels/ops/level/kept.py: they are
   // kept the sooner, the longer the last one that was had served.
   struct Place {
     void drop() {
-      wait = served > 8 * wait ? 1 : std::min<int64_t>(2 * wait, kMostCallsToWait);
+      if (served > 8 * wait) {
+        wait = 1;
+      } else {
+        wait_longer();
+      }
       call = nullptr;
       waited = served = 0;
     }
+    void wait_longer() { wait = std::min<int64_t>(2 * wait, kMostCallsToWait); }
 
     std::shared_ptr<const Call> call;
     int64_t used = 0, wait = 1, waited = 0, served = 0;

@@ -49,6 +49,27 @@ def test_two_calls_and_then_it_is_kept() -> None:
     assert counts == [(1, 0), (1, 1), (0, 1), (0, 1)]
 
 
+def test_what_served_long_is_soon_kept_again() -> None:
+    level, x = kept(Level(), rows(3)), rows(3)
+
+    def until_kept() -> int:
+        for count in range(1, 40):
+            with Read() as read:
+                level(x)
+            if not read.count:
+                return count
+        return 40
+
+    waits = []
+    for service in (0, 0, 0, 100):
+        for _ in range(service):
+            level(x)
+        level.weights[1][2] = -level.weights[1][2]
+        level(x)  # finds that out
+        waits.append(until_kept())
+    assert waits[0] < waits[1] < waits[2] and waits[3] <= waits[0]
+
+
 def test_lists_may_be_made_anew_for_each_call() -> None:
     """The tensors are what counts."""
     level, x = kept(Level(), rows(3)), rows(3)
@@ -59,6 +80,22 @@ def test_lists_may_be_made_anew_for_each_call() -> None:
     with Read() as read:
         assert equal(other(x), expected)
     assert read.count == 0
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_experts_without_units_are_not_kept(hidden: bool) -> None:
+    level, x = Level(biases=False), rows(3)
+    for e, (first, last) in enumerate(zip(*level.weights, strict=True)):
+        if hidden:
+            level.weights[0][e], level.weights[1][e] = first[:0].clone(), last[:, :0].clone()
+        else:
+            level.weights[1][e] = last[:0].clone()
+    expected = level(x)
+    for _ in range(2 * CALLS):
+        with Read() as read:
+            assert equal(level(x), expected)
+        assert read.count == 1
+    assert len(lists.kept_lists()) == 0
 
 
 def _new_weight(level: Level) -> None:
@@ -196,7 +233,50 @@ def _meta(level: Level) -> None:
     level.weights[0][1] = level.weights[0][1].to("meta")
 
 
-FAULTS = [_boundary, _one_layer, _a_gate_too_many, _another_shape, _another_dtype, _integers_in_the_same_place, _meta]
+def _no_weights(level: Level) -> None:
+    level.weights = []
+
+
+def _a_layer_without_weights(level: Level) -> None:
+    level.weights = [[], level.weights[1]]
+
+
+def _no_list(level: Level) -> None:
+    level.weights = 1  # type: ignore[assignment]
+
+
+def _no_list_of_experts(level: Level) -> None:
+    level.weights = [1, level.weights[1]]
+
+
+def _no_tensor(level: Level) -> None:
+    level.weights[0][1] = 1
+
+
+def _no_tensor_in_front(level: Level) -> None:
+    level.weights[0][0] = 1
+
+
+def _biases_of_one_layer(level: Level) -> None:
+    level.biases = level.biases[:1]
+
+
+FAULTS = [
+    _boundary,
+    _one_layer,
+    _a_gate_too_many,
+    _another_shape,
+    _another_dtype,
+    _integers_in_the_same_place,
+    _meta,
+    _no_weights,
+    _a_layer_without_weights,
+    _no_list,
+    _no_list_of_experts,
+    _no_tensor,
+    _no_tensor_in_front,
+    _biases_of_one_layer,
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
