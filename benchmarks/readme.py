@@ -172,7 +172,7 @@ def _serving(found: Report) -> list[str]:
         "modules, AOTInductor": ("packaged",),
         f"ONNX Runtime {study['versions']['onnxruntime']}": ("onnxruntime",),
         f"OpenVINO {study['versions']['openvino']}": ("openvino",),
-        "mtlkernels": tuple(name for name in OWN if name != PACKAGED),
+        "mtlkernels": (OURS,),
         "mtlkernels, AOTInductor": (PACKAGED,),
     }
     heads = ["model", "dtype", "rows", *(f"{name}, ms" for name in columns), "vs the better runtime"]

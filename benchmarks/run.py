@@ -3,7 +3,7 @@
 Every contender is checked against float64 before it is timed; one that fails is reported as FAILED, has no time and no
 speed-up, and makes the exit status 1. The limits that the shares refer to are measured in the same run.
 
-A study measures something else than time, takes minutes, and runs only where it is named.
+A study is not a table of contenders' times as a suite is, or takes minutes, and runs only where it is named.
 """
 
 from __future__ import annotations

@@ -161,6 +161,8 @@ class Routing:
         for task, count in enumerate(specific):
             own.append(tuple(range(len(streams), len(streams) + count)))
             streams += [task] * count
+        if num_shared == 0 and 0 in specific:
+            raise ValueError(f"num_specific must give each task an expert where num_shared is 0, got {num_specific}")
         shared = tuple(range(len(streams), len(streams) + num_shared))
         streams += [num_tasks] * num_shared
         gates = [shared + mine if shared_first else mine + shared for mine in own]

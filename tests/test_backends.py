@@ -229,11 +229,20 @@ def asked_again() -> Iterator[None]:
     _backends._is_old_once.cache_clear()
 
 
-@pytest.mark.parametrize(("major", "old"), [(7, True), (8, False), (12, False)])
+@pytest.mark.parametrize(
+    ("major", "hip", "old"), [(7, None, True), (8, None, False), (12, None, False), (9, "6.2", True)]
+)
 def test_old_gpus_run_the_reference(
-    with_cuda: None, asked_again: None, major: int, old: bool, case: Case, monkeypatch: pytest.MonkeyPatch
+    with_cuda: None,
+    asked_again: None,
+    major: int,
+    hip: str | None,
+    old: bool,
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They have no machine code of the CUDA kernels, and Triton's would spill on them."""
+    """They have no machine code of the CUDA kernels, and Triton's would spill on them; nor do AMD's have any."""
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: types.SimpleNamespace(major=major))
     monkeypatch.setattr(_backends, "has_triton", lambda: True)

@@ -106,7 +106,8 @@ COUNTS = [
     (lambda: mk.Routing.cgc(2, "ab", 1), TypeError, r"num_specific must be .*ints.*, got str"),
     (lambda: mk.Routing.cgc(2, 1.5, 1), TypeError, r"num_specific must be .*int.*, got float"),
     (lambda: mk.Routing.cgc(2, True, 1), TypeError, r"num_specific must be .*int.*, got bool"),
-    (lambda: mk.Routing.cgc(2, [1, 0], 0), ValueError, r"gate_experts\[1\] must mix at least one expert"),
+    (lambda: mk.Routing.cgc(2, [1, 0], 0), ValueError, r"num_specific must give each task an expert .* got \[1, 0\]"),
+    (lambda: mk.Routing.cgc(2, 0, 0), ValueError, r"num_specific must give each task an expert .* got 0"),
 ]
 
 

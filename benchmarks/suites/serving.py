@@ -60,7 +60,7 @@ def best_runtime(values: Mapping[str, float], lowest: bool = True) -> float | No
 
 
 def gain(row: Mapping[str, Any]) -> float | None:
-    """How many times as fast the better of ours is as the better of the runtimes."""
+    """How many times as fast as the better of the runtimes the better of :data:`OWN` is."""
     lowest = "p50" in row
     values = row["p50"] if lowest else row["calls_a_second"]
     ours = [values[name] for name in OWN if name in values]

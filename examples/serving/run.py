@@ -1,6 +1,6 @@
 """A converted model of torch-rechub served by a C++ program that has no Python in it: same numbers, and its latency.
 
-Trains and converts the model, packages it by AOTInductor and, through the reference, as TorchScript; builds
+Trains and converts the model, packages it by AOTInductor and, with the library's own code, as TorchScript; builds
 serve.cpp, has it answer requests of several sizes, and holds the answers against the model's own.
 
 Run: python examples/serving/run.py (a C++ compiler, cmake and ninja must be there)

@@ -21,12 +21,12 @@ def positive(name: str, value: Any) -> int:
     return value
 
 
-def units(name: str, value: Any, *, may_be_empty: bool) -> tuple[int, ...]:
-    """``value`` as a tuple of layer widths."""
+def units(name: str, value: Any, *, may_be_empty: bool, of: str = "layer's width") -> tuple[int, ...]:
+    """``value`` as a tuple of numbers, each a layer's width if not something else."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} must be a sequence of ints, one a layer, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a sequence of ints, each a {of}, got {type(value).__name__}")
     if not value and not may_be_empty:
-        raise ValueError(f"{name} must hold at least one layer's width, got an empty sequence")
+        raise ValueError(f"{name} must hold at least one {of}, got an empty sequence")
     return tuple(positive(f"{name}[{i}]", width) for i, width in enumerate(value))
 
 

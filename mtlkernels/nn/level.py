@@ -205,7 +205,10 @@ class TrunkLevel(NotScriptable, nn.Module):
             return outputs
         experts = self._read_experts(streams[0])
         if experts is None:
-            reason = "experts have hooks, differ from each other, or hold layers that are not plain ones"
+            reason = (
+                "experts have hooks, differ from each other, or hold layers that are not plain ones, or their norms'"
+                " statistics are folded, which pays from 128 rows on where gradients are recorded"
+            )
             _decisions.note("mtlkernels.nn", "experts as modules", reason, streams[0])
             return self._by_modules(streams)
         weights, biases, options = experts

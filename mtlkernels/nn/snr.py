@@ -93,7 +93,8 @@ class SNR(NotScriptable, nn.Module):
     Every sub-network of the first level reads x, one above it what its open routes bring from the level below; the
     routes from the last level lead to the tasks. In training each route's coding variable z is sampled anew at every
     step (:func:`mtlkernels.hard_concrete`), so that adding ``l0_penalty()`` times a weight to the loss closes routes;
-    in evaluation it is deterministic. A level is one fused operator, its routes another; a closed route costs nothing.
+    in evaluation it is deterministic. A level without batch norm, and without dropout that drops, is one fused
+    operator, its routes another; a closed route costs nothing.
 
     ``levels.{l}.experts.{j}.linears.{i}`` are the sub-networks' layers, ``joints.{l}.log_alpha`` [I, J] and, for Trans,
     ``joints.{l}.weight`` [I, J, H, H] belong to the routes out of level l.
@@ -144,7 +145,7 @@ class SNR(NotScriptable, nn.Module):
         self.in_features = positive("in_features", in_features)
         self.num_tasks = positive("num_tasks", num_tasks)
         self.subnet_units = units("subnet_units", subnet_units, may_be_empty=False)
-        self.num_subnets = units("num_subnets", num_subnets, may_be_empty=False)
+        self.num_subnets = units("num_subnets", num_subnets, may_be_empty=False, of="level's number")
         self.mode = _mode(mode)
         check_interval(beta, gamma, zeta)
         if isinstance(init_log_alpha, bool) or not isinstance(init_log_alpha, (int, float)):

@@ -69,7 +69,8 @@ class MMoE(_Trunk):
 
     The level is one fused :func:`mtlkernels.expert_mixture`, with ``batch_norm`` and ``dropout`` too; hooks on experts
     do not run then. Only where gradients are recorded, a forward hook on an expert, its linear layers, norms or slopes,
-    as TorchJD's autogram puts there, makes the level call its modules instead.
+    as TorchJD's autogram puts there, or norms by running statistics with fewer than 128 rows, make the level call its
+    modules instead.
 
     Args:
         in_features: D, the number of input features.
@@ -154,7 +155,8 @@ class PLE(_Trunk):
 
     Every expert and gate of the first level reads x. Above it task t's experts and gate read that task's output of the
     level below, shared experts read the output of its shared gate, a gate over all experts that the last level does
-    not have. ``levels.{l}.experts`` and ``levels.{l}.gates`` are laid out as in :class:`CGC`, the shared gate last.
+    not have. ``levels.{l}.experts`` and, in the first level, ``levels.{l}.gates`` are laid out as in :class:`CGC`, the
+    shared gate last; above it gate k is ``levels.{l}.gates.{k}``.
     Each level is one fused operator, as that of :class:`MMoE`.
 
     Args:

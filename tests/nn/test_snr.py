@@ -271,8 +271,8 @@ def test_export_with_a_dynamic_batch() -> None:
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"num_subnets": ()}, ValueError, "num_subnets must hold at least one"),
-        ({"num_subnets": 4}, TypeError, "num_subnets must be a sequence of ints, one a layer, got int"),
+        ({"num_subnets": ()}, ValueError, "num_subnets must hold at least one level's number"),
+        ({"num_subnets": 4}, TypeError, "num_subnets must be a sequence of ints, each a level's number, got int"),
         ({"num_subnets": (4, 0)}, ValueError, r"num_subnets\[1\] must be at least 1, got 0"),
         ({"subnet_units": ()}, ValueError, "subnet_units must hold at least one"),
         ({"mode": "sum"}, ValueError, "mode must be 'trans' or 'aver', got 'sum'"),

@@ -318,7 +318,7 @@ BAD = [
     ({"in_features": 0}, ValueError, r"in_features must be at least 1, got 0"),
     ({"num_tasks": "2"}, TypeError, r"num_tasks must be an int, got str"),
     ({"num_tasks": 0}, ValueError, r"num_tasks must be at least 1, got 0"),
-    ({"expert_units": 64}, TypeError, r"expert_units must be a sequence of ints, one a layer, got int"),
+    ({"expert_units": 64}, TypeError, r"expert_units must be a sequence of ints, each a layer's width, got int"),
     ({"expert_units": ()}, ValueError, r"expert_units must hold at least one layer's width"),
     ({"expert_units": (8, 0)}, ValueError, r"expert_units\[1\] must be at least 1, got 0"),
     ({"gate_units": (8, None)}, TypeError, r"gate_units\[1\] must be an int, got NoneType"),
