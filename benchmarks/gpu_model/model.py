@@ -99,7 +99,8 @@ def need(part: Part, code: Code, tile: Tile, cold: bool, card: Card) -> Need:
         return Need(busy, waits + sum(run.time for run in runs))
     step, after = _Run(1, loop.always, tile, card), _Run(part.members, loop.skipped, tile, card)
     tensor, shared, copies = _of_step(loop, tile, card)
-    compute = max(tensor + loop.waits_for_products * card.product_latency, shared, step.issue)
+    idle = loop.waits_for_products * card.product_latency + _Run(1, loop.after_products, tile, card).issue
+    compute = max(tensor + idle, shared, step.issue)
     copy = max(copies, latency / max(tile.stages - 1, 1))
     fill = part.chain * card.l2_latency + latency
     if code.around(loop):

@@ -9,6 +9,8 @@ from benchmarks.gpu_model.launches import Launch
 from benchmarks.gpu_model.sass import Code, Loop
 from mtlkernels.ops.level.triton.gradient_kernels import FEW_COLUMNS
 
+SOME = 16  # of a gate's members, which kernels take at a time
+
 
 @dataclass(frozen=True)
 class Part:
@@ -66,12 +68,20 @@ def _layer_forward(launch: Launch) -> list[Part]:
 
 
 def _last_forward(launch: Launch) -> list[Part]:
-    """A program waits for each gate's logit, and for its place, after each expert."""
+    """A program waits for each gate's logit, and for its place, after each expert; for all gates' at first.
+
+    The loops in front of the product's are over the logits of a gate that are more than sixteen.
+    """
     rows, columns, steps = _blocks(launch)
     splits, gates = launch.arguments["splits"], launch.constants["GATES"]
     experts = _quotient(launch.arguments["num_experts"], splits)
-    programs, near, far = rows * columns * splits, 2.0 * gates * experts, 3.0 * gates
-    return [Part(programs, 0, experts, experts * steps, near=near, far=far)]
+    offsets = _entries(launch, launch.arguments["gates"] + 3 * gates, gates + 1)
+    most = max(end - start for start, end in zip(offsets, offsets[1:], strict=False))
+
+    def trips(code: Code, loop: Loop) -> int:
+        return _quotient(most, SOME) - 1 if loop.begin < code.products[0].begin else 1
+
+    return [Part(rows * columns * splits, 0, experts, experts * steps, trips, near=2.0 * gates * experts, far=3.0)]
 
 
 def _input_gradient(launch: Launch) -> list[Part]:
@@ -87,23 +97,24 @@ def _input_gradient(launch: Launch) -> list[Part]:
 def _sums_of_parts(launch: Launch) -> Callable[[Code, Loop], int]:
     """The passes of loops that add programs' parts, some columns at a time: of the last program, whom others wait for.
 
-    The compiler has unrolled the loop over parts several times, with another one for those that are left.
+    The compiler has unrolled the loop over parts several times.
     """
     splits, chunks = launch.arguments["splits"], _quotient(launch.tile.columns, FEW_COLUMNS.value)
 
     def trips(code: Code, loop: Loop) -> int:
         if not code.depth(loop):
             return chunks if any(loop.holds(other) for other in code.loops) else 1
-        moved = sorted(other.moved("LDG") for other in code.loops if other.begin in within(code, loop))
-        times = moved[-1] // max(moved[0], 1)
-        return chunks * (splits // times if loop.moved("LDG") == moved[-1] else splits % times)
-
-    def within(code: Code, loop: Loop) -> set[int]:
-        """Where the loops begin that lie in the same one."""
-        around = code.around(loop)[-1]
-        return {other.begin for other in code.loops if around.holds(other)}
+        return chunks * _unrolled(code, loop, splits)
 
     return trips
+
+
+def _unrolled(code: Code, loop: Loop, count: int) -> int:
+    """The passes of one of two loops inside another: one takes several of ``count`` steps a pass, and one the rest."""
+    around = code.around(loop)[-1]
+    moved = sorted(other.moved("LDG") for other in code.loops if around.holds(other))
+    times = moved[-1] // max(moved[0], 1)
+    return count // times if loop.moved("LDG") == moved[-1] else count % times
 
 
 def _weight_gradient(launch: Launch) -> list[Part]:
@@ -121,20 +132,28 @@ def _weight_gradient(launch: Launch) -> list[Part]:
 
 
 def _mix_backward(launch: Launch) -> list[Part]:
-    """Three runs over gates, experts and gates; the loops over a gate's members are unrolled four times."""
+    """Three runs: over gates, experts and gates. Of a gate's members sixteen are taken at a time."""
     sizes, tile = launch.arguments, launch.tile
     gates, experts, members = sizes["num_gates"], sizes["num_experts"], sizes["num_members"]
     blocks = _quotient(sizes["width"], tile.columns)
-    unrolled = _quotient(members, 4)
+    offsets = _entries(launch, sizes["gates"] + 3 * gates, gates + 1)
+    groups = sum(_quotient(end - start, SOME) for start, end in zip(offsets, offsets[1:], strict=False))
 
     def trips(code: Code, loop: Loop) -> int:
+        around = [*code.around(loop), loop]
         outermost = [other for other in code.loops if not code.depth(other)]
-        over_experts = outermost.index((*code.around(loop), loop)[0]) == 1
-        counts = (experts, experts * blocks, members * blocks) if over_experts else (gates, unrolled, members)
-        return counts[min(code.depth(loop), 2)]
+        place, depth = outermost.index(around[0]), len(around) - 1
+        if place == 1:
+            return (experts, experts * blocks, members * blocks)[depth]
+        if depth == 0:
+            return gates
+        if depth == 1:  # first the logits behind the first sixteen, twice, and then all of them
+            inside = [other for other in code.loops if code.around(other) == around[:1]]
+            return groups - gates if place == 0 and inside.index(loop) < 2 else groups
+        return groups * _unrolled(code, loop, blocks)
 
     programs = _quotient(sizes["num_rows"], tile.rows)
-    far = 4.0 * gates + experts * blocks + 2.0 * unrolled
+    far = 4.0 * gates + experts * blocks + 2.0 * groups
     return [Part(programs, others=trips, near=2.0 * members * blocks, far=far)]
 
 

@@ -107,11 +107,28 @@ class Loop:
     @property
     def waits_for_products(self) -> int:
         """How often a pass waits until no product is under way any more."""
-        return sum(i.opcode == "WARPGROUP.DEPBAR.LE" and i.operands.endswith(", 0x0") for i in self.body)
+        return sum(_waits(i) for i in self.body)
+
+    @property
+    def after_products(self) -> tuple[Instruction, ...]:
+        """What always follows such a wait in a pass, until its next product begins: no tensor core is at work then."""
+        found: list[Instruction] = []
+        marks = [i for i in self.always if _waits(i) or i.mma is not None]
+        idle = bool(marks) and _waits(marks[-1])  # at the beginning of a pass, as at the end of the one before
+        for i in self.always:
+            idle = (idle or _waits(i)) and i.mma is None
+            if idle:
+                found.append(i)
+        return tuple(found)
 
     def moved(self, *names: str) -> int:
         """Bytes that instructions of these names move for a thread in a pass."""
         return sum(i.bytes for i in self.body if i.name in names)
+
+
+def _waits(instruction: Instruction) -> bool:
+    """Whether it waits until no product is under way."""
+    return instruction.opcode == "WARPGROUP.DEPBAR.LE" and instruction.operands.endswith(", 0x0")
 
 
 class Code:

@@ -185,23 +185,28 @@ def gate_logits(gates, k, num_gates, first, rows, LOGITS: tl.constexpr):
 
 
 @triton.jit
-def softmax_statistics(logits, column_stride, size, inside, ROWS: tl.constexpr):
-    """The maximum of each row's logits, and the sum of the exponentials of their distances to it."""
-    members = tl.arange(0, 16)
-    highest = tl.full((ROWS, 16), float("-inf"), tl.float32)
-    for j in range(0, size, 16):
-        mask = inside[:, None] & (j + members < size)[None, :]
-        at = logits[:, None] + ((j + members) * column_stride)[None, :]
-        value = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
+def some_logits(logits, column_stride, start, size, inside):
+    """16 of a gate's logits of each row, from a member on; minus infinity where there are fewer."""
+    members = start + tl.arange(0, 16)
+    mask = inside[:, None] & (members < size)[None, :]
+    at = logits[:, None] + (members * column_stride)[None, :]
+    return tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def softmax_statistics(logits, column_stride, size, inside, some):
+    """The maximum of each row's logits, and the sum of the exponentials of their distances to it.
+
+    ``some`` are the first of them, see ``some_logits``.
+    """
+    highest = some
+    for j in range(16, size, 16):
         # A NaN must reach the result, as in PyTorch's softmax; the sum below takes it there.
-        highest = tl.maximum(highest, value)
+        highest = tl.maximum(highest, some_logits(logits, column_stride, j, size, inside))
     maximum = tl.where(inside, tl.max(highest, 1), 0.0)
-    total = tl.zeros((ROWS, 16), tl.float32)
-    for j in range(0, size, 16):
-        mask = inside[:, None] & (j + members < size)[None, :]
-        at = logits[:, None] + ((j + members) * column_stride)[None, :]
-        value = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
-        total += tl.exp(value - maximum[:, None])
+    total = tl.exp(some - maximum[:, None])
+    for j in range(16, size, 16):
+        total += tl.exp(some_logits(logits, column_stride, j, size, inside) - maximum[:, None])
     return maximum, tl.where(inside, tl.sum(total, 1), 1.0)
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from benchmarks.gpu_model import __main__ as command  # noqa: E402
 from benchmarks.gpu_model.card import H100, Card  # noqa: E402
 from benchmarks.gpu_model.cubin import Cubin  # noqa: E402
-from benchmarks.gpu_model.launches import steps  # noqa: E402
+from benchmarks.gpu_model.launches import CPU, steps  # noqa: E402
 from benchmarks.gpu_model.model import Need, need, predict, resident, waves  # noqa: E402
 from benchmarks.gpu_model.plan import Part, plan  # noqa: E402
 from benchmarks.gpu_model.sass import Code  # noqa: E402
@@ -21,6 +21,7 @@ from benchmarks.peers.shape import TrunkShape  # noqa: E402
 from benchmarks.suites.mixture import LEVEL, TWO_LEVELS  # noqa: E402
 from mtlkernels.ops._triton import DTYPES as KINDS  # noqa: E402
 from mtlkernels.ops._triton import Kind, Tile  # noqa: E402
+from mtlkernels.ops._triton_splits import card  # noqa: E402
 from mtlkernels.ops.activations import CODES  # noqa: E402
 from mtlkernels.ops.level.triton import tiles  # noqa: E402
 
@@ -100,7 +101,7 @@ def test_what_a_program_needs() -> None:
 
 
 def test_one_loop_over_all_members() -> None:
-    """What branches skip runs once a member, and copies go on meanwhile."""
+    """What branches skip runs once a member, and copies go on meanwhile; tensor cores are idle behind a wait."""
     one = SASS.replace("@P0 BRA 0x110", "@P0 BRA 0x20").replace("@!P5 BRA 0x30", "@P5 BRA 0xb0")
     found = Code(one.replace("LDG.E.64 R2, desc[UR4][R2.64]", "WARPGROUP.DEPBAR.LE gsb0, 0x0"))
     loop = found.products[0]
@@ -108,10 +109,18 @@ def test_one_loop_over_all_members() -> None:
     assert loop.waits_for_products == 1 and not found.around(loop)
     known = need(Part(1, 0, 3, 15, chain=2), found, TILE, cold=False, card=CARD)
     once, fill, store = 2 * 4, 2 * 100 + 100, 3 * (2 + 16 * 256 / 32)
-    step = 256 + CARD.product_latency
+    assert [i.address for i in loop.after_products] == [0x20, 0x30, 0x40]
+    step = 256 + CARD.product_latency + 2 * 3 + CARD.barrier
     assert known.alone == once + fill + 2 * 2 * 10 + 15 * step + store
     far = need(Part(1, 0, 3, 15, chain=2), found, TILE, cold=False, card=replace(CARD, l2_bytes=16.0))
     assert far.alone == once + fill + 15 * 512  # copies take longer than all that they go on beside
+
+
+def test_tensor_cores_are_idle_from_one_pass_to_the_next() -> None:
+    copy = "LDGSTS.E.BYPASS.128 [R33+0x1000], desc[UR12][R10.64], P5"
+    loop = Code(SASS.replace(copy, "WARPGROUP.DEPBAR.LE gsb0, 0x0")).products[0]
+    assert [i.address for i in loop.after_products] == [0x30, 0x40, 0x80, 0x90]
+    assert code().products[0].after_products == ()
 
 
 def test_other_loops_run_as_often_as_the_plan_says() -> None:
@@ -160,7 +169,8 @@ def test_launches_are_those_of_the_launchers() -> None:
     assert kind.dtype == KINDS[torch.bfloat16]
     first = tiles.beside_gates(tiles.product(kind, 4096, 256))
     assert found[0].name == "layer_forward" and found[0].tile == first
-    assert found[1].name == "last_forward" and found[1].tile == tiles.mixing(kind, 3, 4096, 128, CODES["relu"])
+    mixing = tiles.mixing(kind, 3, 4096, 128, 256, CODES["relu"], card(CPU))
+    assert found[1].name == "last_forward" and found[1].tile == mixing
     assert found[-1].name == "weight_gradient" and found[-1].tile == tiles.WEIGHT_GRADIENT[kind.operands]
     assert found[0].arguments["depth"] == 416 and found[0].constants["LINEAR_GATES"] is True
 

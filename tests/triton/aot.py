@@ -115,11 +115,12 @@ def every_variant(
     yield from snr_variants()
 
 
-def mixers(choice: tiles.Mixers, code: int, every_gate: bool) -> Iterator[tuple[Tile, int]]:
+def mixers(kind: Kind, code: int, every_gate: bool) -> Iterator[tuple[Tile, int]]:
     """The tiles of the last layer's kernel with an activation, each with numbers of gates that it serves."""
-    most = tiles.MAX_FUSED_GATES
+    choice, most = tiles.MIXING[kind.operands], tiles.MAX_FUSED_GATES
     if choice.wide and code in FLAT_CODES:
-        yield from ((choice.wide, gates) for gates in range(1, chain_kernels.FLAT_GATES.value + 1))
+        loops = [choice.wide, *_of(tiles.LARGE_MIXING, kind)]
+        yield from itertools.product(loops, range(1, chain_kernels.FLAT_GATES.value + 1))
     for tile, low, high in ((choice.short, 1, most), (choice.full, 1, choice.few), (choice.many, choice.few + 1, most)):
         for gates in range(low, high + 1, 1 if every_gate else max(high - low, 1)):
             yield tile, gates
@@ -146,9 +147,9 @@ def mixture_variants(
                 yield _made("layer_forward", tiles.beside_gates(tile) if gates else tile, kind, **what)
         for code in dict.fromkeys((*forward_codes, *FLAT_CODES)):
             what = {"LOGITS": tl.float32, "CODE": code, "KEEP": True}
-            for tile, count in mixers(tiles.MIXING[kind.operands], code, every_gate):
-                for split in (False, True):
-                    yield _made("last_forward", tile, kind, **what, GATES=count, SPLIT=split)
+            for (tile, count), split in itertools.product(mixers(kind, code, every_gate), (False, True)):
+                whole = tile in tiles.LARGE_MIXING.values()
+                yield _made("last_forward", tile, kind, **what, GATES=count, SPLIT=split, WHOLE=whole)
         # Only sums over the readers of an input are split, with gates or without, and no activation is in front.
         ways = ((False, False), (False, True), (True, False), (True, True))
         for code, gates, split in (*((code, False, False) for code in backward_codes), *((0, *way) for way in ways)):
@@ -169,7 +170,8 @@ def _of(large: Mapping[tuple[str, bool], Tile], kind: Kind) -> list[Tile]:
 
 def ships(variant: Variant, architecture: int) -> bool:
     """Whether launchers choose the configuration on that architecture."""
-    large = {*tiles.LARGE_INPUT.values(), *tiles.LARGE_WEIGHT.values()}
+    choices = (tiles.LARGE_MIXING, tiles.LARGE_INPUT, tiles.LARGE_WEIGHT)
+    large = {tile for choice in choices for tile in choice.values()}
     return variant.tile not in large or divmod(architecture, 10) in LARGE
 
 

@@ -13,7 +13,7 @@ from mtlkernels._backends import interpreting
 from mtlkernels.ops._triton import Kind
 from mtlkernels.ops._triton_splits import Card
 from mtlkernels.ops.level.spec import Groups, Layer, LevelSpec
-from mtlkernels.ops.level.triton import chain_backward, tiles
+from mtlkernels.ops.level.triton import chain_backward, chain_forward, tiles
 from tests.ops import zero_widths
 from tests.ops.level import gate_layers
 from tests.ops.level.operator import Operands, with_norms
@@ -70,6 +70,20 @@ def test_tiles_of_a_large_card(name: str, linear: bool) -> None:
     launched = {(call.args[2], call.kwargs["SPLIT"]) for call in launch.call_args_list}
     split = name == "split_sums_"
     assert {(tiles.LARGE_INPUT[kind.operands], split), (tiles.LARGE_WEIGHT[kind.operands], split)} <= launched
+
+
+def test_a_whole_expert_at_a_time() -> None:
+    """On a large card, by one program a block or by several; with gates of more members than are taken at a time."""
+    case = Case("whole", 70, (16, 256, 128), 18, 3, (1, 2), dtype=torch.float16, largest_gate=18)
+    tile = tiles.LARGE_MIXING[Kind.of(torch.float16, True).operands]
+    with mock.patch.object(chain_forward, "launch", wraps=chain_forward.launch) as launch:
+        check_level(case, "cpu")
+    launched = {
+        (call.args[2], call.kwargs["SPLIT"], call.kwargs["KEEP"])
+        for call in launch.call_args_list
+        if call.kwargs.get("WHOLE")
+    }
+    assert launched == {(tile, True, True), (tile, False, False)}
 
 
 @pytest.mark.parametrize("needs", one_or_all_but_one(5), ids=str)

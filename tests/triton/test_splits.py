@@ -17,7 +17,7 @@ HALF = Kind(DTYPES[torch.bfloat16], True, "ieee")
 
 def mixing(rows: int, multiprocessors: int = H100) -> int:
     """The splits of the last layer of workload A: 12 experts, 3 gates, 256 to 128 features in bfloat16."""
-    tile = tiles.mixing(HALF, 3, rows, 128, CODES["relu"])
+    tile = tiles.mixing(HALF, 3, rows, 128, 256, CODES["relu"], Card(multiprocessors, False))
     assert tile is not None
     return splits(tiles.mixing_sums(tile, 12, rows, 128, 256, 3, 2), multiprocessors)
 

@@ -7,6 +7,7 @@ contiguous. That serves [B, E, H] tensors as well as the [E, B, H] scratch of a 
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
@@ -18,8 +19,26 @@ from mtlkernels.ops._triton_functions import (
     pointer,
     probability,
     softmax_statistics,
+    some_logits,
     whole,
 )
+
+
+@triton.jit
+def of_members(values, stride, start, size, inside):
+    """Pointers to a value a row, ``values``, for 16 members of a gate from ``start`` on; which of them there are."""
+    members = start + tl.arange(0, 16)
+    return values[:, None] + (members * stride)[None, :], inside[:, None] & (members < size)[None, :]
+
+
+@triton.jit
+def sum_of_blocks(values, block_stride, blocks, stride, start, size, inside):
+    """What these point to, added up over blocks of columns."""
+    total = tl.zeros((inside.shape[0], 16), tl.float32)
+    for block in range(blocks):
+        at, mask = of_members(values + block * block_stride, stride, start, size, inside)
+        total += tl.load(at, mask=mask, other=0.0)
+    return total
 
 
 @kernel()
@@ -45,7 +64,8 @@ def mix_forward(
     gates = table + gates
     for k in range(num_gates):
         logits, column_stride, start, end = gate_logits(gates, k, num_gates, first, rows, LOGITS)
-        maximum, total = softmax_statistics(logits, column_stride, end - start, inside, ROWS)
+        some = some_logits(logits, column_stride, 0, end - start, inside)
+        maximum, total = softmax_statistics(logits, column_stride, end - start, inside, some)
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
         for j in range(start, end):
             expert = tl.load(gates + 4 * num_gates + 1 + j)
@@ -85,10 +105,12 @@ def mix_backward(
     if NEED_EXPERTS or NEED_LOGITS:
         for k in range(num_gates):
             logits, column_stride, start, end = gate_logits(gates, k, num_gates, first, rows, LOGITS)
-            maximum, total = softmax_statistics(logits, column_stride, end - start, inside, ROWS)
-            for j in range(start, end):
-                weight = probability(logits, column_stride, j - start, maximum, total, inside)
-                tl.store(weights + j * stride, weight, mask=inside)
+            some = some_logits(logits, column_stride, 0, end - start, inside)
+            maximum, total = softmax_statistics(logits, column_stride, end - start, inside, some)
+            for j in range(0, end - start, 16):
+                some = some_logits(logits, column_stride, j, end - start, inside)
+                at, mask = of_members(weights + start * stride, stride, j, end - start, inside)
+                tl.store(at, tl.exp(some - maximum[:, None]) / total[:, None], mask=mask)
         tl.debug_barrier()  # each thread reads what others of its program have written
 
     row_stride = whole(tl.load(table + saved + 1), KIND)
@@ -129,19 +151,19 @@ def mix_backward(
         for k in range(num_gates):
             start = tl.load(gates + 3 * num_gates + k).to(tl.int32)
             end = tl.load(gates + 3 * num_gates + k + 1).to(tl.int32)
+            size = end - start
             mean = tl.zeros((ROWS,), tl.float32)
-            for j in range(start, end):
-                weight = tl.load(weights + j * stride, mask=inside, other=0.0)
-                for block in range(blocks):
-                    mean += weight * tl.load(inner + (block * num_members + j) * stride, mask=inside, other=0.0)
+            for j in range(0, size, 16):
+                at, mask = of_members(weights + start * stride, stride, j, size, inside)
+                dots = sum_of_blocks(inner + start * stride, num_members * stride, blocks, stride, j, size, inside)
+                mean += tl.sum(tl.load(at, mask=mask, other=0.0) * dots, 1)
             row_stride = tl.load(table + grad_logits + num_gates + k)
             length = tl.load(table + grad_logits + 2 * num_gates + k).to(tl.int32)
             out = pointer(table, grad_logits + k, LOGITS) + (first + rows) * row_stride
-            for j in range(start, end):
-                weight = tl.load(weights + j * stride, mask=inside, other=0.0)
-                value = tl.zeros((ROWS,), tl.float32)
-                for block in range(blocks):
-                    value += tl.load(inner + (block * num_members + j) * stride, mask=inside, other=0.0)
-                tl.store(out + (j - start), (weight * (value - mean)).to(LOGITS), mask=inside)
-            for j in range(end - start, length):
-                tl.store(out + j, tl.zeros((ROWS,), LOGITS), mask=inside)
+            for j in range(0, length, 16):
+                at, mask = of_members(weights + start * stride, stride, j, size, inside)
+                dots = sum_of_blocks(inner + start * stride, num_members * stride, blocks, stride, j, size, inside)
+                grad = tl.where(mask, tl.load(at, mask=mask, other=0.0) * (dots - mean[:, None]), 0.0)
+                members = j + tl.arange(0, 16)
+                there = inside[:, None] & (members < length)[None, :]
+                tl.store(out[:, None] + members[None, :], grad.to(LOGITS), mask=there)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from mtlkernels.ops._triton import DTYPES, Launch, Run, Table, Tile, contiguous, launch
-from mtlkernels.ops._triton_splits import split
+from mtlkernels.ops._triton_splits import card, split
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture.triton import Gates
@@ -39,7 +39,8 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
     saved = rooms[: last + 1] if save else []
     if linear:
         logits = list(rooms[-1].split(spec.gate_sizes, 1))
-    tile = tiles.mixing(level.kind, len(spec.gate_sizes), level.num_rows, widths[-1], spec.layers[last].activation)
+    sizes = (len(spec.gate_sizes), level.num_rows, widths[-1], level.widths[-2])
+    tile = tiles.mixing(level.kind, *sizes, spec.layers[last].activation, card(x.device))
     hidden = _hidden(table, level, spec, saved, fused=tile is not None)
 
     read = [table.pointers(inputs[stream] for stream in spec.expert_inputs)]
@@ -112,6 +113,7 @@ def _last(
         "KEEP": save,
         "GATES": len(gates.sizes),
         "SPLIT": shares.count > 1,
+        "WHOLE": tile in tiles.LARGE_MIXING.values(),
     }
 
     def run(entries: Tensor) -> Launch | None:

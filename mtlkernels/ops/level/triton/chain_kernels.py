@@ -22,9 +22,11 @@ from mtlkernels.ops._triton_functions import (
     parts_to_add,
     pointer,
     probability,
+    product,
     saved_of,
     share_of,
     softmax_statistics,
+    some_logits,
     sum_of_parts,
     whole,
 )
@@ -47,9 +49,12 @@ def add_bias(acc, address, first_column, inside, KIND: tl.constexpr, COLUMNS: tl
 @triton.jit
 def linear(
     table, inputs, weights, biases, first, first_column, left_rows, left_columns, depth,
-    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
-    """``x W^T + b`` of a block, float32; the places in the table are those of one expert."""
+    """``x W^T + b`` of a block, float32; the places in the table are those of one expert.
+
+    ``WHOLE``: ``depth`` is ``DEPTH``.
+    """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
@@ -57,7 +62,11 @@ def linear(
     x = operand(table, inputs, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
     weight = operand(table, weights, KIND) + first_column * depth + columns[None, :] * depth + inner[:, None]
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    acc = multiply(acc, x, weight, None, rows < left_rows, inside, 0, depth, KIND, DEPTH)
+    if WHOLE:
+        left = tl.load(x, mask=(rows < left_rows)[:, None], other=0.0)
+        acc = product(acc, left, tl.load(weight, mask=inside[None, :], other=0.0), KIND)
+    else:
+        acc = multiply(acc, x, weight, None, rows < left_rows, inside, 0, depth, KIND, DEPTH)
     return add_bias(acc, tl.load(table + biases), first_column, inside, KIND, COLUMNS)
 
 
@@ -155,19 +164,21 @@ def last_forward(
     table, inputs, weights, biases, outputs, kept, gates, positions, parts, counters, splits,
     num_experts, num_rows, width, depth,
     KIND: tl.constexpr, LOGITS: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
-    GATES: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GATES: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The last layer of every expert and all gates' weighted sums of them, held in registers.
 
     ``positions`` [K, E] holds an expert's place among a gate's logits, or -1. ``KEEP`` writes what the backward pass
     reads; without it no expert's output reaches memory. ``SPLIT``: ``splits`` programs share a block, each with some of
     the experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split, gate].
+    ``WHOLE``: the depth is ``DEPTH``, so that each pass through the loop takes a whole expert.
     """
     # As one loop, the next expert's operands are copied while one is mixed, if they are copied in whole vectors. Where
     # there are more gates, or more to compute in between, that takes some registers too many on some architectures.
     FLAT: tl.constexpr = GATES <= FLAT_GATES and CODE <= LEAKY_RELU and KIND.dtype != tl.float32 and KIND.aligned
     width = whole(width, KIND)
-    depth = whole(depth, KIND)
+    depth = DEPTH if WHOLE else whole(depth, KIND)
     blocks = tl.cdiv(width, COLUMNS)
     tile = tl.program_id(0)
     start = 0
@@ -188,20 +199,24 @@ def last_forward(
     corner = first * width + first_column
     gates = table + gates
 
+    some = ()  # of all gates at first, so that they are waited for at the same time
+    for k in tl.static_range(GATES):
+        logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
+        some = some + (some_logits(logits, column_stride, 0, high - low, inside),)
     maxima = ()
     totals = ()
     sums = ()
     for k in tl.static_range(GATES):
         logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
-        maximum, total = softmax_statistics(logits, column_stride, high - low, inside, ROWS)
+        maximum, total = softmax_statistics(logits, column_stride, high - low, inside, some[k])
         maxima = maxima + (maximum,)
         totals = totals + (total,)
         sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float32),)
 
-    for e in tl.range(start, end, flatten=FLAT):
+    for e in tl.range(start, end, flatten=FLAT and not WHOLE):
         acc = linear(
             table, inputs + e, weights + e, biases + e, first, first_column, left_rows, left_columns, depth,
-            KIND, ROWS, COLUMNS, DEPTH,
+            KIND, ROWS, COLUMNS, DEPTH, WHOLE,
         )  # fmt: skip
         expert = activate(acc, CODE)
         if KEEP:

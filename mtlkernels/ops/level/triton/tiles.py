@@ -59,8 +59,8 @@ class Mixers(NamedTuple):
 
 # One accumulator a gate and one for the product, of 16 or 8 registers a thread each. Registers are given outright: the
 # compiler would rather spill a few, for an occupancy that a loop fed by asynchronous copies does not need. By the
-# model, three gates take 275 us at 65,536 rows of workload A and 24 at 4,096 with 64 x 128 x 32, where an expert's
-# probabilities are computed once a row, instead of 427 and 26 with 64 x 64 x 64; but silu would spill.
+# model, three gates take 341 us at 65,536 rows of workload A and 28 at 4,096 with 64 x 128 x 32, where an expert's
+# probabilities are computed once a row, instead of 474 and 30 with 64 x 64 x 64; but silu would spill.
 MAX_FUSED_GATES = 8
 MIXING = {
     ("half", True): Mixers(
@@ -89,9 +89,12 @@ WEIGHT_GRADIENT = {
     ("ieee", False): Tile(32, 32, 16, 4, 2, 255),
 }
 
-# Of a large card, see :class:`mtlkernels.ops._triton_splits.Card`: 128 x 256 tiles read a quarter less than 128 x 128,
-# and reading is what these kernels wait for. By the model, workload A at 65,536 rows: 336 us for the inputs' gradient
-# instead of 413, 424 for the weights' instead of 543. On sm_80 the weights' spill.
+# Of a large card, see :class:`mtlkernels.ops._triton_splits.Card`, by the model for workload A at 65,536 rows. Its
+# shared memory has room for all that an expert's product reads, twice: each pass through the loop mixes an expert, with
+# strides that are known, in 201 us instead of 341. 128 x 256 tiles read a quarter less than 128 x 128, and reading is
+# what gradients wait for: 336 us for the inputs' instead of 413, 424 for the weights' instead of 543. On sm_80 the
+# weights' spill.
+LARGE_MIXING = {("half", True): Tile(64, 128, 256, 8, 2, 255)}
 LARGE_INPUT = {("half", True): Tile(128, 256, 32, 8, 3)}
 LARGE_WEIGHT = {("half", True): Tile(128, 256, 64, 8, 3)}
 
@@ -133,7 +136,7 @@ def beside_gates(tile: Tile) -> Tile:
     return replace(tile, registers=255) if spills else tile
 
 
-def mixing(kind: Kind, gates: int, rows: int, columns: int, code: int) -> Tile | None:
+def mixing(kind: Kind, gates: int, rows: int, columns: int, depth: int, code: int, card: Card) -> Tile | None:
     """For ``last_forward`` with an activation of that code; None for more gates than fit."""
     choice = MIXING[kind.operands]
     if gates > MAX_FUSED_GATES:
@@ -141,7 +144,8 @@ def mixing(kind: Kind, gates: int, rows: int, columns: int, code: int) -> Tile |
     if rows <= 2 * choice.short.rows:
         return choice.short
     if choice.wide and columns >= choice.wide.columns and gates <= FLAT_GATES.value and code <= CODES["leaky_relu"]:
-        return choice.wide
+        whole = LARGE_MIXING.get(kind.operands)
+        return whole if whole and card.large and depth == whole.depth else choice.wide
     return choice.full if gates <= choice.few else choice.many
 
 
