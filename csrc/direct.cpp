@@ -14,6 +14,7 @@
 #include "cpu/gemm/kept_weights.h"
 #include "cpu/level/level.h"
 #include "cpu/runtime/check.h"
+#include "cpu/runtime/tensors.h"
 #include "cpu/simd/activation_codes.h"
 #include "level_node.h"
 
@@ -109,6 +110,15 @@ bool any_requires_grad(const LevelCall& call) {
   const LevelTensors& tensors = call.tensors;
   return of(tensors.inputs) || of(tensors.weights) || of(tensors.biases) || of(tensors.slopes) || of(tensors.gates) ||
          of(tensors.gate_biases) || of_norms(call.norms.experts) || of_norms(call.norms.gates);
+}
+
+void hold_memory(LevelCall& call) {
+  hold_memory(call.tensors);
+  for (std::vector<NormTensors>* of_kind : {&call.norms.experts, &call.norms.gates}) {
+    for (NormTensors& norm : *of_kind) {
+      for (at::Tensor* part : {&norm.mean, &norm.variance, &norm.weight, &norm.bias}) *part = held(*part);
+    }
+  }
 }
 
 }  // namespace
@@ -220,10 +230,13 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
     }
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     if (wanted && !(trains && norms.is_none() && gate_norms.is_none() && !spec->stores_inputs())) return py::none();
+    const LevelTensors given = wanted ? call.tensors : LevelTensors{};
+    hold_memory(call);
     Tensors outputs;
     {
       const py::gil_scoped_release release;
-      outputs = wanted ? trained_level(*spec, call.tensors, by_name) : serve_level(*spec, call.tensors, call.norms);
+      outputs =
+          wanted ? trained_level(*spec, given, call.tensors, by_name) : serve_level(*spec, call.tensors, call.norms);
     }
     return wrapped_groups<py::tuple>({&outputs});
   } catch (const Refused&) {

@@ -98,7 +98,8 @@ Tensors by_cpp(const Context& context, const variable_list& grads) {
   const LevelSpec spec = context.spec();
   const std::vector<bool> needs = context.needs();
   const variable_list saved = context.saved();
-  const LevelTensors tensors = spec.split(at::TensorList(saved).slice(0, needs.size()));
+  LevelTensors tensors = spec.split(at::TensorList(saved).slice(0, needs.size()));
+  hold_memory(tensors);
   return differentiate_level(spec, tensors, grads, at::TensorList(saved).slice(needs.size()),
                              needs_by_kind(needs, tensors));
 }
@@ -164,6 +165,8 @@ struct NodeOf : torch::autograd::CppNode<LevelFunction> {
   void release_resources() {
     Root::release_resources();
     release_variables();
+    // The context refers to the node, weakly, and as long as anyone does its memory is not given back.
+    if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Root>) this->set_ctx_grad_fn(c10::intrusive_ptr<Root>());
   }
 };
 using LevelNode = NodeOf<torch::autograd::Node>;
@@ -256,13 +259,13 @@ bool is_observed(at::TensorList tensors) {
          });
 }
 
-Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, bool by_name) {
+Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, const LevelTensors& held, bool by_name) {
   Tensors all;
   for (const Tensors* of_kind :
        {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.gates, &tensors.gate_biases}) {
     all.insert(all.end(), of_kind->begin(), of_kind->end());
   }
-  return with_node(spec, all, train_level(spec, tensors), by_name ? kByName : 0);
+  return with_node(spec, all, train_level(spec, held), by_name ? kByName : 0);
 }
 
 void define_level_node(py::module_& module) {

@@ -19,9 +19,9 @@ bool is_plain(const at::Tensor& tensor);
 // tangents; or gradients are recorded. Undefined tensors are None.
 bool is_observed(at::TensorList tensors);
 
-// The outputs of a level without norms, dropout and slopes, of which gradients are wanted. `by_name`: "cpp" was asked
-// for.
-Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, bool by_name);
+// The outputs of a level without norms, dropout and slopes, of which gradients are wanted. `held`: the same tensors,
+// whose memory stays. `by_name`: "cpp" was asked for.
+Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, const LevelTensors& held, bool by_name);
 
 // mtlkernels._C.recorded_level, LevelContext and level_context, see level_node.cpp.
 void define_level_node(pybind11::module_& module);

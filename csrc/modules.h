@@ -54,7 +54,8 @@ struct ModuleTypes {
 
 inline bool is_of(PyObject* object, PyObject* type) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type; }
 
-// Weight and bias of a plain linear layer, borrowed; a bias that is not there is null. A null weight: it is not plain.
+// Weight and bias of a plain linear layer, borrowed; a bias of None is null. A null weight: it is not plain, as where
+// its bias is no parameter but a buffer, or an attribute that torch.nn.utils.prune makes.
 struct LinearLayer {
   LinearLayer(PyObject* layer, const ModuleTypes& types) {
     static PyObject *const parameters = interned("_parameters"), *const of_weight = interned("weight");
@@ -66,6 +67,7 @@ struct LinearLayer {
       return;
     }
     bias = entry(own, of_bias);
+    if (!bias) weight = nullptr;
     if (bias == Py_None) bias = nullptr;
   }
   PyObject *weight = nullptr, *bias = nullptr;

@@ -32,7 +32,8 @@ template <size_t N>
 bool is_among(const std::array<std::string_view, N>& names, PyObject* name) {
   Py_ssize_t size = 0;
   const char* const text = PyUnicode_AsUTF8AndSize(name, &size);
-  return text && std::find(names.begin(), names.end(), std::string_view(text, size)) != names.end();
+  if (!text) return PyErr_Clear(), false;  // there are strings that have no UTF-8
+  return std::find(names.begin(), names.end(), std::string_view(text, size)) != names.end();
 }
 
 // Whether an object is the same as long as it is the same object, and holds no module.
@@ -117,7 +118,7 @@ bool Snapshot::take(PyObject* object, PyObject* module_type) {
   if (THPVariable_Check(object)) {
     const at::Tensor& tensor = THPVariable_Unpack(object);
     if (!is_plain(tensor)) return false;
-    entries_.push_back({Kind::kTensor, static_cast<int64_t>(tensors_.size())});
+    entries_.push_back({Kind::kTensor, static_cast<int64_t>(tensors_.size()), nullptr, Py_TYPE(object)});
     tensors_.emplace_back(tensor);
     storages_.insert(tensor.storage().unsafeGetStorageImpl());
     return true;
@@ -179,7 +180,7 @@ bool Snapshot::same(PyObject* object, Cursor& at) const {
     case Kind::kSeen:
       return object == entry.object;
     case Kind::kTensor: {
-      if (!THPVariable_Check(object) || !tensors_[entry.count].is(THPVariable_Unpack(object))) return false;
+      if (Py_TYPE(object) != entry.type || !tensors_[entry.count].is(THPVariable_Unpack(object))) return false;
       if (at.held) at.held->push_back(THPVariable_Unpack(object).storage());
       return true;
     }

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 # pyright: reportAttributeAccessIssue=false
 import torch
 import torch.utils._device
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 tree_flatten, tree_unflatten, tree_map = pytree.tree_flatten, pytree.tree_unflatten, pytree.tree_map
@@ -87,6 +89,17 @@ def is_node_of(node: Any, function: Any) -> bool:
 def is_leaf_node(node: Any) -> bool:
     """Whether a node of autograd's graph is where the gradient of a leaf arrives."""
     return bool(node.name() == "torch::autograd::AccumulateGrad")
+
+
+def is_module_hook(node: Any) -> bool:
+    """Whether a node of autograd's graph is that of hooks on a module's backward pass."""
+    return type(node).__name__ == "BackwardHookFunctionBackward"
+
+
+def cast_gradients(leaves: Sequence[Tensor]) -> dict[int, torch.dtype]:
+    """The dtypes that leaves want for their gradients, by their places, if not their own; autograd's engine casts."""
+    wanted = ((i, getattr(leaf, "grad_dtype", None), leaf.dtype) for i, leaf in enumerate(leaves))
+    return {i: dtype for i, dtype, own in wanted if dtype is not None and dtype != own}
 
 
 def has_amx() -> bool:

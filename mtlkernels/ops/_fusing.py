@@ -106,12 +106,13 @@ def plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
     """
     parameters = layer._parameters
     weight = parameters.get("weight")
-    if type(layer) is _Linear and type(weight) is _Parameter:
-        return weight, parameters.get("bias")
+    if type(layer) is _Linear and type(weight) is _Parameter and "bias" in parameters:
+        return weight, parameters["bias"]
     if type(layer) is not nn.Linear and not parametrize.is_parametrized(layer):
         return None
-    if type(layer).forward is not nn.Linear.forward or (weight is None and has_hooks(layer)):
-        return None  # a hook that makes the weight, as that of nn.utils.weight_norm
+    made = weight is None or "bias" not in parameters
+    if type(layer).forward is not nn.Linear.forward or (made and has_hooks(layer)):
+        return None  # a hook that makes the weight or the bias, as those of nn.utils.weight_norm and nn.utils.prune
     weight, bias = linear_parameters(layer)
     return (weight, bias) if is_plain(weight) else None
 

@@ -121,6 +121,33 @@ def test_what_may_change_where_it_lies_is_not_kept(name: str) -> None:
     assert not are_kept(model)
 
 
+class Doubled(torch.Tensor):
+    """A tensor that layers multiply with twice."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, kinds, args, kwargs or {})
+        return 2 * found if func is nn.functional.linear else found
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_norm": True}], ids=["trunk", "modules"])
+def test_a_weight_of_another_class_in_the_same_memory(options: dict[str, Any]) -> None:
+    model = kept("MMoE", **options)
+    layer = expert_of(model).linears[0]
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    with torch.no_grad():
+        expected = levels(model)[0]._by_modules([X])
+    torch.testing.assert_close(serve(model, X), list(expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_norm": True}], ids=["trunk", "modules"])
+def test_a_name_that_is_no_text(options: dict[str, Any]) -> None:
+    model = TRUNKS["MMoE"](**options).eval()
+    setattr(expert_of(model), "\ud800", 1)
+    expected = serve(model, X)
+    assert all(equal(serve(model, X), expected) for _ in range(6))
+
+
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.5}], ids=["trunk", "modules"])
 def test_experts_without_units_are_not_kept(options: dict[str, Any]) -> None:
     model = TRUNKS["MMoE"](**options).eval()

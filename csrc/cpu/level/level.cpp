@@ -14,6 +14,7 @@
 #include "level/layerwise.h"
 #include "level/losses_in_common.h"
 #include "runtime/check.h"
+#include "runtime/tensors.h"
 
 namespace mtlk {
 namespace {
@@ -50,7 +51,7 @@ RunningNorms folded_norms(const LevelSpec& spec, const LevelTensors& tensors, co
   const int64_t layers = spec.layers(), count = layers + static_cast<int64_t>(spec.gate_inputs.size());
   const bool wide = tensors.inputs[0].scalar_type() == at::kDouble;
   const auto place = [&](const OptionalTensors& list, int64_t i, const char* name, at::IntArrayRef sizes) {
-    const at::Tensor tensor = list.get(i).value_or(at::Tensor());
+    const at::Tensor tensor = resolved(list.get(i).value_or(at::Tensor()));
     if (!tensor.defined()) return static_cast<const char*>(nullptr);
     check_dense(name, i, tensor, wide ? at::kDouble : at::kFloat);
     MTLK_CHECK_VALUE(tensor.sizes() == sizes, name, "[", i, "] must have shape ", sizes, ", got ", tensor.sizes());
@@ -206,7 +207,8 @@ Tensors level_backward(const OptionalTensors& grad_outputs, at::TensorList input
   const at::AutoDispatchBelowADInplaceOrView guard;
   const LevelSpec spec(ints.vec(), floats.vec());
   Tensors grads;
-  for (size_t i = 0; i < grad_outputs.size(); ++i) grads.push_back(grad_outputs.get(i).value_or(at::Tensor()));
+  for (size_t i = 0; i < grad_outputs.size(); ++i)
+    grads.push_back(resolved(grad_outputs.get(i).value_or(at::Tensor())));
   return gradients_of_losses(spec, spec.split(inputs, parameters, gates), grads, saved, seed, needs);
 }
 

@@ -6,8 +6,10 @@
 #include <initializer_list>
 #include <numeric>
 
+#include "gemm/weight_forms.h"
 #include "level/level_args.h"
 #include "runtime/check.h"
+#include "runtime/tensors.h"
 #include "simd/activation_codes.h"
 
 namespace mtlk {
@@ -121,6 +123,14 @@ std::pair<std::vector<int64_t>, std::vector<double>> LevelSpec::encoded() const 
   return {joined(num_inputs, {expert_inputs, gate_sizes, activations, norms, gate_inputs, gate_experts}), floats};
 }
 
+void hold_memory(LevelTensors& tensors) {
+  for (Tensors* of_kind : {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.scales, &tensors.shifts,
+                           &tensors.slopes, &tensors.gates, &tensors.gate_biases}) {
+    if (of_kind == &tensors.weights && all_declared(tensors.weights)) continue;
+    for (at::Tensor& tensor : *of_kind) tensor = held(tensor);
+  }
+}
+
 LevelTensors LevelSpec::split(at::TensorList inputs, const OptionalTensors& parameters,
                               const OptionalTensors& gates) const {
   const size_t each = experts() * layers(), of_norms = has_norms() ? each : 0, of_slopes = has_slopes() ? each : 0;
@@ -131,9 +141,11 @@ LevelTensors LevelSpec::split(at::TensorList inputs, const OptionalTensors& para
   MTLK_CHECK_VALUE(gates.size() == of_gates, "gates must hold ", of_gates, " entries, got ", gates.size());
   Tensors all = inputs.vec();
   for (const OptionalTensors* list : {&parameters, &gates}) {
-    for (size_t i = 0; i < list->size(); ++i) all.push_back(list->get(i).value_or(at::Tensor()));
+    for (size_t i = 0; i < list->size(); ++i) all.push_back(resolved(list->get(i).value_or(at::Tensor())));
   }
-  return split(all);
+  LevelTensors tensors = split(all);
+  hold_memory(tensors);
+  return tensors;
 }
 
 LevelTensors LevelSpec::split(at::TensorList all) const {

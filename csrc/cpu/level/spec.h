@@ -24,6 +24,10 @@ struct LevelTensors {
   bool linear_gates;
 };
 
+// Tensors that hold on to the memory that these have now. Prepared weights, which are known as what they are and which
+// nobody writes to, stay.
+MTLK_API void hold_memory(LevelTensors& tensors);
+
 // A flag for each kind of tensor.
 using Needs = std::array<bool, 8>;
 

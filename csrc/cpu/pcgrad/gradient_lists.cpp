@@ -48,6 +48,7 @@ GradientLists::GradientLists(std::vector<at::Tensor> grads, int64_t tasks) : tas
     for (int64_t t = 0; t < tasks; ++t) {
       at::Tensor& grad = grads[p * tasks + t];
       if (!grad.defined()) continue;
+      grad = resolved(grad);
       check_plain(grad);
       MTLK_CHECK_VALUE(grad.is_cpu() && grad.layout() == at::kStrided, "grads[", t, "][", p,
                        "] must be a dense tensor on the CPU");

@@ -4,11 +4,20 @@
 #include <ATen/core/Tensor.h>
 
 #include "common/dtypes.h"
+#include "runtime/api.h"
 
 namespace mtlk {
 
 // Refuses any dtype that kernels have not.
 Dtype dtype_of(const at::Tensor& tensor);
+
+// The tensor with its values in memory. PyTorch brings lists of optional tensors to kernels as they are: with a bit
+// that says that they are negated, and zeros without memory.
+at::Tensor resolved(const at::Tensor& tensor);
+
+// The same memory, which stays: while C++ computes without Python's lock, another thread may give a parameter other
+// memory, as `.data` and `Module.to` do.
+MTLK_API at::Tensor held(const at::Tensor& tensor);
 
 // Refuses tensors that are not what their memory holds, such as DTensors: calls that go past the dispatcher, which
 // would have asked them, bring them here.

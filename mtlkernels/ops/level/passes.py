@@ -8,7 +8,8 @@ its inputs. Whatever else is in the graph, as towers and embeddings are, is walk
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,20 +31,24 @@ class Part:
     Attributes:
         leaves: the ids of the leaves in it, but for what the level alone leads to at once.
         direct: the ids of leaves to which the level leads at once, and where no hook waits.
+        end: where a pass may end that runs the level and nothing below it.
     """
 
     level: Any
     levels: list[Any] = field(default_factory=list)
     leaves: set[int] = field(default_factory=set)
     direct: set[int] = field(default_factory=set)
+    end: GradientEdge | None = None
 
 
 def cut(losses: Sequence[Tensor]) -> list[Part]:
     """The parts of the losses' graph, each behind those above it; only one where it cannot be cut.
 
     It can where every node lies in one part. One in two would get its gradient in two pieces, and hooks, or functions
-    that are not linear in it, would see these instead of their sum. Leaves to which levels lead at once may be those of
-    several, as no pass is after them.
+    that are not linear in it, would see these instead of their sum. Leaves to which levels lead at once may be those
+    of several, as no pass is after them; but to some tensor that it was applied to each level must lead alone, where
+    a pass may end that is to run it. Hooks on a module's backward pass keep what they have seen of one loss until
+    they see the next, so that no two may be under way.
     """
     whole = [Part(None)]
     if _torch.in_compiled_autograd():
@@ -52,10 +57,11 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
     numbers: dict[Any, int] = {}  # of the parts, by node
     waiting: set[Any] = set()
     below = [loss.grad_fn for loss in losses]
-    while _walk(below, parts[-1], len(parts), numbers):
+    reached = set(below)  # by a loss, or from a node that is no level's
+    while _walk(below, parts[-1], len(parts), numbers, reached):
         waiting.update(parts[-1].levels)
         if not waiting:
-            return whole if _runs_levels(parts) else parts
+            return parts if _set_ends(parts, reached) and not _runs_levels(parts) else whole
         level = max(waiting, key=_torch.sequence_number)  # no other of these is above it
         waiting.remove(level)
         nodes = [node for node, _ in level.next_functions]
@@ -63,6 +69,23 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
         below = [node for node in nodes if node not in direct]
         parts.append(Part(level, direct={id(node.variable) for node in direct}))
     return whole
+
+
+def _set_ends(parts: Sequence[Part], reached: set[Any]) -> bool:
+    """Finds each level's end; False where one has none.
+
+    A leaf if there is one, as hooks on another tensor would be called with None; of others a parameter's, which come
+    last, such as a copy that autocast has made.
+    """
+    edges = {part.level: [edge for edge in reversed(_inputs(part.level)) if edge is not None] for part in parts[1:]}
+    uses = Counter(node for own in edges.values() for node in {edge.node for edge in own})
+    for part in parts[1:]:
+        own = [edge for edge in edges[part.level] if uses[edge.node] == 1 and edge.node not in reached]
+        leaves = [edge for edge in own if _is_plain_leaf(edge.node)]
+        part.end = next(iter([*leaves, *(edge for edge in own if not _torch.is_leaf_node(edge.node))]), None)
+        if part.end is None:
+            return False
+    return True
 
 
 def _runs_levels(parts: Sequence[Part]) -> bool:
@@ -75,8 +98,11 @@ def _runs_levels(parts: Sequence[Part]) -> bool:
     return False
 
 
-def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int]) -> bool:
-    """Fills a part with what is below ``start``; False where some of that lies in another one."""
+def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int], reached: set[Any]) -> bool:
+    """Fills a part with what is below ``start``; False where some of that is in another one, or a module's hook.
+
+    ``reached`` gets the nodes to which any of these leads but levels.
+    """
     stack = [node for node in start if node is not None]
     while stack:
         node = stack.pop()
@@ -89,9 +115,13 @@ def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int]
         if level_of(node) is not None:
             part.levels.append(node)
             continue
+        if _torch.is_module_hook(node):
+            return False
         if _torch.is_leaf_node(node):
             part.leaves.add(id(node.variable))
-        stack += [below for below, _ in node.next_functions if below is not None]
+        below = [other for other, _ in node.next_functions if other is not None]
+        reached.update(below)
+        stack += below
     return True
 
 
@@ -105,6 +135,8 @@ def differentiate(
     """
     result: list[Grads] = [[None] * len(leaves) for _ in losses]
     places = {id(leaf): i for i, leaf in enumerate(leaves)}
+    casts = _torch.cast_gradients(leaves)
+    own_end = {part.level: part.end for part in parts}
     # Where each loss's pass goes on below a level, and with which gradients.
     starts: dict[Any, list[tuple[Sequence[Any], Any]]] = {None: list(losses)}
     for part in parts:
@@ -115,7 +147,8 @@ def differentiate(
         for i, (outputs, grads) in enumerate(own):
             # The last pass that reaches a level runs its node, which sees to all losses; the others end at its outputs.
             running = [level for level in part.levels if to_run.get(level) == i]
-            ends = {level: [_end(level)] if level in running else _outputs(level) for level in part.levels}
+            ends: dict[Any, Sequence[Any]]
+            ends = {level: [own_end[level]] if level in running else _outputs(level) for level in part.levels}
             sought: list[Any] = [*(leaves[at] for at in wanted), *itertools.chain(*ends.values())]
             if not outputs or not sought:
                 continue
@@ -129,7 +162,7 @@ def differentiate(
                     of_losses[level].hold(i, reached)
         for level, held in of_losses.items():
             inputs = _below(level, places)
-            starts[level] = [_going_on(inputs, *pair) for pair in zip(held.take(), result, strict=True)]
+            starts[level] = [_going_on(inputs, *pair, casts) for pair in zip(held.take(), result, strict=True)]
     return result
 
 
@@ -140,16 +173,6 @@ def _outputs(level: Any) -> list[GradientEdge]:
 def _inputs(level: Any) -> list[GradientEdge | None]:
     """Where gradients of the tensors that the level was applied to go; None for those that want none."""
     return [None if node is None else GradientEdge(node, number) for node, number in level.next_functions]
-
-
-def _end(level: Any) -> GradientEdge:
-    """The input of a level at which a pass may end that runs the level, and nothing below it.
-
-    Nothing that was made before a node is above it.
-    """
-    edges = [edge for edge in _inputs(level) if edge is not None]
-    inner = [edge for edge in edges if not _torch.is_leaf_node(edge.node)]
-    return max(inner, key=lambda edge: _torch.sequence_number(edge.node)) if inner else edges[0]
 
 
 def _last_to_reach(starts: Sequence[tuple[Sequence[Any], Any]], part: Part) -> dict[Any, int]:
@@ -164,6 +187,7 @@ def _last_to_reach(starts: Sequence[tuple[Sequence[Any], Any]], part: Part) -> d
             below,
             0,
             {},
+            set(),
         )
         for level in below.levels:
             found.setdefault(level, i)
@@ -197,18 +221,18 @@ def _below(level: Any, places: dict[int, int]) -> list[GradientEdge | int | None
 
 
 def _going_on(
-    inputs: Sequence[GradientEdge | int | None], grads: Grads, result: Grads
+    inputs: Sequence[GradientEdge | int | None], grads: Grads, result: Grads, casts: Mapping[int, torch.dtype]
 ) -> tuple[Sequence[Any], Sequence[Any]]:
     """Where a loss's pass goes on from a level with these gradients of its inputs.
 
-    Those of leaves go to their places in ``result``.
+    Those of leaves go to their places in ``result``, in the dtypes that ``casts`` names.
     """
     edges, going_on = [], []
     for to, grad in zip(inputs, grads, strict=True) if grads else ():
         if to is None or grad is None:
             continue
         if isinstance(to, int):
-            result[to] = _sum(result[to], grad)
+            result[to] = _sum(result[to], grad.to(casts[to]) if to in casts else grad)
         else:
             edges.append(to)
             going_on.append(grad)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -192,6 +194,75 @@ def test_hooks_see_whole_gradients() -> None:
     assert results[0][1] == results[1][1]
     for own, wanted in zip(*(grads for grads, _ in results), strict=True):
         torch.testing.assert_close(own, wanted)
+
+
+def watched_stem(stem: nn.Module, x: Tensor) -> Tensor:
+    hidden: Tensor = stem(x)
+    hidden.register_hook(lambda grad: 0.1 * grad)  # whoever gives it None fails
+    return hidden
+
+
+def in_another_thread(stem: nn.Module, x: Tensor) -> Tensor:
+    """Where autograd counts nodes anew."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: torch.tanh(stem(x))).result()
+
+
+@pytest.mark.parametrize("below", [watched_stem, in_another_thread])
+def test_a_pass_ends_at_a_leaf_of_the_level(below: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    trunk, stem, x = mk.nn.MMoE(5, 2, (6, 4), num_experts=2), nn.Linear(5, 5), torch.randn(7, 5)
+    for _ in range(20):
+        stem(x)
+    tensors = dict(stem.named_parameters()) | {f"trunk.{name}": p for name, p in trunk.named_parameters()}
+    losses = [[y.square().sum() for y in trunk(below(stem, x))] for _ in range(2)]
+    for own, wanted in zip(together(losses[0], tensors, 2), apart(losses[1], tensors), strict=True):
+        torch.testing.assert_close(own, wanted)
+
+
+def test_a_trunk_that_is_its_own_stem_is_not_cut() -> None:
+    """Each of its leaves is that of two levels: a pass that ended there would run both."""
+    routing = mk.Routing.mmoe(2, 2)
+    weights, gates = ([torch.randn(n, 5, requires_grad=True) for _ in range(2)] for n in (5, 2))
+
+    def level(x: Tensor) -> Any:
+        return mk.expert_mixture(x, [weights], None, None, routing, gate_weights=gates)
+
+    user, item = level(torch.randn(4, 5)), level(level(torch.randn(4, 5))[0])
+    losses = [(a.square().sum() + b.square().sum()) for a, b in zip(user, item, strict=True)]
+    assert len(cut(losses)) == 1
+
+
+def test_hooks_on_a_module_see_one_loss_after_another() -> None:
+    """They keep what they see at its outputs until they come to its inputs."""
+    trunk, stem, x = mk.nn.MMoE(5, 2, (6, 4), num_experts=2), nn.Linear(5, 5), torch.randn(7, 5)
+    parameters = [*trunk.parameters(), *stem.parameters()]
+    seen: list[int] = []
+
+    def hook(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
+        seen.append(1)
+        return tuple(None if grad is None else 3 * grad for grad in grad_input)
+
+    trunk.register_full_backward_hook(hook)
+    assert len(cut([y.square().sum() for y in trunk(stem(x))])) == 1
+    results = []
+    for batched in (False, None):
+        seen.clear()
+        optimizer = mk.optim.PCGrad(torch.optim.SGD(parameters, lr=0.1), batched=batched)
+        optimizer.zero_grad()
+        optimizer.pc_backward([y.square().sum() for y in trunk(stem(x))])
+        assert len(seen) == 2
+        results.append([p.grad for p in parameters])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch has no dtypes of gradients")
+def test_gradients_have_the_dtype_that_their_leaf_wants() -> None:
+    trunk, x = mk.nn.MMoE(5, 2, (6, 4), num_experts=2).to(torch.bfloat16), torch.randn(7, 5, dtype=torch.bfloat16)
+    tensors = dict(trunk.named_parameters())
+    for tensor in tensors.values():
+        tensor.grad_dtype = torch.float32  # type: ignore[attr-defined]
+    for grads in together([y.square().sum() for y in trunk(x)], tensors, 2):
+        assert {grad.dtype for grad in grads.values() if grad is not None} == {torch.float32}
 
 
 def test_what_is_saved_is_freed() -> None:
