@@ -111,7 +111,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "if (parts.size() == 1) return at::empty(": LIBRARY,
     },
     "csrc/snapshot.cpp": {
-        "return text && std::find(": FAILED_ALLOCATION,
         "if (!own) return false;": BY_CONSTRUCTION,
         "return own && same_entries(": BY_CONSTRUCTION,
         "switch (entry.kind) {": NO_OTHER_VALUE,
