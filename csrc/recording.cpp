@@ -3,6 +3,7 @@
 
 #include "recording.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -47,6 +48,13 @@ void each_tensor(py::handle tensors, F f) {
   }
 }
 
+// Whether a dense tensor's values are in its memory, and that is there.
+bool is_in_memory(const at::Tensor& tensor) {
+  return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && !tensor.is_neg() && !tensor._is_zerotensor() &&
+         tensor.storage().nbytes() >= at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
+                                                                       tensor.itemsize(), tensor.storage_offset());
+}
+
 // Of a sparse tensor, say, or one that stands for another, there is none: None.
 py::object signature(py::handle moving, py::handle fixed) {
   std::string words;
@@ -55,8 +63,7 @@ py::object signature(py::handle moving, py::handle fixed) {
   for (const auto& [tensors, stay] : {std::pair(moving, false), std::pair(fixed, true)}) {
     each_tensor(tensors, [&](const at::Tensor* tensor) {
       if (!tensor) return add(words, -1);
-      dense = dense && tensor->layout() == at::kStrided && tensor->has_storage() &&
-              !tensor->unsafeGetTensorImpl()->is_python_dispatch();
+      dense = dense && tensor->layout() == at::kStrided && tensor->has_storage() && is_in_memory(*tensor);
       if (dense) describe(words, *tensor, stay);
     });
   }

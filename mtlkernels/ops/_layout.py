@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,20 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def in_memory(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The tensors, with their values in memory; None stays.
+
+    PyTorch's dispatcher does not look into lists of optional tensors, for those that a bit says are negated, and for
+    zeros without memory.
+    """
+    return [t if t is None or not (t.is_neg() or t._is_zerotensor()) else _resolved(t) for t in tensors]
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    zeros = tensor._is_zerotensor()
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if zeros else tensor.resolve_neg()
 
 
 def first_of(tensors: Iterable[Tensor | None]) -> Tensor | None:

@@ -39,6 +39,7 @@ def check_operands(
             and tensor.device == device
             and tensor.shape == shape
             and tensor.layout is torch.strided
+            and tensor.untyped_storage().nbytes() >= _reached(tensor)
         ):
             continue
         raise _mistake(f"{name}[{i}]", tensor, shape, device, allowed)
@@ -53,7 +54,18 @@ def _mistake(
         return TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.device != device:
         return ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if tensor.shape == shape:
+        memory = tensor.untyped_storage().nbytes()
+        return ValueError(f"{name} must have {_reached(tensor)} bytes of memory, got {memory}")
     return ValueError(f"{name} must have shape {list(shape)}, got {shape_of(tensor)}")
+
+
+def _reached(tensor: Tensor) -> int:
+    """The bytes from the beginning of its memory to the end of the furthest of its values."""
+    if tensor.numel() == 0 or tensor._is_zerotensor():
+        return 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((tensor.storage_offset() + steps + 1) * tensor.itemsize)
 
 
 def check_gate_logits(logits: Sequence[Tensor], sizes: Sequence[int], rows: int, like: Tensor) -> None:

@@ -21,7 +21,8 @@ class Launches:
     def __init__(self, made: Sequence[Any], passed: Sequence[Tensor]) -> None:
         numbers = {id(tensor): i for i, tensor in enumerate(passed)}
         self._interpreted = any(launch.compiled is None for launch in made)
-        self._launches = [(launch, *_arguments(launch, numbers)) for launch in made]
+        # Without arguments, which hold that call's memory.
+        self._launches = [(launch._replace(args=()), *_arguments(launch, numbers)) for launch in made]
 
     def __call__(self, table: Tensor, passed: Sequence[Tensor]) -> None:
         stream, hooked = None, False

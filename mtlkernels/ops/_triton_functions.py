@@ -219,8 +219,10 @@ def probability(logits, column_stride, member, maximum, total, inside):
 
 @triton.jit
 def share_of(length, share, splits):
-    """The range of ``length`` that falls to one of ``splits`` programs."""
-    return length * share // splits, length * (share + 1) // splits
+    """The range of ``length`` that falls to one of ``splits`` programs: to ``length * share // splits``, in 32 bits."""
+    whole = length // splits
+    left = length % splits
+    return whole * share + left * share // splits, whole * (share + 1) + left * (share + 1) // splits
 
 
 @triton.jit

@@ -61,7 +61,7 @@ def runs_of(objects: Iterable[Any]) -> Iterator[tuple[int, int]]:
     """The storages of CPU tensors among objects: first byte and length."""
     for value in objects:
         plain = type(value) in (torch.Tensor, torch.nn.Parameter) and not _torch.is_legacy_batched_tensor(value)
-        if plain and value.is_cpu and value.layout is torch.strided:
+        if plain and value.is_cpu and value.layout is torch.strided and not value._is_zerotensor():
             storage = value.untyped_storage()
             if storage.nbytes():
                 yield storage.data_ptr(), storage.nbytes()

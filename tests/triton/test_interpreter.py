@@ -21,6 +21,7 @@ FILES = (
     "interpreted_pcgrad.py",
     "interpreted_checker.py",
     "interpreted_recordings.py",
+    "interpreted_memory.py",
 )
 
 

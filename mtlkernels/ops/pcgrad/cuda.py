@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels._backends import has_triton
-from mtlkernels.ops._layout import by_parameter, first_of
+from mtlkernels.ops._layout import by_parameter, first_of, in_memory
 from mtlkernels.ops._table import Table, has_fast_float64, on_device
 from mtlkernels.ops.pcgrad.checks import check_coefficients, check_flat, check_steps
 
@@ -42,7 +42,7 @@ def arguments(grads: Sequence[Tensor | None], num_tasks: int, *, with_results: b
     starts, sizes, formats, presents, addresses = [0], [], [], [], []
     walked: list[Tensor | None] = []
     results: list[Tensor] = []
-    for column in by_parameter(grads, num_tasks):
+    for column in by_parameter(in_memory(grads), num_tasks):
         like = first_of(column)
         if like is None:
             continue

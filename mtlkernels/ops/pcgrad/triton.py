@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mtlkernels.ops import _triton
-from mtlkernels.ops._layout import by_parameter, first_of
+from mtlkernels.ops._layout import by_parameter, first_of, in_memory
 from mtlkernels.ops._table import has_fast_float64
 from mtlkernels.ops._triton import Table, Tile, launch
 from mtlkernels.ops.pcgrad.checks import check_coefficients, check_flat, check_steps
@@ -108,7 +108,7 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     """As the reference: [T, T] in float64."""
     check_flat(grads, num_tasks)
     device = next(grad.device for grad in grads if grad is not None)
-    columns = by_parameter(grads, num_tasks)
+    columns = by_parameter(in_memory(grads), num_tasks)
     group = group_size(num_tasks)
     single = group == num_tasks
     firsts = range(0, num_tasks, group)
@@ -156,7 +156,7 @@ def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, 
 def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
     """As the reference: one tensor a parameter, in the dtype and the layout of its gradients."""
     check_coefficients(grads, num_tasks, coefficients)
-    columns = by_parameter(grads, num_tasks)
+    columns = by_parameter(in_memory(grads), num_tasks)
     results = [torch.empty_like(next(grad for grad in column if grad is not None)) for column in columns]
     coefficients = coefficients.contiguous()
     table = Table()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlkernels.ops._layout import in_memory
 from mtlkernels.ops._recording import Finish, Recording, Recordings, apart, signature
 from mtlkernels.ops._triton import Table, contiguous
 from mtlkernels.ops.level.reference import Asked, asked_for
@@ -45,7 +46,7 @@ def forward(
         found = recording.replay(moving(level, tensors, seed)).list()
         return found[:count], found[count:]
     check_level(level, tensors, seed)
-    tensors = apart(tensors)
+    tensors = apart(in_memory(tensors))
     groups, table = level.split(tensors), Table()
     if level.stores_inputs:
         outputs, saved = layerwise_forward.forward(table, level, groups, seed, save)
@@ -126,7 +127,7 @@ def _of_losses(
             return results if in_place else results.list()
     needs = tuple(any(group) for group in level.split(wanted)) if in_place else wanted
     check_saved(level, check_level(level, tensors, seed), losses, saved)
-    own = apart((*present, *tensors))
+    own = apart(in_memory((*present, *tensors)))
     present, tensors = own[: len(present)], own[len(present) :]
     others, fixed = (*moving(level, tensors, seed), *saved), _fixed(level, tensors)
     asked = asked_for(losses, tensors, level.encoded[0], level.encoded[1], needs)

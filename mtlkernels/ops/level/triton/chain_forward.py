@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import triton
 from torch import Tensor
@@ -41,6 +42,9 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
         logits = list(rooms[-1].split(spec.gate_sizes, 1))
     sizes = (len(spec.gate_sizes), level.num_rows, widths[-1], level.widths[-2])
     tile = tiles.mixing(level.kind, *sizes, spec.layers[last].activation, card(x.device))
+    gate_experts = iter(spec.gate_experts)
+    if any(len(set(islice(gate_experts, size))) < size for size in spec.gate_sizes):
+        tile = None  # an expert has one place in each gate there
     hidden = _hidden(table, level, spec, saved, fused=tile is not None)
 
     read = [table.pointers(inputs[stream] for stream in spec.expert_inputs)]
