@@ -304,6 +304,24 @@ class OpenJoint(nn.Module):
             [] if weight is None else [weight.detach()[outputs[i], inputs[j]].clone() for i, j in self._open]
         )
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        """Refuses the state of other routes, as matrices belong to those that were open."""
+        z = state_dict.get(f"{prefix}z")
+        fits = isinstance(z, Tensor) and z.shape == self.z.shape
+        if fits and self._shape is not None and not torch.equal(z.to(self.z.device) != 0, self.z != 0):
+            errors.append(f"{prefix}z must be non-zero for the routes that are open here, and for no others")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
     def forward(self, u: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """J tensors [B, H] → I tensors [B, H]."""
         if self._shape is None:

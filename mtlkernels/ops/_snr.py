@@ -244,6 +244,11 @@ def traced(op: str, closed_grad: bool, *groups: Any) -> tuple[Tensor, ...]:
     return _formulas[op](*lists, z)
 
 
+def of_route(z: Tensor, tensor: Tensor) -> Tensor:
+    """What a route reads where derivatives of it are taken: if it is closed, nothing that is not finite."""
+    return torch.where((z != 0) | torch.isfinite(tensor), tensor, torch.zeros_like(tensor))
+
+
 def plain(
     closed_grad: bool, u: Sequence[Tensor], matrices: Sequence[Tensor] | None, z: Tensor, num_outputs: int
 ) -> tuple[Tensor, ...]:
@@ -259,9 +264,10 @@ def plain(
     for i in range(num_outputs):
         total: Any = 0
         for j, x in enumerate(u):
-            term = (x if matrices is None else F.linear(x, matrices[i * count + j])).to(acc)
-            term = torch.where(is_open[i, j] | torch.isfinite(term), term, torch.zeros_like(term))
-            total = total + z[i, j].to(acc) * term
+            term = x
+            if matrices is not None:  # gradients multiply with both
+                term = F.linear(*(of_route(z[i, j], t) for t in (x, matrices[i * count + j])))
+            total = total + z[i, j].to(acc) * of_route(z[i, j], term.to(acc))
         outputs.append(total.to(u[0].dtype))
     return tuple(outputs)
 

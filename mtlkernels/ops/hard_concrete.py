@@ -75,11 +75,11 @@ def check_interval(beta: Any, gamma: Any, zeta: Any) -> None:
     for name, value in (("beta", beta), ("gamma", gamma), ("zeta", zeta)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (beta > 0 and math.isfinite(beta)):
+    if not 0 < beta < math.inf:  # comparisons, which torch.compile makes of a number that changes
         raise ValueError(f"beta must be positive and finite, got {beta}")
-    if not (gamma < 0 and math.isfinite(gamma)):
+    if not -math.inf < gamma < 0:
         raise ValueError(f"gamma must be negative and finite, got {gamma}")
-    if not (zeta > 1 and math.isfinite(zeta)):
+    if not 1 < zeta < math.inf:
         raise ValueError(f"zeta must be above 1 and finite, got {zeta}")
 
 

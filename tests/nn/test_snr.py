@@ -227,6 +227,23 @@ def test_state_dict(mode: str, tmp_path: Any) -> None:
 
 
 @MODES
+def test_the_state_of_other_routes(mode: str) -> None:
+    """Matrices belong to the routes that were open; where there are none, z says all."""
+    models = [mk.nn.SNR(6, 2, (5, 4), (2,), mode).eval() for _ in range(2)]
+    with torch.no_grad():
+        for i, model in enumerate(models):
+            model.joints[0].log_alpha.fill_(2.0)[i, i] = -9.0
+    serving, new = (model.compact() for model in models)
+    if mode == "trans":
+        with pytest.raises(RuntimeError, match=r"joints.0.z must be non-zero for the routes that are open here"):
+            serving.load_state_dict(new.state_dict())
+    else:
+        serving.load_state_dict(new.state_dict())
+        x = torch.randn(3, 6)
+        assert all(torch.equal(a, b) for a, b in zip(serving(x), new(x), strict=True))
+
+
+@MODES
 def test_autocast_functional_call_and_meta(mode: str) -> None:
     model, x = build(mode), torch.randn(5, 10)
     with torch.autocast("cpu", torch.bfloat16):

@@ -244,7 +244,7 @@ def check_slopes(
         width = layer[0].shape[0]
         own = _per_expert(name, entry, routing, like, 1, f"{width} or 1", check_parameter)
         for e, tensor in enumerate(own):
-            if tensor.shape[0] not in (width, 1):
+            if tensor.shape[0] != width and tensor.shape[0] != 1:  # the compiler's sizes are in no tuple
                 raise ValueError(f"{name}[{e}] must have shape [{width}] or [1], got {shape_of(tensor)}")
         flat += own
     epsilons = numbers_by_layer("dice_eps", "number", dice_eps, len(layers))

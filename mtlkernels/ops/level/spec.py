@@ -343,7 +343,7 @@ def _runs(values: Sequence[Any], sizes: Iterable[int]) -> Iterable[Any]:
 
 
 def _within(values: Sequence[int], end: int) -> bool:
-    return not values or (min(values) >= 0 and max(values) < end)
+    return len(values) == 0 or (min(values) >= 0 and max(values) < end)
 
 
 def _require(holds: bool, what: str) -> None:

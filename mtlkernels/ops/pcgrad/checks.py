@@ -134,9 +134,9 @@ def check_options(
     for name, value in (("max_norm", 1.0 if max_norm is None else max_norm), ("eps", eps)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if max_norm is not None and not (max_norm > 0 and math.isfinite(max_norm)):
+    if max_norm is not None and not 0 < max_norm < math.inf:  # comparisons, for torch.compile
         raise ValueError(f"max_norm must be positive and finite, got {max_norm}")
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be at least 0 and finite, got {eps}")
     return Options(include_self, max_norm, normalize, project, eps, reduction)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mtlkernels.ops._snr import of_route
 from mtlkernels.ops.gated_mixture.reference import accumulation_dtype
 from mtlkernels.ops.snr_trans.reference import routes
 
@@ -48,6 +49,6 @@ def formula(u: Sequence[Tensor], z: Tensor) -> tuple[Tensor, ...]:
     """The forward pass with every route, closed or not: what derivatives of the backward pass are taken of."""
     acc = accumulation_dtype(u[0])
     return tuple(
-        torch.stack([z[i, j].to(acc) * x.to(acc) for j, x in enumerate(u)]).sum(0).to(u[0].dtype)
+        torch.stack([z[i, j].to(acc) * of_route(z[i, j], x).to(acc) for j, x in enumerate(u)]).sum(0).to(u[0].dtype)
         for i in range(z.shape[0])
     )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels import _tracing
+from mtlkernels.ops._snr import of_route
 from mtlkernels.ops.gated_mixture.reference import accumulation_dtype
 
 
@@ -91,9 +92,9 @@ def formula(u: Sequence[Tensor], weights: Sequence[Tensor], z: Tensor) -> tuple[
     """The forward pass with every route, closed or not: what derivatives of the backward pass are taken of."""
     acc = accumulation_dtype(u[0])
     matrix, num_inputs = matrices(weights), len(u)
-    return tuple(
-        torch.stack([z[i, j].to(acc) * F.linear(x, matrix[i * num_inputs + j]).to(acc) for j, x in enumerate(u)])
-        .sum(0)
-        .to(u[0].dtype)
-        for i in range(z.shape[0])
-    )
+
+    def term(i: int, j: int) -> Tensor:
+        x, w = (of_route(z[i, j], t) for t in (u[j], matrix[i * num_inputs + j]))
+        return z[i, j].to(acc) * of_route(z[i, j], F.linear(x, w).to(acc))
+
+    return tuple(torch.stack([term(i, j) for j in range(num_inputs)]).sum(0).to(u[0].dtype) for i in range(z.shape[0]))
