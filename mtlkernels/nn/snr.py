@@ -297,8 +297,7 @@ class OpenJoint(nn.Module):
         super().__init__()
         self.num_outputs = len(outputs)
         self.register_buffer("z", z[list(outputs)][:, list(inputs)].clone())
-        is_open = (self.z != 0).tolist()
-        self._open = [(i, j) for i, row in enumerate(is_open) for j, one in enumerate(row) if one]
+        self._open = _open_routes(self.z)
         self._shape = None if weight is None else weight.shape[2:]
         self.weights = nn.ParameterList(
             [] if weight is None else [weight.detach()[outputs[i], inputs[j]].clone() for i, j in self._open]
@@ -317,7 +316,7 @@ class OpenJoint(nn.Module):
         """Refuses the state of other routes, as matrices belong to those that were open."""
         z = state_dict.get(f"{prefix}z")
         fits = isinstance(z, Tensor) and z.shape == self.z.shape
-        if fits and self._shape is not None and not torch.equal(z.to(self.z.device) != 0, self.z != 0):
+        if fits and self._shape is not None and not z.is_meta and _open_routes(z) != self._open:
             errors.append(f"{prefix}z must be non-zero for the routes that are open here, and for no others")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
@@ -343,6 +342,11 @@ class OpenJoint(nn.Module):
         for (i, j), matrix in zip(self._open, matrices, strict=True):
             outputs[i] = outputs[i] + self.z[i, j].to(u[j].dtype) * F.linear(u[j], matrix)
         return tuple(outputs)
+
+
+def _open_routes(z: Tensor) -> list[tuple[int, ...]]:
+    """Those of a matrix of coding variables, row by row."""
+    return [tuple(route) for route in z.nonzero().tolist()]
 
 
 def _mode(mode: Any) -> str:

@@ -210,12 +210,22 @@ def in_another_thread(stem: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("below", [watched_stem, in_another_thread])
 def test_a_pass_ends_at_a_leaf_of_the_level(below: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    trunk, stem, x = mk.nn.MMoE(5, 2, (6, 4), num_experts=2), nn.Linear(5, 5), torch.randn(7, 5)
+    """One of its own: no tensor between it and the stems, which are what was made last."""
+    stems, x = [nn.Linear(5, 5), nn.Linear(5, 5)], torch.randn(7, 5)
+    weights, gates = ([torch.randn(n, 5, requires_grad=True) for _ in range(2)] for n in (4, 2))
+    routing = mk.Routing((0, 1), ((0, 1), (0, 1)))
     for _ in range(20):
-        stem(x)
-    tensors = dict(stem.named_parameters()) | {f"trunk.{name}": p for name, p in trunk.named_parameters()}
-    losses = [[y.square().sum() for y in trunk(below(stem, x))] for _ in range(2)]
-    for own, wanted in zip(together(losses[0], tensors, 2), apart(losses[1], tensors), strict=True):
+        stems[0](x)
+
+    def losses() -> list[Tensor]:
+        streams = [torch.tanh(stems[0](x)), below(stems[1], x)]
+        return [
+            y.square().sum() for y in mk.expert_mixture(streams, [weights], None, None, routing, gate_weights=gates)
+        ]
+
+    named = [*weights, *gates, *stems[0].parameters(), *stems[1].parameters()]
+    tensors = {str(i): tensor for i, tensor in enumerate(named)}
+    for own, wanted in zip(together(losses(), tensors, 2), apart(losses(), tensors), strict=True):
         torch.testing.assert_close(own, wanted)
 
 
