@@ -218,7 +218,8 @@ def test_a_pass_ends_at_a_leaf_of_the_level(below: Callable[[nn.Module, Tensor],
         stems[0](x)
 
     def losses() -> list[Tensor]:
-        streams = [torch.tanh(stems[0](x)), below(stems[1], x)]
+        hidden = torch.tanh(stems[0](x))
+        streams = [hidden, below(stems[1], hidden)]
         return [
             y.square().sum() for y in mk.expert_mixture(streams, [weights], None, None, routing, gate_weights=gates)
         ]
