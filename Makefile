@@ -10,7 +10,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt mtlkernels/operators.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find $(wildcard csrc tests) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-COMPILER := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
+# CXX where the user has set it, which CMake asks first.
+CXX_OF_USER := $(if $(filter environment command,$(firstword $(origin CXX))),$(firstword $(CXX)))
+COMPILER := $(firstword $(foreach name,$(CXX_OF_USER) c++ g++ clang++,$(shell command -v $(name))))
 NVCC := $(shell command -v nvcc)
 CUDA_SOURCES := $(shell find csrc/cuda csrc/common -type f) tests/cuda/compile.py
 # With a compiler the C++ kernels must be there, so that they cannot vanish without a test failing.
@@ -126,7 +128,7 @@ aot: $(VENV)/.installed
 sanitize: $(VENV)/.installed
 	$(PY) -m tests.sanitize $(ARGS)
 
-# With the packages of PYTHON, as such a machine may have no network: PyTorch with CUDA, Triton, pytest, pybind11, ninja.
+# With the packages of PYTHON, as such a machine may have no network; docs/gpu.md names them.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 

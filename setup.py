@@ -59,7 +59,8 @@ def what_is_missing() -> str | None:
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             return f"{tool} is not on the PATH"
-    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+    own = shlex.split(os.environ.get("CXX", ""))[:1]  # CMake asks it first
+    if not any(shutil.which(compiler) for compiler in (*own, "c++", "g++", "clang++")):
         return "there is no C++ compiler"
     if sys.platform != "linux":
         return f"the kernels are built on Linux only, not on {sys.platform}"

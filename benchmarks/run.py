@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--json", type=Path, metavar="FILE", help="write results; a folder gets a SUITE-MACHINE.json each")
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --json FOLDER: take the rows that are there already, of the same machine, versions and time a row",
+    )
     p.add_argument("--plot", type=Path, metavar="DIR", help="write plots (needs matplotlib)")
     p.add_argument("--workload", nargs="+", metavar="NAME", help="only these workloads, such as A A1")
     p.add_argument("--dtype", nargs="+", metavar="NAME", help="only these dtypes, such as float32 bfloat16")
@@ -73,11 +78,37 @@ def measure(options: argparse.Namespace) -> Iterator[report.Report]:
         if name in STUDIES:
             found.studies[name] = STUDIES[name].run(device, options.quick)
         elif chosen[name]:
-            found.rows[name] = run(chosen[name], device, budget, limits)
-            found.limits = report.limits_as_json(limits)
+            measure_suite(name, chosen[name], found, (device, budget, limits), options)
         else:  # --workload, --dtype or --quick leave nothing of this suite
             continue
         yield found
+
+
+def measure_suite(
+    name: str,
+    cases: list[Case],
+    found: report.Report,
+    how: tuple[torch.device, Budget, Limits],
+    options: argparse.Namespace,
+) -> None:
+    """Adds a suite's rows to a report. Where results go to a folder, each is there as soon as it is measured."""
+    device, budget, limits = how
+    stored = options.json and options.json.suffix != ".json"
+    earlier = report.earlier(found, options.json) if stored and options.resume else None
+    known = {row.key: row for row in earlier.rows.get(name, [])} if earlier else {}
+    if earlier and earlier.limits:
+        report.raise_limits(limits, earlier.limits)
+    order = {case.key: i for i, case in enumerate(SUITES[name].cases(options.device))}
+
+    def keep(rows: list[report.Row]) -> None:
+        known.update((row.key, row) for row in rows)
+        found.rows[name] = sorted(known.values(), key=lambda row: order.get(row.key, len(order)))
+        found.limits = report.limits_as_json(limits)
+        if stored:
+            report.save(found, options.json)
+
+    again = [case for case in cases if case.key not in known or known[case.key].disturbed]
+    keep(run(again, device, budget, limits, lambda row: keep([row])))
 
 
 def retime(found: report.Report, device: torch.device) -> None:
@@ -96,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
         p.error(f"no suite {', '.join(unknown)}; there are {', '.join([*SUITES, *STUDIES])}")
     if options.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: PyTorch finds no GPU")
+    if options.resume and (options.json is None or options.json.suffix == ".json"):
+        p.error("--resume: there is no folder of results; name it with --json")
     if options.retime and not options.from_json:
         p.error("--retime: no earlier results; name them with --from-json")
     if options.threads:

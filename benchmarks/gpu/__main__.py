@@ -1,13 +1,15 @@
 """Everything that a GPU has to show, in one command: ``python -m benchmarks.gpu``, or ``make gpu``.
 
 Needs PyTorch with CUDA and pytest, nvcc and ninja to build the CUDA kernels, and no network. Results, plots, a log of
-each slice and ``slices.json`` go to one folder, as they come. A slice that has passed is not run again, so that the
-command can be repeated after an interruption or a repair; each ends within ``--seconds``.
+each slice and ``slices.json`` go to one folder, as they come. Each slice ends within ``--seconds``. One that has passed
+is not run again while the files of the checkout are the same, so that the command can be repeated after an interruption
+or a repair; rows that a suite has measured stay, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -20,9 +22,11 @@ from typing import IO
 
 import torch
 
-from benchmarks.gpu.slices import ROOT, Slice, every_slice
+from benchmarks.gpu.slices import BUILD, ROOT, Slice, every_slice
 from benchmarks.harness import machine
 
+# Of tests and suites, beside PyTorch.
+MODULES = ("triton", "pytest", "numpy", "pybind11")
 PASSED, FAILED, TIMED_OUT, MISSING = "passed", "failed", "timed out", "missing"
 
 
@@ -35,10 +39,18 @@ class Diary:
         self.entries: dict[str, dict[str, object]] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def has_passed(self, name: str) -> bool:
-        return self.entries.get(name, {}).get("outcome") == PASSED
+        """With the checkout and the build as they are now; what builds has passed with what it has made."""
+        entry = self.entries.get(name, {})
+        return entry.get("outcome") == PASSED and entry.get("sources") == machine.sources()
 
     def note(self, name: str, outcome: str, seconds: float, what: str) -> None:
-        self.entries[name] = {"outcome": outcome, "seconds": round(seconds, 1), "what": what, "date": machine.today()}
+        self.entries[name] = {
+            "outcome": outcome,
+            "seconds": round(seconds, 1),
+            "what": what,
+            "date": machine.today(),
+            "sources": machine.sources(),
+        }
         self.file.write_text(json.dumps(self.entries, indent=1) + "\n")
 
 
@@ -73,9 +85,11 @@ def _code(command: Sequence[str], log: IO[str], seconds: float) -> int | None:
     try:
         return process.wait(max(seconds, 0.1))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         return None
+    finally:  # also where this process is interrupted
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def run_all(parts: Sequence[Slice], diary: Diary, seconds: float, again: bool) -> int:
@@ -86,6 +100,9 @@ def run_all(parts: Sequence[Slice], diary: Diary, seconds: float, again: bool) -
             continue
         outcome = run(part, diary, seconds)
         print(f"{part.name:20} {outcome:10} {diary.entries[part.name]['seconds']:>7} s", flush=True)
+        if part.name == BUILD and outcome != PASSED:  # what it lacks, tests would skip
+            print(f"nothing else is run: see {diary.folder / part.name}.log", flush=True)
+            break
     return sum(not diary.has_passed(part.name) for part in parts)
 
 
@@ -99,6 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = p.parse_args(arguments)
     if not options.list and not torch.cuda.is_available():
         p.error("PyTorch finds no GPU")
+    lacking = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    if not options.list and lacking:
+        p.error(f"these packages are missing: {', '.join(lacking)}")
     folder = options.folder
     if folder is None:
         card = machine.slug(machine.describe(torch.device("cuda"))) if torch.cuda.is_available() else "CARD"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVEL, PROJECTIONS, CUDA = "tests/triton/test_cuda.py", "tests/triton/test_cuda_pcgrad.py", "tests/cuda"
 PYTHON = sys.executable
+BUILD = "build"
 # Cases that between them take every kernel of levels and SNR, with and without alignment; and of PCGrad, whose lists
 # are small. The sanitizer slows them 10 to 50 times.
 SMALL = "ieee and (one_row or aligned or odd) and not large"
@@ -42,9 +44,31 @@ def _sanitized(tool: str) -> Slice:
     return Slice(tool, tuple((*watch, *tests) for tests in small), "compute-sanitizer")
 
 
-def _suite(name: str, folder: Path, *arguments: str) -> tuple[str, ...]:
-    written = ("--json", str(folder), "--plot", str(folder))
-    return (PYTHON, "benchmarks/run.py", name, "--device", "cuda", *written, *arguments)
+def _written(folder: Path) -> tuple[str, ...]:
+    """Where results go; plots where they can be drawn."""
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    return ("--json", str(folder), *(("--plot", str(folder)) if drawn else ()))
+
+
+def _suite(name: str, *arguments: str) -> tuple[str, ...]:
+    return (PYTHON, "benchmarks/run.py", name, "--device", "cuda", *arguments)
+
+
+def _suites(folder: Path) -> Iterator[Slice]:
+    """Those of a suite add rows to one file, and may be repeated: each row is there as soon as it is measured."""
+    yield Slice("suites", tuple(_suite(name, "--quick") for name in ("mixture", "pcgrad", "pcgrad-step", "snr")))
+    parts: dict[str, tuple[tuple[str, ...], ...]] = {
+        # Each row compiles three times, which takes longer than to time it.
+        "mixture": (("A",), ("B",), ("A2",), ("A-batch",), ("A1",), ("A-experts",)),
+        "pcgrad": ((),),
+        "pcgrad-step": ((),),
+        "snr": ((),),
+    }
+    for name, workloads in parts.items():
+        for some in workloads:
+            only = ("--workload", *some) if some else ()
+            command = _suite(name, *_written(folder), "--resume", *only)
+            yield Slice("-".join(("suite", name, *some)), (command,))
 
 
 def every_slice(folder: Path) -> Sequence[Slice]:
@@ -53,9 +77,9 @@ def every_slice(folder: Path) -> Sequence[Slice]:
     # Without the CUDA kernels their tests would be skipped, and their slices pass.
     there = "assert mk.backends()['pcgrad']['cuda'][:2] == ('cuda', 'triton'), 'kernels are missing'"
     config = (PYTHON, "-c", f"import mtlkernels as mk; print(mk.show_config()); {there}")
-    driver = (PYTHON, "benchmarks/run.py", "gpu-host", "--json", str(folder), "--plot", str(folder))
+    driver = (PYTHON, "benchmarks/run.py", "gpu-host", *_written(folder))
     return (
-        Slice("build", (build, config)),
+        Slice(BUILD, (build, config)),
         Slice("smoke", (_tests("-x", LEVEL, "-k", SMALL), _tests("-x", PROJECTIONS, CUDA, "-k", "options or strided"))),
         Slice("chains", (_tests(LEVEL, "-k", "not layerwise and not snr"),)),
         Slice("norms", (_tests(LEVEL, "-k", "layerwise or statistics"),)),
@@ -65,8 +89,5 @@ def every_slice(folder: Path) -> Sequence[Slice]:
         _sanitized("memcheck"),
         _sanitized("racecheck"),
         _sanitized("synccheck"),
-        *(
-            Slice(f"suite-{suite}", (_suite(suite, folder, "--quick"), _suite(suite, folder)))
-            for suite in ("mixture", "pcgrad", "pcgrad-step", "snr")
-        ),
+        *_suites(folder),
     )

@@ -93,6 +93,11 @@ class Bench:
     slack: float = 1.0
 
 
+def key(workload: str, work: str, dtype: str, size: Mapping[str, int]) -> tuple[object, ...]:
+    """What tells a row from the others of its suite."""
+    return workload, work, dtype, *sorted(size.items())
+
+
 @dataclass(frozen=True)
 class Case:
     """A row of the table.
@@ -131,6 +136,11 @@ class Case:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from the other cases of its suite."""
+        return key(self.workload, self.work, self.dtype_name, self.size)
 
     @property
     def title(self) -> str:

@@ -27,8 +27,8 @@ class KernelTime:
     limit_ms: float = math.nan
     limited_by: str = ""
 
-    def set_limit(self, limits: Limits, dtype: str) -> None:
-        seconds, self.limited_by = limits.seconds(self.flop, self.traffic, dtype, resident=False)
+    def set_limit(self, limits: Limits, dtype: str, resident: bool) -> None:
+        seconds, self.limited_by = limits.seconds(self.flop, self.traffic, dtype, resident)
         self.limit_ms = 1e3 * seconds
 
     @property

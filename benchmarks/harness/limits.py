@@ -20,6 +20,8 @@ GEMM_SHAPES = {
 # Bytes of the buffer that is read: a large one, and one that stays in cache while it is read again and again.
 MEMORY_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 RESIDENT_BYTES = {"cpu": 8 << 20, "cuda": 16 << 20}
+# Buffers that a GPU reads faster than the host launches the next call.
+MOST_GRAPHED, GRAPHED_CALLS = 64 << 20, 20
 
 
 @dataclass
@@ -74,10 +76,12 @@ class Limits:
         rows = x.view(1024, -1)
         ones = torch.ones(rows.shape[1], device=self.device)
         reads: tuple[Callable[[], object], ...] = (x.sum, x.amax, lambda: torch.mv(rows, ones))
-        return size / min(self._best(read, seconds / len(reads)) for read in reads)
+        return size / min(self._best(read, seconds / len(reads), graphed=size <= MOST_GRAPHED) for read in reads)
 
-    def _best(self, work: Callable[[], object], seconds: float) -> float:
-        """The shortest time of one call, in seconds."""
+    def _best(self, work: Callable[[], object], seconds: float, graphed: bool = False) -> float:
+        """The shortest time of one call, in seconds; ``graphed``: on a GPU the host would take longer to launch it."""
+        if graphed and self.device.type == "cuda":
+            return self._best(_graph(work), seconds) / GRAPHED_CALLS
 
         def step() -> None:
             work()
@@ -98,6 +102,17 @@ class Limits:
         if arithmetic < moving:
             return moving, "bandwidth"
         return arithmetic, "register peak" if peak > gemm else "GEMM rate"
+
+
+def _graph(work: Callable[[], object]) -> Callable[[], object]:
+    """What makes ``GRAPHED_CALLS`` calls by one launch."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPHED_CALLS):
+            work()
+    return graph.replay
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,9 @@ from pathlib import Path
 import torch
 
 from mtlkernels import _extension
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = "_build.json"  # of what became of the extensions, see setup.py
 
 
 def cpu_model() -> str:
@@ -84,12 +88,24 @@ def describe(device: torch.device) -> dict[str, object]:
 
 @functools.cache  # the results that a run writes are no change of what it measures
 def _commit() -> str:
-    """Of the clone that this is, with a mark where files differ from it; "unknown" where it is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    """Of the clone that this is; with a mark and what they are where files differ from it, or where it is no clone."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        found = "unknown"
+    return found if found.isalnum() and found != "unknown" else f"{found}, files {sources()}"
+
+
+def sources() -> str:
+    """What tells one state of the checkout from another, with the build in it, also where it is no clone."""
+    found = hashlib.sha256()
+    kinds = {".py", ".cpp", ".h", ".cu", ".cuh", ".txt", ".toml"}
+    folders = [ROOT / name for name in ("mtlkernels", "csrc", "benchmarks", "tests")]
+    files = [file for folder in folders for file in folder.rglob("*") if file.suffix in kinds or file.name == RECORD]
+    for file in sorted([*files, ROOT / "setup.py", ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]):
+        found.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

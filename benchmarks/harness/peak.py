@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,7 +29,8 @@ _CALL_SECONDS = 0.02
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The probes, compiled for this processor; None without a compiler."""
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    own = shlex.split(os.environ.get("CXX", ""))[:1]
+    compiler = next(filter(None, map(shutil.which, (*own, "c++", "g++", "clang++"))), None)
     if compiler is None:
         return None
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import machine
-from benchmarks.harness.case import BASELINE, OURS
+from benchmarks.harness.case import BASELINE, OURS, key
 from benchmarks.harness.kernels import KernelTime
 from benchmarks.harness.limits import Limits
 from benchmarks.harness.timing import Budget, Timing
@@ -59,12 +59,22 @@ class Row:
     kernels: list[KernelTime] = field(default_factory=list)
     no_kernels: str = ""
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """That of its case."""
+        return key(self.workload, self.work, self.dtype, self.size)
+
     def set_limit(self, limits: Limits) -> None:
         for kernel in self.kernels:
-            kernel.set_limit(limits, self.dtype)
+            kernel.set_limit(limits, self.dtype, self.resident)
         seconds, self.limited_by = limits.seconds(self.flop, self.traffic, self.dtype, self.resident)
         self.limit_ms = 1e3 * seconds
         self.gemm_ms = 1e3 * self.flop / limits.gemm[self.dtype]
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether it has no times as the machine was busy."""
+        return any(outcome.status == BUSY for outcome in self.outcomes.values())
 
     def timing(self, name: str) -> Timing | None:
         outcome = self.outcomes.get(name)
@@ -144,6 +154,17 @@ def limits_as_json(limits: Limits) -> dict[str, Any]:
     }
 
 
+def raise_limits(limits: Limits, data: Mapping[str, Any]) -> None:
+    """To those of :func:`limits_as_json`, where they are higher."""
+    for name, rate in data["gemm_tflops"].items():
+        if 1e12 * rate > limits.gemm.get(name, 0.0):
+            limits.gemm[name], limits.gemm_shape[name] = 1e12 * rate, tuple(data["gemm_shape_mnk"][name])
+    for name, rate in data["register_tflops"].items():
+        limits.registers[name] = max(1e12 * rate, limits.registers.get(name, 0.0))
+    for name in ("read", "resident_read", "copy"):
+        setattr(limits, name, max(1e9 * data[f"{name}_gb_s"], getattr(limits, name)))
+
+
 def arithmetic_tflops(limits: Mapping[str, Any], dtype: str) -> float:
     """The rate that limits products of a dtype: of registers alone, or PyTorch's where that is not known."""
     rate: float = max(limits["gemm_tflops"][dtype], limits.get("register_tflops", {}).get(dtype, 0.0))
@@ -183,6 +204,16 @@ def save(report: Report, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
     return path
+
+
+def earlier(report: Report, folder: Path) -> Report | None:
+    """What a folder has of the same suites, if all that figures depend on was the same."""
+    path = folder / report.file_name
+    if not path.is_file():
+        return None
+    found = load(path)
+    same = ("machine", "versions", "threads", "budget")
+    return found if all(getattr(found, name) == getattr(report, name) for name in same) else None
 
 
 def load(path: Path) -> Report:

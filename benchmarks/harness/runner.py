@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +22,25 @@ from benchmarks.harness.timing import Budget, interleaved
 ATTEMPTS, MEASURES = 2, 1.0
 
 
-def run(cases: Sequence[Case], device: torch.device, budget: Budget, limits: Limits) -> list[Row]:
-    """The rows of all cases. Progress goes to stderr. ``limits`` are measured for a dtype when it first comes."""
+def run(
+    cases: Sequence[Case],
+    device: torch.device,
+    budget: Budget,
+    limits: Limits,
+    found: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """The rows of all cases; ``found`` gets each as soon as it is there.
+
+    Progress goes to stderr. ``limits`` are measured for a dtype when it first comes.
+    """
     rows = []
     for case in cases:
         if case.dtype_name not in limits.gemm:
             limits.measure([case.dtype], _limit_seconds(budget))
         print(case.title, file=sys.stderr, flush=True)
         rows.append(run_case(case, device, budget))
+        rows[-1].set_limit(limits)
+        found(rows[-1])
     # Once more at the end: if the machine was slowed down at the start, the limit would be too low.
     limits.measure(sorted({case.dtype for case in cases}, key=str), _limit_seconds(budget))
     for row in rows:
@@ -53,9 +64,12 @@ def run_case(case: Case, device: torch.device, budget: Budget) -> Row:
         others = Others()
         timings = interleaved(steps, device, budget) if steps else {}
         taken = others.cores()
-        quiet = taken <= TOLERATED or budget.seconds < MEASURES  # a smoke test is no measurement
+        # A smoke test is no measurement; and a GPU does not share its time with other processes of the processors.
+        quiet = taken <= TOLERATED or budget.seconds < MEASURES or device.type == "cuda"
         if quiet:
             break
+    if quiet and taken > TOLERATED:
+        print(f"  other processes took {taken:.1f} cores while this was timed", file=sys.stderr, flush=True)
     for name, timing in timings.items():
         if quiet:
             outcomes[name].timing = timing

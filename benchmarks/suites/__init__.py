@@ -1,25 +1,41 @@
-"""The suites by name. A new one is a file beside these that makes a ``Suite`` or a ``Study``, and a line here."""
+"""The suites by name. A new one is a file beside these that makes a ``SUITE`` or a ``STUDY``, and a line here."""
 
 from __future__ import annotations
 
-from benchmarks.harness.case import Study, Suite
-from benchmarks.suites import (
-    convert,
-    gpu_host,
-    mixture,
-    pcgrad,
-    pcgrad_ablation,
-    pcgrad_rarely,
-    pcgrad_step,
-    serving,
-    snr,
-    snr_study,
-)
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
-SUITES: dict[str, Suite] = {
-    suite.name: suite for suite in (mixture.SUITE, convert.SUITE, pcgrad.SUITE, pcgrad_step.SUITE, snr.SUITE)
-}
-STUDIES: dict[str, Study] = {
-    study.name: study
-    for study in (pcgrad_ablation.STUDY, pcgrad_rarely.STUDY, snr_study.STUDY, gpu_host.STUDY, serving.STUDY)
-}
+from benchmarks.harness.case import Study, Suite
+
+T = TypeVar("T", Suite, Study)
+
+
+class _ByName(Mapping[str, T]):
+    """Each from the module that its name gives, imported when it is asked for.
+
+    Some want packages that the others do without, which a machine with a GPU may not have.
+    """
+
+    def __init__(self, attribute: str, *names: str) -> None:
+        self._attribute, self._names = attribute, names
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+        found: T = getattr(module, self._attribute)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+SUITES: Mapping[str, Suite] = _ByName("SUITE", "mixture", "convert", "pcgrad", "pcgrad-step", "snr")
+STUDIES: Mapping[str, Study] = _ByName("STUDY", "pcgrad-ablation", "pcgrad-rarely", "snr-study", "gpu-host", "serving")

@@ -335,7 +335,7 @@ def _random_state() -> Any:
     if numpy is not None:
         kind, keys, *rest = numpy.random.get_state()
         of_numpy = (kind, keys.tobytes(), *rest)
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), of_numpy
+    return bytes(torch.get_rng_state().tolist()), random.getstate(), of_numpy
 
 
 @contextlib.contextmanager

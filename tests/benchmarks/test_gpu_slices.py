@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,6 +43,52 @@ def test_slices_pass_fail_and_are_not_run_twice(tmp_path: Path, capsys: pytest.C
     assert day.run_all(mended[:1], day.Diary(tmp_path), 5.0, again=True) == 1
 
 
+def test_a_pass_is_of_the_files_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Slice("good", (saying("one"),))
+    assert day.run_all([part], day.Diary(tmp_path), 5.0, again=False) == 0
+    assert day.Diary(tmp_path).has_passed("good")
+    monkeypatch.setattr(day.machine, "sources", lambda: "others")
+    assert not day.Diary(tmp_path).has_passed("good")
+
+
+def test_sources_are_the_files_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "mtlkernels" / "ops").mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(day.machine, "ROOT", tmp_path)
+    seen = [day.machine.sources()]
+    for change in ("mtlkernels/ops/a.py", "tests/b.py", "mtlkernels/_build.json"):
+        (tmp_path / change).write_text("{}")
+        seen.append(day.machine.sources())
+    assert len(set(seen)) == 4
+    (tmp_path / "tests" / "results.json").write_text("{}")
+    assert day.machine.sources() == seen[-1]
+
+
+def test_nothing_runs_after_a_failed_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tests would skip what was not built, and pass."""
+    parts = [Slice("build", (saying("no", 1),)), Slice("tests", (saying("skipped"),))]
+    assert day.run_all(parts, day.Diary(tmp_path), 5.0, again=False) == 2
+    assert outcomes(tmp_path) == {"build": "failed"} and "nothing else is run" in capsys.readouterr().out
+
+
+def test_an_interrupted_slice_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if not begun:
+            begun.append(process)
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        day.run(Slice("slow", ((sys.executable, "-c", "import time; time.sleep(60)"),)), day.Diary(tmp_path), 30.0)
+    assert begun[0].returncode == -signal.SIGKILL
+
+
 def test_what_slices_name_is_there(tmp_path: Path) -> None:
     parts = every_slice(tmp_path)
     assert len({part.name for part in parts}) == len(parts)
@@ -51,6 +99,10 @@ def test_what_slices_name_is_there(tmp_path: Path) -> None:
         command[command.index("benchmarks/run.py") + 1] for p in parts for command in p.commands if "--json" in command
     }
     assert suites == {"mixture", "pcgrad", "pcgrad-step", "snr", "gpu-host"} <= {*SUITES, *STUDIES}
+    whole = [command for part in parts for command in part.commands if "mixture" in command and "--json" in command]
+    named = [command[command.index("--workload") + 1] for command in whole]
+    assert sorted(named) == sorted({case.workload for case in SUITES["mixture"].cases("cuda")})
+    assert all("--resume" in command for command in whole)
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

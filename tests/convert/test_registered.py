@@ -273,3 +273,13 @@ def test_the_second_example_of_the_docstring_works() -> None:
     example = doc.partition("gates that are bare parameters::\n")[2].partition("Experts' matrices")[0]
     found = _run(textwrap.dedent(example) + "\nprint(mk.convert(BareMMoE(6, 5, 4, 3)))")
     assert "4 experts of 2 layers and 3 gates in one expert_mixture" in found
+
+
+def test_numpy_is_not_needed() -> None:
+    """PyTorch runs without it, and so does this package."""
+    page = (ROOT / "docs" / "recipes" / "home-grown.md").read_text()
+    program = page.split("```python\n")[1].split("```")[0]
+    without = "import sys, warnings; sys.modules['numpy'] = None; warnings.simplefilter('ignore')\n"
+    result = subprocess.run([sys.executable, "-c", without + program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("replaced")

@@ -116,8 +116,8 @@ def test_nothing_waits_for_the_device() -> None:
     flat, order = sized((5000, 33), 4, "cuda"), random_order(4, "cuda")
     with mk.use_backend("triton"):
         step(flat, order)
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             step(flat, order)
         finally:
             torch.cuda.set_sync_debug_mode("default")
