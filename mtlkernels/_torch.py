@@ -91,6 +91,16 @@ def is_leaf_node(node: Any) -> bool:
     return bool(node.name() == "torch::autograd::AccumulateGrad")
 
 
+def is_reentrant_checkpoint(node: Any) -> bool:
+    """Whether a node is that of ``torch.utils.checkpoint`` with ``use_reentrant=True``, or of a Function like it."""
+    return "CheckpointFunction" in node.name()
+
+
+def is_flat_parameter(tensor: Tensor) -> bool:
+    """Whether ``FullyShardedDataParallel`` keeps several parameters in it."""
+    return getattr(tensor, "_is_flat_param", False) is True
+
+
 def is_module_hook(node: Any) -> bool:
     """Whether a node of autograd's graph is that of hooks on a module's backward pass."""
     return type(node).__name__ == "BackwardHookFunctionBackward"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mtlkernels._torch import is_flat_parameter
 from mtlkernels.ops._checks import DTYPES, shape_of
 
 
@@ -21,6 +22,11 @@ def check_optimizers(optimizer: Any, beside: Any) -> list[Optimizer]:
         name = f"beside[{i - 1}]" if i else "optimizer"
         if not isinstance(candidate, Optimizer):
             raise TypeError(f"{name} must be a torch.optim.Optimizer, got {type(candidate).__name__}")
+        if any(is_flat_parameter(parameter) for parameter in parameters_of([candidate])):
+            raise ValueError(
+                f"{name} must hold a model's own parameters, got some that FullyShardedDataParallel has put together:"
+                " shard it by torch.distributed.fsdp.fully_shard"
+            )
     return [optimizer, *beside]
 
 

@@ -26,6 +26,7 @@ from mtlkernels.optim._checks import (
     check_weights,
     parameters_of,
 )
+from mtlkernels.optim._hidden import refuse_hidden
 from mtlkernels.optim._task_gradients import Grads, task_gradients, weighted_gradients
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class GramWeighted(Optimizer):
             raise TypeError(f"batched must be True, False or None, got {type(batched).__name__}")
         self._gram_every = check_gram_every(gram_every)
         self._kept: Kept | None = None
+        self._without: set[int] = set()  # places of parameters that no loss has reached, in any call so far
         self.optimizer = optimizer
         self.weighting = weighting
         self.group = group
@@ -189,7 +191,8 @@ class GramWeighted(Optimizer):
             ValueError: a loss is not a scalar or does not require gradients, shared parameters' devices differ, or
                 weights are not finite or not T. In this case, and where ``weighting`` raises, ``.grad`` stays as it is.
             RuntimeError: ``batched`` was asked for, and the backward pass cannot be batched; another rank of the group
-                has failed in this call; or FSDP has not reduced the gradients.
+                has failed in this call; FSDP has not reduced the gradients; or checkpoints with ``use_reentrant=True``
+                or ``FullyShardedDataParallel`` hide parameters from :func:`torch.autograd.grad`.
         """
         run = fail_together(self.group, lambda: self._differentiate(losses, scaler))
         parameters, gradients, totals, unit, kept = run
@@ -256,7 +259,19 @@ class GramWeighted(Optimizer):
         else:
             levels, count = self._batched is None, 1
             grads, totals = weighted_gradients(checked, kept.weights, shared, others, mean=mean, levels=levels)
+        if how != "backward":
+            self._refuse_hidden(checked, count, grads, totals)
         return [*shared, *others], gradients_of(grads, count, self.group), totals, unit, kept
+
+    def _refuse_hidden(self, losses: Sequence[Tensor], count: int, grads: Grads, totals: Grads) -> None:
+        """Looks for what hides parameters where some have no gradient; once for each, as models may have idle ones."""
+        without = {
+            at // count for at in range(0, len(grads), count) if all(grad is None for grad in grads[at : at + count])
+        }
+        without |= {-1 - i for i, total in enumerate(totals) if total is None}
+        if not without <= self._without:
+            refuse_hidden(losses)
+            self._without |= without
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that require gradients: the shared ones, and the others."""

@@ -160,7 +160,8 @@ class PCGrad(GramWeighted):
             TypeError: an argument, or a shared parameter's dtype, is of the wrong kind.
             ValueError: a loss is not a scalar or does not require gradients, or shared parameters' devices differ.
             RuntimeError: ``batched`` was asked for, and the backward pass cannot be batched; another rank of the group
-                has failed in this call; or FSDP has not reduced the gradients.
+                has failed in this call; FSDP has not reduced the gradients; or checkpoints with ``use_reentrant=True``
+                or ``FullyShardedDataParallel`` hide parameters from :func:`torch.autograd.grad`.
         """
         return self.backward(losses, scaler=scaler)
 
