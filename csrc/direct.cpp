@@ -11,7 +11,6 @@
 #include <optional>
 
 #include "arguments.h"
-#include "cpu/gemm/kept_weights.h"
 #include "cpu/level/level.h"
 #include "cpu/runtime/check.h"
 #include "cpu/runtime/tensors.h"
@@ -182,7 +181,7 @@ void keep_prepared_from_python(py::handle weights) {
   const bool fit = read_each(weights.ptr(), [](PyObject* weight) {
     at::Tensor tensor;
     if (!read_tensor(weight, tensor)) return false;
-    KeptWeights::instance().declare(tensor);
+    declare_weight(tensor);
     return true;
   });
   if (!fit) throw py::value_error("mtlkernels: a list of plain tensors was expected");

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mtlkernels import _extension
 from mtlkernels._convert.classes import original_class
 from mtlkernels.nn.level import TrunkLevel, refuse_training
+from mtlkernels.ops._checks import DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,7 +29,8 @@ def prepare(model: Model) -> Model:
     evaluation mode and its parameters require no gradients. A call in training mode is an error, and so is
     one, where something is kept, after one of its weights was written to in a way that PyTorch counts (an optimizer
     that is not fused, ``load_state_dict``, an operator in place). A write that nothing counts, such as through
-    ``.data`` or NumPy, is not seen then: do not write to the copy. What is kept goes with the copy.
+    ``.data`` or NumPy, is not seen then: do not write to the copy; nor can its parameters be swapped
+    (``torch.utils.swap_tensors``). What is kept goes with the copy.
 
     Args:
         model: a module with trunks of :mod:`mtlkernels.nn`, one that :func:`mtlkernels.convert` has converted, or one
@@ -56,7 +58,8 @@ def prepare(model: Model) -> Model:
 
 def _declare(model: nn.Module) -> None:
     """Tells the C++ kernels that nobody writes to the matrices in ``model`` any more."""
-    matrices = [p for p in model.parameters() if type(p) is nn.Parameter and p.dim() == 2 and _lies_on_cpu(p)]
+    plain = (p for p in model.parameters() if type(p) is nn.Parameter and p.dtype in DTYPES and _lies_on_cpu(p))
+    matrices = [p for p in plain if p.dim() == 2]
     if _extension.has_module() and matrices:
         _extension.function("keep_prepared")(matrices)
 

@@ -80,6 +80,21 @@ def test_refuses_training() -> None:
         prepared(x)
 
 
+@pytest.mark.parametrize("rows", [5, 30, 200])
+@pytest.mark.parametrize("units", [(16, 8), (200, 100)])
+def test_in_bfloat16_nothing_is_kept(units: tuple[int, int], rows: int) -> None:
+    """Also of layers whose outputs are no whole groups, which kernels bring into another form at each call."""
+    torch.manual_seed(0)
+    model: Any = mk.nn.MMoE(40, 2, units, num_experts=3).bfloat16().eval()
+    prepared, x = mk.prepare(model), torch.randn(rows, 40).bfloat16()
+    serve(prepared, x)
+    for p in prepared.parameters():
+        p.data.add_(0.2)
+    model.load_state_dict(prepared.state_dict())
+    assert_serves_as(model, prepared, x)
+    assert_serves_as(model.float(), prepared.float(), x.float())
+
+
 @requires.kept_weights
 @pytest.mark.parametrize("how", ("in place", "load_state_dict", "to"))
 def test_notices_what_is_counted(how: str) -> None:

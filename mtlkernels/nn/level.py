@@ -248,7 +248,10 @@ class TrunkLevel(NotScriptable, nn.Module):
         kinds = [common([kind_of_norm(norm) for norm in layer]) for layer in norms]
         if len(rates) > 1 or None in kinds:
             return None
-        if torch.is_grad_enabled() and any(norm._forward_hooks for layer in norms for norm in layer):
+        each = [norm for layer in norms for norm in layer]
+        if len(set(map(id, each))) < len(each):  # an expert that stands there twice has one set of statistics
+            return None
+        if torch.is_grad_enabled() and any(norm._forward_hooks for norm in each):
             return None
         if not may_fold(x) and any(
             uses_running(norm) and wants_gradient(weight, None, norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,34 @@ class _Examples:
     """What a Function's vmap rule reads of its ``info``."""
 
     batch_size: int
+
+
+def of_no_examples(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule for vmap that needs an example, made to serve none as well: by one of zeros, which is dropped again."""
+
+    @functools.wraps(rule)
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        if info.batch_size:
+            return rule(info, in_dims, *args)
+        results, dims = rule(_Examples(1), in_dims, *map(_of_zeros, args, in_dims))
+        return _none_of(results, dims), dims
+
+    return vmap
+
+
+def _of_zeros(value: Any, dim: Any) -> Any:
+    """With one example of zeros instead of none, in lists too."""
+    if isinstance(value, list) and dim is not None:
+        return [_of_zeros(part, own) for part, own in zip(value, dim, strict=True)]
+    if not isinstance(value, Tensor) or dim is None:
+        return value
+    return value.new_zeros((*value.shape[:dim], 1, *value.shape[dim + 1 :]))
+
+
+def _none_of(value: Any, dim: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_none_of(part, own) for part, own in zip(value, dim, strict=True))
+    return value if dim is None else value.narrow(dim, 0, 0)
 
 
 def call(function: Any, *args: Any) -> Any:

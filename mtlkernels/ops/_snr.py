@@ -25,6 +25,7 @@ from mtlkernels.ops._autograd import (
     differentiate_twice,
     front,
     grads_are_batched,
+    of_no_examples,
 )
 from mtlkernels.ops._call import direct_to_cpp, run_cpp
 from mtlkernels.ops._checks import as_sequence, check_like, check_tensor, shape_of
@@ -120,6 +121,7 @@ class Routes(torch.autograd.Function):
         return (None, *plan.into_whole(used, needs, found))
 
     @staticmethod
+    @of_no_examples
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Tensor) -> Any:
         return _vmap_forward(lambda *args: Routes.apply(plan, *args), info.batch_size, in_dims[1:], plan, tensors)
 
@@ -162,6 +164,7 @@ class RoutesBackward(torch.autograd.Function):
         return (None, None, *grad_grads, *grad_primals)
 
     @staticmethod
+    @of_no_examples
     def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *tensors: Tensor) -> Any:
         return _one_by_one(
             lambda *args: RoutesBackward.apply(plan, needs, *args), info.batch_size, in_dims[2:], tensors
@@ -213,7 +216,7 @@ def register(op: str, reference: Any) -> None:
         return list(out), list(out_dims)
 
     register_autograd(f"{op}_forward", differentiable)
-    torch.library.register_vmap(f"mtlkernels::{op}_forward", rule)
+    torch.library.register_vmap(f"mtlkernels::{op}_forward", of_no_examples(rule))
 
 
 def direct(op: str, u: Any, *args: Any) -> tuple[Tensor, ...] | None:

@@ -65,7 +65,8 @@ void WeightForms::prepare(at::TensorList weights, const EngineTable& engine, boo
     pointers_.push_back(natural ? weight.const_data_ptr() : nullptr);
     ld_.push_back(natural ? weight.stride(0) : 0);
     if (natural) continue;
-    if (const auto memory = transposed ? nullptr : KeptWeights::instance().prepared(weight, engine)) {
+    const bool keeps = keeps_prepared(engine) && !transposed;
+    if (const auto memory = keeps ? KeptWeights::instance().prepared(weight, engine) : nullptr) {
       pointers_.back() = (*memory)[0];
       frozen_.push_back(memory);
       continue;

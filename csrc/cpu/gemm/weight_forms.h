@@ -19,6 +19,11 @@ void prepare_weight(const EngineTable& engine, const at::Tensor& weight, void* m
 // Whether nobody writes to any of them any more.
 bool all_declared(at::TensorList weights);
 
+// Whether what an engine prepares of declared weights is kept: of one that takes most weights as they lie, it is not.
+inline bool keeps_prepared(const EngineTable& engine) {
+  return engine.form == WeightForm::kPrepared && engine.natural_outputs == 0;
+}
+
 // Owns whatever had to be copied to fit the kernels.
 class WeightForms {
  public:

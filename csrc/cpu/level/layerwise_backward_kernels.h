@@ -214,8 +214,11 @@ class LayerwiseBackward : RowBlock<LayerwiseBackwardArgs> {
       });
     }
     if (reader.layer().activation_slope) clear_absent(group_rows(g), n, grad);  // a slope that is not finite likewise
-    narrow(grad, normalized_gradient(reader_layer(reader), e, g) + o * kGroup, n * kGroup);
+    auto* const stored = normalized_gradient(reader_layer(reader), e, g) + o * kGroup;
+    narrow(grad, stored, n * kGroup);
     if (reader.norm() == kNoNorm) return;
+    // Sums of what is read again: what they are to cancel would not cancel beside what was rounded.
+    widen(stored, grad, n * kGroup);
     C *sum = s_.sums[0] + o * kGroup, *product = s_.sums[1] + o * kGroup;
     for (int64_t v = 0; v < n * kGroup; v += L) {
       const Vector<C> x = load(grad + v);

@@ -10,6 +10,8 @@
 #include <iterator>
 #include <memory>
 
+#include "gemm/kept_weights.h"
+#include "gemm/weight_forms.h"
 #include "level/chain.h"
 #include "level/layerwise.h"
 #include "level/losses_in_common.h"
@@ -251,6 +253,14 @@ Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, 
   place(6, tensors.gates, part.gates, spec.gates());
   place(7, tensors.gate_biases, part.gates, spec.gates());
   return result;
+}
+
+void declare_weight(const at::Tensor& weight) {
+  const Dtype dtype = dtype_of(weight);
+  if (keeps_prepared(kernels_for<KernelsByRows<ChainKernels>>(dtype).usual.engine) ||
+      keeps_prepared(kernels_for<KernelsByRows<LayerwiseKernels>>(dtype).usual.engine)) {
+    KeptWeights::instance().declare(weight);
+  }
 }
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {

@@ -22,4 +22,8 @@ MTLK_API LevelResults train_level(const LevelSpec& spec, const LevelTensors& ten
 MTLK_API Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, const Tensors& grad_outputs,
                                      at::TensorList saved, const Needs& needs);
 
+// Says that nobody writes to a weight of levels any more; see KeptWeights. Of no effect where kernels of its dtype keep
+// nothing.
+MTLK_API void declare_weight(const at::Tensor& weight);
+
 }  // namespace mtlk

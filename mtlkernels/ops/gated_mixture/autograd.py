@@ -10,7 +10,15 @@ from torch import Tensor
 
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
-from mtlkernels.ops._autograd import batched_backward, by_example, call, differentiate_twice, front, grads_are_batched
+from mtlkernels.ops._autograd import (
+    batched_backward,
+    by_example,
+    call,
+    differentiate_twice,
+    front,
+    grads_are_batched,
+    of_no_examples,
+)
 from mtlkernels.ops._call import run_forward
 from mtlkernels.ops.gated_mixture import reference, schema  # noqa: F401  (it defines the operators)
 
@@ -47,6 +55,7 @@ class GatedMixture(torch.autograd.Function):
         return (None, grad_experts, *grad_logits)
 
     @staticmethod
+    @of_no_examples
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Tensor) -> Any:
         out = cast(Any, GatedMixture.apply(plan, *_as_rows(tensors, in_dims[1:], info.batch_size)))
         return tuple(by_example(y, 0, info.batch_size) for y in out), (0,) * len(out)
@@ -147,6 +156,7 @@ class GatedMixtureBackward(torch.autograd.Function):
         return (None, None, *grad_grads, *grad_primals)
 
     @staticmethod
+    @of_no_examples
     def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *tensors: Tensor) -> Any:
         out = cast(Any, GatedMixtureBackward.apply(plan, needs, *_as_rows(tensors, in_dims[2:], info.batch_size)))
         return tuple(by_example(y, 0, info.batch_size) for y in out), (0,) * len(out)
@@ -162,6 +172,7 @@ register_reference(_OP, "backward", reference.backward)
 
 
 @torch.library.register_vmap("mtlkernels::gated_mixture_forward")
+@of_no_examples
 def _vmap_operator(info: Any, in_dims: Any, experts: Tensor, logits: Any, gate_experts: Any, gate_sizes: Any) -> Any:
     """The operator's own rule, which torch.compile needs where no gradient is wanted."""
     dims = (in_dims[0], *(in_dims[1] or [None] * len(logits)))

@@ -21,6 +21,7 @@ from mtlkernels.ops._autograd import (
     example_by_example,
     front,
     grads_are_batched,
+    of_no_examples,
 )
 from mtlkernels.ops._call import run_forward
 from mtlkernels.ops.level import reference, schema  # noqa: F401  (it defines the operators)
@@ -79,6 +80,7 @@ class Level(torch.autograd.Function):
         return (None, *level_gradients(ctx, ctx.saved_tensors, grad_outputs))  # once: checkpointing recomputes them
 
     @staticmethod
+    @of_no_examples
     def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Any) -> Any:
         def run(spec: LevelSpec, *arguments: Any) -> Any:
             return Level.apply(plan._replace(spec=spec), *arguments)
@@ -198,6 +200,7 @@ class LevelBackward(torch.autograd.Function):
         return (None, None, *of_outputs, *totals, *[None] * (len(arguments) - gates - count))
 
     @staticmethod
+    @of_no_examples
     def vmap(info: Any, in_dims: Any, plan: Plan, needs: Any, *arguments: Any) -> Any:
         spec, size, dims = plan.spec, info.batch_size, in_dims[2:]
         gates, count = len(spec.gate_sizes), spec.num_tensors
@@ -317,6 +320,7 @@ def _differentiable_forward(
 
 
 @torch.library.register_vmap("mtlkernels::level_forward")
+@of_no_examples
 def _vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
     """The operator's own rule, which torch.compile needs where no gradient is wanted."""
     *lists, ints, floats, seed, save = args

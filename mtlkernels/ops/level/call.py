@@ -55,6 +55,10 @@ def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_g
 
 def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     """The level's outputs; the running statistics of norms are then brought up to date."""
+    half = _folds_in_float16(given)
+    if half is not None:
+        with torch.autocast(given.streams[0].device.type, enabled=False):
+            return tuple(y.to(half) for y in evaluate(_in_float32(given), routing))
     wiring, layers, biases = routing.wiring, given.layers, given.biases
     serves = _serves_graph(given)
     keeps = serves and _keeps_norms(given.streams[0])
@@ -91,6 +95,39 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     if present:
         update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
     return _with_zeros(outputs, idle)
+
+
+def _folds_in_float16(given: Arguments) -> torch.dtype | None:
+    """float16, if norms are folded into weights of it that are differentiated, and so computed in float32 instead.
+
+    Of a small or large scale, folded weights and their gradients leave float16's range where neither the weights nor
+    the gradients that are asked for do.
+    """
+    x = given.streams[0]
+    dtype = torch.get_autocast_dtype(x.device.type) if _backends.autocast_enabled(x.device.type) else x.dtype
+    modules = _gate_norms(given)
+    modules += [module for norm in given.norms if norm is not None and norm.running for module in norm.modules]
+    if dtype != torch.float16 or not modules:
+        return None
+    return dtype if _is_differentiated(given, modules) else None
+
+
+def _in_float32(given: Arguments) -> Arguments:
+    """With tensors of half precision cast, differentiably."""
+
+    def cast(tensors: Sequence[Any]) -> list[Any]:
+        half = (torch.float16, torch.bfloat16)
+        return [t.float() if t is not None and t.dtype in half else t for t in tensors]
+
+    gates = None if given.gates is None else (cast(given.gates[0]), cast(given.gates[1]), given.gates[2])
+    return given._replace(
+        streams=cast(given.streams),
+        layers=[cast(layer) for layer in given.layers],
+        biases=cast(given.biases),
+        slopes=cast(given.slopes),
+        logits=cast(given.logits),
+        gates=gates,
+    )
 
 
 def _of_norms_and_slopes(norms: Sequence[Norm | None], slopes: Any, spec: LevelSpec, num_experts: int) -> list[Any]:
@@ -143,14 +180,19 @@ def _serves_graph(given: Arguments) -> bool:
     norms = [norm for norm in given.norms if norm is not None]
     if not all(norm.running or norm.code == LAYER_NORM for norm in norms):
         return False
-    modules = [module for norm in norms for module in norm.modules]
-    weights, biases, of_gates = given.gates or ((), (), ())
-    modules += [module for module in of_gates if module is not None]
-    of_norms = [part for module in modules for part in (module.weight, module.bias)]
+    return not _is_differentiated(given, [*(module for norm in norms for module in norm.modules), *_gate_norms(given)])
+
+
+def _gate_norms(given: Arguments) -> list[Any]:
+    return [] if given.gates is None else [module for module in given.gates[2] if module is not None]
+
+
+def _is_differentiated(given: Arguments, norms: Sequence[Any]) -> bool:
+    """Whether anybody may want gradients of a call with such norm modules."""
+    weights, biases, _ = given.gates or ((), (), ())
+    of_norms = [part for module in norms for part in (module.weight, module.bias)]
     experts = [weight for layer in given.layers for weight in layer]
-    return not needs_function(
-        given.streams, experts, given.biases, given.slopes, given.logits, weights, biases, of_norms
-    )
+    return needs_function(given.streams, experts, given.biases, given.slopes, given.logits, weights, biases, of_norms)
 
 
 def _keeps_norms(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtlkernels import _torch
 from mtlkernels.ops._checks import Like, as_sequence, check_parameter, numbers_by_layer, shape_of
 from mtlkernels.ops._folding import fold, scale_and_shift, uses_running
 from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM
@@ -189,10 +190,17 @@ def update_running_statistics(
                     pair[1].append(value)
                 elif batches is not None:
                     cumulative.append((running, value, batches))
-    if counts:
-        torch._foreach_add_(counts, 1)
-    for momentum, (running, values) in averages.items():
-        torch._foreach_lerp_(running, values, momentum)
+    if _torch.func_transforms_active():  # vmap has no rule for operators that take lists, nor for lerp_
+        for count in counts:
+            count.add_(1)
+        for momentum, pairs in averages.items():
+            for average, value in zip(*pairs, strict=True):
+                average.add_(value - average, alpha=momentum)
+    else:
+        if counts:
+            torch._foreach_add_(counts, 1)
+        for momentum, (running, values) in averages.items():
+            torch._foreach_lerp_(running, values, momentum)
     for average, value, batches in cumulative:
         average.lerp_(value, 1 / batches.to(average.dtype))
 

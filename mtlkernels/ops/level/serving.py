@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtlkernels._backends import register_reference
 from mtlkernels._library import register_autograd
-from mtlkernels.ops._autograd import example_by_example
+from mtlkernels.ops._autograd import example_by_example, of_no_examples
 from mtlkernels.ops.level import reference, schema  # noqa: F401  (it defines the operators)
 from mtlkernels.ops.level.spec import LevelSpec
 
@@ -79,6 +79,7 @@ def _differentiable(*args: Any) -> list[Tensor]:
 
 
 @torch.library.register_vmap("mtlkernels::level_serve")
+@of_no_examples
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     lists: _Lists = args[:5]
     dims = [dim for own, ts in zip(in_dims, lists, strict=False) for dim in (own or [None] * len(ts))]

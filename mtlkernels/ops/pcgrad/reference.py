@@ -22,7 +22,7 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     for column in by_parameter(grads, num_tasks):
         tasks = [t for t, grad in enumerate(column) if grad is not None]
         if tasks:
-            flat = torch.stack([grad.to(torch.float64).reshape(-1) for grad in column if grad is not None])
+            flat = torch.stack([grad.to(torch.float64).flatten() for grad in column if grad is not None])
             at = torch.tensor(tasks, device=device)
             total = total.index_put((at.unsqueeze(1), at.unsqueeze(0)), flat @ flat.T, accumulate=True)
     return total

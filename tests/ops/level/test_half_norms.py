@@ -1,0 +1,100 @@
+"""Norms in half precision, whose gradients modules hold within its range and within its rounding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtlkernels as mk
+
+ROUTING = mk.Routing.mmoe(1, 1)
+
+
+def _batch_norm(x: Tensor, linear: nn.Linear, gamma: float) -> nn.BatchNorm1d:
+    norm, z = nn.BatchNorm1d(linear.out_features), linear(x).float().detach()
+    norm.running_mean.copy_(z.mean(0))  # type: ignore[union-attr]
+    norm.running_var.copy_(z.var(0))  # type: ignore[union-attr]
+    nn.init.constant_(norm.weight, gamma)
+    return norm.eval()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "of_x", "of_weights", "gamma", "of_grads"),
+    [
+        (200, 1e4, 0.05, 0.01, 1.0),
+        (1000, 300.0, 0.25, 1.0, 8.0),
+        (200, 1e-3, 0.1, 1.0, 1e-5),
+        (200, 1.0, 0.25, 1.0, 1.0),
+    ],
+)
+def test_running_statistics_of_any_scale(
+    rows: int, of_x: float, of_weights: float, gamma: float, of_grads: float, autocast: bool
+) -> None:
+    """Folded into weights of float16, a norm would take them and their gradients out of its range."""
+    torch.manual_seed(0)
+    half, wide = torch.float16, torch.float64
+    x = (torch.randn(rows, 16) * of_x).to(half)
+    linear = nn.Linear(16, 16).to(half)
+    nn.init.normal_(linear.weight, std=of_weights)
+    norm, cotangent = _batch_norm(x, linear, gamma), (torch.randn(rows, 16) * of_grads).to(half)
+    if autocast:
+        linear.float()
+    kept = linear, norm, x
+    exact_linear, exact_norm = copy.deepcopy(linear).to(wide), copy.deepcopy(norm).to(wide)
+
+    def plain(linear: nn.Linear, norm: Any, x: Tensor) -> Tensor:
+        product = linear(x)
+        return norm(product if product.dtype == wide else product.float()).to(x.dtype)  # type: ignore[no-any-return]
+
+    def ours(linear: nn.Linear, norm: Any, x: Tensor) -> Tensor:
+        logits = torch.zeros(rows, 1, dtype=x.dtype)
+        layer: Any = [[linear.weight]], [[linear.bias]]
+        return mk.expert_mixture(x, *layer, [logits], ROUTING, activation="none", norms=[[norm]])[0]
+
+    def found(call: Any, linear: nn.Linear, norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = call(linear, norm, x)
+        return y.detach().to(wide), torch.autograd.grad(y, linear.weight, cotangent.to(y.dtype))[0].to(wide)
+
+    exact = found(plain, exact_linear, exact_norm, x.to(wide))
+    with torch.autocast("cpu", half, enabled=autocast):
+        by_ours, by_modules = found(ours, *kept), found(plain, *kept)
+        assert ours(*kept).dtype == half
+    for own, others, wanted in zip(by_ours, by_modules, exact, strict=True):
+        assert own.isfinite().all()
+        rounding = torch.finfo(half).eps * float(wanted.abs().max()) + 1e-7
+        assert float((own - wanted).abs().max()) <= max(2 * float((others - wanted).abs().max()), rounding)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_layer_norm_of_few_features(half: torch.dtype, width: int, activation: str) -> None:
+    """Its gradient is a difference: what is taken away has to be of the values that it is taken from, as rounded."""
+    torch.manual_seed(0)
+    wide = torch.float64
+    x, w, v = (torch.randn(*shape).to(half) for shape in ((64, 7), (width, 7), (30, width)))
+    cotangent, logits = torch.randn(64, 30).to(half), torch.zeros(64, 1).to(half)
+    norm = nn.LayerNorm(width)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+
+    def plain(x: Tensor, norm: Any) -> Tensor:
+        z = norm((x @ w.to(x.dtype).T).to(norm.weight.dtype)).to(x.dtype)
+        return getattr(torch, activation)(z) @ v.to(x.dtype).T  # type: ignore[no-any-return]
+
+    def ours(x: Tensor, norm: Any) -> Tensor:
+        options: Any = {"activation": [activation, "none"], "norms": [[norm], None]}
+        return mk.expert_mixture(x, [[w], [v]], None, [logits], ROUTING, **options)[0]
+
+    def of_inputs(call: Any, x: Tensor, norm: Any) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(call(leaf, norm), leaf, cotangent.to(x.dtype))[0].to(wide)
+
+    exact = of_inputs(plain, x.to(wide), copy.deepcopy(norm).to(wide))
+    own, modules = (float((of_inputs(call, x, norm) - exact).abs().max()) for call in (ours, plain))
+    assert own <= 3 * modules
