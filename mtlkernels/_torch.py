@@ -70,6 +70,17 @@ def legacy_vmap_level() -> int:
     return level - 1
 
 
+def is_vmapped(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap batches a tensor, on whatever level of its transforms."""
+    if not func_transforms_active():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
 def in_compiled_autograd() -> bool:
     """Whether ``torch._dynamo.compiled_autograd`` takes down what backward passes do instead of doing it."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")

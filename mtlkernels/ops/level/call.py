@@ -68,7 +68,10 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     scales, shifts = _scales(given, wiring, linear) if keeps else ((), ())
 
     weights = [weight for layer in layers for weight in layer]
-    of_experts = [weights, biases, *_of_norms_and_slopes(norms, given.slopes, spec, routing.num_experts)]
+    of_norms = _of_norms_and_slopes(norms, given.slopes, spec, routing.num_experts)
+    if given.streams[0].dtype == torch.float32:
+        of_norms = list(map(_widened, of_norms))
+    of_experts = [weights, biases, *of_norms]
     check_rows(present, given.streams[0].shape[0])
     streams, of_experts[:2], cast_gates = under_autocast(given.streams[0], given.streams, of_experts[:2], gates)
     # Gate k outside of the level reads stream k, or the only one.
@@ -113,21 +116,22 @@ def _folds_in_float16(given: Arguments) -> torch.dtype | None:
 
 
 def _in_float32(given: Arguments) -> Arguments:
-    """With tensors of half precision cast, differentiably."""
-
-    def cast(tensors: Sequence[Any]) -> list[Any]:
-        half = (torch.float16, torch.bfloat16)
-        return [t.float() if t is not None and t.dtype in half else t for t in tensors]
-
-    gates = None if given.gates is None else (cast(given.gates[0]), cast(given.gates[1]), given.gates[2])
+    """With tensors of half precision cast, differentiably; norms are modules, whose own are cast when they are read."""
+    gates = given.gates and (_widened(given.gates[0]), _widened(given.gates[1]), given.gates[2])
     return given._replace(
-        streams=cast(given.streams),
-        layers=[cast(layer) for layer in given.layers],
-        biases=cast(given.biases),
-        slopes=cast(given.slopes),
-        logits=cast(given.logits),
+        streams=_widened(given.streams),
+        layers=[_widened(layer) for layer in given.layers],
+        biases=_widened(given.biases),
+        slopes=_widened(given.slopes),
+        logits=_widened(given.logits),
         gates=gates,
     )
+
+
+def _widened(tensors: Sequence[Any]) -> list[Any]:
+    """Those of half precision in float32."""
+    half = (torch.float16, torch.bfloat16)
+    return [t.float() if t is not None and t.dtype in half else t for t in tensors]
 
 
 def _of_norms_and_slopes(norms: Sequence[Norm | None], slopes: Any, spec: LevelSpec, num_experts: int) -> list[Any]:

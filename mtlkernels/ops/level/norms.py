@@ -190,7 +190,8 @@ def update_running_statistics(
                     pair[1].append(value)
                 elif batches is not None:
                     cumulative.append((running, value, batches))
-    if _torch.func_transforms_active():  # vmap has no rule for operators that take lists, nor for lerp_
+    written = [*counts, *(average for pairs in averages.values() for average in pairs[0])]
+    if any(map(_torch.is_vmapped, written)):  # there is no rule for operators that take lists, nor for lerp_
         for count in counts:
             count.add_(1)
         for momentum, pairs in averages.items():
