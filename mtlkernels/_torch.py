@@ -71,8 +71,8 @@ def legacy_vmap_level() -> int:
 
 
 def is_vmapped(tensor: Tensor) -> bool:
-    """Whether torch.func.vmap batches a tensor, on whatever level of its transforms."""
-    if not func_transforms_active():
+    """Whether torch.func.vmap batches a tensor, on whatever level of its transforms; the compiler cannot ask."""
+    if torch.compiler.is_compiling() or not func_transforms_active():
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
