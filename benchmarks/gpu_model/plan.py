@@ -94,6 +94,16 @@ def _input_gradient(launch: Launch) -> list[Part]:
     return [Part(each.count(n) * programs, 0, n, n * steps, others, chain=3, far=far) for n in sorted(set(each))]
 
 
+def _wide_input_gradient(launch: Launch) -> list[Part]:
+    """Of linear gates it waits for their weights alone, which it finds by what was loaded before."""
+    rows, columns, steps = _blocks(launch)
+    groups = launch.arguments["num_groups"]
+    offsets = _entries(launch, launch.arguments["members"], groups + 1)
+    each = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    far, programs = 1.0 * launch.constants["LINEAR_GATES"], rows * columns
+    return [Part(each.count(n) * programs, 0, n, n * steps, chain=3, far=far) for n in sorted(set(each))]
+
+
 def _sums_of_parts(launch: Launch) -> Callable[[Code, Loop], int]:
     """The passes of loops that add programs' parts, some columns at a time: of the last program, whom others wait for.
 
@@ -161,6 +171,7 @@ _PLANS: Mapping[str, Callable[[Launch], list[Part]]] = {
     "layer_forward": _layer_forward,
     "last_forward": _last_forward,
     "input_gradient": _input_gradient,
+    "wide_input_gradient": _wide_input_gradient,
     "weight_gradient": _weight_gradient,
     "mix_backward": _mix_backward,
 }

@@ -10,12 +10,12 @@ import triton
 from mtlkernels.ops import _triton_splits
 from mtlkernels.ops._triton import DTYPES, Kind, Tile
 from mtlkernels.ops._triton_splits import Sums
-from mtlkernels.ops.activations import from_input
+from mtlkernels.ops.activations import CODES, from_input
 from mtlkernels.ops.gated_mixture.triton import TILES
 from mtlkernels.ops.level.triton import tiles
 from mtlkernels.ops.level.triton.linear_gates import padded
 
-FLOAT32 = 4
+FLOAT32 = 4  # bytes, as a word of signs has
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class Shape:
     @property
     def last(self) -> int:
         return len(self.activations) - 1
+
+    def signs(self, layer: int) -> int:
+        """Bytes of the signs of what is in front of a layer above the first, if the forward pass keeps them."""
+        relu = 0 < layer <= self.last and self.activations[layer - 1] == CODES["relu"]
+        return FLOAT32 * self.experts * self.rows * triton.cdiv(self.widths[layer], 32) if relu else 0
 
     def hidden(self, layer: int) -> int:
         """Elements in front of a layer, of all experts."""
@@ -181,7 +186,8 @@ def _operands(shape: Shape, layer: int) -> int:
 def _layer(shape: Shape, layer: int, save: bool) -> Work:
     keep = save and from_input(shape.activations[layer])
     results = shape.hidden(layer + 1) * (2 if keep else 1) * shape.dtype.itemsize
-    return Work("layer_forward", shape.product(layer), _operands(shape, layer), results)
+    signs = shape.signs(layer + 1) if save else 0
+    return Work("layer_forward", shape.product(layer), _operands(shape, layer), results + signs)
 
 
 def _with_gates(shape: Shape, layer: Work | None) -> Work:
@@ -233,19 +239,20 @@ def _hidden_gradient(shape: Shape, layer: int, need_weights: bool) -> Work:
     """The gradient of the inputs of a layer above the first."""
     code = shape.activations[layer - 1]
     again = need_weights and from_input(code)
-    below = shape.hidden(layer)
-    read = shape.hidden(layer + 1) + shape.weights(layer) + (below if code else 0)
-    itemsize = shape.dtype.itemsize
-    return Work("input_gradient", shape.product(layer), read * itemsize, below * (2 if again else 1) * itemsize)
+    below, itemsize = shape.hidden(layer), shape.dtype.itemsize
+    saved = shape.signs(layer) or (below * itemsize if code else 0)
+    read = (shape.hidden(layer + 1) + shape.weights(layer)) * itemsize + saved
+    return Work("input_gradient", shape.product(layer), read, below * (2 if again else 1) * itemsize)
 
 
 def _input_gradient(shape: Shape) -> Work:
     """The gradient of those of the level's inputs that are read."""
     width, depth = shape.widths[:2]
     members = [shape.expert_inputs.count(stream) for stream in {*shape.expert_inputs, *shape.gate_inputs}]
-    _, sums = tiles.inputs(shape.kind, members, shape.rows, width, depth, shape.dtype.itemsize, shape.card)
+    tile, sums = tiles.inputs(shape.kind, members, shape.rows, width, depth, shape.dtype.itemsize, shape.card)
+    wide = not shape.parts(sums) and tiles.even_input(shape.kind, tile, width) is not None
     return Work(
-        "input_gradient",
+        "wide_input_gradient" if wide else "input_gradient",
         shape.product(0) + 2 * shape.rows * shape.gate_weights,
         (shape.hidden(1) + shape.weights(0) + shape.grad_logits + shape.gate_weights) * shape.dtype.itemsize,
         len(members) * shape.rows * width * shape.dtype.itemsize,

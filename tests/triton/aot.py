@@ -61,6 +61,7 @@ SIZES = ((1, 1), (4096, 16), (4096, 4096))  # rows and columns that between them
 # gelu takes the most registers, but its derivative is computed in smaller tiles than those that follow from the output.
 # Of the activations with slopes, which only layerwise levels have, dice takes the most.
 FORWARD_CODES = (CODES["gelu"], DICE)
+RELU = CODES["relu"]  # of which hidden layers keep signs
 FLAT_CODES = (CODES["leaky_relu"],)  # of those with which the last layer's kernel is one loop over all experts
 BACKWARD_CODES = (CODES["tanh"], CODES["gelu"], DICE)
 TASKS = (*range(1, 9), 12, 16, 32, 64)  # every size of a group, and of a projection
@@ -141,9 +142,10 @@ def mixture_variants(
             what = {"LOGITS": tl.float32, "CODE": code, "NEED_EXPERTS": True, "NEED_LOGITS": True}
             yield _made("mix_backward", mixture.backward_tile(kind), kind, **what)
     for kind in PRODUCTS:
-        for code in forward_codes:
+        for code in dict.fromkeys((*forward_codes, RELU)):
             for tile, gates in itertools.product(tiles.PRODUCT[kind.operands], (False, True)):
-                what = {"CODE": code, "KEEP": from_input(code), "LINEAR_GATES": gates}
+                keep = chain_kernels.INPUTS if from_input(code) else chain_kernels.SIGNS if code == RELU else None
+                what = {"CODE": code, "KEEP": keep and keep.value, "LINEAR_GATES": gates}
                 yield _made("layer_forward", tiles.beside_gates(tile) if gates else tile, kind, **what)
         for code in dict.fromkeys((*forward_codes, *FLAT_CODES)):
             what = {"LOGITS": tl.float32, "CODE": code, "KEEP": True}
@@ -152,15 +154,29 @@ def mixture_variants(
                 yield _made("last_forward", tile, kind, **what, GATES=count, SPLIT=split, WHOLE=whole)
         # Only sums over the readers of an input are split, with gates or without, and no activation is in front.
         ways = ((False, False), (False, True), (True, False), (True, True))
-        for code, gates, split in (*((code, False, False) for code in backward_codes), *((0, *way) for way in ways)):
+        below = ((code, False, False) for code in dict.fromkeys((*backward_codes, RELU)))
+        for code, gates, split in (*below, *((0, *way) for way in ways)):
             choice = [tiles.product(kind, rows, columns, from_input(code)) for rows, columns in SIZES]
-            for tile in (*choice, *(_of(tiles.LARGE_INPUT, kind) if code == 0 else ())):
+            large = {0: tiles.LARGE_INPUT, RELU: tiles.LARGE_SIGNS}.get(code, {})
+            for tile in (*choice, *_of(large, kind)):
                 what = {"CODE": code, "ACTIVATED": from_input(code), "LINEAR_GATES": gates, "SPLIT": split}
                 yield _made("input_gradient", tiles.beside_gates(tile) if gates else tile, kind, **what)
+        for tile, gates in itertools.product(even_inputs(kind), (False, True)):
+            pieces = tiles.pieces(tile.columns)
+            what = {"PIECES": pieces, "STARTS": tuple(sum(pieces[:i]) for i in range(len(pieces)))}
+            yield _made("wide_input_gradient", tile, kind, LINEAR_GATES=gates, **what)
         for gates, split in ways:
             what = {"NEED_WEIGHTS": True, "NEED_BIASES": True, "LINEAR_GATES": gates, "SPLIT": split}
             for tile in (tiles.WEIGHT_GRADIENT[kind.operands], *_of(tiles.LARGE_WEIGHT, kind)):
                 yield _made("weight_gradient", tile, kind, **what)
+
+
+def even_inputs(kind: Kind) -> list[Tile]:
+    """The tiles by which programs share the columns of inputs evenly."""
+    found = (
+        tiles.even_input(kind, tile, width) for tile in _of(tiles.LARGE_INPUT, kind) for width in range(16, 513, 16)
+    )
+    return list(dict.fromkeys(tile for tile in found if tile))
 
 
 def _of(large: Mapping[tuple[str, bool], Tile], kind: Kind) -> list[Tile]:
@@ -170,9 +186,11 @@ def _of(large: Mapping[tuple[str, bool], Tile], kind: Kind) -> list[Tile]:
 
 def ships(variant: Variant, architecture: int) -> bool:
     """Whether launchers choose the configuration on that architecture."""
-    choices = (tiles.LARGE_MIXING, tiles.LARGE_INPUT, tiles.LARGE_WEIGHT)
+    choices = (tiles.LARGE_MIXING, tiles.LARGE_SIGNS, tiles.LARGE_INPUT, tiles.LARGE_WEIGHT)
     large = {tile for choice in choices for tile in choice.values()}
-    return variant.tile not in large or divmod(architecture, 10) in LARGE
+    if variant.tile in large or variant.kernel == "wide_input_gradient":
+        return divmod(architecture, 10) in LARGE
+    return True
 
 
 def layerwise_variants(forward_codes: Sequence[int], backward_codes: Sequence[int]) -> Iterator[Variant]:

@@ -248,7 +248,7 @@ def check_forward(level: Operands) -> list[Tensor]:
             alone, statistics = kernels.forward(*level.forward(False))
     assert_within_budget("outputs", found, expected, true)
     assert_within_budget("outputs without saving", alone, expected, true)
-    stored, of_norms, logits = level.spec.split_saved(saved)
+    stored, of_norms, logits, signs = level.spec.split_saved(saved)
     expected_kept, true_kept = (_kept_in_rows(level, values) for values in (kept, true_kept))
     for what, mine, same, ideal in zip(
         ("saved", "statistics", "logits"), (stored, of_norms, logits), expected_kept, true_kept, strict=True
@@ -256,12 +256,14 @@ def check_forward(level: Operands) -> list[Tensor]:
         # On a CPU the reference leaves the last of several layers of a chain out.
         assert_within_budget(what, mine[: len(same)], same, ideal)
     assert len(stored) == len(level.spec.layers) and len(statistics) == len(of_norms)
+    for i, words in zip(level.spec.hidden_signs, signs, strict=True):
+        assert torch.equal(words, reference.signs(stored[i], 32).view(torch.int32))
     return saved
 
 
 def _kept_in_rows(level: Operands, saved: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
     """What the reference saved, in parts, the last layer in rows as on a GPU."""
-    stored, *others = level.spec.split_saved(saved)
+    stored, *others, _ = level.spec.split_saved(saved)
     groups = level.spec.split(level.tensors)
     rows, width = groups.inputs[0].shape[0], groups.weights[-1].shape[0]
     return [reference.rows_of_panels(s, rows, width) if s.dim() == 2 else s for s in stored], *others

@@ -72,6 +72,23 @@ def test_tiles_of_a_large_card(name: str, linear: bool) -> None:
     assert {(tiles.LARGE_INPUT[kind.operands], split), (tiles.LARGE_WEIGHT[kind.operands], split)} <= launched
 
 
+@pytest.mark.parametrize(("width", "pieces"), [(400, (128, 64, 16)), (144, (128, 16)), (480, None)])
+@pytest.mark.parametrize("experts", [2, 20])
+@pytest.mark.parametrize("linear", [False, True])
+def test_programs_that_share_columns_evenly(
+    linear: bool, experts: int, width: int, pieces: tuple[int, ...] | None
+) -> None:
+    """Of widths that large tiles do not fit; with gates of more logits than are taken at a time."""
+    case = Case("whole_sums", 140, (width, 64, 16), experts, 2, (1, 2), dtype=torch.float16, largest_gate=experts)
+    with (
+        mock.patch.object(chain_backward, "card", lambda _: Card(1, True)),
+        mock.patch.object(chain_backward, "launch", wraps=chain_backward.launch) as launch,
+    ):
+        check_level(case, "cpu", linear=linear)
+    launched = {call.kwargs["PIECES"] for call in launch.call_args_list if "PIECES" in call.kwargs}
+    assert launched == ({pieces} if pieces else set())
+
+
 def test_a_whole_expert_at_a_time() -> None:
     """On a large card, by one program a block or by several; with gates of more members than are taken at a time."""
     case = Case("whole", 70, (16, 256, 128), 18, 3, (1, 2), dtype=torch.float16, largest_gate=18)

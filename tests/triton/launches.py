@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 @dataclass
 class Launch:
-    """What one launch has done: its products, and the addresses of floating-point elements that it has touched."""
+    """What one launch has done: its products, and the addresses of numbers and words of signs that it has touched."""
 
     kernel: str
     flop: int = 0
@@ -50,7 +50,7 @@ def launched() -> Iterator[list[Launch]]:
 
     def touch(touched: list[tuple[int, Any]], pointers: Any, mask: Any) -> None:
         element = pointers.get_element_ty()
-        if element.is_floating():  # integers are the call's table
+        if element.primitive_bitwidth < 64 or element.is_floating():  # other integers are the call's table
             touched.append((element.primitive_bitwidth // 8, pointers.data[mask.data.astype(bool)].ravel()))
 
     def loaded(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:

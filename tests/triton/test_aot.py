@@ -18,6 +18,7 @@ PRODUCTS = (
     "last_forward",
     "layerwise_product",
     "input_gradient",
+    "wide_input_gradient",
     "weight_gradient",
     "route_sum",
     "route_products",

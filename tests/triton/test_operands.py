@@ -79,6 +79,8 @@ def test_backward_of_a_level(name: str, which: str, change: str) -> None:
     saved = [torch.zeros(len(spec.expert_inputs), 5, width) for width in weights]
     norms = [(layer.norm, width) for layer, width in zip(spec.layers, weights, strict=True) if layer.norm]
     stats = [torch.zeros(len(spec.expert_inputs), width if norm == BATCH_NORM else 5) for norm, width in norms]
+    signs = [(len(spec.expert_inputs), 5, -(-weights[i] // 32)) for i in spec.hidden_signs]
+    saved += [torch.zeros(shape, dtype=torch.int32) for shape in signs]
     saved += stats * 2 + [torch.zeros(5, sum(spec.gate_sizes))] * bool(spec.gate_inputs)
     grads = [torch.zeros(5, weights[-1]) for _ in spec.gate_sizes]
     lists = {"grad_outputs": grads, "saved": saved}

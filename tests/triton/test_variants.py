@@ -13,10 +13,16 @@ from benchmarks.suites.mixture import TWO_LEVELS  # noqa: E402
 
 # On both sides of powers of two, by which tiles and splits are chosen, and between them.
 ROWS = sorted({n + d for n in (2**i for i in range(17)) for d in (-1, 0, 1)} | {33, 48, 100, 1000, 5000, 50000})
-# Two tiles each, and a third for gradients where there is much to read; sums that are split or not; the last layer of
-# three gates and of two; and input_gradient serves hidden
-# layers and inputs.
-MOST = {"layer_forward": 2, "last_forward": 6, "mix_backward": 1, "input_gradient": 7, "weight_gradient": 3}
+# Two tiles each, and a third for gradients where there is much to read, of inputs a kernel of its own; sums that are
+# split or not; the last layer of three gates and of two; and input_gradient serves hidden layers and inputs.
+MOST = {
+    "layer_forward": 2,
+    "last_forward": 6,
+    "mix_backward": 1,
+    "input_gradient": 6,
+    "wide_input_gradient": 1,
+    "weight_gradient": 3,
+}
 
 
 def test_variants_over_all_numbers_of_rows() -> None:

@@ -142,7 +142,8 @@ def forward(
     the dtype of accumulation. Saved are, with ``save``, the pre-activations [E, B, H] of each layer before its norm, if
     ``stores_inputs`` is true; otherwise, for each layer, the output of the activation, or its input where its
     derivative follows from that, of the last layer that of the experts ``last_saved`` and of the others signs, where
-    ``saves_signs`` is true. Statistics are saved always, logits of linear gates with ``save``.
+    ``saves_signs`` is true; and on GPUs ``hidden_signs``. Statistics are saved always, logits of linear gates with
+    ``save``.
     """
     level = LevelSpec.decoded(spec, numbers)
     groups = level.split((*inputs, *parameters, *gates))
@@ -161,7 +162,9 @@ def forward(
         if last and level.saves_panels(inputs[0]):
             saved[-1] = panels(saved[-1])
         if level.saves_signs(inputs[0]):
-            saved.append(_signs(values[-1].hidden[others]))
+            saved.append(signs(values[-1].hidden[others]))
+        if inputs[0].is_cuda:
+            saved += [signs(values[i].hidden, 32).view(torch.int32) for i in level.hidden_signs]
     logits = [torch.cat(gate_logits(level, groups), 1)] if save and level.gate_inputs else []
     return outputs, [*saved, *stats, *logits]
 
@@ -182,9 +185,12 @@ def rows_of_panels(values: Tensor, rows: int, width: int) -> Tensor:
     return torch.cat((groups, rest.reshape(experts, rows % _GROUP, width)), 1)
 
 
-def _signs(outputs: Tensor) -> Tensor:
-    """Which of the outputs [E, B, H] are not <= 0, as :meth:`LevelSpec.last_saved` describes it."""
-    flags = F.pad((~(outputs <= 0)).to(torch.uint8), (0, -outputs.shape[2] % 8))
+def signs(outputs: Tensor, multiple: int = 8) -> Tensor:
+    """Which of the outputs [E, B, H] are not <= 0, as :meth:`LevelSpec.last_saved` describes it.
+
+    Bits up to a ``multiple`` of H are 0.
+    """
+    flags = F.pad((~(outputs <= 0)).to(torch.uint8), (0, -outputs.shape[2] % multiple))
     places = torch.arange(8, dtype=torch.uint8, device=outputs.device)
     return torch.bitwise_left_shift(flags.unflatten(2, (flags.shape[2] // 8, 8)), places).sum(3, dtype=torch.uint8)
 
@@ -196,7 +202,7 @@ def _of_part(spec: LevelSpec, stacked: Tensor) -> Tensor:
 
 def _from_saved(spec: LevelSpec, groups: Groups, saved: Sequence[Tensor], seed: Tensor | None) -> list[_Values]:
     """What :func:`evaluate` found, from what the forward pass saved of a level of which this may be a part."""
-    stored, stats, _ = spec.split_saved(saved)
+    stored, stats, *_ = spec.split_saved(saved)
     means = iter(stats[: len(stats) // 2])
     variances = iter(stats[len(stats) // 2 :])
     values: list[_Values] = []

@@ -181,20 +181,30 @@ class LevelSpec:
         """A value of each kind of tensor, repeated for each of its tensors."""
         return [value for value, size in zip(values, self.sizes, strict=True) for _ in range(size)]
 
-    def split_saved(self, saved: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """What the forward pass saved: a tensor [E, B, H] a layer; then statistics of norms, or linear gates' logits.
+    def split_saved(self, saved: Sequence[Any]) -> tuple[Sequence[Any], ...]:
+        """What the forward pass saved: a tensor [E, B, H] a layer; statistics of norms; linear gates' logits; signs.
 
         The last layer's is [E, B * H] where :meth:`saves_panels` is true.
         Statistics are the means of all layers that have a norm, then the variances; of what is without norms the
-        second part is empty. The third is the logits [B, sum N_k], in a list. Of some experts only, a last layer is in
-        no part, nor are signs, see :meth:`last_saved`: only the C++ kernels read them.
+        second part is empty. The third is the logits [B, sum N_k], in a list. The fourth is what :meth:`last_saved` or
+        :attr:`hidden_signs` describes. Of some experts only, a last layer is in no part: only the C++ kernels read it.
         """
         stats = sum(layer.norm > 0 for layer in self.layers)
         end = len(saved) - 2 * stats - bool(self.gate_inputs)
-        layers = end - (end > 0 and saved[end - 1].dtype == torch.uint8)
+        layers = signs = next((i for i in range(end) if not saved[i].dtype.is_floating_point), end)
         if layers > 1 and saved[layers - 1].shape[0] < saved[0].shape[0]:
             layers -= 1
-        return saved[:layers], saved[end : end + 2 * stats], saved[end + 2 * stats :]
+        return saved[:layers], saved[end : end + 2 * stats], saved[end + 2 * stats :], saved[signs:end]
+
+    @property
+    def hidden_signs(self) -> tuple[int, ...]:
+        """The hidden layers of which the forward pass saves signs as well on GPUs, where no layer saves its inputs.
+
+        relu's gradient wants no more of them, a 16th of the bytes or less: bit i % 32 of word i // 32 of int32
+        [E, B, ceil(H / 32)] says whether output i is not <= 0.
+        """
+        hidden = range(0 if self.stores_inputs else len(self.layers) - 1)
+        return tuple(i for i in hidden if self.layers[i].activation == CODES["relu"])
 
     def last_saved(self, x: Tensor) -> tuple[int, ...]:
         """The experts whose last layer the forward pass saves, for inputs like ``x``.

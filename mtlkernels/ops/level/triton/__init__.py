@@ -213,12 +213,12 @@ def _together(level: LevelSpec, grad_outputs: Sequence[Tensor | None]) -> Iterat
 def _gradients(table: Table, asked: Asked, saved: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
     """What is asked for, by the launches of one level."""
     level, part = asked.level, asked.part
-    stored, statistics, logits = level.split_saved(saved)
+    stored, statistics, logits, signs = level.split_saved(saved)
     operands = (table, part.spec, asked.grad_outputs, asked.groups, stored)
     if level.stores_inputs:
         found = layerwise_backward.backward(*operands, statistics, seed, asked.needs)
     else:
         each = logits[0].split(level.gate_sizes, 1) if logits else ()
-        found = chain_backward.backward(*operands, [each[k] for k in part.gates if each], asked.needs)
+        found = chain_backward.backward(*operands, signs, [each[k] for k in part.gates if each], asked.needs)
     groups = zip(found, part.spec.sizes, strict=True)
     return asked.pick([grad for group, size in groups for grad in group or [None] * size])

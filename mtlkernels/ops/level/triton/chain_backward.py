@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mtlkernels.ops._triton import Launch, Run, Table, contiguous, launch
+from mtlkernels.ops._triton import Launch, Run, Table, Tile, contiguous, launch
 from mtlkernels.ops._triton_splits import card, split
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture.triton import Gates
 from mtlkernels.ops.level.spec import Groups, LevelSpec
 from mtlkernels.ops.level.triton import tiles
-from mtlkernels.ops.level.triton.gradient_kernels import input_gradient, weight_gradient
+from mtlkernels.ops.level.triton.gradient_kernels import input_gradient, weight_gradient, wide_input_gradient
 from mtlkernels.ops.level.triton.launches import LevelShape, Parameters, execute
 from mtlkernels.ops.level.triton.linear_gates import GateGradients, LinearGates
 
@@ -27,13 +27,14 @@ def backward(
     grad_outputs: Sequence[Tensor],
     groups: Groups,
     saved: Sequence[Tensor],
+    signs: Sequence[Tensor],
     logits: Sequence[Tensor],
     needs: Groups,
 ) -> Groups:
     """The gradients of a level, which may be part of the one of which the forward pass ``saved`` something.
 
-    ``table`` is the call's, which is empty; ``logits`` are those of linear gates. Of each kind that ``needs`` asks for
-    there are all gradients, of others none.
+    ``table`` is the call's, which is empty; ``signs`` are of ``spec.hidden_signs``, ``logits`` those of linear gates.
+    Of each kind that ``needs`` asks for there are all gradients, of others none.
     """
     inputs, weights, saved, grad_outputs = map(contiguous, (groups.inputs, groups.weights, saved, grad_outputs))
     x, codes, last = inputs[0], [layer.activation for layer in spec.layers], len(spec.layers) - 1
@@ -51,6 +52,7 @@ def backward(
 
     experts = range(level.num_experts)
     at_saved = [table.slices(tensor, spec.numbers) for tensor in saved]
+    at_signs = {i: table.slices(own, spec.numbers) for i, own in zip(spec.hidden_signs, contiguous(signs), strict=True)}
     at_grads = [table.slices(tensor, experts) for tensor in grads]
     at_below = [table.slices(tensor, experts) for tensor in below]
     at_weights = table.pointers(weights)
@@ -73,7 +75,7 @@ def backward(
     for layer in range(last, 0, -1) if need_experts else ():
         operands = (at_grads[layer], at_weights + layer * len(experts))
         again = at_below[layer - 1] if below[layer - 1] is not None else None
-        outputs = (at_grads[layer - 1], at_saved[layer - 1], again)
+        outputs = (at_grads[layer - 1], at_signs.get(layer - 1, at_saved[layer - 1]), again)
         runs.append(inputs_gradient(level, table, layer, codes[layer - 1], operands, alone, outputs))
     grad_inputs = [table.room(x, stream.shape) for stream in inputs if needs.inputs]
     if needs.inputs:
@@ -119,14 +121,14 @@ def inputs_gradient(
     """The gradient of a layer's inputs. ``code`` is the activation in front of it, or 0.
 
     ``operands``: where the gradients behind the layer, and its weights, are. ``outputs``: where it goes, where what the
-    forward pass saved of the layer below is, and where its activation goes, if that is wanted. ``gates``: where linear
-    gates of the inputs are, see :meth:`GateGradients.members`.
+    forward pass saved of the layer below is, of relu its signs, and where its activation goes, if that is wanted.
+    ``gates``: where linear gates of the inputs are, see :meth:`GateGradients.members`.
     """
     width, depth = level.widths[layer : layer + 2]
     start, sizes = members
     lengths = (level.num_rows, width, depth, level.like.itemsize)
     if code:
-        tile = tiles.product(level.kind, level.num_rows, width, heavy=from_input(code))
+        tile = tiles.hidden_gradient(level.kind, level.num_rows, width, code, card(level.like.device))
         sums = tiles.input_sums(tile, sizes, *lengths)
     else:
         tile, sums = tiles.inputs(level.kind, sizes, *lengths, card(level.like.device))
@@ -143,9 +145,32 @@ def inputs_gradient(
         "SPLIT": shares.count > 1,
     }
 
+    even = None if code or shares.count > 1 else tiles.even_input(level.kind, tile, width)
+    if even is not None:
+        return _wide(level, even, shares.programs, (*operands, start, at, gates or 0), len(sizes), (width, depth))
+
     def run(entries: Tensor) -> Launch | None:
         numbers = (*places, *shares.arguments, len(sizes), level.num_rows, width, depth)
         return launch(input_gradient, shares.programs, tile, entries, *numbers, **constants)
+
+    return run
+
+
+def _wide(
+    level: LevelShape, tile: Tile, programs: int, places: tuple[int, ...], groups: int, widths: tuple[int, int]
+) -> Run:
+    """The gradient of a network's inputs by programs that share its columns evenly."""
+    pieces = tiles.pieces(tile.columns)
+    constants = {
+        "KIND": level.kind,
+        "LINEAR_GATES": places[-1] > 0,
+        "PIECES": pieces,
+        "STARTS": tuple(sum(pieces[:i]) for i in range(len(pieces))),
+    }
+
+    def run(entries: Tensor) -> Launch | None:
+        numbers = (*places, groups, level.num_rows, *widths)
+        return launch(wide_input_gradient, programs, tile, entries, *numbers, **constants)
 
     return run
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
+import torch
 import triton
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from mtlkernels.ops.gated_mixture import triton as mixture
 from mtlkernels.ops.gated_mixture.triton import Gates
 from mtlkernels.ops.level.spec import Groups, LevelSpec
 from mtlkernels.ops.level.triton import tiles
-from mtlkernels.ops.level.triton.chain_kernels import last_forward, layer_forward
+from mtlkernels.ops.level.triton.chain_kernels import INPUTS, SIGNS, last_forward, layer_forward
 from mtlkernels.ops.level.triton.launches import LevelShape, execute
 from mtlkernels.ops.level.triton.linear_gates import VECTOR, LinearGates
 
@@ -38,6 +39,8 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
     level = LevelShape.of(x, len(experts), widths, (*inputs, *weights, *(linear.weights if linear else ())))
     rooms = table.together(x, shapes)  # as they are let go of
     saved = rooms[: last + 1] if save else []
+    words = [(len(experts), x.shape[0], triton.cdiv(widths[i], 32)) for i in spec.hidden_signs if save]
+    signs = [table.room(x, shape, torch.int32) for shape in words]
     if linear:
         logits = list(rooms[-1].split(spec.gate_sizes, 1))
     sizes = (len(spec.gate_sizes), level.num_rows, widths[-1], level.widths[-2])
@@ -50,7 +53,8 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
     read = [table.pointers(inputs[stream] for stream in spec.expert_inputs)]
     read += [table.slices(tensor, experts) for tensor in hidden]
     at_weights, at_biases = table.pointers(weights), table.pointers(biases)
-    kept = [table.slices(tensor, experts) for tensor in saved] if save else [0] * (last + 1)
+    also = dict(zip(spec.hidden_signs, signs, strict=False))
+    kept = [table.slices(also.get(i, tensor), experts) for i, tensor in enumerate(saved)] if save else [0] * (last + 1)
     # Of each layer: where its inputs, weights, biases, outputs and what it keeps are.
     places = [
         (read[layer], at_weights + layer * len(experts), at_biases + layer * len(experts), read[layer + 1], kept[layer])
@@ -61,16 +65,18 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
     runs = []
     if beside and last == 0 and tile is not None:
         alone = replace(level, num_experts=0, widths=(level.widths[0], VECTOR))
-        runs.append(_layer(alone, 0, 0, places[0], False, beside))
+        runs.append(_layer(alone, 0, 0, places[0], None, beside))
     for layer in range(last if tile is not None else last + 1):
-        runs.append(_layer(level, layer, spec.layers[layer].activation, places[layer], save, None if layer else beside))
+        code = spec.layers[layer].activation
+        keep = SIGNS.value if layer in also else INPUTS.value if save and from_input(code) else None
+        runs.append(_layer(level, layer, code, places[layer], keep, None if layer else beside))
     if tile is None:
         at, shape = mixture.strides(table, hidden[-1], 1, 0), (level.num_rows, widths[-1])
         outputs, run = mixture.prepare_forward(table, level.kind, at, x, shape, gates)
     else:
         outputs, run = _last(level, table, tile, spec.layers[last].activation, places[last], gates, save)
     execute(table, x, [*runs, run])
-    return outputs, rooms if save else []
+    return outputs, [*saved, *signs, *rooms[last + 1 :]] if save else []
 
 
 def _layer(
@@ -78,10 +84,13 @@ def _layer(
     layer: int,
     code: int,
     places: tuple[int, ...],
-    save: bool,
+    keep: str | None,
     gates: tuple[int, int] | None,
 ) -> Run:
-    """One layer of every expert; with ``gates``, see :meth:`LinearGates.entries`, their logits too."""
+    """One layer of every expert; with ``gates``, see :meth:`LinearGates.entries`, their logits too.
+
+    ``keep``: what is written beside its outputs, see ``layer_forward``.
+    """
     depth, width = level.widths[layer : layer + 2]
     tile = tiles.product(level.kind, level.num_rows, width)
     if gates:
@@ -91,7 +100,7 @@ def _layer(
         level.num_experts * triton.cdiv(width, tile.columns) + gate_tiles
     )
     sizes = (level.num_experts, level.num_rows, width, depth)
-    constants = {"CODE": code, "KEEP": save and from_input(code), "LINEAR_GATES": gates is not None}
+    constants = {"CODE": code, "KEEP": keep, "LINEAR_GATES": gates is not None}
 
     def run(entries: Tensor) -> Launch | None:
         numbers = (*places, at_gates, gate_tiles, *sizes)

@@ -33,6 +33,9 @@ from mtlkernels.ops._triton_functions import (
 
 # How many logits of the gates that read a stream a program computes: few, as there are few, beside many experts.
 GATE_COLUMNS = Constant(32)
+# What a layer may keep beside its outputs: its activation's inputs, or which outputs are not <= 0.
+INPUTS = Constant("inputs")
+SIGNS = Constant("signs")
 # With so many gates at most, the last layer's kernel is one loop over all experts.
 FLAT_GATES = Constant(3)
 
@@ -71,6 +74,15 @@ def linear(
 
 
 @triton.jit
+def words_at(table, index, first, first_column, rows, width, COLUMNS: tl.constexpr):
+    """Pointers to a block's words of signs [B, ceil(width / 32)], and which of its words each is."""
+    length = tl.cdiv(width, 32)
+    words = tl.arange(0, COLUMNS // 32)
+    corner = pointer(table, index, tl.int32) + first * length + first_column // 32
+    return corner + rows[:, None] * length + words[None, :], words
+
+
+@triton.jit
 def expert_layer(
     table, inputs, weights, biases, outputs, kept, e, block, first, left_rows, width, depth,
     KIND: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
@@ -88,10 +100,15 @@ def expert_layer(
     mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
     offsets = rows[:, None] * width + columns[None, :]
     corner = first * width + first_column
-    if KEEP:
+    if KEEP == INPUTS:
         tl.store(operand(table, kept + e, KIND) + corner + offsets, acc.to(KIND.dtype), mask=mask)
-    out = operand(table, outputs + e, KIND) + corner
-    tl.store(out + offsets, activate(acc, CODE).to(KIND.dtype), mask=mask)
+    out = activate(acc, CODE).to(KIND.dtype)
+    if KEEP == SIGNS:
+        bits = tl.where(out.to(tl.float32) <= 0.0, 0, 1 << (columns % 32)[None, :])  # NaN counts as more
+        bits = tl.sum(tl.reshape(bits, [ROWS, COLUMNS // 32, 32]), 2)
+        at, words = words_at(table, kept + e, first, first_column, rows, width, COLUMNS)
+        tl.store(at, bits, mask=(rows < left_rows)[:, None] & (words * 32 < left_columns)[None, :])
+    tl.store(operand(table, outputs + e, KIND) + corner + offsets, out, mask=mask)
 
 
 @triton.jit
@@ -132,7 +149,7 @@ def layer_forward(
     KIND: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr, LINEAR_GATES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One layer of every expert, activated; ``KEEP`` writes the activation's input too.
+    """One layer of every expert, activated; ``KEEP`` says what is written to ``kept`` beside that, if anything.
 
     ``LINEAR_GATES``: behind the experts' programs of a block of rows come ``gate_tiles`` of gates that are linear
     layers of the same inputs; ``gates`` is described by ``gate_layer``.

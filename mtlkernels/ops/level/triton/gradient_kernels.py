@@ -11,6 +11,7 @@ import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
     NONE,
+    RELU,
     Constant,
     activation_gradient,
     activation_of,
@@ -24,7 +25,7 @@ from mtlkernels.ops._triton_functions import (
     sum_of_parts,
     whole,
 )
-from mtlkernels.ops.level.triton.chain_kernels import GATE_COLUMNS
+from mtlkernels.ops.level.triton.chain_kernels import GATE_COLUMNS, words_at
 
 # The columns of which programs' parts are added at a time; no tile has fewer.
 FEW_COLUMNS = Constant(32)
@@ -83,9 +84,10 @@ def input_gradient(
 
     ``members`` lists num_groups + 1 offsets, then the experts of all groups: for a network's inputs a group is the
     experts that read a stream, which lie side by side along the depth of one product; below other layers a group is one
-    expert. ``kept`` is what the forward pass saved of the layer below, of use if that has an activation; ``ACTIVATED``
-    writes its activation, for the gradient of the weights. ``SPLIT``: ``splits`` programs share a block, each with some
-    of the group's experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split].
+    expert. ``kept`` is what the forward pass saved of the layer below, if that has an activation, of relu its signs;
+    ``ACTIVATED`` writes its activation, for the gradient of the weights. ``SPLIT``: ``splits`` programs share a block,
+    each with some of the group's experts, and the last one to arrive adds what the others have stored in ``parts``
+    [block, split].
     ``LINEAR_GATES``: the linear gates of an input are one more member of its group. ``gates`` holds four entries a
     group: the address of the gradients of these gates' logits, how many logits they have, the length of the gradients'
     rows (which end with zeros), and where the addresses of the rows of their weights are, a row a logit.
@@ -151,13 +153,93 @@ def input_gradient(
     else:
         mask = a_inside[:, None] & b_inside[None, :]
         offsets = rows[:, None] * width + columns[None, :]
-        if CODE != NONE or ACTIVATED:
+        if CODE == RELU:
+            at, words = words_at(table, kept + group, first, first_column, rows, width, COLUMNS)
+            word = tl.load(at, mask=a_inside[:, None] & (words * 32 < left_columns)[None, :], other=0)
+            bits = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+            acc = tl.where(tl.reshape(bits, [ROWS, COLUMNS]) != 0, acc, 0.0)
+        elif CODE != NONE:
             saved = tl.load(operand(table, kept + group, KIND) + corner + offsets, mask=mask, other=0.0).to(tl.float32)
             acc = activation_gradient(acc, saved, CODE)
             if ACTIVATED:
                 again = operand(table, activated + group, KIND) + corner
                 tl.store(again + offsets, activation_of(saved, CODE).to(KIND.dtype), mask=mask)
         tl.store(out + offsets, acc.to(KIND.dtype), mask=mask)
+
+
+@kernel()
+def wide_input_gradient(
+    table, grads, weights, members, outputs, gates, num_groups, num_rows, width, depth,
+    KIND: tl.constexpr, LINEAR_GATES: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """``input_gradient`` of a network's inputs whose programs share the columns evenly, in one loop over all experts.
+
+    A block's ``COLUMNS`` are no power of two, but columns of ``PIECES`` side by side, which begin at ``STARTS``.
+    """
+    width = whole(width, KIND)
+    depth = whole(depth, KIND)
+    blocks = tl.cdiv(width, COLUMNS)
+    tile = tl.program_id(0)
+    block = tile // blocks
+    group = block % num_groups
+    first = (block // num_groups).to(tl.int64) * ROWS
+    first_column = (tile % blocks).to(tl.int64) * COLUMNS
+    left_columns = (width - first_column).to(tl.int32)
+    rows = tl.arange(0, ROWS)
+    inner = tl.arange(0, DEPTH)
+    a_inside = rows < (num_rows - first).to(tl.int32)
+    if LINEAR_GATES:  # what is known now is asked for now: behind the loop all would wait for it
+        entry = table + gates + 4 * group
+        logits = tl.load(entry + 1).to(tl.int32)
+        stride = whole(tl.load(entry + 2).to(tl.int32), KIND)
+        few = tl.arange(0, GATE_COLUMNS)
+        addresses = table + tl.load(entry + 3) + few
+        of_gates = operand(entry, 0, KIND) + first * stride + rows[:, None] * stride + few[None, :]
+        address = tl.load(addresses, mask=few < logits, other=0)
+        gate = tl.load(of_gates, mask=a_inside[:, None] & (few < stride)[None, :], other=0.0)
+    sums = ()
+    for i in tl.static_range(len(PIECES)):
+        sums = sums + (tl.zeros((ROWS, PIECES[i]), tl.float32),)
+    start = tl.load(table + members + group).to(tl.int32)
+    end = tl.load(table + members + group + 1).to(tl.int32)
+    for m in tl.range(start, end, flatten=True):
+        e = tl.load(table + members + num_groups + 1 + m)
+        grad = operand(table, grads + e, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
+        weight = operand(table, weights + e, KIND) + first_column + inner * width
+        for k in range(0, depth, DEPTH):
+            there = inner < depth - k
+            a = tl.load(grad, mask=a_inside[:, None] & there[None, :], other=0.0)
+            added = ()
+            for i in tl.static_range(len(PIECES)):
+                columns = STARTS[i] + tl.arange(0, PIECES[i])
+                b_inside = there[:, None] & (columns < left_columns)[None, :]
+                b = tl.load(weight[:, None] + columns[None, :], mask=b_inside, other=0.0)
+                added = added + (product(sums[i], a, b, KIND),)
+            sums = added
+            grad += DEPTH
+            weight += (tl.zeros((), tl.int64) + DEPTH) * width
+    if LINEAR_GATES:
+        for k in tl.range(0, logits, GATE_COLUMNS, num_stages=1):  # hardly ever more than once
+            weight = address.to(tl.pointer_type(KIND.dtype))
+            if KIND.aligned:
+                weight = tl.multiple_of(weight, 16)
+            added = ()
+            for i in tl.static_range(len(PIECES)):
+                columns = STARTS[i] + tl.arange(0, PIECES[i])
+                b_inside = (few < logits - k)[:, None] & (columns < left_columns)[None, :]
+                b = tl.load((weight + first_column)[:, None] + columns[None, :], mask=b_inside, other=0.0)
+                added = added + (product(sums[i], gate, b, KIND),)
+            sums = added
+            left = logits - k - GATE_COLUMNS
+            address = tl.load(addresses + k + GATE_COLUMNS, mask=few < left, other=0)
+            inside = few < stride - k - GATE_COLUMNS
+            gate = tl.load(of_gates + k + GATE_COLUMNS, mask=a_inside[:, None] & inside[None, :], other=0.0)
+    out = operand(table, outputs + group, KIND) + first * width + first_column + rows * width
+    for i in tl.static_range(len(PIECES)):
+        columns = STARTS[i] + tl.arange(0, PIECES[i])
+        inside = a_inside[:, None] & (columns < left_columns)[None, :]
+        tl.store(out[:, None] + columns[None, :], sums[i].to(KIND.dtype), mask=inside)
 
 
 @kernel()

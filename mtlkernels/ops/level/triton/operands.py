@@ -65,11 +65,14 @@ def check_saved(
     check_operands("grad_outputs", grad_outputs, [(rows, widths[-1])] * len(grad_outputs), x)
     norms = [(layer.norm, width) for layer, width in zip(spec.layers, widths[1:], strict=True) if layer.norm]
     linear = len(spec.gate_inputs) > 0
-    check_count("saved", saved, len(spec.layers) + 2 * len(norms) + linear, "of what the forward pass saves")
-    stored, statistics, logits = spec.split_saved(saved)
+    count = len(spec.layers) + len(spec.hidden_signs) + 2 * len(norms) + linear
+    check_count("saved", saved, count, "of what the forward pass saves")
+    stored, statistics, logits, signs = spec.split_saved(saved)
     check_operands("saved", stored, [(experts, rows, width) for width in widths[1:]], x)
     shapes = [(experts, width if norm == BATCH_NORM else rows) for norm, width in norms]
     check_operands("statistics", statistics, shapes * 2, x, (torch.float32,))
+    words = [(experts, rows, -(-widths[i + 1] // 32)) for i in spec.hidden_signs]
+    check_operands("saved signs", signs, words, x, (torch.int32,))
     check_operands("saved logits", logits, [(rows, sum(spec.gate_sizes))] * linear, x)
 
 

@@ -16,7 +16,7 @@ import triton
 
 from mtlkernels.ops._triton import Kind, Tile
 from mtlkernels.ops._triton_splits import Card, Sums, moved
-from mtlkernels.ops.activations import CODES
+from mtlkernels.ops.activations import CODES, from_input
 from mtlkernels.ops.level.triton.chain_kernels import FLAT_GATES
 
 
@@ -94,9 +94,18 @@ WEIGHT_GRADIENT = {
 # strides that are known, in 201 us instead of 341. 128 x 256 tiles read a quarter less than 128 x 128, and reading is
 # what gradients wait for: 336 us for the inputs' instead of 413, 424 for the weights' instead of 543. On sm_80 the
 # weights' spill.
+# With relu's signs the compiler would take 140 registers, which leave a multiprocessor one program instead of two:
+# 336 us instead of 211, which memory takes. On other cards it would spill.
 LARGE_MIXING = {("half", True): Tile(64, 128, 256, 8, 2, 255)}
+LARGE_SIGNS = {("half", True): Tile(128, 128, 32, 8, 3, 128)}
 LARGE_INPUT = {("half", True): Tile(128, 256, 32, 8, 3)}
 LARGE_WEIGHT = {("half", True): Tile(128, 256, 64, 8, 3)}
+
+# Where LARGE_INPUT's columns do not fit a width, programs share it evenly: for 416 inputs 208 columns each instead of
+# 256, of which a fifth would be absent, 293 us instead of 336. They are pieces of powers of two, each with products.
+EVEN_INPUT = {("half", True): Tile(128, 256, 64, 8, 3, 255)}
+PIECES = (128, 64, 32, 16)
+MOST_PIECES = 3  # with a fourth, of 16, 240 columns would be little less than 256
 
 # A product whose first operand passes through registers, to be normalized there, has less room: its steps along the
 # depth are shorter.
@@ -120,11 +129,18 @@ SLOPES = Tile(1, 128, 1, 4, 1)
 
 
 def product(kind: Kind, rows: int, columns: int, heavy: bool = False) -> Tile:
-    """For ``layer_forward`` and ``input_gradient``; ``heavy``: the epilogue recomputes an activation."""
+    """For ``layer_forward`` and, mostly, ``input_gradient``; ``heavy``: the epilogue recomputes an activation."""
     choice = PRODUCT[kind.operands]
     if rows <= 2 * choice.short.rows:
         return choice.short
     return choice.narrow if heavy or columns <= choice.narrow.columns else choice.full
+
+
+def hidden_gradient(kind: Kind, rows: int, columns: int, code: int, card: Card) -> Tile:
+    """For ``input_gradient`` behind an activation."""
+    tile = product(kind, rows, columns, heavy=from_input(code))
+    fewer = LARGE_SIGNS.get(kind.operands) if card.large and code == CODES["relu"] else None
+    return fewer if fewer and tile == PRODUCT[kind.operands].full else tile
 
 
 def beside_gates(tile: Tile) -> Tile:
@@ -165,6 +181,23 @@ def inputs(
     return _smaller_or_larger(
         [(tile, input_sums(tile, members, rows, columns, depth, itemsize)) for tile in choice], card
     )
+
+
+def even_input(kind: Kind, tile: Tile, columns: int) -> Tile | None:
+    """For ``wide_input_gradient``, which serves what ``inputs`` chose ``tile`` for and is not split; None: it need not.
+
+    It has as many programs.
+    """
+    even = EVEN_INPUT.get(kind.operands)
+    if even is None or tile != LARGE_INPUT.get(kind.operands):
+        return None
+    each = 16 * triton.cdiv(triton.cdiv(columns, triton.cdiv(columns, tile.columns)), 16)
+    return replace(even, columns=each) if each > PIECES[0] and 1 < len(pieces(each)) <= MOST_PIECES else None
+
+
+def pieces(columns: int) -> tuple[int, ...]:
+    """Powers of two that so many columns are, a multiple of 16; a single one where they are one themselves."""
+    return tuple(piece for piece in (2 * PIECES[0], *PIECES) if columns & piece)
 
 
 def input_sums(tile: Tile, members: Sequence[int], rows: int, columns: int, depth: int, itemsize: int) -> Sums:
