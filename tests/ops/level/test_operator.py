@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mtlkernels as mk
 from mtlkernels import _extension
@@ -204,3 +206,20 @@ def test_an_error_in_cpp_reaches_the_user(wants_gradient: bool, monkeypatch: pyt
     monkeypatch.setattr(_extension, "function", lambda name: fail)
     with torch.set_grad_enabled(wants_gradient), pytest.raises(RuntimeError, match="out of order"):
         by_layers(**arguments)
+
+
+def test_what_is_saved_on_gpus() -> None:
+    """Every expert's layers in rows, and signs of those hidden layers that have relu."""
+    codes = [act.CODES[name] for name in ("relu", "tanh", "relu", "relu")]
+    spec = LevelSpec(1, (0, 0), (0, 1), (2,), tuple(map(Layer, codes)))
+    widths = [7, 40, 33, 70, 3]
+    with FakeTensorMode():
+        x, logits = torch.empty(9, 7, device="cuda"), torch.empty(9, 2, device="cuda")
+        pairs = list(itertools.pairwise(widths))
+        weights = [torch.empty(height, width, device="cuda") for width, height in pairs for _ in range(2)]
+        _, saved = OPS.level_forward([x], [*weights, *[None] * 8], [logits], *spec.encoded, None, True)
+    found = [(tuple(tensor.shape), tensor.dtype) for tensor in saved]
+    words = [((2, 9, count), torch.int32) for count in (2, 3)]
+    assert found == [*(((2, 9, width), torch.float32) for width in widths[1:]), *words]
+    stored, *_, signs = spec.split_saved(saved)
+    assert (len(stored), len(signs)) == (4, 2) and spec.hidden_signs == (0, 2)
