@@ -19,7 +19,7 @@ namespace mtlk {
 
 // A plain tensor, or a parameter.
 inline bool read_tensor(PyObject* object, at::Tensor& tensor) {
-  if (!THPVariable_Check(object)) return false;
+  if (!is_tensor(object)) return false;
   tensor = THPVariable_Unpack(object);
   return is_plain(tensor);
 }
@@ -46,7 +46,7 @@ bool read_tensors(PyObject* items, Tensors& tensors) {
 
 // A tensor, or a list or a tuple of some.
 inline bool read_streams(PyObject* inputs, Tensors& streams) {
-  return THPVariable_Check(inputs) ? read_tensor(inputs, streams.emplace_back()) : read_tensors(inputs, streams);
+  return is_tensor(inputs) ? read_tensor(inputs, streams.emplace_back()) : read_tensors(inputs, streams);
 }
 
 // A list or a tuple of the groups' tensors, None for an undefined one.

@@ -44,7 +44,7 @@ bool read_double(PyObject* object, double& value) {
 // A sequence of tensors, or one that `split` takes apart.
 template <typename F>
 bool read_joined(PyObject* object, Tensors& tensors, F split) {
-  if (!THPVariable_Check(object)) return read_tensors(object, tensors);
+  if (!is_tensor(object)) return read_tensors(object, tensors);
   at::Tensor joined;
   if (!read_tensor(object, joined)) return false;
   const Tensors parts = split(joined);
@@ -156,8 +156,8 @@ bool read_level(const LevelSpec& spec, PyObject* inputs, PyObject* weights, PyOb
   if (tensors.linear_gates) {
     if (gate_biases == Py_None) {
       tensors.gate_biases.resize(tensors.gates.size());
-    } else if (!(THPVariable_Check(gate_biases) ? read_gates(gate_biases, spec, 0, tensors.gate_biases)
-                                                : read_tensors<true>(gate_biases, tensors.gate_biases))) {
+    } else if (!(is_tensor(gate_biases) ? read_gates(gate_biases, spec, 0, tensors.gate_biases)
+                                        : read_tensors<true>(gate_biases, tensors.gate_biases))) {
       return false;
     }
   }

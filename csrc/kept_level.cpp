@@ -82,7 +82,7 @@ std::optional<StoredCall> stored_call(py::handle weights, py::handle biases, py:
 bool is_plain_call(PyObject* inputs, const Tensors& streams, PyObject* backends, PyObject* dumps) {
   static PyObject *const forced = interned("_forced"), *const folder = interned("folder");
   if (streams.empty()) return false;
-  PyObject* const first = THPVariable_Check(inputs) ? inputs : PySequence_Fast_ITEMS(inputs)[0];
+  PyObject* const first = is_tensor(inputs) ? inputs : PySequence_Fast_ITEMS(inputs)[0];
   PyObject* const backend = entry(backends, forced);
   const bool by_cpp = backend == Py_None ||
                       (backend && PyUnicode_Check(backend) && PyUnicode_CompareWithASCIIString(backend, "cpp") == 0);

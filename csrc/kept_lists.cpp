@@ -38,7 +38,7 @@ bool each_of(PyObject* list, Py_ssize_t count, F visit) {
   if (!is_list(list) || PySequence_Fast_GET_SIZE(list) != count) return false;
   PyObject** const items = PySequence_Fast_ITEMS(list);
   return std::all_of(items, items + count, [&](PyObject* item) {
-    return item == Py_None ? visit(at::Tensor()) : THPVariable_Check(item) && visit(THPVariable_Unpack(item));
+    return item == Py_None ? visit(at::Tensor()) : is_tensor(item) && visit(THPVariable_Unpack(item));
   });
 }
 
@@ -62,8 +62,8 @@ const void* address(PyObject* weights) {
   PyObject* const layer = PySequence_Fast_ITEMS(weights)[0];
   if (!is_list(layer) || PySequence_Fast_GET_SIZE(layer) == 0) return nullptr;
   PyObject* const weight = PySequence_Fast_ITEMS(layer)[0];
-  return THPVariable_Check(weight) && is_plain(THPVariable_Unpack(weight)) ? THPVariable_Unpack(weight).const_data_ptr()
-                                                                           : nullptr;
+  return is_tensor(weight) && is_plain(THPVariable_Unpack(weight)) ? THPVariable_Unpack(weight).const_data_ptr()
+                                                                   : nullptr;
 }
 
 class KeptLists {
@@ -81,7 +81,7 @@ class KeptLists {
     place.used = ++calls_;
     if (!place.call) return ++place.waited > place.wait ? py::object(py::bool_(false)) : py::none();
     Tensors streams;
-    if (place.call->single != THPVariable_Check(inputs.ptr()) || !read_streams(inputs.ptr(), streams) ||
+    if (place.call->single != is_tensor(inputs.ptr()) || !read_streams(inputs.ptr(), streams) ||
         !is_plain_call(inputs.ptr(), streams, backends_.ptr(), dumps_.ptr())) {
       return py::none();
     }

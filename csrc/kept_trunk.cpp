@@ -69,7 +69,7 @@ template <typename F>
 bool each_parameter(const Parts& parts, const ModuleTypes& types, F visit) {
   const auto take = [&](PyObject* object) {
     if (!object) return visit(at::Tensor());
-    return THPVariable_Check(object) && visit(THPVariable_Unpack(object));
+    return is_tensor(object) && visit(THPVariable_Unpack(object));
   };
   const auto both = [&](Py_ssize_t, Py_ssize_t, const LinearLayer& layer) {
     return take(layer.weight) && take(layer.bias);

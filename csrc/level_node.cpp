@@ -117,7 +117,7 @@ Tensors unwrapped(py::handle tensors) {
   for (const py::handle tensor : tensors) {
     if (tensor.is_none()) {
       result.emplace_back();
-    } else if (THPVariable_Check(tensor.ptr())) {
+    } else if (is_tensor(tensor.ptr())) {
       result.push_back(THPVariable_Unpack(tensor.ptr()));
     } else {
       throw py::type_error("mtlkernels: a tensor or None was expected");

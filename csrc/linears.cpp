@@ -2,6 +2,8 @@
 
 #include "linears.h"
 
+#include <vector>
+
 #include "modules.h"
 
 namespace mtlk {
@@ -9,28 +11,36 @@ namespace {
 
 namespace py = pybind11;
 
-// Of all experts, layer by layer.
+// Of all experts, one after another. Lists are made when all are there: memory for a list may have Python collect what
+// nobody refers to, whose code may exchange parameters.
 class Linears {
  public:
-  explicit Linears(Py_ssize_t experts) : experts_(experts) {}
-
-  void set(Py_ssize_t layer, Py_ssize_t expert, const LinearLayer& linear) {
-    if (expert == 0) {
-      weights_.append(py::list(experts_));
-      biases_.append(linear.bias ? py::object(py::list(experts_)) : py::none());
-    }
-    put(weights_, layer, expert, linear.weight);
-    if (linear.bias) put(biases_, layer, expert, linear.bias);
+  void add(const LinearLayer& linear) {
+    weights_.push_back(py::reinterpret_borrow<py::object>(linear.weight));
+    biases_.push_back(linear.bias ? py::reinterpret_borrow<py::object>(linear.bias) : py::object());
   }
-  py::object take() { return py::make_tuple(std::move(weights_), std::move(biases_)); }
+
+  // Layer by layer.
+  py::object take(size_t experts) {
+    py::list weights, biases;
+    const size_t layers = experts == 0 ? 0 : weights_.size() / experts;
+    for (size_t i = 0; i < layers; ++i) {
+      weights.append(layer(weights_, i, layers));
+      biases.append(biases_[i] ? py::object(layer(biases_, i, layers)) : py::none());
+    }
+    return py::make_tuple(std::move(weights), std::move(biases));
+  }
 
  private:
-  static void put(const py::list& lists, Py_ssize_t layer, Py_ssize_t expert, PyObject* value) {
-    PyList_SET_ITEM(PyList_GET_ITEM(lists.ptr(), layer), expert, Py_NewRef(value));
+  static py::list layer(std::vector<py::object>& values, size_t number, size_t layers) {
+    py::list found(values.size() / layers);
+    for (size_t e = 0; e < values.size() / layers; ++e) {
+      PyList_SET_ITEM(found.ptr(), static_cast<Py_ssize_t>(e), values[e * layers + number].release().ptr());
+    }
+    return found;
   }
 
-  const Py_ssize_t experts_;
-  py::list weights_, biases_;
+  std::vector<py::object> weights_, biases_;
 };
 
 }  // namespace
@@ -41,14 +51,14 @@ class Linears {
 py::object linears_of_experts(py::handle experts, py::handle expert_type, py::handle linear_type,
                               py::handle parameter_type, bool heard) {
   if (!PyDict_CheckExact(experts.ptr())) return py::none();
-  Linears found(PyDict_Size(experts.ptr()));
+  const auto count = static_cast<size_t>(PyDict_Size(experts.ptr()));
+  Linears found;
   const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr()};
-  const bool plain =
-      each_linear(experts.ptr(), types, heard, [&](Py_ssize_t e, Py_ssize_t i, const LinearLayer& linear) {
-        found.set(i, e, linear);
-        return true;
-      });
-  return plain ? found.take() : py::none();
+  const bool plain = each_linear(experts.ptr(), types, heard, [&](Py_ssize_t, Py_ssize_t, const LinearLayer& linear) {
+    found.add(linear);
+    return true;
+  });
+  return plain ? found.take(count) : py::none();
 }
 
 }  // namespace mtlk

@@ -3,7 +3,6 @@
 
 #include "recording.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -16,6 +15,9 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "cpu/runtime/tensors.h"
+#include "level_node.h"
 
 namespace mtlk {
 namespace {
@@ -44,15 +46,14 @@ template <typename F>
 void each_tensor(py::handle tensors, F f) {
   PyObject** const items = PySequence_Fast_ITEMS(tensors.ptr());
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(tensors.ptr()); ++i) {
-    f(THPVariable_Check(items[i]) ? &THPVariable_Unpack(items[i]) : nullptr);
+    f(is_tensor(items[i]) ? &THPVariable_Unpack(items[i]) : nullptr);
   }
 }
 
 // Whether a dense tensor's values are in its memory, and that is there.
 bool is_in_memory(const at::Tensor& tensor) {
   return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && !tensor.is_neg() && !tensor._is_zerotensor() &&
-         tensor.storage().nbytes() >= at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
-                                                                       tensor.itemsize(), tensor.storage_offset());
+         tensor.storage().nbytes() >= reached_bytes(tensor);
 }
 
 // Of a sparse tensor, say, or one that stands for another, there is none: None.

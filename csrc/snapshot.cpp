@@ -61,6 +61,7 @@ bool is_sequence(PyObject* object) { return PyList_CheckExact(object) || PyTuple
 
 Known::Known(const at::Tensor& tensor)
     : data_(tensor.const_data_ptr()),
+      bytes_(tensor.storage().nbytes()),
       sizes_(tensor.sizes()),
       strides_(tensor.strides()),
       keys_(tensor.key_set().raw_repr()),
@@ -68,7 +69,7 @@ Known::Known(const at::Tensor& tensor)
 
 bool Known::is(const at::Tensor& now) const {
   return now.key_set().raw_repr() == keys_ && now.scalar_type() == type_ && now.sizes() == sizes_ &&
-         now.strides() == strides_ && now.const_data_ptr() == data_;
+         now.strides() == strides_ && now.const_data_ptr() == data_ && now.storage().nbytes() == bytes_;
 }
 
 bool KnownTensors::take(const at::Tensor& tensor) {
@@ -115,7 +116,7 @@ bool Snapshot::holds(const at::Tensor& tensor) const {
 }
 
 bool Snapshot::take(PyObject* object, PyObject* module_type) {
-  if (THPVariable_Check(object)) {
+  if (is_tensor(object)) {
     const at::Tensor& tensor = THPVariable_Unpack(object);
     if (!is_plain(tensor)) return false;
     entries_.push_back({Kind::kTensor, static_cast<int64_t>(tensors_.size()), nullptr, Py_TYPE(object)});
@@ -142,7 +143,7 @@ bool Snapshot::take(PyObject* object, PyObject* module_type) {
     entries_.push_back({Kind::kSame, 0, object});
     return true;
   }
-  if (PyObject_IsInstance(object, module_type) != 1) return PyErr_Clear(), false;
+  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(module_type))) return false;
   if (!modules_.insert(object).second) return entries_.push_back({Kind::kSeen, 0, object}), true;
   PyObject* const own = dictionary_of(object);
   if (!own) return false;

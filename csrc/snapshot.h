@@ -20,6 +20,7 @@ class Known {
 
  private:
   const void* data_;
+  size_t bytes_;  // of the memory that it lies in
   at::DimVector sizes_, strides_;
   uint64_t keys_;
   at::ScalarType type_;

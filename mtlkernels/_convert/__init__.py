@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from mtlkernels import _decisions
-from mtlkernels._convert.classes import CLASS_ATTRIBUTE, PLAN, converted_class, original_class
+from mtlkernels._convert.classes import CLASS_ATTRIBUTE, CLASSES, PLAN, converted_class, original_class
 from mtlkernels._convert.evaluation import CALLS
 from mtlkernels._convert.paying import FORCE, slower
 from mtlkernels._convert.registration import Registration
@@ -92,27 +92,20 @@ class Convert(Registration):
             if isinstance(module, (MMoE, CGC, PLE, SNR)):
                 lines.append(Line("left alone", path, type(module).__name__, "fused already: mtlkernels' own"))
                 continue
-            if original_class(type(module)) is not None:
+            original = original_class(type(module))
+            if original is not None and PLAN not in vars(module) and CLASS_ATTRIBUTE in vars(type(module)):
+                module.__class__ = original  # it was made of a converted class
+            elif original is not None:
                 if force:
-                    setattr(module, FORCE, True)
+                    vars(module)[FORCE] = True
                 words = "already converted" + (", forced from now on" if force else "")
                 lines.append(Line("left alone", path, type(module).__name__, words))
                 continue
-            converter = find_converter(module)
-            if converter is None:
-                continue
-            with _decisions.paused():
-                plan, planned = converter.plan(module, path)
-            reason = None if force or plan is None else slower(module)
-            if reason is not None:
-                lines += [line if line.action == "left alone" else _left_alone(line, reason) for line in planned]
-                continue
-            lines += planned
-            if plan is not None:
-                setattr(module, PLAN, plan)
-                if force:
-                    setattr(module, FORCE, True)
-                module.__class__ = converted_class(converter.base, type(module), converter.method, converter.source)
+            try:
+                lines += _convert(module, path, force)
+            except Exception as error:  # of code that is not ours
+                reason = f"it cannot be converted: {type(error).__name__}: {error}"
+                lines.append(Line("left alone", path, type(module).__name__, reason))
         if not lines:
             reason = f"nothing in it is known; known are {', '.join(known_names())}"
             lines.append(Line("left alone", "", type(model).__name__, reason))
@@ -122,6 +115,27 @@ class Convert(Registration):
 
 
 convert = Convert()
+
+
+def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
+    """What becomes of a module of PyTorch's or the user's, which is converted where it can be."""
+    converter = find_converter(module)
+    if converter is None:
+        return []
+    with _decisions.paused():
+        plan, planned = converter.plan(module, path)
+    reason = None if force or plan is None else slower(module)
+    if reason is not None:
+        return [line if line.action == "left alone" else _left_alone(line, reason) for line in planned]
+    if plan is not None:
+        kind = converted_class(converter.base, type(module), converter.method, converter.source)
+        module.__class__ = kind
+        vars(module)[PLAN] = plan
+        kinds = map(type, module.modules())
+        vars(module)[CLASSES] = frozenset(original_class(kind) or kind for kind in kinds)
+        if force:
+            vars(module)[FORCE] = True
+    return planned
 
 
 def revert(model: nn.Module) -> ConversionReport:
@@ -144,7 +158,8 @@ def revert(model: nn.Module) -> ConversionReport:
             lines.append(Line("left alone", path, name, "its class was changed again after its conversion"))
             continue
         module.__class__ = original
-        delattr(module, PLAN)
+        vars(module).pop(PLAN, None)
+        vars(module).pop(CLASSES, None)
         module.__dict__.pop(CALLS, None)
         vars(module).pop(FORCE, None)
         lines.append(Line("reverted", path, name, f"{original.__name__} again"))

@@ -6,6 +6,7 @@ pickle. A subclass, as ``torch.nn.utils.parametrize`` and FSDP2 make them, leave
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib
 import inspect
@@ -16,6 +17,8 @@ from mtlkernels import _tracing
 
 CLASS_ATTRIBUTE = "_mtlkernels_original"
 PLAN = "_mtlkernels_plan"
+# Of an instance: the classes of all of its parts when it was converted.
+CLASSES = "_mtlkernels_classes"
 _UNSCRIPTED = "__jit_unused_properties__"
 
 
@@ -25,6 +28,7 @@ class Fused:
     # torch.jit.script reads annotations of what an instance has, so the plan has none.
     _mtlkernels_original: type
     _mtlkernels_trunk: Any  # the description, None where it is gone
+    _mtlkernels_plan = None  # of an instance that was made of the converted class, and is none of a converted model
     _mtlkernels_force = False
     _mtlkernels_key: tuple[Any, ...]
 
@@ -32,12 +36,15 @@ class Fused:
         """Pickles and copies by what the class is made of: it has no name to import it by."""
         reduced: Any = super().__reduce_ex__(max(2, protocol))
         kind = type(self)
-        return (_rebuild, kind._mtlkernels_key, *reduced[2:]) if CLASS_ATTRIBUTE in vars(kind) else reduced
+        if CLASS_ATTRIBUTE not in vars(kind):
+            return reduced
+        of_new = reduced[1][1:] if reduced[0] is copyreg.__newobj__ else ()  # type: ignore[attr-defined]
+        return (_rebuild, (*kind._mtlkernels_key, *of_new), *reduced[2:])
 
 
-def _rebuild(*key: Any) -> Any:
-    kind = converted_class(*key)
-    return kind.__new__(kind)
+def _rebuild(base: type[Fused], original: type, method: str, source: str, *of_new: Any) -> Any:
+    kind = converted_class(base, original, method, source)
+    return kind.__new__(kind, *of_new)
 
 
 def description_of(source: str) -> Any:
@@ -81,14 +88,16 @@ def _fused(original: type, name: str) -> Any:
     needs_plain = _tracing.needs_plain
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not needs_plain(args, kwargs):
-            trunk = self._mtlkernels_trunk
+        own = getattr(original, name)
+        # A method that was exchanged since is not the one that was tried.
+        if own is unfused and not needs_plain(args, kwargs):
+            trunk, plan = self._mtlkernels_trunk, self._mtlkernels_plan
             # A class that was registered again may have got another method.
-            if trunk is not None and trunk.method == name:
-                result = trunk.call(self, self._mtlkernels_plan, args, kwargs)
+            if trunk is not None and plan is not None and trunk.method == name:
+                result = trunk.call(self, plan, args, kwargs)
                 if result is not None:
                     return result[0]
-        return getattr(original, name)(self, *args, **kwargs)
+        return own(self, *args, **kwargs)
 
     if inspect.isfunction(unfused):
         method = types.FunctionType(method.__code__, unfused.__globals__, name, None, method.__closure__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import math
 import operator
@@ -59,12 +60,13 @@ def random_copy(module: nn.Module, generator: torch.Generator | None, without: S
     tables = [part for part in module.modules() if id(part) not in left_out and _is_large_table(part)]
     memo |= {id(part): FewRows(part) for part in tables}  # type: ignore[arg-type]
     left_out |= set(map(id, tables))
+    filled = {id(tensor) for tensor in _values(module)}
     for part in module.modules():
         if id(part) in left_out:
             continue
         for tensor in _tensors_in(vars(part)):
             if id(tensor) not in memo and type(tensor) in (Tensor, nn.Parameter):
-                memo[id(tensor)] = _stand_in(tensor)
+                memo[id(tensor)] = _stand_in(tensor, id(tensor) in filled)
     other: Any = copy.deepcopy(module, memo)
     if generator is not None:
         randomize(other, generator)
@@ -83,29 +85,56 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(part)
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor of its shape in float64 on the CPU; of other kinds, of its values, which may be indices."""
-    if not tensor.is_floating_point():
-        other = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu().clone()
+def _stand_in(tensor: Tensor, filled: bool) -> Tensor:
+    """A tensor of its shape in float64 on the CPU, of zeros if it is going to be ``filled``, else of its values.
+
+    Of other kinds than floating-point ones it has the values too, which may be indices.
+    """
+    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    if tensor.is_meta or (filled and tensor.is_floating_point()):
+        other = torch.zeros(tensor.shape, dtype=dtype)
     else:
-        other = torch.zeros(tensor.shape, dtype=torch.float64)
+        other = tensor.detach().to("cpu", dtype, copy=True)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(other, requires_grad=tensor.requires_grad)
     return other
 
 
 @torch.no_grad()
-def randomize(module: nn.Module, generator: torch.Generator, scale: float = 1.0) -> None:
-    """Fills parameters and buffers: matrices with numbers around 0, times ``scale``; others with positive ones."""
-    for tensor in (*module.parameters(), *module.buffers()):
+def randomize(module: nn.Module, generator: torch.Generator, scale: float = 1.0, signed: bool = False) -> None:
+    """Fills parameters and buffers: matrices with numbers around 0, times ``scale``; others with positive ones.
+
+    ``signed``: vectors that are parameters with numbers of either sign.
+    """
+    parameters = set(map(id, module.parameters()))
+    for tensor in _values(module):
         if tensor.is_floating_point():
             # Positive, for variances, and of a size that keeps softmax away from 0 and 1.
             values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             if tensor.dim() > 1:
                 values.sub_(0.5).mul_(3 * scale * tensor.shape[-1] ** -0.5)
+            elif signed and id(tensor) in parameters:
+                values.sub_(0.5).mul_(2)
             else:
                 values.add_(0.1)
             tensor.copy_(values)
+
+
+@torch.no_grad()
+def take_values(module: nn.Module, source: nn.Module) -> bool:
+    """Gives a copy the values of the parameters and buffers that it was made of; whether all are to be had.
+
+    Those of large tables, which are other ones in a copy, stay random.
+    """
+    named = dict((*source.named_parameters(remove_duplicate=False), *source.named_buffers(remove_duplicate=False)))
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        value = named.get(name)
+        if value is None or value.shape != tensor.shape:
+            continue
+        if value.is_meta or type(value) not in (Tensor, nn.Parameter):
+            return False
+        tensor.copy_(value)
+    return True
 
 
 @torch.no_grad()
@@ -183,7 +212,9 @@ def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]
         return bool(actual == expected)
     if isinstance(expected, (set, frozenset)):
         return len(actual) == len(expected)  # of copies, whose members may be compared by identity
-    if hasattr(expected, "__len__") and hasattr(expected, "__iter__"):
+    if type(expected).__module__ == "numpy":
+        return bool(actual.shape == expected.shape and (actual == expected).all())
+    if isinstance(expected, (list, tuple, collections.deque)):
         parts = list(zip(actual, expected, strict=False))
         return len(actual) == len(expected) and all(same(a, b, tolerance, seen) for a, b in parts)
     if isinstance(expected, types.MethodType):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from mtlkernels import _decisions
 from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.chains import Chain
+from mtlkernels._convert.classes import CLASSES, original_class
 from mtlkernels._convert.evaluation import CALLS, CallsOfLevels, Parts, Serving, evaluate, read_experts, several_dtypes
 from mtlkernels._convert.gates import has_equal_shares, read_gate
 from mtlkernels._convert.paying import in_trial, mixing_pays, pays, rows_of
@@ -99,7 +100,10 @@ class LevelDescription:
         ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells. ``dtype``
         is that of the input, None where it is not there yet.
         """
-        found = self._parts_or_reason(module, routing, x, dtype)
+        try:
+            found = self._parts_or_reason(module, routing, x, dtype)
+        except Exception as error:  # of a description that what has become of the module does not fit
+            found = f"its description does not fit any more: {type(error).__name__}: {error}"
         if isinstance(found, str):
             _decisions.note(type(module).__name__, "its own code", found, x)
             return None
@@ -117,24 +121,41 @@ class LevelDescription:
         gates = self.read_gates(module)
         if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
             return "it has other numbers of experts and gates than when it was converted"
+        pairs = zip(gates, routing.gate_experts, strict=True)
+        if any(not isinstance(gate, str) and gate.size not in (None, len(mixed)) for gate, mixed in pairs):
+            return "its gates mix other numbers of experts than when it was converted"
         differentiated = torch.is_grad_enabled()
-        if any(isinstance(gate, str) for gate in gates) or any_hooks(self.parts(module), differentiated):
-            return "a gate was exchanged, or a part that would not be called has a hook, or one of its parameters"
+        tried = vars(module).get(CLASSES)
+        if any(isinstance(gate, str) for gate in gates) or any_hooks(self.parts(module), differentiated, tried):
+            return (
+                "a gate was exchanged, or a part that would not be called has a hook, or one of its parameters, or is"
+                " of a class that there was none of when it was converted"
+            )
         if several_dtypes(experts[0], gates, dtype) and not autocast_enabled("cpu" if x is None else x.device.type):
             return "it has parameters of several dtypes, or of another than its input"
         return Parts(chains, *experts, gates, routing, rows, self.read_gate_inputs(module, gates, routing))
 
 
-def any_hooks(modules: Iterable[Any], differentiated: bool) -> bool:
-    """Whether one of the modules, or one below, has a hook; if ``differentiated`` also one on a parameter."""
+def any_hooks(modules: Iterable[Any], differentiated: bool, tried: Container[type] | None) -> bool:
+    """Whether one of the modules, or one below, has a hook; if ``differentiated`` also one on a parameter.
+
+    Or whether its class is neither PyTorch's nor among those that were ``tried``, where these are known.
+    """
     for module in modules:
         if module is None:
             continue
         if has_hooks(module) or (differentiated and has_gradient_hooks(module)):
             return True
-        if module._modules and any_hooks(module._modules.values(), differentiated):
+        if tried is not None and type(module) not in tried and _is_new(type(module), tried):
+            return True
+        if module._modules and any_hooks(module._modules.values(), differentiated, tried):
             return True
     return False
+
+
+def _is_new(kind: type, tried: Container[type]) -> bool:
+    """PyTorch's own classes, of FSDP among them, are read as they are; a part may have been converted itself."""
+    return not kind.__module__.startswith("torch.") and (original_class(kind) or kind) not in tried
 
 
 @dataclass(frozen=True)
@@ -189,7 +210,7 @@ class TrunkDescription:
         streams = None
         if not self.embeds:
             streams = self._streams(module, args, kwargs)
-            if streams is None or not all(x.dim() == 2 for x in streams):
+            if streams is None or not all(x.dim() == 2 and x.layout is torch.strided for x in streams):
                 return None
         x = _first_tensor((args, kwargs)) if streams is None else streams[0]
         prepare = functools.partial(_prepare, levels, plan, module, x, None if streams is None else streams[0].dtype)
@@ -252,7 +273,11 @@ def _serving(
         calls = module.__dict__[CALLS] = CallsOfLevels()
     found = []
     for level, routing, number in zip(levels, plan, numbers, strict=True):
-        found.append(Serving(calls.of(number), level.roots(module, routing)))  # type: ignore[arg-type]
+        try:
+            roots = level.roots(module, routing)  # type: ignore[arg-type]
+        except Exception:  # as in LevelDescription.prepare, which says so
+            return None
+        found.append(Serving(calls.of(number), roots))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,23 +21,29 @@ _OP = "level"
 # modules, and one operator for all mixing saves nothing where the experts' modules are called.
 NORM_ROWS, MIXING_ROWS = 16, 256
 
-_any_size = False
+_any_size = 0  # how many trials are at work, each in a thread of its own
+_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def at_any_size() -> Iterator[None]:
     """Fused evaluation on however few rows: for trials, which want to see it. Other threads get right numbers too."""
-    global _any_size
-    before, _any_size = _any_size, True
+    _count(1)
     try:
         yield
     finally:
-        _any_size = before
+        _count(-1)
+
+
+def _count(step: int) -> None:
+    global _any_size
+    with _lock:
+        _any_size += step
 
 
 def in_trial() -> bool:
     """Whether :func:`at_any_size` is at work."""
-    return _any_size
+    return _any_size > 0
 
 
 def rows_of(x: Tensor | None) -> Rows:
@@ -52,7 +59,7 @@ def mixing_pays(x: Tensor | None) -> bool:
 
     What the compiler makes of the library's own mixing is as fast at any size.
     """
-    return x is None or _any_size or (not torch.compiler.is_compiling() and x.shape[0] >= MIXING_ROWS)
+    return x is None or _any_size > 0 or (not torch.compiler.is_compiling() and x.shape[0] >= MIXING_ROWS)
 
 
 def pays(module: Any, rows: Tensor | None) -> bool:

@@ -13,8 +13,9 @@ from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_ch
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
 from mtlkernels._convert.evaluation import several_dtypes
 from mtlkernels._convert.gates import Gate, has_equal_shares
+from mtlkernels._convert.random_states import kept_random_state
 from mtlkernels._convert.report import Line
-from mtlkernels._convert.trial import disagreement, kept_random_state
+from mtlkernels._convert.trial import disagreement
 from mtlkernels.ops._fusing import Layer, has_gradient_hooks, has_hooks, kind_of, weight_refusal
 from mtlkernels.routing import Routing
 

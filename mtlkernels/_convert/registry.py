@@ -84,7 +84,7 @@ def find_converter(module: nn.Module) -> Converter | None:
         package, _, name = full_name(base).partition(".")
         if package in _LIBRARIES and name in _LIBRARIES[package][-1]:
             library, versions, file, _ = _LIBRARIES[package]
-            version = sys.modules[package].__version__
+            version = getattr(sys.modules[package], "__version__", "of an unknown version")
             if version in versions:
                 return _converter(file, base)
             reason = f"{library} {version} is not known, {', '.join(versions)} is"

@@ -1,4 +1,8 @@
-"""What a module's code may write to that is not the module's own: attributes of classes, and global variables."""
+"""What a module's code may write to that is not the module's own: attributes of classes, and global variables.
+
+Numbers, tensors and arrays are compared by their values, containers by what is in them. What is larger than a trial
+should copy, files, and generators of the user's own are not looked at.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,12 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _CONTAINERS = (list, dict, set, collections.deque)
+# Of a container that is looked into, and of a tensor or an array that is copied.
+MOST_PARTS, MOST_NUMBERS = 1000, 2**20
 
 
 class SharedState:
@@ -24,6 +31,8 @@ class SharedState:
     def __init__(self, module: nn.Module) -> None:
         self._attributes: list[tuple[type, str, Any]] = []
         self._containers: list[tuple[str, Any, Any]] = []
+        self._variables: list[tuple[str, dict[str, Any], str, Any]] = []
+        self._arrays: list[tuple[str, Any, Any]] = []
         seen: set[int] = set()
         for kind in _classes(module):
             for name, value in list(vars(kind).items()):
@@ -47,6 +56,10 @@ class SharedState:
         if id(function) in seen:
             return
         seen.add(id(function))
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, (int, float, str, Tensor)) and _is_users(function):
+                self._variables.append((name, function.__globals__, name, value))
         for name, value in _named(function):
             if not isinstance(value, types.FunctionType):
                 self._keep(name, value, seen)
@@ -59,7 +72,22 @@ class SharedState:
             return
         if isinstance(value, _CONTAINERS):
             seen.add(id(value))
-            self._containers.append((name, value, value.copy()))
+            try:
+                self._containers.append((name, value, value.copy()))
+            except Exception:  # of a class of the user's, which copies otherwise
+                return
+            if len(value) <= MOST_PARTS:
+                for part in value.values() if isinstance(value, dict) else value:
+                    if isinstance(part, _CONTAINERS):
+                        self._keep(name, part, seen)
+        elif type(value) in (Tensor, nn.Parameter):
+            if value.numel() <= MOST_NUMBERS and not value.is_meta:
+                seen.add(id(value))
+                self._arrays.append((name, value, value.detach().clone()))
+        elif type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
+            if value.size <= MOST_NUMBERS:
+                seen.add(id(value))
+                self._arrays.append((name, value, value.copy()))
         elif _is_object(value):
             seen.add(id(value))
             self._keep(name, vars(value), seen)
@@ -74,7 +102,10 @@ class SharedState:
         for name, value, before in self._containers[: self._judged]:
             if len(value) != len(before) or not all(map(_is, _parts(value), _parts(before))):
                 return name
-        return None
+        for name, variables, key, value in self._variables:
+            if variables.get(key) is not value:
+                return name
+        return next((name for name, value, before in self._arrays if not _is_equal(value, before)), None)
 
     def restore(self) -> None:
         """Makes it as it was, where it has changed."""
@@ -85,10 +116,24 @@ class SharedState:
             if len(value) != len(before) or not all(map(_is, _parts(value), _parts(before))):
                 value.clear()
                 (value.extend if isinstance(value, (list, collections.deque)) else value.update)(before)
+        for _, variables, key, value in self._variables:
+            if variables.get(key) is not value:
+                variables[key] = value
+        for _, value, before in self._arrays:
+            if not _is_equal(value, before):
+                with torch.no_grad():
+                    value[...] = before
 
 
 def _is(a: Any, b: Any) -> bool:
     return a is b
+
+
+def _is_equal(value: Any, before: Any) -> bool:
+    """Of tensors and arrays, whose shapes do not change."""
+    if isinstance(value, Tensor):
+        return value.shape == before.shape and torch.equal(value.detach().nan_to_num(), before.nan_to_num())
+    return bool(value.tobytes() == before.tobytes())
 
 
 def _parts(container: Any) -> list[Any]:
@@ -112,14 +157,22 @@ def _is_users(code: type | types.FunctionType | types.ModuleType) -> bool:
 
 def _is_object(value: Any) -> bool:
     """Whether it is an object of a class of the user's that keeps something, and no module."""
-    return hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor)) and _is_users(type(value))
+    try:
+        return (
+            hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor)) and _is_users(type(value))
+        )
+    except Exception:  # of code that is not ours
+        return False
 
 
 def _function(attribute: Any) -> types.FunctionType | None:
     """The function behind a class's attribute."""
-    if isinstance(attribute, property):
-        attribute = attribute.fget
-    attribute = getattr(attribute, "__func__", attribute)  # of a static method, or of a class's
+    try:
+        if isinstance(attribute, property):
+            attribute = attribute.fget
+        attribute = getattr(attribute, "__func__", attribute)  # of a static method, or of a class's
+    except Exception:  # of a weak reference's proxy, say, whose object is gone
+        return None
     return attribute if isinstance(attribute, types.FunctionType) else None
 
 

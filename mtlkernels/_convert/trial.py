@@ -7,10 +7,8 @@ as noise, a detached expert or gates kept for a loss, is found by comparing all 
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels import _torch
-from mtlkernels._convert.copies import Pairs, agree, align, close, difference, largest, pairs_of, random_copy, randomize
+from mtlkernels._convert.copies import (
+    Pairs,
+    agree,
+    align,
+    close,
+    difference,
+    largest,
+    pairs_of,
+    random_copy,
+    randomize,
+    take_values,
+)
 from mtlkernels._convert.paying import at_any_size
+from mtlkernels._convert.random_states import kept_random_state, random_state, seed
+from mtlkernels._convert.settings import settings
 from mtlkernels._convert.shared_state import SharedState
 
 # Enough for batch statistics, few enough for a trial to take no time.
@@ -33,7 +44,9 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 class Situation:
     """How both ways are run once: in training or not, with how many rows, of what size, and whether with gradients.
 
-    ``scale`` is that of the inputs, ``weights`` that of the matrices; ``needed`` is False where the original may fail.
+    ``scale`` is that of the inputs, ``weights`` that of the matrices, ``signed`` whether vectors have numbers of either
+    sign, ``special`` whether a row of the inputs is zero and one not a number; ``needed`` is False where the original
+    may fail.
     """
 
     words: str
@@ -41,6 +54,8 @@ class Situation:
     rows: int = ROWS
     scale: float = 1.0
     weights: float | None = None
+    signed: bool = False
+    special: bool = False
     gradients: bool = False
     autocast: bool = False
     needed: bool = True
@@ -65,9 +80,12 @@ SITUATIONS = (
     Situation("under autocast", True, autocast=True),
     Situation("in evaluation with large weights", False, scale=3.0, weights=20.0),
     Situation("in training with large weights", True, scale=3.0, weights=20.0),
+    Situation("in evaluation with signed vectors", False, weights=1.0, signed=True, needed=False),
     Situation("in evaluation on many rows", False, rows=LARGE_ROWS, weights=1.0),
     Situation("in training on many rows", True, rows=LARGE_ROWS),
+    Situation("in evaluation with rows of zeros and NaN", False, special=True, needed=False),
 )
+AS_IT_IS = Situation("in evaluation with the values that it has", False, scale=2.0, needed=False)
 
 
 def call(module: Any, *args: Any) -> Any:
@@ -85,6 +103,8 @@ class Trial:
     pairs: Pairs
     generator: torch.Generator
     shared: SharedState
+
+    source: nn.Module
 
     def __post_init__(self) -> None:
         self.names = [name for name, p in self.copies[0].named_parameters() if p.requires_grad]
@@ -123,8 +143,13 @@ def disagreement(
     Returns:
         None where both agree, otherwise the reason, in the report's words.
     """
-    shared = SharedState(module)
-    with kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
+    try:
+        shared = SharedState(module)
+    except Exception as error:
+        return f"it fails in a trial: {type(error).__name__}: {error}"
+    # Whatever the caller has set, in which gradients or numbers on a CPU could not be had.
+    ours = torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")
+    with kept_random_state(), ours[0], ours[1], ours[2], warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of code that is not ours, in a call that nobody made
         try:
             generator = torch.Generator().manual_seed(0)
@@ -133,7 +158,7 @@ def disagreement(
                 vars(other).update(stand_ins or {})
             align(copies[1], copies[0])
             pairs = pairs_of(copies[1], copies[0], ignored)
-            trial = Trial(copies, (original, fused), arguments, pairs, generator, shared)
+            trial = Trial(copies, (original, fused), arguments, pairs, generator, shared, module)
             return _first_difference(trial)
         except Exception as error:  # of code that is not ours; it goes into the report
             return f"it fails in a trial: {type(error).__name__}: {error}"
@@ -149,7 +174,7 @@ def _first_difference(trial: Trial) -> str | None:
         reason = _compare(trial, situation)
         if reason is not None:
             return reason
-    reason = _compare_settings(trial)
+    reason = _compare_settings(trial) or _compare_as_it_is(trial)
     if reason is not None:
         return reason
     if any(rates):
@@ -167,28 +192,33 @@ def _first_difference(trial: Trial) -> str | None:
     return None
 
 
+def _compare_as_it_is(trial: Trial) -> str | None:
+    """The first difference with the module's own values: a mask, say, is none of random numbers."""
+    first, second = trial.copies
+    reason = None
+    if take_values(first, trial.source):
+        align(second, first)
+        reason = _compare(trial, AS_IT_IS)
+    randomize(first, trial.generator)
+    align(second, first)
+    return reason
+
+
 def _compare_settings(trial: Trial) -> str | None:
     """The first difference where each number is another that a part keeps as an attribute.
 
     A schedule may change it after a conversion: fused evaluation has to see that too.
     """
-    before = [(part, name, value) for other in trial.copies for part, name, value in _settings(other)]
-    if not before:
+    found = [setting for other in trial.copies for setting in settings(other)]
+    if not found:
         return None
-    for part, name, value in before:
-        setattr(part, name, 1.25 * value + 0.125)
-    words = ", ".join(dict.fromkeys(name for _, name, _ in before))
+    for setting in found:
+        setting.put(1.25 * setting.value + 0.125)
+    words = ", ".join(dict.fromkeys(setting.name for setting in found))
     reason = _compare(trial, Situation(f"in training with another {words}", True, needed=False))
-    for part, name, value in before:
-        setattr(part, name, value)
+    for setting in found:
+        setting.restore()
     return reason
-
-
-def _settings(module: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
-    """The numbers that modules keep as attributes, but PyTorch's own."""
-    for part in module.modules():
-        if type(part).__module__.partition(".")[0] != "torch":
-            yield from ((part, name, value) for name, value in vars(part).items() if type(value) is float)
 
 
 def _set_rates(dropouts: Sequence[Sequence[Any]], rates: Sequence[float]) -> None:
@@ -212,7 +242,7 @@ def _compare(trial: Trial, situation: Situation, draws: bool = True) -> str | No
     words = situation.words
     rows = min(situation.rows, max(ROWS, int(LARGE_WORK / max(1, trial.size))))
     if situation.weights is not None:
-        randomize(trial.copies[0], trial.generator, situation.weights)
+        randomize(trial.copies[0], trial.generator, situation.weights, situation.signed)
         align(trial.copies[1], trial.copies[0])
     for other in trial.copies:
         other.train(situation.training)
@@ -252,14 +282,18 @@ def _run(trial: Trial, way: int, given: Any, situation: Situation) -> _Run:
     leaves, values = [], []
     for value in flat:
         if isinstance(value, Tensor) and value.is_floating_point():
-            leaf = (value.detach() * situation.scale).requires_grad_()
+            leaf = value.detach() * situation.scale
+            if situation.special and leaf.dim() > 0 and len(leaf) > 1:
+                leaf[0] = 0
+                leaf[(1,) + (0,) * (leaf.dim() - 1)] = torch.nan
+            leaf.requires_grad_()
             leaves.append(leaf)
             value = leaf * 1  # not a leaf, which nothing may be written into
         elif isinstance(value, Tensor):
             value = value.clone()
         values.append(value)
     arguments = _torch.tree_unflatten(values, structure)
-    _seed()
+    seed()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(situation.gradients or situation.training))
         if situation.autocast:
@@ -267,7 +301,7 @@ def _run(trial: Trial, way: int, given: Any, situation: Situation) -> _Run:
         if way == 1:
             stack.enter_context(at_any_size())
         outputs = trial.ways[way](trial.copies[way], *arguments)
-    return _Run(outputs, leaves, arguments, _random_state())
+    return _Run(outputs, leaves, arguments, random_state())
 
 
 def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Situation) -> str | None:
@@ -311,43 +345,8 @@ def _draws_beside(trial: Trial, dropouts: Sequence[nn.Module]) -> bool:
             module.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state())),
             module.register_forward_hook(lambda *_: torch.set_rng_state(states.pop())),
         ]
-    _set_seed = _seed()
+    seeded = seed()
     trial.ways[0](other, *trial.arguments(other, ROWS, trial.generator))
     for handle in handles:
         handle.remove()
-    return bool(_random_state() != _set_seed)
-
-
-def _seed() -> Any:
-    """Sets the generators that a forward may draw from; the state that they have then."""
-    torch.default_generator.manual_seed(0)
-    random.seed(0)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(0)
-    return _random_state()
-
-
-def _random_state() -> Any:
-    """Of PyTorch's default generator, Python's and NumPy's, to be compared."""
-    numpy = sys.modules.get("numpy")
-    of_numpy = None
-    if numpy is not None:
-        kind, keys, *rest = numpy.random.get_state()
-        of_numpy = (kind, keys.tobytes(), *rest)
-    return bytes(torch.get_rng_state().tolist()), random.getstate(), of_numpy
-
-
-@contextlib.contextmanager
-def kept_random_state() -> Iterator[None]:
-    """The user's generators are afterwards as they were."""
-    numpy = sys.modules.get("numpy")
-    of_torch, of_python = torch.get_rng_state(), random.getstate()
-    of_numpy = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(of_torch)
-        random.setstate(of_python)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
+    return bool(random_state() != seeded)

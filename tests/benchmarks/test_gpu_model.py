@@ -167,7 +167,7 @@ def test_launches_are_those_of_the_launchers() -> None:
     found = [step.launch for step in steps(LEVEL, 4096, torch.bfloat16, True)]
     kind = Kind.of(torch.bfloat16, True)
     assert kind.dtype == KINDS[torch.bfloat16]
-    first = tiles.beside_gates(tiles.product(kind, 4096, 256))
+    first = tiles.roomy(tiles.product(kind, 4096, 256))
     assert found[0].name == "layer_forward" and found[0].tile == first
     mixing = tiles.mixing(kind, 3, 4096, 128, 256, CODES["relu"], card(CPU))
     assert found[1].name == "last_forward" and found[1].tile == mixing

@@ -90,7 +90,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "csrc/kept_trunk.cpp": {
         'interned("': INTERNED,
         "if (!stored || !all_parameters(stored->call, [&]": BY_CONSTRUCTION,
-        "return THPVariable_Check(object) && visit": BY_CONSTRUCTION,
+        "return is_tensor(object) && visit": BY_CONSTRUCTION,
     },
     "csrc/level_node.cpp": {
         "} catch (py::error_already_set& error) {": LIBRARY,

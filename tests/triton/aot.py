@@ -88,7 +88,7 @@ class Variant:
 
 
 def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
-    return zip(value._fields, value, strict=True) if isinstance(value, tuple) else [(name, value)]
+    return zip(value._fields, value, strict=True) if hasattr(value, "_fields") else [(name, value)]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def mixture_variants(
             for tile, gates in itertools.product(tiles.PRODUCT[kind.operands], (False, True)):
                 keep = chain_kernels.INPUTS if from_input(code) else chain_kernels.SIGNS if code == RELU else None
                 what = {"CODE": code, "KEEP": keep and keep.value, "LINEAR_GATES": gates}
-                yield _made("layer_forward", tiles.beside_gates(tile) if gates else tile, kind, **what)
+                yield _made("layer_forward", tiles.roomy(tile) if gates or code == RELU else tile, kind, **what)
         for code in dict.fromkeys((*forward_codes, *FLAT_CODES)):
             what = {"LOGITS": tl.float32, "CODE": code, "KEEP": True}
             for (tile, count), split in itertools.product(mixers(kind, code, every_gate), (False, True)):
@@ -160,11 +160,9 @@ def mixture_variants(
             large = {0: tiles.LARGE_INPUT, RELU: tiles.LARGE_SIGNS}.get(code, {})
             for tile in (*choice, *_of(large, kind)):
                 what = {"CODE": code, "ACTIVATED": from_input(code), "LINEAR_GATES": gates, "SPLIT": split}
-                yield _made("input_gradient", tiles.beside_gates(tile) if gates else tile, kind, **what)
+                yield _made("input_gradient", tiles.roomy(tile) if gates else tile, kind, **what)
         for tile, gates in itertools.product(even_inputs(kind), (False, True)):
-            pieces = tiles.pieces(tile.columns)
-            what = {"PIECES": pieces, "STARTS": tuple(sum(pieces[:i]) for i in range(len(pieces)))}
-            yield _made("wide_input_gradient", tile, kind, LINEAR_GATES=gates, **what)
+            yield _made("wide_input_gradient", tile, kind, LINEAR_GATES=gates, **tiles.piece_constants(tile))
         for gates, split in ways:
             what = {"NEED_WEIGHTS": True, "NEED_BIASES": True, "LINEAR_GATES": gates, "SPLIT": split}
             for tile in (tiles.WEIGHT_GRADIENT[kind.operands], *_of(tiles.LARGE_WEIGHT, kind)):

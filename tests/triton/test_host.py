@@ -126,3 +126,20 @@ def test_no_work_in_python_grows_with_the_experts(driver: Driver, trains: bool) 
 def test_the_study(driver: Driver) -> None:
     found = gpu_host.STUDY.run(torch.device("cpu"), True)
     assert {row["experts"] for row in found["rows"]} and "| forward |" in gpu_host.STUDY.show(found, True)
+
+
+def test_what_else_a_step_launches_compiles() -> None:
+    """By the way that launches go: programs that share the columns of 416 inputs, and PCGrad without projections."""
+    routing = mk.Routing.mmoe(3, 1)
+    shapes = (128, 416), (16, 128)
+    weights = [[torch.randn(shape).half().requires_grad_() for _ in range(3)] for shape in shapes]
+    x, gates = torch.randn(2**15, 416).half().requires_grad_(), torch.randn(3, 416).half().requires_grad_()
+    with launching_nothing(90) as driver:
+        (y,) = mk.expert_mixture(x, weights, None, None, routing, gate_weights=[gates])
+        launches: list[Any] = []
+        driver.watch = lambda grid, args: launches.append(grid)
+        torch.autograd.backward(y, torch.ones_like(y))
+        assert len(launches) == 4
+        for project in (True, False):
+            mk.pcgrad([[torch.randn(100)], [torch.randn(100)]], project=project, max_norm=1.0)
+        assert len(launches) > 4

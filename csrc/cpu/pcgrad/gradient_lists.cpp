@@ -52,6 +52,9 @@ GradientLists::GradientLists(std::vector<at::Tensor> grads, int64_t tasks) : tas
       check_plain(grad);
       MTLK_CHECK_VALUE(grad.is_cpu() && grad.layout() == at::kStrided, "grads[", t, "][", p,
                        "] must be a dense tensor on the CPU");
+      const size_t reached = reached_bytes(grad);
+      MTLK_CHECK_VALUE(grad.storage().nbytes() >= reached, "grads[", t, "][", p, "] must have ", reached,
+                       " bytes of memory, got ", grad.storage().nbytes());
       const at::Tensor& like = parameter.grads.empty() ? grad : parameter.grads[0];
       MTLK_CHECK_VALUE(grad.sizes() == like.sizes(), "grads[", t, "][", p, "] must have shape ", like.sizes(), ", got ",
                        grad.sizes());

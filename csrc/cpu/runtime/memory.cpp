@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/Allocator.h>
 #include <c10/util/accumulate.h>
 #include <c10/util/strides.h>
 
@@ -149,8 +150,14 @@ at::Tensor pooled(at::IntArrayRef sizes, at::IntArrayRef strides, const at::Tens
   auto memory = std::make_unique<Scratch>(1, bytes, brief);
   void* const first = (*memory)[0];
   const auto give_back = [](void* context) { delete static_cast<Scratch*>(context); };  // a function would be allocated
-  at::Tensor result =
-      at::for_blob(first, sizes).strides(strides).options(options).context(memory.release(), give_back).make_tensor();
+  // Who resizes it gets PyTorch's memory instead.
+  at::Tensor result = at::for_blob(first, sizes)
+                          .strides(strides)
+                          .options(options)
+                          .context(memory.release(), give_back)
+                          .allocator(c10::GetAllocator(c10::kCPU))
+                          .resizeable_storage()
+                          .make_tensor();
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
     // As fresh memory is filled then.

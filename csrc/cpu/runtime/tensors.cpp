@@ -40,6 +40,10 @@ void check_plain(const at::Tensor& tensor) {
                   "a plain tensor was expected");
 }
 
+size_t reached_bytes(const at::Tensor& tensor) {
+  return at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
+}
+
 void check_dense(const char* name, const at::Tensor& x, at::ScalarType dtype) { check_dense(name, -1, x, dtype); }
 
 void check_dense(const char* name, int64_t i, const at::Tensor& x, at::ScalarType dtype) {
@@ -49,7 +53,7 @@ void check_dense(const char* name, int64_t i, const at::Tensor& x, at::ScalarTyp
   MTLK_CHECK_TYPE(x.scalar_type() == dtype && x.layout() == at::kStrided, what(), " must be a dense tensor of ", dtype,
                   ", got ", x.layout(), " of ", x.scalar_type());
   MTLK_CHECK_VALUE(x.is_cpu(), what(), " must be on the CPU, got ", x.device());
-  const size_t reached = at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), x.storage_offset());
+  const size_t reached = reached_bytes(x);
   MTLK_CHECK_VALUE(x.storage().nbytes() >= reached, what(), " must have ", reached, " bytes of memory, got ",
                    x.storage().nbytes());
 }

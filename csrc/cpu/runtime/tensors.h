@@ -23,6 +23,9 @@ MTLK_API at::Tensor held(const at::Tensor& tensor);
 // would have asked them, bring them here.
 void check_plain(const at::Tensor& tensor);
 
+// How many bytes of its memory a dense tensor's values reach.
+MTLK_API size_t reached_bytes(const at::Tensor& tensor);
+
 // Refuses what is not a dense tensor of this dtype on the CPU: an argument of this name, or an entry of one.
 void check_dense(const char* name, const at::Tensor& x, at::ScalarType dtype);
 void check_dense(const char* name, int64_t i, const at::Tensor& x, at::ScalarType dtype);

@@ -56,7 +56,9 @@ def backward(
         weight = torch.softmax(logits.to(acc), dim=1)
         grad = grad.to(acc)
         if need_experts:
-            grad_experts[:, gate] += weight.unsqueeze(2) * grad.unsqueeze(1)
+            # A gate may name an expert twice where operators are called directly.
+            places = torch.tensor(gate, device=experts.device)
+            grad_experts = grad_experts.index_add(1, places, weight.unsqueeze(2) * grad.unsqueeze(1))
         if need_logits:
             inner = torch.bmm(experts[:, gate].to(acc), grad.unsqueeze(2)).squeeze(2)
             grad_logits.append((weight * (inner - (weight * inner).sum(1, keepdim=True))).to(logits.dtype))

@@ -145,7 +145,9 @@ def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, 
     num_tasks = gram.shape[0]
     gram = gram.contiguous()
     rows, coefficients = torch.empty_like(gram), torch.empty_like(gram[0])
-    steps = order.to(torch.int64).contiguous() if project and order is not None else gram[:, :0]
+    if not project or order is None:
+        order = gram.new_empty((num_tasks, 0), dtype=torch.int64)
+    steps = order.to(torch.int64).contiguous()
     numbers = (num_tasks, steps.shape[1], bits(max_norm or 0.0), bits(eps))
     flags = {"CLIP": max_norm is not None, "NORMALIZE": normalize, "INCLUDE_SELF": include_self, "MEAN": mean}
     with _triton.on_device(gram.device):

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import mtlkernels as mk
+from mtlkernels.ops.gated_mixture import reference
 from mtlkernels.testing import Case, CaseFactory
 from tests.ops.derivatives import function_of_leaves, loss_of
 
@@ -73,3 +74,14 @@ def test_vmap(dims: tuple[int | None, int | None], backend: str) -> None:
         assert_close(torch.func.vmap(fused, dims)(*batched), torch.func.vmap(plain, dims)(*batched))
         got = torch.func.vmap(torch.func.grad(loss_of(fused), (0, 1)), dims)(*batched)
     assert_close(got, torch.func.vmap(torch.func.grad(loss_of(plain), (0, 1)), dims)(*batched))
+
+
+def test_an_expert_that_a_gate_names_twice() -> None:
+    """Routing refuses it, but operators that are called directly take it."""
+    experts, logits = torch.randn(5, 2, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    leaf, grad = experts.clone().requires_grad_(), torch.randn(5, 3, dtype=torch.float64)
+    weight = logits.softmax(1)
+    mixed = (weight.unsqueeze(2) * torch.stack([leaf[:, 1], leaf[:, 1]], 1)).sum(1)
+    (expected,) = torch.autograd.grad(mixed, leaf, grad)
+    (found,), _ = reference.backward([grad], experts, [logits], [1, 1], [2], True, False)
+    assert_close(found, expected)

@@ -133,7 +133,7 @@ def inputs_gradient(
     else:
         tile, sums = tiles.inputs(level.kind, sizes, *lengths, card(level.like.device))
     if gates is not None:
-        tile = tiles.beside_gates(tile)
+        tile = tiles.roomy(tile)
     shares = split(table, sums, level.like)
     at, kept, activated = outputs
     places = (*operands, start, at, kept, activated or 0, gates or 0)
@@ -160,13 +160,7 @@ def _wide(
     level: LevelShape, tile: Tile, programs: int, places: tuple[int, ...], groups: int, widths: tuple[int, int]
 ) -> Run:
     """The gradient of a network's inputs by programs that share its columns evenly."""
-    pieces = tiles.pieces(tile.columns)
-    constants = {
-        "KIND": level.kind,
-        "LINEAR_GATES": places[-1] > 0,
-        "PIECES": pieces,
-        "STARTS": tuple(sum(pieces[:i]) for i in range(len(pieces))),
-    }
+    constants = {"KIND": level.kind, "LINEAR_GATES": places[-1] > 0, **tiles.piece_constants(tile)}
 
     def run(entries: Tensor) -> Launch | None:
         numbers = (*places, groups, level.num_rows, *widths)

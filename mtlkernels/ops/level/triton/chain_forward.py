@@ -93,8 +93,8 @@ def _layer(
     """
     depth, width = level.widths[layer : layer + 2]
     tile = tiles.product(level.kind, level.num_rows, width)
-    if gates:
-        tile = tiles.beside_gates(tile)
+    if gates or keep == SIGNS.value:
+        tile = tiles.roomy(tile)
     at_gates, gate_tiles = gates or (0, 0)
     programs = triton.cdiv(level.num_rows, tile.rows) * (
         level.num_experts * triton.cdiv(width, tile.columns) + gate_tiles

@@ -206,7 +206,7 @@ def wide_input_gradient(
     for m in tl.range(start, end, flatten=True):
         e = tl.load(table + members + num_groups + 1 + m)
         grad = operand(table, grads + e, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
-        weight = operand(table, weights + e, KIND) + first_column + inner * width
+        weight = operand(table, weights + e, KIND) + first_column + inner[:, None] * width
         for k in range(0, depth, DEPTH):
             there = inner < depth - k
             a = tl.load(grad, mask=a_inside[:, None] & there[None, :], other=0.0)
@@ -214,7 +214,7 @@ def wide_input_gradient(
             for i in tl.static_range(len(PIECES)):
                 columns = STARTS[i] + tl.arange(0, PIECES[i])
                 b_inside = there[:, None] & (columns < left_columns)[None, :]
-                b = tl.load(weight[:, None] + columns[None, :], mask=b_inside, other=0.0)
+                b = tl.load(weight + columns[None, :], mask=b_inside, other=0.0)
                 added = added + (product(sums[i], a, b, KIND),)
             sums = added
             grad += DEPTH

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import triton
+import triton.language as tl
 
 from mtlkernels.ops._triton import Kind, Tile
 from mtlkernels.ops._triton_splits import Card, Sums, moved
@@ -143,8 +144,8 @@ def hidden_gradient(kind: Kind, rows: int, columns: int, code: int, card: Card) 
     return fewer if fewer and tile == PRODUCT[kind.operands].full else tile
 
 
-def beside_gates(tile: Tile) -> Tile:
-    """``tile`` for a product with linear gates; of two, the compiler would spill a few registers else.
+def roomy(tile: Tile) -> Tile:
+    """``tile`` for a product with linear gates, or that keeps signs; of two, the compiler would spill a few registers.
 
     In ``layer_forward``, without alignment on sm_86 and sm_89 alone; in ``input_gradient`` of split sums on sm_100.
     """
@@ -198,6 +199,13 @@ def even_input(kind: Kind, tile: Tile, columns: int) -> Tile | None:
 def pieces(columns: int) -> tuple[int, ...]:
     """Powers of two that so many columns are, a multiple of 16; a single one where they are one themselves."""
     return tuple(piece for piece in (2 * PIECES[0], *PIECES) if columns & piece)
+
+
+def piece_constants(tile: Tile) -> dict[str, tuple[tl.constexpr, ...]]:
+    """The pieces of a tile's columns and where they start, in the constants that Triton 3.6 wants within tuples."""
+    each = pieces(tile.columns)
+    starts = (sum(each[:i]) for i in range(len(each)))
+    return {"PIECES": tuple(map(tl.constexpr, each)), "STARTS": tuple(map(tl.constexpr, starts))}
 
 
 def input_sums(tile: Tile, members: Sequence[int], rows: int, columns: int, depth: int, itemsize: int) -> Sums:

@@ -1,0 +1,67 @@
+"""The numbers that modules keep as attributes, which may become others after a conversion."""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_FACTOR = re.compile("temp|tau|scale|factor|alpha|beta|gamma|weight|sharp", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number, how to exchange it, and how to have it as it was."""
+
+    name: str
+    value: Any
+    put: Callable[[Any], None]
+    restore: Callable[[], None]
+
+
+def settings(module: nn.Module) -> Iterator[Setting]:
+    """Those of a module and its parts but PyTorch's own.
+
+    Floats of an instance, of its classes and in dicts and namespaces that it keeps; and whole numbers of an instance
+    that are factors by their names. Most others are sizes, of which another is another model.
+    """
+    for part in module.modules():
+        if _is_torchs(type(part)):
+            continue
+        for name, value in list(vars(part).items()):
+            if type(value) is float or (type(value) is int and _FACTOR.search(name)):
+                yield _of_instance(part, name, value)
+            elif name[:1] != "_" and type(value) is dict:
+                yield from _of_dict(name, value)
+            elif isinstance(value, types.SimpleNamespace):
+                yield from _of_dict(name, vars(value))
+        for kind in type(part).__mro__:
+            if _is_torchs(kind) or kind is object:
+                continue
+            for name, value in list(vars(kind).items()):
+                if type(value) is float and name not in vars(part):
+                    yield Setting(name, value, functools.partial(setattr, part, name), _deleting(part, name))
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
+
+
+def _of_instance(part: nn.Module, name: str, value: Any) -> Setting:
+    return Setting(name, value, functools.partial(setattr, part, name), functools.partial(setattr, part, name, value))
+
+
+def _of_dict(owner: str, values: dict[Any, Any]) -> Iterator[Setting]:
+    for key, value in list(values.items()):
+        if type(value) is float:
+            put = functools.partial(values.__setitem__, key)
+            yield Setting(f"{owner}.{key}", value, put, functools.partial(put, value))
+
+
+def _deleting(part: nn.Module, name: str) -> Callable[[], None]:
+    return functools.partial(vars(part).pop, name, None)
