@@ -100,10 +100,7 @@ class LevelDescription:
         ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells. ``dtype``
         is that of the input, None where it is not there yet.
         """
-        try:
-            found = self._parts_or_reason(module, routing, x, dtype)
-        except Exception as error:  # of a description that what has become of the module does not fit
-            found = f"its description does not fit any more: {type(error).__name__}: {error}"
+        found = self._parts_or_reason(module, routing, x, dtype)
         if isinstance(found, str):
             _decisions.note(type(module).__name__, "its own code", found, x)
             return None
@@ -114,11 +111,15 @@ class LevelDescription:
     ) -> Parts | str:
         if not pays(module, x):
             return "there are no kernels for its device and dtype"
-        chains, rows = list(self.experts(module)), rows_of(x)
+        try:
+            chains, gate_chains, parts = list(self.experts(module)), list(self.gates(module)), list(self.parts(module))
+        except Exception as error:  # of a description that what has become of the module does not fit
+            return f"its description does not fit any more: {type(error).__name__}: {error}"
+        rows = rows_of(x)
         experts = read_experts(chains, rows, mixing_pays(x))
         if experts is None:
             return "its experts cannot be fused now, or that is no faster on so few rows"
-        gates = self.read_gates(module)
+        gates: list[Any] = list(map(read_gate, gate_chains))
         if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
             return "it has other numbers of experts and gates than when it was converted"
         pairs = zip(gates, routing.gate_experts, strict=True)
@@ -126,7 +127,7 @@ class LevelDescription:
             return "its gates mix other numbers of experts than when it was converted"
         differentiated = torch.is_grad_enabled()
         tried = vars(module).get(CLASSES)
-        if any(isinstance(gate, str) for gate in gates) or any_hooks(self.parts(module), differentiated, tried):
+        if any(isinstance(gate, str) for gate in gates) or any_hooks(parts, differentiated, tried):
             return (
                 "a gate was exchanged, or a part that would not be called has a hook, or one of its parameters, or is"
                 " of a class that there was none of when it was converted"

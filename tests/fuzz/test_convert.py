@@ -43,7 +43,7 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deaf_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks are looked for by a conversion only."""
-    monkeypatch.setattr(description, "any_hooks", lambda modules, differentiated: False)
+    monkeypatch.setattr(description, "any_hooks", lambda modules, differentiated, tried: False)
 
 
 def blind_to_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
