@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# Python compiles what is imported when it is; all of these packages would take it a minute.
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 # setup.py looks for cmake and ninja on the PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,6 +26,8 @@ def _without_repetitions() -> Iterator[None]:
     if not interpreting():
         yield
         return
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])  # of so many objects few are garbage
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -39,6 +42,7 @@ def _without_repetitions() -> Iterator[None]:
         ):
             patches.enter_context(mock.patch.object(of, name, new))
         yield
+    gc.set_threshold(*before)
 
 
 @pytest.fixture(autouse=True, scope="session")
