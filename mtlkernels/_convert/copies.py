@@ -24,8 +24,8 @@ class First(nn.Module):
         return next(iter((*args, *kwargs.values())))
 
 
-# Numbers in a table of embeddings that copies have in full.
-TABLE_SIZE = 2**20
+# Numbers in a table of embeddings that copies have in full, and in a tensor that is neither parameter nor buffer.
+TABLE_SIZE, MOST_COPIED = 2**20, 2**24
 
 
 class FewRows(nn.Module):
@@ -86,12 +86,12 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _stand_in(tensor: Tensor, filled: bool) -> Tensor:
-    """A tensor of its shape in float64 on the CPU, of zeros if it is going to be ``filled``, else of its values.
+    """A tensor of its shape in float64 on the CPU: of zeros if it will be ``filled`` or is huge, else of its values.
 
     Of other kinds than floating-point ones it has the values too, which may be indices.
     """
     dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
-    if tensor.is_meta or (filled and tensor.is_floating_point()):
+    if tensor.is_meta or (tensor.is_floating_point() and (filled or tensor.numel() > MOST_COPIED)):
         other = torch.zeros(tensor.shape, dtype=dtype)
     else:
         other = tensor.detach().to("cpu", dtype, copy=True)

@@ -21,7 +21,7 @@ MOST_PARTS, MOST_NUMBERS = 1000, 2**20
 
 
 class SharedState:
-    """The class attributes and global containers that the code of a module's classes names, as they are now.
+    """The class attributes and global variables that the code of a module's classes names, as they are now.
 
     Code is that of methods, also of an instance's own, and of the user's functions that it names in turn. What a
     module's hooks name is restored too, but may change: they are called as before a conversion, or keep their module as
@@ -47,7 +47,7 @@ class SharedState:
             for code in map(_function, vars(part).values()):
                 if code is not None and _is_users(code):
                     self._keep_named(code, seen)
-        self._judged = len(self._containers)
+        self._judged = len(self._containers), len(self._variables), len(self._arrays)
         for hook in _hooks(module):
             self._keep_named(hook, seen)
 
@@ -99,13 +99,14 @@ class SharedState:
         for kind, name, value in self._attributes:
             if vars(kind).get(name) is not value:
                 return f"{kind.__name__}.{name}"
-        for name, value, before in self._containers[: self._judged]:
+        containers, variables, arrays = self._judged
+        for name, value, before in self._containers[:containers]:
             if len(value) != len(before) or not all(map(_is, _parts(value), _parts(before))):
                 return name
-        for name, variables, key, value in self._variables:
-            if variables.get(key) is not value:
+        for name, owner, key, value in self._variables[:variables]:
+            if owner.get(key) is not value:
                 return name
-        return next((name for name, value, before in self._arrays if not _is_equal(value, before)), None)
+        return next((name for name, value, before in self._arrays[:arrays] if not _is_equal(value, before)), None)
 
     def restore(self) -> None:
         """Makes it as it was, where it has changed."""
@@ -116,9 +117,9 @@ class SharedState:
             if len(value) != len(before) or not all(map(_is, _parts(value), _parts(before))):
                 value.clear()
                 (value.extend if isinstance(value, (list, collections.deque)) else value.update)(before)
-        for _, variables, key, value in self._variables:
-            if variables.get(key) is not value:
-                variables[key] = value
+        for _, owner, key, value in self._variables:
+            if owner.get(key) is not value:
+                owner[key] = value
         for _, value, before in self._arrays:
             if not _is_equal(value, before):
                 with torch.no_grad():

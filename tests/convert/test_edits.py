@@ -343,3 +343,21 @@ def test_what_a_model_keeps_is_not_iterated() -> None:
     model.loader = Loader()
     assert mk.convert(model).replaced
     assert next(model.loader.read) == 0
+
+
+SEEN = 0
+
+
+def note(*_: Any) -> None:
+    global SEEN
+    SEEN += 1
+
+
+def test_hooks_may_count() -> None:
+    """They are called as before; what a trial counts is taken back."""
+    model, x = Plain(), torch.randn(40, 8)
+    model.register_forward_hook(note)
+    assert mk.convert(model).replaced
+    assert SEEN == 0
+    model(x)
+    assert SEEN == 1
