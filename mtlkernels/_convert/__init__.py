@@ -129,10 +129,9 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
         return [line if line.action == "left alone" else _left_alone(line, reason) for line in planned]
     if plan is not None:
         kind = converted_class(converter.base, type(module), converter.method, converter.source)
+        tried = frozenset(original_class(type(part)) or type(part) for part in module.modules())
         module.__class__ = kind
-        vars(module)[PLAN] = plan
-        kinds = map(type, module.modules())
-        vars(module)[CLASSES] = frozenset(original_class(kind) or kind for kind in kinds)
+        vars(module).update({PLAN: plan, CLASSES: tried})
         if force:
             vars(module)[FORCE] = True
     return planned

@@ -213,13 +213,23 @@ def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]
     if isinstance(expected, (set, frozenset)):
         return len(actual) == len(expected)  # of copies, whose members may be compared by identity
     if type(expected).__module__ == "numpy":
-        return bool(actual.shape == expected.shape and (actual == expected).all())
+        return _same_arrays(actual, expected, tolerance)
     if isinstance(expected, (list, tuple, collections.deque)):
         parts = list(zip(actual, expected, strict=False))
         return len(actual) == len(expected) and all(same(a, b, tolerance, seen) for a, b in parts)
     if isinstance(expected, types.MethodType):
         return bool(actual.__func__ is expected.__func__)
     return same(vars(actual), vars(expected), tolerance, seen) if hasattr(expected, "__dict__") else True
+
+
+def _same_arrays(actual: Any, expected: Any, tolerance: float) -> bool:
+    """The same of NumPy's arrays and scalars; of objects and dates by their shapes alone."""
+    kind = getattr(getattr(expected, "dtype", None), "kind", None)
+    if kind is None:
+        return bool(actual == expected)
+    if kind in "biuf":
+        return close(torch.as_tensor(actual), torch.as_tensor(expected), tolerance)
+    return bool(actual.shape == expected.shape and (kind not in "SU" or (actual == expected).all()))
 
 
 Pairs = Sequence[tuple[str, nn.Module, nn.Module]]

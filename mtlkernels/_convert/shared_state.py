@@ -81,7 +81,8 @@ class SharedState:
                     if isinstance(part, _CONTAINERS):
                         self._keep(name, part, seen)
         elif type(value) in (Tensor, nn.Parameter):
-            if value.numel() <= MOST_NUMBERS and not value.is_meta:
+            plain = value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+            if plain and value.numel() <= MOST_NUMBERS:
                 seen.add(id(value))
                 self._arrays.append((name, value, value.detach().clone()))
         elif type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":

@@ -161,7 +161,7 @@ class GramWeighted(Optimizer):
             raise TypeError(f"batched must be True, False or None, got {type(batched).__name__}")
         self._gram_every = check_gram_every(gram_every)
         self._kept: Kept | None = None
-        self._without: set[int] = set()  # places of parameters that no loss has reached, in any call so far
+        self._without: set[int] = set()  # ids of parameters that no loss has reached, in any call so far
         self.optimizer = optimizer
         self.weighting = weighting
         self.group = group
@@ -260,15 +260,14 @@ class GramWeighted(Optimizer):
             levels, count = self._batched is None, 1
             grads, totals = weighted_gradients(checked, kept.weights, shared, others, mean=mean, levels=levels)
         if how != "backward":
-            self._refuse_hidden(checked, count, grads, totals)
+            by_parameter = [grads[i : i + count] for i in range(0, len(grads), count)] + [[total] for total in totals]
+            self._refuse_hidden(checked, [*shared, *others], by_parameter)
         return [*shared, *others], gradients_of(grads, count, self.group), totals, unit, kept
 
-    def _refuse_hidden(self, losses: Sequence[Tensor], count: int, grads: Grads, totals: Grads) -> None:
+    def _refuse_hidden(self, losses: Sequence[Tensor], parameters: Sequence[Tensor], grads: Sequence[Grads]) -> None:
         """Looks for what hides parameters where some have no gradient; once for each, as models may have idle ones."""
-        without = {
-            at // count for at in range(0, len(grads), count) if all(grad is None for grad in grads[at : at + count])
-        }
-        without |= {-1 - i for i, total in enumerate(totals) if total is None}
+        pairs = zip(parameters, grads, strict=True)
+        without = {id(parameter) for parameter, own in pairs if all(grad is None for grad in own)}
         if not without <= self._without:
             refuse_hidden(losses)
             self._without |= without

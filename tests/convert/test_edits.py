@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -336,6 +337,35 @@ class Loader:
     def __iter__(self) -> Any:
         next(self.read)
         return iter(range(100))
+
+
+@pytest.mark.parametrize("value", [[1.0, float("nan")], [1, 2], [True, False], ["a", "b"], 3.0])
+def test_arrays_that_a_model_keeps(value: Any) -> None:
+    model: Any = Plain()
+    model.array = numpy.array(value)
+    assert mk.convert(model).replaced
+
+
+GLOBALS = torch.eye(3).to_sparse(), torch.tensor([True, False]), torch.tensor([1.0, float("nan")])
+
+
+class NamesTensors(Home):
+    def read(self, x: Tensor) -> Tensor:
+        return x if len(GLOBALS) == 3 else -x
+
+
+class NamesOthers(Home):
+    def read(self, x: Tensor) -> Tensor:
+        return x if MASK.any() and SPARSE.shape else -x
+
+
+SPARSE, MASK, _ = GLOBALS
+
+
+@pytest.mark.parametrize("kind", [NamesTensors, NamesOthers])
+def test_global_tensors_that_stay_as_they_are(kind: type[Home]) -> None:
+    register(kind)
+    assert mk.convert(kind()).replaced
 
 
 def test_what_a_model_keeps_is_not_iterated() -> None:

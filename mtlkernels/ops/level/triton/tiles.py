@@ -96,7 +96,7 @@ WEIGHT_GRADIENT = {
 # what gradients wait for: 336 us for the inputs' instead of 413, 424 for the weights' instead of 543. On sm_80 the
 # weights' spill.
 # With relu's signs the compiler would take 140 registers, which leave a multiprocessor one program instead of two:
-# 336 us instead of 211, which memory takes. On other cards it would spill.
+# 336 us instead of 214, of which memory takes 211. On other cards it would spill.
 LARGE_MIXING = {("half", True): Tile(64, 128, 256, 8, 2, 255)}
 LARGE_SIGNS = {("half", True): Tile(128, 128, 32, 8, 3, 128)}
 LARGE_INPUT = {("half", True): Tile(128, 256, 32, 8, 3)}
