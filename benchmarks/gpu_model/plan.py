@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from benchmarks.gpu_model.launches import Launch
 from benchmarks.gpu_model.sass import Code, Loop
+from mtlkernels.ops._triton_functions import FEW_MEMBERS
 from mtlkernels.ops.level.triton.gradient_kernels import FEW_COLUMNS
-
-SOME = 16  # of a gate's members, which kernels take at a time
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _last_forward(launch: Launch) -> list[Part]:
     most = max(end - start for start, end in zip(offsets, offsets[1:], strict=False))
 
     def trips(code: Code, loop: Loop) -> int:
-        return _quotient(most, SOME) - 1 if loop.begin < code.products[0].begin else 1
+        return _quotient(most, FEW_MEMBERS.value) - 1 if loop.begin < code.products[0].begin else 1
 
     return [Part(rows * columns * splits, 0, experts, experts * steps, trips, near=2.0 * gates * experts, far=3.0)]
 
@@ -147,7 +146,7 @@ def _mix_backward(launch: Launch) -> list[Part]:
     gates, experts, members = sizes["num_gates"], sizes["num_experts"], sizes["num_members"]
     blocks = _quotient(sizes["width"], tile.columns)
     offsets = _entries(launch, sizes["gates"] + 3 * gates, gates + 1)
-    groups = sum(_quotient(end - start, SOME) for start, end in zip(offsets, offsets[1:], strict=False))
+    groups = sum(_quotient(end - start, FEW_MEMBERS.value) for start, end in zip(offsets, offsets[1:], strict=False))
 
     def trips(code: Code, loop: Loop) -> int:
         around = [*code.around(loop), loop]

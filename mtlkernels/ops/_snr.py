@@ -148,17 +148,17 @@ class RoutesBackward(torch.autograd.Function):
         plan: Plan = ctx.plan
         tensors = ctx.saved_tensors
         grad_outputs, primals = tensors[: plan.num_outputs], tensors[plan.num_outputs :]
-        *lists, z = plan.groups(primals)
         found = iter(grads)
         wanted: list[Tensor | None] = []
-        for group, need in zip(lists, ctx.needs[:-1], strict=True):
+        for group, need in zip(plan.groups(primals)[:-1], ctx.needs[:-1], strict=True):
             wanted += [next(found) if need else None for _ in group]
         grad_z = next(found) if ctx.needs[-1] else None
-        if grad_z is not None and not plan.closed_grad:
-            grad_z = torch.where(z != 0, grad_z, 0)
 
         def forward(*values: Tensor) -> tuple[Tensor, ...]:
-            return _formulas[plan.op](*plan.groups(values))
+            *rest, gates = values
+            if not plan.closed_grad:
+                gates = torch.where(gates != 0, gates, gates.detach())
+            return _formulas[plan.op](*plan.groups((*rest, gates)))
 
         grad_grads, grad_primals = differentiate_twice(forward, primals, grad_outputs, [*wanted, grad_z])
         return (None, None, *grad_grads, *grad_primals)

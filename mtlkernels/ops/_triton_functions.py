@@ -36,6 +36,8 @@ GELU = Constant(CODES["gelu"])
 SILU = Constant(CODES["silu"])
 TANH = Constant(CODES["tanh"])
 SIGMOID = Constant(CODES["sigmoid"])
+# How many of a gate's members are taken at a time.
+FEW_MEMBERS = Constant(16)
 
 
 def kernel(tensors=1):
@@ -186,8 +188,8 @@ def gate_logits(gates, k, num_gates, first, rows, LOGITS: tl.constexpr):
 
 @triton.jit
 def some_logits(logits, column_stride, start, size, inside):
-    """16 of a gate's logits of each row, from a member on; minus infinity where there are fewer."""
-    members = start + tl.arange(0, 16)
+    """A few of a gate's logits of each row, from a member on; minus infinity where there are fewer."""
+    members = start + tl.arange(0, FEW_MEMBERS)
     mask = inside[:, None] & (members < size)[None, :]
     at = logits[:, None] + (members * column_stride)[None, :]
     return tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
@@ -200,12 +202,12 @@ def softmax_statistics(logits, column_stride, size, inside, some):
     ``some`` are the first of them, see ``some_logits``.
     """
     highest = some
-    for j in range(16, size, 16):
+    for j in range(FEW_MEMBERS, size, FEW_MEMBERS):
         # A NaN must reach the result, as in PyTorch's softmax; the sum below takes it there.
         highest = tl.maximum(highest, some_logits(logits, column_stride, j, size, inside))
     maximum = tl.where(inside, tl.max(highest, 1), 0.0)
     total = tl.exp(some - maximum[:, None])
-    for j in range(16, size, 16):
+    for j in range(FEW_MEMBERS, size, FEW_MEMBERS):
         total += tl.exp(some_logits(logits, column_stride, j, size, inside) - maximum[:, None])
     return maximum, tl.where(inside, tl.sum(total, 1), 1.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,28 +11,27 @@ from mtlkernels import _torch
 
 
 def refuse_hidden(losses: Sequence[Tensor]) -> None:
-    """For losses that leave parameters without gradients; their graphs may have been freed.
+    """Walks all of the losses' graph: a parameter that is hidden in one place may be seen in another.
 
     Raises:
-        RuntimeError: what :func:`torch.autograd.grad` cannot see stands in their graphs, so that such parameters would
-            silently not be trained.
+        RuntimeError: what only ``loss.backward()`` goes into stands in it, so that parameters would silently not be
+            trained, or not by all losses.
     """
-    stack = [loss.grad_fn for loss in losses]
+    stack: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
-        if node is None:
-            continue
         if _torch.is_reentrant_checkpoint(node):
             raise RuntimeError(
                 "losses depend on parameters within torch.utils.checkpoint(use_reentrant=True), which only"
                 " loss.backward() reaches: call it with use_reentrant=False"
             )
-        if _torch.is_leaf_node(node) and _torch.is_flat_parameter(node.variable):  # type: ignore[attr-defined]
+        if _torch.is_leaf_node(node) and _torch.is_flat_parameter(node.variable):
             raise RuntimeError(
                 "losses depend on parameters that FullyShardedDataParallel has put together, which only"
                 " loss.backward() reaches: shard the model by torch.distributed.fsdp.fully_shard"
             )
-        below = {other for other, _ in node.next_functions} - seen
-        seen |= below
-        stack += below
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                stack.append(below)

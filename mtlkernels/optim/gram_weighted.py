@@ -161,7 +161,6 @@ class GramWeighted(Optimizer):
             raise TypeError(f"batched must be True, False or None, got {type(batched).__name__}")
         self._gram_every = check_gram_every(gram_every)
         self._kept: Kept | None = None
-        self._without: set[int] = set()  # ids of parameters that no loss has reached, in any call so far
         self.optimizer = optimizer
         self.weighting = weighting
         self.group = group
@@ -250,6 +249,8 @@ class GramWeighted(Optimizer):
         if fsdp and self._gram_every > 1:
             raise ValueError(f"gram_every must be 1 where parameters are DTensors, got {self._gram_every}")
         how = "batched" if self._batched else "backward" if fsdp else "levels" if self._batched is None else "grad"
+        if how != "backward":
+            refuse_hidden(checked)
         mean = self._alike["reduction"] == "mean"
         count, kept = len(checked), self._kept
         if kept is None or kept.calls == self._gram_every or len(kept.weights) != count:
@@ -259,18 +260,7 @@ class GramWeighted(Optimizer):
         else:
             levels, count = self._batched is None, 1
             grads, totals = weighted_gradients(checked, kept.weights, shared, others, mean=mean, levels=levels)
-        if how != "backward":
-            by_parameter = [grads[i : i + count] for i in range(0, len(grads), count)] + [[total] for total in totals]
-            self._refuse_hidden(checked, [*shared, *others], by_parameter)
         return [*shared, *others], gradients_of(grads, count, self.group), totals, unit, kept
-
-    def _refuse_hidden(self, losses: Sequence[Tensor], parameters: Sequence[Tensor], grads: Sequence[Grads]) -> None:
-        """Looks for what hides parameters where some have no gradient; once for each, as models may have idle ones."""
-        pairs = zip(parameters, grads, strict=True)
-        without = {id(parameter) for parameter, own in pairs if all(grad is None for grad in own)}
-        if not without <= self._without:
-            refuse_hidden(losses)
-            self._without |= without
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that require gradients: the shared ones, and the others."""
@@ -347,16 +337,16 @@ class GramWeighted(Optimizer):
 
 
 def _accumulate(parameters: Sequence[Tensor], grads: Grads) -> None:
-    """Adds to ``.grad``; gradients that are the first become ``.grad`` as they are."""
+    """Adds to ``.grad``; gradients that are the first become ``.grad``."""
     totals: dict[type, list[Tensor]] = {}
     addends: dict[type, list[Tensor]] = {}
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is None:
             continue
         if parameter.grad is None:
-            parameter.grad = grad
+            parameter.grad = _laid_out(grad, parameter)
         elif parameter.grad.is_sparse and not grad.is_sparse:
-            parameter.grad = grad.add_(parameter.grad)
+            parameter.grad = _laid_out(grad.add_(parameter.grad), parameter)
         elif parameter.grad.is_sparse or grad.is_sparse:
             parameter.grad.add_(grad)
         else:
@@ -365,3 +355,14 @@ def _accumulate(parameters: Sequence[Tensor], grads: Grads) -> None:
             addends.setdefault(kind, []).append(grad)
     for kind, total in totals.items():
         torch._foreach_add_(total, addends[kind])
+
+
+def _laid_out(grad: Tensor, parameter: Tensor) -> Tensor:
+    """``grad`` with the parameter's strides, as ``loss.backward()`` leaves it; contiguous where that has gaps.
+
+    Fused optimizers on CPUs walk both in the order of memory.
+    """
+    if grad.layout != torch.strided or has_dtensor((grad,)) or grad.stride() == parameter.stride():
+        return grad
+    dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    return grad.new_empty_strided(grad.shape, parameter.stride()).copy_(grad) if dense else grad.contiguous()

@@ -94,6 +94,29 @@ def test_finite_differences_without_those_of_closed_routes(op: Any, make: Any, b
         gradgradcheck(function, leaves)
 
 
+@OPS
+def test_closed_routes_have_no_part_in_second_derivatives(op: Any, make: Any, backend: str) -> None:
+    """Those of z where it is a leaf: as if z's zeros were constants."""
+    case = make()
+    rows, columns = case.arguments["z"].shape
+    z = torch.arange(rows * columns, dtype=torch.float64).remainder(3).div(2).view(rows, columns).requires_grad_()
+    rest = {name: value for name, value in case.arguments.items() if name != "z"}
+
+    def second(function: Callable[..., Any], gates: Tensor, **options: bool) -> list[Tensor]:
+        outputs = function(**rest, z=gates, **options)
+        leaves = list(rest["u"])
+        first = torch.autograd.grad(sum(y.sin().sum() for y in outputs), leaves, create_graph=True)
+        loss = sum(grad.square().sum() + grad.sum() for grad in first)
+        return list(torch.autograd.grad(loss, [z, *leaves]))
+
+    with mk.use_backend(backend):
+        actual = second(op, z, closed_grad=False)
+    expected = second(FORMULAS[op], torch.where(z != 0, z, z.detach()))
+    assert (z == 0).any() and not actual[0][z == 0].any() and actual[0].any()
+    for found, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, right)
+
+
 # torch.func ---------------------------------------------------------------------------------------------------------
 
 

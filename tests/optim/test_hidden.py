@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mk
-from mtlkernels.optim import gram_weighted
 from tests.seeding import seed
 
 
@@ -59,14 +58,22 @@ def test_a_part_of_the_trunk_that_is_hidden() -> None:
         optimizer.pc_backward(model(checkpoint(front, x, use_reentrant=True)))
 
 
-def test_graphs_are_looked_through_once_for_idle_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[Any] = []
-    monkeypatch.setattr(gram_weighted, "refuse_hidden", looked.append)
-    model = Model(True)
-    optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()), shared=model.trunk.parameters())
-    for _ in range(3):
-        optimizer.pc_backward(model(torch.randn(20, 12)))
-    assert len(looked) == 1
+@pytest.mark.parametrize("batched", [None, False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameters_that_something_else_reaches(fused: bool, batched: bool | None) -> None:
+    """Hidden from one loss alone, or beside a penalty that sees them; also where a call before had no such loss."""
+    model, x = Model(fused), torch.randn(20, 12, requires_grad=True)
+    optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()), shared=model.trunk.parameters(), batched=batched)
+    optimizer.pc_backward(model(x)[:1])
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    penalty = sum(p.square().sum() for p in model.parameters())
+    seen, hidden = model(x), model(x, reentrant=True)
+    head = checkpoint(nn.Sequential(nn.Linear(12, 8), model.heads[1]), x, use_reentrant=True).sum()
+    for losses in ([loss + penalty for loss in hidden], [seen[0], hidden[1]], [seen[0], head]):
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            optimizer.pc_backward(losses)
+    for parameter, grad in zip(model.parameters(), before, strict=True):
+        assert (parameter.grad is None) == (grad is None) and (grad is None or torch.equal(parameter.grad, grad))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
+    FEW_MEMBERS,
     activation_gradient,
     activation_of,
     gate_logits,
@@ -26,15 +27,15 @@ from mtlkernels.ops._triton_functions import (
 
 @triton.jit
 def of_members(values, stride, start, size, inside):
-    """Pointers to a value a row, ``values``, for 16 members of a gate from ``start`` on; which of them there are."""
-    members = start + tl.arange(0, 16)
+    """Pointers to a value a row, ``values``, for a few members of a gate from ``start`` on; which of them there are."""
+    members = start + tl.arange(0, FEW_MEMBERS)
     return values[:, None] + (members * stride)[None, :], inside[:, None] & (members < size)[None, :]
 
 
 @triton.jit
 def sum_of_blocks(values, block_stride, blocks, stride, start, size, inside):
     """What these point to, added up over blocks of columns."""
-    total = tl.zeros((inside.shape[0], 16), tl.float32)
+    total = tl.zeros((inside.shape[0], FEW_MEMBERS), tl.float32)
     for block in range(blocks):
         at, mask = of_members(values + block * block_stride, stride, start, size, inside)
         total += tl.load(at, mask=mask, other=0.0)
@@ -107,7 +108,7 @@ def mix_backward(
             logits, column_stride, start, end = gate_logits(gates, k, num_gates, first, rows, LOGITS)
             some = some_logits(logits, column_stride, 0, end - start, inside)
             maximum, total = softmax_statistics(logits, column_stride, end - start, inside, some)
-            for j in range(0, end - start, 16):
+            for j in range(0, end - start, FEW_MEMBERS):
                 some = some_logits(logits, column_stride, j, end - start, inside)
                 at, mask = of_members(weights + start * stride, stride, j, end - start, inside)
                 tl.store(at, tl.exp(some - maximum[:, None]) / total[:, None], mask=mask)
@@ -153,17 +154,17 @@ def mix_backward(
             end = tl.load(gates + 3 * num_gates + k + 1).to(tl.int32)
             size = end - start
             mean = tl.zeros((ROWS,), tl.float32)
-            for j in range(0, size, 16):
+            for j in range(0, size, FEW_MEMBERS):
                 at, mask = of_members(weights + start * stride, stride, j, size, inside)
                 dots = sum_of_blocks(inner + start * stride, num_members * stride, blocks, stride, j, size, inside)
                 mean += tl.sum(tl.load(at, mask=mask, other=0.0) * dots, 1)
             row_stride = tl.load(table + grad_logits + num_gates + k)
             length = tl.load(table + grad_logits + 2 * num_gates + k).to(tl.int32)
             out = pointer(table, grad_logits + k, LOGITS) + (first + rows) * row_stride
-            for j in range(0, length, 16):
+            for j in range(0, length, FEW_MEMBERS):
                 at, mask = of_members(weights + start * stride, stride, j, size, inside)
                 dots = sum_of_blocks(inner + start * stride, num_members * stride, blocks, stride, j, size, inside)
                 grad = tl.where(mask, tl.load(at, mask=mask, other=0.0) * (dots - mean[:, None]), 0.0)
-                members = j + tl.arange(0, 16)
+                members = j + tl.arange(0, FEW_MEMBERS)
                 there = inside[:, None] & (members < length)[None, :]
                 tl.store(out[:, None] + members[None, :], grad.to(LOGITS), mask=there)

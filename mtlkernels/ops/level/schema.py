@@ -52,8 +52,7 @@ def _forward(
     if save and level.saves_signs(x):
         saved.append(x.new_empty((experts - last, rows, -(-widths[-1] // 8)), dtype=torch.uint8))
     if save and x.device.type == "cuda":
-        words = (-(-widths[i] // 32) for i in level.hidden_signs)
-        saved += [x.new_empty((experts, rows, count), dtype=torch.int32) for count in words]
+        saved += [x.new_empty((experts, rows, words), dtype=torch.int32) for words in level.sign_words(widths)]
     if save and level.gate_inputs:
         saved.append(x.new_empty((rows, sum(level.gate_sizes))))
     return [x.new_empty((rows, widths[-1])) for _ in level.gate_sizes], saved

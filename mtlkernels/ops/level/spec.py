@@ -206,6 +206,10 @@ class LevelSpec:
         hidden = range(0 if self.stores_inputs else len(self.layers) - 1)
         return tuple(i for i in hidden if self.layers[i].activation == CODES["relu"])
 
+    def sign_words(self, widths: Sequence[int]) -> list[int]:
+        """How many words a row of each of :attr:`hidden_signs` has; ``widths`` are of all layers' outputs."""
+        return [-(-widths[i] // 32) for i in self.hidden_signs]
+
     def last_saved(self, x: Tensor) -> tuple[int, ...]:
         """The experts whose last layer the forward pass saves, for inputs like ``x``.
 

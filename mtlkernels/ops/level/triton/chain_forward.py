@@ -39,8 +39,8 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
     level = LevelShape.of(x, len(experts), widths, (*inputs, *weights, *(linear.weights if linear else ())))
     rooms = table.together(x, shapes)  # as they are let go of
     saved = rooms[: last + 1] if save else []
-    words = [(len(experts), x.shape[0], triton.cdiv(widths[i], 32)) for i in spec.hidden_signs if save]
-    signs = [table.room(x, shape, torch.int32) for shape in words]
+    words = spec.sign_words(widths) if save else []
+    signs = [table.room(x, (len(experts), x.shape[0], count), torch.int32) for count in words]
     if linear:
         logits = list(rooms[-1].split(spec.gate_sizes, 1))
     sizes = (len(spec.gate_sizes), level.num_rows, widths[-1], level.widths[-2])

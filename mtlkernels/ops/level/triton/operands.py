@@ -71,7 +71,7 @@ def check_saved(
     check_operands("saved", stored, [(experts, rows, width) for width in widths[1:]], x)
     shapes = [(experts, width if norm == BATCH_NORM else rows) for norm, width in norms]
     check_operands("statistics", statistics, shapes * 2, x, (torch.float32,))
-    words = [(experts, rows, -(-widths[i + 1] // 32)) for i in spec.hidden_signs]
+    words = [(experts, rows, count) for count in spec.sign_words(widths[1:])]
     check_operands("saved signs", signs, words, x, (torch.int32,))
     check_operands("saved logits", logits, [(rows, sum(spec.gate_sizes))] * linear, x)
 
