@@ -22,8 +22,7 @@ namespace py = pybind11;
 bool has_any_hooks(PyObject* module) {
   static PyObject* const kinds[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
                                     interned("_backward_hooks"), interned("_backward_pre_hooks")};
-  static PyObject* const forward = interned("forward");
-  return attribute(module, forward) ||
+  return has_own_forward(module) ||
          std::any_of(std::begin(kinds), std::end(kinds), [&](PyObject* kind) { return has_hooks(module, kind); });
 }
 
@@ -50,42 +49,42 @@ struct Parts {
   explicit Parts(PyObject* level) {
     static PyObject *const of_experts = interned("experts"), *const of_gates = interned("gates");
     static PyObject *const modules = interned("_modules"), *const of_routing = interned("routing");
-    static PyObject *const of_activation = interned("activation"), *const of_dropout = interned("dropout");
+    static PyObject* const of_activation = interned("activation");
     PyObject* const own = submodule(level, of_experts);
     experts = own ? dictionary(own, modules) : nullptr;
     gates = submodule(level, of_gates);
     routing = attribute(level, of_routing);
     activation = attribute(level, of_activation);
-    dropout = attribute(level, of_dropout);
   }
-  bool complete() const { return experts && gates && routing && activation && dropout; }
+  bool complete() const { return experts && gates && routing && activation; }
 
-  PyObject *experts, *gates, *routing, *activation, *dropout;
+  PyObject *experts, *gates, *routing, *activation;
 };
 
 // visit(tensor), undefined for none, for weight and bias of each layer of each expert, then for the gates' weights,
-// until it returns false. Returns false then, and where the level is not plain.
+// until it returns false. Returns false then, and where the level is not plain, or has norms or dropout that drops.
 template <typename F>
 bool each_parameter(const Parts& parts, const ModuleTypes& types, F visit) {
   const auto take = [&](PyObject* object) {
     if (!object) return visit(at::Tensor());
     return is_tensor(object) && visit(THPVariable_Unpack(object));
   };
+  bool bare = true;
   const auto both = [&](Py_ssize_t, Py_ssize_t, const LinearLayer& layer) {
-    return take(layer.weight) && take(layer.bias);
+    return bare && take(layer.weight) && take(layer.bias);
   };
-  return each_linear(parts.experts, types, false, both) && each_gate(parts.gates, types, take);
+  return each_linear(parts.experts, types, false, bare, both) && each_gate(parts.gates, types, take);
 }
 
 class KeptTrunk {
  public:
-  // Of a level whose dropout is zero. `backends` and `dumps` are as in is_plain_call, `global_hooks` those that run
+  // `backends` and `dumps` are as in is_plain_call, `global_hooks` those that run
   // with each call of any module. The others are as stored_call's. None where the call is not one to be kept.
   static std::unique_ptr<KeptTrunk> of(py::handle level, py::handle backends, py::handle dumps, py::handle global_hooks,
                                        py::handle expert_type, py::handle linear_type, py::handle parameter_type,
-                                       py::handle weights, py::handle biases, py::handle gate_weights,
-                                       py::handle spec_ints) {
-    const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr()};
+                                       py::handle dropout_type, py::handle weights, py::handle biases,
+                                       py::handle gate_weights, py::handle spec_ints) {
+    const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr(), dropout_type.ptr()};
     const Parts parts(level.ptr());
     KnownTensors known;
     if (!parts.complete() || !each_parameter(parts, types, [&](const at::Tensor& t) { return known.take(t); })) {
@@ -95,9 +94,8 @@ class KeptTrunk {
     try {
       auto stored = stored_call(weights, biases, gate_weights, none, none, none, spec_ints);
       if (!stored || !all_parameters(stored->call, [&](const at::Tensor& t) { return known.holds(t); })) return nullptr;
-      py::object kept =
-          py::make_tuple(backends, dumps, expert_type, linear_type, parameter_type, py::handle(parts.routing),
-                         py::handle(parts.activation), py::handle(parts.dropout), global_hooks);
+      py::object kept = py::make_tuple(backends, dumps, expert_type, linear_type, parameter_type, dropout_type,
+                                       py::handle(parts.routing), py::handle(parts.activation), global_hooks);
       return std::unique_ptr<KeptTrunk>(new KeptTrunk(std::move(kept), std::move(known), std::move(*stored)));
     } catch (const Refused&) {
       return nullptr;
@@ -119,7 +117,7 @@ class KeptTrunk {
  private:
   KeptTrunk(py::object kept, KnownTensors known, StoredCall stored)
       : kept_(std::move(kept)),
-        types_{item(2), item(3), item(4)},
+        types_{item(2), item(3), item(4), item(5)},
         known_(std::move(known)),
         level_(std::move(stored.spec), stored.call.tensors, stored.call.norms) {}
 
@@ -136,9 +134,7 @@ class KeptTrunk {
   // Whether the level is what it was; the memory of its parameters is then `held`.
   bool still(PyObject* level, std::vector<c10::Storage>& held) const {
     const Parts parts(level);
-    if (!parts.complete() || parts.routing != item(5) || parts.activation != item(6) || parts.dropout != item(7)) {
-      return false;
-    }
+    if (!parts.complete() || parts.routing != item(6) || parts.activation != item(7)) return false;
     KnownTensors::Comparison known(known_, held);
     return each_parameter(parts, types_, [&](const at::Tensor& now) { return known.next(now); }) && known.complete();
   }

@@ -21,14 +21,14 @@ class Linears {
   }
 
   // Layer by layer.
-  py::object take(size_t experts) {
+  py::object take(size_t experts, bool bare) {
     py::list weights, biases;
     const size_t layers = experts == 0 ? 0 : weights_.size() / experts;
     for (size_t i = 0; i < layers; ++i) {
       weights.append(layer(weights_, i, layers));
       biases.append(biases_[i] ? py::object(layer(biases_, i, layers)) : py::none());
     }
-    return py::make_tuple(std::move(weights), std::move(biases));
+    return py::make_tuple(std::move(weights), std::move(biases), bare);
   }
 
  private:
@@ -45,20 +45,21 @@ class Linears {
 
 }  // namespace
 
-// Weights and biases by layer, then expert, None in the place of a layer's biases where it has none. `experts` are
-// modules by their names. Returns None where `each_linear` has something to say against one: then
-// mtlkernels/nn/level.py looks closer.
+// Weights and biases by layer, then expert, None in the place of a layer's biases where it has none; and whether all
+// experts are bare, see `is_bare`. `experts` are modules by their names. Returns None where `each_linear` has something
+// to say against one: then mtlkernels/nn/level.py looks closer.
 py::object linears_of_experts(py::handle experts, py::handle expert_type, py::handle linear_type,
-                              py::handle parameter_type, bool heard) {
+                              py::handle parameter_type, py::handle dropout_type, bool heard) {
   if (!PyDict_CheckExact(experts.ptr())) return py::none();
   const auto count = static_cast<size_t>(PyDict_Size(experts.ptr()));
   Linears found;
-  const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr()};
-  const bool plain = each_linear(experts.ptr(), types, heard, [&](Py_ssize_t, Py_ssize_t, const LinearLayer& linear) {
+  const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr(), dropout_type.ptr()};
+  const auto add = [&](Py_ssize_t, Py_ssize_t, const LinearLayer& linear) {
     found.add(linear);
     return true;
-  });
-  return plain ? found.take(count) : py::none();
+  };
+  bool bare = true;
+  return each_linear(experts.ptr(), types, heard, bare, add) ? found.take(count, bare) : py::none();
 }
 
 }  // namespace mtlk

@@ -7,6 +7,7 @@ namespace mtlk {
 
 // mtlkernels._C.linears, see linears.cpp.
 pybind11::object linears_of_experts(pybind11::handle experts, pybind11::handle expert_type,
-                                    pybind11::handle linear_type, pybind11::handle parameter_type, bool heard);
+                                    pybind11::handle linear_type, pybind11::handle parameter_type,
+                                    pybind11::handle dropout_type, bool heard);
 
 }  // namespace mtlk

@@ -43,7 +43,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("level_tensors", &mtlk::level_tensors_from_python,
              "The tensors of an expert_mixture in the operators' order, and whether a gradient is wanted; or None.");
   module.def("linears", &mtlk::linears_of_experts,
-             "Weights and biases of experts of mtlkernels.nn, by layer; or None: not all are plain.");
+             "Weights and biases of experts of mtlkernels.nn, by layer, and whether these are all; or None.");
   module.def("recoded_level", &mtlk::recoded_level, "A LevelSpec's encoding, decoded and encoded again.");
   module.def(
       "release_memory",

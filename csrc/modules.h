@@ -49,8 +49,14 @@ inline bool has_hooks(PyObject* module, PyObject* kind) {
 
 // Those of which modules are plain.
 struct ModuleTypes {
-  PyObject *expert, *linear, *parameter;
+  PyObject *expert, *linear, *parameter, *dropout;
 };
+
+// Whether a module has a forward method of its own, as those have that bring their weights from elsewhere.
+inline bool has_own_forward(PyObject* module) {
+  static PyObject* const forward = interned("forward");
+  return attribute(module, forward);
+}
 
 inline bool is_of(PyObject* object, PyObject* type) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type; }
 
@@ -73,11 +79,25 @@ struct LinearLayer {
   PyObject *weight = nullptr, *bias = nullptr;
 };
 
+// Whether an expert, by its submodules, now has no norm and no dropout that drops.
+inline bool is_bare(PyObject* parts, const ModuleTypes& types) {
+  static PyObject *const of_norms = interned("norms"), *const of_dropout = interned("dropout"),
+                         *const p = interned("p");
+  static PyObject *const modules = interned("_modules"), *const training = interned("training");
+  PyObject* const norms = dictionary(entry(parts, of_norms), modules);
+  if (!norms || PyDict_Size(norms) > 0) return false;
+  PyObject* const dropout = entry(parts, of_dropout);
+  if (!dropout || !is_of(dropout, types.dropout) || has_own_forward(dropout)) return false;
+  PyObject* const rate = attribute(dropout, p);
+  return (rate && PyFloat_CheckExact(rate) && PyFloat_AS_DOUBLE(rate) == 0) || attribute(dropout, training) == Py_False;
+}
+
 // visit(expert, layer, its LinearLayer) for each of experts of mtlkernels.nn, which are modules by their names, until
-// it returns false. Returns false then, and where an expert or a layer is not of the plain types, or, if `heard`, has a
-// forward hook, or where experts differ in their number of layers or in whether a layer has a bias.
+// it returns false. Returns false then, and where an expert or a layer is not of the plain types, has a forward method
+// of its own or, if `heard`, a forward hook, or where experts differ in their number of layers or in whether a layer
+// has a bias. `bare` becomes false where an expert is not.
 template <typename F>
-bool each_linear(PyObject* experts, const ModuleTypes& types, bool heard, F visit) {
+bool each_linear(PyObject* experts, const ModuleTypes& types, bool heard, bool& bare, F visit) {
   static PyObject *const linears = interned("linears"), *const modules = interned("_modules");
   static PyObject* const forward_hooks = interned("_forward_hooks");
   if (!PyDict_CheckExact(experts)) return false;
@@ -86,14 +106,18 @@ bool each_linear(PyObject* experts, const ModuleTypes& types, bool heard, F visi
   Py_ssize_t layers = 0;
   PyObject *expert, *layer;
   for (Py_ssize_t at = 0, e = 0; PyDict_Next(experts, &at, nullptr, &expert); ++e) {
-    if (!is_of(expert, types.expert) || (heard && has_hooks(expert, forward_hooks))) return false;
-    PyObject* const own = dictionary(submodule(expert, linears), modules);
+    if (!is_of(expert, types.expert) || has_own_forward(expert)) return false;
+    if (heard && has_hooks(expert, forward_hooks)) return false;
+    PyObject* const parts = dictionary(expert, modules);
+    if (!parts) return false;
+    bare = bare && is_bare(parts, types);
+    PyObject* const own = dictionary(entry(parts, linears), modules);
     if (!own || (e > 0 && PyDict_Size(own) != layers)) return false;
     layers = PyDict_Size(own);
     if (layers > kLayers) return false;
     for (Py_ssize_t next = 0, i = 0; PyDict_Next(own, &next, nullptr, &layer); ++i) {
       const LinearLayer linear(layer, types);
-      if (!linear.weight || (heard && has_hooks(layer, forward_hooks))) return false;
+      if (!linear.weight || has_own_forward(layer) || (heard && has_hooks(layer, forward_hooks))) return false;
       const uint64_t bit = uint64_t{linear.bias != nullptr} << i;
       if (e == 0) biased |= bit;
       if ((biased & uint64_t{1} << i) != bit || !visit(e, i, linear)) return false;

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ MIN_MAJOR = 8
 # A plain module variable, not a ContextVar: autograd runs a CUDA backward in a thread of its own, and torch.compile
 # guards on it.
 _forced: str | None = None
+_choices: list[list[str]] = []  # of the blocks that have been entered and not left
+_choosing = threading.Lock()
 # Ops of which an operator has no C++ kernel.
 _without_cpp: set[str] = set()
 _references: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -126,7 +129,8 @@ def serves(function: str, name: str, dtype: torch.dtype) -> bool:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block every op runs this implementation, or raises; nothing is substituted.
 
-    The choice holds for the whole process. A backward pass uses the implementation of its forward pass.
+    The choice holds for the whole process; where several threads are in such blocks, the last to enter has chosen. A
+    backward pass uses the implementation of its forward pass.
 
     Args:
         name: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; see :func:`backends`.
@@ -142,12 +146,16 @@ def use_backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ValueError(f"name must be one of {BACKENDS}, got {name!r}")
     _decisions.ask()
-    previous = _forced
-    _forced = name
+    choice = [name]
+    with _choosing:
+        _choices.append(choice)
+        _forced = name
     try:
         yield
     finally:
-        _forced = previous
+        with _choosing:  # blocks of several threads do not end in the order of their beginning
+            _choices[:] = [other for other in _choices if other is not choice]
+            _forced = _choices[-1][0] if _choices else None
 
 
 def forced() -> str | None:

@@ -270,3 +270,22 @@ def test_a_gpu_that_cannot_be_asked_is_not_old(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_properties", refuse)
     assert not _backends.is_old()
     assert mk.backends()["expert_mixture"]["other"] == ("reference",)
+
+
+def test_blocks_of_two_threads_that_overlap() -> None:
+    """The last to enter has chosen; when both have ended, nobody has."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with mk.use_backend("reference"):
+            entered.set()
+            go_on.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert entered.wait(60)
+    with mk.use_backend("cpp"):
+        go_on.set()
+        thread.join()
+        assert _backends.forced() == "cpp"
+    assert _backends.forced() is None

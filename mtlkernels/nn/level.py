@@ -33,7 +33,7 @@ _FIRST_SLOPE = {"prelu": 0.25, "dice": 0.0}
 DICE_EPS = 1e-3
 
 # Attribute look-ups show when one row is served.
-_Linear, _Parameter = nn.Linear, nn.Parameter
+_Linear, _Parameter, _Dropout = nn.Linear, nn.Parameter, nn.Dropout
 
 
 class Slopes(nn.ParameterList):
@@ -86,41 +86,47 @@ class Expert(nn.Module):
         return x
 
 
-def read_experts(experts: Any, activation: str) -> Experts | None:
-    """What the op takes of experts but for norms and dropout, read now; None where they have to be called.
+def read_experts(experts: Any, activation: str) -> tuple[Experts, bool] | None:
+    """What the op takes of experts but for norms and dropout, read now, and whether there are none of these that act.
 
-    That is where one is not what it was made as, or where gradients are recorded and somebody listens by a forward
-    hook, as TorchJD's autogram does. In serving nobody looks for hooks: the look-ups show when one row is served.
+    None where the experts have to be called: where one is not what it was made as, or where gradients are recorded and
+    somebody listens by a forward hook, as TorchJD's autogram does. In serving nobody looks for hooks: the look-ups show
+    when one row is served.
     """
     modules = experts._modules.values()
     heard = torch.is_grad_enabled()
     linears = None
     if _extension.has_module() and not torch.compiler.is_compiling():
-        linears = _extension.function("linears")(experts._modules, Expert, _Linear, _Parameter, heard)
+        linears = _extension.function("linears")(experts._modules, Expert, _Linear, _Parameter, _Dropout, heard)
     linears = linears or _linears(modules, heard)
     if linears is None:
         return None
-    weights, biases = linears
+    weights, biases, bare = linears
     options: dict[str, Any] = {"activation": activation}
     if next(iter(modules)).slopes is not None:
         if heard and any(expert.slopes._forward_hooks for expert in modules):
             return None
         options.update(slopes=list(zip(*(expert.slopes for expert in modules), strict=True)), dice_eps=DICE_EPS)
-    return weights, biases, options
+    return (weights, biases, options), bare
 
 
-def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], list[Any]] | None:
-    """Weights and biases by layer, then expert; None where an expert or a layer has to be called.
+def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], list[Any], bool] | None:
+    """Weights and biases by layer, then expert, and whether experts are bare; None where one has to be called.
 
     C++ does the same for plain ones, ``csrc/linears.cpp``.
     """
     rows: list[Any] = []
+    bare = True
     for expert in modules:
         if type(expert) is not Expert or (heard and expert._forward_hooks):
             return None
-        layers = expert._modules["linears"]._modules.values()  # type: ignore[union-attr]
-        if heard and any(layer._forward_hooks for layer in layers):  # type: ignore[union-attr]
+        parts: Any = expert._modules
+        layers = parts["linears"]._modules.values()
+        if any("forward" in part.__dict__ for part in (expert, *layers)):
             return None
+        if heard and any(layer._forward_hooks for layer in layers):
+            return None
+        bare = bare and not parts["norms"]._modules and _rate(parts["dropout"]) == 0
         rows.append([plain_parameters(layer) for layer in layers])
         if None in rows[-1]:
             return None
@@ -128,7 +134,14 @@ def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], l
     if any(len({bias is None for _, bias in layer}) > 1 for layer in found):
         return None
     weights = [[w for w, _ in layer] for layer in found]
-    return weights, [None if layer[0][1] is None else [b for _, b in layer] for layer in found]
+    return weights, [None if layer[0][1] is None else [b for _, b in layer] for layer in found], bare
+
+
+def _rate(dropout: Any) -> float | None:
+    """The rate at which an expert drops now; None where its dropout was exchanged for something else."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    return drop_rate(dropout) if type(dropout) is _Dropout and "forward" not in dropout.__dict__ else None
 
 
 def refuse_training() -> NoReturn:
@@ -146,8 +159,8 @@ class TrunkLevel(NotScriptable, nn.Module):
     modules are then not called. They are called, and their outputs mixed by :func:`mtlkernels.gated_mixture`, where
     gradients are recorded and one of them, or a part of one with parameters, has a forward hook, where they differ
     (some in training, a norm exchanged for another kind), where a layer or its weight is no longer a plain one (LoRA,
-    quantization), where folding batch norm into weights that want gradients would take longer, and where a tracer can
-    see nothing else.
+    quantization, a ``forward`` of its own), where folding batch norm into weights that want gradients would take
+    longer, and where a tracer can see nothing else.
 
     Args:
         in_features: D, the width of every input stream.
@@ -239,14 +252,20 @@ class TrunkLevel(NotScriptable, nn.Module):
         """What the op takes of the experts, norms and dropout included; None where they have to run as modules."""
         experts: Any = self._modules["experts"]
         read = read_experts(experts, self.activation)
-        if read is None or not (self.batch_norm or self.dropout > 0):
-            return read
-        weights, _, options = read
+        if read is None:
+            return None
+        found, bare = read
+        if bare:
+            return found
+        weights, _, options = found
         parts = [expert._modules for expert in experts._modules.values()]
-        rates = {drop_rate(part["dropout"]) for part in parts}
-        norms = list(zip(*(part["norms"]._modules.values() for part in parts), strict=True))
+        rates = {_rate(part["dropout"]) for part in parts}
+        by_expert = [part["norms"]._modules.values() for part in parts]
+        if any(len(norms) not in (0, len(weights)) or len(norms) != len(by_expert[0]) for norms in by_expert):
+            return None
+        norms = list(zip(*by_expert, strict=True))
         kinds = [common([kind_of_norm(norm) for norm in layer]) for layer in norms]
-        if len(rates) > 1 or None in kinds:
+        if len(rates) > 1 or None in rates or None in kinds:
             return None
         each = [norm for layer in norms for norm in layer]
         if len(set(map(id, each))) < len(each):  # an expert that stands there twice has one set of statistics
@@ -260,7 +279,7 @@ class TrunkLevel(NotScriptable, nn.Module):
         ):
             return None
         options.update(norms=norms or None, dropout=rates.pop())
-        return read
+        return found
 
     def _by_modules(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
         logits = self._gate_logits(streams)

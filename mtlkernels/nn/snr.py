@@ -43,24 +43,18 @@ class SubNetworks(nn.Module):
         alone = tuple((e,) for e in range(len(experts)))
         self._routings = Routing((0,) * len(experts), alone), Routing(tuple(range(len(experts))), alone)
 
-    def fused(self) -> bool:
-        """Whether a call now takes the fused path."""
-        if _tracing.needs_plain():
-            return False
-        return not self._style.batch_norm and not (self._style.dropout > 0 and self.training)
-
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every sub-network reads, or one for each → a tensor [B, H] for each."""
         count = len(self.experts)
-        experts = read_experts(self.experts, self._style.activation) if self.fused() else None
-        if experts is None:
+        read = None if _tracing.needs_plain() else read_experts(self.experts, self._style.activation)
+        if read is None or not read[1]:
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
         one, several = self._routings
         routing = one if isinstance(inputs, Tensor) else several
         alone = x.new_zeros(1, count).expand(x.shape[0], count)  # the softmax of one logit is 1
-        weights, biases, options = experts
+        weights, biases, options = read[0]
         return expert_mixture(inputs, weights, biases, alone, routing, **options)
 
 

@@ -168,7 +168,9 @@ def folds(layer: Layer, rows: Rows) -> bool:
 def kind_of_norm(norm: Any) -> tuple[Any, ...] | None:
     """What the norms of a layer must have in common: class, eps, source of statistics. None if it cannot be fused."""
     kind = type(norm)
-    return (kind, norm.eps, uses_running(norm)) if kind is nn.BatchNorm1d or kind is nn.LayerNorm else None
+    if (kind is not nn.BatchNorm1d and kind is not nn.LayerNorm) or "forward" in norm.__dict__:
+        return None
+    return kind, norm.eps, uses_running(norm)
 
 
 def kind_of(layers: Sequence[Layer], rows: Rows = Rows()) -> tuple[Any, ...] | None:  # noqa: B008 (immutable)

@@ -227,10 +227,6 @@ def _no_activation(level: Any) -> None:
     del level.activation
 
 
-def _no_dropout(level: Any) -> None:
-    del level.dropout
-
-
 CHANGES = [
     _forward,
     _hooks,
@@ -248,7 +244,6 @@ CHANGES = [
     _no_gates,
     _no_routing,
     _no_activation,
-    _no_dropout,
 ]
 
 

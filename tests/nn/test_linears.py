@@ -28,7 +28,7 @@ class Weight(nn.Parameter):
 
 
 def in_cpp(experts: nn.ModuleList, heard: bool) -> Any:
-    return _extension.function("linears")(experts._modules, Expert, nn.Linear, nn.Parameter, heard)
+    return _extension.function("linears")(experts._modules, Expert, nn.Linear, nn.Parameter, nn.Dropout, heard)
 
 
 def level(**options: Any) -> Any:
@@ -155,7 +155,7 @@ def test_biases_that_not_all_have(edit: Callable[[Any], object]) -> None:
 
 def test_objects_that_are_no_modules_are_left_to_python() -> None:
     for experts in ({"0": object()}, {"0": 1}, [], None):
-        assert _extension.function("linears")(experts, Expert, nn.Linear, nn.Parameter, True) is None
+        assert _extension.function("linears")(experts, Expert, nn.Linear, nn.Parameter, nn.Dropout, True) is None
 
 
 def test_no_reference_is_lost_or_kept() -> None:

@@ -104,7 +104,7 @@ class KeptCalls:
         spec = _spec_ints(level.activation, len(weights), inputs, routing)
         if spec is not None:
             surroundings = vars(_backends), vars(_dumps), _torch.GLOBAL_HOOKS
-            of_modules = level, *surroundings, expert, nn.Linear, nn.Parameter
+            of_modules = level, *surroundings, expert, nn.Linear, nn.Parameter, nn.Dropout
             self._trunk = _extension.function("keep_trunk")(*of_modules, weights, biases, gates, spec)
         if self._trunk is None:
             self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
