@@ -52,10 +52,13 @@ def cpp() -> str:
 def what_is_missing() -> str | None:
     """Why the kernels are not built here, or None. MTLKERNELS_PURE=1 builds none, for a wheel of every system."""
     if os.environ.get("MTLKERNELS_PURE") == "1":
-        return "MTLKERNELS_PURE is set"
+        return "this is the wheel without kernels"
     for module in ("torch", "pybind11"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed in the building environment (use --no-build-isolation)"
+    old = older_torch()
+    if old is not None:
+        return old
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             return f"{tool} is not on the PATH"
@@ -65,6 +68,17 @@ def what_is_missing() -> str | None:
     if sys.platform != "linux":
         return f"the kernels are built on Linux only, not on {sys.platform}"
     return None
+
+
+def older_torch() -> str | None:
+    """That the torch which is installed is older than the one that pyproject.toml asks for, or None."""
+    import torch
+
+    (least,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    own = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if own is None or tuple(map(int, own.groups())) >= tuple(map(int, least.split("."))):
+        return None
+    return f"torch {torch.__version__} is older than {least}"
 
 
 def what_is_missing_for_cuda() -> str | None:

@@ -21,7 +21,7 @@ def show_config() -> str:
     lines = [
         f"mtlkernels {mtlkernels.__version__}",
         f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
-        f"torch      {torch.__version__}",
+        f"torch      {_torch_version()}",
         f"triton     {_triton()}",
         f"extension  {_extension_facts()}",
         f"cuda       {_cuda()}",
@@ -32,6 +32,12 @@ def show_config() -> str:
         listed = "; ".join(f"{device}: {', '.join(names)}" for device, names in devices.items())
         lines.append(f"{op}  {listed}")
     return "\n".join(lines)
+
+
+def _torch_version() -> str:
+    if _extension.is_supported(torch.__version__):
+        return torch.__version__
+    return f"{torch.__version__}, which is not supported: it is older than {_extension.LEAST_TORCH}"
 
 
 def _triton() -> str:

@@ -46,7 +46,10 @@ def missing(name: str, error: str, folder: Path = _extension.FOLDER) -> Diagnosi
     rebuild = f"{_needs(name)}: {build_command(folder)}"
     if has_file(name, folder):
         return Diagnosis(_why_it_does_not_load(name, error, folder), rebuild)
-    if name == "_C" and (built := _extension.built_for(folder)):
+    if not _extension.is_supported(torch.__version__):
+        cause = f"torch {torch.__version__} is older than {_extension.LEAST_TORCH}"
+        return Diagnosis(cause, f"install torch {_extension.LEAST_TORCH} or later, then {rebuild}")
+    if name == "_C" and (built := list(filter(_extension.is_supported, _extension.built_for(folder)))):
         there = f"torch {', '.join(built)}"
         cause = f"the kernels were built for {there}, and this is torch {torch.__version__}"
         return Diagnosis(cause, f"install one of these, or {rebuild}")

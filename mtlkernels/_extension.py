@@ -21,6 +21,7 @@ import torch  # its libraries must be loaded before the extension's
 
 FOLDER = Path(__file__).parent
 LIBRARY = "libmtlkernels.so"
+LEAST_TORCH = "2.10"  # as pyproject.toml has it
 
 
 def record(name: str, folder: Path = FOLDER) -> dict[str, Any]:
@@ -43,6 +44,12 @@ def built_for(folder: Path = FOLDER) -> list[str]:
     """The minor versions of PyTorch that C++ kernels are there for, the oldest first."""
     found = [tuple(path.parent.name.removeprefix("torch").split("_")) for path in folder.glob(f"lib/torch*/{LIBRARY}")]
     return [f"{major}.{minor}" for major, minor in sorted(found, key=lambda numbers: [int(n) for n in numbers])]
+
+
+def is_supported(version: str) -> bool:
+    """Whether a version of PyTorch is one that this package is for, or built for one."""
+    minor = [int(number) for number in version.split(".")[:2]]
+    return minor >= [int(number) for number in LEAST_TORCH.split(".")]
 
 
 @dataclass(frozen=True)

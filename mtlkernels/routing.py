@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 def _index_tuple(name: str, value: object) -> tuple[int, ...]:
@@ -59,6 +59,10 @@ class Routing:
     expert_inputs: tuple[int, ...]
     gate_experts: tuple[tuple[int, ...], ...]
     wiring: Wiring = field(init=False, repr=False, compare=False)
+
+    if TYPE_CHECKING:  # any sequences do; fields hold tuples
+
+        def __init__(self, expert_inputs: Sequence[int], gate_experts: Sequence[Sequence[int]]) -> None: ...
 
     def __post_init__(self) -> None:
         streams = _index_tuple("expert_inputs", self.expert_inputs)
@@ -141,11 +145,15 @@ class Routing:
             single_input: every expert reads stream 0, as at a model's first level.
 
         Raises:
-            TypeError: a count is not an int.
+            TypeError: a count is not an int, or a flag not True or False.
             ValueError: a count is negative, ``num_specific`` has not one entry a task, or a gate would be empty.
         """
         num_tasks = _count("num_tasks", num_tasks, 1)
         num_shared = _count("num_shared", num_shared, 0)
+        flags = {"shared_gate": shared_gate, "shared_first": shared_first, "single_input": single_input}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
         if isinstance(num_specific, int):
             specific = (_count("num_specific", num_specific, 0),) * num_tasks
         else:

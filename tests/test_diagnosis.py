@@ -107,15 +107,35 @@ def test_built_for_another_torch(tmp_path: Path) -> None:
 
 def test_kernels_for_another_torch_are_not_loaded(tmp_path: Path) -> None:
     """Some of them would load, and read structures that are laid out otherwise now."""
-    folder = package(tmp_path, None, f"lib/torch{MAJOR}_{MINOR - 1}/libmtlkernels.so")
+    folder = package(tmp_path, None, f"lib/torch{MAJOR}_{MINOR + 1}/libmtlkernels.so")
     package(tmp_path / "older", None, f"lib/torch{MAJOR}_9/libmtlkernels.so")
     (tmp_path / "older" / "mtlkernels" / "lib" / f"torch{MAJOR}_9").rename(folder / "lib" / f"torch{MAJOR}_9")
-    both = f"{MAJOR}.9 and {MAJOR}.{MINOR - 1}"  # in the order of numbers
+    both = f"{MAJOR}.9 and {MAJOR}.{MINOR + 1}"  # in the order of numbers
     assert _extension._load_cpp(folder).error == f"built for torch {both}, this is torch {torch.__version__}"
     found = _diagnosis.missing("_C", NOT_FOUND, folder)
-    listed = both.replace(" and ", ", ")
-    assert found.cause == f"the kernels were built for torch {listed}, and this is torch {torch.__version__}"
+    supported = f"torch {MAJOR}.{MINOR + 1}"  # what may be installed instead
+    assert found.cause == f"the kernels were built for {supported}, and this is torch {torch.__version__}"
     assert found.remedy.startswith("install one of these, or build them, ")
+
+
+def test_a_torch_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named by whoever may be asked: the install, the diagnosis and show_config()."""
+    (listed,) = re.findall(r'"torch>=(.*?)"', (ROOT / "pyproject.toml").read_text())
+    assert listed == _extension.LEAST_TORCH
+    for name in ("torch", "pybind11"):
+        (tmp_path / "modules" / name).mkdir(parents=True)
+        (tmp_path / "modules" / name / "__init__.py").write_text('__version__ = "2.9.1+cpu"\n')
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "modules")}
+    for name in ("MTLKERNELS_PURE", "MTLKERNELS_PREBUILT"):
+        env.pop(name, None)
+    done = subprocess.run([sys.executable, "setup.py", "--name"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert f"installing without mtlkernels._C: torch 2.9.1+cpu is older than {listed}\n" in done.stderr
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    found = _diagnosis.missing("_C", NOT_FOUND, package(tmp_path, None, f"lib/torch{MAJOR}_11/libmtlkernels.so"))
+    assert found.cause == f"torch 2.9.1+cpu is older than {listed}"
+    assert found.remedy.startswith(f"install torch {listed} or later, then build them, ")
+    line = f"torch      2.9.1+cpu, which is not supported: it is older than {listed}"
+    assert line in mk.show_config().splitlines()
 
 
 def test_only_the_packages_own_kernels_are_loaded(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_cgc_without_shared_or_specific_experts() -> None:
 
 
 def test_sequences_become_tuples() -> None:
-    routing = mk.Routing([0, 1], [[1, 0], [0]])  # type: ignore[arg-type]
+    routing = mk.Routing([0, 1], [[1, 0], [0]])
     assert routing.expert_inputs == (0, 1)
     assert routing.gate_experts == ((1, 0), (0,))
 
@@ -106,6 +106,13 @@ COUNTS = [
     (lambda: mk.Routing.cgc(2, "ab", 1), TypeError, r"num_specific must be .*ints.*, got str"),
     (lambda: mk.Routing.cgc(2, 1.5, 1), TypeError, r"num_specific must be .*int.*, got float"),
     (lambda: mk.Routing.cgc(2, True, 1), TypeError, r"num_specific must be .*int.*, got bool"),
+    (lambda: mk.Routing.cgc(2, 1, 1, shared_gate="no"), TypeError, r"shared_gate must be True or False, got str"),
+    (
+        lambda: mk.Routing.cgc(2, 1, 1, shared_first=None),
+        TypeError,
+        r"shared_first must be True or False, got NoneType",
+    ),
+    (lambda: mk.Routing.cgc(2, 1, 1, single_input=1), TypeError, r"single_input must be True or False, got int"),
     (lambda: mk.Routing.cgc(2, [1, 0], 0), ValueError, r"num_specific must give each task an expert .* got \[1, 0\]"),
     (lambda: mk.Routing.cgc(2, 0, 0), ValueError, r"num_specific must give each task an expert .* got 0"),
 ]

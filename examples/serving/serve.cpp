@@ -3,9 +3,9 @@
 //   serve [--operators libmtlkernels.so] [--threads N] MODEL REQUEST...
 //
 // MODEL is a package of AOTInductor (.pt2), which holds fused operators and wants their library, or a TorchScript file
-// (.pt), which holds operators of PyTorch alone. A REQUEST is a list of tensors that torch.save has written; the answer
-// to request.pt is written to request.pt.answer, to be read by torch.load. Each request is then served again and again,
-// and the median time is printed, in microseconds.
+// (.pt), which holds operators of PyTorch alone. A REQUEST is a list or tuple of tensors that torch.save has written;
+// the answer to request.pt is written to request.pt.answer, to be read by torch.load. Each request is then served again
+// and again, and the median time is printed, in microseconds.
 
 #include <ATen/Parallel.h>
 #include <dlfcn.h>
@@ -14,6 +14,7 @@
 #include <torch/csrc/jit/serialization/pickle.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
@@ -29,6 +30,24 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 using Model = std::function<Tensors(const Tensors&)>;
+
+// The tensors of a tuple or a list; `what` names it.
+Tensors tensors_of(const c10::IValue& value, const std::string& what) {
+  std::vector<c10::IValue> entries;
+  if (value.isTuple()) {
+    entries = value.toTuple()->elements().vec();
+  } else if (value.isList()) {
+    entries = value.toListRef().vec();
+  } else {
+    throw std::runtime_error(what + " must be a list or tuple of tensors, got " + value.tagKind());
+  }
+  Tensors tensors;
+  for (const c10::IValue& entry : entries) {
+    if (!entry.isTensor()) throw std::runtime_error(what + " must hold tensors, got " + entry.tagKind());
+    tensors.push_back(entry.toTensor());
+  }
+  return tensors;
+}
 
 // The operators are known to every model from then on.
 void load_operators(const std::string& path) {
@@ -51,7 +70,7 @@ Model load_script(const std::string& path) {
   module->eval();
   return [module](const Tensors& request) {
     const auto answer = module->forward({request.begin(), request.end()});
-    return answer.isTensor() ? Tensors{answer.toTensor()} : answer.toTensorVector();
+    return answer.isTensor() ? Tensors{answer.toTensor()} : tensors_of(answer, "the model's answer");
   };
 }
 
@@ -63,10 +82,7 @@ Tensors read(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw std::runtime_error("cannot read " + path);
   const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  const c10::IValue request = torch::jit::pickle_load(bytes);
-  Tensors tensors;
-  for (const c10::IValue& tensor : request.toListRef()) tensors.push_back(tensor.toTensor());
-  return tensors;
+  return tensors_of(torch::jit::pickle_load(bytes), path);
 }
 
 void write(const std::string& path, const Tensors& tensors) {
@@ -88,6 +104,16 @@ double microseconds(const std::function<void()>& call) {
   return times[times.size() / 2];
 }
 
+int number_of_threads(const std::string& text) {
+  int count = 0;
+  const char* const end = text.data() + text.size();
+  const std::from_chars_result read = std::from_chars(text.data(), end, count);
+  if (read.ec != std::errc() || read.ptr != end || count < 1) {
+    throw std::runtime_error("--threads must be a number of at least 1, got " + text);
+  }
+  return count;
+}
+
 void serve(const std::vector<std::string>& arguments) {
   size_t next = 0;
   for (; next + 1 < arguments.size() && arguments[next].starts_with("--"); next += 2) {
@@ -95,7 +121,7 @@ void serve(const std::vector<std::string>& arguments) {
     if (option == "--operators") {
       load_operators(value);
     } else if (option == "--threads") {
-      at::set_num_threads(std::stoi(value));
+      at::set_num_threads(number_of_threads(value));
     } else {
       throw std::runtime_error("unknown option " + option);
     }

@@ -10,12 +10,21 @@ from dataclasses import replace
 from torch import nn
 
 from mtlkernels import _decisions
-from mtlkernels._convert.classes import CLASS_ATTRIBUTE, CLASSES, PLAN, converted_class, original_class
+from mtlkernels._convert.classes import (
+    CLASS_ATTRIBUTE,
+    CLASSES,
+    PLAN,
+    WATCHED,
+    converted_class,
+    is_torchs,
+    original_class,
+)
 from mtlkernels._convert.evaluation import CALLS
 from mtlkernels._convert.paying import FORCE, slower
 from mtlkernels._convert.registration import Registration
 from mtlkernels._convert.registry import find_converter, known_names
 from mtlkernels._convert.report import ConversionReport, Line
+from mtlkernels._convert.watched import changed, watched
 from mtlkernels.nn import CGC, PLE, SNR, MMoE
 
 __all__ = ["ConversionReport", "convert", "revert"]
@@ -95,6 +104,12 @@ class Convert(Registration):
             original = original_class(type(module))
             if original is not None and PLAN not in vars(module) and CLASS_ATTRIBUTE in vars(type(module)):
                 module.__class__ = original  # it was made of a converted class
+            elif (
+                original is not None
+                and changed(vars(module).get(WATCHED, ()))
+                and CLASS_ATTRIBUTE in vars(type(module))
+            ):
+                _unconvert(module, original)  # which is tried anew
             elif original is not None:
                 if force:
                     vars(module)[FORCE] = True
@@ -129,9 +144,11 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
         return [line if line.action == "left alone" else _left_alone(line, reason) for line in planned]
     if plan is not None:
         kind = converted_class(converter.base, type(module), converter.method, converter.source)
-        tried = frozenset(original_class(type(part)) or type(part) for part in module.modules())
+        kinds = (original_class(type(part)) or type(part) for part in module.modules())
+        tried = frozenset(kind for kind in kinds if not is_torchs(kind))
+        found = watched(module, converter.method, converter.read(module))
         module.__class__ = kind
-        vars(module).update({PLAN: plan, CLASSES: tried})
+        vars(module).update({PLAN: plan, CLASSES: tried, WATCHED: found})
         if force:
             vars(module)[FORCE] = True
     return planned
@@ -156,15 +173,17 @@ def revert(model: nn.Module) -> ConversionReport:
         if CLASS_ATTRIBUTE not in vars(type(module)):
             lines.append(Line("left alone", path, name, "its class was changed again after its conversion"))
             continue
-        module.__class__ = original
-        vars(module).pop(PLAN, None)
-        vars(module).pop(CLASSES, None)
-        module.__dict__.pop(CALLS, None)
-        vars(module).pop(FORCE, None)
+        _unconvert(module, original)
         lines.append(Line("reverted", path, name, f"{original.__name__} again"))
     if not lines:
         lines.append(Line("left alone", "", type(model).__name__, "nothing in it is converted"))
     return ConversionReport(tuple(lines))
+
+
+def _unconvert(module: nn.Module, original: type) -> None:
+    module.__class__ = original
+    for name in (PLAN, CLASSES, WATCHED, CALLS, FORCE):
+        vars(module).pop(name, None)
 
 
 def _left_alone(line: Line, reason: str) -> Line:

@@ -19,6 +19,8 @@ CLASS_ATTRIBUTE = "_mtlkernels_original"
 PLAN = "_mtlkernels_plan"
 # Of an instance: the classes of all of its parts when it was converted.
 CLASSES = "_mtlkernels_classes"
+# What its code read then beside tensors and parts, see ``watched.py``.
+WATCHED = "_mtlkernels_watched"
 _UNSCRIPTED = "__jit_unused_properties__"
 
 
@@ -31,6 +33,9 @@ class Fused:
     _mtlkernels_plan = None  # of an instance that was made of the converted class, and is none of a converted model
     _mtlkernels_force = False
     _mtlkernels_key: tuple[Any, ...]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Not that of the class that is converted, whose own subclasses may be listed somewhere."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles and copies by what the class is made of: it has no name to import it by."""
@@ -108,3 +113,8 @@ def original_class(kind: type) -> type | None:
     """The class from which a converted class was made, None for any other."""
     original: type | None = getattr(kind, CLASS_ATTRIBUTE, None)
     return original
+
+
+def is_torchs(kind: type) -> bool:
+    """Whether a class is PyTorch's own, or one that PyTorch makes, as of FSDP: such are read as they are."""
+    return kind.__module__.partition(".")[0] == "torch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import math
 import operator
 import types
@@ -195,7 +196,7 @@ def agree(actual: Any, expected: Any, tolerance: float) -> bool:
 
 
 def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
-    """Whether two attributes of copies are the same; objects whose parts cannot be seen pass."""
+    """Whether two attributes of copies are the same; objects of which nothing can be seen pass."""
     if type(actual) is not type(expected):
         return False
     if actual is expected or (id(actual), id(expected)) in seen or isinstance(expected, nn.Module):
@@ -215,11 +216,43 @@ def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]
     if type(expected).__module__ == "numpy":
         return _same_arrays(actual, expected, tolerance)
     if isinstance(expected, (list, tuple, collections.deque)):
-        parts = list(zip(actual, expected, strict=False))
+        parts: Any = list(zip(actual, expected, strict=False))
         return len(actual) == len(expected) and all(same(a, b, tolerance, seen) for a, b in parts)
     if isinstance(expected, types.MethodType):
-        return bool(actual.__func__ is expected.__func__)
-    return same(vars(actual), vars(expected), tolerance, seen) if hasattr(expected, "__dict__") else True
+        return actual.__func__ is expected.__func__ and same(actual.__self__, expected.__self__, tolerance, seen)
+    if isinstance(expected, functools.partial):
+        parts = zip(*((p.func, p.args, p.keywords) for p in (actual, expected)), strict=True)
+        return all(same(a, b, tolerance, seen) for a, b in parts)
+    if hasattr(expected, "__dict__") and not same(vars(actual), vars(expected), tolerance, seen):
+        return False
+    slots = [name for kind in type(expected).__mro__ for name in _slots(kind)]
+    if slots:
+        return all(same(getattr(actual, name, None), getattr(expected, name, None), tolerance, seen) for name in slots)
+    return hasattr(expected, "__dict__") or _same_states(actual, expected, tolerance, seen)
+
+
+def _slots(kind: type) -> Sequence[str]:
+    names = vars(kind).get("__slots__", ())
+    return [name for name in ((names,) if isinstance(names, str) else names) if name not in ("__dict__", "__weakref__")]
+
+
+def _same_states(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
+    """The same of objects of which pickle alone knows what they keep, such as iterators and arrays of bytes."""
+    try:
+        states = actual.__reduce_ex__(4), expected.__reduce_ex__(4)
+    except Exception:  # those that cannot be pickled pass
+        return True
+    if not all(isinstance(state, tuple) for state in states):
+        return bool(states[0] == states[1])
+    inner = list(zip(*(state[1:] for state in states), strict=False))  # not marked as seen: they are gone soon
+    return len(inner) == len(states[1]) - 1 and all(_same_parts(a, b, tolerance, seen) for a, b in inner)
+
+
+def _same_parts(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
+    if isinstance(expected, tuple) and isinstance(actual, tuple):
+        pairs = list(zip(actual, expected, strict=False))
+        return len(actual) == len(expected) and all(same(a, b, tolerance, seen) for a, b in pairs)
+    return same(actual, expected, tolerance, seen)
 
 
 def _same_arrays(actual: Any, expected: Any, tolerance: float) -> bool:
@@ -238,11 +271,12 @@ Pairs = Sequence[tuple[str, nn.Module, nn.Module]]
 def pairs_of(actual: nn.Module, expected: nn.Module, ignored: Sequence[str]) -> Pairs:
     """The parts of two copies of a module by their names, without the parts of ``ignored``."""
     named = zip(expected.named_modules(), actual.modules(), strict=True)
-    return [
-        (f"{path}." if path else "", other, part)
-        for (path, part), other in named
-        if not any(path == name or path.startswith(f"{name}.") for name in ignored)
-    ]
+    return [(f"{path}." if path else "", other, part) for (path, part), other in named if not is_within(path, ignored)]
+
+
+def is_within(path: str, names: Sequence[str]) -> bool:
+    """Whether the part at a path is one of those names, or lies within one."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 def difference(pairs: Pairs, tolerance: float) -> str | None:
@@ -252,6 +286,12 @@ def difference(pairs: Pairs, tolerance: float) -> str | None:
         if reason is not None:
             return reason
     return None
+
+
+def _is_unchanged(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """:func:`close`, which takes longer than to see that nothing has changed at all, as is usual."""
+    alike = actual.dtype == expected.dtype and actual.shape == expected.shape
+    return (alike and torch.equal(actual, expected)) or close(actual, expected, tolerance)
 
 
 def _difference(actual: Mapping[str, Any], expected: Mapping[str, Any], prefix: str, tolerance: float) -> str | None:
@@ -264,11 +304,11 @@ def _difference(actual: Mapping[str, Any], expected: Mapping[str, Any], prefix: 
         other = actual["_parameters"][name]
         if parameter is None or other is None:
             continue
-        written = other._version != parameter._version  # it counts every write
-        if other.requires_grad != parameter.requires_grad or (written and not close(other, parameter, tolerance)):
+        if other.requires_grad != parameter.requires_grad or not _is_unchanged(other, parameter, tolerance):
             return f"its forward writes to {prefix}{name}"
     for name, buffer in expected["_buffers"].items():
-        if buffer is not None and not close(actual["_buffers"][name], buffer, tolerance):
+        other = actual["_buffers"][name]
+        if buffer is not None and not _is_unchanged(other, buffer, tolerance):
             return f"its forward leaves another {prefix}{name} behind than its parts do"
     for name, value in expected.items():
         other = actual.get(name)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mtlkernels import _decisions
 from mtlkernels._backends import autocast_enabled
-from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.classes import CLASSES, original_class
+from mtlkernels._convert.chains import Chain, flatten
+from mtlkernels._convert.classes import CLASSES, WATCHED, is_torchs, original_class
 from mtlkernels._convert.evaluation import CALLS, CallsOfLevels, Parts, Serving, evaluate, read_experts, several_dtypes
 from mtlkernels._convert.gates import has_equal_shares, read_gate
 from mtlkernels._convert.paying import in_trial, mixing_pays, pays, rows_of
+from mtlkernels._convert.watched import changed
 from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
 from mtlkernels.ops.level.kept import KeptCalls
 from mtlkernels.routing import Routing
@@ -122,6 +123,10 @@ class LevelDescription:
         gates: list[Any] = list(map(read_gate, gate_chains))
         if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
             return "it has other numbers of experts and gates than when it was converted"
+        if autocast_enabled("cpu" if x is None else x.device.type) and any(
+            layer.activation == "dice" for layers in experts[0] if not isinstance(layers, str) for layer in layers
+        ):
+            return "torch-rechub's Dice makes float32 of what autocast makes narrower, and the fused operator does not"
         pairs = zip(gates, routing.gate_experts, strict=True)
         if any(not isinstance(gate, str) and gate.size not in (None, len(mixed)) for gate, mixed in pairs):
             return "its gates mix other numbers of experts than when it was converted"
@@ -155,8 +160,8 @@ def any_hooks(modules: Iterable[Any], differentiated: bool, tried: Container[typ
 
 
 def _is_new(kind: type, tried: Container[type]) -> bool:
-    """PyTorch's own classes, of FSDP among them, are read as they are; a part may have been converted itself."""
-    return not kind.__module__.startswith("torch.") and (original_class(kind) or kind) not in tried
+    """A part may have been converted itself."""
+    return not is_torchs(kind) and (original_class(kind) or kind) not in tried
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,10 @@ class TrunkDescription:
         """What the method returns, by itself; None where the class's own code has to run."""
         if module._forward_hooks and module._parameters:
             return None  # TorchJD's autogram looks for its parameters, and may not find them behind a fused level
+        other = changed(vars(module).get(WATCHED, ()))
+        if other is not None:
+            _decisions.note(type(module).__name__, "its own code", f"{other} is another than when it was converted")
+            return None
         levels = self.levels(module)
         if len(levels) != len(plan):
             return None
@@ -210,7 +219,7 @@ class TrunkDescription:
             levels, plan = [levels[numbers[0]]], [plan[numbers[0]]]
         streams = None
         if not self.embeds:
-            streams = self._streams(module, args, kwargs)
+            streams = self.streams(module, args, kwargs)
             if streams is None or not all(x.dim() == 2 and x.layout is torch.strided for x in streams):
                 return None
         x = _first_tensor((args, kwargs)) if streams is None else streams[0]
@@ -223,7 +232,7 @@ class TrunkDescription:
         if parts is None and not kept:
             return None
         if streams is None:
-            streams = self._streams(module, args, kwargs)
+            streams = self.streams(module, args, kwargs)
             if streams is None:
                 return None
             _check_streams(streams)
@@ -237,9 +246,19 @@ class TrunkDescription:
             streams = mixed if level.level_outputs is None else level.level_outputs(module, mixed, streams)
         return (self.outputs(module, streams),)
 
-    def _streams(self, module: Any, args: Any, kwargs: Any) -> Sequence[Tensor] | None:
-        streams = self.inputs(module, *args, **kwargs)
-        return (streams,) if isinstance(streams, Tensor) else streams
+    def read(self, module: Any) -> list[Any]:
+        """The modules in the chains, which each call reads."""
+        levels = self.levels(module)
+        chains = (chain for level in levels for chain in (*level.experts(module), *level.gates(module)))
+        return [step for chain in chains if chain is not None for step in flatten(chain)]
+
+    def streams(self, module: Any, args: Any, kwargs: Any) -> Sequence[Tensor] | None:
+        """The streams of the first level, None for a call that the class's own code is to run."""
+        streams: Any = self.inputs(module, *args, **kwargs)
+        if isinstance(streams, Tensor):
+            return (streams,)
+        whole = isinstance(streams, (list, tuple)) and all(isinstance(x, Tensor) for x in streams)
+        return streams if whole else None
 
 
 def _prepare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -113,7 +114,11 @@ def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], sizes: Sequence[i
         else:
             zeros[size] = zeros[size] if size in zeros else x.new_zeros(x.shape[0], size)
             logits.append(zeros[size])
-    return logits
+    dtypes = {x.dtype for x in logits}
+    if len(dtypes) == 1:
+        return logits
+    widest = functools.reduce(torch.promote_types, dtypes)  # of those that autocast has made, and those that it has not
+    return [x.to(widest) for x in logits]
 
 
 def _sharing(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[list[int]]:

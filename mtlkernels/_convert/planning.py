@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
+from mtlkernels._convert.dropouts import widths_dropped
 from mtlkernels._convert.evaluation import several_dtypes
 from mtlkernels._convert.gates import Gate, has_equal_shares
 from mtlkernels._convert.random_states import kept_random_state
 from mtlkernels._convert.report import Line
-from mtlkernels._convert.trial import disagreement
+from mtlkernels._convert.trial import NotFused, disagreement
 from mtlkernels.ops._fusing import Layer, has_gradient_hooks, has_hooks, kind_of, weight_refusal
 from mtlkernels.routing import Routing
 
@@ -112,13 +113,18 @@ def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) 
     def fused(other: Any, *args: Any) -> Any:
         result = trunk.call(other, plan, args, {})
         if result is None:
-            raise ValueError("inputs gave None, or no streams [B, D], for the arguments of the trial")
+            raise NotFused("inputs gave None, or no streams [B, D], for the arguments of the trial")
         return result[0]
 
     def original(other: Any, *args: Any) -> Any:
         return other(*args) if trunk.method == "forward" else getattr(other, trunk.method)(*args)
 
-    return disagreement(module, fused, arguments, **{"original": original, **trunk.trial(module)})
+    def drops(other: Any, args: tuple[Any, ...]) -> tuple[dict[int, int | None], int]:
+        levels, streams = trunk.levels(other), trunk.streams(other, args, {})
+        chains = (chain for level in levels for chain in (*level.experts(other), *level.gates(other)))
+        return widths_dropped(chains), len(streams[0]) if streams else 0
+
+    return disagreement(module, fused, arguments, **{"original": original, "drops": drops, **trunk.trial(module)})
 
 
 def _random_streams(
@@ -133,11 +139,19 @@ def _random_streams(
         count = level.num_streams(module)
     elif count > 1:  # without shared experts, a shared gate alone reads the last stream
         count = max(count, routing.num_gates)
-    # The features of the input: the first matrix has as many columns.
     chains = [chain for chain in (*level.experts(module), *level.gates(module)) if chain is not None]
     steps = [step for chain in chains for step in flatten(chain) if isinstance(step, (nn.Module, Product))]
-    width = next(p for step in steps for p in step.parameters() if p.dim() == 2).shape[1]
+    width = next(found for found in map(_features, steps) if found is not None)
     return [torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def _features(step: nn.Module | Product) -> int | None:
+    """How many features a step of a chain takes: its first matrix has as many columns; None where it has none."""
+    if isinstance(step, nn.Module):
+        linear = next((part for part in step.modules() if isinstance(part, nn.Linear)), None)
+        if linear is not None:  # of which a parametrization may have made other matrices
+            return linear.in_features
+    return next((p.shape[1] for p in step.parameters() if p.dim() == 2), None)
 
 
 def _example(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,14 @@ class Converter:
     Args:
         plan: from an instance and its path in the model, its plan.
         base, method, source: as :func:`mtlkernels._convert.classes.converted_class` takes them.
+        read: from an instance, the modules that each call reads.
     """
 
     plan: Callable[[nn.Module, str], Plan]
     base: type[Fused] = Fused
     method: str = "forward"
     source: str = ""
+    read: Callable[[nn.Module], Iterable[Any]] = lambda module: ()
 
 
 class FusedRegistered(Fused):
@@ -80,7 +82,7 @@ def find_converter(module: nn.Module) -> Converter | None:
     for base in type(module).__mro__:
         if base in _registered:
             trunk = _registered[base]
-            return Converter(functools.partial(plan_trunk, trunk, base), FusedRegistered, trunk.method)
+            return Converter(functools.partial(plan_trunk, trunk, base), FusedRegistered, trunk.method, read=trunk.read)
         package, _, name = full_name(base).partition(".")
         if package in _LIBRARIES and name in _LIBRARIES[package][-1]:
             library, versions, file, _ = _LIBRARIES[package]
@@ -99,7 +101,7 @@ def _converter(file: str, base: type) -> Converter:
     source = f"{file}.{base.__name__}"
     description = description_of(source)
     plan = description.plan or functools.partial(plan_trunk, description, base)
-    return Converter(plan, Fused, description.method, source)
+    return Converter(plan, Fused, description.method, source, description.read)
 
 
 def known_names() -> list[str]:

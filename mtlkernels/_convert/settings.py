@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from mtlkernels._convert.classes import is_torchs
 
 _FACTOR = re.compile("temp|tau|scale|factor|alpha|beta|gamma|weight|sharp", re.IGNORECASE)
+
+_FEW = 64  # numbers in a tensor
 
 
 @dataclass(frozen=True)
@@ -23,33 +28,35 @@ class Setting:
     put: Callable[[Any], None]
     restore: Callable[[], None]
 
+    @property
+    def another(self) -> Any:
+        """Another number, or other ones."""
+        return 0.5 if isinstance(self.value, float) and math.isinf(self.value) else 1.25 * self.value + 0.125
+
 
 def settings(module: nn.Module) -> Iterator[Setting]:
     """Those of a module and its parts but PyTorch's own.
 
-    Floats of an instance, of its classes and in dicts and namespaces that it keeps; and whole numbers of an instance
-    that are factors by their names. Most others are sizes, of which another is another model.
+    Floats and small tensors of an instance, floats of its classes and in dicts and namespaces that it keeps; and whole
+    numbers of an instance that are factors by their names. Most others are sizes, of which another is another model.
     """
     for part in module.modules():
-        if _is_torchs(type(part)):
+        if is_torchs(type(part)):
             continue
         for name, value in list(vars(part).items()):
-            if type(value) is float or (type(value) is int and _FACTOR.search(name)):
+            number = type(value) is float or (type(value) is int and _FACTOR.search(name))
+            if number or (type(value) is Tensor and value.is_floating_point() and value.numel() <= _FEW):
                 yield _of_instance(part, name, value)
             elif name[:1] != "_" and type(value) is dict:
                 yield from _of_dict(name, value)
             elif isinstance(value, types.SimpleNamespace):
                 yield from _of_dict(name, vars(value))
         for kind in type(part).__mro__:
-            if _is_torchs(kind) or kind is object:
+            if is_torchs(kind) or kind is object:
                 continue
             for name, value in list(vars(kind).items()):
                 if type(value) is float and name not in vars(part):
                     yield Setting(name, value, functools.partial(setattr, part, name), _deleting(part, name))
-
-
-def _is_torchs(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "torch"
 
 
 def _of_instance(part: nn.Module, name: str, value: Any) -> Setting:

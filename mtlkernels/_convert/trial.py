@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,70 +22,23 @@ from mtlkernels._convert.copies import (
     align,
     close,
     difference,
+    is_within,
     largest,
     pairs_of,
     random_copy,
     randomize,
     take_values,
 )
+from mtlkernels._convert.dropouts import counted, dropouts_of, dropped_otherwise, set_rates
 from mtlkernels._convert.paying import at_any_size
 from mtlkernels._convert.random_states import kept_random_state, random_state, seed
 from mtlkernels._convert.settings import settings
 from mtlkernels._convert.shared_state import SharedState
-
-# Enough for batch statistics, few enough for a trial to take no time.
-ROWS = 5
-# Multiplications of a forward pass that is to show what happens in a large batch.
-LARGE_WORK, LARGE_ROWS = 2e8, 1100
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+from mtlkernels._convert.situations import AS_IT_IS, LARGE_WORK, OTHER_DTYPES, ROWS, SITUATIONS, Situation
 
 
-@dataclass(frozen=True)
-class Situation:
-    """How both ways are run once: in training or not, with how many rows, of what size, and whether with gradients.
-
-    ``scale`` is that of the inputs, ``weights`` that of the matrices, ``signed`` whether vectors have numbers of either
-    sign, ``special`` whether a row of the inputs is zero and one not a number; ``needed`` is False where the original
-    may fail.
-    """
-
-    words: str
-    training: bool
-    rows: int = ROWS
-    scale: float = 1.0
-    weights: float | None = None
-    signed: bool = False
-    special: bool = False
-    gradients: bool = False
-    autocast: bool = False
-    needed: bool = True
-
-    @property
-    def tolerance(self) -> float:
-        """Relative to the largest number; sums of large logits round more."""
-        return 1e-9 if self.scale <= 1 and self.weights in (None, 1.0) else 1e-6
-
-
-# In this order, so that the report names the most ordinary situation in which there is a difference.
-SITUATIONS = (
-    Situation("in evaluation", False, gradients=True),
-    Situation("in training", True, gradients=True),
-    Situation("in training on 2 rows", True, rows=2, needed=False),
-    Situation("in evaluation on 1 row", False, rows=1, needed=False),
-    Situation("in training on 1 row", True, rows=1, needed=False),
-    Situation("in evaluation on no rows", False, rows=0, needed=False),
-    Situation("in training with small inputs", True, scale=1e-3),
-    Situation("in evaluation with large inputs", False, scale=1e3),
-    Situation("in training with large inputs", True, scale=30.0, gradients=True),
-    Situation("under autocast", True, autocast=True),
-    Situation("in evaluation with large weights", False, scale=3.0, weights=20.0),
-    Situation("in training with large weights", True, scale=3.0, weights=20.0),
-    Situation("in evaluation with signed vectors", False, weights=1.0, signed=True, needed=False),
-    Situation("in evaluation on many rows", False, rows=LARGE_ROWS, weights=1.0),
-    Situation("in training on many rows", True, rows=LARGE_ROWS),
-    Situation("in evaluation with rows of zeros and NaN", False, special=True, needed=False),
-)
-AS_IT_IS = Situation("in evaluation with the values that it has", False, scale=2.0, needed=False)
+class NotFused(ValueError):
+    """Arguments that a converted module would leave to its own code."""
 
 
 def call(module: Any, *args: Any) -> Any:
@@ -105,6 +58,8 @@ class Trial:
     shared: SharedState
 
     source: nn.Module
+    drops: Callable[[Any, tuple[Any, ...]], tuple[Mapping[int, int | None], int]] | None
+    ignored: Sequence[str]
 
     def __post_init__(self) -> None:
         self.names = [name for name, p in self.copies[0].named_parameters() if p.requires_grad]
@@ -120,6 +75,7 @@ def disagreement(
     without: Sequence[str] = (),
     stand_ins: Mapping[str, Any] | None = None,
     ignored: Sequence[str] = (),
+    drops: Callable[[Any, tuple[Any, ...]], tuple[Mapping[int, int | None], int]] | None = None,
 ) -> str | None:
     """Tries a conversion: the one place where it is decided whether fused evaluation is the same as a class's own code.
 
@@ -139,6 +95,8 @@ def disagreement(
             anything else None.
         stand_ins: attributes that the copies get in the place of their own.
         ignored: sub-modules whose statistics and attributes may differ afterwards.
+        drops: from a copy and arguments, how many numbers of a row a conversion gives each dropout, see
+            :func:`mtlkernels._convert.dropouts.widths_dropped`, and the number of rows.
 
     Returns:
         None where both agree, otherwise the reason, in the report's words.
@@ -148,17 +106,20 @@ def disagreement(
     except Exception as error:
         return f"it fails in a trial: {type(error).__name__}: {error}"
     # Whatever the caller has set, in which gradients or numbers on a CPU could not be had.
-    ours = torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")
-    with kept_random_state(), ours[0], ours[1], ours[2], warnings.catch_warnings():
+    ours = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
+    # A mode, which takes a microsecond at each operator.
+    default = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with kept_random_state(), ours[0], ours[1], ours[2], default, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of code that is not ours, in a call that nobody made
         try:
             generator = torch.Generator().manual_seed(0)
             copies = random_copy(module, generator, without), random_copy(module, None, without)
             for other in copies:
                 vars(other).update(stand_ins or {})
+            shared.keep_common(module, copies[0])
             align(copies[1], copies[0])
             pairs = pairs_of(copies[1], copies[0], ignored)
-            trial = Trial(copies, (original, fused), arguments, pairs, generator, shared, module)
+            trial = Trial(copies, (original, fused), arguments, pairs, generator, shared, module, drops, ignored)
             return _first_difference(trial)
         except Exception as error:  # of code that is not ours; it goes into the report
             return f"it fails in a trial: {type(error).__name__}: {error}"
@@ -167,28 +128,30 @@ def disagreement(
 
 
 def _first_difference(trial: Trial) -> str | None:
-    dropouts = [[m for m in other.modules() if isinstance(m, DROPOUTS)] for other in trial.copies]
+    dropouts = [dropouts_of(other) for other in trial.copies]
     rates = [module.p for module in dropouts[0]]
-    _set_rates(dropouts, [0.0] * len(rates))
+    set_rates(dropouts, [0.0] * len(rates))
     for situation in SITUATIONS:
         reason = _compare(trial, situation)
         if reason is not None:
             return reason
-    reason = _compare_settings(trial) or _compare_as_it_is(trial)
+    reason = _compare_settings(trial) or _compare_as_it_is(trial) or _compare_dtypes(trial)
     if reason is not None:
         return reason
-    if any(rates):
-        _set_rates(dropouts, rates)
+    if rates:
+        set_rates(dropouts, rates)
         drawn = _draws_beside(trial, dropouts[0])
         align(trial.copies[1], trial.copies[0])
         if drawn:
             return "its forward draws random numbers of its own"
-        # What is dropped where: a rate of 1 draws nothing and shows.
+        # What is dropped where: a rate of 1 draws nothing and shows. It may become one later where it is 0 now.
         for first in (0, 1):
-            _set_rates(dropouts, [float(i % 2 == first) if rate else 0.0 for i, rate in enumerate(rates)])
+            set_rates(dropouts, [float(i % 2 == first) for i in range(len(rates))])
             reason = _compare(trial, Situation("in training with dropout", True), draws=False)
             if reason is not None:
                 return reason
+        set_rates(dropouts, rates)
+        return _compare_masks(trial, dropouts)
     return None
 
 
@@ -204,8 +167,21 @@ def _compare_as_it_is(trial: Trial) -> str | None:
     return reason
 
 
+def _compare_dtypes(trial: Trial) -> str | None:
+    """The first difference in other dtypes than the trial's own, which the copies have again afterwards."""
+    reason = None
+    for situation in OTHER_DTYPES:
+        for other in trial.copies:
+            other.to(situation.dtype)
+        reason = reason or _compare(trial, situation)
+    for other in trial.copies:
+        other.double()
+    align(trial.copies[1], trial.copies[0])
+    return reason
+
+
 def _compare_settings(trial: Trial) -> str | None:
-    """The first difference where each number is another that a part keeps as an attribute.
+    """The first difference where each number, or small tensor, is another that a part keeps as an attribute.
 
     A schedule may change it after a conversion: fused evaluation has to see that too.
     """
@@ -213,18 +189,31 @@ def _compare_settings(trial: Trial) -> str | None:
     if not found:
         return None
     for setting in found:
-        setting.put(1.25 * setting.value + 0.125)
+        setting.put(setting.another)
     words = ", ".join(dict.fromkeys(setting.name for setting in found))
-    reason = _compare(trial, Situation(f"in training with another {words}", True, needed=False))
+    reason = None
+    for mode, training in (("training", True), ("evaluation", False)):
+        reason = reason or _compare(trial, Situation(f"in {mode} with another {words}", training, needed=False))
     for setting in found:
         setting.restore()
     return reason
 
 
-def _set_rates(dropouts: Sequence[Sequence[Any]], rates: Sequence[float]) -> None:
-    for modules in dropouts:
-        for module, rate in zip(modules, rates, strict=True):
-            module.p = rate
+def _compare_masks(trial: Trial, dropouts: Sequence[Sequence[Any]]) -> str | None:
+    """Whether both ways draw a mask for as many numbers: tasks may share one, or each have its own."""
+    if trial.drops is None:
+        return None
+    left_out = {part for path, part in trial.copies[0].named_modules() if is_within(path, trial.ignored)}
+    given = trial.arguments(trial.copies[0], ROWS, trial.generator)
+    counts = []
+    for way, other in enumerate(trial.copies):
+        other.train()
+        with counted(dropouts[way]) as found:
+            _run(trial, way, given, Situation("in training", True))
+        counts.append(found)
+    read = [None if module in left_out else module for module in dropouts[0]]
+    widths, rows = trial.drops(trial.copies[0], given)
+    return dropped_otherwise(read, counts[0], counts[1], widths, rows)
 
 
 @dataclass
@@ -259,11 +248,12 @@ def _compare(trial: Trial, situation: Situation, draws: bool = True) -> str | No
         return f"its forward changes {changed}, which is not its own"
     try:
         actual = _run(trial, 1, given, situation)
-    except Exception:
-        if rows:
+    except Exception as error:
+        usual = situation.dtype == torch.float64 and not situation.autocast
+        if rows and (usual or not isinstance(error, NotFused)):
             raise
         align(trial.copies[1], trial.copies[0])
-        return None  # converted modules leave so few rows to modules
+        return None  # converted modules leave so few rows to modules, and what there are no kernels for
     if draws and expected.random_state != actual.random_state:
         return "its forward draws random numbers of its own"
     if not agree(actual.outputs, expected.outputs, situation.tolerance):
@@ -282,7 +272,7 @@ def _run(trial: Trial, way: int, given: Any, situation: Situation) -> _Run:
     leaves, values = [], []
     for value in flat:
         if isinstance(value, Tensor) and value.is_floating_point():
-            leaf = value.detach() * situation.scale
+            leaf = (value.detach() * situation.scale).to(situation.dtype)
             if situation.special and leaf.dim() > 0 and len(leaf) > 1:
                 leaf[0] = 0
                 leaf[(1,) + (0,) * (leaf.dim() - 1)] = torch.nan
@@ -315,11 +305,15 @@ def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Si
     for subset in subsets if situation.scale == 1 and len(factors) > 1 else subsets[:1]:
         if not subset:
             continue
-        both = []
+        both, again = [], False
         for other, run, ys in zip(trial.copies, (expected, actual), outputs, strict=True):
             wanted = [p for p in other.parameters() if p.requires_grad] + run.leaves
             loss = sum((ys[i] * factors[i]).sum() for i in subset)
-            both.append(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True))  # type: ignore
+            with _called(other) as called:
+                both.append(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True))  # type: ignore
+            again = again or (other is trial.copies[0] and bool(called))
+        if again:
+            return "its backward pass calls parts again, to take less memory as torch.utils.checkpoint does"
         theirs, ours = both
         size = 1e-3 * largest(theirs)  # sums of nearly nothing are as wrong as others, not as they are small
         for name, a, b in zip(names, ours, theirs, strict=True):
@@ -329,6 +323,18 @@ def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Si
             if a is not None and not close(a, b, situation.tolerance, max(size, largest([b]))):
                 return f"{situation.words} gradients of {name} differ"
     return None
+
+
+@contextlib.contextmanager
+def _called(module: nn.Module) -> Iterator[list[Any]]:
+    """Which parts of a module are called within the block."""
+    called: list[Any] = []
+    handles = [part.register_forward_pre_hook(lambda part, given: called.append(part)) for part in module.modules()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -144,6 +144,8 @@ class SNR(NotScriptable, nn.Module):
         check_interval(beta, gamma, zeta)
         if isinstance(init_log_alpha, bool) or not isinstance(init_log_alpha, (int, float)):
             raise TypeError(f"init_log_alpha must be a number, got {type(init_log_alpha).__name__}")
+        if not -math.inf < init_log_alpha < math.inf:
+            raise ValueError(f"init_log_alpha must be finite, got {init_log_alpha}")
         if not isinstance(straight_through, bool):
             raise TypeError(f"straight_through must be True or False, got {type(straight_through).__name__}")
         self.straight_through = straight_through

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from mtlkernels import _tracing
 from mtlkernels._backends import autocast_enabled
 from mtlkernels.routing import Routing
+
+# What :func:`as_sequence` takes, for annotations.
+Tensors: TypeAlias = Sequence[Tensor] | torch.nn.ParameterList
 
 
 class Like(NamedTuple):
@@ -36,10 +39,17 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
         raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    check_dense(name, value)
     if value.dim() != dim:
         raise ValueError(f"{name} must have shape {shape}, got {shape_of(value)}")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Before anybody asks for a shape, which a nested tensor does not have."""
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
 
 
 def _same_under_autocast(a: Tensor, b: Tensor | Like) -> bool:

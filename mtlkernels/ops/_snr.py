@@ -56,11 +56,11 @@ class Plan:
         *lists, z = self.groups(tensors)
         weights: list[Tensor] = []
         if self.stacked:
-            weights = [lists[1][0][list(outputs)]]
+            weights = [_rows_of(lists[1][0], outputs)]
         elif self.num_weights:
             weights = [lists[1][at] for at in self._matrices(outputs)]
         plan = replace(self, num_outputs=len(outputs), num_weights=len(weights))
-        return plan, [*lists[0], *weights, z[list(outputs)]]
+        return plan, [*lists[0], *weights, _rows_of(z, outputs)]
 
     def into_whole(self, outputs: Sequence[int], needs: Sequence[bool], found: Sequence[Tensor]) -> list[Tensor | None]:
         """From the gradients of such a call to those of this one: None for matrices, and zeros for rows, of others."""
@@ -84,8 +84,16 @@ class Plan:
 
     def _placed(self, outputs: Sequence[int], rows: Tensor) -> Tensor:
         """Rows of the outputs among zeros for the others."""
-        zeros = rows.new_zeros(self.num_outputs, *rows.shape[1:])
-        return zeros.index_copy(0, torch.tensor(outputs, device=rows.device), rows)
+        given, zeros = dict(zip(outputs, rows.unbind(0), strict=True)), rows.new_zeros(rows.shape[1:])
+        return torch.stack([given.get(i, zeros) for i in range(self.num_outputs)])
+
+
+def _rows_of(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Those rows, not by a tensor of their numbers: a GPU would wait for that."""
+    first, count = rows[0], len(rows)
+    if list(rows) == list(range(first, first + count)):
+        return tensor.narrow(0, first, count)
+    return torch.stack([tensor[i] for i in rows])
 
 
 class Routes(torch.autograd.Function):
@@ -227,11 +235,11 @@ def direct(op: str, u: Any, *args: Any) -> tuple[Tensor, ...] | None:
     """
     several = isinstance(u, (list, tuple))
     first: Any = u[0] if several and u else u
-    if torch.is_grad_enabled() or not direct_to_cpp(first):
+    if torch.is_grad_enabled() or not direct_to_cpp(first) or (not several and first.is_nested):
         return None
     try:
         found = tuple(run_cpp(op, "forward", list(u) if several else list(u.unbind(0)), *args))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, IndexError):
         return None
     if _decisions.on:
         rows = first.shape[0 if several else 1]

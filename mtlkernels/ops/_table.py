@@ -74,7 +74,9 @@ class Table:
 
     def to(self, device: torch.device) -> Tensor:
         """The table on the device, without waiting for it, as only a copy from pinned memory is sure not to."""
-        return copied(torch.tensor(self.entries, dtype=torch.int64, pin_memory=device.type == "cuda"), device)
+        return copied(
+            torch.tensor(self.entries, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"), device
+        )
 
 
 def copied(pinned: Tensor, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _tracing
-from mtlkernels.ops._checks import DTYPES, shape_of
+from mtlkernels.ops._checks import DTYPES, check_dense, shape_of
 
 
 def hard_concrete(
@@ -97,6 +97,7 @@ def _check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    check_dense(name, value)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ def check_losses(losses: Any) -> list[Tensor]:
             raise ValueError(f"losses[{i}] must be a scalar, got shape {shape_of(loss)}: take its mean() or sum()")
         if not loss.requires_grad:
             raise ValueError(f"losses[{i}] must require gradients, got one that does not: is no_grad on?")
+        if loss.dtype not in DTYPES:
+            raise TypeError(f"losses[{i}] must be float32, bfloat16, float16 or float64, got {loss.dtype}")
     return list(losses)
 
 
@@ -121,8 +123,12 @@ def check_weights(weights: Any, gram: Tensor) -> Tensor:
     """What a weighting has returned, as a new tensor [T] of the dtype and on the device of the Gram matrix."""
     if not isinstance(weights, Tensor):
         raise TypeError(f"weighting must return a tensor of weights [T], got {type(weights).__name__}")
-    if weights.layout != torch.strided or weights.is_complex() or weights.dtype == torch.bool:
+    if weights.is_nested:
+        raise TypeError("weighting must return a dense tensor of real numbers, got a nested one")
+    if weights.layout != torch.strided or weights.is_complex() or weights.dtype == torch.bool or weights.is_quantized:
         raise TypeError(f"weighting must return a dense tensor of real numbers, got {weights.dtype}, {weights.layout}")
+    if weights.is_meta and not gram.is_meta:
+        raise ValueError(f"weighting must return weights with values, as on {gram.device}, got some on meta")
     if weights.shape != gram.shape[:1]:
         raise ValueError(
             f"weighting must return a weight a task, of shape {shape_of(gram[0])}, got shape {shape_of(weights)}"

@@ -280,18 +280,24 @@ def test_models_that_are_made_with_arguments() -> None:
         torch.testing.assert_close(other(x), model(x))
 
 
-class WithTag(Home):
-    def __init_subclass__(cls, tag: str, **options: Any) -> None:
-        super().__init_subclass__(**options)
+class Final(type):
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError("a final class has no subclasses")
+        return super().__new__(mcs, name, bases, namespace)
+
+
+class WithoutSubclasses(Home, metaclass=Final):
+    pass
 
 
 def test_a_class_that_cannot_be_changed_is_left_alone_and_the_others_are_not() -> None:
-    register(WithTag)
-    model = nn.ModuleList([Plain(), WithTag(), Plain()])
+    register(WithoutSubclasses)
+    model = nn.ModuleList([Plain(), WithoutSubclasses(), Plain()])
     report = mk.convert(model)
     assert [line.path for line in report.replaced] == ["0", "2"]
     (line,) = (line for line in report.lines if line.path == "1")
-    assert line.action == "left alone" and "tag" in line.detail
+    assert line.action == "left alone" and "final" in line.detail
     assert not [name for name in vars(model[1]) if "mtlkernels" in name]
 
 

@@ -7,11 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings as filters
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import mtlkernels as mk
 from mtlkernels import _extension
 from tests import requires
 
@@ -87,6 +91,24 @@ def test_snr_compact() -> None:
     assert timed(out) == ["all routes open", "trained", "compact"] * 3
 
 
+def saved(request: Any, path: Path) -> Path:
+    torch.save(request, path)
+    return path
+
+
+def check_tuples(program: Path, folder: Path) -> None:
+    """A trunk returns one; a request may be one."""
+    trunk, x = mk.nn.MMoE(4, 2, (8,)).eval(), torch.randn(3, 4)
+    request = saved((x,), folder / "tuple.pt")
+    with torch.no_grad():
+        with filters.catch_warnings():
+            filters.simplefilter("ignore")  # it is deprecated, but such models are there
+            torch.jit.trace(trunk, (x,), check_trace=False).save(str(folder / "trunk.pt"))
+        done = subprocess.run([program, folder / "trunk.pt", request], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        torch.testing.assert_close(torch.load(f"{request}.answer"), trunk(x))
+
+
 @requires.inductor
 @requires.cpp_kernels
 @pytest.mark.skipif(bool(TOOLS), reason=f"to build the program takes {TOOLS}")
@@ -109,9 +131,13 @@ def test_serving_without_python(tmp_path: Path) -> None:
         ((tmp_path / "model.pt", tmp_path / "nothing"), "cannot read "),
         ((tmp_path / "model.pt",), "a model and at least one request are wanted"),
         (("--speed", "1", tmp_path / "model.pt", request), "unknown option --speed"),
+        (("--threads", "x", tmp_path / "model.pt", request), "--threads must be a number of at least 1, got x"),
+        (("--threads", "0", tmp_path / "model.pt", request), "--threads must be a number of at least 1, got 0"),
+        ((tmp_path / "model.pt", saved(torch.ones(3), tmp_path / "one.pt")), "must be a list or tuple of tensors, got"),
     ):
         done = subprocess.run([program, *arguments], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("serve: ") and said in done.stderr
+    check_tuples(program, tmp_path)
     out = run("export_aot", "--rounds", "1", "--package", str(tmp_path / "model.pt2"), warnings=())
     assert out.count("replaced ") == 2 * REPLACED
     distances = numbers(out, "largest difference between package and library")

@@ -296,6 +296,8 @@ def test_export_with_a_dynamic_batch() -> None:
         ({"mode": None}, TypeError, "mode must be 'trans' or 'aver', got NoneType"),
         ({"zeta": 1}, ValueError, "zeta must be above 1"),
         ({"init_log_alpha": "0"}, TypeError, "init_log_alpha must be a number, got str"),
+        ({"init_log_alpha": float("nan")}, ValueError, "init_log_alpha must be finite, got nan"),
+        ({"init_log_alpha": float("-inf")}, ValueError, "init_log_alpha must be finite, got -inf"),
         ({"straight_through": 1}, TypeError, "straight_through must be True or False, got int"),
         ({"activation": "swish"}, ValueError, "activation must be one of"),
     ],

@@ -23,10 +23,23 @@ def pcgrad(grads: Any) -> Any:
     return mk.pcgrad(grads)
 
 
+def joined_gates() -> Case:
+    """Gates whose layers follow each other in one tensor."""
+    case = gate_layers.with_layers(MAKE, 6, [4, 8, 3], streams=False)
+    rows = sum(len(gate) for gate in gate_layers.ROUTING.gate_experts)
+    return Case({**case.arguments, "gate_weights": MAKE.leaf(rows, 4), "gate_biases": MAKE.leaf(rows)}, case.dtype)
+
+
 def compressed(tensor: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch says that the layout is in beta
         return tensor.to_sparse_csr() if tensor.dim() > 1 else tensor.to_sparse()
+
+
+def nested(tensor: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says that they are a prototype
+        return torch.nested.nested_tensor([tensor] if tensor.dim() < 2 else list(tensor.unbind(0)))
 
 
 KINDS: dict[str, Callable[[Tensor], Any]] = {
@@ -35,6 +48,7 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
     "truth values": lambda t: t.to(torch.bool),
     "float8": lambda t: t.to(torch.float8_e4m3fn),
     "sparse": lambda t: t.to_sparse(),
+    "nested": nested,
     "compressed": compressed,
     "another dtype": lambda t: t.double(),
     "another device": lambda t: t.to("meta"),
@@ -44,15 +58,26 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
 CALLS: dict[str, tuple[Callable[..., Any], Case]] = {
     "expert_mixture": (mk.expert_mixture, MAKE.expert_mixture(6, [4, 8, 3], ROUTING)),
     "gate layers": (gate_layers.by_layers, gate_layers.with_layers(MAKE, 6, [4, 8, 3])),
+    "joined gate layers": (gate_layers.by_layers, joined_gates()),
     "gated_mixture": (mk.gated_mixture, MAKE.gated_mixture(6, 7, ROUTING)),
     "joined logits": (mk.gated_mixture, MAKE.gated_mixture(6, 7, ROUTING, joined_logits=True)),
     "snr_trans": (mk.snr_trans, snr_trans(MAKE, 6, [4, 3], [5, 2])),
     "stacked snr_trans": (mk.snr_trans, snr_trans(MAKE, 6, [4, 4], [5, 5], stacked=True, stacked_inputs=True)),
     "snr_aver": (mk.snr_aver, snr_aver(MAKE, 6, 5, 3, 2)),
+    "hard_concrete": (mk.hard_concrete, Case({"log_alpha": MAKE.leaf(3, 2), "noise": MAKE.leaf(3, 2)}, torch.float32)),
+    "l0_penalty": (mk.l0_penalty, Case({"log_alpha": MAKE.leaf(3, 2)}, torch.float32)),
     "pcgrad": (pcgrad, Case({"grads": [[MAKE.leaf(4, 3), MAKE.leaf(2, 2)] for _ in range(3)]}, torch.float32)),
 }
-# These are no mistakes: logits may be narrower than experts, and PCGrad takes sparse gradients.
-TAKEN = {("gated_mixture", "another dtype"), ("joined logits", "another dtype"), ("pcgrad", "sparse")}
+# These are no mistakes, in the arguments that are named: logits may be narrower than experts, noise is of any dtype and
+# of one device with its only companion, and PCGrad takes sparse gradients.
+TAKEN = {
+    ("gated_mixture", "another dtype"): ("experts",),
+    ("joined logits", "another dtype"): ("experts",),
+    ("pcgrad", "sparse"): ("grads",),
+    ("hard_concrete", "another dtype"): ("log_alpha", "noise"),
+    ("l0_penalty", "another dtype"): ("log_alpha",),
+    ("l0_penalty", "another device"): ("log_alpha",),
+}
 
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -84,7 +109,7 @@ def test_in_each_place(name: str, kind: str, wanted: bool) -> None:
     op, case = CALLS[name]
     arguments = dict(case.map(lambda t: t.detach().requires_grad_(wanted)).arguments)
     for path in paths(arguments):
-        if (name, kind) in TAKEN and path[0] in ("experts", "grads"):
+        if path[0] in TAKEN.get((name, kind), ()):
             continue
         mistaken = replaced(arguments, path, lambda t: KINDS[kind](t.detach()))
         named = "|".join(arguments) if kind in BESIDE_OTHERS else path[0]

@@ -21,6 +21,12 @@ def mistakes() -> list[tuple[str, Callable[[Model], Any], type[Exception], str]]
         ("entry", lambda m: [m()[0], 1.0], TypeError, r"losses\[1\] must be a tensor, got float"),
         ("shape", lambda m: [m()[0], m.trunk(m.x)], ValueError, r"losses\[1\] must be a scalar, got shape \[16, 4\]"),
         ("detached", lambda m: [*m()[:2], m()[2].detach()], ValueError, r"losses\[2\] must require gradients"),
+        (
+            "complex",
+            lambda m: [m()[0], m()[1] * 1j],
+            TypeError,
+            r"losses\[1\] must be float32, .*, got torch.complex128",
+        ),
         ("vector", lambda m: torch.stack(m()).detach(), ValueError, "losses must require gradients"),
     ]
 

@@ -257,6 +257,10 @@ def test_overflow_skips_the_step(name: str) -> None:
     assert scaler.get_scale() == 2.0**126 and not asked
 
 
+def quantized(gram: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(gram[0].float(), 1.0, 0, torch.qint8)
+
+
 WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("list", lambda gram: [1.0] * 3, TypeError, r"weighting must return a tensor of weights \[T\], got list"),
     ("none", lambda gram: None, TypeError, r"weighting must return a tensor of weights \[T\], got NoneType"),
@@ -271,6 +275,8 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("complex", lambda gram: gram[0] * 1j, TypeError, "weighting must return .* real numbers, got torch.complex128"),
     ("bool", lambda gram: gram[0] > 0, TypeError, "weighting must return .* real numbers, got torch.bool"),
     ("sparse", lambda gram: gram[0].to_sparse(), TypeError, "weighting must return a dense .* torch.sparse_coo"),
+    ("quantized", quantized, TypeError, "weighting must return a dense tensor of real numbers, got torch.qint8"),
+    ("meta", lambda gram: gram[0].to("meta"), ValueError, "weighting must return weights with values, .*, got some on"),
     ("nan", lambda gram: gram[0] * torch.nan, ValueError, r"weighting must return finite .* got \[nan, nan, nan\] for"),
     ("inf", lambda gram: gram.new_tensor([1, torch.inf, 1]), ValueError, r"got \[1.0, inf, 1.0\] for \[\["),
     ("raises", lambda gram: gram[7], IndexError, "out of bounds"),

@@ -65,6 +65,26 @@ def test_negated_gradients_of_tasks() -> None:
     torch.testing.assert_close(pcgrad.combine(odd, 2, weights), pcgrad.combine(grads, 2, weights))
 
 
+OPS: dict[str, Any] = {
+    "expert_mixture": lambda x, z: mk.expert_mixture(x, [[x, x]], None, [z], mk.Routing.mmoe(2, 1)),
+    "gated_mixture": lambda x, z: mk.gated_mixture(x.expand(2, 8, 8).transpose(0, 1), [z], mk.Routing.mmoe(2, 1)),
+    "snr_trans": lambda x, z: mk.snr_trans([x, x], [[x, x]], z[:1]),
+    "pcgrad": lambda x, z: mk.pcgrad([[x], [x]], order=[[1], [0]]),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tables_lie_in_the_memory_of_the_host(op: str) -> None:
+    """Whatever the default device is: a copy from a GPU's memory to itself would be waited for."""
+    x, z = torch.randn(8, 8), torch.rand(8, 2)
+    with use_backend("triton"):
+        expected = OPS[op](x, z)
+        with torch.device("meta"):
+            found = OPS[op](x, z)
+    for y, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(y, right)
+
+
 @pytest.mark.parametrize("calls", [0, CALLS])
 @pytest.mark.parametrize("which", ["input", "weight", "bias", "gate"])
 def test_memory_that_is_gone_is_refused(which: str, calls: int) -> None:

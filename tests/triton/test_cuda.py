@@ -153,15 +153,18 @@ def test_nothing_waits_for_the_device(linear: bool) -> None:
 
 
 def test_snr_does_not_wait_for_the_device() -> None:
-    """Which routes are open is found out on the device."""
+    """Which routes are open is found out on the device; also of a loss that reads one output alone."""
     u = torch.randn(3, 300, 64, device="cuda", requires_grad=True)
     weight = torch.randn(2, 3, 32, 64, device="cuda", requires_grad=True)
     log_alpha = torch.tensor([[4.0, -4.0, 4.0], [-4.0, 4.0, -4.0]], device="cuda", requires_grad=True)
 
     def gradients() -> list[torch.Tensor]:
         z = hard_concrete(log_alpha)
-        out = (*snr_trans(u, weight, z, closed_grad=False), *snr_aver(u, z))
-        return list(torch.autograd.grad(sum(v.square().sum() for v in out), [u, weight, log_alpha]))
+        of_trans, of_aver = snr_trans(u, weight, z, closed_grad=False), snr_aver(u, z)
+        alone = sum(out[1].square().sum() for out in (of_trans, of_aver))
+        both = sum(v.square().sum() for v in (*of_trans, *of_aver))
+        leaves = [u, weight, log_alpha]
+        return [*torch.autograd.grad(alone, leaves, retain_graph=True), *torch.autograd.grad(both, leaves)]
 
     gradients()
     try:

@@ -11,7 +11,7 @@ from tests.typing import uses
 
 @pytest.mark.parametrize(
     "use",
-    [uses.ops, uses.gradients, uses.modules, uses.training, uses.serving, uses.install],
+    [uses.ops, uses.lists_of_modules, uses.gradients, uses.modules, uses.training, uses.serving, uses.install],
     ids=lambda use: use.__name__,
 )
 def test_uses(use: Callable[[], None]) -> None:

@@ -27,6 +27,41 @@ def ops() -> None:
     assert_type(mk.snr_aver([X, X], z), tuple[Tensor, ...])
 
 
+def lists_of_modules() -> None:
+    """What models hold their parameters and norms in, and lists of indices."""
+    routing = mk.Routing([0, 0], [[0, 1], [1]])
+    assert_type(routing.gate_experts, tuple[tuple[int, ...], ...])
+    weights = nn.ParameterList([nn.Parameter(torch.ones(2, 5, 4))])
+    biases = nn.ParameterList([nn.Parameter(torch.ones(2, 5))])
+    slopes = nn.ParameterList([nn.Parameter(torch.ones(2, 1))])
+    gates = nn.ParameterList([nn.Parameter(torch.ones(size, 4)) for size in (2, 1)])
+    gate_norms = nn.ModuleList([nn.BatchNorm1d(size).eval() for size in (2, 1)])
+    norms = nn.ModuleList([nn.ModuleList([nn.LayerNorm(5), nn.LayerNorm(5)])])
+    mixed = mk.expert_mixture(
+        X,
+        weights,
+        biases,
+        None,
+        routing,
+        activation="prelu",
+        slopes=slopes,
+        norms=norms,
+        gate_weights=gates,
+        gate_biases=[None, torch.ones(1)],
+        gate_norms=gate_norms,
+    )
+    assert_type(mixed, tuple[Tensor, ...])
+    by_expert = [nn.ParameterList([nn.Parameter(torch.ones(5, 4)) for _ in range(2)])]
+    logits = nn.ParameterList([nn.Parameter(torch.ones(3, size)) for size in (2, 1)])
+    layers = [nn.ModuleList([nn.BatchNorm1d(5), nn.BatchNorm1d(5)])]
+    assert_type(mk.expert_mixture(X, by_expert, None, logits, routing, norms=layers), tuple[Tensor, ...])
+    assert_type(mk.gated_mixture(torch.ones(3, 2, 5), logits, routing), tuple[Tensor, ...])
+    inputs = nn.ParameterList([nn.Parameter(X), nn.Parameter(X)])
+    matrices = [nn.ParameterList([nn.Parameter(torch.ones(5, 4)) for _ in range(2)])]
+    assert_type(mk.snr_trans(inputs, matrices, torch.ones(1, 2)), tuple[Tensor, ...])
+    assert_type(mk.snr_aver(inputs, torch.ones(1, 2)), tuple[Tensor, ...])
+
+
 def gradients() -> None:
     grads: list[list[Tensor | None]] = [[torch.ones(3), None], [torch.ones(3), torch.ones(2)]]
     assert_type(mk.gram(grads), Tensor)

@@ -18,13 +18,13 @@ from mtlkernels.ops._call import (
     traced_under_func,
     under_autocast,
 )
-from mtlkernels.ops._checks import check_logits, check_routing, check_tensor, shape_of
+from mtlkernels.ops._checks import Tensors, check_logits, check_routing, check_tensor, shape_of
 from mtlkernels.ops.gated_mixture.autograd import GatedMixture, ListMixture, Plan
 from mtlkernels.ops.gated_mixture.plain import logits_by_gate, mix
 from mtlkernels.routing import Routing
 
 
-def gated_mixture(experts: Tensor, gate_logits: Tensor | Sequence[Tensor], routing: Routing) -> tuple[Tensor, ...]:
+def gated_mixture(experts: Tensor, gate_logits: Tensor | Tensors, routing: Routing) -> tuple[Tensor, ...]:
     """Mixes experts' outputs by every gate at once: ``y_k = sum_e softmax(logits_k)_e * experts[:, e]``.
 
     The mixing of MMoE (Ma et al., KDD 2018, equations 6 and 7) and of PLE (Tang et al., RecSys 2020). The softmax and

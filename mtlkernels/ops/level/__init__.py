@@ -12,29 +12,30 @@ from torch import Tensor, nn
 
 from mtlkernels import _decisions, _torch
 from mtlkernels.ops._call import needs_plain, why_checked
+from mtlkernels.ops._checks import Tensors
 from mtlkernels.ops.level import plain
 from mtlkernels.ops.level.call import evaluate
 from mtlkernels.ops.level.checks import check_arguments
 from mtlkernels.ops.level.direct import OBSERVED, direct, note_direct
 from mtlkernels.routing import Routing
 
-PerExpert = Tensor | Sequence[Tensor]
+PerExpert = Tensor | Tensors
 
 
 def expert_mixture(
-    inputs: Tensor | Sequence[Tensor],
-    weights: Sequence[PerExpert],
-    biases: Sequence[PerExpert | None] | None,
-    gate_logits: Tensor | Sequence[Tensor] | None,
+    inputs: Tensor | Tensors,
+    weights: Sequence[PerExpert] | nn.ParameterList,
+    biases: Sequence[PerExpert | None] | nn.ParameterList | None,
+    gate_logits: Tensor | Tensors | None,
     routing: Routing,
     *,
     activation: str | Sequence[str] = "relu",
-    gate_weights: Tensor | Sequence[Tensor] | None = None,
-    gate_biases: Tensor | Sequence[Tensor | None] | None = None,
-    gate_norms: Sequence[nn.Module | None] | None = None,
-    norms: Sequence[Sequence[nn.Module] | None] | None = None,
+    gate_weights: Tensor | Tensors | None = None,
+    gate_biases: Tensor | Sequence[Tensor | None] | nn.ParameterList | None = None,
+    gate_norms: Sequence[nn.Module | None] | nn.ModuleList | None = None,
+    norms: Sequence[Sequence[nn.Module] | nn.ModuleList | None] | nn.ModuleList | None = None,
     dropout: float | Sequence[float] = 0.0,
-    slopes: Sequence[PerExpert | None] | None = None,
+    slopes: Sequence[PerExpert | None] | nn.ParameterList | None = None,
     dice_eps: float | Sequence[float] = 1e-3,
 ) -> tuple[Tensor, ...]:
     """Evaluates every expert of a level and mixes them by every gate, without storing the experts' outputs.

@@ -10,6 +10,7 @@ from torch import Tensor
 from mtlkernels.ops._checks import (
     Like,
     as_sequence,
+    check_dense,
     check_like,
     check_logits,
     check_parameter,
@@ -130,9 +131,10 @@ def check_weights(weights: Any, routing: Routing, like: Like) -> list[list[Tenso
         out = layer[0].shape[0]
         for e, tensor in enumerate(layer):
             if tensor.shape[0] != out or tensor.shape[1] != width:
-                across = tensor.shape[0] == width and layer[0].shape[0] == out
+                across = tensor.shape[0] == width and (e == 0 or tensor.shape[1] == out)
                 hint = ": transpose it, as rows are outputs here, as in nn.Linear" if across else ""
-                raise ValueError(f"weights[{i}][{e}] must have shape [{out}, {width}], got {shape_of(tensor)}{hint}")
+                rows = "H_out" if across and e == 0 else out  # `out` is its own, so that of one that lies across
+                raise ValueError(f"weights[{i}][{e}] must have shape [{rows}, {width}], got {shape_of(tensor)}{hint}")
         layers.append(layer)
         width = out
     return layers
@@ -166,6 +168,7 @@ def _per_gate(name: str, value: Any, sizes: list[int]) -> list[Any]:
     """An entry a gate, from a sequence or from one tensor in which the gates' rows follow each other."""
     if not isinstance(value, Tensor):
         return list(as_sequence(name, value, "a tensor or a sequence with an entry a gate"))
+    check_dense(name, value)
     if value.dim() == 0 or value.shape[0] != sum(sizes):
         raise ValueError(f"{name} must have {sum(sizes)} rows, one for each expert of each gate, got {shape_of(value)}")
     return list(value.split(sizes))

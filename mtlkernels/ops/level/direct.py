@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _decisions, _extension
@@ -17,6 +20,7 @@ from mtlkernels.ops.level.spec import Layer
 from mtlkernels.routing import Routing
 
 _LISTS = (list, tuple)
+_LISTS_OF_MODULES = (list, tuple, nn.ModuleList)
 # Why a call is not for the direct way, where that is found out later, if anybody asks.
 OBSERVED = "something looks on"
 _ODD = "the arguments are not plain tensors of one dtype in lists, of shapes that fit"
@@ -48,6 +52,8 @@ def direct(
         return "inputs are not plain tensors"
     if not _extension.has_module():
         return "there is no direct way from this Python"
+    if not (type(dice_eps) is float and 0.0 < dice_eps < math.inf) and not _are_eps(dice_eps, weights):
+        return _ODD
     keeps = lists.known_by(weights, biases, gates, routing, activation) if norms is None and slopes is None else None
     if keeps is not None and first.is_cpu:
         kept = lists.kept_lists().serve(inputs, *keeps)
@@ -72,11 +78,9 @@ def direct(
     epsilons = None
     if sloped:
         epsilons = [dice_eps] * len(layers) if isinstance(dice_eps, float) else dice_eps
-        if not isinstance(epsilons, _LISTS) or not all(isinstance(eps, float) for eps in epsilons):
-            return _ODD
-    running, running_gates = parts_of_norms(norms, gates[3])
+    running, running_gates = parts_of_norms(norms, gates[3], routing, first.dtype)
     if running is NotImplemented or running_gates is NotImplemented:
-        return "a norm is not a plain batch norm by running statistics"
+        return "norms are not plain batch norms by running statistics, of one eps and dtype within a layer"
     spec = spec_of(routing.wiring, len(inputs) if several else 1, layers, gates[1] is not None and not sloped)
     way = spec.encoded[0], not spec.unread, _backends.forced() is not None
     found: tuple[Tensor, ...] | None = _extension.function("level")(
@@ -101,6 +105,13 @@ def _refusal(inputs: Any, weights: Any, gates: tuple[Any, Any, Any, Any], routin
     if several and gates[1] is not None and 1 < len(inputs) < routing.num_gates:
         return _ODD
     return _ODD if (gates[1] is None if gates[0] is None else gates[1:] != (None, None, None)) else None
+
+
+def _are_eps(dice_eps: Any, weights: Any) -> bool:
+    """Whether it is a positive number a layer."""
+    if not (isinstance(dice_eps, _LISTS) and isinstance(weights, _LISTS) and len(dice_eps) == len(weights)):
+        return False
+    return all(isinstance(eps, float) and 0.0 < eps < math.inf for eps in dice_eps)
 
 
 def note_direct(inputs: Any) -> None:
@@ -155,22 +166,62 @@ def _on_gpu(
     return tuple(with_node(tensors, results, spec.encoded[0], _backends.forced() is not None))
 
 
-def parts_of_norms(norms: Any, gate_norms: Any) -> tuple[Any, Any]:
-    """What C++ takes of batch norms by running statistics, experts' by layer and gates'; NotImplemented for others."""
-    return None if norms is None else _running(norms), None if gate_norms is None else _parts(gate_norms)
+def parts_of_norms(norms: Any, gate_norms: Any, routing: Routing, dtype: torch.dtype) -> tuple[Any, Any]:
+    """What C++ takes of batch norms by running statistics, experts' by layer and gates', beside inputs of ``dtype``.
+
+    NotImplemented for others, and for some that do not go together, so that the checks in Python say why; C++ checks
+    numbers of experts and layers, shapes and devices itself.
+    """
+    by_layer = None if norms is None else _of_layers(norms, dtype)
+    return by_layer, None if gate_norms is None else _of_gates(gate_norms, routing, dtype)
 
 
-def _parts(norms: Any) -> Any:
-    """Of norms of which any may be None."""
-    if not isinstance(norms, (*_LISTS, nn.ModuleList)):
+def _of_layers(norms: Any, dtype: torch.dtype) -> Any:
+    """The parts by layer, None for a layer without norms."""
+    if not isinstance(norms, _LISTS_OF_MODULES):
+        return NotImplemented
+    own: list[Any] = [layer for layer in norms if layer is not None]
+    layers = [None if layer is None else _of_layer(layer, dtype) for layer in norms]
+    if any([layer is NotImplemented for layer in layers]) or len(set().union(*own)) != sum(map(len, own)):
+        return NotImplemented
+    return layers
+
+
+def _of_layer(norms: Any, dtype: torch.dtype) -> Any:
+    """The parts of a layer's norms, all of one eps."""
+    if not isinstance(norms, _LISTS_OF_MODULES) or not norms:
+        return NotImplemented
+    modules: list[Any] = list(norms)
+    parts: list[Any] = list(map(running_parts, modules))
+    return NotImplemented if None in parts or not _are_whole(modules, parts, dtype) else parts
+
+
+def _of_gates(norms: Any, routing: Routing, dtype: torch.dtype) -> Any:
+    """The parts of the gates' norms, of which any may be None."""
+    if not isinstance(norms, _LISTS_OF_MODULES) or len(norms) != routing.num_gates:
         return NotImplemented
     parts = [None if norm is None else running_parts(norm) or NotImplemented for norm in norms]
-    return NotImplemented if any(part is NotImplemented for part in parts) else parts
+    modules: Any = norms
+    for norm, own in zip(modules, parts, strict=True):
+        if own is NotImplemented or (own is not None and not _are_whole([norm], [own], dtype)):
+            return NotImplemented
+    return parts
 
 
-def _running(norms: Any) -> Any:
-    """The same for each layer."""
-    if not isinstance(norms, (*_LISTS, nn.ModuleList)):
-        return NotImplemented
-    layers = [None if layer is None else _parts(layer) for layer in norms]
-    return NotImplemented if any(layer is NotImplemented for layer in layers) else layers
+def _are_whole(norms: list[Any], parts: list[Any], dtype: torch.dtype) -> bool:
+    """Whether ``check_module`` takes the norms, of one width and eps, beside inputs of ``dtype``; C++ asks for more."""
+    width, eps = norms[0].num_features, norms[0].eps
+    for norm, (mean, variance, weight, bias, own_eps) in zip(norms, parts, strict=True):
+        if own_eps != eps or norm.num_features != width:
+            return False
+        same = mean.dtype is dtype and variance.dtype is dtype and weight is not None and weight.dtype is dtype
+        same = same and bias is not None and bias.dtype is dtype
+        if not same and not _go_with(dtype, (mean, variance, weight, bias)):
+            return False
+    return type(eps) in (float, int) and eps >= 0 and parts[0][0].shape == (width,)
+
+
+def _go_with(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a norm's tensors may lie beside inputs of ``dtype``, as ``check_parameter`` has it."""
+    others = {tensor.dtype for tensor in tensors if tensor is not None} - {dtype}
+    return not others or (others == {torch.float32} and dtype in (torch.bfloat16, torch.float16))

@@ -138,7 +138,8 @@ def _kept(
 ) -> Any:
     """Nothing but a level without slopes, whose norms take running statistics and whose gates are linear layers."""
     spec = _spec_ints(options["activation"], len(weights), inputs, routing)
-    norms, gate_norms = parts_of_norms(options.get("norms"), gates.get("gate_norms"))
+    first = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
+    norms, gate_norms = parts_of_norms(options.get("norms"), gates.get("gate_norms"), routing, first.dtype)
     if spec is None or options.get("dropout") or norms is NotImplemented or gate_norms is NotImplemented:
         return None
     of_gates = gates["gate_weights"], gates.get("gate_biases")

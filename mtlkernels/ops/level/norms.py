@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels import _torch
-from mtlkernels.ops._checks import Like, as_sequence, check_parameter, numbers_by_layer, shape_of
+from mtlkernels.ops._checks import Like, as_sequence, check_parameter, check_tensor, numbers_by_layer, shape_of
 from mtlkernels.ops._folding import fold, scale_and_shift, uses_running
 from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM
 from mtlkernels.routing import Routing
@@ -74,7 +74,7 @@ def _check_layer(name: str, entry: Any, width: int, routing: Routing, like: Like
 
 
 def check_module(name: str, module: Any, width: int, like: Like) -> None:
-    """A norm of ``width`` features, with parameters that go with the input."""
+    """A norm of ``width`` features, whose parameters and running statistics go with the input."""
     shape = (module.num_features,) if type(module) is nn.BatchNorm1d else module.normalized_shape
     if tuple(shape) != (width,):
         raise ValueError(f"{name} must normalize the {width} features of its layer, got {list(shape)}")
@@ -83,6 +83,25 @@ def check_module(name: str, module: Any, width: int, like: Like) -> None:
         if tensor is None:
             continue
         if tensor.shape != (width,):
+            raise ValueError(f"{name}.{part} must have shape [{width}], got {shape_of(tensor)}")
+        check_parameter(f"{name}.{part}", tensor, "inputs", like)
+    if isinstance(module.eps, bool) or not isinstance(module.eps, (int, float)):
+        raise TypeError(f"{name}.eps must be a number, got {type(module.eps).__name__}")
+    if type(module) is nn.BatchNorm1d:
+        if not module.eps >= 0:
+            raise ValueError(f"{name}.eps must be at least 0, got {module.eps}")
+        if module.track_running_stats or not module.training:
+            _check_statistics(name, module, width, like)
+
+
+def _check_statistics(name: str, module: Any, width: int, like: Like) -> None:
+    """The running mean and variance of a batch norm that reads them or brings them up to date: both, or neither."""
+    if module.running_mean is None and module.running_var is None:
+        return
+    for part in ("running_mean", "running_var"):
+        tensor = getattr(module, part)
+        check_tensor(f"{name}.{part}", tensor, 1, f"[{width}]")
+        if tensor.shape[0] != width:
             raise ValueError(f"{name}.{part} must have shape [{width}], got {shape_of(tensor)}")
         check_parameter(f"{name}.{part}", tensor, "inputs", like)
 
@@ -209,13 +228,19 @@ def update_running_statistics(
 def running_parts(norm: Any) -> tuple[Any, ...] | None:
     """Mean, variance, weight, bias and eps of a batch norm by running statistics; None for any other norm.
 
-    Past ``nn.Module.__getattr__``, which takes longer than all of this; a norm whose parameters are made by a
-    parametrization has them elsewhere.
+    By :func:`uses_running`, but past ``nn.Module.__getattr__``, which takes longer than all of this; a norm whose
+    parameters are made by a parametrization has them elsewhere.
     """
-    if not uses_running(norm) or "weight" not in norm._parameters or "bias" not in norm._parameters:
+    if type(norm) is not nn.BatchNorm1d:
         return None
-    parameters, buffers = norm._parameters, norm._buffers
-    return buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], norm.eps
+    own = norm.__dict__
+    parameters, buffers = own["_parameters"], own["_buffers"]
+    if own["training"] or "weight" not in parameters or "bias" not in parameters:
+        return None
+    mean, variance = buffers.get("running_mean"), buffers.get("running_var")
+    if mean is None or variance is None:
+        return None
+    return mean, variance, parameters["weight"], parameters["bias"], own["eps"]
 
 
 def check_gate_norms(norms: Any, weights: Sequence[Tensor] | None, like: Like) -> list[Any]:
@@ -224,7 +249,7 @@ def check_gate_norms(norms: Any, weights: Sequence[Tensor] | None, like: Like) -
         return []
     if weights is None:
         raise ValueError("gate_norms must be None without gate_weights, got norms")
-    modules = list(as_sequence("gate_norms", norms, "None or a sequence with an entry a gate"))
+    modules = _entries("gate_norms", norms, "None or a sequence with an entry a gate")
     if len(modules) != len(weights):
         raise ValueError(f"gate_norms must hold an entry for each of {len(weights)} gates, got {len(modules)}")
     for k, (module, weight) in enumerate(zip(modules, weights, strict=True)):

@@ -193,7 +193,7 @@ def draw_order(
     if order is not None:
         if generator is not None:
             raise ValueError("generator must be None where order is given, got both")
-        return moved(check_order(order, num_tasks).to(torch.int64), device)
+        return moved(check_order(order, num_tasks, device).to(torch.int64), device)
     if not project:
         return None
     where = device if generator is None else generator.device

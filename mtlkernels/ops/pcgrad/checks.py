@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _torch
-from mtlkernels.ops._checks import DTYPES, shape_of
+from mtlkernels.ops._checks import DTYPES, check_dense, shape_of
 from mtlkernels.ops._layout import first_of
 from mtlkernels.ops.pcgrad.sparse import is_sparse
 
@@ -31,6 +31,18 @@ def check_gradients(grads: Sequence[Any], num_tasks: int, *, dense: bool = False
 
     ``each``: there is one for each parameter.
     """
+    try:
+        _check_columns(grads, num_tasks, dense, each)
+    except RuntimeError:  # a nested tensor has no shape to compare; to ask each whether it is one would take a while
+        for at, grad in enumerate(grads):
+            if isinstance(grad, Tensor) and grad.is_nested:
+                kinds = "dense" if dense else "dense or sparse_coo"
+                where = f"grads[{at % num_tasks}][{at // num_tasks}]"
+                raise TypeError(f"{where} must be {kinds}, got a nested one") from None
+        raise
+
+
+def _check_columns(grads: Sequence[Any], num_tasks: int, dense: bool, each: bool) -> None:
     first = first_of(grads)
     device = first.device if isinstance(first, Tensor) else None
     for start in range(0, len(grads), num_tasks):
@@ -119,6 +131,7 @@ def check_gram(gram: Any) -> None:
         raise TypeError(f"gram must be a tensor [T, T], got {type(gram).__name__}")
     if gram.dtype != torch.float64:
         raise TypeError(f"gram must be float64, got {gram.dtype}")
+    check_dense("gram", gram)
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
         raise ValueError(f"gram must have shape [T, T] with T at least 1, got {shape_of(gram)}")
 
@@ -148,12 +161,20 @@ def check_reduction(reduction: Any) -> None:
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
 
 
-def check_order(order: Any, num_tasks: int) -> Tensor:
-    """``order`` as a tensor; its entries are looked at unless they are on a GPU, where that would wait for it."""
+def check_order(order: Any, num_tasks: int, device: torch.device) -> Tensor:
+    """``order``, which is to be moved to ``device``, as a tensor.
+
+    Its entries are looked at unless they are on a GPU, where that would wait for it.
+    """
     if isinstance(order, (list, tuple)):
-        order = torch.tensor(order)
+        order = _order_of(order, num_tasks)
     if not isinstance(order, Tensor):
         raise TypeError(f"order must be a tensor of integers or nested lists of them, got {type(order).__name__}")
+    check_dense("order", order)
+    if order.is_quantized:
+        raise TypeError(f"order must hold integers, got {order.dtype}")
+    if order.is_meta and device.type != "meta":
+        raise ValueError(f"order must have entries, as on {device}, got one on meta")
     shapes = ((num_tasks, num_tasks - 1), (num_tasks, num_tasks))
     if order.shape not in shapes:
         raise ValueError(f"order must have shape {list(shapes[0])} or {list(shapes[1])}, got {shape_of(order)}")
@@ -166,6 +187,22 @@ def check_order(order: Any, num_tasks: int) -> Tensor:
             if len(set(row)) != len(row):
                 raise ValueError(f"order[{i}] must hold each task at most once, got {row}")
     return order
+
+
+def _order_of(rows: Sequence[Any], num_tasks: int) -> Tensor:
+    """Nested lists as a tensor; where PyTorch makes none of them, what is wrong with them."""
+    try:
+        return torch.tensor(rows, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        for i, row in enumerate(rows):
+            if isinstance(row, (str, bytes)) or not isinstance(row, Sequence):
+                raise TypeError(f"order[{i}] must be a list of integers, got {type(row).__name__}") from error
+            for j in row:
+                if isinstance(j, bool) or not isinstance(j, int):
+                    raise TypeError(f"order[{i}] must hold integers, got {type(j).__name__}") from error
+            if any(not 0 <= j < num_tasks for j in row):
+                raise ValueError(f"order[{i}] must hold tasks in [0, {num_tasks}), got {row}") from error
+        raise ValueError(f"order must have rows of one length, got {[len(row) for row in rows]}") from error
 
 
 def check_generator(generator: Any) -> None:

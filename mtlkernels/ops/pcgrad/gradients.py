@@ -43,6 +43,8 @@ def flattened(grads: Any) -> tuple[list[Any], int]:
             f"grads must not be sharded over its dimension of tasks, got {grads.placements}: redistribute it before"
         )
     if isinstance(grads, Tensor):
+        if grads.is_nested:
+            raise TypeError("grads must be a dense matrix or a sequence of sequences, got a nested one")
         if grads.dim() != 2:
             raise ValueError(f"grads must be a matrix [T, P] or a sequence of T sequences, got {shape_of(grads)}")
         if grads.layout != torch.strided:

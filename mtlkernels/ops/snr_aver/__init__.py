@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from mtlkernels.ops._call import (
     traced_under_func,
     under_autocast,
 )
-from mtlkernels.ops._checks import shape_of
+from mtlkernels.ops._checks import Tensors, shape_of
 from mtlkernels.ops._snr import (
     Plan,
     Routes,
@@ -33,7 +32,7 @@ from mtlkernels.ops.snr_aver import reference, schema  # noqa: F401  (it defines
 register("snr_aver", reference)
 
 
-def snr_aver(u: Tensor | Sequence[Tensor], z: Tensor, *, closed_grad: bool = True) -> tuple[Tensor, ...]:
+def snr_aver(u: Tensor | Tensors, z: Tensor, *, closed_grad: bool = True) -> tuple[Tensor, ...]:
     """What I sub-networks read of the J below: ``v_i = sum_j z_ij u_j``.
 
     SNR-Aver (Ma et al., AAAI 2019, equation 4). A route with ``z_ij = 0`` is closed: it takes no part, also where

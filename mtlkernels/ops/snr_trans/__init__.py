@@ -16,6 +16,7 @@ from mtlkernels.ops._call import (
     traced_under_func,
     under_autocast,
 )
+from mtlkernels.ops._checks import Tensors
 from mtlkernels.ops._snr import (
     Plan,
     Routes,
@@ -34,8 +35,8 @@ register("snr_trans", reference)
 
 
 def snr_trans(
-    u: Tensor | Sequence[Tensor],
-    weight: Tensor | Sequence[Sequence[Tensor]],
+    u: Tensor | Tensors,
+    weight: Tensor | Sequence[Tensors],
     z: Tensor,
     *,
     closed_grad: bool = True,
@@ -95,8 +96,14 @@ def _serve(u: Any, weight: Any, z: Any) -> tuple[Tensor, ...] | None:
     """The short way, for arguments whose nesting the operator's flat lists cannot hide."""
     if isinstance(weight, Tensor):
         return direct("snr_trans", u, [weight], z) if weight.dim() == 4 else None
+    if isinstance(u, (list, tuple)):
+        count = len(u)
+    elif isinstance(u, Tensor) and u.dim() == 3:
+        count = u.size(0)
+    else:
+        return None
     if not isinstance(weight, (list, tuple)) or any(
-        not isinstance(row, (list, tuple)) or len(row) != len(u) for row in weight
+        not isinstance(row, (list, tuple)) or len(row) != count for row in weight
     ):
         return None
     return direct("snr_trans", u, [matrix for row in weight for matrix in row], z)

@@ -17,6 +17,8 @@ LONG = torch.int64
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PyTorch says that the layout is in beta
     CSR = B.to_sparse_csr()
+    QUANTIZED = torch.quantize_per_tensor(torch.ones(2, 1), 1.0, 0, torch.qint8)
+    NESTED = torch.nested.nested_tensor([A, A])
 
 BAD_GRADS: list[tuple[str, Any, type[Exception], str]] = [
     ("a kind", 3.0, TypeError, r"grads must be a matrix \[T, P\] or a sequence over T tasks, got float"),
@@ -32,6 +34,9 @@ BAD_GRADS: list[tuple[str, Any, type[Exception], str]] = [
     ("a layout", [[CSR]], TypeError, r"grads\[0\]\[0\] must be dense or sparse_coo, .*sparse_csr"),
     ("a shape", [[A, B], [A, A]], ValueError, r"grads\[1\]\[1\] must have shape \[2, 2\] as other tasks .* \[3\]"),
     ("a dtype", [[A], [A.double()]], TypeError, r"grads\[1\]\[0\] must have dtype torch.float32 .* torch.float64"),
+    ("a nested gradient", [[A, B], [A, NESTED]], TypeError, r"grads\[1\]\[1\] must be dense or .*, got a nested one"),
+    ("nested gradients", [[NESTED], [NESTED]], TypeError, r"grads\[0\]\[0\] must be dense or .*, got a nested one"),
+    ("a nested matrix", NESTED, TypeError, r"grads must be a dense matrix .*, got a nested one"),
     ("a device", [[A], [A.to("meta")]], ValueError, r"grads\[1\]\[0\] must be on cpu as the first .* got meta"),
 ]
 
@@ -57,6 +62,21 @@ BAD_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("order", [[1], [2]], ValueError, r"order\[1\] must hold tasks in \[0, 2\), got \[2\]"),
     ("order", [[-1], [0]], ValueError, r"order\[0\] must hold tasks in \[0, 2\), got \[-1\]"),
     ("order", [[0, 1], [1, 1]], ValueError, r"order\[1\] must hold each task at most once, got \[1, 1\]"),
+    ("order", [[1, 0], [0]], ValueError, r"order must have rows of one length, got \[2, 1\]"),
+    ("order", [["1"], [0]], TypeError, r"order\[0\] must hold integers, got str"),
+    ("order", ["1", "0"], TypeError, r"order\[0\] must be a list of integers, got str"),
+    ("order", [[1], [None]], TypeError, r"order\[1\] must hold integers, got NoneType"),
+    ("order", [[1], None], TypeError, r"order\[1\] must be a list of integers, got NoneType"),
+    ("order", [[2**70], [0]], ValueError, r"order\[0\] must hold tasks in \[0, 2\), got \[1180591620717411303424\]"),
+    (
+        "order",
+        torch.ones(2, 1, dtype=LONG, device="meta"),
+        ValueError,
+        "order must have entries, as on cpu, got one on meta",
+    ),
+    ("order", torch.ones(2, 1, dtype=LONG).to_sparse(), TypeError, "order must be a dense tensor, got layout"),
+    ("order", QUANTIZED, TypeError, r"order must hold integers, got torch.qint8"),
+    ("order", NESTED, TypeError, "order must be a dense tensor, got a nested one"),
 ]
 
 BAD_GRAMS: list[tuple[Any, type[Exception], str]] = [
@@ -64,6 +84,8 @@ BAD_GRAMS: list[tuple[Any, type[Exception], str]] = [
     (torch.eye(2), TypeError, r"gram must be float64, got torch.float32"),
     (torch.zeros(2, 3, dtype=torch.float64), ValueError, r"gram must have shape \[T, T\] .*, got \[2, 3\]"),
     (torch.zeros(0, 0, dtype=torch.float64), ValueError, r"gram must have shape \[T, T\] .*, got \[0, 0\]"),
+    (torch.eye(2).double().to_sparse(), TypeError, "gram must be a dense tensor, got layout torch.sparse_coo"),
+    (NESTED.double(), TypeError, "gram must be a dense tensor, got a nested one"),
 ]
 
 

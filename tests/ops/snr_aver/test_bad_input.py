@@ -17,6 +17,7 @@ U, Z = torch.zeros(2, 5, 3), torch.ones(4, 2)
     "arguments, error, message",
     [
         (([U[0], U[1, :, :2]], Z), ValueError, r"u\[1\] must have the width of u\[0\], 3, got \[5, 2\]"),
+        ((U[0, 0, 0], Z), ValueError, r"u must have shape \[J, B, D_in\], got \[\]"),
         ((U, Z[:, :1]), ValueError, r"z must have shape \[I, 2\].*, got \[4, 1\]"),
         ((U, Z[:0]), ValueError, r"z must have shape \[I, 2\].*, got \[0, 2\]"),
         ((U, Z.long()), TypeError, "z must be float32, bfloat16, float16 or float64, got torch.int64"),

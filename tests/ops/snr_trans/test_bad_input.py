@@ -20,6 +20,9 @@ GRADS = [torch.zeros(5, 6)] * 4
     [
         ((1, W, Z), TypeError, "u must be a tensor .* or a sequence of J tensors.*, got int"),
         ((U[0], W, Z), ValueError, r"u must have shape \[J, B, D_in\], got \[5, 3\]"),
+        ((U[0, 0, 0], W, Z), ValueError, r"u must have shape \[J, B, D_in\], got \[\]"),
+        ((U[0, 0, 0], [[W[0, 0]]], Z[:1]), ValueError, r"u must have shape \[J, B, D_in\], got \[\]"),
+        ((1, [[W[0, 0]]], Z[:1]), TypeError, "u must be a tensor .* or a sequence of J tensors.*, got int"),
         ((U[:0], W, Z), ValueError, "u must hold the output of at least one sub-network"),
         (([], W, Z), ValueError, "u must hold the output of at least one sub-network, got none"),
         (([U[0], U[1, :4]], W, Z), ValueError, r"u\[1\] must have as many rows as u\[0\], 5, got \[4, 3\]"),

@@ -1,0 +1,69 @@
+"""The situations in which a conversion is tried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Enough for batch statistics, few enough for a trial to take no time.
+ROWS = 5
+# Multiplications of a forward pass that is to show what happens in a large batch.
+LARGE_WORK, LARGE_ROWS = 2e8, 1100
+
+
+@dataclass(frozen=True)
+class Situation:
+    """How both ways are run once: in training or not, with how many rows, of what size, and whether with gradients.
+
+    ``scale`` is that of the inputs, ``weights`` that of the matrices, ``signed`` whether vectors have numbers of either
+    sign, ``special`` whether a row of the inputs is zero and one not a number; ``needed`` is False where the original
+    may fail.
+    """
+
+    words: str
+    training: bool
+    rows: int = ROWS
+    scale: float = 1.0
+    weights: float | None = None
+    signed: bool = False
+    special: bool = False
+    gradients: bool = False
+    autocast: bool = False
+    needed: bool = True
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def tolerance(self) -> float:
+        """Relative to the largest number; sums of large logits round more."""
+        if self.dtype != torch.float64:
+            return 0.1 if self.autocast or self.dtype == torch.bfloat16 else 1e-3
+        return 1e-9 if self.scale <= 1 and self.weights in (None, 1.0) else 1e-6
+
+
+# In this order, so that the report names the most ordinary situation in which there is a difference.
+SITUATIONS = (
+    Situation("in evaluation", False, gradients=True),
+    Situation("in training", True, gradients=True),
+    Situation("in training on 2 rows", True, rows=2, needed=False),
+    Situation("in evaluation on 1 row", False, rows=1, needed=False),
+    Situation("in training on 1 row", True, rows=1, needed=False),
+    Situation("in evaluation on no rows", False, rows=0, needed=False),
+    Situation("in training with small inputs", True, scale=1e-3),
+    Situation("in evaluation with large inputs", False, scale=1e3),
+    Situation("in training with large inputs", True, scale=30.0, gradients=True),
+    Situation("under autocast", True, autocast=True),
+    Situation("in evaluation with large weights", False, scale=3.0, weights=20.0),
+    Situation("in training with large weights", True, scale=3.0, weights=20.0),
+    Situation("in evaluation with signed vectors", False, weights=1.0, signed=True, needed=False),
+    Situation("in evaluation on many rows", False, rows=LARGE_ROWS, weights=1.0),
+    Situation("in training on many rows", True, rows=LARGE_ROWS),
+    Situation("in evaluation with rows of zeros and NaN", False, special=True, needed=False),
+)
+# In which rounding hides small differences, and code sees another dtype, or autocast, which leaves float64 alone.
+OTHER_DTYPES = (
+    Situation("in evaluation in float32", False, weights=1.0, needed=False, dtype=torch.float32),
+    Situation("in evaluation in float32 under autocast", False, autocast=True, needed=False, dtype=torch.float32),
+    Situation("in evaluation in bfloat16", False, needed=False, dtype=torch.bfloat16),
+)
+AS_IT_IS = Situation("in evaluation with the values that it has", False, scale=2.0, needed=False)
