@@ -17,12 +17,17 @@ BY_CONSTRUCTION = "its callers never bring the other side; kept so that the func
 CONSTANT = "the other side is another instruction set's, or folded away in these instances"
 
 EXCEPTIONS: dict[str, dict[str, str]] = {
+    "csrc/below_autograd.cpp": {
+        "return tensor.defined() && ((records": BY_CONSTRUCTION,
+        "new torch::Library(torch::Library::IMPL,": FAILED_ALLOCATION,
+    },
     "csrc/cpu/gemm/kept_weights.cpp": {
         "static auto* kept = new KeptWeights;": FAILED_ALLOCATION,
     },
     "csrc/cpu/gemm/pair_engine.h": {
         "_mm512_storeu_si512(place + p * kBlock, Split::interleaved(even[p], odd[p]));": CONSTANT,
     },
+    "csrc/cpu/gemm/weight_forms.h": {"return engine.form == WeightForm::kPrepared &&": OTHER_PROCESSOR},
     "csrc/cpu/level/affine.h": {"switch (part.dtype) {": NO_OTHER_VALUE},
     "csrc/cpu/level/chain_backward_kernels.h": {"if (use == end) std::memset(s_.whole": BY_CONSTRUCTION},
     "csrc/cpu/level/chain_forward_kernels.h": {
@@ -63,7 +68,10 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "static auto* pool = new MemoryPool;": FAILED_ALLOCATION,
         "const auto give_back = [](void* context)": LIBRARY,
     },
-    "csrc/cpu/runtime/tensors.cpp": {"MTLK_CHECK_TYPE(x.defined()": CHECKED_BY_SCHEMA},
+    "csrc/cpu/runtime/tensors.cpp": {
+        "MTLK_CHECK_TYPE(x.defined()": CHECKED_BY_SCHEMA,
+        "MTLK_CHECK_TYPE(!tensor.unsafeGetTensorImpl()->is_python_dispatch() &&": CHECKED_BEFORE,
+    },
     "csrc/cpu/simd/simd.h": {"return kVectorBytes > 16 &&": CONSTANT},
     "csrc/cpu/snr/snr_aver_kernels.h": {"if (p < 0) continue;": BY_CONSTRUCTION},
     "csrc/cpu/snr/snr_call.cpp": {'TORCH_CHECK_VALUE(!tensors.empty(), "mtlkernels: "': CHECKED_BEFORE},
@@ -81,7 +89,16 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "csrc/kept_level.cpp": {
         "if (!stored || !all_parameters(stored->call, held)) return nullptr;": BY_CONSTRUCTION,
         "if (!spec || !read_level(*spec, no_inputs.ptr()": CHECKED_BEFORE,
+        "} catch (const Refused&) {": LIBRARY,
+        "if (!read_streams(inputs.ptr(), streams) || streams.empty())": CHECKED_BEFORE,
+        "const bool by_cpp = backend == Py_None ||": BY_CONSTRUCTION,
+        "(backend && PyUnicode_Check(backend) &&": BY_CONSTRUCTION,
+        "return is_of(first, reinterpret_cast<PyObject*>(THPVariableClass)) &&": CHECKED_BEFORE,
         'interned("': INTERNED,
+    },
+    "csrc/kept_level.h": {
+        "if (tensor.defined() && !holds(tensor)) return false;": BY_CONSTRUCTION,
+        "if (part->defined() && !holds(*part)) return false;": BY_CONSTRUCTION,
     },
     "csrc/kept_lists.cpp": {
         "if (!stored || !stored->call.tensors.linear_gates)": CHECKED_BEFORE,
@@ -92,6 +109,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "if (!stored || !all_parameters(stored->call, [&]": BY_CONSTRUCTION,
         "return is_tensor(object) && visit": BY_CONSTRUCTION,
     },
+    "csrc/linears.cpp": {"biases.append(biases_[i] ? py::object(": LIBRARY},
     "csrc/level_node.cpp": {
         "} catch (py::error_already_set& error) {": LIBRARY,
         "auto* const own = dynamic_cast<LevelNode*>(function);": LIBRARY,
@@ -100,6 +118,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "csrc/modules.h": {
         "if (!own) return PyErr_Clear(), nullptr;": BY_CONSTRUCTION,
         "return own ? entry(own, name) : nullptr;": BY_CONSTRUCTION,
+        "if (own) weight = entry(own, of_weight);": BY_CONSTRUCTION,
+        "if (!PyDict_CheckExact(experts)) return false;": CHECKED_BEFORE,
         'interned("': INTERNED,
     },
     "csrc/operators.cpp": {

@@ -158,6 +158,14 @@ def test_objects_that_are_no_modules_are_left_to_python() -> None:
         assert _extension.function("linears")(experts, Expert, nn.Linear, nn.Parameter, nn.Dropout, True) is None
 
 
+def test_no_experts_and_many_layers() -> None:
+    assert in_cpp(nn.ModuleList(), heard=True) == ([], [], True)
+    experts = mk.nn.MMoE(4, 2, (2,) * 65, num_experts=2).level.experts
+    assert in_cpp(experts, heard=True) is None  # of as many as that C++ keeps no account
+    weights, _, bare = _linears(experts._modules.values(), True)  # type: ignore[misc]
+    assert len(weights) == 65 and bare
+
+
 def test_no_reference_is_lost_or_kept() -> None:
     experts = level()
     weight, bias = first(experts).weight, first(experts).bias
