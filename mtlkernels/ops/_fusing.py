@@ -170,6 +170,8 @@ def kind_of_norm(norm: Any) -> tuple[Any, ...] | None:
     kind = type(norm)
     if (kind is not nn.BatchNorm1d and kind is not nn.LayerNorm) or "forward" in norm.__dict__:
         return None
+    if kind is nn.BatchNorm1d and "running_mean" not in norm._buffers:  # but a parameter, say, that has taken its name
+        return None
     return kind, norm.eps, uses_running(norm)
 
 

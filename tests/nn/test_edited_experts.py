@@ -137,3 +137,19 @@ def test_norms_that_all_experts_get() -> None:
         _append_norms(expert)
     for y, right in zip(model(x), model.level._by_modules([x]), strict=True):
         torch.testing.assert_close(y, right)
+
+
+def test_statistics_that_are_parameters() -> None:
+    """They are no buffers any more, and PyTorch takes them all the same."""
+    model, x = _level(batch_norm=True).eval(), torch.randn(30, 12)
+    _calls(model, x)
+    for expert in model.level.experts:
+        expert.norms[0].running_mean = nn.Parameter(torch.rand(16), requires_grad=False)
+    for record in (False, True):
+        with torch.set_grad_enabled(record):
+            for y, right in zip(model(x), model.level._by_modules([x]), strict=True):
+                torch.testing.assert_close(y, right)
+    norm = nn.BatchNorm1d(4).eval()
+    norm.running_mean = nn.Parameter(torch.rand(4), requires_grad=False)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"norms\[0\]\[0\].running_mean must be a buffer, got Parameter"):
+        mk.expert_mixture(x, [[torch.randn(4, 12)]], None, torch.zeros(30, 1), mk.Routing.mmoe(1, 1), norms=[[norm]])

@@ -88,6 +88,9 @@ def check_module(name: str, module: Any, width: int, like: Like) -> None:
     if isinstance(module.eps, bool) or not isinstance(module.eps, (int, float)):
         raise TypeError(f"{name}.eps must be a number, got {type(module.eps).__name__}")
     if type(module) is nn.BatchNorm1d:
+        for part in ("running_mean", "running_var"):
+            if part not in module._buffers:
+                raise TypeError(f"{name}.{part} must be a buffer, got {type(getattr(module, part, None)).__name__}")
         if not module.eps >= 0:
             raise ValueError(f"{name}.eps must be at least 0, got {module.eps}")
         if module.track_running_stats or not module.training:
