@@ -102,6 +102,7 @@ class Convert(Registration):
                 lines.append(Line("left alone", path, type(module).__name__, "fused already: mtlkernels' own"))
                 continue
             original = original_class(type(module))
+            forced = force
             if original is not None and PLAN not in vars(module) and CLASS_ATTRIBUTE in vars(type(module)):
                 module.__class__ = original  # it was made of a converted class
             elif (
@@ -109,6 +110,7 @@ class Convert(Registration):
                 and changed(vars(module).get(WATCHED, ()))
                 and CLASS_ATTRIBUTE in vars(type(module))
             ):
+                forced = force or FORCE in vars(module)
                 _unconvert(module, original)  # which is tried anew
             elif original is not None:
                 if force:
@@ -117,7 +119,7 @@ class Convert(Registration):
                 lines.append(Line("left alone", path, type(module).__name__, words))
                 continue
             try:
-                lines += _convert(module, path, force)
+                lines += _convert(module, path, forced)
             except Exception as error:  # of code that is not ours
                 reason = f"it cannot be converted: {type(error).__name__}: {error}"
                 lines.append(Line("left alone", path, type(module).__name__, reason))

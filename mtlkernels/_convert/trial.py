@@ -79,10 +79,11 @@ def disagreement(
 ) -> str | None:
     """Tries a conversion: the one place where it is decided whether fused evaluation is the same as a class's own code.
 
-    The module itself is not touched or called; two copies of it in float64 on the CPU are, with random weights.
-    Compared are outputs in training and evaluation, for inputs and weights of several sizes and on several numbers of
-    rows; gradients of parameters and inputs; random numbers drawn; arguments, statistics and attributes afterwards.
-    The user's random state stays as it is.
+    The module itself is not touched or called; two copies of it on the CPU are, with random weights, in float64 and at
+    last in other dtypes. Compared are outputs in training and evaluation, for inputs and weights of several sizes and
+    on several numbers of rows; gradients of parameters and inputs; random numbers drawn, and for how many numbers each
+    dropout draws them; arguments, statistics, attributes and what else its code names afterwards. The user's random
+    state stays as it is.
 
     Args:
         module: what is to be converted.
