@@ -107,7 +107,7 @@ class Convert(Registration):
                 module.__class__ = original  # it was made of a converted class
             elif (
                 original is not None
-                and changed(vars(module).get(WATCHED, ()))
+                and changed(module, vars(module).get(WATCHED, ()))
                 and CLASS_ATTRIBUTE in vars(type(module))
             ):
                 forced = force or FORCE in vars(module)

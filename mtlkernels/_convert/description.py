@@ -206,7 +206,7 @@ class TrunkDescription:
         """What the method returns, by itself; None where the class's own code has to run."""
         if module._forward_hooks and module._parameters:
             return None  # TorchJD's autogram looks for its parameters, and may not find them behind a fused level
-        other = changed(vars(module).get(WATCHED, ()))
+        other = changed(module, vars(module).get(WATCHED, ()))
         if other is not None:
             _decisions.note(type(module).__name__, "its own code", f"{other} is another than when it was converted")
             return None

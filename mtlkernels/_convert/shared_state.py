@@ -135,7 +135,7 @@ class SharedState:
                 self._keep(name, vars(part))
                 for tensor in (*part._parameters.values(), *part._buffers.values()):
                     self._keep(name, tensor)
-        elif _is_object(value):
+        elif is_object(value):
             self._seen.add(id(value))
             self._keep(name, vars(value))
             for inner, part in list(vars(value).items()):
@@ -232,7 +232,7 @@ def _package(code: type | types.FunctionType | types.ModuleType) -> str:
     return name.partition(".")[0]
 
 
-def _is_object(value: Any) -> bool:
+def is_object(value: Any) -> bool:
     """Whether it is an object of a class of the user's that keeps something, or a namespace, and no module."""
     kind = type(value)
     try:

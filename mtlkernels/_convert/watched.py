@@ -2,113 +2,267 @@
 
 A trial shows what a forward pass does with what a module has now. A temperature, a flag, a mask that is None so far or
 a function that is put in another's place may become another one later, as schedules have it.
+
+What is kept is data that copies and pickles of the module can have: numbers and words, and of all else its kind alone.
 """
 
 from __future__ import annotations
 
+import dis
+import enum
+import functools
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from mtlkernels._convert.classes import is_torchs, original_class
+from mtlkernels._convert.shared_state import is_object
 
-# Of a module or an object, or of a dictionary: what it has under a name.
-Entry = tuple[Any, Any, Any]
+# By which names something is found from a part on, and what it was.
+Entry = tuple[tuple[Any, ...], Any]
+# By which names a part is found, and its entries.
+Watched = tuple[tuple[tuple[str, ...], tuple[Entry, ...]], ...]
 _NUMBERS = (bool, int, float)
-_SCALARS = (bool, int, float, complex, str, bytes, type(None))
-# Entries of a container or an object that are looked at, and how deep they may lie.
-_MOST, _DEEPEST = 32, 3
+_SCALARS = (*_NUMBERS, complex, str, bytes, type(None), torch.dtype, torch.Size, enum.Enum)
+# Numbers in a list, and entries of a container by names that the code does not have, that are looked at.
+_MOST = 32
 _INTERNAL = frozenset(vars(nn.Module()))
+_PARTS = "_modules"
 
 
-class Shadowed:
-    """In the place of a value: the class's is a method, in the place of which the instance has nothing of its own."""
+class Absent:
+    """In the place of a value: there is nothing of the name."""
 
 
-def watched(module: nn.Module, method: str, read: Iterable[Any]) -> tuple[Entry, ...]:
-    """What ``method`` of a module, and the forward methods of its parts, name that no call reads anew.
+class Kind(str):
+    """In the place of a value that is no number or word: its class, and of a function its name and line."""
+
+    __slots__ = ()
+
+
+def changed(module: Any, watched: Watched) -> str | None:
+    """The name of something that is no longer what it was."""
+    try:
+        for path, entries in watched:
+            part = module
+            for name in path:
+                part = part._modules[name]
+            for names, value in entries:
+                now = _found(part, names)
+                if now is not value and not _is_same(now, value):
+                    return ".".join(map(str, names))
+    except Exception:  # of code that is not ours, or of parts that are gone
+        return "something"
+    return None
+
+
+def _found(part: Any, names: Sequence[Any]) -> Any:
+    """What an instance, or its class, has under a name, and that under the next one."""
+    now: Any = part.__dict__.get(names[0], Absent)
+    if now is Absent and len(names) == 1:
+        now = getattr(type(part), names[0], Absent)
+        return now if isinstance(now, _SCALARS) else Absent
+    for name in names[1:]:
+        now = dict.get(now, name, Absent) if isinstance(now, dict) else getattr(now, name, Absent)
+    return now
+
+
+def _is_same(now: Any, value: Any) -> bool:
+    if type(value) is Kind:
+        traced = torch.compiler.is_compiling() and not value.startswith("function")  # it cannot tell classes of all
+        return traced or _kind_of(now) == value
+    if type(value) is tuple:
+        return type(now) in (list, tuple) and len(now) == len(value) and all(map(_is_same, now, value))
+    return type(now) is type(value) and bool(now == value or (now != now and value != value))
+
+
+def _kind_of(value: Any) -> Kind:
+    value = getattr(value, "__func__", value)
+    if isinstance(value, types.FunctionType):
+        return Kind(f"function {value.__module__}.{value.__qualname__} {value.__code__.co_firstlineno}")
+    if isinstance(value, (types.BuiltinFunctionType, type)):
+        return Kind(f"{type(value).__name__} {value.__module__}.{value.__qualname__}")
+    kind: Any = type(value)
+    return _kind_of_type(kind)
+
+
+@functools.lru_cache(256)
+def _kind_of_type(kind: type) -> Kind:
+    return Kind(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _value_of(value: Any) -> Any:
+    """What is kept of a value."""
+    if isinstance(value, _SCALARS):
+        return value
+    if type(value) in (list, tuple) and 0 < len(value) <= _MOST and all(type(part) in _NUMBERS for part in value):
+        return tuple(value)
+    return _kind_of(value)
+
+
+def watched(module: nn.Module, method: str, read: Iterable[Any]) -> Watched:
+    """What ``method`` of a module, and the forward methods of the parts that it names, read that no call reads anew.
 
     ``read`` are the modules that each call reads.
     """
     known = set(map(id, read))
-    return tuple(
-        entry
-        for part in module.modules()
-        if not is_torchs(original_class(type(part)) or type(part))
-        for entry in _of_part(part, method if part is module else "forward", known)
-    )
-
-
-def changed(entries: Sequence[Entry]) -> str | None:
-    """The name of something that is no longer what it was."""
-    for owner, name, value in entries:
-        if value is Shadowed:
-            if name in owner.__dict__:
-                return str(name)
+    found: list[tuple[tuple[str, ...], tuple[Entry, ...]]] = []
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), module)]
+    seen: set[int] = set()
+    while waiting:
+        path, part = waiting.pop()
+        if part is None or id(part) in seen:
             continue
-        now = owner.get(name, Shadowed) if isinstance(owner, dict) else getattr(owner, name, Shadowed)
-        if now is not value and not _is_equal(now, value):
-            return str(name)
-    return None
+        seen.add(id(part))
+        kind = original_class(type(part)) or type(part)
+        names = None  # all of its parts
+        if not is_torchs(kind):
+            code = _Code(kind, method if part is module else "forward")
+            entries = tuple(dict(_of_part(part, code, known)).items())
+            if entries:
+                found.append((path, entries))
+            names = code.names
+        waiting += [((*path, n), inner) for n, inner in part._modules.items() if names is None or n in names]
+    return tuple(found)
 
 
-def _is_equal(now: Any, value: Any) -> bool:
-    if type(value) is tuple and type(now) in (list, tuple):
-        return len(now) == len(value) and all(a is b or _is_equal(a, b) for a, b in zip(now, value, strict=True))
-    return type(now) is type(value) and type(value) in _SCALARS and bool(now == value)
-
-
-def _of_part(part: nn.Module, method: str, known: set[int]) -> Iterator[Entry]:
-    kinds = [kind for kind in type(part).__mro__ if not is_torchs(kind) and kind is not object]
+def _of_part(part: Any, code: _Code, known: set[int]) -> Iterator[Entry]:
     own = vars(part)
-    for name in sorted(_names(kinds, method) - _INTERNAL):
+    for name in sorted(code.names - _INTERNAL):
         if name in own:
-            yield from _of_value(part, name, own[name], 0)
+            yield from _of_value((name,), own[name], code)
         elif name in part._modules:
             inner: Any = part._modules[name]
             if inner is not None and id(inner) not in known and not (inner._modules or inner._parameters):
-                yield part._modules, name, inner
+                yield (_PARTS, name), _kind_of(inner)
         elif name not in part._parameters and name not in part._buffers:
-            value = next((vars(kind)[name] for kind in kinds if name in vars(kind)), Shadowed)
-            if type(value) in _SCALARS:
-                yield part, name, value
-            elif isinstance(value, types.FunctionType):
-                yield part, name, Shadowed
+            value = getattr(type(part), name, Absent)
+            if isinstance(value, _SCALARS):
+                yield (name,), value
+            elif isinstance(value, types.FunctionType) and name != code.method:
+                yield (name,), Absent  # nothing of the instance's own in the place of its class's method
 
 
-def _of_value(owner: Any, name: Any, value: Any, depth: int) -> Iterator[Entry]:
-    """An entry and, of containers and objects of the user's, those in it."""
-    if type(value) in (list, tuple) and 0 < len(value) <= _MOST and all(type(part) in _NUMBERS for part in value):
-        yield owner, name, tuple(value)
+def _of_value(names: tuple[Any, ...], value: Any, code: _Code) -> Iterator[Entry]:
+    """An entry and, of containers and objects of the user's, what the code reads of them."""
+    if isinstance(value, torch.device):  # which says where tensors are made, and changes no number
         return
-    yield owner, name, value
-    if depth == _DEEPEST or isinstance(value, (Tensor, nn.Module, type, types.FunctionType, types.MethodType)):
-        return
-    inner = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    if len(inner) <= _MOST:
-        for key, part in inner.items():
-            yield from _of_value(value, key, part, depth + 1)
+    found = list(_of_inner(names, value, code))
+    if not found:
+        yield names, _value_of(value)
+    yield from found
 
 
-def _names(kinds: Sequence[type], method: str) -> set[str]:
-    """The names in the code of a method, and of the methods and properties of these classes that it names in turn."""
-    found: set[str] = set()
-    waiting = [method]
-    while waiting:
-        name = waiting.pop()
-        for kind in kinds:
-            value = vars(kind).get(name)
-            value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-            new = set(_names_of(value.__code__)) - found if isinstance(value, types.FunctionType) else set()
-            found |= new
-            waiting += new
-    return found
+def _of_inner(names: tuple[Any, ...], value: Any, code: _Code) -> Iterator[Entry]:
+    inner: Mapping[Any, Any] = value if isinstance(value, dict) else vars(value) if is_object(value) else {}
+    further = {path[len(names)] for path in code.paths if path[: len(names)] == names and len(path) > len(names)}
+    for key in sorted(further & inner.keys(), key=str):
+        yield from _of_value((*names, key), inner[key], code)
+    if names in code.paths:  # it goes elsewhere as a whole
+        keys = [key for key in inner if key in code.words] or (list(inner) if isinstance(value, dict) else [])
+        for key in keys[:_MOST] if len(keys) <= _MOST else ():
+            if key not in further and isinstance(inner[key], _SCALARS):
+                yield (*names, key), inner[key]
 
 
-def _names_of(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+@dataclass
+class _Code:
+    """What a method of a class, and the methods and properties that it calls in turn, read of ``self``.
+
+    Attributes:
+        names: the attributes of ``self``.
+        paths: what is read, as ``("config", "temperature")`` for ``self.config.temperature``; as far as is known.
+        words: all names and strings in the code, by which what is read may be found.
+    """
+
+    kind: type
+    method: str
+    names: set[str] = field(default_factory=set)
+    paths: set[tuple[Any, ...]] = field(default_factory=set)
+    words: set[Any] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        kinds = [kind for kind in self.kind.__mro__ if not is_torchs(kind) and kind is not object]
+        waiting, seen = [(self.method, 0)], set()
+        while waiting:
+            name, start = waiting.pop()
+            at = next((i for i in range(start, len(kinds)) if name in vars(kinds[i])), None)
+            if at is None or (name, at) in seen:
+                continue
+            seen.add((name, at))
+            for function in _functions(vars(kinds[at])[name]):
+                found, words = self._read(function)
+                waiting += [(other, 0) for other in found]
+                if "super" in words:
+                    waiting += [(other, at + 1) for other in words if isinstance(other, str)]
+
+    def _read(self, function: types.FunctionType) -> tuple[set[str], set[Any]]:
+        """The attributes of ``self`` in a function's code, and all of its words."""
+        paths: set[tuple[Any, ...]] = set()
+        words: set[Any] = set()
+        this = function.__code__.co_varnames[:1] if function.__code__.co_argcount else ()
+        escapes = not this
+        for code in _codes(function.__code__):
+            words |= {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
+            if this:
+                found, leaves = _paths(code, this[0])
+                paths |= found
+                escapes = escapes or leaves
+        if escapes:  # to functions of the user's, perhaps
+            named = (function.__globals__.get(word) for word in words if isinstance(word, str))
+            inner = [code for f in named if isinstance(f, types.FunctionType) for code in _codes(f.__code__)]
+            words |= {word for code in inner for word in code.co_names}
+        names = {path[0] for path in paths} | ({word for word in words if word.isidentifier()} if escapes else set())
+        self.names |= names
+        self.paths |= paths | ({(name,) for name in names} if escapes else set())
+        self.words |= words
+        return names, words
+
+
+def _functions(value: Any) -> Iterator[types.FunctionType]:
+    """Those behind an attribute of a class, with what they wrap."""
+    for part in (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),):
+        while isinstance(part, types.FunctionType):
+            yield part
+            part = getattr(part, "__wrapped__", None)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names_of(constant)
+            yield from _codes(constant)
+
+
+def _paths(code: types.CodeType, this: str) -> tuple[set[tuple[Any, ...]], bool]:
+    """The paths of names that follow ``this`` in a code, and whether ``this`` goes elsewhere by itself."""
+    paths: set[tuple[Any, ...]] = set()
+    escapes = False
+    path: tuple[Any, ...] | None = None
+    constant: Any = Absent
+    for step in dis.get_instructions(code):
+        name = step.opname
+        if path is not None and name in ("LOAD_ATTR", "LOAD_METHOD"):
+            path = (*path, step.argval)
+        elif path and name == "LOAD_CONST" and isinstance(step.argval, (str, int)):
+            constant = step.argval
+            continue
+        elif path and name.startswith("BINARY_SUBSCR") and constant is not Absent:
+            path = (*path, constant)
+        elif name in ("CACHE", "RESUME", "EXTENDED_ARG"):
+            continue
+        else:
+            if path:
+                paths.add(path)
+            escapes = escapes or path == ()
+            path = None
+            loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
+            if name.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")) and loaded == (this,):
+                path = ()
+            escapes = escapes or (isinstance(step.argval, tuple) and this in step.argval[:-1])
+        constant = Absent
+    return paths | ({path} if path else set()), escapes or path == ()

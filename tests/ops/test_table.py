@@ -18,7 +18,8 @@ class Host:
 
     made: list[tuple[int, bool]] = []
 
-    def __init__(self, entries: list[int], dtype: torch.dtype, pin_memory: bool) -> None:
+    def __init__(self, entries: list[int], dtype: torch.dtype, device: str, pin_memory: bool) -> None:
+        assert device == "cpu"
         Host.made.append((len(entries), pin_memory))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> tuple[torch.device, bool]:
@@ -27,7 +28,7 @@ class Host:
     is_cpu, device = True, torch.device("cpu")
 
     def pin_memory(self) -> Host:
-        return Host([0], torch.int64, True)
+        return Host([0], torch.int64, "cpu", True)
 
 
 @pytest.mark.parametrize("capturing", [False, True])
@@ -48,7 +49,7 @@ def test_copies_come_from_pinned_memory(
     assert table.to(GPU) == (GPU, True)  # type: ignore[comparison-overlap]
     assert Host.made == [(count, True)]
     assert len(kept) == (capturing and not keeps)
-    order: Any = Host([0], torch.int64, False)
+    order: Any = Host([0], torch.int64, "cpu", False)
     assert moved(order, GPU) == (GPU, True)  # type: ignore[comparison-overlap]
     assert moved(order, torch.device("cpu")) is order
     assert Host.made[1:] == [(1, False), (1, True)]

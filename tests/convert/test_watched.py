@@ -1,0 +1,231 @@
+"""What a converted module watches: what its code reads, and nothing else, in copies and pickles too."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtlkernels as mk
+from mtlkernels._convert.classes import WATCHED
+from mtlkernels._convert.watched import changed
+from tests.convert.test_edits import register
+from tests.convert.test_later import Level, X
+
+
+def _converted(kind: type) -> Any:
+    register(kind)
+    model = kind()
+    assert mk.convert(model).replaced
+    return model
+
+
+def _changed(model: Any) -> str | None:
+    return changed(model, vars(model)[WATCHED])
+
+
+def _order(model: Any) -> int:
+    return int(model.order)
+
+
+def twice(z: Tensor) -> Tensor:
+    return 2 * z
+
+
+class Locked(Level):
+    """What is no number is made anew where it is loaded."""
+
+    def prepare(self) -> None:
+        self.lock = threading.Lock()
+
+    def weigh(self, z: Tensor) -> Tensor:
+        with self.lock:
+            return z.softmax(1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.Lock()
+
+
+class Logging(Level):
+    def prepare(self) -> None:
+        self.logger = logging.getLogger("a user's model")
+
+    def weigh(self, z: Tensor) -> Tensor:
+        if z.shape[1] != 4:
+            self.logger.warning("another number of experts")
+        return z.softmax(1)
+
+
+class Configured(Level):
+    def prepare(self) -> None:
+        self.args = types.SimpleNamespace(num_tasks=3, epoch=0, rate=0.1, inner={"uniform": False, "seen": 0})
+        self.device, self.fill, self.step = torch.device("cpu"), float("nan"), 0
+
+    def weigh(self, z: Tensor) -> Tensor:
+        if self.fill == 0 or self.args.inner["uniform"]:
+            return torch.zeros_like(z, device=self.device)
+        return z.softmax(1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return super().forward(x.to(self.device))[: self.args.num_tasks]
+
+
+class Words(dict[str, int]):
+    def get(self, word: str) -> int:  # type: ignore[override]
+        return super().get(word, 0)
+
+
+class OfWords(Level):
+    def prepare(self) -> None:
+        self.numbers = Words(one=1)
+
+    def weigh(self, z: Tensor) -> Tensor:
+        return z.softmax(1) if self.numbers["one"] == 1 else z.sigmoid()
+
+
+class ByAFunction(Level):
+    def prepare(self) -> None:
+        self.order, self.change = 1, torch.clone
+
+    def weigh(self, z: Tensor) -> Tensor:
+        return self.change(z).softmax(1) if _order(self) == 1 else z.sigmoid()
+
+
+class ByAProperty(Level):
+    def prepare(self) -> None:
+        self.epoch = 0
+
+    @property
+    def warm(self) -> bool:
+        return self.epoch < 5
+
+    def weigh(self, z: Tensor) -> Tensor:
+        return z.softmax(1) if self.warm else z.sigmoid()
+
+
+def _set(*path: Any) -> Callable[[Any], None]:
+    """Sets what the last but one of these names says to the last one."""
+
+    def change(model: Any) -> None:
+        *inner, name, value = path
+        for each in inner:
+            model = model[each] if isinstance(model, dict) else getattr(model, each)
+        if isinstance(model, dict):
+            model[name] = value
+        else:
+            setattr(model, name, value)
+
+    return change
+
+
+# What is done to a module, and whether its own code has to run then.
+CHANGES: dict[str, tuple[type, Callable[[Any], object], bool]] = {
+    "a number that is read": (Configured, _set("args", "num_tasks", 2), True),
+    "a flag in a dictionary in it": (Configured, _set("args", "inner", "uniform", True), True),
+    "a number that replaces NaN": (Configured, _set("fill", 0.0), True),
+    "a namespace that says the same": (
+        Configured,
+        lambda model: setattr(model, "args", copy.deepcopy(model.args)),
+        False,
+    ),
+    "a number beside it": (Configured, _set("args", "epoch", 1), False),
+    "a number beside the flag": (Configured, _set("args", "inner", "seen", 1), False),
+    "a number of the trainer's": (Configured, _set("step", 1), False),
+    "a number that nobody has named": (Configured, _set("global_step", 1), False),
+    "the same device": (Configured, lambda model: setattr(model, "device", torch.device("cpu")), False),
+    "its own forward": (Configured, lambda model: setattr(model, "forward", model.forward), False),
+    "the level of a logger": (Logging, lambda model: model.logger.setLevel("INFO"), False),
+    "an entry of a dictionary of one's own": (OfWords, lambda model: model.numbers.update(one=2), True),
+    "what a function reads of it": (ByAFunction, _set("order", 2), True),
+    "a function": (ByAFunction, _set("change", twice), True),
+    "what a property reads": (ByAProperty, _set("epoch", 7), True),
+}
+
+
+@pytest.mark.parametrize("copied", [None, copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_read_counts(name: str, copied: Any) -> None:
+    kind, change, counts = CHANGES[name]
+    model = _converted(kind)
+    given = model if copied is None else copied(model)
+    assert _changed(given) is None
+    change(given)
+    assert (_changed(given) is not None) == counts
+    model(X)
+    given(X)
+
+
+def test_a_lock_is_no_reason() -> None:
+    model = _converted(Locked)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert _changed(other) is None
+        torch.testing.assert_close(other(X), model(X))
+
+
+@pytest.mark.parametrize("kind", [Logging, Configured, ByAFunction])
+def test_compiles_in_one_graph(kind: type, fresh_compiler: None) -> None:
+    model = _converted(kind)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_nothing_is_kept_alive() -> None:
+    class Caching(Level):
+        def prepare(self) -> None:
+            self.cache: Tensor | None = torch.zeros(100, 100)
+
+        def weigh(self, z: Tensor) -> Tensor:
+            return z.softmax(1) if self.cache is not None else z.softmax(-1)
+
+    model = _converted(Caching)
+    cache = weakref.ref(model.cache)
+    model.cache = None
+    gc.collect()
+    assert cache() is None and _changed(model) == "cache"
+
+
+class SharingSettings(nn.Module):
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y.relu() if self.settings["model"]["activation"] == "relu" else y.tanh()
+
+
+def test_settings_that_parts_share_are_read_by_their_names() -> None:
+    """Each part watches the entry that it reads, not the thousand others: each call compares them."""
+    settings = {"model": {"activation": "relu"}, "features": {f"f{i}": {"size": 1, "kind": "int"} for i in range(50)}}
+
+    class Sharing(Level):
+        def prepare(self) -> None:
+            self.experts = nn.ModuleList(SharingSettings(settings) for _ in range(4))
+
+    mk.convert.register(
+        Sharing,
+        experts=lambda model: [[expert.linear, "relu"] for expert in model.experts],
+        gates=lambda model: model.gates,
+        routing=lambda model: mk.Routing.mmoe(4, 3),
+    )
+    model = Sharing()
+    assert mk.convert(model).replaced
+    entries = [entry for path, own in vars(model)[WATCHED] if path for entry in own]
+    assert entries == [(("settings", "model", "activation"), "relu")] * 4
+    settings["model"]["activation"] = "tanh"
+    assert _changed(model) == "settings.model.activation"
