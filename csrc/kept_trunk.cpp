@@ -22,7 +22,7 @@ namespace py = pybind11;
 bool has_any_hooks(PyObject* module) {
   static PyObject* const kinds[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
                                     interned("_backward_hooks"), interned("_backward_pre_hooks")};
-  return has_own_forward(module) ||
+  return has_own_forward(dictionary_of(module)) ||
          std::any_of(std::begin(kinds), std::end(kinds), [&](PyObject* kind) { return has_hooks(module, kind); });
 }
 
@@ -78,8 +78,8 @@ bool each_parameter(const Parts& parts, const ModuleTypes& types, F visit) {
 
 class KeptTrunk {
  public:
-  // `backends` and `dumps` are as in is_plain_call, `global_hooks` those that run
-  // with each call of any module. The others are as stored_call's. None where the call is not one to be kept.
+  // `backends` and `dumps` are as in is_plain_call, `global_hooks` those that run with each call of any module. The
+  // others are as stored_call's. None where the call is not one to be kept.
   static std::unique_ptr<KeptTrunk> of(py::handle level, py::handle backends, py::handle dumps, py::handle global_hooks,
                                        py::handle expert_type, py::handle linear_type, py::handle parameter_type,
                                        py::handle dropout_type, py::handle weights, py::handle biases,

@@ -28,10 +28,15 @@ inline PyObject* attribute(PyObject* object, PyObject* name) {
   return own ? entry(own, name) : nullptr;
 }
 
-// The same, which is to be a dictionary and nothing more, whose order is that of its entries.
-inline PyObject* dictionary(PyObject* object, PyObject* name) {
-  PyObject* const found = object ? attribute(object, name) : nullptr;
+// An entry that is a dictionary and nothing more, whose order is that of its entries, borrowed; otherwise null.
+inline PyObject* inner_dictionary(PyObject* own, PyObject* name) {
+  PyObject* const found = own ? entry(own, name) : nullptr;
   return found && PyDict_CheckExact(found) ? found : nullptr;
+}
+
+// The same of an object's own dictionary.
+inline PyObject* dictionary(PyObject* object, PyObject* name) {
+  return object ? inner_dictionary(dictionary_of(object), name) : nullptr;
 }
 
 // A module among another's, borrowed; null where it has none of that name.
@@ -52,10 +57,11 @@ struct ModuleTypes {
   PyObject *expert, *linear, *parameter, *dropout;
 };
 
-// Whether a module has a forward method of its own, as those have that bring their weights from elsewhere.
-inline bool has_own_forward(PyObject* module) {
+// Whether a module, by its dictionary, has a forward method of its own, as those have that bring their weights from
+// elsewhere.
+inline bool has_own_forward(PyObject* own) {
   static PyObject* const forward = interned("forward");
-  return attribute(module, forward);
+  return !own || entry(own, forward);
 }
 
 inline bool is_of(PyObject* object, PyObject* type) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type; }
@@ -66,7 +72,8 @@ struct LinearLayer {
   LinearLayer(PyObject* layer, const ModuleTypes& types) {
     static PyObject *const parameters = interned("_parameters"), *const of_weight = interned("weight");
     static PyObject* const of_bias = interned("bias");
-    PyObject* const own = is_of(layer, types.linear) ? dictionary(layer, parameters) : nullptr;
+    PyObject* const all = is_of(layer, types.linear) ? dictionary_of(layer) : nullptr;
+    PyObject* const own = has_own_forward(all) ? nullptr : inner_dictionary(all, parameters);
     if (own) weight = entry(own, of_weight);
     if (!weight || !is_of(weight, types.parameter)) {
       weight = nullptr;
@@ -87,9 +94,10 @@ inline bool is_bare(PyObject* parts, const ModuleTypes& types) {
   PyObject* const norms = dictionary(entry(parts, of_norms), modules);
   if (!norms || PyDict_Size(norms) > 0) return false;
   PyObject* const dropout = entry(parts, of_dropout);
-  if (!dropout || !is_of(dropout, types.dropout) || has_own_forward(dropout)) return false;
-  PyObject* const rate = attribute(dropout, p);
-  return (rate && PyFloat_CheckExact(rate) && PyFloat_AS_DOUBLE(rate) == 0) || attribute(dropout, training) == Py_False;
+  PyObject* const own = dropout && is_of(dropout, types.dropout) ? dictionary_of(dropout) : nullptr;
+  if (has_own_forward(own)) return false;
+  PyObject* const rate = entry(own, p);
+  return (rate && PyFloat_CheckExact(rate) && PyFloat_AS_DOUBLE(rate) == 0) || entry(own, training) == Py_False;
 }
 
 // visit(expert, layer, its LinearLayer) for each of experts of mtlkernels.nn, which are modules by their names, until
@@ -106,9 +114,9 @@ bool each_linear(PyObject* experts, const ModuleTypes& types, bool heard, bool& 
   Py_ssize_t layers = 0;
   PyObject *expert, *layer;
   for (Py_ssize_t at = 0, e = 0; PyDict_Next(experts, &at, nullptr, &expert); ++e) {
-    if (!is_of(expert, types.expert) || has_own_forward(expert)) return false;
-    if (heard && has_hooks(expert, forward_hooks)) return false;
-    PyObject* const parts = dictionary(expert, modules);
+    PyObject* const of_expert = is_of(expert, types.expert) ? dictionary_of(expert) : nullptr;
+    if (has_own_forward(of_expert) || (heard && has_hooks(expert, forward_hooks))) return false;
+    PyObject* const parts = inner_dictionary(of_expert, modules);
     if (!parts) return false;
     bare = bare && is_bare(parts, types);
     PyObject* const own = dictionary(entry(parts, linears), modules);
@@ -117,7 +125,7 @@ bool each_linear(PyObject* experts, const ModuleTypes& types, bool heard, bool& 
     if (layers > kLayers) return false;
     for (Py_ssize_t next = 0, i = 0; PyDict_Next(own, &next, nullptr, &layer); ++i) {
       const LinearLayer linear(layer, types);
-      if (!linear.weight || has_own_forward(layer) || (heard && has_hooks(layer, forward_hooks))) return false;
+      if (!linear.weight || (heard && has_hooks(layer, forward_hooks))) return false;
       const uint64_t bit = uint64_t{linear.bias != nullptr} << i;
       if (e == 0) biased |= bit;
       if ((biased & uint64_t{1} << i) != bit || !visit(e, i, linear)) return false;
