@@ -239,7 +239,10 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _paths(code: types.CodeType, this: str) -> tuple[set[tuple[Any, ...]], bool]:
-    """The paths of names that follow ``this`` in a code, and whether ``this`` goes elsewhere by itself."""
+    """The paths of names that follow ``this`` in a code, and whether ``this`` goes elsewhere by itself.
+
+    Instructions have other names in each version of Python; where one is not known, ``this`` goes elsewhere.
+    """
     paths: set[tuple[Any, ...]] = set()
     escapes = False
     path: tuple[Any, ...] | None = None
@@ -248,20 +251,20 @@ def _paths(code: types.CodeType, this: str) -> tuple[set[tuple[Any, ...]], bool]
         name = step.opname
         if path is not None and name in ("LOAD_ATTR", "LOAD_METHOD"):
             path = (*path, step.argval)
-        elif path and name == "LOAD_CONST" and isinstance(step.argval, (str, int)):
+        elif path and name in ("LOAD_CONST", "LOAD_SMALL_INT") and isinstance(step.argval, (str, int)):
             constant = step.argval
             continue
-        elif path and name.startswith("BINARY_SUBSCR") and constant is not Absent:
+        elif path and constant is not Absent and (name == "BINARY_SUBSCR" or step.argrepr == "[]"):
             path = (*path, constant)
         elif name in ("CACHE", "RESUME", "EXTENDED_ARG"):
             continue
         else:
             if path:
                 paths.add(path)
-            escapes = escapes or path == ()
+            escapes = escapes or (path == () and name != "STORE_ATTR")
             path = None
             loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
-            if name.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")) and loaded == (this,):
+            if ("LOAD_FAST" in name or name == "LOAD_DEREF") and loaded == (this,):
                 path = ()
             escapes = escapes or (isinstance(step.argval, tuple) and this in step.argval[:-1])
         constant = Absent

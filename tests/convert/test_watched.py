@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert.classes import WATCHED
-from mtlkernels._convert.watched import changed
+from mtlkernels._convert.watched import _codes, _paths, changed
 from tests.convert.test_edits import register
 from tests.convert.test_later import Level, X
 
@@ -229,3 +229,56 @@ def test_settings_that_parts_share_are_read_by_their_names() -> None:
     assert entries == [(("settings", "model", "activation"), "relu")] * 4
     settings["model"]["activation"] = "tanh"
     assert _changed(model) == "settings.model.activation"
+
+
+class Reads:
+    """Methods of which each reads something else of itself, in another way."""
+
+    def _function(self, x: Any) -> Any:
+        return x / self.config.temperature + self.scales["ctr"] * self.rate  # type: ignore[attr-defined]
+
+    def _comprehension(self, x: Any) -> Any:
+        return [gate(x) * self.factor for gate in self.gates]  # type: ignore[attr-defined]
+
+    def _loop(self, x: Any) -> Any:
+        y = x
+        for part in (x,):
+            y = self.first(part, self.mode)  # type: ignore[attr-defined]
+        return y if self.flag else [z(self.inner.number) for z in x]  # type: ignore[attr-defined]
+
+    def _sequence(self, x: Any) -> Any:
+        return self.weights[0] * x + x[self.place]  # type: ignore[attr-defined]
+
+    def _lambda(self, x: Any) -> Any:
+        self.last = x
+        return lambda z: z * self.weight  # type: ignore[attr-defined]
+
+    def _as_a_whole(self, x: Any) -> Any:
+        return x(self)
+
+    def _by_its_name(self, x: Any) -> Any:
+        return getattr(self, "flag") * x  # type: ignore[attr-defined]  # noqa: B009
+
+
+READS = {
+    "_function": {("config", "temperature"), ("scales", "ctr"), ("rate",)},
+    "_comprehension": {("factor",), ("gates",)},
+    "_loop": {("first",), ("mode",), ("flag",), ("inner", "number")},
+    "_sequence": {("weights", 0), ("place",)},
+    "_lambda": {("weight",)},
+    "_as_a_whole": set(),
+    "_by_its_name": set(),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_a_code_reads(name: str) -> None:
+    """In the instructions of this version of Python."""
+    found: set[tuple[Any, ...]] = set()
+    escapes = False
+    for code in _codes(vars(Reads)[name].__code__):
+        paths, leaves = _paths(code, "self")
+        found, escapes = found | paths, escapes or leaves
+    assert found >= READS[name] and all(path[:1] in {(p[0],) for p in READS[name]} for path in found)
+    assert escapes or name not in ("_as_a_whole", "_by_its_name")
+    assert not escapes or name in ("_as_a_whole", "_by_its_name", "_lambda")
