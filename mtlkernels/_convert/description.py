@@ -15,7 +15,7 @@ from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.chains import Chain, flatten
 from mtlkernels._convert.classes import CLASSES, WATCHED, is_torchs, original_class
 from mtlkernels._convert.evaluation import CALLS, CallsOfLevels, Parts, Serving, evaluate, read_experts, several_dtypes
-from mtlkernels._convert.gates import has_equal_shares, read_gate
+from mtlkernels._convert.gates import has_equal_shares, read_gate, size_of
 from mtlkernels._convert.paying import in_trial, mixing_pays, pays, rows_of
 from mtlkernels._convert.watched import changed
 from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
@@ -128,7 +128,7 @@ class LevelDescription:
         ):
             return "torch-rechub's Dice makes float32 of what autocast makes narrower, and the fused operator does not"
         pairs = zip(gates, routing.gate_experts, strict=True)
-        if any(not isinstance(gate, str) and gate.size not in (None, len(mixed)) for gate, mixed in pairs):
+        if any(not isinstance(gate, str) and size_of(gate) not in (None, len(mixed)) for gate, mixed in pairs):
             return "its gates mix other numbers of experts than when it was converted"
         differentiated = torch.is_grad_enabled()
         tried = vars(module).get(CLASSES)

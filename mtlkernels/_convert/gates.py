@@ -32,13 +32,16 @@ class Gate(NamedTuple):
     modules: Sequence[Any]
     dropout: Any
 
-    @property
-    def size(self) -> int | None:
-        """How many logits a gate has, None where that is not known or as many as there are experts."""
-        return len(self.layers[-1].weight) if self.layers else None
-
 
 EQUAL = Gate([], (), None)
+
+
+def size_of(gate: Gate) -> int | None:
+    """How many logits a gate has, None where that is not known or as many as there are experts.
+
+    No property: torch 2.10 compiles none of a NamedTuple.
+    """
+    return len(gate.layers[-1].weight) if gate.layers else None
 
 
 def has_equal_shares(gate: Gate | str) -> bool:

@@ -13,7 +13,7 @@ from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_ch
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
 from mtlkernels._convert.dropouts import widths_dropped
 from mtlkernels._convert.evaluation import several_dtypes
-from mtlkernels._convert.gates import Gate, has_equal_shares
+from mtlkernels._convert.gates import Gate, has_equal_shares, size_of
 from mtlkernels._convert.random_states import kept_random_state
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import NotFused, disagreement
@@ -79,8 +79,8 @@ def _level_refusal(level: LevelDescription, module: Any, routing: Routing) -> st
     if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
         return f"it has {len(chains)} experts and {len(gates)} gates, but its routing {routing}"
     for k, (gate, mixed) in enumerate(zip(gates, routing.gate_experts, strict=True)):
-        if gate.size not in (None, len(mixed)):
-            return f"gate {k} has {gate.size} logits for {len(mixed)} experts"
+        if size_of(gate) not in (None, len(mixed)):
+            return f"gate {k} has {size_of(gate)} logits for {len(mixed)} experts"
     if several_dtypes(list(map(read_chain, chains)), gates):
         return "its parameters are of several dtypes"
     at = level.read_gate_inputs(module, gates, routing)

@@ -38,10 +38,9 @@ class Absent:
     """In the place of a value: there is nothing of the name."""
 
 
-class Kind(str):
-    """In the place of a value that is no number or word: its class, and of a function its name and line."""
-
-    __slots__ = ()
+# In the place of a value that is no number or word: one of two words, and its class, or a function's name and line.
+Kind = tuple[str, str]
+_OBJECT, _FUNCTION = "object", "function"
 
 
 def changed(module: Any, watched: Watched) -> str | None:
@@ -72,8 +71,8 @@ def _found(part: Any, names: Sequence[Any]) -> Any:
 
 
 def _is_same(now: Any, value: Any) -> bool:
-    if type(value) is Kind:
-        traced = torch.compiler.is_compiling() and not value.startswith("function")  # it cannot tell classes of all
+    if type(value) is tuple and type(value[0]) is str:
+        traced = torch.compiler.is_compiling() and value[0] == _OBJECT  # of which the compiler cannot tell all classes
         return traced or _kind_of(now) == value
     if type(value) is tuple:
         return type(now) in (list, tuple) and len(now) == len(value) and all(map(_is_same, now, value))
@@ -83,16 +82,16 @@ def _is_same(now: Any, value: Any) -> bool:
 def _kind_of(value: Any) -> Kind:
     value = getattr(value, "__func__", value)
     if isinstance(value, types.FunctionType):
-        return Kind(f"function {value.__module__}.{value.__qualname__} {value.__code__.co_firstlineno}")
+        return _FUNCTION, f"{value.__module__}.{value.__qualname__} {value.__code__.co_firstlineno}"
     if isinstance(value, (types.BuiltinFunctionType, type)):
-        return Kind(f"{type(value).__name__} {value.__module__}.{value.__qualname__}")
+        return _FUNCTION, f"{value.__module__}.{value.__qualname__}"
     kind: Any = type(value)
     return _kind_of_type(kind)
 
 
 @functools.lru_cache(256)
 def _kind_of_type(kind: type) -> Kind:
-    return Kind(f"{kind.__module__}.{kind.__qualname__}")
+    return _OBJECT, f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _value_of(value: Any) -> Any:
