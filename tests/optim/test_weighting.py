@@ -283,6 +283,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize(("weighting", "kind", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
 def test_what_a_weighting_may_not_return(weighting: Any, kind: type[Exception], message: str) -> None:
     model = Model()
