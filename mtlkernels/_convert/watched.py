@@ -142,8 +142,8 @@ def _of_part(part: Any, code: _Code, known: set[int]) -> Iterator[Entry]:
             value = getattr(type(part), name, Absent)
             if isinstance(value, _SCALARS):
                 yield (name,), value
-            elif isinstance(value, types.FunctionType) and name != code.method:
-                yield (name,), Absent  # nothing of the instance's own in the place of its class's method
+            elif name != code.method:
+                yield (name,), Absent  # nothing of the instance's own, in the place of its class's method, or at all
 
 
 def _of_value(names: tuple[Any, ...], value: Any, code: _Code) -> Iterator[Entry]:

@@ -20,7 +20,7 @@ import mtlkernels as mk
 from mtlkernels._convert.classes import WATCHED
 from mtlkernels._convert.watched import _codes, _paths, changed
 from tests.convert.test_edits import register
-from tests.convert.test_later import Level, X
+from tests.convert.weighing import Level, X
 
 
 def _converted(kind: type) -> Any:
@@ -117,6 +117,14 @@ class ByAProperty(Level):
         return z.softmax(1) if self.warm else z.sigmoid()
 
 
+class NotThereYet(Level):
+    def weigh(self, z: Tensor) -> Tensor:
+        mask = getattr(self, "mask", None)
+        if hasattr(self, "bias"):
+            z = z + self.bias
+        return (z if mask is None else z.masked_fill(mask, -1e9)).softmax(1)
+
+
 def _set(*path: Any) -> Callable[[Any], None]:
     """Sets what the last but one of these names says to the last one."""
 
@@ -152,6 +160,8 @@ CHANGES: dict[str, tuple[type, Callable[[Any], object], bool]] = {
     "an entry of a dictionary of one's own": (OfWords, lambda model: model.numbers.update(one=2), True),
     "what a function reads of it": (ByAFunction, _set("order", 2), True),
     "a function": (ByAFunction, _set("change", twice), True),
+    "what was not there": (NotThereYet, _set("mask", torch.tensor([True, False, False, False])), True),
+    "a number that was not there": (NotThereYet, _set("bias", 1.0), True),
     "what a property reads": (ByAProperty, _set("epoch", 7), True),
 }
 

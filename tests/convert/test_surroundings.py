@@ -1,0 +1,148 @@
+"""Dtypes, checkpoints, arguments and what becomes of a module later: what a trial in float64 does not show."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import mtlkernels as mk
+from tests.convert.test_edits import register
+from tests.convert.weighing import Level, X, agree
+
+
+class Router(Level):
+    """In float32 under autocast, as routers often are."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        hidden = torch.stack([expert(x) for expert in self.experts], dim=1)
+        with torch.autocast("cpu", enabled=False):
+            shares = [gate(x).softmax(1) for gate in self.gates]
+        return [(w.unsqueeze(2) * hidden).sum(1) for w in shares]
+
+
+class Narrow(Level):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+class Wide(Level):
+    def weigh(self, z: Tensor) -> Tensor:
+        return (z.float() if z.dtype is torch.bfloat16 else z).softmax(1)
+
+
+class Checkpointed(Level):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        hidden = torch.stack([checkpoint(expert, x, use_reentrant=False) for expert in self.experts], dim=1)
+        return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
+
+
+@pytest.mark.parametrize("kind", [Router, Narrow, Wide, Checkpointed])
+def test_what_float64_does_not_show(kind: type) -> None:
+    register(kind)
+    assert mk.convert(kind()).left_alone
+
+
+def test_a_gate_of_equal_shares_under_autocast() -> None:
+    """The logits of the others have another dtype there."""
+    routing = mk.Routing((0,) * 4, ((0, 1, 2, 3),) * 3 + ((0, 1),))
+
+    class WithMean(Level):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            hidden = torch.stack([expert(x) for expert in self.experts], dim=1)
+            mixed = [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
+            return [*mixed, hidden[:, :2].mean(1)]
+
+    gates: Callable[[Any], Any] = lambda model: [*model.gates, None]  # noqa: E731
+    mk.convert.register(WithMean, experts=lambda model: model.experts, gates=gates, routing=lambda model: routing)
+    plain = WithMean()
+    model = copy.deepcopy(plain)
+    assert mk.convert(model).replaced
+    with torch.autocast("cpu", torch.bfloat16):
+        for y, right in zip(model(X), plain(X), strict=True):
+            torch.testing.assert_close(y, right, rtol=0.05, atol=0.05)
+
+
+class OfAnything(Level):
+    def forward(self, x: Any) -> list[Tensor]:
+        return super().forward(torch.cat([*x.values()], 1) if isinstance(x, dict) else torch.as_tensor(x))
+
+
+class OfStreams(Level):
+    def forward(self, xs: Any) -> list[Tensor]:
+        streams = list(xs)
+        hidden = torch.stack([expert(x) for expert, x in zip(self.experts, streams, strict=True)], dim=1)
+        gates = zip(self.gates, streams, strict=False)
+        return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate, x in gates]
+
+
+def test_arguments_of_other_kinds() -> None:
+    register(OfAnything)
+    plain = OfAnything()
+    model = copy.deepcopy(plain)
+    assert mk.convert(model).replaced
+    for given in ({"a": X[:, :4], "b": X[:, 4:]}, X.tolist()):
+        for y, right in zip(model(given), plain(given), strict=True):
+            torch.testing.assert_close(y, right)
+
+
+def test_streams_of_other_kinds() -> None:
+    routing = mk.Routing((0, 1, 2, 3), ((0, 1, 2, 3),) * 3)
+    experts: Callable[[Any], Any] = lambda model: model.experts  # noqa: E731
+    mk.convert.register(OfStreams, experts=experts, gates=lambda model: model.gates, routing=lambda model: routing)
+    plain = OfStreams()
+    model = copy.deepcopy(plain)
+    assert mk.convert(model).replaced
+    makers: list[Callable[[], Any]] = [
+        lambda: [X] * 4,
+        lambda: dict.fromkeys(range(4), X).values(),
+        lambda: (X for _ in range(4)),
+        lambda: itertools.repeat(X, 4),
+    ]
+    for make in makers:
+        for y, right in zip(model(make()), plain(make()), strict=True):
+            torch.testing.assert_close(y, right)
+
+
+def test_a_parametrization_that_is_removed_later() -> None:
+    register(Level)
+    model = Level()
+    parametrizations.spectral_norm(model.gates[0])
+    assert mk.convert(model).replaced
+    model.eval()
+    parametrize.remove_parametrizations(model.gates[0], "weight")
+    agree(pickle.loads(pickle.dumps(model)), model)
+
+
+def test_experts_whose_first_matrix_is_of_a_parametrization() -> None:
+    register(Level)
+    model = Level()
+    for expert in model.experts:
+        parametrizations.weight_norm(expert[0])
+    plain = copy.deepcopy(model)
+    assert mk.convert(model).lines[0].action == "mixing fused"
+    agree(model, plain)
+
+
+def test_lists_of_subclasses_stay_as_they_are() -> None:
+    known: list[str] = []
+
+    class Listed(Level):
+        def __init_subclass__(cls, **options: Any) -> None:
+            super().__init_subclass__(**options)
+            known.append(cls.__name__)
+
+    class Own(Listed):
+        pass
+
+    register(Own)
+    assert mk.convert(Own()).replaced and known == ["Own"]
