@@ -218,9 +218,13 @@ class GramWeighted(Optimizer):
 
     def _weights(self, gradients: Gradients, gram: Tensor) -> Tensor:
         """The weights [T] of the gradients with this Gram matrix, in float64 beside it, in memory of their own."""
-        if not bool(gram.isfinite().all()):
-            return torch.full_like(gram[0], torch.nan)
-        return gradients.succeed_together(lambda: check_weights(self.weighting(gram.clone()), gram))
+
+        def weights() -> Tensor:  # some ranks may see numbers that are not finite: those that follow wait for all ranks
+            if not bool(gram.isfinite().all()):
+                return torch.full_like(gram[0], torch.nan)
+            return check_weights(self.weighting(gram.clone()), gram)
+
+        return gradients.succeed_together(weights)
 
     def _differentiate(
         self, losses: Any, scaler: Any

@@ -153,6 +153,8 @@ def check_sparse_gradients() -> None:
                 values = torch.randn(count, 3, generator=generator, dtype=torch.float64)
                 table = torch.sparse_coo_tensor(at, values, (20, 3), check_invariants=True)
                 dense = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+                if (seed + r) % 2:  # the gradient of a transposed weight, on this rank
+                    dense = dense.t().contiguous().t()
                 mixed = dense if t == 1 else table
                 rows.append([None if seed % 4 == r else table, dense, None if (seed + r) % 3 == t else mixed])
             ranks.append(rows)

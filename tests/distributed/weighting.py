@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -122,6 +122,18 @@ def check_a_matrix_that_is_not_finite() -> None:
     optimizer.backward([scale * y.sum() for y in model(torch.arange(6), with_expert=False)])
     assert not asked and all(bool(p.grad.isnan().all()) for p in model.trunk.parameters() if p.grad is not None)
     assert model.trunk[0].weight.grad is not None
+
+
+def check_a_matrix_that_is_not_finite_on_one_rank_alone() -> None:
+    """Plain tensors beside DTensors are nobody's to reduce: the ranks still meet, and go on."""
+    model = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
+    scale = nn.Parameter(torch.ones(()))
+    optimizer = mk.optim.GramWeighted(torch.optim.SGD([*model.parameters(), scale]), lambda gram: torch.ones(len(gram)))
+    for factor in (torch.inf if dist.get_rank() == 1 else 1.0, 1.0):
+        model.zero_grad()
+        outputs = model(torch.arange(6), with_expert=False)
+        gram = optimizer.backward([y.square().sum() + scale * factor for y in outputs])
+        assert bool(gram.isfinite().all()) == (factor == 1.0)
 
 
 def check_reductions_that_differ() -> None:
