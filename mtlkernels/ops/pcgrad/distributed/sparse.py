@@ -29,9 +29,7 @@ def mean_column(
         else:
             shape = facts.shape or ()
             total = torch.zeros(shape, dtype=facts.dtype, device=device) if grad is None else grad / group.size()
-            total = (
-                total.contiguous()
-            )  # memory is added up in its order, of which ranks have their own
+            total = total.contiguous()  # memory is added up in its order, of which ranks have their own
             dist.all_reduce(total, group=group)
             results.append(total)
     return results
