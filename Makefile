@@ -135,5 +135,5 @@ gpu:
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mtlkernels/lib mtlkernels/_cuda*.so mtlkernels/_build.json demo-out bench-out
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis docs/_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis __pycache__ docs/_build
 	find mtlkernels tests benchmarks docs examples release -name __pycache__ -type d -prune -exec rm -rf {} +

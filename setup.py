@@ -1,7 +1,8 @@
 """Builds the C++ and CUDA kernels with CMake and ninja where that is possible; otherwise the install does without.
 
 What became of each is written into the package, to ``mtlkernels/_build.json``, from which ``mtlkernels.show_config()``
-tells why kernels are missing. Everything else about the package is in pyproject.toml.
+tells why kernels are missing. Here is, too, what the package's page says, which is made of README.md. Everything else
+about the package is in pyproject.toml. release/wheel.py and tests import this file, which does nothing by itself then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
@@ -30,9 +33,10 @@ LIBRARY = "libmtlkernels.so"  # of the operators, without Python
 RECORD = "_build.json"
 # Of a failed build: enough for a compiler's message and what cmake says around it.
 KEPT_LINES = 20
-
-# cmake and ninja from PyPI lie beside the interpreter, also where its environment is not activated.
-os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+# By what CMake has configured a folder. What it reads of the environment when it does so for the first time, and keeps.
+CONFIGURED = "configured.json"
+READ_ONCE = ("CXX", "CXXFLAGS", "LDFLAGS", "CMAKE_TOOLCHAIN_FILE", "CMAKE_PREFIX_PATH")
+READ_ONCE += ("CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "CUDAARCHS", "CUDA_PATH")
 
 # Of release/wheel.py: a folder with kernels for several versions of PyTorch and Python, to be put into a wheel for all.
 PREBUILT = os.environ.get("MTLKERNELS_PREBUILT")
@@ -92,6 +96,38 @@ def what_is_missing_for_cuda() -> str | None:
     return None
 
 
+def keep_if_the_same(build: Path, options: Sequence[str]) -> None:
+    """Empties a folder that CMake has configured by other options or for another compiler, as it would keep to those.
+
+    Where both are the same the folder stays, so that only sources that have changed are compiled again.
+    """
+    environment = {name: os.environ[name] for name in READ_ONCE if os.environ.get(name)}
+    asked = json.dumps({"options": list(options), "environment": environment}, indent=1) + "\n"
+    configured = build / CONFIGURED
+    if configured.exists() and configured.read_text() == asked:
+        return
+    if build.exists():
+        shutil.rmtree(build)
+    build.mkdir(parents=True)
+    configured.write_text(asked)
+
+
+class SourcesOnly(build_py):
+    """Packs the modules that are there: setuptools keeps its folder, and what an earlier build has left in it."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            self.remove_what_is_gone()
+        super().run()
+
+    def remove_what_is_gone(self) -> None:
+        """All but this build's own files, compiled libraries, and what became of these."""
+        own = {Path(file) for file in self.get_outputs(include_bytecode=False)}
+        for path in Path(self.build_lib, "mtlkernels").rglob("*"):
+            if path.is_file() and path not in own and path.suffix != ".so" and path.name != RECORD:
+                path.unlink()
+
+
 class CMakeBuild(build_ext):
     """Runs CMake, once an extension; after a failure the install does without that extension, and says so."""
 
@@ -145,17 +181,19 @@ class CMakeBuild(build_ext):
         cuda = ext.name == CUDA
         kind = "cmake-cuda" if cuda else "cmake"
         build = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-torch{torch.__version__}"
-        configure = [
-            "cmake", "-S", str(ROOT / "csrc" / "cuda" if cuda else ROOT), "-B", str(build), "-G", "Ninja",
+        options = [
+            "-S", str(ROOT / "csrc" / "cuda" if cuda else ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
-            f"-DCMAKE_INSTALL_PREFIX={path.parent}",
             *([f"-DMTLK_OUTPUT_NAME={path.name}"] if cuda else options_for_cpp()),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
+        # pip has another place for each install, and Python several names: neither asks for another build.
+        here = [f"-DCMAKE_INSTALL_PREFIX={path.parent}", *([] if cuda else [f"-DPython_EXECUTABLE={sys.executable}"])]
+        keep_if_the_same(build, options)
         try:
-            run(configure)
+            run(["cmake", *here, *options])
         except CompileError:
             shutil.rmtree(build, ignore_errors=True)  # cmake would go on with the compiler that it has found
             raise
@@ -237,7 +275,6 @@ def options_for_cpp() -> list[str]:
     import torch
 
     return [
-        f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DTORCH_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
     ]
@@ -250,16 +287,49 @@ class WheelForAll(bdist_wheel):
         return ("py3", "none", super().get_tag()[2]) if PREBUILT else super().get_tag()
 
 
-extensions = [Extension("mtlkernels.lib", sources=[])] if PREBUILT else []
-missing = "it was built before" if PREBUILT else what_is_missing()
-for name, reason in (("mtlkernels._C", missing), (CUDA, missing or what_is_missing_for_cuda())):
-    if reason is None:
-        extensions.append(Extension(name if name == CUDA else cpp(), sources=[], optional=True))
-    elif not PREBUILT:
-        print(f"mtlkernels: installing without {name}: {reason}", file=sys.stderr)
-        outcomes[name.rpartition(".")[2]] = {"outcome": "skipped", "reason": reason}
+def page() -> str:
+    """README.md as the package's page: without pictures and links to the repository's files, which are not with it."""
+    code = r"```.*?```|<!--.*?-->"  # which stay as they are
+    picture = r"!\[[^\]]*\]\((?P<picture>[^)\s]+)\)\n*"
+    link = r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^)\s]+)\)"
+    elsewhere = re.compile(r"[a-z]+:|#")  # another site, or a place on the page itself
 
-build.sub_commands = [*build.sub_commands, ("build_record", None)]
-setup(
-    ext_modules=extensions, cmdclass={"build_ext": CMakeBuild, "build_record": BuildRecord, "bdist_wheel": WheelForAll}
-)
+    def replaced(found: re.Match[str]) -> str:
+        target = found["picture"] or found["target"]
+        if target is None or elsewhere.match(target):
+            return found[0]
+        return found["text"] or ""
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    title, _, rest = re.sub(f"{code}|{picture}|{link}", replaced, text, flags=re.DOTALL).partition("\n")
+    note = "*The README of the repository, without its pictures and its links to other files there.*"
+    return f"{title}\n\n{note}\n{rest}"
+
+
+def main() -> None:
+    # cmake and ninja from PyPI lie beside the interpreter, also where its environment is not activated.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    extensions = [Extension("mtlkernels.lib", sources=[])] if PREBUILT else []
+    missing = "it was built before" if PREBUILT else what_is_missing()
+    for name, reason in (("mtlkernels._C", missing), (CUDA, missing or what_is_missing_for_cuda())):
+        if reason is None:
+            extensions.append(Extension(name if name == CUDA else cpp(), sources=[], optional=True))
+        elif not PREBUILT:
+            print(f"mtlkernels: installing without {name}: {reason}", file=sys.stderr)
+            outcomes[name.rpartition(".")[2]] = {"outcome": "skipped", "reason": reason}
+    build.sub_commands = [*build.sub_commands, ("build_record", None)]
+    setup(
+        long_description=page(),
+        long_description_content_type="text/markdown",
+        ext_modules=extensions,
+        cmdclass={
+            "build_ext": CMakeBuild,
+            "build_py": SourcesOnly,
+            "build_record": BuildRecord,
+            "bdist_wheel": WheelForAll,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,8 @@ def build_and_test(python: Path, torch: str, folder: Path, select: list[str], re
     # Against pip's own constraints, which may hold torch back, and so that no other package changes it.
     pins = folder / "constraints.txt"
     pins.write_text(f"torch=={torch}{'.*' if torch.count('.') == 1 else ''}\n")
-    variables = {"PIP_CONSTRAINT": str(pins), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    # As an address, since pip takes what has a space in it for two files.
+    variables = {"PIP_CONSTRAINT": pins.as_uri(), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     own = clone / ".venv" / "bin" / "python"
     for step, *command in (
         ("git clone", "git", "clone", "--quiet", str(ROOT), str(clone)),
@@ -99,7 +101,8 @@ def build_and_test(python: Path, torch: str, folder: Path, select: list[str], re
     ):
         if run(log, *command, cwd=folder, **variables):
             raise Failed(step)
-    arguments = " ".join(["-q", f"--junitxml={report}", *select])
+    # For the shell, and before it for make, which reads $ itself.
+    arguments = shlex.join(["-q", f"--junitxml={report}", *select]).replace("$", "$$")
     status = run(log, "make", "test", f"PYTHON={python}", f"ARGS={arguments}", cwd=clone, **variables)
     facts = subprocess.run([own, "-c", FACTS], cwd=clone, env=environment(), capture_output=True, text=True)
     if facts.returncode == 0:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from release.interpreters import interpreter
 from release.sdk import Sdk, sdk
+from setup import keep_if_the_same
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "wheel"
@@ -33,11 +34,10 @@ EXCLUDED = ("libtorch.so", "libtorch_cpu.so", "libtorch_python.so", "libc10.so",
 
 def cmake(build: Path, target: str, *options: str) -> Path:
     """Configures and builds; the folder with what was built."""
-    common = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DMTLK_PORTABLE=ON", "-DCMAKE_SHARED_LINKER_FLAGS=-s"]
-    common += ["-DCMAKE_MODULE_LINKER_FLAGS=-s"]
-    subprocess.run(
-        ["cmake", "-S", str(ROOT), "-B", str(build), *common, *options], check=True, stdout=subprocess.DEVNULL
-    )
+    asked = ["-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DMTLK_PORTABLE=ON"]
+    asked += ["-DCMAKE_SHARED_LINKER_FLAGS=-s", "-DCMAKE_MODULE_LINKER_FLAGS=-s", *options]
+    keep_if_the_same(build, asked)
+    subprocess.run(["cmake", *asked], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", str(build), "--target", target], check=True)
     return build
 
@@ -93,8 +93,10 @@ def pip_wheel(out: Path, **variables: str) -> Path:
     return wheel
 
 
-def assemble(library: Path, out: Path) -> Path:
+def assemble(library: Path) -> Path:
     """The wheel of the package with ``library`` in it, as auditwheel has passed it."""
+    out = WORK / "passed"
+    shutil.rmtree(out, ignore_errors=True)
     wheel = pip_wheel(WORK / "raw", MTLKERNELS_PREBUILT=str(library))
     repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", "--wheel-dir", str(out)]
     command = [*repair, *(f"--exclude={name}" for name in EXCLUDED), str(wheel)]
@@ -122,15 +124,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     options = parser.parse_args(arguments)
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out must be a folder, but {options.out} is a file")
+    options.out.mkdir(parents=True, exist_ok=True)
     pythons = interpreters(options.python)
     sdks = [sdk(version, options.sdk) for version in options.torch]
     library = WORK / "lib"
     shutil.rmtree(library, ignore_errors=True)
     build_all(sdks, pythons, library)
+    made = [pip_wheel(WORK / "pure", MTLKERNELS_PURE="1"), assemble(library)]
     for earlier in options.out.glob("mtlkernels-*.whl"):
         earlier.unlink()
-    pure = shutil.copy(pip_wheel(WORK / "pure", MTLKERNELS_PURE="1"), options.out)
-    wheel = assemble(library, options.out)
+    pure, wheel = (Path(shutil.copy(file, options.out)) for file in made)
     print(f"{pure}: the reference alone, for other systems")
     print(
         f"{wheel}: {wheel.stat().st_size / 2**20:.1f} MiB, for torch {', '.join(options.torch)} and the direct way "

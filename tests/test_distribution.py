@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from release import sdk, wheel
+import mtlkernels as mk
+from release import sdk, tag, wheel
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +41,7 @@ def test_source_distribution(checkout: Path, tmp_path: Path) -> None:
     for folder in ("mtlkernels", "csrc", "examples"):
         for path in (checkout / folder).rglob("*"):
             assert path.is_dir() or str(path.relative_to(checkout)) in names, path
-    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
 def packed_wheel(checkout: Path, out: Path, **variables: str) -> Path:
@@ -56,6 +58,11 @@ def test_a_wheel_for_every_system(checkout: Path, tmp_path: Path) -> None:
     assert packed.name.endswith("-py3-none-any.whl") and wheel.libraries(packed) == []
     with zipfile.ZipFile(packed) as archive:
         assert "this is the wheel without kernels" in archive.read("mtlkernels/_build.json").decode()
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = archive.read(name).decode()
+    assert "Description-Content-Type: text/markdown" in metadata and "\n# mtlkernels\n" in metadata
+    targets = re.findall(r"\]\(([^)]*)\)", metadata)
+    assert [target for target in targets if not target.startswith("https://")] == []
 
 
 def test_a_wheel_for_every_python(checkout: Path, tmp_path: Path) -> None:
@@ -89,3 +96,75 @@ def test_what_is_kept_of_a_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "torch-2.13").rename(tmp_path / "torch-2.12")
     with pytest.raises(SystemExit, match="is not of torch 2.12"):
         sdk.sdk("2.12", tmp_path)
+
+
+@pytest.fixture
+def making(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """``release.wheel`` with nothing that compiles, downloads or packs: auditwheel passes what ``passed`` names."""
+    passed = ["mtlkernels-2-py3-none-manylinux_2_28_x86_64.whl"]
+
+    def pip_wheel(out: Path, **variables: str) -> Path:
+        out.mkdir(parents=True, exist_ok=True)
+        packed = out / f"mtlkernels-2-py3-none-{'any' if 'MTLKERNELS_PURE' in variables else 'linux_x86_64'}.whl"
+        zipfile.ZipFile(packed, "w").close()
+        return packed
+
+    def auditwheel(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        out = Path(command[command.index("--wheel-dir") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        for name in passed:
+            zipfile.ZipFile(out / name, "w").close()
+        return subprocess.CompletedProcess(command, int(not passed), stdout="" if passed else "it is not portable")
+
+    monkeypatch.setattr(wheel, "WORK", tmp_path / "work")
+    monkeypatch.setattr(wheel, "sdk", lambda version, cache: sdk.Sdk(version, cache))
+    monkeypatch.setattr(wheel, "interpreters", lambda versions: {})
+    monkeypatch.setattr(wheel, "build_all", lambda *_: None)
+    monkeypatch.setattr(wheel, "pip_wheel", pip_wheel)
+    monkeypatch.setattr(subprocess, "run", auditwheel)
+    return passed
+
+
+def test_wheels_go_to_a_folder_that_is_not_there_yet(making: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "some" / "dist"
+    wheel.main(["--out", str(out)])
+    assert {path.name for path in out.iterdir()} == {"mtlkernels-2-py3-none-any.whl", *making}
+
+
+def test_earlier_wheels_go_when_there_are_new_ones(making: list[str], tmp_path: Path) -> None:
+    for name in ("mtlkernels-1-py3-none-any.whl", "mtlkernels-1-py3-none-manylinux_2_28_x86_64.whl"):
+        (tmp_path / name).touch()
+    earlier = {path.name for path in tmp_path.glob("*.whl")}
+    made = making.pop()
+    with pytest.raises(SystemExit, match="it is not portable"):
+        wheel.main(["--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.glob("*.whl")} == earlier
+    making.append(made)
+    wheel.main(["--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.glob("*.whl")} == {"mtlkernels-2-py3-none-any.whl", made}
+
+
+def test_wheels_into_a_file(making: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dist").touch()
+    with pytest.raises(SystemExit, match="2"):
+        wheel.main(["--out", str(tmp_path / "dist")])
+    assert f"--out must be a folder, but {tmp_path / 'dist'} is a file" in capsys.readouterr().err
+
+
+def test_a_tag_that_is_not_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tag.main([f"v{mk.__version__}"]) == 0
+    assert capsys.readouterr().err == ""
+    for other in ("v0.0.9", mk.__version__, f"v{mk.__version__}.1"):
+        assert tag.main([other]) == 1
+        own = mk.__version__
+        said = f"the tag must be v{own}, as mtlkernels.__version__ is {own}, got {other}\n"
+        assert capsys.readouterr().err == said
+
+
+def test_what_the_release_runs() -> None:
+    """The tag is looked at before anything is built, and Python's own interpreter is asked for nothing but that."""
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    commands = re.findall(r"^ *- run: (.+)$", workflow, flags=re.MULTILINE)
+    assert commands[0] == 'python3 -m release.tag "$GITHUB_REF_NAME"'
+    assert not any(command.startswith("python") for command in commands[1:])
+    assert commands.index(".venv/bin/python setup.py sdist") > commands.index("make wheel")

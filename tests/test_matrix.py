@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,28 @@ def test_nothing_of_this_checkout_reaches_an_environment(monkeypatch: pytest.Mon
 def test_counts(tmp_path: Path) -> None:
     (tmp_path / "tests.xml").write_text(REPORT)
     assert matrix.counts(tmp_path / "tests.xml") == {"passed": 3, "failed": 3, "skipped": 3}
+
+
+def test_a_folder_with_a_space_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name passes pip, which splits lists of files, and make and the shell, which read $ and quotes."""
+    folder = tmp_path / "it's a $new folder"
+    folder.mkdir()
+    asked: list[list[str]] = []
+
+    def run(log: Path, *command: str | Path, cwd: Path, **variables: str) -> int:
+        assert variables["PIP_CONSTRAINT"].split() == [(folder / "constraints.txt").as_uri()]
+        if command[0] == "make":
+            (arguments,) = [str(part) for part in command if str(part).startswith("ARGS=")]
+            asked.append(shlex.split(arguments.removeprefix("ARGS=").replace("$$", "$")))
+            (folder / "tests.xml").write_text(REPORT)
+            executable(cwd / ".venv" / "bin" / "python", "exit 1")
+        return 0
+
+    monkeypatch.setattr(matrix, "run", run)
+    result = Result({})
+    matrix.build_and_test(Path("python3.10"), "2.10", folder, ["tests/nn", "tests/a b"], result)
+    assert asked == [["-q", f"--junitxml={folder / 'tests.xml'}", "tests/nn", "tests/a b"]]
+    assert result.counts == {"passed": 3, "failed": 3, "skipped": 3}
 
 
 def test_what_is_good() -> None:

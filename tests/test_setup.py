@@ -1,0 +1,136 @@
+"""What setup.py does beside compiling: which folders of CMake's it keeps, what it packs, and what the page says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from setuptools import Distribution, Extension
+
+import setup
+from release import wheel
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has asked for anything."""
+    for name in (*setup.READ_ONCE, "CMAKE_ARGS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What setup.py and release/wheel.py run; of CMake the folder alone comes of it."""
+    found: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> None:
+        found.append(command)
+        if "-B" in command:
+            Path(command[command.index("-B") + 1]).mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setattr(setup, "run", run)
+    monkeypatch.setattr(setup, "options_for_cpp", lambda: [])
+    monkeypatch.setattr(wheel, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    return found
+
+
+def configure(place: Path) -> Path:
+    """Lets setup.py build for an install into a place; the folder that CMake works in."""
+    command = setup.CMakeBuild(Distribution({"name": "mtlkernels"}))
+    command.build_lib = str(place)
+    command.extensions = []
+    command.finalize_options()
+    command.run_cmake(Extension(setup.cpp(), []))
+    (folder,) = (setup.ROOT / "build").glob("cmake-*")
+    return folder
+
+
+CHANGES = [("CMAKE_ARGS", "-DMTLK_SPLIT=ON"), *((name, "another") for name in setup.READ_ONCE)]
+
+
+@pytest.mark.parametrize("name, value", CHANGES)
+def test_nothing_of_another_configuration_stays(
+    name: str, value: str, commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CMake keeps options and the compiler in its folder: what is asked for is heard, and what no longer is, too."""
+    cache = configure(tmp_path) / "CMakeCache.txt"
+    cache.touch()
+    monkeypatch.setenv(name, value)
+    configure(tmp_path)
+    assert not cache.exists()
+    cache.touch()
+    monkeypatch.delenv(name)
+    configure(tmp_path)
+    assert not cache.exists()
+
+
+def test_what_was_compiled_is_kept(commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same environment, for another place to install to and by another name of Python."""
+    monkeypatch.setenv("CMAKE_ARGS", "-DMTLK_SPLIT=ON")
+    monkeypatch.setenv("CXX", "clang++")
+    cache = configure(tmp_path / "one") / "CMakeCache.txt"
+    cache.touch()
+    monkeypatch.setattr(sys, "executable", f"{sys.executable}3")
+    configure(tmp_path / "other")
+    assert cache.exists()
+    configured = [command for command in commands if "-S" in command]
+    assert [command[-1] for command in configured] == ["-DMTLK_SPLIT=ON"] * 2
+    for command, place in zip(configured, ("one", "other"), strict=True):
+        assert any(part.startswith(f"-DCMAKE_INSTALL_PREFIX={tmp_path / place}/") for part in command)
+
+
+def test_folders_of_a_wheel(commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = wheel.cmake(tmp_path / "kernels", "kernels", "-DMTLK_MODULE=OFF") / "CMakeCache.txt"
+    cache.touch()
+    wheel.cmake(tmp_path / "kernels", "kernels", "-DMTLK_MODULE=OFF")
+    assert cache.exists() and commands[0] == commands[2] and "-DMTLK_MODULE=OFF" in commands[0]
+    monkeypatch.setenv("CXX", "g++-12")
+    wheel.cmake(tmp_path / "kernels", "kernels", "-DMTLK_MODULE=OFF")
+    assert not cache.exists()
+
+
+def test_modules_that_are_gone(tmp_path: Path) -> None:
+    """They are not packed, nor are files of data; what is compiled stays, and what is known of it."""
+    package = tmp_path / "built" / "mtlkernels"
+    left = ("gone.py", "ops/gone/__init__.py", "ops/gone/__pycache__/a.pyc", "gone.txt")
+    kept = ("lib/torch2_13/libmtlkernels.so", "_cuda.cpython-311-x86_64-linux-gnu.so", "_build.json")
+    for name in (*left, *kept):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("of an earlier build")
+    (tmp_path / "mtlkernels" / "ops").mkdir(parents=True)
+    for name in ("__init__.py", "ops/__init__.py", "py.typed"):
+        (tmp_path / "mtlkernels" / name).touch()
+    (tmp_path / "mtlkernels" / "__init__.py").write_text('__version__ = "1"\n')
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]
+    env = {**os.environ, "MTLKERNELS_PURE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
+    assert found == {"__init__.py", "ops/__init__.py", "py.typed", *kept}
+
+
+def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links to files of the repository become their text; code, and links that lead somewhere, stay."""
+    readme = (
+        "# title\n\nof [two\nlines](docs/a.md) and [`code`](LICENSE), see [there](https://example.org/a) and\n"
+        "[below](#more), a list[int] (of two)\n\n![picture](a/b.png)\n\n![far](https://example.org/b.png)\n\n"
+        "<!-- run\nx[0](1)\n-->\n\n```python\nf[0](x)\n```\n\n| [a](docs/a.md) | [b](docs/b.md#c) |\n"
+    )
+    page = (
+        "of two\nlines and `code`, see [there](https://example.org/a) and\n"
+        "[below](#more), a list[int] (of two)\n\n![far](https://example.org/b.png)\n\n"
+        "<!-- run\nx[0](1)\n-->\n\n```python\nf[0](x)\n```\n\n| a | b |\n"
+    )
+    (tmp_path / "README.md").write_text(readme)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    title, note, rest = setup.page().split("\n\n", 2)
+    assert title == "# title" and note.startswith("*The README of the repository") and rest == page
