@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 
 #include "arguments.h"
 #include "cpu/level/level.h"
@@ -187,22 +188,27 @@ void keep_prepared_from_python(py::handle weights) {
   if (!fit) throw py::value_error("mtlkernels: a list of plain tensors was expected");
 }
 
-// The tensors of a level without norms and slopes as operators take them, whose shapes nobody has checked, and whether
-// a gradient of any is wanted; or None, as above.
+// The tensors of a level without norms and slopes as operators take them, whose shapes nobody has checked; whether a
+// gradient of any is wanted; and their signature. Or None, as above.
 py::object level_tensors_from_python(py::handle inputs, py::handle weights, py::handle biases, py::handle gate_logits,
-                                     py::handle gate_weights, py::handle gate_biases, py::handle spec_ints) {
+                                     py::handle gate_weights, py::handle gate_biases, py::bytes words) {
   try {
     const py::none none;
-    const std::optional<LevelSpec> spec = read_spec(spec_ints.ptr(), none.ptr());
+    const LevelSpec spec = spec_of_words(std::string_view(words));
     LevelCall call;
-    if (!spec || !read_level(*spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
-                             gate_biases.ptr(), none.ptr(), none.ptr(), none.ptr(), call)) {
+    if (spec.has_norms() ||
+        !read_level(spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
+                    gate_biases.ptr(), none.ptr(), none.ptr(), none.ptr(), call)) {
       return none;
     }
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     LevelTensors& own = call.tensors;
+    const Tensors nothing, &logits = own.linear_gates ? nothing : own.gates,
+                           &gates = own.linear_gates ? own.gates : nothing;
+    py::object known = signature({own.inputs, logits}, {own.weights, own.biases, gates, own.gate_biases});
     return py::make_tuple(
-        wrapped_groups<py::list>({&own.inputs, &own.weights, &own.biases, &own.gates, &own.gate_biases}), wanted);
+        wrapped_groups<py::list>({&own.inputs, &own.weights, &own.biases, &own.gates, &own.gate_biases}), wanted,
+        std::move(known));
   } catch (const Refused&) {
     return py::none();
   }

@@ -36,7 +36,7 @@ pybind11::object level_from_python(pybind11::handle inputs, pybind11::handle wei
 // mtlkernels._C.level_tensors, see direct.cpp.
 pybind11::object level_tensors_from_python(pybind11::handle inputs, pybind11::handle weights, pybind11::handle biases,
                                            pybind11::handle gate_logits, pybind11::handle gate_weights,
-                                           pybind11::handle gate_biases, pybind11::handle spec_ints);
+                                           pybind11::handle gate_biases, pybind11::bytes words);
 
 // mtlkernels._C.recoded_level: a spec's lists, once decoded and encoded again. Throws a ValueError for others.
 std::pair<std::vector<int64_t>, std::vector<double>> recoded_level(std::vector<int64_t> ints,

@@ -14,9 +14,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <iterator>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -49,11 +51,7 @@ class Context {
  public:
   explicit Context(AutogradContext* context) : context_(context) {}
 
-  LevelSpec spec() const {
-    std::vector<int64_t> ints(words().size() / sizeof(int64_t));
-    std::memcpy(ints.data(), words().data(), words().size());
-    return LevelSpec(std::move(ints), {});
-  }
+  LevelSpec spec() const { return spec_of_words(words()); }
   const std::string& words() const { return string(kSpec); }
   const std::string& wanted() const { return string(kWanted); }
   bool recorded() const { return (integer(kWay) & kRecorded) != 0; }
@@ -126,13 +124,61 @@ Tensors unwrapped(py::handle tensors) {
   return result;
 }
 
+// A byte for each.
+py::bytes flags_of(const std::vector<bool>& needs) { return std::string(needs.begin(), needs.end()); }
+
+// Those of mtlkernels.ops.level.node.
+struct NodeFunctions {
+  py::object gradients, replayed, recorded;
+};
+
+const NodeFunctions& node_functions() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<NodeFunctions> functions;
+  return functions
+      .call_once_and_store_result([] {
+        const py::module_ node = py::module_::import("mtlkernels.ops.level.node");
+        return NodeFunctions{node.attr("gradients_of_node"), node.attr("replayed"), node.attr("recorded")};
+      })
+      .get_stored();
+}
+
+// What a call that was recorded takes on, unless somebody looks on: by what was recorded of such a backward pass, for
+// which Python needs the tensors that move alone; or by what records one.
+py::object of_recorded_call(const Context& context, const variable_list& grads) {
+  const LevelSpec spec = context.spec();
+  const std::vector<bool> needs = context.needs();
+  const py::bytes words(context.words()), flags = flags_of(needs);
+  const variable_list saved = context.saved();
+  const at::TensorList all(saved), tensors = all.slice(0, needs.size()), stored = all.slice(needs.size());
+  const size_t logits = spec.gate_inputs.empty() ? spec.gates() : 0, parameters = needs.size() - logits;
+  const at::TensorList inputs = tensors.slice(0, spec.num_inputs), given = tensors.slice(parameters);
+  const at::TensorList fixed = tensors.slice(spec.num_inputs, parameters - spec.num_inputs);
+  variable_list present;
+  py::tuple mask(grads.size());
+  for (size_t k = 0; k < grads.size(); ++k) {
+    mask[k] = py::bool_(grads[k].defined());
+    if (grads[k].defined()) present.push_back(grads[k]);
+  }
+  const bool in_rows = std::all_of(present.begin(), present.end(), [](const at::Tensor& grad) {
+    return grad.layout() == at::kStrided && grad.is_contiguous();
+  });
+  if (in_rows) {
+    const std::initializer_list<at::TensorList> moving = {present, inputs, given, stored};
+    py::list objects;
+    for (const at::TensorList group : moving) {
+      for (const at::Tensor& tensor : group) objects.append(to_python(tensor));
+    }
+    py::object found = node_functions().replayed(words, mask, flags, signature(moving, {fixed}), objects);
+    if (!found.is_none()) return found;
+  }
+  return node_functions().recorded(words, wrapped(grads), wrapped(tensors), wrapped(stored), flags);
+}
+
 Tensors by_python(const Context& context, const variable_list& grads) {
   const py::gil_scoped_acquire gil;
   try {
-    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> function;
-    function.call_once_and_store_result(
-        [] { return py::module_::import("mtlkernels.ops.level.node").attr("gradients_of_node"); });
-    return unwrapped(function.get_stored()(context, wrapped(grads)));
+    const bool plain = context.recorded() && !context.losses() && !is_observed(grads);
+    return unwrapped(plain ? of_recorded_call(context, grads) : node_functions().gradients(context, wrapped(grads)));
   } catch (py::error_already_set& error) {
     error.restore();
     python_error persistent;  // as autograd's threads carry errors
@@ -181,8 +227,9 @@ auto make_node() {
   }
 }
 
-// Gives outputs a node, which is what torch::autograd::Function::apply does with them.
-Tensors with_node(const LevelSpec& spec, const Tensors& tensors, LevelResults results, int64_t way) {
+// Gives outputs a node, which is what torch::autograd::Function::apply does with them, but for the inputs'
+// shapes, which nobody reads. `words` are the spec's ints.
+Tensors with_node(std::string words, const Tensors& tensors, LevelResults results, int64_t way) {
   Tensors given;  // the tensors that there are: each has an edge
   std::string wanted;
   for (const at::Tensor& tensor : tensors) {
@@ -193,12 +240,9 @@ Tensors with_node(const LevelSpec& spec, const Tensors& tensors, LevelResults re
   node->set_ctx_grad_fn(node);
   node->set_next_edges(torch::autograd::collect_next_edges(given));
   node->is_variable_input_.assign(given.size(), true);
-  node->input_info_.reserve(given.size());
-  for (const at::Tensor& tensor : given) node->input_info_.emplace_back(tensor);
   AutogradContext& context = node->ctx_;
   context.set_materialize_grads(false);
-  const auto ints = spec.encoded().first;
-  context.saved_data[kSpec] = std::string(reinterpret_cast<const char*>(ints.data()), ints.size() * sizeof(int64_t));
+  context.saved_data[kSpec] = std::move(words);
   context.saved_data[kWanted] = std::move(wanted);
   context.saved_data[kWay] = way;
   context.saved_data[kSaved] = static_cast<int64_t>(results.saved.size());
@@ -215,13 +259,14 @@ Tensors with_node(const LevelSpec& spec, const Tensors& tensors, LevelResults re
 }
 
 // The outputs among what a recorded call has `found`, with a node.
-py::list recorded_level(py::handle tensors, py::handle found, std::vector<int64_t> ints, bool by_name) {
-  const LevelSpec spec(std::move(ints), {});
+py::list recorded_level(py::handle tensors, py::handle found, std::string words, bool by_name) {
+  const LevelSpec spec = spec_of_words(words);
   Tensors outputs = unwrapped(found);
   Tensors saved(outputs.begin() + spec.gates(), outputs.end());
   outputs.resize(spec.gates());
   LevelResults results{std::move(outputs), std::move(saved)};
-  return wrapped(with_node(spec, unwrapped(tensors), std::move(results), by_name ? kRecorded | kByName : kRecorded));
+  const int64_t way = by_name ? kRecorded | kByName : kRecorded;
+  return wrapped(with_node(std::move(words), unwrapped(tensors), std::move(results), way));
 }
 
 // The context of a node that is one of ours, otherwise None.
@@ -233,6 +278,12 @@ py::object level_context(py::handle node) {
 }
 
 }  // namespace
+
+LevelSpec spec_of_words(std::string_view words) {
+  std::vector<int64_t> ints(words.size() / sizeof(int64_t));
+  std::memcpy(ints.data(), words.data(), ints.size() * sizeof(int64_t));
+  return LevelSpec(std::move(ints), {});
+}
 
 bool is_plain(const at::Tensor& tensor) {
   static const uint64_t plain = [] {
@@ -265,7 +316,9 @@ Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, const 
        {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.gates, &tensors.gate_biases}) {
     all.insert(all.end(), of_kind->begin(), of_kind->end());
   }
-  return with_node(spec, all, train_level(spec, held), by_name ? kByName : 0);
+  const auto ints = spec.encoded().first;
+  std::string words(reinterpret_cast<const char*>(ints.data()), ints.size() * sizeof(int64_t));
+  return with_node(std::move(words), all, train_level(spec, held), by_name ? kByName : 0);
 }
 
 void define_level_node(py::module_& module) {
@@ -273,15 +326,11 @@ void define_level_node(py::module_& module) {
   module.def("level_context", &level_context, "The context of a node that was made in C++, otherwise None.");
   py::class_<Context>(module, "LevelContext")
       .def_property_readonly("ints", [](const Context& context) { return context.spec().encoded().first; })
-      .def_property_readonly("words", [](const Context& context) { return py::bytes(context.words()); })
       .def_property_readonly("recorded", &Context::recorded)
       .def_property_readonly("by_name", &Context::by_name)
+      .def_property_readonly("words", [](const Context& context) { return py::bytes(context.words()); })
       .def_property_readonly("needs", &Context::needs)
-      .def_property_readonly("flags",
-                             [](const Context& context) {
-                               const std::vector<bool> needs = context.needs();
-                               return py::bytes(std::string(needs.begin(), needs.end()));
-                             })
+      .def_property_readonly("flags", [](const Context& context) { return flags_of(context.needs()); })
       .def_property_readonly("variables",
                              [](const Context& context) {
                                std::vector<bool> result;

@@ -8,9 +8,14 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <string_view>
+
 #include "cpu/level/spec.h"
 
 namespace mtlk {
+
+// The spec of 64-bit ints that lie side by side, without floats.
+LevelSpec spec_of_words(std::string_view words);
 
 // Whether nothing but its memory stands behind a tensor on the CPU or a GPU, so that the dispatcher has nobody else to
 // ask.

@@ -10,6 +10,7 @@
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <initializer_list>
 #include <optional>
 #include <set>
 #include <string>
@@ -56,20 +57,29 @@ bool is_in_memory(const at::Tensor& tensor) {
          tensor.storage().nbytes() >= reached_bytes(tensor);
 }
 
-// Of a sparse tensor, say, or one that stands for another, there is none: None.
-py::object signature(py::handle moving, py::handle fixed) {
-  std::string words;
-  words.reserve(64 * (PySequence_Fast_GET_SIZE(moving.ptr()) + PySequence_Fast_GET_SIZE(fixed.ptr())));
-  bool dense = true;
-  for (const auto& [tensors, stay] : {std::pair(moving, false), std::pair(fixed, true)}) {
-    each_tensor(tensors, [&](const at::Tensor* tensor) {
-      if (!tensor) return add(words, -1);
-      dense = dense && tensor->layout() == at::kStrided && tensor->has_storage() && is_in_memory(*tensor);
-      if (dense) describe(words, *tensor, stay);
-    });
+// What of a call's tensors its launches depend on. Of a sparse tensor, say, or one that stands for another, there is
+// none: None.
+class Signature {
+ public:
+  explicit Signature(size_t tensors) { words_.reserve(64 * tensors); }
+
+  void add(const at::Tensor* tensor, bool fixed) {
+    if (!tensor) return mtlk::add(words_, -1);
+    dense_ = dense_ && tensor->layout() == at::kStrided && tensor->has_storage() && is_in_memory(*tensor);
+    if (dense_) describe(words_, *tensor, fixed);
   }
-  if (!dense) return py::none();
-  return py::bytes(words);
+  py::object object() const { return dense_ ? py::object(py::bytes(words_)) : py::none(); }
+
+ private:
+  std::string words_;
+  bool dense_ = true;
+};
+
+py::object signature_of_lists(py::handle moving, py::handle fixed) {
+  Signature result(PySequence_Fast_GET_SIZE(moving.ptr()) + PySequence_Fast_GET_SIZE(fixed.ptr()));
+  each_tensor(moving, [&](const at::Tensor* tensor) { result.add(tensor, false); });
+  each_tensor(fixed, [&](const at::Tensor* tensor) { result.add(tensor, true); });
+  return result.object();
 }
 
 using Shapes = std::vector<std::vector<int64_t>>;
@@ -214,6 +224,20 @@ class Recording {
 
 }  // namespace
 
+py::object signature(std::initializer_list<at::TensorList> moving, std::initializer_list<at::TensorList> fixed) {
+  size_t size = 0;
+  for (const auto& groups : {moving, fixed}) {
+    for (const at::TensorList group : groups) size += group.size();
+  }
+  Signature result(size);
+  for (const auto& [groups, stay] : {std::pair(moving, false), std::pair(fixed, true)}) {
+    for (const at::TensorList group : groups) {
+      for (const at::Tensor& tensor : group) result.add(tensor.defined() ? &tensor : nullptr, stay);
+    }
+  }
+  return result.object();
+}
+
 py::object to_python(at::Tensor tensor) {
   PyObject* const object = THPVariable_Wrap(std::move(tensor));
   if (!object) throw py::error_already_set();
@@ -221,7 +245,8 @@ py::object to_python(at::Tensor tensor) {
 }
 
 void define_recording(py::module_& module) {
-  module.def("signature", &signature, "What of moving and of fixed tensors a call's launches depend on, or None.");
+  module.def("signature", &signature_of_lists,
+             "What of moving and of fixed tensors a call's launches depend on, or None.");
   py::class_<Results>(module, "Results").def("list", [](const Results& results) {
     py::list found;
     for (const at::Tensor& tensor : results.tensors) found.append(to_python(tensor));

@@ -151,19 +151,20 @@ def _on_gpu(
     """By what was recorded of a call like this one, None where nothing was."""
     count = len(inputs) if isinstance(inputs, _LISTS) else 1
     spec = spec_of(routing.wiring, count, layers, gates[1] is not None).shared
-    found = _extension.function("level_tensors")(inputs, weights, biases, *gates[:3], spec.encoded[0])
-    if found is None or spec.unread or gates[3] is not None:
+    if spec.unread or gates[3] is not None:
         return None
-    tensors, wanted = found
+    found = _extension.function("level_tensors")(inputs, weights, biases, *gates[:3], spec.words)
+    if found is None:
+        return None
+    tensors, wanted, signature = found
     launcher = _backends.triton_module("level")
-    recording = launcher.recorded(spec, tensors, wanted)
-    if recording is None:
+    results = launcher.replay_forward(spec, tensors, wanted, signature)
+    if results is None:
         return None
-    results = recording.replay(launcher.moving(spec, tensors))
     if not wanted:
         return tuple(results.list())
     with_node = _extension.function("recorded_level")
-    return tuple(with_node(tensors, results, spec.encoded[0], _backends.forced() is not None))
+    return tuple(with_node(tensors, results, spec.words, _backends.forced() is not None))
 
 
 def parts_of_norms(norms: Any, gate_norms: Any, routing: Routing, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -57,13 +57,29 @@ class Node:
 
 
 def gradients_of_node(context: Any, grads: Sequence[Any]) -> Any:
-    """What C++ asks of a node's backward pass: gradients of all of the level's tensors, in a list or ``_C.Results``."""
+    """What C++ asks of a node's backward pass: gradients of all of the level's tensors, in a list or ``_C.Results``.
+
+    Of a call that was recorded it first asks :func:`replayed` and then :func:`recorded`, unless somebody looks on.
+    """
     watched = torch.is_grad_enabled() or observed() or grads_are_batched(grads)
     if watched or not context.recorded or context.losses is not None:
         return autograd.Level.backward(Node(context), *grads)[1:-1]
-    spec, stored = _spec(context.words), context.saved
-    count = spec.num_tensors
-    return triton_module("level").in_place(spec, grads, stored[:count], stored[count:], context.flags)
+    stored, count = context.saved, context.num_saved
+    return recorded(context.words, grads, stored[: len(stored) - count], stored[len(stored) - count :], context.flags)
+
+
+def replayed(words: bytes, mask: Any, flags: bytes, signature: Any, moving: Sequence[Any]) -> Any:
+    """The same, ``_C.Results``, by what was recorded of such a backward pass; None where nothing was.
+
+    ``mask``: of which outputs there are gradients; ``flags``: whose gradients are wanted. ``signature`` is that of all
+    tensors, ``moving`` are those that change from call to call.
+    """
+    return triton_module("level").replay_backward(_spec(words), mask, flags, signature, moving)
+
+
+def recorded(words: bytes, grads: Sequence[Any], tensors: Sequence[Any], saved: Sequence[Any], flags: bytes) -> Any:
+    """The same where nothing was, which may record it."""
+    return triton_module("level").in_place(_spec(words), grads, tensors, saved, flags)
 
 
 @lru_cache(256)

@@ -6,6 +6,7 @@ floats, and the level's tensors as flat lists whose order the spec knows; csrc/c
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -321,6 +322,16 @@ class LevelSpec:
             object.__setattr__(self, "_shared", found)
         spec: LevelSpec = found
         return spec
+
+    @property
+    def words(self) -> bytes:
+        """The ints of :attr:`encoded`, side by side in 64 bits each, as C++ reads them sooner than one by one."""
+        found = self.__dict__.get("_words")
+        if found is None:
+            found = array("q", self.encoded[0]).tobytes()
+            object.__setattr__(self, "_words", found)
+        words: bytes = found
+        return words
 
     @staticmethod
     def decoded(ints: Sequence[int], floats: Sequence[float]) -> LevelSpec:

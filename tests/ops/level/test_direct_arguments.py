@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -238,12 +239,17 @@ def test_gradients_are_left_to_the_checks_where_it_does_not_train() -> None:
 def tensors_of(**changed: Any) -> Any:
     """By the way in for GPUs, which hands the tensors back."""
     given = arguments(**changed)
-    return _extension.function("level_tensors")(*(given[name] for name in (*ORDER[:6], "spec")))
+    return _extension.function("level_tensors")(*(given[name] for name in ORDER[:6]), words_of(given["spec"]))
+
+
+def words_of(spec: Any) -> bytes:
+    """A spec's ints side by side."""
+    return array("q", spec).tobytes()
 
 
 def test_tensors_in_the_operators_order() -> None:
     given = arguments()
-    tensors, wanted = tensors_of(**given)
+    tensors, wanted, _ = tensors_of(**given)
     flat = [*given["inputs"], *(t for name in ("weights", "biases") for layer in given[name] for t in layer)]
     expected = [*flat, *given["gate_weights"], *given["gate_biases"]]
     assert not wanted and len(tensors) == len(expected)
@@ -251,7 +257,29 @@ def test_tensors_in_the_operators_order() -> None:
     assert tensors_of(inputs=[torch.randn(ROWS, 4).requires_grad_(), given["inputs"][1]])[1]
 
 
-@pytest.mark.parametrize("what", ["a spec of text", "a weight that is None", "joined gates of other sizes"])
+@pytest.mark.parametrize("kind", ["plain", "logits", "stacked", "joined gates"])
+def test_tensors_have_the_signature_that_python_asks_for(kind: str) -> None:
+    """Inputs and logits move; with a parameter elsewhere the signature is another."""
+    given = arguments(**TAKEN[kind]())
+    tensors, _, signature = tensors_of(**given)
+    inputs = len(given["inputs"]) if isinstance(given["inputs"], list) else 1
+    last = len(SIZES) if given["gate_weights"] is None else 0
+    fixed = tensors[inputs : len(tensors) - last]
+    moving = [*tensors[:inputs], *tensors[len(tensors) - last :]]
+    assert signature == _extension.function("signature")(moving, fixed)
+    given["inputs"] = [torch.randn(ROWS, 4) for _ in range(2)] if inputs > 1 else torch.randn(ROWS, 4)
+    assert tensors_of(**given)[2] == signature
+    stacked = kind == "stacked"
+    given["weights"] = (
+        [w.clone() for w in given["weights"]] if stacked else first_changed(given["weights"], torch.randn(6, 4))
+    )
+    assert tensors_of(**given)[2] != signature
+
+
+WITHOUT_TENSORS = ["norms by the batch's statistics", "a weight that is None", "joined gates of other sizes"]
+
+
+@pytest.mark.parametrize("what", WITHOUT_TENSORS)
 def test_tensors_that_there_are_not(what: str) -> None:
     assert tensors_of(**LEFT[what]()) is None
 
@@ -267,7 +295,7 @@ def test_what_cannot_be_kept(weights: Any) -> None:
 def test_a_recorded_level_takes_tensors() -> None:
     tensors: list[Tensor | None] = tensors_of()[0]
     with pytest.raises(TypeError, match="a tensor or None was expected"):
-        _extension.function("recorded_level")(tensors, ["y", "y"], arguments()["spec"], False)
+        _extension.function("recorded_level")(tensors, ["y", "y"], words_of(arguments()["spec"]), False)
 
 
 @pytest.mark.parametrize("by_name", [False, True])
@@ -276,7 +304,7 @@ def test_a_recorded_levels_outputs_have_its_node(by_name: bool) -> None:
     tensors[2].requires_grad_()
     spec, results = arguments()["spec"], [torch.randn(ROWS, 3) for _ in range(2)]
     saved = [torch.randn(ROWS, 6), None]
-    outputs = _extension.function("recorded_level")(tensors, [*results, *saved], spec, by_name)
+    outputs = _extension.function("recorded_level")(tensors, [*results, *saved], words_of(spec), by_name)
     context = _extension.function("level_context")(outputs[0].grad_fn)
     assert outputs[1].grad_fn is outputs[0].grad_fn
     assert (context.recorded, context.by_name, context.num_saved) == (True, by_name, 2)

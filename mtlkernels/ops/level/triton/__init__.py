@@ -68,6 +68,15 @@ def recorded(level: LevelSpec, tensors: Tensors, save: bool, seed: Tensor | None
     return _find(level, "forward", static, moving(level, tensors, seed), _fixed(level, tensors))
 
 
+def replay_forward(level: LevelSpec, tensors: Tensors, save: bool, words: bytes | None) -> Any:
+    """The outputs and what is saved, ``_C.Results``, by what was recorded of a forward pass with this signature.
+
+    None where nothing was.
+    """
+    found = _known(level, "forward", (save, _precision(tensors[0])), words)
+    return None if found is None else found.replay(moving(level, tensors))
+
+
 def backward(
     grad_outputs: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
@@ -102,6 +111,15 @@ def in_place(level: LevelSpec, grad_outputs: Tensors, tensors: Tensors, saved: T
     ``flags`` says which are wanted, a byte each; of its kind all may be returned.
     """
     return _of_losses(level, grad_outputs, tensors, saved, None, flags, True)
+
+
+def replay_backward(level: LevelSpec, mask: Any, flags: bytes, words: bytes | None, moving: Tensors) -> Any:
+    """The same by what was recorded of a backward pass with this signature, None where nothing was.
+
+    ``mask`` says of which outputs there are gradients; ``moving`` are these, the forward pass's, and what it saved.
+    """
+    found = _known(level, "backward", (True, mask, flags, _precision(moving[0])), words)
+    return None if found is None else found.replay(moving)
 
 
 def _of_losses(
@@ -164,8 +182,14 @@ def _precision(x: Tensor) -> str:
 
 
 def _find(level: LevelSpec, direction: str, static: Any, moving: Tensors, fixed: Tensors) -> Recording | None:
+    if direction not in level.recordings:
+        return None
+    return _known(level, direction, static, signature(moving, fixed))
+
+
+def _known(level: LevelSpec, direction: str, static: Any, words: bytes | None) -> Recording | None:
+    """What was recorded of a call with a signature."""
     kept: Recordings | None = level.recordings.get(direction)
-    words = None if kept is None else signature(moving, fixed)
     return None if kept is None or words is None else kept.find(static, words)
 
 
