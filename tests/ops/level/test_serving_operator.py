@@ -207,9 +207,9 @@ def test_refusals_of_dtypes() -> None:
 # Graphs -------------------------------------------------------------------------------------------------------------
 
 
-def trunk(batch_norm: bool = True, **options: Any) -> mk.nn.PLE:
+def trunk(batch_norm: bool = True, levels: int = 2) -> mk.nn.PLE:
     seed(0)
-    model = mk.nn.PLE(6, 2, (16, 8), num_specific=1, num_shared=2, num_levels=2, batch_norm=batch_norm, **options)
+    model = mk.nn.PLE(6, 2, (16, 8), num_specific=1, num_shared=2, num_levels=levels, batch_norm=batch_norm)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             trained(module)
@@ -270,7 +270,7 @@ def test_graphs_of_frozen_models() -> None:
 
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
 def test_compiled(inference: Any) -> None:
-    model = trunk()
+    model = trunk(levels=1)
     compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
     with inference():
         for rows in (3, 40):
