@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness import plots, report
+from benchmarks.harness import columns, plots, report
 from benchmarks.harness.case import OURS, amount
+from benchmarks.harness.columns import Column, Table
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.table import milliseconds
 from benchmarks.serving.contenders import OWN, PACKAGED
 from benchmarks.serving.models import MODELS
-from benchmarks.suites import convert, pcgrad, pcgrad_step, serving, snr
+from benchmarks.suites import convert, mixture, pcgrad, pcgrad_step, serving, snr
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 _TABLE = re.compile(r"<!-- table: (\S+) from (\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 _MARK = re.compile(r"<!-- /?table\b")
 
+# Of the suite mixture and of serving.
+COMPILED, BETTER = ("compile", mixture.FROZEN), "torch.compile, the better of default and frozen"
 LEVELS = {
     "A1": "A1: one level, serving",
     "A": "A: one level",
@@ -32,48 +35,6 @@ LEVELS = {
     "B": "B: PLE, two levels",
     "A-batch": "A: one level, few rows",
 }
-
-
-@dataclass(frozen=True)
-class Column:
-    """A heading, and the text below it in each row."""
-
-    heading: str
-    cell: Callable[[Row], str]
-    right: bool = True
-
-
-def _words(heading: str, cell: Callable[[Row], str]) -> Column:
-    return Column(heading, cell, right=False)
-
-
-def _time(heading: str, name: str) -> Column:
-    """Median milliseconds; a dash where the contender was left out or refused."""
-
-    def cell(row: Row) -> str:
-        timing = row.timing(name)
-        text = milliseconds(timing.median) if timing else "–"
-        return f"**{text}**" if timing and name == OURS else text
-
-    return Column(f"{heading}, ms", cell)
-
-
-def _speedup(heading: str, over: str, bold: bool = False) -> Column:
-    """How many times as fast mtlkernels is."""
-
-    def cell(row: Row) -> str:
-        value = row.speedup(over)
-        if value is None:
-            return "–"
-        text = f"{value:.0f}×" if value >= 100 else f"{value:#.3g}×"
-        return f"**{text}**" if bold else text
-
-    return Column(heading, cell)
-
-
-def _share(row: Row) -> str:
-    value = row.share_of_limit(OURS)
-    return "–" if value is None else f"{100 * value:.0f}%"
 
 
 def _share_of_read(row: Row) -> str:
@@ -90,40 +51,9 @@ def _gradients(row: Row) -> str:
     return f"{tasks}{amount(row.size['P'])} {row.dtype} in {row.size['tensors']} tensors"
 
 
-def _peaks(baseline: str, heading: str) -> Column:
-    """The most memory that a call holds, the baseline's and ours."""
-
-    def cell(row: Row) -> str:
-        before, after = (row.outcomes[name].peak for name in (baseline, OURS))
-        return "–" if before is None or after is None else f"{before:,.0f} → {after:,.0f} MiB"
-
-    return Column(f"peak memory, {heading} → ours", cell)
-
-
 def _pcgrad_shown(row: Row) -> bool:
     """Of the sweep over tasks only its smallest row."""
     return row.workload != "C-tasks" or row.size["T"] == min(pcgrad.TASK_SWEEP)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Some rows of a suite, under those columns that have something to say."""
-
-    suite: str
-    columns: Sequence[Column]
-    shown: Callable[[Row], bool] = lambda row: True
-
-    def __call__(self, found: Report) -> list[str]:
-        rows = [row for row in found.rows.get(self.suite, []) if self.shown(row)]
-        if not rows:
-            raise ValueError(f"the suite {self.suite} has no rows to show")
-        columns = [column for column in self.columns if any(column.cell(row) != "–" for row in rows)]
-        lines = [
-            [column.heading for column in columns],
-            ["---:" if column.right else "---" for column in columns],
-            *([column.cell(row) for column in columns] for row in rows),
-        ]
-        return [f"| {' | '.join(line)} |" for line in lines]
 
 
 # What a reader asks first of the suite mixture: the rows of each line of the table "gains".
@@ -137,22 +67,40 @@ _GAINS: dict[str, Callable[[Row], bool]] = {
 
 
 def _gains(found: Report) -> list[str]:
-    """The smallest and the largest speed-up of each kind of call, over all workloads."""
+    """The smallest and the largest speed-up of each kind of call, over all workloads.
+
+    Raises:
+        ValueError: a line has no rows, or one without a time of ours or of whom we are held against; without that
+            row the line could only look better.
+    """
     rows = found.rows.get("mixture", [])
-    columns = [(dtype, over) for dtype in ("float32", "bfloat16") for over in ("eager", "compile")]
-    names = {"eager": "eager modules", "compile": "torch.compile"}
-    lines = [["", *(f"{dtype}, over {names[over]}" for dtype, over in columns)], ["---", *["---:"] * len(columns)]]
-    for words, belongs in _GAINS.items():
+    compiled = BETTER if any(mixture.FROZEN in row.outcomes for row in rows) else "torch.compile"
+    over = {"eager modules": ("eager",), compiled: COMPILED}
+    kinds = [(dtype, words) for dtype in ("float32", "bfloat16") for words in over]
+    lines = [["", *(f"{dtype}, over {words}" for dtype, words in kinds)], ["---", *["---:"] * len(kinds)]]
+    for line, belongs in _GAINS.items():
         cells = []
-        for dtype, over in columns:
-            chosen = [row.speedup(over) for row in rows if row.dtype == dtype and belongs(row)]
-            gains = [gain for gain in chosen if gain is not None]
-            if not gains:
-                raise ValueError(f"the suite mixture has no rows to show of {words} in {dtype}")
+        for dtype, words in kinds:
+            chosen = [row for row in rows if row.dtype == dtype and belongs(row)]
+            if not chosen:
+                raise ValueError(f"the suite mixture has no rows to show of {line} in {dtype}")
+            gains = [_known_gain(row, over[words]) for row in chosen]
             low, high = (f"{gain:#.2g}".rstrip(".") for gain in (min(gains), max(gains)))
             cells.append(f"{low}×" if low == high else f"{low} to {high}×")
-        lines.append([words, *cells])
+        lines.append([line, *cells])
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _known_gain(row: Row, over: Sequence[str]) -> float:
+    gain = columns.gain(row, over)
+    if gain is None:
+        why = "; ".join(
+            f"{name} is {outcome.status}"
+            for name, outcome in row.outcomes.items()
+            if name in (OURS, *over) and outcome.timing is None
+        )
+        raise ValueError(f"gains: {row.title} has no speed-up over {' or '.join(over)}: {why}; measure it again")
+    return gain
 
 
 def _machine(found: Report) -> list[str]:
@@ -162,26 +110,32 @@ def _machine(found: Report) -> list[str]:
     return [f"{plots.where(found)}.", f"Measured in the same run: {report.rates(limits)}; reading {reads}."]
 
 
+def _compile_name(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the column of torch.compile has: of each model the better of two ways, where each was served in both."""
+    served = {way: {row["model"] for row in rows if way in row.get("p50", {}) | row["unavailable"]} for way in COMPILED}
+    return BETTER if served["compile"] == served["frozen"] else "torch.compile"
+
+
 def _serving(found: Report) -> list[str]:
     """Medians on all threads, in milliseconds."""
     study = found.studies["serving"]
     most = max(row["threads"] for row in study["rows"])
-    columns = {
+    shown = {
         "modules, eager": ("eager",),
-        "modules, torch.compile": ("compile", "frozen"),
+        f"modules, {_compile_name(study['rows'])}": COMPILED,
         "modules, AOTInductor": ("packaged",),
         f"ONNX Runtime {study['versions']['onnxruntime']}": ("onnxruntime",),
         f"OpenVINO {study['versions']['openvino']}": ("openvino",),
         "mtlkernels": (OURS,),
         "mtlkernels, AOTInductor": (PACKAGED,),
     }
-    heads = ["model", "dtype", "rows", *(f"{name}, ms" for name in columns), "vs the better runtime"]
-    lines = [heads, ["---", "---", *["---:"] * (len(columns) + 2)]]
+    heads = ["model", "dtype", "rows", *(f"{name}, ms" for name in shown), "vs the better runtime"]
+    lines = [heads, ["---", "---", *["---:"] * (len(shown) + 2)]]
     for row in study["rows"]:
         if row["threads"] != most or row["clients"] != 1:
             continue
         cells = []
-        for contenders in columns.values():
+        for contenders in shown.values():
             known = [row["p50"][contender] for contender in contenders if contender in row["p50"]]
             text = milliseconds(min(known) / 1e3) if known else "–"
             cells.append(f"**{text}**" if known and set(contenders) <= set(OWN) else text)
@@ -193,18 +147,23 @@ def _serving(found: Report) -> list[str]:
 
 def _snr(workload: str, *last: Column) -> Table:
     """The rows of a kind of SNR."""
-    columns = (
+    shown = (
         Column(f"open routes of {snr.RouteShape().below} an output", lambda row: str(row.size["open"])),
-        _words("work", lambda row: row.work),
-        _words("dtype", lambda row: row.dtype),
-        _time("a product a route", "eager"),
-        _time("torch.compile", "compile"),
-        _time("folded GEMM", "folded"),
-        _time("mtlkernels", OURS),
+        columns.words("work", lambda row: row.work),
+        columns.words("dtype", lambda row: row.dtype),
+        columns.time("a product a route", "eager"),
+        columns.time("torch.compile", "compile"),
+        columns.time("folded GEMM", "folded"),
+        columns.time("folded, open routes alone", snr.OPEN_ALONE),
+        columns.time("folded, open routes alone, torch.compile", snr.OPEN_ALONE_COMPILED),
+        columns.time("mtlkernels", OURS),
         *last,
     )
-    return Table("snr", columns, lambda row: row.workload == workload)
+    return Table("snr", shown, lambda row: row.workload == workload)
 
+
+# The faster of the two that leave closed routes out, in files that have them.
+_VS_OPEN_ALONE = columns.speedup("vs open routes alone", snr.OPEN_ALONE, snr.OPEN_ALONE_COMPILED, bold=True)
 
 _LIBRARY_MODELS = {
     "rechub-PLE": "torch-rechub's PLE",
@@ -221,35 +180,35 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
     "mixture": Table(
         "mixture",
         (
-            _words("workload", lambda row: LEVELS[row.workload]),
+            columns.words("workload", lambda row: LEVELS[row.workload]),
             Column("rows", lambda row: str(row.size["B"])),
-            _words("work", lambda row: row.work),
-            _words("dtype", lambda row: row.dtype),
-            _time("eager modules", "eager"),
-            _time("torch.compile", "compile"),
-            _time("hand-batched", "batched"),
-            _time("mtlkernels", OURS),
-            _speedup("vs eager", "eager", bold=True),
-            _speedup("vs compile", "compile"),
+            columns.words("work", lambda row: row.work),
+            columns.words("dtype", lambda row: row.dtype),
+            columns.time("eager modules", "eager"),
+            columns.time("torch.compile", *COMPILED, heading_with=(mixture.FROZEN, BETTER)),
+            columns.time("hand-batched", "batched"),
+            columns.time("mtlkernels", OURS),
+            columns.speedup("vs eager", "eager", bold=True),
+            columns.speedup("vs compile", *COMPILED),
             Column("as one GEMM, ms", lambda row: "–" if row.gemm_ms is None else milliseconds(row.gemm_ms)),
-            Column("of the limit", _share),
-            _peaks("eager", "eager"),
+            Column("of the limit", columns.share),
+            columns.peaks("eager", "eager"),
         ),
         lambda row: row.workload in LEVELS,
     ),
     "pcgrad": Table(
         "pcgrad",
         (
-            _words("gradients", _gradients),
-            _time("the usual PCGrad", pcgrad.USUAL),
-            _time("pytorch-optimizer 4.1.0", pcgrad.OPTIMIZER),
-            _time("TorchJD 0.18", pcgrad.TORCHJD),
-            _time("mtlkernels", OURS),
-            _speedup("vs usual", pcgrad.USUAL, bold=True),
-            _speedup("vs TorchJD", pcgrad.TORCHJD),
+            columns.words("gradients", _gradients),
+            columns.time("the usual PCGrad", pcgrad.USUAL),
+            columns.time("pytorch-optimizer 4.1.0", pcgrad.OPTIMIZER),
+            columns.time("TorchJD 0.18", pcgrad.TORCHJD),
+            columns.time("mtlkernels", OURS),
+            columns.speedup("vs usual", pcgrad.USUAL, bold=True),
+            columns.speedup("vs TorchJD", pcgrad.TORCHJD),
             Column("of a read in turns", _share_of_read),
-            Column("of the limit", _share),
-            _peaks(pcgrad.USUAL, "usual"),
+            Column("of the limit", columns.share),
+            columns.peaks(pcgrad.USUAL, "usual"),
         ),
         _pcgrad_shown,
     ),
@@ -259,37 +218,44 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
             Column("tasks", lambda row: str(row.size["T"])),
             Column("levels", lambda row: str(row.size["levels"])),
             Column("rows", lambda row: str(row.size["B"])),
-            _words("dtype", lambda row: row.dtype),
-            _time("modules, the usual PCGrad", pcgrad_step.USUAL),
-            _time("modules, pytorch-optimizer 4.1.0", pcgrad_step.OPTIMIZER),
-            _time("modules, TorchJD 0.18", pcgrad_step.TORCHJD),
-            _time("modules, `mk.optim.PCGrad`", pcgrad_step.MODULES),
-            _time("fused, `mk.optim.PCGrad`", OURS),
-            _speedup("vs usual", pcgrad_step.USUAL, bold=True),
-            _speedup("vs TorchJD", pcgrad_step.TORCHJD),
-            _speedup("vs modules", pcgrad_step.MODULES, bold=True),
-            _time("floor: modules, plain sum", pcgrad_step.SUM),
-            _time("floor: fused, plain sum", pcgrad_step.FUSED_SUM),
-            _peaks(pcgrad_step.USUAL, "usual"),
+            columns.words("dtype", lambda row: row.dtype),
+            columns.time("modules, the usual PCGrad", pcgrad_step.USUAL),
+            columns.time("modules, pytorch-optimizer 4.1.0", pcgrad_step.OPTIMIZER),
+            columns.time("modules, TorchJD 0.18", pcgrad_step.TORCHJD),
+            columns.time("modules, `mk.optim.PCGrad`", pcgrad_step.MODULES),
+            columns.time("fused, `mk.optim.PCGrad`", OURS),
+            columns.speedup("vs usual", pcgrad_step.USUAL, bold=True),
+            columns.speedup("vs TorchJD", pcgrad_step.TORCHJD),
+            columns.speedup("vs modules", pcgrad_step.MODULES, bold=True),
+            columns.time("floor: modules, plain sum", pcgrad_step.SUM),
+            columns.time("floor: fused, plain sum", pcgrad_step.FUSED_SUM),
+            columns.peaks(pcgrad_step.USUAL, "usual"),
         ),
     ),
     "convert": Table(
         "convert",
         (
-            _words("model", lambda row: _LIBRARY_MODELS[row.workload]),
-            _words("work", lambda row: row.work),
+            columns.words("model", lambda row: _LIBRARY_MODELS[row.workload]),
+            columns.words("work", lambda row: row.work),
             Column("rows", lambda row: str(row.size["B"])),
-            _time("as it is", "eager"),
-            _time("torch.compile", "compile"),
-            _time("converted", OURS),
-            _time("converted, torch.compile", "ours-compile"),
-            _speedup("vs as it is", "eager", bold=True),
-            _speedup("vs compile", "compile"),
+            columns.time("as it is", "eager"),
+            columns.time("torch.compile", "compile"),
+            columns.time("converted", OURS),
+            columns.time("converted, torch.compile", "ours-compile"),
+            columns.speedup("vs as it is", "eager", bold=True),
+            columns.speedup("vs compile", "compile"),
         ),
         lambda row: row.work in (convert.TRAINING, convert.SERVING),
     ),
-    "snr": _snr("D", _speedup("vs folded", "folded", bold=True), Column("of the limit", _share)),
-    "snr-aver": _snr("D-aver", _speedup("vs folded", "folded"), _speedup("vs compile", "compile", bold=True)),
+    "snr": _snr(
+        "D", columns.speedup("vs folded", "folded", bold=True), _VS_OPEN_ALONE, Column("of the limit", columns.share)
+    ),
+    "snr-aver": _snr(
+        "D-aver",
+        columns.speedup("vs folded", "folded"),
+        _VS_OPEN_ALONE,
+        columns.speedup("vs compile", "compile", bold=True),
+    ),
     "serving": _serving,
 }
 
@@ -298,7 +264,7 @@ def rewritten(text: str, root: Path = ROOT) -> str:
     """``text`` with each of its tables made anew; files are looked for below ``root``.
 
     Raises:
-        ValueError: a mark is not one of a pair, or there is no such table, file, or row.
+        ValueError: a mark is not one of a pair, or there is no such table, file, or row, or a file is of a smoke test.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -307,7 +273,10 @@ def rewritten(text: str, root: Path = ROOT) -> str:
             raise ValueError(f"no table {name!r}; there are {', '.join(TABLES)}")
         if not (root / file).is_file():
             raise ValueError(f"table {name}: there is no file {file}")
-        lines = TABLES[name](report.load(root / file))
+        found = report.load(root / file)
+        if found.quick:
+            raise ValueError(f"table {name}: {file} is of a run with --quick, a smoke test; measure it again without")
+        lines = TABLES[name](found)
         return "\n".join([f"<!-- table: {name} from {file} -->", "", *lines, "", "<!-- /table -->"])
 
     pairs = _TABLE.findall(text)

@@ -69,7 +69,9 @@ def text(old: Report, new: Report) -> str:
     found: Sequence[Change] = list(changes(old, new))
     beyond = sorted((c for c in found if c.verdict != "the same"), key=lambda c: c.after / c.before)
     slower = sum(c.verdict == "slower" for c in beyond)
-    summary = f"{len(found)} rows compared with {old.date}: {slower} slower, {len(beyond) - slower} faster beyond noise"
+    summary = (
+        f"{len(found)} rows compared with {old.dates}: {slower} slower, {len(beyond) - slower} faster beyond noise"
+    )
     return "\n".join([*map(str, beyond), *_circumstances(old, new), summary])
 
 

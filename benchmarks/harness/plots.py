@@ -16,8 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; mtlkernels gets the strongest of it.
-COLOURS = {"compile": "#E69F00", "graph": "#CC79A7", "batched": "#56B4E9", "prepared": "#009E73", OURS: "#0072B2"}
-MARKERS = {"compile": "s", "graph": "D", "batched": "^", "prepared": "P", OURS: "*"}
+COLOURS = {
+    "compile": "#E69F00",
+    "frozen": "#D55E00",
+    "graph": "#CC79A7",
+    "batched": "#56B4E9",
+    "prepared": "#009E73",
+    OURS: "#0072B2",
+}
+MARKERS = {"compile": "s", "frozen": "X", "graph": "D", "batched": "^", "prepared": "P", OURS: "*"}
 BASELINE_COLOUR, BASELINE_MARKER = "#777777", "o"
 OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442", "#CC79A7")
 OTHER_MARKERS = ("v", "P", "X", "<", ">")
@@ -97,7 +104,7 @@ def where(report: Report) -> str:
     """The machine in one short line."""
     m = report.machine
     cpu = f"{m['cpu']}, {report.threads} threads, {m['cpu_capability']}{' + AMX' if 'amx_tile' in m['isa'] else ''}"
-    return f"{m.get('gpu', cpu)}, torch {report.versions['torch']}, {report.date}"
+    return f"{m.get('gpu', cpu)}, torch {report.version('torch')}, {report.dates}"
 
 
 def _style(names: Sequence[str], baseline: str) -> tuple[dict[str, str], dict[str, str]]:

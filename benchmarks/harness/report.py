@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import machine
-from benchmarks.harness.case import BASELINE, OURS, key
+from benchmarks.harness.case import BASELINE, OURS, key, size_text
 from benchmarks.harness.kernels import KernelTime
 from benchmarks.harness.limits import Limits
-from benchmarks.harness.timing import Budget, Timing
+from benchmarks.harness.timing import QUICK, Budget, Timing
 
 OK, FAILED, UNAVAILABLE, BUSY = "ok", "FAILED", "unavailable", "busy"
 
@@ -42,6 +43,7 @@ class Row:
     """One case with the outcome of every contender. Times are milliseconds.
 
     ``kernels``: on a GPU, each launch of our kernels in one call, or ``no_kernels`` says why they are not known.
+    ``date`` is when it was measured, ``versions`` those of a row that was kept from a run with others.
     """
 
     workload: str
@@ -58,11 +60,17 @@ class Row:
     baseline: str = BASELINE
     kernels: list[KernelTime] = field(default_factory=list)
     no_kernels: str = ""
+    date: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[object, ...]:
         """That of its case."""
         return key(self.workload, self.work, self.dtype, self.size)
+
+    @property
+    def title(self) -> str:
+        return f"{self.workload} {size_text(self.size)} {self.work} {self.dtype}"
 
     def set_limit(self, limits: Limits) -> None:
         for kernel in self.kernels:
@@ -75,6 +83,16 @@ class Row:
     def disturbed(self) -> bool:
         """Whether it has no times as the machine was busy."""
         return any(outcome.status == BUSY for outcome in self.outcomes.values())
+
+    @property
+    def failed(self) -> bool:
+        """Whether some contender computed something wrong."""
+        return any(outcome.status == FAILED for outcome in self.outcomes.values())
+
+    def outlasts(self, newer: Row) -> bool:
+        """Whether it says more than a newer one of the same case, which has no times as the machine was busy."""
+        timed = any(outcome.timing for outcome in self.outcomes.values())
+        return timed and newer.disturbed and not newer.failed
 
     def timing(self, name: str) -> Timing | None:
         outcome = self.outcomes.get(name)
@@ -107,7 +125,10 @@ class Row:
 
 @dataclass
 class Report:
-    """A run of some suites: the rows of those that measure time, the data of the studies."""
+    """A run of some suites: the rows of those that measure time, the data of the studies.
+
+    ``date`` and ``versions`` are the last run's. Rows that it did not measure say themselves where theirs are others.
+    """
 
     suites: list[str]
     date: str
@@ -121,13 +142,37 @@ class Report:
     studies: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def every_row(self) -> list[Row]:
+        """Those of all suites."""
+        return [row for rows in self.rows.values() for row in rows]
+
+    @property
+    def dates(self) -> str:
+        """When it was measured: a day, or the first and the last one where rows differ."""
+        days = {row.date or self.date for row in self.every_row}
+        if self.studies or not days:
+            days.add(self.date)
+        return min(days) if len(days) == 1 else f"{min(days)} to {max(days)}"
+
+    def version(self, package: str) -> str:
+        """That of a package, or all of them where rows differ."""
+        found = {row.versions.get(package, self.versions[package]) for row in self.every_row}
+        return " and ".join(sorted(found)) or self.versions[package]
+
+    @property
     def failed(self) -> bool:
         """Whether some contender computed something wrong."""
-        return any(o.status == FAILED for rows in self.rows.values() for row in rows for o in row.outcomes.values())
+        return any(row.failed for row in self.every_row)
+
+    @property
+    def quick(self) -> bool:
+        """Whether it is a smoke test, whose times are none to show."""
+        return self.budget == dataclasses.asdict(QUICK)
 
     @property
     def file_name(self) -> str:
-        return f"{'-'.join(self.suites)}-{machine.slug(self.machine)}.json"
+        quick = "-quick" if self.quick else ""
+        return f"{'-'.join(self.suites)}-{machine.slug(self.machine)}{quick}.json"
 
 
 def new_report(suites: Sequence[str], device: torch.device, budget: Budget) -> Report:
@@ -159,7 +204,7 @@ def raise_limits(limits: Limits, data: Mapping[str, Any]) -> None:
     for name, rate in data["gemm_tflops"].items():
         if 1e12 * rate > limits.gemm.get(name, 0.0):
             limits.gemm[name], limits.gemm_shape[name] = 1e12 * rate, tuple(data["gemm_shape_mnk"][name])
-    for name, rate in data["register_tflops"].items():
+    for name, rate in data.get("register_tflops", {}).items():
         limits.registers[name] = max(1e12 * rate, limits.registers.get(name, 0.0))
     for name in ("read", "resident_read", "copy"):
         setattr(limits, name, max(1e9 * data[f"{name}_gb_s"], getattr(limits, name)))
@@ -194,7 +239,10 @@ def merged(reports: Sequence[Report]) -> Report:
 
 
 def save(report: Report, path: Path) -> Path:
-    """Writes JSON; returns its path. Unless ``path`` ends in .json, it is a folder for ``<suite>-<machine>.json``."""
+    """Writes JSON; returns its path. Unless ``path`` ends in .json, it is a folder for ``<suite>-<machine>.json``.
+
+    What was there stays until all is written, so that a run that is cut off leaves a whole file.
+    """
     if path.suffix != ".json":
         path = path / report.file_name
     data = dataclasses.asdict(report)
@@ -202,28 +250,52 @@ def save(report: Report, path: Path) -> Path:
         for row, plain in zip(rows, data["rows"][name], strict=True):
             plain["derived"] = row.derived()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(data, indent=1) + "\n")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
     return path
 
 
 def earlier(report: Report, folder: Path) -> Report | None:
-    """What a folder has of the same suites, if all that figures depend on was the same."""
+    """What a folder has of the same suites."""
     path = folder / report.file_name
-    if not path.is_file():
-        return None
-    found = load(path)
-    same = ("machine", "versions", "threads", "budget")
-    return found if all(getattr(found, name) == getattr(report, name) for name in same) else None
+    return load(path) if path.is_file() else None
+
+
+def differences(old: Report, new: Report, names: Sequence[str]) -> list[str]:
+    """Of what figures depend on, each that is not the same in two reports."""
+    return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def kept(old: Report, new: Report, rows: Sequence[Row]) -> list[Row]:
+    """Rows of ``old`` as rows of ``new``: with their own versions, where those of the report are not theirs."""
+    found = []
+    for row in rows:
+        versions = row.versions or old.versions
+        found.append(dataclasses.replace(row, versions={} if versions == new.versions else versions))
+    return found
 
 
 def load(path: Path) -> Report:
-    """Reads what :func:`save` wrote."""
-    data = json.loads(path.read_text())
-    rows = {name: [_row(row) for row in plain] for name, plain in data.pop("rows").items()}
+    """Reads what :func:`save` wrote.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no file of results: {error}") from error
+    rows = {name: [_row(row, data["date"]) for row in plain] for name, plain in data.pop("rows").items()}
     return Report(**data, rows=rows)
 
 
-def _row(data: Mapping[str, Any]) -> Row:
+def _row(data: Mapping[str, Any], date: str) -> Row:
+    """In files of before rows had dates, that of the file is theirs."""
+    data = {**data, "date": data.get("date") or date}
     fields = {key: value for key, value in data.items() if key != "derived"}
     outcomes = {}
     for name, plain in fields["outcomes"].items():

@@ -14,6 +14,7 @@ from benchmarks.harness.check import Error, judge, judge_baseline, measure_all
 from benchmarks.harness.contention import TOLERATED, Others
 from benchmarks.harness.kernels import KernelTime, measure
 from benchmarks.harness.limits import Limits
+from benchmarks.harness.machine import today
 from benchmarks.harness.memory import peak_mib
 from benchmarks.harness.report import BUSY, FAILED, OK, UNAVAILABLE, Outcome, Row
 from benchmarks.harness.timing import Budget, interleaved
@@ -90,6 +91,7 @@ def run_case(case: Case, device: torch.device, budget: Budget) -> Row:
         baseline=bench.baseline,
         kernels=kernels,
         no_kernels=no_kernels,
+        date=today(),
     )
 
 

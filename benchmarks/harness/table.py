@@ -119,11 +119,12 @@ def kernels(rows: Sequence[Row]) -> str:
 
 def machine(report: Report) -> str:
     """One paragraph: where and with what this was measured, and the limits of that machine."""
-    m, v, limits = report.machine, report.versions, report.limits
+    m, limits = report.machine, report.limits
+    v = {name: report.version(name) for name in ("torch", "triton", "python", "mtlkernels")}
     place = f"{m['gpu']} ({m['gpu_capability']})" if "gpu" in m else f"{m['cpu']}, {m['cores']} cores"
     text = (
         f"{place}, {report.threads} threads, {m['cpu_capability']} ({', '.join(m['isa'])}); "
-        f"torch {v['torch']}, triton {v['triton']}, python {v['python']}, mtlkernels {v['mtlkernels']}; {report.date}."
+        f"torch {v['torch']}, triton {v['triton']}, python {v['python']}, mtlkernels {v['mtlkernels']}; {report.dates}."
     )
     if not limits:  # nothing was timed
         return text

@@ -1,4 +1,4 @@
-"""The per-expert modules under ``torch.compile``."""
+"""The per-expert modules under ``torch.compile``, and frozen to serve."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor
 
 from benchmarks.peers.per_expert import PerExpertTrunk
@@ -29,3 +30,15 @@ def compiled(source: PerExpertTrunk, mode: str = "default") -> tuple[PerExpertTr
         return run(x)
 
     return trunk, run_graph
+
+
+def frozen(source: PerExpertTrunk, x: Tensor) -> tuple[PerExpertTrunk, Forward]:
+    """The same to serve inputs like ``x``: weights are constants, packed beforehand, and the kernels are tuned.
+
+    That is chosen where the trunk is compiled, so it is called once here. Nothing of it stays for other contenders.
+    """
+    trunk = copy.deepcopy(source).eval()
+    run: Forward = torch.compile(trunk, dynamic=False, mode="max-autotune")
+    with inductor.patch(freezing=True), torch.inference_mode():
+        run(x)
+    return trunk, run

@@ -150,7 +150,7 @@ OWN = (OURS, PACKAGED)
 CONTENDERS: Mapping[str, Contender] = {
     BASELINE: Contender("modules, eager", _eager),
     "compile": Contender("modules, torch.compile", _compiled, compiles=True),
-    "frozen": Contender("modules, torch.compile, frozen, max-autotune", _frozen, models=("level",), compiles=True),
+    "frozen": Contender("modules, torch.compile, frozen, max-autotune", _frozen, compiles=True),
     "packaged": Contender("modules, packaged by AOTInductor", _packaged, models=("rechub",)),
     "onnxruntime": Contender("ONNX Runtime", _onnxruntime, dtypes=("float32",)),
     "openvino": Contender("OpenVINO", _openvino),

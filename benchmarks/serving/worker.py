@@ -1,16 +1,15 @@
-"""A process that serves: ``python -m benchmarks.serving.worker MODEL CONTENDER DTYPE THREADS CLIENTS``.
+"""A process that serves: ``python -m benchmarks.serving.worker MODEL CONTENDER DTYPE THREADS CLIENTS FOLDER``.
 
 It reads a command a line from standard input, as JSON, and answers each with a line. ``{"rows": B}`` gets it ready for
-so many rows, and says where a file with the outputs for :func:`rows_of` is; ``{"seconds": s}`` calls it one time after
-another and answers with the times in microseconds, or with several clients from a thread each, and answers with the
-calls a second.
+so many rows, and says which file in FOLDER has the outputs for :func:`rows_of`; ``{"seconds": s}`` calls it one time
+after another and answers with the times in microseconds, or with several clients from a thread each, and answers with
+the calls a second.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -39,12 +38,12 @@ def rows_of(model: Model, rows: int) -> list[Tensor]:
 class Worker:
     """One contender, in one dtype, under one load."""
 
-    def __init__(self, model: str, contender: str, dtype: str, load: Load) -> None:
+    def __init__(self, model: str, contender: str, dtype: str, load: Load, folder: Path) -> None:
         torch.set_num_threads(load.threads)
         self.model, self.contender = MODELS[model], CONTENDERS[contender]
         self.dtype, self.load = getattr(torch, dtype), load
         self.in_float32 = contender in TAKES_FLOAT32
-        self.folder = tempfile.mkdtemp(prefix="serving-")
+        self.folder = folder
         self.serve: Serve | None = None
         self.inputs: list[Tensor] = []
 
@@ -60,7 +59,7 @@ class Worker:
         outputs = self.serve(inputs[0])
         several = outputs if isinstance(outputs, (tuple, list)) else [outputs]
         found = [torch.as_tensor(y).float().clone() for y in several]
-        path = Path(self.folder) / "outputs.pt"
+        path = self.folder / "outputs.pt"
         torch.save(found, path)
         self.times(WARM_UP_SECONDS)
         return {"outputs": str(path)}
@@ -101,10 +100,10 @@ class Worker:
         return self.times(command["seconds"]) if self.load.clients == 1 else self.calls_a_second(command["seconds"])
 
 
-def main(model: str, contender: str, dtype: str, threads: str, clients: str) -> None:
+def main(model: str, contender: str, dtype: str, threads: str, clients: str, folder: str) -> None:
     warnings.simplefilter("ignore")
     answers, sys.stdout = sys.stdout, sys.stderr  # what runtimes print is no answer
-    worker = Worker(model, contender, dtype, Load(int(threads), int(clients)))
+    worker = Worker(model, contender, dtype, Load(int(threads), int(clients)), Path(folder))
     for line in sys.stdin:
         try:
             found = worker.answer(json.loads(line))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from benchmarks.harness.case import BASELINE, FORWARD, OURS, TRAINING, Bench, Case, Contender, Curve, Step, Suite
-from benchmarks.peers.compiled import compiled
+from benchmarks.peers.compiled import compiled, frozen
 from benchmarks.peers.exact import evaluate, rows_at_a_corner
 from benchmarks.peers.fused import fused_launches, fused_trunk
 from benchmarks.peers.graphed import graphed
@@ -44,6 +44,8 @@ SERVING_ROWS = (1, 16, 64, 256)
 TRAINING_ROWS = (1, 16, 256, 1024)
 EXPERTS, EXPERTS_ROWS = (3, 6, 12, 24), 1024
 DTYPES = (torch.float32, torch.bfloat16)
+# torch.compile in another way, where rows are few and weights stay as they are.
+FROZEN = "frozen"
 
 
 class TrunkStep:
@@ -110,6 +112,10 @@ def build(shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, devi
         trunk, forward = compiled(source, mode)
         return TrunkStep(trunk, forward, trunk.gradients, x, cotangents)
 
+    def freeze_modules() -> Step:
+        trunk, forward = frozen(source, x)
+        return TrunkStep(trunk, forward, dict, x, None)
+
     def batched() -> Step:
         trunk = HandBatchedTrunk(source)
         return TrunkStep(trunk, trunk, trunk.gradients, x, cotangents)
@@ -134,6 +140,8 @@ def build(shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, devi
     ]
     if device.type == "cpu" and not training:
         contenders.append(Contender("prepared", "mtlkernels, a copy by mk.prepare", prepared))
+        if rows <= max(SERVING_ROWS):
+            contenders.insert(2, Contender(FROZEN, "per-expert modules, torch.compile, frozen", freeze_modules))
     if device.type == "cuda":
         modes = (("graph", "reduce-overhead"), ("autotuned", "max-autotune"))
         contenders[2:2] = [

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.case import Study
+from benchmarks.harness.report import BUSY, FAILED
 from benchmarks.serving import compare
 from benchmarks.serving.contenders import CONTENDERS, OURS, OWN, PREPARED, Load, versions
 from benchmarks.serving.models import MODELS
@@ -72,7 +73,8 @@ def gain(row: Mapping[str, Any]) -> float | None:
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
     if name not in row.get("p50", row.get("calls_a_second", {})):
-        return "–"
+        status = row["unavailable"].get(name, "").partition(":")[0]
+        return status if status in (FAILED, BUSY) else "–"
     if "p50" in row:
         return f"{row['p50'][name]:,.0f} / {row['p99'][name]:,.0f}"
     return f"{row['calls_a_second'][name]:,.0f}"

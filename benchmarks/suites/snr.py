@@ -21,10 +21,11 @@ from torch import Tensor
 import mtlkernels as mk
 from benchmarks.harness.case import BASELINE, FORWARD, OURS, TRAINING, Bench, Case, Contender, Curve, Step, Suite
 from benchmarks.harness.work import Work, by_row
-from benchmarks.peers.routes import folded, fused, loops
+from benchmarks.peers.routes import Routes, along, folded, fused, loops, of_open
 
-Routes = Callable[[Sequence[Tensor], Tensor | None, Tensor], tuple[Tensor, ...]]
 OPEN = (1, 2, 4, 8)
+# Contenders that leave closed routes out, as we do; the others multiply along all of them.
+OPEN_ALONE, OPEN_ALONE_COMPILED = "folded-open", "folded-open-compile"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -89,7 +90,8 @@ class RouteStep:
     def results(self) -> Mapping[str, Tensor]:
         found = {f"outputs: {i}": v for i, v in enumerate(self.outputs)}
         if self.cotangents is not None:
-            found["gradients: u"] = torch.stack([_grad(x) for x in self.u])
+            # Whoever leaves closed routes out gives none to an input that has no other; that stands for zeros.
+            found["gradients: u"] = torch.stack([torch.zeros_like(x) if x.grad is None else x.grad for x in self.u])
             found["gradients: z"] = _grad(self.raw)
             if self.weight is not None:
                 found["gradients: weight"] = _grad(self.weight)
@@ -139,6 +141,12 @@ def build(shape: RouteShape, open_routes: int, dtype: torch.dtype, training: boo
             contender(BASELINE, "a product a route, eager", lambda: loops),
             contender("compile", "a product a route, torch.compile", lambda: torch.compile(loops, dynamic=False)),
             contender("folded", "z folded, one product an output", lambda: folded),
+            contender(OPEN_ALONE, "z folded, open routes alone", lambda: of_open(along)),
+            contender(
+                OPEN_ALONE_COMPILED,
+                "z folded, open routes alone, torch.compile",
+                lambda: of_open(torch.compile(along, dynamic=False)),
+            ),
             contender(OURS, f"mtlkernels ({backend})", lambda: fused),
         ],
         expected,

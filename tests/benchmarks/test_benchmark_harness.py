@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch._inductor.config as inductor
+from torch import Tensor, nn
 
-from benchmarks import run
+from benchmarks import readme, run
 from benchmarks.harness import check, plots, table, timing
 from benchmarks.harness import report as reports
 from benchmarks.harness.case import FORWARD, Bench, Case, Curve, Step
@@ -40,8 +41,9 @@ def rebuilt(case: Case, change: Callable[[Bench], Bench]) -> Case:
 
 
 def without_compile(case: Case) -> Case:
-    """The case without the contender that takes seconds to build."""
-    return rebuilt(case, lambda made: replace(made, contenders=[c for c in made.contenders if c.name != "compile"]))
+    """The case without the contenders that take seconds to build."""
+    left_out = readme.COMPILED
+    return rebuilt(case, lambda made: replace(made, contenders=[c for c in made.contenders if c.name not in left_out]))
 
 
 def with_step(case: Case, name: str, build: Callable[[Step], Step]) -> Case:
@@ -101,6 +103,34 @@ def test_every_contender_agrees_with_float64(precision: torch.dtype, training: b
     assert len(made.expected()) == (2 + 1 + 2 * 2 * 2 + 2 * (3 + 2) if training else 2)
 
 
+def test_whoever_serves_few_rows_is_compiled_frozen_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are frozen where the first call compiles, in evaluation and without autograd, and nowhere else."""
+    found: list[tuple[object, ...]] = []
+
+    def compile_(module: nn.Module, **options: Any) -> Callable[..., Any]:
+        def call(x: Tensor) -> Any:
+            state = inductor.freezing, torch.is_inference_mode_enabled(), module.training
+            found.append((options.get("mode", "default"), *state))
+            return module(x)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    outcomes, _ = check_bench(tiny(False).build(CPU), torch.float32)
+    assert outcomes["frozen"].status == reports.OK, outcomes["frozen"].reason
+    assert [call for call in found if call[0] == "max-autotune"] == [
+        ("max-autotune", True, True, False),
+        *[("max-autotune", False, True, False)] * 2,
+    ]
+    assert not any(call[1] for call in found if call[0] == "default")
+
+    def names(case: Case) -> list[str]:
+        return [contender.name for contender in case.build(CPU).contenders]
+
+    assert names(tiny(False, rows=256)) == ["eager", "compile", "frozen", "batched", "ours", "prepared"]
+    assert "frozen" not in names(tiny(False, rows=257)) and "frozen" not in names(tiny(True))
+
+
 @pytest.mark.parametrize("name", ["outputs: 1", "gradients: input", "gradients: level 1 gate 0 bias"])
 @pytest.mark.parametrize("change", [1e-4, float("nan")])
 def test_a_wrong_contender_is_refused(name: str, change: float) -> None:
@@ -145,7 +175,7 @@ def test_peak_memory_of_training() -> None:
     """The same at each call, whatever memory mtlkernels keeps, and no less than what is left in the end."""
     made = tiny(True, rows=512).build(CPU)
     for contender in made.contenders:
-        if contender.name != "compile":
+        if contender.name not in readme.COMPILED:
             step = contender.build()
             peaks = [peak_mib(step, CPU) for _ in range(3)]
             left = sum(result.nbytes for result in step.results().values()) / MIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from benchmarks import readme
 from benchmarks.harness import report as reports
 from benchmarks.harness.case import OURS
-from benchmarks.harness.report import FAILED
+from benchmarks.harness.report import BUSY, FAILED
+from benchmarks.harness.timing import QUICK
+from benchmarks.suites import snr
 
 RESULTS = readme.ROOT / "benchmarks" / "results"
 
@@ -74,6 +77,68 @@ def test_a_table_follows_its_file(mixture: tuple[reports.Report, Path]) -> None:
     )
     assert text.startswith("Before.\n") and text.endswith("\nAfter.\n")
     assert readme.rewritten(text, path.parent) == text
+
+
+@pytest.mark.parametrize("name", [OURS, "eager", "compile"])
+@pytest.mark.parametrize("status", [FAILED, BUSY])
+def test_gains_are_of_every_row(mixture: tuple[reports.Report, Path], name: str, status: str) -> None:
+    """A row without a time would make the line look better."""
+    found, _ = mixture
+    row = next(row for row in found.rows["mixture"] if row.work == "forward" and row.size["B"] == 256)
+    row.outcomes[name].timing, row.outcomes[name].status = None, status
+    with pytest.raises(ValueError, match=f"gains: A1 B=256 forward float32 has no speed-up .*: {name} is {status}"):
+        readme.TABLES["gains"](found)
+
+
+def test_smoke_tests_are_not_shown(mixture: tuple[reports.Report, Path]) -> None:
+    found, path = mixture
+    found.budget = dataclasses.asdict(QUICK)
+    reports.save(found, path)
+    with pytest.raises(ValueError, match="results.json is of a run with --quick"):
+        readme.rewritten(marked(""), path.parent)
+
+
+def test_compiled_is_the_better_of_two_where_there_are_two(mixture: tuple[reports.Report, Path]) -> None:
+    found, _ = mixture
+    before = readme.TABLES["mixture"](found)
+    assert "| torch.compile, ms |" in before[0]
+    for row in found.rows["mixture"]:
+        ours = row.timing(OURS)
+        if row.workload == "A1" and ours:
+            faster = dataclasses.replace(ours, median=ours.median / 4)
+            row.outcomes["frozen"] = reports.Outcome("frozen", reports.OK, timing=faster)
+    head, _, first, *_ = readme.TABLES["mixture"](found)
+    assert f"| {readme.BETTER}, ms |" in head and "| 0.250× |" in first
+    head, _, serving, *_ = readme.TABLES["gains"](found)
+    assert head.count(f"over {readme.BETTER}") == 2 and serving.count("| 0.25× |") == 2
+
+
+@pytest.mark.parametrize("table", ["snr", "snr-aver"])
+def test_open_routes_alone_have_their_columns_where_they_are(table: str) -> None:
+    file = next(file for name, file in SHOWN if name == table)
+    found = reports.load(readme.ROOT / file)
+    assert not any("alone" in line for line in readme.TABLES[table](found))
+    for row in found.rows["snr"]:
+        ours = row.timing(OURS)
+        assert ours
+        for name, factor in ((snr.OPEN_ALONE, 2.0), (snr.OPEN_ALONE_COMPILED, 1.5)):
+            slower = dataclasses.replace(ours, median=factor * ours.median)
+            row.outcomes[name] = reports.Outcome(name, reports.OK, timing=slower)
+    head, _, *lines = readme.TABLES[table](found)
+    assert "| folded, open routes alone, ms | folded, open routes alone, torch.compile, ms |" in head
+    assert "| vs open routes alone |" in head and all("| **1.50×** |" in line for line in lines)
+
+
+def test_serving_says_which_compiled_it_shows() -> None:
+    file = next(file for name, file in SHOWN if name == "serving")
+    found = reports.load(readme.ROOT / file)
+    assert "| modules, torch.compile, ms |" in readme.TABLES["serving"](found)[2]
+    for row in found.studies["serving"]["rows"]:
+        if "compile" in row.get("p50", {}):
+            row["p50"]["frozen"] = 1.0
+    lines = readme.TABLES["serving"](found)
+    assert f"| modules, {readme.BETTER}, ms |" in lines[2]
+    assert all("| 0.00100 |" in line for line in lines[4:])
 
 
 @pytest.mark.parametrize(

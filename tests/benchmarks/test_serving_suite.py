@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from benchmarks.serving import compare
 from benchmarks.serving.contenders import BASELINE, CONTENDERS, OURS, PREPARED, Load
+from benchmarks.serving.models import MODELS
 from benchmarks.suites import serving
 
 KEY = {"model": "level", "dtype": "float32", "rows": 5}
@@ -29,7 +32,9 @@ def test_several_clients() -> None:
 
 
 class Told:
-    """A process that serves what it is told to."""
+    """A process that serves what it is told to, in one with the test."""
+
+    pid = os.getpid()
 
     def __init__(self, folder: Path, name: str, add: float) -> None:
         self.file = folder / f"{name}.pt"
@@ -43,13 +48,78 @@ def test_whoever_is_wrong_gets_no_time(tmp_path: Path) -> None:
     workers: Any = {name: Told(tmp_path, name, add) for name, add in ((BASELINE, 0.0), (OURS, 0.0), ("openvino", 0.01))}
     row = compare.row(workers, KEY, Load(1), 1, 0.01)
     assert set(row["p50"]) == {BASELINE, OURS}
-    assert "wrong" in row["unavailable"]["openvino"]
+    assert row["unavailable"]["openvino"].startswith("FAILED: wrong, off by")
+    assert serving._cell(row, "openvino") == "FAILED" and serving._cell(row, "onnxruntime") == "–"
+
+
+@pytest.mark.parametrize(("taken", "attempts"), [([9.0, 0.1], 2), ([9.0, 9.0], 2), ([0.1], 1)])
+def test_a_busy_machine_gives_no_times(
+    taken: list[float], attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row is timed once more, and then marked; what contenders take themselves is not held against them."""
+    own: list[list[int]] = []
+
+    class Others:
+        def __init__(self, pids: list[int]) -> None:
+            own.append(pids)
+
+        def cores(self) -> float:
+            return taken[len(own) - 1]
+
+    monkeypatch.setattr(compare, "Others", Others)
+    workers: Any = {name: Told(tmp_path, name, 0.0) for name in (BASELINE, OURS)}
+    row = compare.row(workers, KEY, Load(1), 2, 1.0)
+    assert own == [[Told.pid] * 2] * attempts
+    if taken[-1] < 1:
+        assert set(row["p50"]) == {BASELINE, OURS} and not row["unavailable"]
+    else:
+        assert not row["p50"] and not row["p99"]
+        assert row["unavailable"] == dict.fromkeys(
+            (BASELINE, OURS), "busy: other processes took 9.0 cores while this was timed, 2 times"
+        )
+        assert serving._cell(row, OURS) == "busy" and serving.gain(row) is None
+
+
+# A worker's part: it answers with the file of outputs that it was given, and the first of ours runs out of memory when
+# it is to be timed.
+WORKER = """
+import json, os, signal, sys
+from pathlib import Path
+outputs, contender, folder = Path(sys.argv[1]), sys.argv[3], Path(sys.argv[-1])
+assert folder.is_dir()
+for line in sys.stdin:
+    if "rows" not in json.loads(line) and contender == "ours" and not (outputs.parent / "died").exists():
+        (outputs.parent / "died").touch()
+        print("much\\nout of memory", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(json.dumps({"outputs": str(outputs), "microseconds": [1.0, 2.0]}), flush=True)
+"""
+
+
+def test_a_process_that_dies_while_it_is_timed_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it printed last says why; for the next row there is a new one; nothing stays in the temporary folder."""
+    outputs = tmp_path / "outputs.pt"
+    torch.save([y.float() for y in compare.exact("level", KEY["rows"])], outputs)  # type: ignore[arg-type]
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(compare, "WORKER", ("-c", WORKER, str(outputs)))
+    with compare.processes("level", "float32", Load(1), [BASELINE, OURS]) as workers:
+        row = compare.row(workers, KEY, Load(1), 2, 0.01)
+        assert set(row["p50"]) == {BASELINE}
+        assert row["unavailable"] == {OURS: "FAILED: the process ended by signal 9: out of memory"}
+        row = compare.row(workers, KEY, Load(1), 2, 0.01)
+        assert set(row["p50"]) == {BASELINE, OURS} and not row["unavailable"]
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_process_that_ends_is_no_contender() -> None:
     nobody = compare.processes("level", "float32", Load(1), ["nobody"])
-    with nobody as workers, pytest.raises(compare.Failed, match="ended"):
+    with nobody as workers, pytest.raises(compare.Failed, match="ended with status 1: KeyError: 'nobody'"):
         workers["nobody"].ask(rows=1)
+
+
+def test_every_model_is_served_frozen() -> None:
+    assert all("frozen" in compare.names_for(model, "float32", True) for model in MODELS)
 
 
 def test_gain_and_table() -> None:
