@@ -13,6 +13,7 @@ from mtlkernels import _decisions
 from mtlkernels._convert.classes import (
     CLASS_ATTRIBUTE,
     CLASSES,
+    OWN_UNDER_AUTOCAST,
     PLAN,
     WATCHED,
     converted_class,
@@ -43,14 +44,14 @@ class Convert(Registration):
     ``torch.compile`` go on working, and results agree within rounding.
 
     A level is one :func:`mtlkernels.expert_mixture` where its experts are alike and each is [Linear → (BatchNorm1d or
-    LayerNorm) → activation → (Dropout)] a layer, in training and in evaluation. Running statistics are kept as
-    PyTorch keeps them; fused dropout draws from torch's generator, so it is reproducible, by other random numbers than
-    the library's. Other levels are evaluated in parts: experts that are alike in one ``expert_mixture``, what is not
-    known (an activation of your own, another norm, a layer's subclass, a quantized weight) by the experts' own modules,
-    and all mixing in one :func:`mtlkernels.gated_mixture`; the report says "mixing fused" where that is all. Where a
-    level's own code is as fast it runs: on few rows with norms or dropout in training, or with batch norm whose
-    gradients are wanted (serve under ``torch.no_grad()``), or where experts stay modules; these also in
-    ``torch.compile``. Gates that read one stream are one product where rows are many.
+    LayerNorm) → activation → (Dropout)] a layer, in training and in evaluation. Running statistics are kept as PyTorch
+    keeps them; fused dropout draws from torch's generator, so it is reproducible, by other random numbers than the
+    library's. Other levels are evaluated in parts: experts that are alike in one ``expert_mixture``, what is not known
+    (an activation of your own, another norm, a layer's subclass, one that was quantized after the conversion) by the
+    experts' own modules, and all mixing in one :func:`mtlkernels.gated_mixture`; the report says "mixing fused" where
+    that is all. Where a level's own code is as fast it runs: on few rows with layer norm, with batch norm or dropout in
+    training, with batch norm whose gradients are wanted (serve under ``torch.no_grad()``), in parts, or where experts
+    stay modules; these also in ``torch.compile``. Gates that read one stream are one product where rows are many.
     deepctr-torch's last shared gate, whose output nobody reads, is not evaluated any more; statistics of its batch norm
     stay as they were.
 
@@ -69,7 +70,9 @@ class Convert(Registration):
     same fused as by its own code. Outputs in training and evaluation, gradients, random numbers that are drawn,
     statistics, and attributes that the forward sets are compared, also with other numbers in the place of those that
     are kept as attributes (a temperature that a schedule changes); a module in which one of them differs is left alone,
-    and the report says which. A level whose parameters are of several dtypes runs its own code, which casts.
+    and the report says which. One that differs under autocast alone, as where its own code gives another dtype there,
+    is fused elsewhere. A level that is quantized already is left alone. One whose parameters are of several dtypes runs
+    its own code, which casts.
 
     Where no kernels serve the device and dtype of a module's parameters (a CPU without the C++ extension, an NVIDIA
     GPU without Triton or in float64, any other device), fused evaluation would be slower than the module's own code. It
@@ -140,7 +143,7 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
     if converter is None:
         return []
     with _decisions.paused():
-        plan, planned = converter.plan(module, path)
+        plan, planned, own_under_autocast = converter.plan(module, path)
     reason = None if force or plan is None else slower(module)
     if reason is not None:
         return [line if line.action == "left alone" else _left_alone(line, reason) for line in planned]
@@ -153,6 +156,8 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
         vars(module).update({PLAN: plan, CLASSES: tried, WATCHED: found})
         if force:
             vars(module)[FORCE] = True
+        if own_under_autocast:
+            vars(module)[OWN_UNDER_AUTOCAST] = True
     return planned
 
 
@@ -184,7 +189,7 @@ def revert(model: nn.Module) -> ConversionReport:
 
 def _unconvert(module: nn.Module, original: type) -> None:
     module.__class__ = original
-    for name in (PLAN, CLASSES, WATCHED, CALLS, FORCE):
+    for name in (PLAN, CLASSES, WATCHED, CALLS, FORCE, OWN_UNDER_AUTOCAST):
         vars(module).pop(name, None)
 
 

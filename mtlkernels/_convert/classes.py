@@ -19,6 +19,8 @@ CLASS_ATTRIBUTE = "_mtlkernels_original"
 PLAN = "_mtlkernels_plan"
 # Of an instance: the classes of all of its parts when it was converted.
 CLASSES = "_mtlkernels_classes"
+# Of an instance: its own code runs under autocast.
+OWN_UNDER_AUTOCAST = "_mtlkernels_own_under_autocast"
 # What its code read then beside tensors and parts, see ``watched.py``.
 WATCHED = "_mtlkernels_watched"
 _UNSCRIPTED = "__jit_unused_properties__"

@@ -106,13 +106,14 @@ def _plan_ple(module: nn.Module, path: str) -> Plan:
         return left_alone(refusal, model, path)
     needs_last = _needs_last_gate(model)
     routings: list[Routing | None] = []
-    lines = []
+    lines, own_under_autocast = [], False
     for number in range(model.num_levels):
         trunk = _ple_trunk(number, needs_last or number < model.num_levels - 1)
-        plan, (line,) = plan_trunk(trunk, PLE, model, path)
-        routings.append(None if plan is None else plan[0])
-        lines.append(dataclasses.replace(line, part=f"{type(model).__name__} level {number}"))
-    return (tuple(routings) if any(routings) else None), lines
+        plan = plan_trunk(trunk, PLE, model, path)
+        routings.append(None if plan.routings is None else plan.routings[0])
+        lines.append(dataclasses.replace(plan.lines[0], part=f"{type(model).__name__} level {number}"))
+        own_under_autocast = own_under_autocast or plan.own_under_autocast
+    return Plan(tuple(routings) if any(routings) else None, lines, own_under_autocast)
 
 
 def _ple_trunk(number: int, shared_gate: bool) -> TrunkDescription:

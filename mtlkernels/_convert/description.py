@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,25 @@ from torch import Tensor
 from mtlkernels import _decisions
 from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.chains import Chain, flatten
-from mtlkernels._convert.classes import CLASSES, WATCHED, is_torchs, original_class
-from mtlkernels._convert.evaluation import CALLS, CallsOfLevels, Parts, Serving, evaluate, read_experts, several_dtypes
+from mtlkernels._convert.classes import CLASSES, OWN_UNDER_AUTOCAST, WATCHED, is_torchs, original_class
+from mtlkernels._convert.evaluation import (
+    CALLS,
+    CallsOfLevels,
+    Parts,
+    Serving,
+    any_drops,
+    evaluate,
+    read_experts,
+    several_dtypes,
+)
 from mtlkernels._convert.gates import has_equal_shares, read_gate, size_of
-from mtlkernels._convert.paying import in_trial, mixing_pays, pays, rows_of
+from mtlkernels._convert.paying import in_trial, pays, size_of_call
 from mtlkernels._convert.watched import changed
 from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
 from mtlkernels.ops.level.kept import KeptCalls
 from mtlkernels.routing import Routing
+
+TOO_FEW_ROWS = "its experts cannot be fused now, or that is no faster on so few rows"
 
 
 def only_argument(module: Any, *args: Any, **kwargs: Any) -> Sequence[Tensor] | Tensor | None:
@@ -87,16 +98,17 @@ class LevelDescription:
         return None
 
     def roots(self, module: Any, routing: Routing) -> Any:
-        """All that a call depends on beside its inputs."""
-        gates: Any = self.gates(module)
-        inputs = None if self.gate_inputs is None else tuple(self.gate_inputs(module))
-        chains = list(self.experts(module)), gates if isinstance(gates, Tensor) else list(gates)
-        return *chains, list(self.parts(module)), inputs, routing.expert_inputs, routing.gate_experts
+        """All that a call depends on beside its inputs; None where :meth:`prepare` says that it cannot be read."""
+        try:
+            gates: Any = self.gates(module)
+            inputs = None if self.gate_inputs is None else tuple(self.gate_inputs(module))
+            chains = list(self.experts(module)), gates if isinstance(gates, Tensor) else list(gates)
+            return *chains, list(self.parts(module)), inputs, routing.expert_inputs, routing.gate_experts
+        except Exception:  # of a description that what has become of the module does not fit
+            return None
 
-    def prepare(
-        self, module: Any, routing: Routing, x: Tensor | None, dtype: torch.dtype | None = None
-    ) -> Parts | None:
-        """The parts of a level as :func:`evaluate` takes them, None where the module's own code has to run.
+    def prepare(self, module: Any, routing: Routing, x: Tensor | None, dtype: torch.dtype | None = None) -> Parts | str:
+        """The parts of a level as :func:`evaluate` takes them, or why the module's own code has to run.
 
         ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells. ``dtype``
         is that of the input, None where it is not there yet.
@@ -104,7 +116,6 @@ class LevelDescription:
         found = self._parts_or_reason(module, routing, x, dtype)
         if isinstance(found, str):
             _decisions.note(type(module).__name__, "its own code", found, x)
-            return None
         return found
 
     def _parts_or_reason(
@@ -116,14 +127,17 @@ class LevelDescription:
             chains, gate_chains, parts = list(self.experts(module)), list(self.gates(module)), list(self.parts(module))
         except Exception as error:  # of a description that what has become of the module does not fit
             return f"its description does not fit any more: {type(error).__name__}: {error}"
-        rows = rows_of(x)
-        experts = read_experts(chains, rows, mixing_pays(x))
+        size = size_of_call(x, module.training)
+        experts = read_experts(chains, size)
         if experts is None:
-            return "its experts cannot be fused now, or that is no faster on so few rows"
+            return TOO_FEW_ROWS
         gates: list[Any] = list(map(read_gate, gate_chains))
         if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
             return "it has other numbers of experts and gates than when it was converted"
-        if autocast_enabled("cpu" if x is None else x.device.type) and any(
+        autocast = autocast_enabled("cpu" if x is None else x.device.type)
+        if autocast and OWN_UNDER_AUTOCAST in vars(module):
+            return "under autocast its outputs would be other ones, as a trial told when it was converted"
+        if autocast and any(
             layer.activation == "dice" for layers in experts[0] if not isinstance(layers, str) for layer in layers
         ):
             return "torch-rechub's Dice makes float32 of what autocast makes narrower, and the fused operator does not"
@@ -137,9 +151,11 @@ class LevelDescription:
                 "a gate was exchanged, or a part that would not be called has a hook, or one of its parameters, or is"
                 " of a class that there was none of when it was converted"
             )
-        if several_dtypes(experts[0], gates, dtype) and not autocast_enabled("cpu" if x is None else x.device.type):
+        if not size.parts and any_drops(gates):
+            return TOO_FEW_ROWS
+        if several_dtypes(experts[0], gates, dtype) and not autocast:
             return "it has parameters of several dtypes, or of another than its input"
-        return Parts(chains, *experts, gates, routing, rows, self.read_gate_inputs(module, gates, routing))
+        return Parts(chains, *experts, gates, routing, size.rows, self.read_gate_inputs(module, gates, routing))
 
 
 def any_hooks(modules: Iterable[Any], differentiated: bool, tried: Container[type] | None) -> bool:
@@ -206,6 +222,9 @@ class TrunkDescription:
         """What the method returns, by itself; None where the class's own code has to run."""
         if module._forward_hooks and module._parameters:
             return None  # TorchJD's autogram looks for its parameters, and may not find them behind a fused level
+        call = _SmallCall.of(self, module, args, kwargs)
+        if call is not None and call.has_too_few_rows():
+            return None
         other = changed(module, vars(module).get(WATCHED, ()))
         if other is not None:
             _decisions.note(type(module).__name__, "its own code", f"{other} is another than when it was converted")
@@ -223,7 +242,8 @@ class TrunkDescription:
             if streams is None or not all(x.dim() == 2 and x.layout is torch.strided for x in streams):
                 return None
         x = _first_tensor((args, kwargs)) if streams is None else streams[0]
-        prepare = functools.partial(_prepare, levels, plan, module, x, None if streams is None else streams[0].dtype)
+        dtype = None if streams is None else streams[0].dtype
+        prepare = functools.partial(_prepare, levels, plan, module, x, dtype, call)
         serving = _serving(levels, plan, numbers, module, x)
         # Where nothing is lost if it then goes the usual way, what is kept is compared in the same call.
         at_once = len(levels) == 1 and not self.embeds
@@ -266,16 +286,58 @@ def _prepare(
     plan: Sequence[Routing | None],
     module: Any,
     x: Tensor | None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None,
+    call: _SmallCall | None,
 ) -> list[Parts] | None:
     """The parts of every level, None where the module's own code has to run."""
     prepared = []
     for level, routing in zip(levels, plan, strict=True):
-        parts = None if routing is None else level.prepare(module, routing, x, dtype)
-        if parts is None:
+        if routing is None:
+            return None
+        parts = level.prepare(module, routing, x, dtype)
+        if isinstance(parts, str):
+            if parts is TOO_FEW_ROWS and call is not None:
+                call.note()
             return None
         prepared.append(parts)
     return prepared
+
+
+class _SmallCall(NamedTuple):
+    """A call that may have too few rows to be fused; ``key`` tells it apart from others beside these."""
+
+    module: Any
+    key: Hashable
+    rows: int
+
+    @classmethod
+    def of(cls, trunk: TrunkDescription, module: Any, args: Any, kwargs: Any) -> _SmallCall | None:
+        """None where all is to be read at each call: for trials, logs and the compiler."""
+        if torch.compiler.is_compiling() or in_trial() or _decisions.on:
+            return None
+        x = _first_tensor((args, kwargs))
+        rows = None if x is None else x.size(0)
+        if type(rows) is not int:  # but a symbol of a tracer, which must not be kept
+            return None
+        number = None if trunk.level_of is None else trunk.level_of(module, *args, **kwargs)
+        return cls(module, (number, module.training, torch.is_grad_enabled()), rows)
+
+    def has_too_few_rows(self) -> bool:
+        """Whether a call of no fewer rows was read before, and had too few."""
+        calls = self.module.__dict__.get(CALLS)
+        return calls is not None and calls.too_few.are(self.key, self.rows)
+
+    def note(self) -> None:
+        """It was read, and had too few."""
+        _calls_of(self.module).too_few.note(self.key, self.rows)
+
+
+def _calls_of(module: Any) -> CallsOfLevels:
+    """What is kept of a module's calls."""
+    calls: CallsOfLevels | None = module.__dict__.get(CALLS)
+    if calls is None:
+        calls = module.__dict__[CALLS] = CallsOfLevels()
+    return calls
 
 
 def _serving(
@@ -288,17 +350,11 @@ def _serving(
     """Levels of which calls may be kept, by their numbers; None for a call that is none of them."""
     if torch.compiler.is_compiling() or in_trial() or None in plan or not KeptCalls.may_serve(x):
         return None
-    calls = module.__dict__.get(CALLS)
-    if calls is None:
-        calls = module.__dict__[CALLS] = CallsOfLevels()
-    found = []
-    for level, routing, number in zip(levels, plan, numbers, strict=True):
-        try:
-            roots = level.roots(module, routing)  # type: ignore[arg-type]
-        except Exception:  # as in LevelDescription.prepare, which says so
-            return None
-        found.append(Serving(calls.of(number), roots))
-    return found
+    calls = _calls_of(module)
+    return [
+        Serving(calls.of(number), functools.partial(level.roots, module, routing))  # type: ignore[arg-type]
+        for level, routing, number in zip(levels, plan, numbers, strict=True)
+    ]
 
 
 def _check_streams(streams: Sequence[Tensor]) -> None:

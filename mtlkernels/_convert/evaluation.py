@@ -6,7 +6,8 @@ to the modules later (training of batch norm or dropout, an exchanged layer) is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from mtlkernels._convert.chains import Chain, read_chain, run_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
+from mtlkernels._convert.paying import Size, TooFewRows
 from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of, slopes_of
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.level import expert_mixture
@@ -39,24 +41,37 @@ class Parts(NamedTuple):
     gate_inputs: Sequence[int] | None = None
 
 
-def read_experts(
-    chains: Sequence[Chain], rows: Rows, mixing_pays: bool
-) -> tuple[list[list[Layer] | str], list[Any]] | None:
-    """Each expert's layers and kind; None where none can be fused now, as the first tells, and mixing does not pay."""
+def read_experts(chains: Sequence[Chain], size: Size) -> tuple[list[list[Layer] | str], list[Any]] | None:
+    """Each expert's layers and kind.
+
+    None where the level's own code is as fast: where none can be fused now, as the first tells, and mixing does not
+    pay; or where the kinds differ, and several calls do not pay.
+    """
     experts: list[list[Layer] | str] = []
     kinds: list[Any] = []
+    parts = size.parts
     for chain in chains:
         layers = read_chain(chain)
-        kind = None if isinstance(layers, str) else kind_of(layers, rows)
-        if kind is None and not kinds and not mixing_pays:
+        kind = None
+        if not isinstance(layers, str) and (size.layer_norm or not _has_norm(layers, nn.LayerNorm)):
+            kind = kind_of(layers, size.rows)
+        if kind is None and not kinds and not size.mixing:
+            return None
+        parts = parts and (size.normed_parts or isinstance(layers, str) or not _has_norm(layers, nn.BatchNorm1d))
+        if not parts and kinds and kind != kinds[0]:
             return None
         experts.append(layers)
         kinds.append(kind)
     read = (layer for layers in experts if not isinstance(layers, str) for layer in layers)
     norms = [norm for _, _, norm, *_ in read if type(norm) is nn.BatchNorm1d]
     if len({*map(id, norms)}) < len(norms):  # such a norm takes several batches to its statistics, one after another
-        return (experts, [None] * len(kinds)) if mixing_pays else None
+        return (experts, [None] * len(kinds)) if size.mixing else None
     return experts, kinds
+
+
+def _has_norm(layers: Sequence[Layer], kind: type[nn.Module]) -> bool:
+    """Whether some layer of an expert has a norm of that class."""
+    return any(type(layer.norm) is kind for layer in layers)
 
 
 def several_dtypes(
@@ -82,22 +97,26 @@ def several_dtypes(
     return False
 
 
-# Of an instance: the calls that are kept of its levels.
+# Of an instance: what is kept of its calls.
 CALLS = "_mtlkernels_calls"
 
 
 class CallsOfLevels:
-    """Those of an instance of a converted class."""
+    """What is kept of the calls of an instance of a converted class.
+
+    ``too_few`` are those that its own code took as they had few rows.
+    """
 
     def __init__(self) -> None:
         self._by_number: dict[int, KeptCalls] = {}
+        self.too_few = TooFewRows()
 
     def __reduce__(self) -> Any:
         """A copy of the instance keeps nothing of it."""
         return CallsOfLevels, ()
 
     def of(self, number: int) -> KeptCalls:
-        """Those of one level."""
+        """The calls that serve of one level."""
         return self._by_number.get(number) or self._by_number.setdefault(number, KeptCalls())
 
 
@@ -106,15 +125,22 @@ class Serving:
 
     Args:
         calls: those.
-        roots: all that they depend on beside their inputs.
+        roots: gives all that they depend on beside their inputs, or None where that cannot be read; asked only where
+            something is kept, or is to be.
     """
 
-    def __init__(self, calls: KeptCalls, roots: Any) -> None:
-        self._calls, self._roots = calls, roots
+    def __init__(self, calls: KeptCalls, roots: Callable[[], Any]) -> None:
+        self._calls, self._read = calls, roots
+        self._roots: Any = None
 
     def still(self) -> bool:
         """Whether a call may be served by what is kept."""
-        return self._calls.still(self._roots)
+        return self._calls.still(self._known_roots())
+
+    def _known_roots(self) -> Any:
+        if self._roots is None and not self._calls.empty:
+            self._roots = self._read()
+        return self._roots
 
     def serve(self, routing: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The level's outputs; None: this call goes the usual way."""
@@ -122,13 +148,15 @@ class Serving:
         fits = single is self._calls.single and (single or len(inputs) == routing.num_inputs)
         if not (fits or self._calls.empty):
             return None
-        return self._calls.serve(self._roots, inputs[0] if single else inputs)
+        return self._calls.serve(self._known_roots(), inputs[0] if single else inputs)
 
     def offer(self, inputs: Sequence[Tensor], *arguments: Any) -> None:
         """A call that goes the usual way, by an ``expert_mixture`` of these arguments."""
         if self._calls.wants():
             self._calls.single = all(x is inputs[0] for x in inputs)
-            self._calls.keep(self._roots, *arguments)
+            roots = self._read()
+            if roots is not None:
+                self._calls.keep(roots, *arguments)
 
 
 def evaluate(parts: Parts, inputs: Sequence[Tensor], serving: Serving | None = None) -> tuple[Tensor, ...]:
@@ -147,9 +175,21 @@ def evaluate(parts: Parts, inputs: Sequence[Tensor], serving: Serving | None = N
     in_order = parts.gate_inputs is None and len(inputs) == routing.num_inputs
     linear = linear_gates(gates, parts.rows) if single or in_order else None
     logits = logits_of(gates, read, sizes) if linear is None else None
+    if linear is None and not single and not torch.compiler.is_compiling():
+        numbers, routing = _of_experts(routing)  # a stream that gates alone read has no gradient but by their logits
+        streams = [inputs[i] for i in numbers]
     if serving is not None and linear is not None:
         serving.offer(inputs, streams, weights, biases, routing, linear, options)
     return expert_mixture(streams, weights, biases, logits, routing, **options, **(linear or {}))
+
+
+@functools.lru_cache(64)
+def _of_experts(routing: Routing) -> tuple[tuple[int, ...], Routing]:
+    """The numbers of the streams that experts read, and the routing with these alone."""
+    numbers = tuple(sorted(set(routing.expert_inputs)))
+    if len(numbers) == routing.num_inputs:
+        return numbers, routing
+    return numbers, Routing(tuple(map(numbers.index, routing.expert_inputs)), routing.gate_experts)
 
 
 def _expert_outputs(parts: Parts, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ _OP = "level"
 # Measured with torch-rechub's and deepctr-torch's PLE: on fewer rows than these, training with batch norm is as fast by
 # modules, and one operator for all mixing saves nothing where the experts' modules are called.
 NORM_ROWS, MIXING_ROWS = 16, 256
+# Rows from which on something pays on a CPU: where no gradient is wanted, in evaluation with gradients, in training.
+# Measured with TorchEasyRec's ExtractionNet of (64, 32) on 64 features and of (256, 128) on 416, on one thread; the
+# narrow one decides, as the wide one gains from fewer rows on. Calls with layer norm are checked and started in Python.
+LAYER_NORM_ROWS = 192, 192, 64
+# A level in parts has several such calls, and one more for the mixing; its batch norms take statistics, or are folded
+# in a way that gradients flow through, for each of the parts.
+PARTS_ROWS = 256, 512, 128
+NORMED_PARTS_ROWS = 256, 1024, 512
 
 _any_size = 0  # how many trials are at work, each in a thread of its own
 _lock = threading.Lock()
@@ -46,20 +54,62 @@ def in_trial() -> bool:
     return _any_size > 0
 
 
-def rows_of(x: Tensor | None) -> Rows:
-    """What the rows of a call with such a tensor allow; all where none tells how many there are."""
-    if x is None or _any_size or torch.compiler.is_compiling():
-        return Rows()
-    rows = x.shape[0]
-    return Rows(may_fold(x), rows >= NORM_ROWS, rows >= FOLD_ROWS)
+class Size(NamedTuple):
+    """What pays in a call of some rows.
 
-
-def mixing_pays(x: Tensor | None) -> bool:
-    """Whether one operator for all mixing saves time where the experts' modules are called.
-
-    What the compiler makes of the library's own mixing is as fast at any size.
+    ``rows``: what the operator may do. ``layer_norm``: layer norms in it. ``parts``: a level in more calls than one;
+    ``normed_parts``: one with batch norms. ``mixing``: one operator for all mixing where the experts' modules are
+    called; what the compiler makes of the library's own mixing is as fast at any size.
     """
-    return x is None or _any_size > 0 or (not torch.compiler.is_compiling() and x.shape[0] >= MIXING_ROWS)
+
+    rows: Rows = Rows()
+    layer_norm: bool = True
+    parts: bool = True
+    normed_parts: bool = True
+    mixing: bool = True
+
+
+def size_of_call(x: Tensor | None, training: bool) -> Size:
+    """What pays with such a tensor in a module of that mode; all where none tells how many rows there are."""
+    if x is None or _any_size:
+        return Size()
+    if torch.compiler.is_compiling():
+        return Size(mixing=False)
+    rows, mode = x.shape[0], (1 + training if torch.is_grad_enabled() else 0)
+    return Size(
+        Rows(may_fold(x), rows >= NORM_ROWS, rows >= FOLD_ROWS),
+        layer_norm=rows >= LAYER_NORM_ROWS[mode] or not x.is_cpu,
+        parts=rows >= PARTS_ROWS[mode] or not x.is_cpu,
+        normed_parts=rows >= NORMED_PARTS_ROWS[mode] or not x.is_cpu,
+        mixing=rows >= MIXING_ROWS,
+    )
+
+
+class TooFewRows:
+    """Calls of a module with so few rows that its own code is as fast: the next ones need not read the module.
+
+    It is read again after some of them, as it may have become one that is faster fused.
+    """
+
+    _MOST_CALLS = 64
+
+    def __init__(self) -> None:
+        self._most: dict[Hashable, int] = {}
+        self._calls = 0
+
+    def note(self, key: Hashable, rows: int) -> None:
+        """A call was read; ``key`` tells calls apart beside their rows."""
+        self._most[key] = max(rows, self._most.get(key, 0))
+
+    def are(self, key: Hashable, rows: int) -> bool:
+        """Whether a call need not be read."""
+        if rows > self._most.get(key, -1):
+            return False
+        self._calls += 1
+        if self._calls % self._MOST_CALLS == 0:
+            self._most.pop(key, None)
+            return False
+        return True
 
 
 def pays(module: Any, rows: Tensor | None) -> bool:

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
+from mtlkernels._convert.classes import is_torchs
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
 from mtlkernels._convert.dropouts import widths_dropped
 from mtlkernels._convert.evaluation import several_dtypes
 from mtlkernels._convert.gates import Gate, has_equal_shares, size_of
 from mtlkernels._convert.random_states import kept_random_state
 from mtlkernels._convert.report import Line
-from mtlkernels._convert.trial import NotFused, disagreement
+from mtlkernels._convert.trial import NotFused, Verdict, disagreement
 from mtlkernels.ops._fusing import Layer, has_gradient_hooks, has_hooks, kind_of, weight_refusal
 from mtlkernels.routing import Routing
 
-# Of an instance: for each level its Routing, None for one that is left alone, or None where all are; and the report.
-Plan = tuple[tuple[Routing | None, ...] | None, list[Line]]
+
+class Plan(NamedTuple):
+    """What becomes of an instance.
+
+    ``routings`` has for each level its Routing, None for one that is left alone, and is None where all are; ``lines``
+    is the report; ``own_under_autocast`` whether its own code is to run under autocast.
+    """
+
+    routings: tuple[Routing | None, ...] | None
+    lines: list[Line]
+    own_under_autocast: bool = False
 
 
 def left_alone(reason: str, module: nn.Module, path: str) -> Plan:
     """The plan of a module of which nothing can be fused."""
-    return None, [Line("left alone", path, type(module).__name__, reason)]
+    return Plan(None, [Line("left alone", path, type(module).__name__, reason)])
 
 
 def plan_trunk(trunk: TrunkDescription, base: Any, module: nn.Module, path: str) -> Plan:
@@ -35,13 +46,17 @@ def plan_trunk(trunk: TrunkDescription, base: Any, module: nn.Module, path: str)
         plan = _examine(trunk, base, module)
     except Exception as error:  # of a description that does not fit; it goes into the report
         plan = f"its description does not fit: {type(error).__name__}: {error}"
-    if not isinstance(plan, str):
-        plan = _trial(trunk, module, plan) or plan
-    if isinstance(plan, str):
-        return left_alone(plan, module, path)
+    verdict = Verdict(plan) if isinstance(plan, str) else _trial(trunk, module, plan)
+    reason, under_autocast = verdict or (None, None)
+    if isinstance(plan, str) or reason is not None:
+        return left_alone(str(reason), module, path)
     levels, name = trunk.levels(module), type(module).__name__
     names = [f"{name} level {i}" for i in range(len(levels))] if len(levels) > 1 else [name]
-    return plan, [_replaced_line(level, module, path, part) for level, part in zip(levels, names, strict=True)]
+    lines = [_replaced_line(level, module, path, part) for level, part in zip(levels, names, strict=True)]
+    if under_autocast is not None:
+        words = f"; its own code under autocast: {under_autocast}"
+        lines = [replace(line, detail=line.detail + words) for line in lines]
+    return Plan(plan, lines, under_autocast is not None)
 
 
 def _examine(trunk: TrunkDescription, base: Any, module: Any) -> tuple[Routing, ...] | str:
@@ -62,12 +77,12 @@ def _examine(trunk: TrunkDescription, base: Any, module: Any) -> tuple[Routing, 
 
 
 def _level_refusal(level: LevelDescription, module: Any, routing: Routing) -> str | None:
-    chains, gate_chains, gates = list(level.experts(module)), level.gates(module), level.read_gates(module)
+    chains, gate_chains, gates = list(level.experts(module)), list(level.gates(module)), level.read_gates(module)
     if not chains:
         return "it has no experts"
-    hooked = _hook_refusal(module, level.parts(module))
-    if hooked is not None:
-        return hooked
+    refused = _hook_refusal(module, level.parts(module)) or _quantized_refusal(module, chains + gate_chains)
+    if refused is not None:
+        return refused
     for chain in chains:
         layers = read_chain(chain)
         odd = None if isinstance(layers, str) else weight_refusal(layers)  # which copies for a trial would not have
@@ -102,7 +117,21 @@ def _hook_refusal(model: nn.Module, parts: Iterable[Any]) -> str | None:
     return f"{name} has {what}, and would not be called"
 
 
-def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) -> str | None:
+def _quantized_refusal(model: nn.Module, chains: Iterable[Chain]) -> str | None:
+    """The report's words for a layer that PyTorch has quantized, which keeps its numbers as no tensors."""
+    steps = (step for chain in chains for step in flatten(chain) if isinstance(step, nn.Module))
+    layer = next((part for step in steps for part in step.modules() if _is_quantized(type(part))), None)
+    if layer is None:
+        return None
+    name = next((f" ({name})" for name, module in model.named_modules() if module is layer), "")
+    return f"its layers are quantized, and cannot be tried in float64{name}; convert it before it is quantized"
+
+
+def _is_quantized(kind: type) -> bool:
+    return is_torchs(kind) and "quantized" in kind.__module__.split(".")
+
+
+def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) -> Verdict | None:
     """What is wrong with evaluating the levels otherwise, as a trial of copies tells; None where nothing is."""
 
     def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
@@ -141,7 +170,9 @@ def _random_streams(
         count = max(count, routing.num_gates)
     chains = [chain for chain in (*level.experts(module), *level.gates(module)) if chain is not None]
     steps = [step for chain in chains for step in flatten(chain) if isinstance(step, (nn.Module, Product))]
-    width = next(found for found in map(_features, steps) if found is not None)
+    width = next((found for found in map(_features, steps) if found is not None), None)
+    if width is None:
+        raise ValueError("no layer of its experts and gates has a matrix, which would tell how wide its inputs are")
     return [torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 

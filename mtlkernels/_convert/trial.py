@@ -10,7 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,17 @@ class NotFused(ValueError):
     """Arguments that a converted module would leave to its own code."""
 
 
+class Verdict(NamedTuple):
+    """What a trial has found, in the report's words.
+
+    ``reason`` is why fused evaluation is not the same as a class's own code, ``under_autocast`` why it is not under
+    autocast, though it is elsewhere; None where it is.
+    """
+
+    reason: str | None
+    under_autocast: str | None = None
+
+
 def call(module: Any, *args: Any) -> Any:
     """What ``module(*args)`` returns."""
     return module(*args)
@@ -62,6 +73,7 @@ class Trial:
     ignored: Sequence[str]
 
     def __post_init__(self) -> None:
+        self.under_autocast: str | None = None
         self.names = [name for name, p in self.copies[0].named_parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.copies[0].parameters())
 
@@ -76,7 +88,7 @@ def disagreement(
     stand_ins: Mapping[str, Any] | None = None,
     ignored: Sequence[str] = (),
     drops: Callable[[Any, tuple[Any, ...]], tuple[Mapping[int, int | None], int]] | None = None,
-) -> str | None:
+) -> Verdict | None:
     """Tries a conversion: the one place where it is decided whether fused evaluation is the same as a class's own code.
 
     The module itself is not touched or called; two copies of it on the CPU are, with random weights, in float64 and at
@@ -100,12 +112,12 @@ def disagreement(
             :func:`mtlkernels._convert.dropouts.widths_dropped`, and the number of rows.
 
     Returns:
-        None where both agree, otherwise the reason, in the report's words.
+        None where both agree, otherwise where they do not.
     """
     try:
         shared = SharedState(module)
     except Exception as error:
-        return f"it fails in a trial: {type(error).__name__}: {error}"
+        return Verdict(f"it fails in a trial: {type(error).__name__}: {error}")
     # Whatever the caller has set, in which gradients or numbers on a CPU could not be had.
     ours = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
     # A mode, which takes a microsecond at each operator.
@@ -121,9 +133,10 @@ def disagreement(
             align(copies[1], copies[0])
             pairs = pairs_of(copies[1], copies[0], ignored)
             trial = Trial(copies, (original, fused), arguments, pairs, generator, shared, module, drops, ignored)
-            return _first_difference(trial)
+            reason = _first_difference(trial)
+            return Verdict(reason, trial.under_autocast) if reason or trial.under_autocast else None
         except Exception as error:  # of code that is not ours; it goes into the report
-            return f"it fails in a trial: {type(error).__name__}: {error}"
+            return Verdict(f"it fails in a trial: {type(error).__name__}: {error}")
         finally:
             shared.restore()
 
@@ -228,6 +241,16 @@ class _Run:
 
 
 def _compare(trial: Trial, situation: Situation, draws: bool = True) -> str | None:
+    """The first difference between both ways in one situation; one under autocast is noted and goes by."""
+    reason = _difference_in(trial, situation, draws)
+    if reason is None or not situation.autocast:
+        return reason
+    trial.under_autocast = trial.under_autocast or reason
+    align(trial.copies[1], trial.copies[0])
+    return None
+
+
+def _difference_in(trial: Trial, situation: Situation, draws: bool) -> str | None:
     """The first difference between both ways in one situation."""
     words = situation.words
     rows = min(situation.rows, max(ROWS, int(LARGE_WORK / max(1, trial.size))))
@@ -258,7 +281,7 @@ def _compare(trial: Trial, situation: Situation, draws: bool = True) -> str | No
     if draws and expected.random_state != actual.random_state:
         return "its forward draws random numbers of its own"
     if not agree(actual.outputs, expected.outputs, situation.tolerance):
-        return f"{words} its outputs differ from those of its experts and gates"
+        return f"{words} {_words_for_outputs(actual.outputs, expected.outputs)}"
     if not agree(actual.arguments, expected.arguments, situation.tolerance):
         return "its forward changes its arguments"
     reason = difference(trial.pairs, situation.tolerance)
@@ -340,6 +363,15 @@ def _called(module: nn.Module) -> Iterator[list[Any]]:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in _torch.tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def _words_for_outputs(actual: Any, expected: Any) -> str:
+    """How outputs differ: by their dtypes, or in another way."""
+    both = [[str(t.dtype).removeprefix("torch.") for t in _tensors(outputs)] for outputs in (actual, expected)]
+    odd = next(((ours, theirs) for ours, theirs in zip(*both, strict=False) if ours != theirs), None)
+    if odd is None:
+        return "its outputs differ from those of its experts and gates"
+    return f"its outputs are {odd[1]}, but {odd[0]} fused"
 
 
 def _draws_beside(trial: Trial, dropouts: Sequence[nn.Module]) -> bool:

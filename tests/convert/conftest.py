@@ -9,8 +9,16 @@ import pytest
 
 import mtlkernels as mk
 import mtlkernels._convert.evaluation
+from mtlkernels._convert import paying
 from mtlkernels._convert.evaluation import Serving
 from mtlkernels._convert.paying import in_trial
+
+
+@pytest.fixture
+def any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Levels are evaluated in parts, and with layer norm, on however few rows."""
+    for name in ("LAYER_NORM_ROWS", "PARTS_ROWS", "NORMED_PARTS_ROWS"):
+        monkeypatch.setattr(paying, name, (0, 0, 0))
 
 
 @pytest.fixture

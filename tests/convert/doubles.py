@@ -13,6 +13,11 @@ def mixed(weights: Tensor, experts: Sequence[Tensor]) -> Tensor:
     return torch.einsum("be,beh->bh", weights, torch.stack(list(experts), 1))
 
 
+def mixed_by_sum(weights: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """As FuxiCTR does it: under autocast, where a product of matrices is narrower, of the experts' dtype."""
+    return torch.sum(weights.unsqueeze(-1) * torch.stack(list(experts), dim=1), dim=1)
+
+
 class Perceptron(nn.Module):
     """TorchEasyRec's layer: no bias in front of batch norm."""
 
@@ -145,7 +150,7 @@ class CGC_Layer(nn.Module):  # noqa: N801 (the library's name)
         shared = [expert(x[-1]) for expert in self.shared_experts]
         weights = [self.gate_activation(gate(stream)) for gate, stream in zip(self.gate, x, strict=True)]
         seen = [[expert(s) for expert in task] + shared for s, task in zip(x, self.specific_experts, strict=False)]
-        outputs = [mixed(w, experts) for w, experts in zip(weights, [*seen, shared], strict=True)]
+        outputs = [mixed_by_sum(w, experts) for w, experts in zip(weights, [*seen, shared], strict=True)]
         return (outputs, [w.mean(0) for w in weights]) if require_gate else outputs
 
 
@@ -170,7 +175,7 @@ class MMoE_Layer(nn.Module):  # noqa: N801 (the library's name)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         experts = [expert(x) for expert in self.experts]
-        return [mixed(self.gate_activation(gate(x)), experts) for gate in self.gate]
+        return [mixed_by_sum(self.gate_activation(gate(x)), experts) for gate in self.gate]
 
 
 class LibMTL(nn.Module):

@@ -242,6 +242,7 @@ def check(
         assert fused_calls == calls
 
 
+@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("name", CASES)
 def test_trains_and_serves_as_the_library(name: str, fused_calls: list[int]) -> None:
     check(*CASES[name], fused_calls, (300,) if "batch statistics" in name else (1, 2, 33, 300))
@@ -295,6 +296,19 @@ def mixings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(mk._convert.evaluation, "mix_list", counted)
     return calls
+
+
+def test_a_stream_that_one_gate_reads_has_no_gradient_without_it() -> None:
+    """As without specific experts, where the tasks' streams are read by their gates alone."""
+    level = rechub_ple(levels=2, tasks=2, specific=0, shared=3).cgc_layers[0].train()
+    assert mk.convert(level).replaced
+    x = [torch.randn(20, level.experts_shared[0].mlp[0].in_features, requires_grad=True) for _ in range(3)]
+    found = torch.autograd.grad(level(x)[0].sum(), x, allow_unused=True)
+    assert [gradient is None for gradient in found] == [False, True, False]
+
+
+def test_without_specific_experts() -> None:
+    assert not assert_converts(rechub_ple(tasks=2, specific=0), rechub_inputs).left_alone
 
 
 def test_modules_are_mixed_where_rows_are_many(monkeypatch: pytest.MonkeyPatch) -> None:

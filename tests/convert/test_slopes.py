@@ -70,6 +70,7 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
 }
 
 
+@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("name", CASES)
 def test_trains_and_serves_as_the_library(name: str, fused_calls: list[int]) -> None:
     check(*CASES[name], fused_calls, (1, 2, 33, 300))

@@ -46,10 +46,23 @@ class Checkpointed(Level):
         return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
 
 
-@pytest.mark.parametrize("kind", [Router, Narrow, Wide, Checkpointed])
+@pytest.mark.parametrize("kind", [Narrow, Wide, Checkpointed])
 def test_what_float64_does_not_show(kind: type) -> None:
     register(kind)
     assert mk.convert(kind()).left_alone
+
+
+def test_a_router_in_float32_is_its_own_code_under_autocast() -> None:
+    register(Router)
+    level = Router()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = level(X)
+        (line,) = mk.convert(level).replaced
+        torch.testing.assert_close(level(X), expected, rtol=0, atol=0)
+    assert line.detail.endswith(
+        "its own code under autocast: in evaluation in float32 under autocast its outputs are float32, but bfloat16"
+        " fused"
+    )
 
 
 def test_a_gate_of_equal_shares_under_autocast() -> None:

@@ -4,6 +4,7 @@ the reason."""
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import types
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert import registry
+from mtlkernels._convert.classes import OWN_UNDER_AUTOCAST
 from tests.convert import doubles
 from tests.convert.doubles import mixed
 from tests.convert.edits import (
@@ -119,7 +121,6 @@ EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
         "in evaluation gradients of experts.1.0.weight differ: its own code gives none",
     ),
     "otherwise without gradients": (OtherwiseWithoutGradients, f"in evaluation on 1 row {OUTPUTS}"),
-    "otherwise under autocast": (OtherwiseUnderAutocast, f"under autocast {OUTPUTS}"),
     "its input is changed": (InPlace, "its forward changes its arguments"),
     "a tuple": (Tuples, f"in evaluation {OUTPUTS}"),
     "another result": (ALoss, f"in evaluation {OUTPUTS}"),
@@ -170,6 +171,20 @@ def test_an_edit_is_left_alone(name: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"norm": True}, {"rate": 0.3}, {"norm": True, "rate": 0.3}])
 def test_without_an_edit_it_is_converted(options: dict[str, Any]) -> None:
     assert mk.convert(Edited(**options)).replaced
+
+
+def test_what_differs_under_autocast_alone_is_fused_elsewhere() -> None:
+    model = OtherwiseUnderAutocast().eval()
+    x = torch.randn(9, model.gates[0].in_features)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    (line,) = mk.convert(model).replaced
+    assert line.detail.endswith(f"in one expert_mixture; its own code under autocast: under autocast {OUTPUTS}")
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    assert mk.revert(model).reverted
+    assert OWN_UNDER_AUTOCAST not in vars(model)
 
 
 def test_frozen_experts_keep_no_gradient() -> None:

@@ -248,6 +248,40 @@ def test_a_quantized_model_says_so() -> None:
     assert line.detail == "a weight of class Mixed (experts.0.mlp.0)"
 
 
+# PyTorch's quantization is deprecated, and still met.
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("only_experts", [False, True])
+def test_a_level_of_quantized_layers_says_so(only_experts: bool) -> None:
+    model = rechub_ple(tasks=2, levels=1).eval()
+    part = model.cgc_layers[0].experts_shared if only_experts else model
+    torch.ao.quantization.quantize_dynamic(part, {nn.Linear}, inplace=True)
+    (line,) = mk.convert(model).left_alone
+    path = "experts_shared.0.mlp.0" if only_experts else "experts_specific.0.mlp.0"
+    reason = f"its layers are quantized, and cannot be tried in float64 ({path}); convert it before it is quantized"
+    assert line.detail == reason
+
+
+@pytest.mark.parametrize("make", [doubles.MMoE_Layer, doubles.CGC_Layer])
+def test_dice_over_the_batch_makes_float32_under_autocast(make: Any) -> None:
+    """By its slopes, which autocast leaves alone: so the level's own code runs there, and nowhere else."""
+    level = fill(make(WIDTH, (7,)))
+    for block in level.modules():
+        if isinstance(block, nn.Sequential):
+            block[1] = Dice(block[0].out_features)
+    (line,) = mk.convert(level).mixing_fused
+    assert line.detail.endswith(
+        "; its own code under autocast: in evaluation in float32 under autocast its outputs are float32, but bfloat16"
+        " fused"
+    )
+    x = torch.randn(300, WIDTH)
+    streams = x if make is doubles.MMoE_Layer else [x] * 4
+    with torch.autocast("cpu", torch.bfloat16):
+        found = level(streams)
+        assert mk.revert(level).reverted
+        torch.testing.assert_close(found, level(streams), rtol=0, atol=0)
+
+
 def test_a_library_model_is_tried_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch-rechub's class, whose code was edited where it is installed."""
     model = rechub_mmoe()

@@ -58,6 +58,20 @@ def test_in_evaluation(name: str, count: int, grad: bool) -> None:
             assert_as_exact(a, true, b)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_trace_that_was_made_for_inference_may_be_trained(name: str) -> None:
+    """No constant of the graph is an inference tensor, which cannot be saved for a backward pass."""
+    kind = ALL[name]
+    model, x = kind.model(), kind.inputs(4, 0)
+    with torch.inference_mode():
+        module = traced(model, x, check=False)
+    outputs_sum(module(*x)).backward()
+    found = [p.grad for p in parameters(module)]
+    outputs_sum(model(*x)).backward()
+    for a, b in zip(found, [p.grad for p in parameters(model)], strict=True):
+        assert (a is None or not a.any()) == (b is None or not b.any())
+
+
 def outputs_sum(result: Any) -> Any:
     return sum(y.square().sum() for y in torch.utils._pytree.tree_leaves(result))
 

@@ -21,6 +21,18 @@ def split_gates(gate_experts: Sequence[int], gate_sizes: Sequence[int]) -> Itera
         start += size
 
 
+def mixed_by(experts: Tensor, gate: Sequence[int]) -> Tensor:
+    """``experts[:, gate]``, as the runs of consecutive experts that it is made of.
+
+    A list as an index would become a tensor, which ``torch.jit.trace`` keeps as a constant: one that was made under
+    ``torch.inference_mode`` could never be saved for a backward pass.
+    """
+    starts = [i for i, e in enumerate(gate) if i == 0 or e != gate[i - 1] + 1]
+    ends = [*starts[1:], len(gate)]
+    runs = [experts.narrow(1, gate[start], end - start) for start, end in zip(starts, ends, strict=True)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
+
+
 def forward(
     experts: Tensor, gate_logits: Sequence[Tensor], gate_experts: Sequence[int], gate_sizes: Sequence[int]
 ) -> list[Tensor]:
@@ -29,7 +41,7 @@ def forward(
     for gate, logits in zip(split_gates(gate_experts, gate_sizes), gate_logits, strict=True):
         acc = accumulation_dtype(experts, logits)
         weight = torch.softmax(logits.to(acc), dim=1)
-        mixed = torch.bmm(weight.unsqueeze(1), experts[:, gate].to(acc)).squeeze(1)
+        mixed = torch.bmm(weight.unsqueeze(1), mixed_by(experts, gate).to(acc)).squeeze(1)
         outputs.append(mixed.to(experts.dtype, copy=True))  # a copy, so that no output is a view
     return outputs
 
@@ -60,6 +72,6 @@ def backward(
             places = torch.tensor(gate, device=experts.device)
             grad_experts = grad_experts.index_add(1, places, weight.unsqueeze(2) * grad.unsqueeze(1))
         if need_logits:
-            inner = torch.bmm(experts[:, gate].to(acc), grad.unsqueeze(2)).squeeze(2)
+            inner = torch.bmm(mixed_by(experts, gate).to(acc), grad.unsqueeze(2)).squeeze(2)
             grad_logits.append((weight * (inner - (weight * inner).sum(1, keepdim=True))).to(logits.dtype))
     return [grad_experts.to(experts.dtype)] if need_experts else [], grad_logits
