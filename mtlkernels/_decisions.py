@@ -12,6 +12,7 @@ Where C++ made a call's node in autograd's graph, the backward pass runs in C++ 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,8 @@ LOGGER = logging.getLogger("mtlkernels")
 LOGGER.addHandler(logging.NullHandler())
 
 on = LOGGER.isEnabledFor(logging.DEBUG)
-_paused = False
+_pauses = 0  # of all threads
+_lock = threading.Lock()
 _noted: set[tuple[str | None, ...]] = set()
 
 
@@ -53,7 +55,7 @@ def ask() -> bool:
     global on
     if torch.compiler.is_compiling():
         return on
-    on = LOGGER.isEnabledFor(logging.DEBUG) and not _paused
+    on = LOGGER.isEnabledFor(logging.DEBUG) and not _pauses
     return on
 
 
@@ -65,13 +67,17 @@ def wanted() -> bool:
 @contextmanager
 def paused() -> Iterator[None]:
     """Within the block nothing is logged: what is called there are trials."""
-    global _paused
-    before, _paused = _paused, True
-    ask()
+    _count_pause(1)
     try:
         yield
     finally:
-        _paused = before
+        _count_pause(-1)
+
+
+def _count_pause(step: int) -> None:
+    global _pauses
+    with _lock:  # blocks of several threads do not end in the order of their beginning
+        _pauses += step
         ask()
 
 
@@ -103,8 +109,8 @@ def note(
 
 
 def report(op: str, line: str) -> None:
-    """Logs a line of a report on a model."""
-    if wanted():
+    """Logs a line of a report on a model, also while another thread's trials are at work."""
+    if LOGGER.isEnabledFor(logging.DEBUG) and not torch.compiler.is_compiling():
         fields = ("direction", "device", "dtype", "rows", "implementation")
         _log(f"{op}: {line}", {"op": op, **dict.fromkeys(fields)}, line)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mtlkernels import _extension
-from mtlkernels._convert.classes import original_class
-from mtlkernels.nn.level import TrunkLevel, refuse_training
-from mtlkernels.ops._checks import DTYPES
+from mtlkernels._convert.classes import SERVES_ONLY, original_class
+from mtlkernels.nn.level import TrunkLevel
+from mtlkernels.nn.snr import SNR, CompactSNR
+from mtlkernels.ops._checks import DTYPES, refuse_training
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,12 +47,14 @@ def prepare(model: Model) -> Model:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     prepared = copy.deepcopy(model).eval().requires_grad_(False)
     _declare(prepared)
-    levels = [module for module in prepared.modules() if isinstance(module, TrunkLevel)]
-    for level in levels:
-        level._serves_only = True
-    converted = [module for module in prepared.modules() if original_class(type(module)) is not None]
-    if converted or not levels:
-        prepared.register_forward_pre_hook(functools.partial(_refuse_training, converted))
+    refusing = False
+    for module in prepared.modules():
+        if isinstance(module, (TrunkLevel, SNR, CompactSNR)):
+            module._serves_only = refusing = True
+        elif original_class(type(module)) is not None:
+            vars(module)[SERVES_ONLY] = refusing = True
+    if not refusing:
+        prepared.register_forward_pre_hook(_refuse_training)
     return prepared
 
 
@@ -68,7 +70,7 @@ def _lies_on_cpu(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.layout == torch.strided
 
 
-def _refuse_training(converted: list[nn.Module], module: nn.Module, args: Any) -> None:
-    """Levels of :mod:`mtlkernels.nn` refuse it themselves, with less to do at each call."""
-    if module.training or any(other.training for other in converted):
+def _refuse_training(module: nn.Module, args: Any) -> None:
+    """For a model that calls operators itself; modules of this package and converted ones refuse it themselves."""
+    if module.training:
         refuse_training()

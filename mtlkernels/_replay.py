@@ -15,6 +15,7 @@ from mtlkernels.ops.level.spec import LevelSpec
 from mtlkernels.testing import tensors_in
 
 
+@_dumps.paused()  # the variable may still be set, and the call would be saved once more
 def run(path: Path, out: TextIO) -> int:
     """Runs the call by its implementation and by the reference, and prints how far their results are apart.
 
@@ -27,8 +28,13 @@ def run(path: Path, out: TextIO) -> int:
     except Exception as error:  # of any kind, as the file may be anything
         say(f"{path} cannot be read: {type(error).__name__}: {error}")
         return 2
-    if not isinstance(saved, dict) or saved.get("format") != _dumps.FORMAT:
-        say(f"{path} is not a call that this version of mtlkernels has saved")
+    number = saved.get("format") if isinstance(saved, dict) else None
+    if not isinstance(number, int):
+        say(f"{path} is not a call that mtlkernels has saved")
+        return 2
+    if number not in _dumps.READABLE:
+        formats = " and ".join(map(str, _dumps.READABLE))
+        say(f"{path} must be of a format that this version of mtlkernels reads, {formats}, got {number}")
         return 2
     op, direction, name = saved["op"], saved["direction"], saved["implementation"]
     arguments = {key: _dumps.decoded(value) for key, value in saved["arguments"].items()}

@@ -155,7 +155,12 @@ def test_which_way_pcgrad_takes(records: list[Any]) -> None:
     assert "a derivative is wanted" in records[0].reason
     weight = torch.ones(2, requires_grad=True)
     mk.optim.PCGrad(torch.optim.SGD([weight])).pc_backward([weight.sum(), -weight.sum()])
-    assert said(records, "PCGrad") == [(None, "backward passes by 'levels'", "batched is None")]
+    plain = (None, "backward passes by 'grad'", "batched is None, and losses can share no level")
+    assert said(records, "PCGrad") == [plain]
+    trunk = mk.nn.MMoE(4, 2, (8,), num_experts=2)
+    losses = [y.sum() for y in trunk(X)]
+    mk.optim.PCGrad(torch.optim.SGD(trunk.parameters())).pc_backward(losses)
+    assert said(records, "PCGrad") == [plain, (None, "backward passes by 'levels'", "batched is None")]
 
 
 def test_what_convert_decides(records: list[Any]) -> None:
@@ -228,3 +233,18 @@ with torch.no_grad():
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "mtlkernels: expert_mixture forward on cpu in float32, B = 3" in result.stdout
+
+
+def test_conversions_in_several_threads(records: list[Any]) -> None:
+    """Their pauses do not end in the order of their beginning; reports are logged while others' trials are at work."""
+    one, other = _decisions.paused(), _decisions.paused()
+    one.__enter__()
+    other.__enter__()
+    assert not _decisions.on
+    _decisions.report("convert", "a line")
+    one.__exit__(None, None, None)
+    assert not _decisions.on
+    other.__exit__(None, None, None)
+    assert _decisions.on
+    mk.snr_aver(torch.ones(2, 3, 4), torch.ones(2, 2))
+    assert [r.op for r in records] == ["convert", "snr_aver"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -152,17 +153,102 @@ def test_a_loop_does_not_fill_the_disk(folder: Path, monkeypatch: pytest.MonkeyP
     assert "not saved" in str(raised.value)
 
 
+def fail_anew(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The message of a call that fails as if in a process of its own, with the PID of those before it."""
+    monkeypatch.setattr(_dumps, "_numbers", iter(range(1000)))
+    plant(monkeypatch, "snr_aver", "forward", Broken("a fault"))
+    with mk.use_backend("reference"), pytest.raises(Broken) as raised:
+        mk.snr_aver(torch.ones(2, 3, 4), torch.ones(2, 2))
+    return str(raised.value)
+
+
+def test_no_file_overwrites_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where processes have the same PID, as in containers with one folder."""
+    fail_anew(monkeypatch)
+    (first,) = folder.iterdir()
+    before = first.read_bytes()
+    message = fail_anew(monkeypatch)
+    (second,) = set(folder.iterdir()) - {first}
+    assert first.read_bytes() == before and f"replay {second}`" in message
+
+
+def test_a_folder_whose_name_has_a_space(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_dumps, "folder", folder / "two words")
+    with monkeypatch.context() as planted:
+        _, command, _ = fail_anew(planted).split("`")
+    *python, replay, path = shlex.split(command)
+    assert python == ["python", "-m", "mtlkernels"]
+    assert main([replay, path]) == 0, capsys.readouterr().out
+
+
+def test_a_call_that_is_replayed_is_not_saved_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_anew(monkeypatch)
+    (path,) = folder.iterdir()
+    plant(monkeypatch, "snr_aver", "forward", Broken("another fault"))
+    assert main(["replay", str(path)]) == 1
+    assert list(folder.iterdir()) == [path] and _dumps.folder == folder
+    text = capsys.readouterr().out
+    assert "reference fails: Broken: another fault" in text and "is saved" not in text
+
+
+def windows(numbers: torch.Tensor) -> torch.Tensor:
+    """Rows that overlap."""
+    return numbers.as_strided((4, 3), (2, 1))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tensors_come_back_as_they_lay(layout: str) -> None:
     tensor = laid_out(torch.randn(5, 6, dtype=torch.bfloat16), layout)
-    row = torch.randn(1000, 1000)[3, 7:11]
-    for before in (tensor, row, torch.ones(0, 3), torch.tensor(2.5, dtype=torch.float64)):
+    row, scalar = torch.randn(1000, 1000)[3, 7:11], torch.tensor(2.5, dtype=torch.float64)
+    negative = torch.randn(3, 2, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    for before in (
+        tensor,
+        row,
+        torch.ones(0, 3),
+        torch.ones(1, 3).expand(0, 3),
+        scalar,
+        windows(row[0] + torch.arange(9)),
+        negative,
+    ):
         content = _dumps.encoded(before)
-        assert content["tensor"].untyped_storage().nbytes() <= 4 * 72
+        assert content["elements"].untyped_storage().nbytes() <= before.numel() * before.element_size()
         after = _dumps.decoded(content)
         assert torch.equal(before, after) and before.dtype == after.dtype
         assert before.shape == after.shape and before.stride() == after.stride()
         assert before.numel() == 0 or before.data_ptr() % 64 == after.data_ptr() % 64
+
+
+def test_a_file_has_the_elements_of_the_call_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what lies between them in memory, which is not the call's, nor that once for each argument."""
+    secret = 1234.5
+    table = torch.full((64, 8, 32), secret)
+    table[..., :16] = 0
+    plant(monkeypatch, "snr_aver", "forward", Broken("a fault"))
+    with mk.use_backend("reference"), pytest.raises(Broken):
+        mk.snr_aver(table[..., :16].unbind(1), torch.ones(1, 8))
+    (path,) = folder.iterdir()
+    saved = torch.load(path, weights_only=True)["arguments"]["u"]
+    storages = [value.untyped_storage() for argument in saved for value in argument.values() if torch.is_tensor(value)]
+    assert sum(storage.nbytes() for storage in storages) == 8 * 64 * 16 * 4
+    assert torch.tensor(secret).numpy().tobytes() not in path.read_bytes()
+    u = _dumps.decoded(saved)
+    assert [t.stride() for t in u] == [(256, 1)] * 8 and not any(t.any() for t in u)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_of_the_first_format(layout: str) -> None:
+    """Which had all that lay between the first element and the last."""
+    before = laid_out(torch.randn(5, 6), layout)
+    steps = sum((size - 1) * stride for size, stride in zip(before.shape, before.stride(), strict=True))
+    content = {key: value for key, value in _dumps.encoded(before).items() if key != "elements"}
+    after = _dumps.decoded({**content, "tensor": before.as_strided((steps + 1,), (1,)).clone()})
+    assert torch.equal(before, after) and before.stride() == after.stride()
+    assert 1 in _dumps.READABLE
 
 
 def test_files_that_are_no_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,9 +257,12 @@ def test_files_that_are_no_calls(tmp_path: Path, capsys: pytest.CaptureFixture[s
     path.write_bytes(b"no such file")
     assert main(["replay", str(path)]) == 2
     assert capsys.readouterr().out.count("cannot be read") == 2
-    torch.save({"format": 0}, path)
+    torch.save({"a file of": "something else"}, path)
     assert main(["replay", str(path)]) == 2
-    assert "is not a call that this version of mtlkernels has saved" in capsys.readouterr().out
+    assert "is not a call that mtlkernels has saved" in capsys.readouterr().out
+    torch.save({"format": 3}, path)
+    assert main(["replay", str(path)]) == 2
+    assert "must be of a format that this version of mtlkernels reads, 1 and 2, got 3" in capsys.readouterr().out
 
 
 def test_the_environment_variable(tmp_path: Path) -> None:

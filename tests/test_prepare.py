@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mtlkernels as mk
 from mtlkernels import _extension
 from tests import requires
+from tests.convert.doubles import ExtractionNet
 from tests.ops.agreement import assert_as_exact
 from tests.ops.kept_memory import release
 
@@ -78,6 +79,44 @@ def test_refuses_training() -> None:
     prepared.levels[1].train()
     with pytest.raises(RuntimeError, match="serves only"):
         prepared(x)
+
+
+class Around(nn.Module):
+    """A model with another way in than its call."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def predict(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+def converted() -> nn.Module:
+    """A level of a library."""
+    level = ExtractionNet(40, (8,), tasks=2)
+    assert "replaced" in str(mk.convert(level))
+    return level
+
+
+INNER = {
+    "trunk": trunk,
+    "SNR": lambda: mk.nn.SNR(40, 2, (8,), (3,)),
+    "compact SNR": lambda: mk.nn.SNR(40, 2, (8,), (3,)).compact(),
+    "converted": converted,
+}
+
+
+@pytest.mark.parametrize("kind", INNER)
+def test_refuses_training_by_whatever_way(kind: str) -> None:
+    """In a model whose own forward is not called."""
+    prepared: Any = mk.prepare(Around(INNER[kind]()))
+    x = ([torch.randn(64, 40)] * 2, torch.randn(64, 40)) if kind == "converted" else (torch.randn(64, 40),)
+    with torch.no_grad():
+        prepared.predict(*x)
+        prepared.train()
+        with pytest.raises(RuntimeError, match="serves only, got a call in training mode"):
+            prepared.predict(*x)
 
 
 @pytest.mark.parametrize("rows", [5, 30, 200])

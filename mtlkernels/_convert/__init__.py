@@ -15,6 +15,7 @@ from mtlkernels._convert.classes import (
     CLASSES,
     OWN_UNDER_AUTOCAST,
     PLAN,
+    SERVES_ONLY,
     WATCHED,
     converted_class,
     is_torchs,
@@ -189,7 +190,7 @@ def revert(model: nn.Module) -> ConversionReport:
 
 def _unconvert(module: nn.Module, original: type) -> None:
     module.__class__ = original
-    for name in (PLAN, CLASSES, WATCHED, CALLS, FORCE, OWN_UNDER_AUTOCAST):
+    for name in (PLAN, CLASSES, WATCHED, CALLS, FORCE, OWN_UNDER_AUTOCAST, SERVES_ONLY):
         vars(module).pop(name, None)
 
 

@@ -14,6 +14,7 @@ import types
 from typing import Any
 
 from mtlkernels import _tracing
+from mtlkernels.ops._checks import refuse_training
 
 CLASS_ATTRIBUTE = "_mtlkernels_original"
 PLAN = "_mtlkernels_plan"
@@ -21,6 +22,8 @@ PLAN = "_mtlkernels_plan"
 CLASSES = "_mtlkernels_classes"
 # Of an instance: its own code runs under autocast.
 OWN_UNDER_AUTOCAST = "_mtlkernels_own_under_autocast"
+# Of an instance in a copy that ``mtlkernels.prepare`` has made: a call in training mode is refused.
+SERVES_ONLY = "_mtlkernels_serves_only"
 # What its code read then beside tensors and parts, see ``watched.py``.
 WATCHED = "_mtlkernels_watched"
 _UNSCRIPTED = "__jit_unused_properties__"
@@ -92,9 +95,12 @@ def _fused(original: type, name: str) -> Any:
     the function's own globals, and ``torch.fx`` and ``torch.export`` take names of arguments from what it wraps.
     """
     unfused = getattr(original, name)
-    needs_plain = _tracing.needs_plain
+    # By names of its own, as its globals are going to be the original's.
+    needs_plain, serves_only, refuse = _tracing.needs_plain, SERVES_ONLY, refuse_training
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and serves_only in self.__dict__:
+            refuse()
         own = getattr(original, name)
         # A method that was exchanged since is not the one that was tried.
         if own is unfused and not needs_plain(args, kwargs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from mtlkernels import _decisions, _extension, _tracing
 from mtlkernels.nn._arguments import Style
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
+from mtlkernels.ops._checks import refuse_training
 from mtlkernels.ops._folding import uses_running
 from mtlkernels.ops._fusing import (
     Experts,
@@ -142,14 +143,6 @@ def _rate(dropout: Any) -> float | None:
     if type(dropout) is nn.Identity:
         return 0.0
     return drop_rate(dropout) if type(dropout) is _Dropout and "forward" not in dropout.__dict__ else None
-
-
-def refuse_training() -> NoReturn:
-    """For a level, or a model, that :func:`mtlkernels.prepare` has made."""
-    raise RuntimeError(
-        "a copy that mtlkernels.prepare has made serves only, got a call in training mode: call eval(), or train the"
-        " model that it was made of"
-    )
 
 
 class TrunkLevel(NotScriptable, nn.Module):

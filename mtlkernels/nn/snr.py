@@ -21,7 +21,8 @@ from mtlkernels.nn._arguments import Style, check_features, positive, units
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.nn.level import Expert, read_experts
 from mtlkernels.nn.routes import RouteMap
-from mtlkernels.ops._checks import as_sequence
+from mtlkernels.ops._call import under_autocast
+from mtlkernels.ops._checks import as_sequence, check_like, refuse_training
 from mtlkernels.ops.hard_concrete import check_interval, hard_concrete, l0_penalty
 from mtlkernels.ops.level import expert_mixture
 from mtlkernels.ops.snr_aver import snr_aver
@@ -115,6 +116,8 @@ class SNR(NotScriptable, nn.Module):
         ValueError: a count is below one, a list is empty, a name is unknown, or a number is out of range.
     """
 
+    _serves_only = False
+
     def __init__(
         self,
         in_features: int,
@@ -183,6 +186,8 @@ class SNR(NotScriptable, nn.Module):
             TypeError: an argument is of the wrong kind or dtype.
             ValueError: a shape or a number of tensors is wrong.
         """
+        if self._serves_only and self.training:
+            refuse_training()
         _tracing.quietly(check_features, x, self.in_features)
         coding = self.sample(noise)
         streams: Any = x
@@ -249,6 +254,8 @@ class SNR(NotScriptable, nn.Module):
 class CompactSNR(NotScriptable, nn.Module):
     """What is left of an :class:`SNR` when closed routes and unread sub-networks are gone; see :meth:`SNR.compact`."""
 
+    _serves_only = False
+
     def __init__(self, model: SNR) -> None:
         super().__init__()
         self.in_features, self.num_tasks, self.out_features = model.in_features, model.num_tasks, model.out_features
@@ -273,12 +280,16 @@ class CompactSNR(NotScriptable, nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, D] → T tensors [B, H]."""
+        if self._serves_only and self.training:
+            refuse_training()
         _tracing.quietly(check_features, x, self.in_features)
         streams: Any = x
         first = len(self.joints) - len(self.levels)  # 1 where the lowest joint has no open route
         joints: list[Any] = list(self.joints)
-        for joint in joints[:first]:
-            streams = [x.new_zeros(x.shape[0], self.out_features) for _ in range(joint.num_outputs)]
+        for joint in joints[:first]:  # x is checked and zeros are cast as by the sub-networks that are gone
+            _tracing.quietly(check_like, "x", x, "the network", joint.z)
+            zeros = [x.new_zeros(x.shape[0], self.out_features, dtype=joint.z.dtype) for _ in range(joint.num_outputs)]
+            (streams,) = under_autocast(joint.z, zeros)
         for level, joint in zip(self.levels, joints[first:], strict=True):
             streams = joint(level(streams))
         return tuple(streams)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -130,3 +130,11 @@ def check_logits(gate_logits: Any, routing: Routing, rows: int, like: Tensor | L
         if tensor.dtype == torch.float64 and like.dtype != torch.float64:
             raise TypeError(f"{name} must be float32 or narrower beside experts in {like.dtype}, got {tensor.dtype}")
     return logits
+
+
+def refuse_training() -> NoReturn:
+    """For a level, or a model, that :func:`mtlkernels.prepare` has made."""
+    raise RuntimeError(
+        "a copy that mtlkernels.prepare has made serves only, got a call in training mode: call eval(), or train the"
+        " model that it was made of"
+    )

@@ -14,7 +14,7 @@ Grads = list[Tensor | None]
 
 def task_gradients(
     losses: Sequence[Tensor], shared: Sequence[Tensor], others: Sequence[Tensor], *, mean: bool, how: str
-) -> tuple[Grads, Grads]:
+) -> tuple[Grads, Grads, str]:
     """The gradients of ``losses``; frees their graphs, and leaves ``.grad`` of these parameters as it was.
 
     Args:
@@ -28,11 +28,12 @@ def task_gradients(
 
     Returns:
         The gradients of ``shared``, parameter by parameter, T each, and those of ``others``, whose tensors nothing else
-        refers to. None where a loss does not reach a parameter.
+        refers to. None where a loss does not reach a parameter. Last how they were made: "grad" instead of "levels"
+        where losses cannot share any.
     """
     factor = 1 / len(losses) if mean else 1.0
     if how == "batched":
-        return _in_one_pass(losses, shared, others, factor)
+        return *_in_one_pass(losses, shared, others, factor), how
     by_task: list[Sequence[Tensor | None]] = []
     totals: Grads = [None] * len(others)
     parts = cut(losses) if how == "levels" and len(losses) > 1 else []
@@ -40,6 +41,7 @@ def task_gradients(
     if len(parts) > 1:
         passes = differentiate([([loss], None) for loss in losses], parts, [*shared, *others])
     else:
+        how = "grad" if how == "levels" else how
         passes = _one_by_one(losses, [*shared, *others], _by_backward if how == "backward" else _by_grad)
     for grads in passes:
         by_task.append(grads[: len(shared)])
@@ -50,7 +52,7 @@ def task_gradients(
         raise RuntimeError(
             "loss.backward() has left no gradient: FSDP must reduce them, without set_requires_gradient_sync(False)"
         )
-    return by_parameter, totals
+    return by_parameter, totals, how
 
 
 def weighted_gradients(

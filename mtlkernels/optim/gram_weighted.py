@@ -259,8 +259,9 @@ class GramWeighted(Optimizer):
         count, kept = len(checked), self._kept
         if kept is None or kept.calls == self._gram_every or len(kept.weights) != count:
             kept = None
-            _decisions.note(type(self).__name__, f"backward passes by {how!r}", f"batched is {self._batched}")
-            grads, totals = task_gradients(checked, shared, others, mean=mean, how=how)
+            grads, totals, done = task_gradients(checked, shared, others, mean=mean, how=how)
+            reason = f"batched is {self._batched}" + ("" if done == how else ", and losses can share no level")
+            _decisions.note(type(self).__name__, f"backward passes by {done!r}", reason)
         else:
             levels, count = self._batched is None, 1
             grads, totals = weighted_gradients(checked, kept.weights, shared, others, mean=mean, levels=levels)

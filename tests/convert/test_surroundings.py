@@ -15,6 +15,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mk
+from mtlkernels._convert import trial
+from tests.convert import doubles
 from tests.convert.test_edits import register
 from tests.convert.weighing import Level, X, agree
 
@@ -159,3 +161,14 @@ def test_lists_of_subclasses_stay_as_they_are() -> None:
 
     register(Own)
     assert mk.convert(Own()).replaced and known == ["Own"]
+
+
+def test_another_thread_that_draws_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for the module; one that keeps drawing is."""
+    own, moved = trial.random_state, [True]
+    monkeypatch.setattr(trial, "random_state", lambda: object() if moved and moved.pop() else own())
+    (line,) = mk.convert(doubles.ExtractionNet(8, (4,), tasks=2)).lines
+    assert line.action == "replaced" and not moved
+    monkeypatch.setattr(trial, "random_state", object)
+    (line,) = mk.convert(doubles.ExtractionNet(8, (4,), tasks=2)).lines
+    assert line.action == "left alone" and line.detail == "its forward draws random numbers of its own"

@@ -198,6 +198,28 @@ def test_compact_leaves_out_what_is_dead() -> None:
     assert all(torch.equal(a, b) for a, b in zip(compact(x), before, strict=True)), "its parameters are its own"
 
 
+@MODES
+@pytest.mark.parametrize("name", ["no routes at the bottom", "no routes at the top"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("own", [torch.float32, torch.float64])
+def test_what_reads_nothing_has_the_dtype_of_the_network(
+    own: torch.dtype, autocast: torch.dtype | None, name: str, mode: str
+) -> None:
+    model = small(mode=mode, dtype=own).eval()
+    set_coding(model, *CODINGS[name])
+    compact = model.compact()
+    with torch.autocast("cpu", autocast, enabled=autocast is not None), torch.no_grad():
+        x = torch.randn(5, 10, dtype=own)
+        expected = model(x)
+        assert expected[0].dtype == (autocast if autocast is not None and own == torch.float32 else own)
+        assert [v.dtype for v in compact(x)] == [v.dtype for v in expected]
+        other = torch.float64 if own == torch.float32 else torch.float32
+        with pytest.raises(TypeError, match=f"x must have the dtype of the network, {own}, got {other}"):
+            compact(x.to(other))
+    with pytest.raises(ValueError, match="x must be on the device of the network, cpu, got meta"):
+        compact(x.to("meta"))
+
+
 # Copies and modes ---------------------------------------------------------------------------------------------------
 
 

@@ -267,10 +267,10 @@ def test_copies_are_independent_and_equal(kind: str) -> None:
 # torch.compile itself instantiates an autograd Function as it traces it, and its backend uses torch.jit.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("kind, backend", [("mmoe", "aot_eager"), ("ple", "inductor")])
-def test_compiles_and_exports(kind: str, backend: str, fresh_compiler: None) -> None:
+@pytest.mark.parametrize("kind, compiler", [("mmoe", "aot_eager"), ("ple", "inductor")])
+def test_compiles_and_exports(kind: str, compiler: str, fresh_compiler: None) -> None:
     trunk = build(kind, gate_units=GATE_UNITS)
-    compiled = torch.compile(trunk, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(trunk, fullgraph=True, dynamic=True, backend=compiler)
     for rows in (B, B + 4):
         x = torch.randn(rows, D, requires_grad=True)
         expected, found = trunk(x), compiled(x)
