@@ -119,6 +119,26 @@ def test_refuses_training_by_whatever_way(kind: str) -> None:
             prepared.predict(*x)
 
 
+class Own(nn.Module):
+    """A model that calls the operator itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(8, 40) for _ in range(3))
+        self.gates = nn.Linear(40, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        return mk.expert_mixture(x, [list(self.weights)], None, self.gates(x), mk.Routing.mmoe(3, 2))
+
+
+def test_a_model_that_calls_operators_itself_refuses_training() -> None:
+    prepared = mk.prepare(Own())
+    prepared(torch.ones(5, 40))
+    prepared.train()
+    with pytest.raises(RuntimeError, match="serves only"):
+        prepared(torch.ones(5, 40))
+
+
 @pytest.mark.parametrize("rows", [5, 30, 200])
 @pytest.mark.parametrize("units", [(16, 8), (200, 100)])
 def test_in_bfloat16_nothing_is_kept(units: tuple[int, int], rows: int) -> None:

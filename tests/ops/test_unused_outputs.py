@@ -196,3 +196,16 @@ def test_norms_with_running_statistics(backend: str) -> None:
     outputs[0].square().sum().backward()
     for first, second in (weights, biases, [norm.weight for norm in norms], [norm.bias for norm in norms]):
         assert first.grad is not None and second.grad is None
+
+
+def test_the_first_and_the_last_of_three_outputs() -> None:
+    """Of SNR: rows of z and of the weights that do not lie next to each other."""
+    u = [torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    weight = torch.randn(3, 2, 6, 4, dtype=torch.float64, requires_grad=True)
+    z = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+
+    def gradients(v: Any) -> Any:
+        return torch.autograd.grad((v[0] + 2 * v[2]).square().sum(), [*u, weight, z])
+
+    plain = [sum(z[i, j] * u[j] @ weight[i, j].T for j in range(2)) for i in range(3)]
+    torch.testing.assert_close(gradients(mk.snr_trans(u, weight, z)), gradients(plain))

@@ -1,0 +1,98 @@
+"""Calls of trunks that must not be served by what is kept, and how long a trunk waits until it keeps one again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mtlkernels as mk
+from mtlkernels import _extension
+from mtlkernels.nn._arguments import Style
+from mtlkernels.nn.level import TrunkLevel
+from tests import requires
+
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+KINDS: dict[str, Any] = {
+    "PLE": lambda **options: mk.nn.PLE(8, 2, (8, 6), num_specific=1, num_shared=1, num_levels=2, **options),
+    "CGC": lambda **options: mk.nn.CGC(8, 2, (8, 6), num_specific=1, num_shared=1, **options),
+    "MMoE": lambda **options: mk.nn.MMoE(8, 2, (8, 6), 3, **options),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_monte_carlo_dropout(kind: str) -> None:
+    """In training mode without gradients other values are dropped at each call."""
+    model = KINDS[kind](dropout=0.5).train()
+    x = X.repeat(10, 1)
+    with torch.no_grad():
+        found = [model(x)[0] for _ in range(12)]
+    assert not any(map(torch.equal, found, found[1:]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prepared_level_in_training_mode_behind_kept_calls(kind: str) -> None:
+    prepared = mk.prepare(KINDS[kind]())
+    with torch.no_grad():
+        for _ in range(6):
+            prepared(X)
+        level = prepared.levels[1] if kind == "PLE" else prepared.level
+        level.train()
+        with pytest.raises(RuntimeError, match="serves only"):
+            prepared(X)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("streams, gates", [((0, 0, 1), ((1, 2), (0, 1))), ((1, 0, 1), ((0, 1), (1, 2)))])
+def test_another_routing(streams: Any, gates: Any, batch_norm: bool) -> None:
+    """Of other gates, or of other streams alone."""
+    style = Style("relu", batch_norm, 0.0, None, None)
+
+    def level_of(routing: mk.Routing) -> TrunkLevel:
+        return TrunkLevel(8, (8,), (), routing, (0, 1), style).eval()
+
+    level, x = level_of(mk.Routing((0, 0, 1), ((0, 1), (1, 2)))), [X, X.flip(0)]
+    with torch.no_grad():
+        before = [level(x) for _ in range(6)][-1]
+        level.routing = mk.Routing(streams, gates)
+        fresh = level_of(level.routing)
+        fresh.load_state_dict(level.state_dict())
+        found, expected = level(x), fresh(x)
+    assert not torch.equal(before[0], expected[0])
+    torch.testing.assert_close(found, expected)
+
+
+def _wait(model: Any, calls: int, every: int) -> int:
+    """How long a level waits behind so many calls, of each so many of which something changes."""
+    with torch.no_grad():
+        for i in range(calls):
+            if i % every == 0:
+                for expert in model.level.experts:
+                    expert.linears[0].weight = nn.Parameter(expert.linears[0].weight.detach().clone())
+            model(X)
+    return int(model.level._calls._wait)
+
+
+@requires.cpp_kernels
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_what_has_served_long_is_soon_kept_again(batch_norm: bool) -> None:
+    model = KINDS["MMoE"](batch_norm=batch_norm).eval()
+    assert _wait(model, 400, 4) >= 8
+    assert _wait(model, 10001, 10000) == 1
+    assert _wait(model, 9000, 4) <= 1024
+
+
+@requires.cpp_kernels
+def test_what_cannot_be_kept_is_tried_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tried, function = KINDS["MMoE"]().eval(), [], _extension.function
+
+    def without_keeping(name: str) -> Any:
+        return (lambda *_: tried.append(name)) if name == "keep_trunk" else function(name)
+
+    monkeypatch.setattr(_extension, "function", without_keeping)
+    with torch.no_grad():
+        for _ in range(200):
+            model(X)
+    assert 0 < len(tried) < 12

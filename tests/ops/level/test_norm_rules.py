@@ -1,0 +1,50 @@
+"""Norms: momentum in an ensemble, dtypes that do not go together, and biases of experts that no loss reaches."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+
+import mtlkernels as mk
+
+
+def test_momentum_in_an_ensemble() -> None:
+    """Another than PyTorch's own."""
+    x = torch.randn(40, 12)
+    models = [mk.nn.MMoE(12, 2, (10, 8), num_experts=3, batch_norm=True).train() for _ in range(3)]
+    for model in models:
+        for part in model.modules():
+            if isinstance(part, nn.BatchNorm1d):
+                part.momentum = 0.5
+    alone = copy.deepcopy(models)
+    for model in alone:
+        model(x)
+    parameters, buffers = stack_module_state(models)  # type: ignore[arg-type]
+    base = copy.deepcopy(models[0]).to("meta")
+    vmap(lambda p, b: functional_call(base, (p, b), (x,))[0])(parameters, buffers)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(buffer, torch.stack([dict(model.named_buffers())[name] for model in alone]))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_in_float64_beside_others(kind: torch.dtype) -> None:
+    weights = [[torch.randn(6, 4, dtype=kind) for _ in range(3)]]
+    norms = [[nn.BatchNorm1d(6).double().eval() for _ in range(3)]]
+    x, logits = torch.randn(5, 4, dtype=kind), torch.randn(5, 6, dtype=kind)
+    with torch.no_grad(), pytest.raises(TypeError, match="norms"):
+        mk.expert_mixture(x, weights, None, logits, mk.Routing.mmoe(3, 2), norms=norms)
+
+
+def test_the_bias_of_an_expert_that_no_loss_reaches() -> None:
+    """It keeps no gradient, also behind a norm without parameters."""
+    weights = [[torch.randn(6, 4) for _ in range(3)]]
+    biases = [[torch.randn(6, requires_grad=True) for _ in range(3)]]
+    norms = [[nn.BatchNorm1d(6, affine=False).eval() for _ in range(3)]]
+    logits, routing = [torch.randn(5, 2), torch.randn(5, 1)], mk.Routing((0, 0, 0), ((0, 1), (2,)))
+    outputs = mk.expert_mixture(torch.randn(5, 4), weights, biases, logits, routing, norms=norms)
+    outputs[0].sum().backward()
+    assert [bias.grad is None for bias in biases[0]] == [False, False, True]
