@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,7 +146,32 @@ def align(module: nn.Module, other: nn.Module) -> None:
 
 
 def _values(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    """All parameters, then all buffers, as ``nn.Module`` has them, which asks each part again for each kind."""
+    parts = parts_of(module)
+    return [*_each_once(part._parameters for part in parts), *_each_once(part._buffers for part in parts)]
+
+
+def _each_once(named: Iterable[Mapping[str, Tensor | None]]) -> Iterable[Tensor]:
+    found = {id(tensor): tensor for tensors in named for tensor in tensors.values() if tensor is not None}
+    return found.values()
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """What ``module.modules()`` gives, without a generator for each level of it: a trial asks some hundred times."""
+    found: dict[int, nn.Module] = {}
+    ahead = [module]
+    while ahead:
+        part = ahead.pop()
+        if id(part) not in found:
+            found[id(part)] = part
+            ahead += [inner for inner in reversed(part._modules.values()) if inner is not None]
+    return list(found.values())
+
+
+def set_mode(module: nn.Module, training: bool) -> None:
+    """As ``module.train(training)``, where that changes anything."""
+    if not all(part.training is training for part in parts_of(module)):
+        module.train(training)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, size: float | None = None) -> bool:

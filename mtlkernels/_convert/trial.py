@@ -28,6 +28,7 @@ from mtlkernels._convert.copies import (
     pairs_of,
     random_copy,
     randomize,
+    set_mode,
     take_values,
 )
 from mtlkernels._convert.dropouts import counted, dropouts_of, dropped_otherwise, set_rates
@@ -47,11 +48,7 @@ class NotFused(ValueError):
 
 
 class Verdict(NamedTuple):
-    """What a trial has found, in the report's words.
-
-    ``reason`` is why fused evaluation is not the same as a class's own code, ``under_autocast`` why it is not under
-    autocast, though it is elsewhere; None where it is.
-    """
+    """Why fused evaluation is not the same as a class's own code, or under autocast alone; None where it is."""
 
     reason: str | None
     under_autocast: str | None = None
@@ -267,7 +264,7 @@ def _difference_in(trial: Trial, situation: Situation, draws: bool) -> str | Non
         randomize(trial.copies[0], trial.generator, situation.weights, situation.signed)
         align(trial.copies[1], trial.copies[0])
     for other in trial.copies:
-        other.train(situation.training)
+        set_mode(other, situation.training)
     given = trial.arguments(trial.copies[0], rows, trial.generator)
     try:
         expected = _run(trial, 0, given, situation)
@@ -362,7 +359,7 @@ def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Si
 def _called(module: nn.Module) -> Iterator[list[Any]]:
     """Which parts of a module are called within the block."""
     called: list[Any] = []
-    handles = [part.register_forward_pre_hook(lambda part, given: called.append(part)) for part in module.modules()]
+    handles = [part.register_forward_pre_hook(lambda part, _: called.append(part)) for part in module.modules()]
     try:
         yield called
     finally:
@@ -377,10 +374,10 @@ def _tensors(value: Any) -> list[Tensor]:
 def _words_for_outputs(actual: Any, expected: Any) -> str:
     """How outputs differ: by their dtypes, or in another way."""
     both = [[str(t.dtype).removeprefix("torch.") for t in _tensors(outputs)] for outputs in (actual, expected)]
-    odd = next(((ours, theirs) for ours, theirs in zip(*both, strict=False) if ours != theirs), None)
-    if odd is None:
-        return "its outputs differ from those of its experts and gates"
-    return f"its outputs are {odd[1]}, but {odd[0]} fused"
+    for ours, theirs in zip(*both, strict=False):
+        if ours != theirs:
+            return f"its outputs are {theirs}, but {ours} fused"
+    return "its outputs differ from those of its experts and gates"
 
 
 def _draws_beside(trial: Trial, dropouts: Sequence[nn.Module]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -122,17 +123,23 @@ def _surgery(grads: Tensor) -> Any:
     return [mk.pcgrad(grads, order=torch.tensor([[1, 2], [2, 0], [0, 1]]))]
 
 
+INSIDE = [
+    (_mixture, ((2, 3, 4), (5, 4), (5, 4))),
+    (_gates, ((5, 3, 4), (5, 3), (5, 3))),
+    (_trans, ((2, 5, 4), (3, 2, 6, 4), (3, 2))),
+    (_aver, ((2, 5, 4), (3, 2))),
+    (_surgery, ((3, 10),)),
+]
+
+
+# Every function under "grad", and under one of the others, which the compiler sees through alike.
 @pytest.mark.parametrize(
-    "function, shapes",
+    "function, shapes, transform",
     [
-        (_mixture, ((2, 3, 4), (5, 4), (5, 4))),
-        (_gates, ((5, 3, 4), (5, 3), (5, 3))),
-        (_trans, ((2, 5, 4), (3, 2, 6, 4), (3, 2))),
-        (_aver, ((2, 5, 4), (3, 2))),
-        (_surgery, ((3, 10),)),
+        *((*each, "grad") for each in INSIDE),
+        *((*each, other) for each, other in zip(INSIDE, itertools.cycle(["vmap of grad", "jacrev", "vmap"]))),  # noqa: B905
     ],
 )
-@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of grad", "jacrev"])
 def test_torch_func_inside_compile(function: Any, shapes: Any, transform: str) -> None:
     """Gradients of each argument alone, and of all; tensors do not say there whether a gradient is wanted.
 

@@ -23,11 +23,17 @@ def check(
     assert not found, f"{len(found)} differences:\n" + "\n".join(found[:10])
 
 
-# Gates know nothing of the experts' norms.
-@pytest.mark.parametrize(
-    ("norm", "linear_gates"), [*((norm, False) for norm in NORMS), ("none", True)], ids=[*NORMS, "gate layers"]
-)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+# Gates know nothing of the experts' norms; with a norm every other activation is enough, in turns.
+STYLES = [(activation, "none", linear_gates) for activation in ACTIVATIONS for linear_gates in (False, True)]
+STYLES += [
+    (activation, norm, False)
+    for i, activation in enumerate(ACTIVATIONS)
+    for j, norm in enumerate(norm for norm in NORMS if norm != "none")
+    if (i + j) % 2 == 0
+]
+
+
+@pytest.mark.parametrize("activation, norm, linear_gates", STYLES)
 def test_float32(activation: str, norm: str, linear_gates: bool, backend: str) -> None:
     with mk.use_backend(backend):
         check(Style(activation, norm, linear_gates), torch.float32)
