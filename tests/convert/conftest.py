@@ -9,9 +9,32 @@ import pytest
 
 import mtlkernels as mk
 import mtlkernels._convert.evaluation
-from mtlkernels._convert import paying
+from mtlkernels._convert import paying, planning
 from mtlkernels._convert.evaluation import Serving
 from mtlkernels._convert.paying import in_trial
+
+# Files that convert library models as they are, again and again: a trial takes longer than most of their tests, and the
+# first of a process speaks for all of models that are printed alike.
+TRIED_ONCE = {
+    f"test_{name}.py" for name in ("adatt", "batch_norm", "conversion", "levels", "numbers", "parts", "training")
+}
+_passed: set[tuple[Any, ...]] = set()
+
+
+@pytest.fixture(autouse=True)
+def _tried_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.path.name not in TRIED_ONCE:
+        return
+    tried = planning._trial
+
+    def once(trunk: Any, module: Any, plan: Any) -> Any:
+        key = trunk, type(module), repr(module), str(plan)
+        verdict = None if key in _passed else tried(trunk, module, plan)
+        if verdict is None:
+            _passed.add(key)
+        return verdict
+
+    monkeypatch.setattr(planning, "_trial", once)
 
 
 @pytest.fixture
