@@ -203,9 +203,8 @@ py::object level_tensors_from_python(py::handle inputs, py::handle weights, py::
     }
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     LevelTensors& own = call.tensors;
-    const Tensors nothing, &logits = own.linear_gates ? nothing : own.gates,
-                           &gates = own.linear_gates ? own.gates : nothing;
-    py::object known = signature({own.inputs, logits}, {own.weights, own.biases, gates, own.gate_biases});
+    py::object known = own.linear_gates ? signature({own.inputs}, {own.weights, own.biases, own.gates, own.gate_biases})
+                                        : signature({own.inputs, own.gates}, {own.weights, own.biases});
     return py::make_tuple(
         wrapped_groups<py::list>({&own.inputs, &own.weights, &own.biases, &own.gates, &own.gate_biases}), wanted,
         std::move(known));

@@ -227,8 +227,8 @@ auto make_node() {
   }
 }
 
-// Gives outputs a node, which is what torch::autograd::Function::apply does with them, but for the inputs'
-// shapes, which nobody reads. `words` are the spec's ints.
+// Gives outputs a node, which is what torch::autograd::Function::apply does with them, but for the inputs' shapes,
+// which nobody reads. `words` are the spec's ints.
 Tensors with_node(std::string words, const Tensors& tensors, LevelResults results, int64_t way) {
   Tensors given;  // the tensors that there are: each has an edge
   std::string wanted;
