@@ -11,25 +11,53 @@ namespace MTLK_ISA {
 template <typename C>
 MTLK_INLINE void sum_lanes(const C* partial, C* out) {
   constexpr int L = Simd<C>::lanes;
-  if constexpr (L == kGroup && sizeof(C) == 4) {
-    alignas(64) C columns[kGroup * kGroup];
-    transpose16(partial, kGroup, columns, kGroup);
-    Vector<C> sum[4] = {};
-    for (int i = 0; i < kGroup; ++i) sum[i % 4] += load(columns + i * kGroup);
-    store(out, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  } else {
-    for (int i = 0; i < kGroup; ++i) {
-      C sum = 0;
-      for (int lane = 0; lane < L; ++lane) sum += partial[i * L + lane];
-      out[i] = sum;
-    }
+  for (int i = 0; i < kGroup; ++i) {
+    C sum = 0;
+    for (int lane = 0; lane < L; ++lane) sum += partial[i * L + lane];
+    out[i] = sum;
   }
 }
 
-// Outputs of a tile of R rows: as many as have their sums in registers.
+// Each step adds halves of vectors, and leaves half as many of them.
+#if defined(__AVX512F__)
+template <>
+MTLK_INLINE void sum_lanes(const float* partial, float* out) {
+  __m512 v[kGroup];
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_load_ps(partial + i * 16);
+  for (int i = 0; i < 8; ++i) {
+    v[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_ps(v[2 * i], v[2 * i + 1], 0x44) + _mm512_shuffle_ps(v[2 * i], v[2 * i + 1], 0xee);
+  }
+  for (int i = 0; i < 2; ++i) {
+    v[i] = _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd);
+  }
+  v[0] = _mm512_shuffle_f32x4(v[0], v[1], 0x88) + _mm512_shuffle_f32x4(v[0], v[1], 0xdd);
+  _mm512_storeu_ps(out, v[0]);
+}
+#elif defined(__AVX2__)
+template <>
+MTLK_INLINE void sum_lanes(const float* partial, float* out) {
+  for (int half = 0; half < kGroup; half += 8) {
+    __m256 v[8];
+    for (int i = 0; i < 8; ++i) v[i] = _mm256_load_ps(partial + (half + i) * 8);
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      v[i] = _mm256_shuffle_ps(v[2 * i], v[2 * i + 1], 0x44) + _mm256_shuffle_ps(v[2 * i], v[2 * i + 1], 0xee);
+    }
+    v[0] = _mm256_permute2f128_ps(v[0], v[1], 0x20) + _mm256_permute2f128_ps(v[0], v[1], 0x31);
+    _mm256_storeu_ps(out + half, v[0]);
+  }
+}
+#endif
+
+// Outputs of a tile of R rows, two and more: as many as have their sums in registers.
 template <int R>
 constexpr int tile_outputs() {
-  if (kRegisters < 32) return R == 1 ? 4 : R <= 4 ? 2 : 1;
+  if (kRegisters < 32) return R <= 4 ? 2 : 1;
   return R <= 2 ? 8 : R <= 4 ? 4 : 2;
 }
 
@@ -43,7 +71,8 @@ MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int6
     for (int r = 0; r < R; ++r) row[r] = load(x + r * ldx + k);
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
-      const Vector<C> weight = load_as<T, C>(w + o * ldw + k);
+      Vector<C> weight = load_as<T, C>(w + o * ldw + k);
+      keep_in_register(weight);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[o][r] += weight * row[r];
     }
@@ -53,20 +82,39 @@ MTLK_INLINE void dot_tile(const T* w, int64_t ldw, const C* x, int64_t ldx, int6
   }
 }
 
+// The same of one row and one output: weights are read in the order in which they lie. Several at a time, as rows that
+// share what was loaded want it, took 3% longer in float32 and 8% in bfloat16 for a level on a Zen 4.
+template <typename T, typename C>
+MTLK_INLINE void dot_row(const T* w, const C* x, int64_t depth, C* partial) {
+  constexpr int L = Simd<C>::lanes, S = 4;
+  Vector<C> acc[S] = {};
+  int64_t k = 0;
+  for (; k + S * L <= depth; k += S * L) {
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) acc[s] += load_as<T, C>(w + k + s * L) * load(x + k + s * L);
+  }
+  for (; k + L <= depth; k += L) acc[0] += load_as<T, C>(w + k) * load(x + k);
+  store(partial, (acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
 // out[r * ld_out + o] = <x row r, w row o>; out is written in whole groups of 16 outputs.
 template <typename T, typename C, int R>
 void dot_rows(const T* w, int64_t ldw, int64_t outputs, const C* x, int64_t ldx, int64_t depth, C* out,
               int64_t ld_out) {
   constexpr int L = Simd<C>::lanes;
-  constexpr int O = tile_outputs<R>();
   alignas(64) C partial[R * kGroup * L];
   const int64_t tail = depth / L * L;
   for (int64_t o = 0; o < outputs; o += kGroup) {
     const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);
     const T* rows = w + o * ldw;
-    int i = 0;
-    for (; i + O <= n; i += O) dot_tile<T, C, R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
-    for (; i < n; ++i) dot_tile<T, C, R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
+    if constexpr (R == 1) {
+      for (int i = 0; i < n; ++i) dot_row<T, C>(rows + i * ldw, x, depth, partial + i * L);
+    } else {
+      constexpr int O = tile_outputs<R>();
+      int i = 0;
+      for (; i + O <= n; i += O) dot_tile<T, C, R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
+      for (; i < n; ++i) dot_tile<T, C, R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * L);
+    }
     for (int r = 0; r < R; ++r) {
       C* place = out + r * ld_out + o;
       if (n < kGroup) std::memset(partial + (r * kGroup + n) * L, 0, (kGroup - n) * L * sizeof(C));
@@ -106,17 +154,41 @@ MTLK_INLINE void dot_tile(const BFloat16* w, int64_t ldw, const BFloat16* x, int
   }
 }
 
+// As dot_row of rows in bfloat16.
+MTLK_INLINE void dot_row(const BFloat16* w, const BFloat16* x, int64_t depth, float* partial) {
+  constexpr int S = 4;
+  __m512 acc[S] = {};
+  int64_t k = 0;
+  for (; k + S * kDotStep <= depth; k += S * kDotStep) {
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+      const auto weight = (__m512bh)_mm512_loadu_si512(w + k + s * kDotStep);
+      acc[s] = _mm512_dpbf16_ps(acc[s], weight, (__m512bh)_mm512_loadu_si512(x + k + s * kDotStep));
+    }
+  }
+  for (; k < depth; k += kDotStep) {
+    const __mmask32 inside = depth - k < kDotStep ? (__mmask32{1} << (depth - k)) - 1 : ~__mmask32{0};
+    const auto weight = (__m512bh)_mm512_maskz_loadu_epi16(inside, w + k);
+    acc[0] = _mm512_dpbf16_ps(acc[0], weight, (__m512bh)_mm512_loadu_si512(x + k));
+  }
+  _mm512_store_ps(partial, (acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
 template <int R>
 void dot_rows(const BFloat16* w, int64_t ldw, int64_t outputs, const BFloat16* x, int64_t ldx, int64_t depth,
               float* out, int64_t ld_out) {
-  constexpr int O = tile_outputs<R>();
   alignas(64) float partial[R * kGroup * kGroup];
   for (int64_t o = 0; o < outputs; o += kGroup) {
     const int n = static_cast<int>(outputs - o < kGroup ? outputs - o : kGroup);
     const BFloat16* const rows = w + o * ldw;
-    int i = 0;
-    for (; i + O <= n; i += O) dot_tile<R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * kGroup);
-    for (; i < n; ++i) dot_tile<R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * kGroup);
+    if constexpr (R == 1) {
+      for (int i = 0; i < n; ++i) dot_row(rows + i * ldw, x, depth, partial + i * kGroup);
+    } else {
+      constexpr int O = tile_outputs<R>();
+      int i = 0;
+      for (; i + O <= n; i += O) dot_tile<R, O>(rows + i * ldw, ldw, x, ldx, depth, partial + i * kGroup);
+      for (; i < n; ++i) dot_tile<R, 1>(rows + i * ldw, ldw, x, ldx, depth, partial + i * kGroup);
+    }
     for (int r = 0; r < R; ++r) {
       float* const own = partial + r * kGroup * kGroup;
       if (n < kGroup) std::memset(own + n * kGroup, 0, (kGroup - n) * kGroup * sizeof(float));
@@ -140,7 +212,8 @@ MTLK_INLINE void add_rows_tile(const T* w, int64_t ldw, const C* factor, int64_t
     for (int r = 0; r < R; ++r) sum[r] = load(acc + r * ld_acc + i);
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
-      const Vector<C> weight = load_as<T, C>(w + o * ldw + i);
+      Vector<C> weight = load_as<T, C>(w + o * ldw + i);
+      keep_in_register(weight);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[r] += f[o][r] * weight;
     }

@@ -67,6 +67,14 @@ MTLK_INLINE void store(C* p, Vector<C> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// Keeps what was loaded in a register: the compiler would load it anew for each product that it is a factor of.
+template <typename V>
+MTLK_INLINE void keep_in_register(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+}
+
 // How sums are left in memory. Past the caches where they are large and nobody reads them soon: lines that are written
 // whole need not be read first. Only where can_go_past_caches, and with a fence before other threads are told.
 enum class Leave { kSet, kAdd, kPastCaches };
