@@ -24,9 +24,10 @@ MTLK_INLINE FloatVector vabs(FloatVector x) { return (FloatVector)((IntVector)x 
 
 MTLK_INLINE FloatVector vexp(FloatVector x) {
   const FloatVector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  // Clamped by selects that let NaN through.
+  // Clamped by selects that let NaN through, where the result is infinite or less than half of the least denormal
+  // number.
   FloatVector y = x > 88.8f ? broadcast(88.8f) : x;
-  y = y < -87.4f ? broadcast(-87.4f) : y;
+  y = y < -104.0f ? broadcast(-104.0f) : y;
   const FloatVector shifted = y * 1.44269504088896341f + magic;
   const FloatVector n = shifted - magic;
   const FloatVector r = (y - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
@@ -43,7 +44,7 @@ MTLK_INLINE FloatVector vexp(FloatVector x) {
   const FloatVector low = (FloatVector)((half + 127) << 23);
   const FloatVector high = (FloatVector)((whole - half + 127) << 23);
   const FloatVector result = p * low * high;
-  return x < -87.4f ? FloatVector{} : (x > 88.8f ? broadcast(INFINITY) : result);
+  return x < -104.0f ? FloatVector{} : (x > 88.8f ? broadcast(INFINITY) : result);
 }
 
 MTLK_INLINE FloatVector verf(FloatVector x) {

@@ -123,3 +123,16 @@ def test_special_values(value: float, dtype: torch.dtype, backend: str) -> None:
         wanted = torch.autograd.grad(expected, [experts, logits], [upstream, upstream])
         for found, right in zip((*got, *grads), (*expected, *wanted), strict=True):
             assert torch.equal(kinds(found), kinds(right)), place
+
+
+@pytest.mark.parametrize("isa", _extension.instruction_sets())
+def test_shares_that_are_denormal(isa: str) -> None:
+    """A share of 6e-39 counts beside an expert of 1e35, as in PyTorch's softmax, and so does its gradient."""
+    experts = torch.tensor([[[0.0] * 20, [1e35] * 20]])
+    logits = torch.tensor([[0.0, -88.0]], requires_grad=True)
+    with _extension.instruction_set(isa), mk.use_backend("cpp"):
+        (got,) = mk.gated_mixture(experts, [logits], mk.Routing.mmoe(2, 1))
+        grads = torch.autograd.grad(got.sum(), logits)
+    expected = (logits.double().softmax(1) @ experts[0].double()).expand(1, 20)
+    wanted = torch.autograd.grad(expected.sum(), logits)
+    torch.testing.assert_close((got, *grads), (expected.float(), *wanted), rtol=1e-4, atol=0.0)
