@@ -78,12 +78,18 @@ struct SnrDots {
   int64_t count;
 };
 
+// Of a run of rows: sums, past the caches where `past`, and inner products. Either may be null; of both, the rows that
+// both read come from memory once.
+struct SnrAverWork {
+  const SnrSum* sum;
+  bool past;
+  const SnrDots* dots;
+};
+
 struct SnrAverKernels {
-  int64_t (*sum_bytes)(const SnrSum&);
-  // Rows [first, last) of all outputs, where `past`, past the caches.
-  void (*sum)(const SnrSum&, int64_t first, int64_t last, bool past, void* scratch);
-  int64_t (*dots_bytes)(const SnrDots&);
-  void (*dots)(const SnrDots&, int64_t first, int64_t last, double* results, void* scratch);
+  int64_t (*bytes)(const SnrAverWork&);
+  // Rows [first, last); `results` are of the inner products.
+  void (*run)(const SnrAverWork&, int64_t first, int64_t last, double* results, void* scratch);
 };
 
 }  // namespace mtlk

@@ -3,6 +3,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <optional>
+
 #include "runtime/kernel_tables.h"
 #include "runtime/parallel.h"
 #include "runtime/tensors.h"
@@ -27,47 +29,77 @@ SnrMatrices checked(at::TensorList u) {
   return matrices;
 }
 
-std::vector<at::Tensor> run(const SnrCoding& z, bool transposed, const SnrMatrices& in, const at::Tensor& like) {
-  const auto all = [](int, int) { return true; };
-  const int outputs = transposed ? z.inputs() : z.outputs();
-  SnrSums sums(z, transposed, in, all, like, std::vector<int64_t>(outputs, like.size(1)));
+// Sums of one direction, and whether they go past the caches.
+class Sums {
+ public:
+  Sums(const SnrCoding& z, bool transposed, const SnrMatrices& in, const at::Tensor& like)
+      : sums_(
+            z, transposed, in, [](int, int) { return true; }, like, widths(z, transposed, like)),
+        past_(sums_.sum().outputs * static_cast<int64_t>(like.nbytes()) >= kCachedOutputs) {}
+
+  SnrAverWork work() const { return {&sums_.sum(), past_, nullptr}; }
+  std::vector<at::Tensor> take() { return sums_.take(); }
+
+ private:
+  static std::vector<int64_t> widths(const SnrCoding& z, bool transposed, const at::Tensor& like) {
+    return std::vector<int64_t>(transposed ? z.inputs() : z.outputs(), like.size(1));
+  }
+
+  SnrSums sums_;
+  const bool past_;
+};
+
+// <dv_i, u_j> for each pair that is wanted: partial results of each task, added up in their order.
+class Dots {
+ public:
+  Dots(const SnrCoding& z, const SnrMatrices& u, const SnrMatrices& grads, const at::Tensor& like, bool closed_grad)
+      : pairs_(pairs(z, closed_grad)),
+        count_(static_cast<int64_t>(pairs_.size())),
+        call_{like.size(1), u.count(),  grads.count(), u.pointers(), grads.pointers(),
+              u.ld(),       grads.ld(), pairs_.data(), count_},
+        partial_(divide_up(like.size(0), kTaskRows) * count_) {}
+
+  const SnrDots* call() const { return &call_; }
+  double* results(int64_t task) { return partial_.data() + task * count_; }
+  at::Tensor take() const {
+    const at::Tensor result = at::zeros({call_.outputs, call_.inputs}, at::kDouble);
+    double* values = result.mutable_data_ptr<double>();
+    for (size_t p = 0; p < partial_.size(); ++p) {
+      const SnrPair& pair = pairs_[p % count_];
+      values[pair.output * call_.inputs + pair.input] += partial_[p];
+    }
+    return result;
+  }
+
+ private:
+  static std::vector<SnrPair> pairs(const SnrCoding& z, bool closed_grad) {
+    std::vector<SnrPair> found;
+    for (int i = 0; i < z.outputs(); ++i) {
+      for (int j = 0; j < z.inputs(); ++j) {
+        if (closed_grad || z.open(i, j)) found.push_back({i, j});
+      }
+    }
+    return found;
+  }
+
+  const std::vector<SnrPair> pairs_;
+  const int64_t count_;
+  const SnrDots call_;
+  std::vector<double> partial_;
+};
+
+void run(const SnrAverWork& work, const at::Tensor& like, Dots* dots) {
   const SnrAverKernels& table = table_for(like);
-  const bool past = outputs * static_cast<int64_t>(like.nbytes()) >= kCachedOutputs;
-  parallel_rows(like.size(0), table.sum_bytes(sums.sum()), [&](int64_t, int64_t first, int64_t last, void* scratch) {
-    table.sum(sums.sum(), first, last, past, scratch);
+  parallel_rows(like.size(0), table.bytes(work), [&](int64_t task, int64_t first, int64_t last, void* scratch) {
+    table.run(work, first, last, dots ? dots->results(task) : nullptr, scratch);
   });
-  return sums.take();
 }
 
 std::vector<at::Tensor> snr_aver_forward(at::TensorList u, const at::Tensor& z) {
   const SnrMatrices in = checked(u);
-  return run(SnrCoding(z, in.count(), u[0].scalar_type()), false, in, u[0]);
-}
-
-// <dv_i, u_j> for each pair: partial results of each task, added up in their order.
-at::Tensor dots(const SnrCoding& z, const SnrMatrices& u, const SnrMatrices& grads, const at::Tensor& like,
-                bool closed_grad) {
-  std::vector<SnrPair> pairs;
-  for (int i = 0; i < z.outputs(); ++i) {
-    for (int j = 0; j < z.inputs(); ++j) {
-      if (closed_grad || z.open(i, j)) pairs.push_back({i, j});
-    }
-  }
-  const auto count = static_cast<int64_t>(pairs.size());
-  const SnrDots call{like.size(1), u.count(),  grads.count(), u.pointers(), grads.pointers(),
-                     u.ld(),       grads.ld(), pairs.data(),  count};
-  const SnrAverKernels& table = table_for(like);
-  std::vector<double> partial(divide_up(like.size(0), kTaskRows) * count);
-  parallel_rows(like.size(0), table.dots_bytes(call), [&](int64_t task, int64_t first, int64_t last, void* scratch) {
-    table.dots(call, first, last, partial.data() + task * count, scratch);
-  });
-  const at::Tensor result = at::zeros({z.outputs(), z.inputs()}, at::kDouble);
-  double* values = result.mutable_data_ptr<double>();
-  for (size_t p = 0; p < partial.size(); ++p) {
-    const SnrPair& pair = pairs[p % count];
-    values[pair.output * z.inputs() + pair.input] += partial[p];
-  }
-  return result;
+  Sums sums(SnrCoding(z, in.count(), u[0].scalar_type()), false, in, u[0]);
+  run(sums.work(), u[0], nullptr);
+  return sums.take();
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> snr_aver_backward(at::TensorList grad_outputs,
@@ -78,9 +110,15 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> snr_aver_backward(a
   const SnrCoding coding(z, in.count(), u[0].scalar_type());
   const SnrMatrices grads = snr_grad_outputs(grad_outputs, u[0].size(0), u[0].scalar_type(),
                                              std::vector<int64_t>(coding.outputs(), u[0].size(1)));
+  std::optional<Sums> sums;
+  std::optional<Dots> dots;
+  SnrAverWork work{};
+  if (need_u) work = sums.emplace(coding, true, grads, u[0]).work();
+  if (need_z) work.dots = dots.emplace(coding, in, grads, u[0], closed_grad).call();
+  if (sums || dots) run(work, u[0], dots ? &*dots : nullptr);
   std::vector<at::Tensor> grad_u, grad_z;
-  if (need_u) grad_u = run(coding, true, grads, u[0]);
-  if (need_z) grad_z.push_back(dots(coding, in, grads, u[0], closed_grad).to(z.scalar_type()));
+  if (sums) grad_u = sums->take();
+  if (dots) grad_z.push_back(dots->take().to(z.scalar_type()));
   return {grad_u, grad_z};
 }
 

@@ -12,6 +12,9 @@ namespace MTLK_ISA {
 // an output, or half of them where there are too few registers for all sums.
 constexpr int kTogether = 4, kAverVectors = 4;
 
+// Rows that are summed and then multiplied with each other.
+constexpr int64_t kRowsTogether = 4;
+
 // Of several tensors with unit column stride, a row.
 template <typename T>
 class SnrRows {
@@ -42,24 +45,25 @@ class SnrAverSum {
 
   SnrAverSum(const SnrSum& call, bool past, void* memory) : SnrAverSum(call, past, Arena(memory)) {}
 
-  void run(int64_t first, int64_t last) {
+  void run(int64_t row) {
     const int64_t features = call_.input_widths[0];
-    for (int64_t row = first; row < last; ++row) {
-      rows_.at(call_.in, call_.in_ld, row);
-      row_ = row * features;
-      int64_t f = 0;
-      for (; f + kAverVectors * L <= features; f += kAverVectors * L) outputs<kAverVectors>(f);
-      for (; f + L <= features; f += L) outputs<1>(f);
-      for (; f < features; ++f) {
-        for (int i = 0; i < call_.outputs; ++i) {
-          C sum = 0;
-          for (int r = call_.route_begin[i]; r < call_.route_begin[i + 1]; ++r) {
-            sum += z_[r] * static_cast<C>(to_compute(rows_[call_.routes[r].input][f]));
-          }
-          from_compute(sum, out(i) + f);
+    rows_.at(call_.in, call_.in_ld, row);
+    row_ = row * features;
+    int64_t f = 0;
+    for (; f + kAverVectors * L <= features; f += kAverVectors * L) outputs<kAverVectors>(f);
+    for (; f + L <= features; f += L) outputs<1>(f);
+    for (; f < features; ++f) {
+      for (int i = 0; i < call_.outputs; ++i) {
+        C sum = 0;
+        for (int r = call_.route_begin[i]; r < call_.route_begin[i + 1]; ++r) {
+          sum += z_[r] * static_cast<C>(to_compute(rows_[call_.routes[r].input][f]));
         }
+        from_compute(sum, out(i) + f);
       }
     }
+  }
+
+  void finish() const {
     if (past_) fence_past_caches();
   }
 
@@ -177,14 +181,15 @@ class SnrAverDots {
 
   SnrAverDots(const SnrDots& call, double* results, void* memory) : SnrAverDots(call, results, Arena(memory)) {}
 
-  void run(int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      u_.at(call_.u, call_.u_ld, row);
-      grads_.at(call_.grad_outputs, call_.grad_output_ld, row);
-      for (int i = 0; i < call_.outputs; i += kTogether) {
-        for (int j = 0; j < call_.inputs; j += kTogether) block(i, j);
-      }
+  void run(int64_t row) {
+    u_.at(call_.u, call_.u_ld, row);
+    grads_.at(call_.grad_outputs, call_.grad_output_ld, row);
+    for (int i = 0; i < call_.outputs; i += kTogether) {
+      for (int j = 0; j < call_.inputs; j += kTogether) block(i, j);
     }
+  }
+
+  void finish() const {
     for (int64_t p = 0; p < call_.count; ++p) {
       for (int lane = 0; lane < L; ++lane) results_[p] += static_cast<double>(lanes_[p * L + lane]);
     }
@@ -270,14 +275,29 @@ class SnrAverDots {
 
 template <typename T>
 SnrAverKernels snr_aver_kernels() {
-  return {[](const SnrSum& call) { return SnrAverSum<T>::bytes(call); },
-          [](const SnrSum& call, int64_t first, int64_t last, bool past, void* memory) {
-            SnrAverSum<T>(call, past, memory).run(first, last);
-          },
-          [](const SnrDots& call) { return SnrAverDots<T>::bytes(call); },
-          [](const SnrDots& call, int64_t first, int64_t last, double* results, void* memory) {
-            SnrAverDots<T>(call, results, memory).run(first, last);
-          }};
+  const auto bytes = [](const SnrAverWork& work) {
+    return (work.sum ? SnrAverSum<T>::bytes(*work.sum) : 0) + (work.dots ? SnrAverDots<T>::bytes(*work.dots) : 0);
+  };
+  const auto run = [](const SnrAverWork& work, int64_t first, int64_t last, double* results, void* memory) {
+    const auto some_rows = [](auto& part, int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) part.run(row);
+    };
+    const auto each_row = [=](auto&... parts) {
+      for (int64_t row = first; row < last; row += kRowsTogether) {
+        (some_rows(parts, row, row + kRowsTogether < last ? row + kRowsTogether : last), ...);
+      }
+      (parts.finish(), ...);
+    };
+    if (!work.sum) {
+      SnrAverDots<T> dots(*work.dots, results, memory);
+      return each_row(dots);
+    }
+    SnrAverSum<T> sum(*work.sum, work.past, memory);
+    if (!work.dots) return each_row(sum);
+    SnrAverDots<T> dots(*work.dots, results, static_cast<char*>(memory) + SnrAverSum<T>::bytes(*work.sum));
+    each_row(sum, dots);
+  };
+  return {bytes, run};
 }
 
 }  // namespace MTLK_ISA
