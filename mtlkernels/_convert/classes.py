@@ -85,7 +85,14 @@ def converted_class(base: type[Fused], original: type, method: str, source: str)
     }
     if source:
         namespace["_mtlkernels_trunk"] = description_of(source)
-    return _classes.setdefault(key, type(f"Fused{original.__name__}", (base, original), namespace))
+    return _classes.setdefault(
+        key, type(f"Fused{original.__name__}", (base, original, *_mixed_in(original)), namespace)
+    )
+
+
+def _mixed_in(original: type) -> list[type]:
+    """Its own bases, for code that looks for one among a class's bases alone, as LibMTL's weightings do."""
+    return [base for base in original.__bases__ if base is not object and base.__module__ != "typing"]
 
 
 def _fused(original: type, name: str) -> Any:

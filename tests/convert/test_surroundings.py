@@ -6,19 +6,24 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import mtlkernels as mk
 from mtlkernels._convert import trial
-from tests.convert import doubles
+from tests.convert import doubles, models
+from tests.convert.doubles import CGC
 from tests.convert.test_edits import register
 from tests.convert.weighing import Level, X, agree
+
+T = TypeVar("T")
 
 
 class Router(Level):
@@ -85,6 +90,18 @@ def test_a_gate_of_equal_shares_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for y, right in zip(model(X), plain(X), strict=True):
             torch.testing.assert_close(y, right, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "looking", [lambda: FlopCounterMode(display=False), forward_ad.dual_level], ids=["FlopCounterMode", "dual level"]
+)
+# Forward-mode differentiation is made of torch.jit.script.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+def test_conversion_while_somebody_looks_on(looking: Any) -> None:
+    """The trial sees then what others see: what only unused outputs depend on has no gradient there either."""
+    with looking():
+        report = mk.convert(models.rechub_ple(tasks=2, levels=1, specific=1, shared=1, dims=(4,)))
+    assert report.replaced and not report.left_alone
 
 
 class OfAnything(Level):
@@ -172,3 +189,21 @@ def test_another_thread_that_draws_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(trial, "random_state", object)
     (line,) = mk.convert(doubles.ExtractionNet(8, (4,), tasks=2)).lines
     assert line.action == "left alone" and line.detail == "its forward draws random numbers of its own"
+
+
+def test_a_class_keeps_the_bases_that_code_looks_for() -> None:
+    """As LibMTL's weightings do, which are mixed into a class and ask whether they are among its bases."""
+
+    class Weighting:
+        def named(self) -> list[str]:
+            return [base.__name__ for base in type(self).__bases__]
+
+    class Mixed(CGC, Weighting, Generic[T]):
+        pass
+
+    model = Mixed(16, (32, 16))
+    order = [kind.__name__ for kind in type(model).__mro__]
+    assert "replaced" in str(mk.convert(model))
+    assert {"CGC", "Weighting"} <= set(model.named())
+    converted = [kind.__name__ for kind in type(model).__mro__]
+    assert [name for name in converted if name in order] == order

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import mtlkernels as mk
 from mtlkernels.ops._linears import joint_linear
@@ -19,6 +23,27 @@ EXPERTS, GATES, STREAMS = ROUTING.num_experts, ROUTING.num_gates, ROUTING.num_in
 USED = [(0,), (1,), (2,), (0, 1)]
 # A gate that sees one shared expert only: with it unused, that expert still has gradients from the others.
 SHARED_ONLY = mk.Routing(ROUTING.expert_inputs, (*ROUTING.gate_experts[:2], (EXPERTS - 1,)))
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Function(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+LOOKING: dict[str, Callable[[], Any]] = {
+    "FlopCounterMode": lambda: FlopCounterMode(display=False),
+    "dual level": forward_ad.dual_level,
+    "dispatch mode": Dispatch,
+    "function mode": Function,
+}
+looked_at = pytest.mark.parametrize("looking", LOOKING.values(), ids=LOOKING)
+# Forward-mode differentiation is made of torch.jit.script.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
 
 
 class Case:
@@ -93,6 +118,16 @@ def test_expert_mixture(
     assert_same(found, gradients(case.plain(), used, case.tensors, twice))
 
 
+@looked_at
+@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("routing", [ROUTING, SHARED_ONLY], ids=["cgc", "shared only"])
+def test_expert_mixture_that_is_looked_at(routing: mk.Routing, used: tuple[int, ...], looking: Any) -> None:
+    case = Case(routing, "of running statistics", True)
+    with looking():
+        found = gradients(case.fused(), used, case.tensors, False)
+    assert_same(found, gradients(case.plain(), used, case.tensors, False))
+
+
 def mixing() -> tuple[dict[str, Tensor], Callable[[], Any], Callable[[], Any]]:
     case = Case(SHARED_ONLY, "", False)
     experts = {f"expert {e}": torch.randn(6, 4, dtype=torch.float64).requires_grad_() for e in range(EXPERTS)}
@@ -125,6 +160,29 @@ def test_mixing_of_modules(used: tuple[int, ...], twice: bool) -> None:
         assert_same(*({name: grads[name] for name in reached} for grads in again))
 
 
+@looked_at
+@pytest.mark.parametrize("used", USED)
+def test_mixing_of_modules_that_is_looked_at(used: tuple[int, ...], looking: Any) -> None:
+    tensors, plain, fused = mixing()
+    with looking():
+        found = gradients(fused(), used, tensors, False)
+    assert_same(found, gradients(plain(), used, tensors, False))
+
+
+@looked_at
+def test_mixing_of_several_dtypes_that_is_looked_at(looking: Any) -> None:
+    """All outputs have the widest dtype, as those of a stack have, whichever experts a gate mixes."""
+    routing = mk.Routing.cgc(2, 1, 1, single_input=True)
+    experts = [
+        torch.randn(6, 4).requires_grad_().to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)
+    ]
+    logits = [torch.randn(6, 2).requires_grad_() for _ in range(2)]
+    expected = mix_list(experts, logits, routing)
+    with looking():
+        found = mix_list(experts, logits, routing)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("used", USED)
 def test_joint_gates(used: tuple[int, ...], biased: bool) -> None:
@@ -148,6 +206,39 @@ def test_a_trunk(batch_norm: bool) -> None:
     assert "levels.1.experts.2.linears.0.weight" in without
     assert "levels.1.gates.1.1.weight" in without
     assert all(p.grad is not None for name, p in trunk.named_parameters() if name.startswith("levels.0.experts"))
+
+
+def without_gradients(model: nn.Module, call: Callable[..., Any]) -> set[str]:
+    """The parameters that a loss of the first output alone does not reach."""
+    model.zero_grad()
+    call(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))[0].square().sum().backward()
+    return {name for name, p in model.named_parameters() if p.grad is None}
+
+
+@looked_at
+@pytest.mark.parametrize("modules", ["by batch norms", "by a hook", ""])
+def test_a_level_that_is_looked_at(modules: str, looking: Any) -> None:
+    """Fused, or where its experts have to run as modules."""
+    level: Any = mk.nn.CGC(5, 2, (4,), num_specific=1, num_shared=1, batch_norm=modules == "by batch norms").eval()
+    if modules == "by a hook":
+        level.level.experts[0].register_forward_hook(lambda *_: None)
+    expected = without_gradients(level, level)
+    with looking():
+        found = without_gradients(level, level)
+    assert found == expected and "level.experts.1.linears.0.weight" in found
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("tracer", ["torch.jit.trace", "torch.fx"])
+def test_a_graph_of_a_level(tracer: str, hook: bool) -> None:
+    level: Any = mk.nn.CGC(5, 2, (4,), num_specific=1, num_shared=1)
+    if hook:
+        level.level.experts[0].register_forward_hook(lambda *_: None)
+    if tracer == "torch.fx":
+        graph: Any = torch.fx.symbolic_trace(level)
+    else:
+        graph = torch.jit.trace(level, torch.randn(6, 5))
+    assert without_gradients(graph, graph) == without_gradients(level, level)
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -181,6 +272,18 @@ def test_what_is_not_finite_in_front_of_an_unused_output(place: str, backend: st
             weight = torch.randn(2, 2, 3, 4)
             weight[1] = torch.nan
             outputs = mk.snr_trans(list(x.unbind(1)), weight.requires_grad_(), torch.ones(2, 2))
+        (found,) = torch.autograd.grad(outputs[0].sum(), x)
+    assert found.isfinite().all() and found.any()
+
+
+@looked_at
+def test_what_is_not_finite_in_an_expert_that_no_loss_reads(looking: Any) -> None:
+    x = torch.randn(6, 5).requires_grad_()
+    weights = [torch.randn(4, 5) for _ in range(3)]
+    weights[1][0, 0] = torch.inf
+    logits = [torch.randn(6, 2) for _ in range(2)]
+    with looking():
+        outputs = mk.expert_mixture(x, [weights], None, logits, mk.Routing.cgc(2, 1, 1, single_input=True))
         (found,) = torch.autograd.grad(outputs[0].sum(), x)
     assert found.isfinite().all() and found.any()
 

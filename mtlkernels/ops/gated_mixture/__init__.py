@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlkernels import _backends, _tracing
+from mtlkernels import _backends, _torch, _tracing
 from mtlkernels.ops._call import (
     apply,
     distinct,
@@ -20,7 +20,7 @@ from mtlkernels.ops._call import (
 )
 from mtlkernels.ops._checks import Tensors, check_logits, check_routing, check_tensor, shape_of
 from mtlkernels.ops.gated_mixture.autograd import GatedMixture, ListMixture, Plan
-from mtlkernels.ops.gated_mixture.plain import logits_by_gate, mix
+from mtlkernels.ops.gated_mixture.plain import logits_by_gate, mix, mix_each
 from mtlkernels.routing import Routing
 
 
@@ -60,19 +60,33 @@ def gated_mixture(experts: Tensor, gate_logits: Tensor | Tensors, routing: Routi
     return tuple(run_forward("gated_mixture", backend, experts, experts, logits, flat, sizes))
 
 
-def mix_list(experts: Sequence[Tensor], gate_logits: Tensor | Sequence[Tensor], routing: Routing) -> tuple[Tensor, ...]:
+def mix_list(
+    experts: Sequence[Tensor], gate_logits: Tensor | Sequence[Tensor], routing: Routing, *, apart: bool = False
+) -> tuple[Tensor, ...]:
     """:func:`gated_mixture` of the stack of ``experts``, where one that only unused outputs read keeps no gradient.
 
-    In eager PyTorch, that is; elsewhere such a gradient is zero, as that of a stack is.
+    Except under torch.compile and in transforms of torch.func: there such a gradient is zero, as that of a stack is.
+    ``apart``: each gate by a call of its own, so that no backward pass goes into experts that its losses do not reach;
+    the operations of DTensors fail where they are told of a gradient that is not there.
     """
-    traced = _tracing.observed() or _tracing.needs_plain(experts, gate_logits)
-    if traced or not needs_function(experts, (gate_logits,) if isinstance(gate_logits, Tensor) else gate_logits):
+    flat, sizes = tuple(e for gate in routing.gate_experts for e in gate), routing.wiring.gate_sizes
+    if apart and len(sizes) > 1:
+        outputs: list[Tensor] = []
+        for gate, own in zip(routing.gate_experts, logits_by_gate(gate_logits, sizes), strict=True):
+            outputs += mix_list([experts[e] for e in gate], [own], Routing((0,) * len(gate), (range(len(gate)),)))
+        return tuple(outputs)
+    if needs_plain("gated_mixture", experts, gate_logits):
+        if _tracing.holds_proxy((experts, gate_logits)):
+            return mix_each(experts, logits_by_gate(gate_logits, sizes), flat, sizes)
+        logits = _tracing.quietly(check_logits, gate_logits, routing, experts[0].shape[0], experts[0])
+        return mix_each(experts, logits, flat, sizes)
+    stacked = _torch.compiling() or _torch.func_transforms_active()
+    if stacked or not needs_function(experts, (gate_logits,) if isinstance(gate_logits, Tensor) else gate_logits):
         return gated_mixture(torch.stack(list(experts), dim=1), gate_logits, routing)
     logits = check_logits(gate_logits, routing, experts[0].shape[0], experts[0])
     # Experts of different dtypes, as autocast may leave them, stack to the widest.
     (cast,) = under_autocast(experts[0], experts)
-    flat = tuple(e for gate in routing.gate_experts for e in gate)
-    plan = Plan(flat, routing.wiring.gate_sizes, _backends.forced())
+    plan = Plan(flat, sizes, _backends.forced())
     return tuple(apply(ListMixture, plan, len(cast), *cast, *logits)[:-1])
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mtlkernels import _torch
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import (
@@ -44,7 +45,7 @@ class GatedMixture(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.plan, *tensors = inputs
-        if not torch.compiler.is_compiling():  # which does not trace it
+        if not _torch.compiling():  # which does not trace it
             ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 

@@ -37,13 +37,16 @@ def forward(
     experts: Tensor, gate_logits: Sequence[Tensor], gate_experts: Sequence[int], gate_sizes: Sequence[int]
 ) -> list[Tensor]:
     """``y_k = sum_e softmax(logits_k)_e * experts[:, e]``: K tensors [B, H] of the dtype of ``experts``."""
-    outputs = []
-    for gate, logits in zip(split_gates(gate_experts, gate_sizes), gate_logits, strict=True):
-        acc = accumulation_dtype(experts, logits)
-        weight = torch.softmax(logits.to(acc), dim=1)
-        mixed = torch.bmm(weight.unsqueeze(1), mixed_by(experts, gate).to(acc)).squeeze(1)
-        outputs.append(mixed.to(experts.dtype, copy=True))  # a copy, so that no output is a view
-    return outputs
+    gates = split_gates(gate_experts, gate_sizes)
+    return [mixture(mixed_by(experts, gate), logits) for gate, logits in zip(gates, gate_logits, strict=True)]
+
+
+def mixture(experts: Tensor, logits: Tensor) -> Tensor:
+    """What one gate makes of the experts [B, N, H] that it mixes, by its logits [B, N]."""
+    acc = accumulation_dtype(experts, logits)
+    weight = torch.softmax(logits.to(acc), dim=1)
+    mixed = torch.bmm(weight.unsqueeze(1), experts.to(acc)).squeeze(1)
+    return mixed.to(experts.dtype, copy=True)  # a copy, so that no output is a view
 
 
 def backward(

@@ -17,7 +17,7 @@ from torch import Tensor
 from mtlkernels import _tracing
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._checks import check_routing, numbers_by_layer
-from mtlkernels.ops.gated_mixture.plain import logits_by_gate, mix
+from mtlkernels.ops.gated_mixture.plain import logits_by_gate, mix_each
 from mtlkernels.ops.level.checks import activation_codes, check_arguments
 from mtlkernels.ops.level.norms import check_dropout
 from mtlkernels.routing import Routing
@@ -90,7 +90,7 @@ def _evaluate(
         logits = [F.linear(*operands) for operands in zip(read, *gates[:2], strict=False)]
         if gates[2]:
             logits = [z if norm is None else norm(z) for z, norm in zip(logits, gates[2], strict=True)]
-    return mix(torch.stack(hidden, dim=1), logits, wiring.gate_experts, wiring.gate_sizes)
+    return mix_each(hidden, logits, wiring.gate_experts, wiring.gate_sizes)
 
 
 def _by_layer(tensors: Sequence[Any], layers: int) -> list[Sequence[Any]]:

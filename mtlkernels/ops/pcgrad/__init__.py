@@ -149,7 +149,8 @@ def pcgrad(
             DTensors, sharded or replicated.
         order: [T, T - 1] or [T, T] integers: row i the tasks that g_i is projected against, one after another; i itself
             is skipped unless ``include_self``. On a GPU its entries are not checked, as that would wait for it; one out
-            of range makes the result NaN. None draws a random permutation a task.
+            of range makes the result NaN; under torch.compile a tensor's are not checked on a CPU either, where a task
+            that stands in a row twice gives a result, too. None draws a random permutation a task.
         generator: draws the permutations; torch's default generator of the device without one.
         reduction: "sum", as in the paper, or "mean" over tasks.
         include_self: projects g_i' against g_i as well where its turn comes, as some implementations do.

@@ -164,8 +164,10 @@ def check_reduction(reduction: Any) -> None:
 def check_order(order: Any, num_tasks: int, device: torch.device) -> Tensor:
     """``order``, which is to be moved to ``device``, as a tensor.
 
-    Its entries are looked at unless they are on a GPU, where that would wait for it.
+    Entries of lists are always looked at, as they are Python's. Those of a tensor are not on a GPU, where that would
+    wait for it, nor of a fake one.
     """
+    given = order
     if isinstance(order, (list, tuple)):
         order = _order_of(order, num_tasks)
     if not isinstance(order, Tensor):
@@ -180,13 +182,31 @@ def check_order(order: Any, num_tasks: int, device: torch.device) -> Tensor:
         raise ValueError(f"order must have shape {list(shapes[0])} or {list(shapes[1])}, got {shape_of(order)}")
     if order.numel() and (order.is_floating_point() or order.is_complex() or order.dtype == torch.bool):
         raise TypeError(f"order must hold integers, got {order.dtype}")
-    if order.is_cpu and not torch.compiler.is_compiling() and not _torch.func_transforms_active():
-        for i, row in enumerate(order.tolist()):
-            if any(not 0 <= j < num_tasks for j in row):
-                raise ValueError(f"order[{i}] must hold tasks in [0, {num_tasks}), got {row}")
-            if len(set(row)) != len(row):
-                raise ValueError(f"order[{i}] must hold each task at most once, got {row}")
+    if isinstance(given, (list, tuple)):
+        _check_tasks([[int(j) for j in row] for row in given], num_tasks)
+    elif order.is_cpu and _may_read(order):
+        _check_tasks(order.tolist(), num_tasks)
     return order
+
+
+def _may_read(order: Tensor) -> bool:
+    """Whether a tensor on the CPU has entries: it neither is a fake one nor stands for others in a transform."""
+    return not (_torch.compiling() or _torch.func_transforms_active() or isinstance(order, _torch.TRACED))
+
+
+def _check_tasks(rows: Sequence[Sequence[int]], num_tasks: int) -> None:
+    for i, row in enumerate(rows):
+        if any(not 0 <= j < num_tasks for j in row):
+            raise ValueError(f"order[{i}] must hold tasks in [0, {num_tasks}), got {row}")
+        if _repeats(row):
+            raise ValueError(f"order[{i}] must hold each task at most once, got {row}")
+
+
+def _repeats(row: Sequence[int]) -> bool:
+    """Whether a task is there twice. To the compiler, what is put into a set is a constant: it would compile anew."""
+    if _torch.compiling():
+        return any(task in row[:at] for at, task in enumerate(row))
+    return len(set(row)) != len(row)
 
 
 def _order_of(rows: Sequence[Any], num_tasks: int) -> Tensor:
