@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 # pyright: reportAttributeAccessIssue=false
 import torch
@@ -45,6 +45,12 @@ has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
 
+
+def compiling() -> bool:
+    """Whether this thread compiles or exports. PyTorch's own answer is of all threads while one exports or compiles."""
+    return torch.compiler.is_compiling() and (torch.compiler.is_dynamo_compiling() or dispatch_stack_length() > 0)
+
+
 _find_schema = torch._C._dispatch_find_schema_or_throw
 _forward_ad = torch.autograd.forward_ad
 
@@ -72,7 +78,7 @@ def legacy_vmap_level() -> int:
 
 def is_vmapped(tensor: Tensor) -> bool:
     """Whether torch.func.vmap batches a tensor, on whatever level of its transforms; the compiler cannot ask."""
-    if torch.compiler.is_compiling() or not func_transforms_active():
+    if compiling() or not func_transforms_active():
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
@@ -110,6 +116,46 @@ def is_reentrant_checkpoint(node: Any) -> bool:
 def is_flat_parameter(tensor: Tensor) -> bool:
     """Whether ``FullyShardedDataParallel`` keeps several parameters in it."""
     return getattr(tensor, "_is_flat_param", False) is True
+
+
+class FsdpUnit(NamedTuple):
+    """Parameters whose gradients ``torch.distributed.fsdp.fully_shard`` reduces together.
+
+    Attributes:
+        parameters: as an optimizer has them.
+        reduces: whether a backward pass leaves their reduced gradients in ``.grad``.
+        holds: whether there are gradients of earlier passes that it has not reduced yet.
+    """
+
+    parameters: list[Tensor]
+    reduces: bool
+    holds: bool
+
+
+def fsdp_units() -> Iterator[FsdpUnit]:
+    """Those of all modules of this process; a version of PyTorch that keeps them otherwise seems to have none."""
+    registry = sys.modules.get("torch.distributed._composable_state")
+    references = list(getattr(registry, "_module_state_mapping", {}).values())
+    for state in {id(state): state for state in (reference() for reference in references)}.values():
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch 2.10 has one at most for a module
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            if group is not None:
+                yield _fsdp_unit(group)
+
+
+def _fsdp_unit(group: Any) -> FsdpUnit:
+    units = getattr(group, "fsdp_params", ())
+    parameters = [unit.sharded_param for unit in units]
+    # Without replicas there is nothing to all-reduce, whatever the setting says.
+    replicas = any(placement.is_replicate() for parameter in parameters for placement in parameter.placements)
+    held = [getattr(group, "_partial_reduce_output", None)]
+    for unit in units:
+        held += [getattr(unit, "unsharded_accumulated_grad", None)]
+        held += [getattr(getattr(unit, "_unsharded_param", None), "grad", None)]
+    reduces = getattr(group, "reduce_grads", True) and (not replicas or getattr(group, "all_reduce_grads", True))
+    return FsdpUnit(parameters, reduces, any(grad is not None for grad in held))
 
 
 def is_module_hook(node: Any) -> bool:

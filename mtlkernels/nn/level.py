@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtlkernels import _decisions, _extension, _tracing
+from mtlkernels import _decisions, _extension, _torch, _tracing
+from mtlkernels._dtensors import has_dtensor
 from mtlkernels.nn._arguments import Style
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.ops import activations as act
@@ -97,7 +98,7 @@ def read_experts(experts: Any, activation: str) -> tuple[Experts, bool] | None:
     modules = experts._modules.values()
     heard = torch.is_grad_enabled()
     linears = None
-    if _extension.has_module() and not torch.compiler.is_compiling():
+    if _extension.has_module() and not _torch.compiling():
         linears = _extension.function("linears")(experts._modules, Expert, _Linear, _Parameter, _Dropout, heard)
     linears = linears or _linears(modules, heard)
     if linears is None:
@@ -197,7 +198,7 @@ class TrunkLevel(NotScriptable, nn.Module):
         streams: Any = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
         if self._serves_only and self.training:
             refuse_training()
-        compiles = torch.compiler.is_compiling()
+        compiles = _torch.compiling()
         outputs = None if compiles else self._calls.serve_trunk(self, inputs)
         if outputs is not None:
             return outputs
@@ -232,7 +233,7 @@ class TrunkLevel(NotScriptable, nn.Module):
 
         A module's call takes a microsecond of its own.
         """
-        if torch.compiler.is_compiling() or (self._serves_only and self.training):
+        if _torch.compiling() or (self._serves_only and self.training):
             return None
         return self._calls.serve_trunk(self, inputs, uncalled=True)
 
@@ -281,7 +282,8 @@ class TrunkLevel(NotScriptable, nn.Module):
             expert(streams[0 if single else stream])
             for expert, stream in zip(self.experts, self.routing.expert_inputs, strict=True)
         ]
-        return mix_list(hidden, logits, self.routing)
+        apart = not _torch.compiling() and has_dtensor(self.experts.parameters())
+        return mix_list(hidden, logits, self.routing, apart=apart)
 
     def _gate_logits(self, streams: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
         if self._one_gemm:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels import _tracing
+from mtlkernels._dtensors import has_dtensor
 from mtlkernels.nn._arguments import Style, check_features, positive, units
 from mtlkernels.nn._scripting import NotScriptable
 from mtlkernels.nn.level import Expert, read_experts
@@ -227,19 +228,33 @@ class SNR(NotScriptable, nn.Module):
         return torch.stack([l0_penalty(joint.log_alpha, **self._interval) for joint in self._joints()]).sum()
 
     def routes(self) -> RouteMap:
-        """Which routes are open at test time; ``print(model.routes())`` draws them."""
+        """Which routes are open at test time; ``print(model.routes())`` draws them.
+
+        Where ``log_alpha`` are DTensors, as FSDP2 makes them, all of their ranks have to call it.
+        """
         return RouteMap(self.mode, tuple(tuple(map(tuple, z.tolist())) for z in self._test_time()))
 
     def compact(self) -> CompactSNR:
         """A copy for serving, in evaluation mode: no closed routes, no sub-networks that nobody reads, z constant.
 
         Its parameters are copies. Its outputs are those of this network in evaluation mode, in float64 bit for bit.
+
+        Raises:
+            TypeError: parameters are DTensors.
         """
+        sharded = [name for name, parameter in self.named_parameters() if has_dtensor((parameter,))]
+        if sharded:
+            raise TypeError(
+                f"the parameters of an SNR must be plain tensors to be compacted, got a DTensor for {sharded[0]}:"
+                " load the full state_dict, as torch.distributed.checkpoint.state_dict.get_model_state_dict gathers it"
+                " with full_state_dict=True, into an SNR that is not distributed"
+            )
         return CompactSNR(self)
 
     @torch.no_grad()
     def _test_time(self) -> list[Tensor]:
-        return self._coding([None] * len(self.joints))
+        drawn: list[Any] = self._coding([None] * len(self.joints))
+        return [z.full_tensor() if has_dtensor((z,)) else z for z in drawn]
 
     def _joints(self) -> list[Any]:
         return list(self.joints)

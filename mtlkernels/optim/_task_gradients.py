@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtlkernels._dtensors import has_dtensor
 from mtlkernels.ops.level.passes import cut, differentiate
 
 Grads = list[Tensor | None]
@@ -50,7 +52,8 @@ def task_gradients(
     by_parameter = [grad for column in zip(*by_task, strict=True) for grad in column]
     if how == "backward" and all(grad is None for grad in (*by_parameter, *totals)):
         raise RuntimeError(
-            "loss.backward() has left no gradient: FSDP must reduce them, without set_requires_gradient_sync(False)"
+            "loss.backward() has left no gradient: FSDP must reduce them, without set_requires_gradient_sync(False). It"
+            " holds them now: a loss.backward() that reduces adds them to .grad, which zero_grad() clears"
         )
     return by_parameter, totals, how
 
@@ -123,10 +126,24 @@ def _by_backward(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Se
         for parameter in parameters:
             parameter.grad = None
         loss.backward(retain_graph=retain)
-        return [parameter.grad for parameter in parameters]
+        return [_placed_as(parameter, parameter.grad) for parameter in parameters]
     finally:
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
+
+
+def _placed_as(parameter: Any, grad: Any) -> Tensor | None:
+    """A gradient as its parameter is placed, where both are DTensors.
+
+    That of a replicated parameter whose ranks see parts of the rows, as under sequence parallelism, is a sum over ranks
+    that nobody has taken yet; and each task may have its own placements.
+    """
+    if not has_dtensor((grad,)) or not has_dtensor((parameter,)) or grad.placements == parameter.placements:
+        placed: Tensor | None = grad
+    else:
+        with torch.no_grad():
+            placed = grad.redistribute(placements=parameter.placements)
+    return placed
 
 
 def _add(total: Tensor | None, grad: Tensor | None, factor: float) -> Tensor | None:

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtlkernels import _decisions
+from mtlkernels._dtensors import has_dtensor
 from mtlkernels.ops.pcgrad import weighted
 from mtlkernels.ops.pcgrad.checks import check_group, check_reduction
-from mtlkernels.ops.pcgrad.gradients import Gradients, fail_together, gradients_of, has_dtensor, mean_over_ranks
+from mtlkernels.ops.pcgrad.gradients import Gradients, fail_together, gradients_of, mean_over_ranks
 from mtlkernels.optim._checks import (
     check_gram_every,
     check_losses,
@@ -26,6 +27,7 @@ from mtlkernels.optim._checks import (
     check_weights,
     parameters_of,
 )
+from mtlkernels.optim._fsdp import refuse_unreduced
 from mtlkernels.optim._hidden import refuse_hidden
 from mtlkernels.optim._task_gradients import Grads, task_gradients, weighted_gradients
 
@@ -101,7 +103,7 @@ class GramWeighted(Optimizer):
     state. On several machines every rank calls its own, with the same matrix, and the weights of the group's, or the
     mesh's, first rank are everybody's; ranks tell each other if one failed. :meth:`state_dict` is the wrapped
     optimizer's: save the state of a weighting, an ``nn.Module`` say, beside it. Copies and pickles of the wrapper take
-    the weighting along.
+    the weighting along. A wrapper with a ``group`` can be copied, but not pickled.
 
     Whether its numbers are finite is looked at, which on a GPU waits for the matrix and for the weights, as most
     weightings do anyway. A matrix that is not finite is not given to ``weighting``: the update becomes NaN, by which a
@@ -253,7 +255,9 @@ class GramWeighted(Optimizer):
         if fsdp and self._gram_every > 1:
             raise ValueError(f"gram_every must be 1 where parameters are DTensors, got {self._gram_every}")
         how = "batched" if self._batched else "backward" if fsdp else "levels" if self._batched is None else "grad"
-        if how != "backward":
+        if how == "backward":
+            refuse_unreduced([*shared, *others])
+        else:
             refuse_hidden(checked)
         mean = self._alike["reduction"] == "mean"
         count, kept = len(checked), self._kept
@@ -265,7 +269,8 @@ class GramWeighted(Optimizer):
         else:
             levels, count = self._batched is None, 1
             grads, totals = weighted_gradients(checked, kept.weights, shared, others, mean=mean, levels=levels)
-        return [*shared, *others], gradients_of(grads, count, self.group), totals, unit, kept
+        parameters = [*shared, *others]
+        return parameters, gradients_of(grads, count, self.group, beside=parameters), totals, unit, kept
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that require gradients: the shared ones, and the others."""
@@ -323,18 +328,31 @@ class GramWeighted(Optimizer):
     register_load_state_dict_pre_hook = _wrapped("register_load_state_dict_pre_hook")
     register_load_state_dict_post_hook = _wrapped("register_load_state_dict_post_hook")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("step", None)  # a scheduler's, which counts steps in a function that cannot be pickled
         return state
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError(
+                f"group must be None where a wrapper is pickled, got a {type(self.group).__name__}, which other"
+                " processes do not have: save its state_dict(), or set .group to None and give the loaded one its own"
+            )
+        return self._state()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+    def __copy__(self) -> GramWeighted:
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self._state())
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GramWeighted:
         memo[id(self.group)] = self.group  # processes cannot be copied
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied.__setstate__(copy.deepcopy(self._state(), memo))
         return copied
 
     def __repr__(self) -> str:

@@ -75,7 +75,9 @@ class PCGrad(GramWeighted):
     - FSDP2: wrap an optimizer of the parameters that ``fully_shard`` leaves, and give no ``group``. FSDP reduces
       gradients in ``loss.backward()`` alone, so that this is what runs, once a loss: hooks of parameters run too, and
       leaves that are not the optimizer's accumulate gradients. Parameters that are plain tensors are nobody's to
-      reduce. ``batched``, and ``set_requires_gradient_sync(False)``, are not possible.
+      reduce. ``batched``, and ``set_requires_gradient_sync(False)``, are not possible. Tensor-parallel parameters are
+      trained in the same way; where DistributedDataParallel has turned them into plain tensors, their ranks need
+      generators with one seed.
 
     Args:
         optimizer: the optimizer to wrap; it stays reachable as ``.optimizer``.

@@ -14,7 +14,7 @@ from tests.distributed.worker import checks_of
 pytestmark = requires.gloo
 # The last one ends a rank. What is built on the collectives does not see how many ranks there are.
 MODULES: dict[int, list[str]] = {
-    2: ["data_parallel", "sharded", "optimizer", "weighting", "converted", "failure"],
+    2: ["data_parallel", "sharded", "optimizer", "weighting", "tensor_parallel", "converted", "failure"],
     4: ["data_parallel", "sharded", "failure"],
 }
 

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from mtlkernels import _decisions
+from mtlkernels._dtensors import has_dtensor
 from mtlkernels.ops._checks import as_sequence, shape_of
 from mtlkernels.ops.pcgrad.parameters import Parameters
 
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 
 Gradients: TypeAlias = "Parameters | Sharded | DataParallel"
 Result = TypeVar("Result")
-
-
-def has_dtensor(tensors: Iterable[Any]) -> bool:
-    """Whether one of them is a DTensor. If nothing has imported these there are none; nor does this import them."""
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return dtensor is not None and any(isinstance(tensor, dtensor) for tensor in tensors)
 
 
 def flattened(grads: Any) -> tuple[list[Any], int]:
@@ -64,15 +58,20 @@ def flattened(grads: Any) -> tuple[list[Any], int]:
     return [grad for column in zip(*rows, strict=True) for grad in column], len(rows)
 
 
-def gradients_of(grads: Sequence[Any], num_tasks: int, group: ProcessGroup | None) -> Gradients:
-    """This rank's gradients, checked. Those of a group go on to :func:`mean_over_ranks`."""
-    if has_dtensor(grads):
+def gradients_of(
+    grads: Sequence[Any], num_tasks: int, group: ProcessGroup | None, beside: Sequence[Tensor] = ()
+) -> Gradients:
+    """This rank's gradients, checked. Those of a group go on to :func:`mean_over_ranks`.
+
+    The ranks of DTensors in ``beside``, such as a model's other parameters, agree on coefficients, too.
+    """
+    if has_dtensor((*grads, *beside)):
         if group is not None:
             raise ValueError("group must be None where gradients are DTensors, which know their ranks, got a group")
         from mtlkernels.ops.pcgrad.distributed.sharded import Sharded
 
-        _decisions.note("pcgrad", "shards where they are", "gradients are DTensors")
-        return Sharded(grads, num_tasks)
+        _decisions.note("pcgrad", "shards where they are", "gradients or parameters are DTensors")
+        return Sharded(grads, num_tasks, beside)
     parameters = Parameters(grads, num_tasks, at_once=group is not None)
     if group is not None and torch.is_grad_enabled() and any(grad.requires_grad for grad in grads if grad is not None):
         raise ValueError(

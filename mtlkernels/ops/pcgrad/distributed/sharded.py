@@ -20,24 +20,28 @@ Result = TypeVar("Result")
 
 
 class Sharded:
-    """T gradients for each of P parameters, some or all of them DTensors; in use like :class:`Parameters`.
+    """T gradients for each of P parameters, any of them DTensors; in use like :class:`Parameters`.
 
     Each rank takes the inner products of its local parts. Their sum over the mesh dimensions that a parameter is
     sharded over is all that travels, beside the coefficients; a dimension that it is replicated over adds nothing, and
     a plain tensor counts as replicated everywhere. Results have the placements of the gradients.
+
+    All ranks of all meshes use the same coefficients. Those of the DTensors ``beside`` the gradients count as well: a
+    plain trunk below tensor-parallel towers must stay the same on all of their ranks.
 
     Raises:
         TypeError: for one parameter some gradients are DTensors and others are not.
         ValueError: shapes, meshes or placements of a parameter's gradients differ, or a placement is partial.
     """
 
-    def __init__(self, grads: Sequence[Any], num_tasks: int) -> None:
+    def __init__(self, grads: Sequence[Any], num_tasks: int, beside: Sequence[Any] = ()) -> None:
         self.num_tasks = num_tasks
         starts = range(0, len(grads), num_tasks)
         self._like = [_like(p, grads[start : start + num_tasks]) for p, start in enumerate(starts)]
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
         check_gradients(local, num_tasks)
-        first = first_of(local)
+        self._meshes = [tensor.device_mesh for tensor in (*self._like, *beside) if isinstance(tensor, DTensor)]
+        first = first_of((*local, *beside))
         self.device = torch.device("cpu") if first is None else first.device
         # The parameters by what their inner products are summed over.
         members: dict[tuple[str, ...], list[int]] = {}
@@ -77,10 +81,7 @@ class Sharded:
 
     def _mesh_groups(self) -> list[dist.ProcessGroup]:
         """The process groups of all dimensions of all meshes."""
-        groups: dict[str, dist.ProcessGroup] = {}
-        for like in self._like:
-            for group in [] if like is None else like.device_mesh.get_all_groups():
-                groups[group.group_name] = group
+        groups = {group.group_name: group for mesh in self._meshes for group in mesh.get_all_groups()}
         return list(groups.values())
 
     @torch.no_grad()
