@@ -242,7 +242,7 @@ def implementation(op: str, direction: str, backend: str | None, like: torch.Ten
         RuntimeError: this install has no such implementation for that device and dtype.
     """
     run = _found(op, direction, backend, like)
-    if (_decisions.on or _dumps.folder is not None) and not torch.compiler.is_compiling():
+    if (_decisions.on or _dumps.folder is not None) and not _torch.compiling():
         return _watched(run, op, direction, backend, like)
     return run
 
@@ -306,7 +306,7 @@ def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for a kind of device; never for one that has none."""
     # torch.compile traces is_autocast_available from torch 2.11 on, and compiles nothing for a device without autocast
     # but meta tensors.
-    compiling = torch.compiler.is_compiling()
+    compiling = _torch.compiling()
     available = device != "meta" if compiling else torch.amp.autocast_mode.is_autocast_available(device)
     return available and torch.is_autocast_enabled(device)
 

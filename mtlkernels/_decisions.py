@@ -16,8 +16,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
+
+from mtlkernels import _torch
 
 LOGGER = logging.getLogger("mtlkernels")
 LOGGER.addHandler(logging.NullHandler())
@@ -53,7 +54,7 @@ def log_decisions() -> bool:
 def ask() -> bool:
     """Asks the logger whether it wants decisions; not while the compiler traces, which cannot."""
     global on
-    if torch.compiler.is_compiling():
+    if _torch.compiling():
         return on
     on = LOGGER.isEnabledFor(logging.DEBUG) and not _pauses
     return on
@@ -61,7 +62,7 @@ def ask() -> bool:
 
 def wanted() -> bool:
     """Whether decisions are logged; never while the compiler traces."""
-    return on and not torch.compiler.is_compiling()
+    return on and not _torch.compiling()
 
 
 @contextmanager
@@ -110,7 +111,7 @@ def note(
 
 def report(op: str, line: str) -> None:
     """Logs a line of a report on a model, also while another thread's trials are at work."""
-    if LOGGER.isEnabledFor(logging.DEBUG) and not torch.compiler.is_compiling():
+    if LOGGER.isEnabledFor(logging.DEBUG) and not _torch.compiling():
         fields = ("direction", "device", "dtype", "rows", "implementation")
         _log(f"{op}: {line}", {"op": op, **dict.fromkeys(fields)}, line)
 

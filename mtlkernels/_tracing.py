@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 def observed() -> bool:
     """Whether anything looks on, so that the call has to go through the dispatcher, and tensors may not be memory."""
     return (
-        torch.compiler.is_compiling()
+        _torch.compiling()
         or _torch.func_transforms_active()
         or _torch.dispatch_stack_length() > 0
         or _torch.is_jit_tracing()
@@ -41,7 +41,7 @@ def needs_plain(*args: Any) -> bool:
     - Forward-mode differentiation: the operators have no tangents.
     - ``FlopCounterMode``: it counts the products that it sees.
     """
-    if torch.compiler.is_compiling():
+    if _torch.compiling():
         return torch.onnx.is_in_onnx_export()
     if _torch.is_jit_tracing() or _torch.in_dual_level() or (_torch.dispatch_stack_length() > 0 and counts_flops()):
         return True
@@ -68,7 +68,7 @@ def refuse_proxies(name: str, *args: Any) -> None:
 
 def counts_flops() -> bool:
     """Whether ``torch.utils.flop_counter.FlopCounterMode`` is on; the module, which imports Triton, is not imported."""
-    if torch.compiler.is_compiling():
+    if _torch.compiling():
         return False
     count = _torch.dispatch_stack_length()
     return count > 0 and any(_is_flop_counter(_torch.dispatch_mode_at(i)) for i in range(count))
@@ -86,7 +86,7 @@ def _function_modes() -> bool:
 
 def quietly(check: Callable[..., Result], *args: Any) -> Result:
     """A check's result; ``torch.jit.trace`` warns of each shape that Python reads, though no result hangs on these."""
-    if torch.compiler.is_compiling() or not _torch.is_jit_tracing():
+    if _torch.compiling() or not _torch.is_jit_tracing():
         return check(*args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]

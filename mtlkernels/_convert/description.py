@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtlkernels import _decisions
+from mtlkernels import _decisions, _torch
 from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.chains import Chain, flatten
 from mtlkernels._convert.classes import CLASSES, OWN_UNDER_AUTOCAST, WATCHED, is_torchs, original_class
@@ -313,7 +313,7 @@ class _SmallCall(NamedTuple):
     @classmethod
     def of(cls, trunk: TrunkDescription, module: Any, args: Any, kwargs: Any) -> _SmallCall | None:
         """None where all is to be read at each call: for trials, logs and the compiler."""
-        if torch.compiler.is_compiling() or in_trial() or _decisions.on:
+        if _torch.compiling() or in_trial() or _decisions.on:
             return None
         x = _first_tensor((args, kwargs))
         rows = None if x is None else x.size(0)
@@ -348,7 +348,7 @@ def _serving(
     x: Tensor | None,
 ) -> list[Serving] | None:
     """Levels of which calls may be kept, by their numbers; None for a call that is none of them."""
-    if torch.compiler.is_compiling() or in_trial() or None in plan or not KeptCalls.may_serve(x):
+    if _torch.compiling() or in_trial() or None in plan or not KeptCalls.may_serve(x):
         return None
     calls = _calls_of(module)
     return [

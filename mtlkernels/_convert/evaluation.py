@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, read_chain, run_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
 from mtlkernels._convert.paying import Size, TooFewRows
@@ -175,7 +176,7 @@ def evaluate(parts: Parts, inputs: Sequence[Tensor], serving: Serving | None = N
     in_order = parts.gate_inputs is None and len(inputs) == routing.num_inputs
     linear = linear_gates(gates, parts.rows) if single or in_order else None
     logits = logits_of(gates, read, sizes) if linear is None else None
-    if linear is None and not single and not torch.compiler.is_compiling():
+    if linear is None and not single and not _torch.compiling():
         numbers, routing = _of_experts(routing)  # a stream that gates alone read has no gradient but by their logits
         streams = [inputs[i] for i in numbers]
     if serving is not None and linear is not None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, Product, flatten, read_chain, run_chain
 from mtlkernels.ops import activations as act
 from mtlkernels.ops._fusing import Layer, Rows, drop_rate, folds, weight_refusal
@@ -127,7 +128,7 @@ def logits_of(gates: Sequence[Gate], inputs: Sequence[Tensor], sizes: Sequence[i
 def _sharing(gates: Sequence[Gate], inputs: Sequence[Tensor]) -> list[list[int]]:
     """The gates with known layers, those together that read one tensor of many rows."""
     known = [k for k, gate in enumerate(gates) if gate.layers]
-    if torch.compiler.is_compiling() or inputs[0].shape[0] < JOINT_ROWS:
+    if _torch.compiling() or inputs[0].shape[0] < JOINT_ROWS:
         return [[k] for k in known]
     readers: dict[int, list[int]] = {}
     for k in known:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtlkernels import _backends, _extension
+from mtlkernels import _backends, _extension, _torch
 from mtlkernels.ops._fusing import FOLD_ROWS, Rows, may_fold
 
 # Of an instance: fused evaluation also where it does not pay. In its __dict__, so that copies and pickles have it.
@@ -73,7 +73,7 @@ def size_of_call(x: Tensor | None, training: bool) -> Size:
     """What pays with such a tensor in a module of that mode; all where none tells how many rows there are."""
     if x is None or _any_size:
         return Size()
-    if torch.compiler.is_compiling():
+    if _torch.compiling():
         return Size(mixing=False)
     rows, mode = x.shape[0], (1 + training if torch.is_grad_enabled() else 0)
     return Size(

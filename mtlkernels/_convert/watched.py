@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mtlkernels import _torch
 from mtlkernels._convert.classes import is_torchs, original_class
 from mtlkernels._convert.shared_state import is_object
 
@@ -72,7 +73,7 @@ def _found(part: Any, names: Sequence[Any]) -> Any:
 
 def _is_same(now: Any, value: Any) -> bool:
     if type(value) is tuple and type(value[0]) is str:
-        traced = torch.compiler.is_compiling() and value[0] == _OBJECT  # of which the compiler cannot tell all classes
+        traced = _torch.compiling() and value[0] == _OBJECT  # of which the compiler cannot tell all classes
         return traced or _kind_of(now) == value
     if type(value) is tuple:
         return type(now) in (list, tuple) and len(now) == len(value) and all(map(_is_same, now, value))

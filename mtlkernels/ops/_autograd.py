@@ -111,7 +111,7 @@ def call(function: Any, *args: Any) -> Any:
     While compiling it is traced plainly: compiled code has no second derivatives. Of gradients that carry tangents
     PyTorch says that a Function has none, where plainly run operators would drop them.
     """
-    if torch.compiler.is_compiling():
+    if _torch.compiling():
         return function.forward(*args)
     if not (torch.is_grad_enabled() or _torch.func_transforms_active() or _torch.in_dual_level()):
         return function.forward(*args)
@@ -120,7 +120,7 @@ def call(function: Any, *args: Any) -> Any:
 
 def grads_are_batched(grads: Sequence[Tensor | None]) -> bool:
     """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` is at work, which is not torch.func's vmap."""
-    if torch.compiler.is_compiling():
+    if _torch.compiling():
         return False
     return any(grad is not None and _torch.is_legacy_batched_tensor(grad) for grad in grads)
 

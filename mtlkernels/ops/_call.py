@@ -27,7 +27,7 @@ def needs_function(*groups: Sequence[Tensor | None]) -> bool:
 
     torch.compile cannot trace a Function whose arguments want no gradient; there the operator's own rules serve.
     """
-    if _torch.func_transforms_active() and not torch.compiler.is_compiling():
+    if _torch.func_transforms_active() and not _torch.compiling():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for group in groups for t in group)
 
@@ -41,7 +41,7 @@ def traced_under_func(op: str) -> bool:
     Raises:
         RuntimeError: :func:`mtlkernels.use_backend` asks for another implementation.
     """
-    if not (torch.compiler.is_compiling() and _torch.func_transforms_active()):
+    if not (_torch.compiling() and _torch.func_transforms_active()):
         return False
     if _backends.forced() not in (None, "reference"):
         raise RuntimeError(
@@ -70,7 +70,7 @@ def needs_plain(op: str, *args: Any) -> bool:
 
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors, each object once: torch.compile does not trace a Function that gets one twice. Views stand in."""
-    if not torch.compiler.is_compiling():
+    if not _torch.compiling():
         return tensors
     found: list[Tensor | None] = []
     for tensor in tensors:
@@ -81,7 +81,7 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
-    if torch.compiler.is_compiling() or _torch.func_transforms_active():
+    if _torch.compiling() or _torch.func_transforms_active():
         return function.apply(*args)
     parent: Any = super(torch.autograd.Function, function)
     return parent.apply(*_torch.unwrap_dead_wrappers(args))
@@ -95,7 +95,7 @@ def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:
 def run_operator(op: str, direction: str, backend: str | None, like: Tensor, *args: Any) -> Any:
     """Runs one of an op's operators where no gradient is wanted."""
     run = implementation(op, direction, backend, like)
-    if torch.compiler.is_compiling():
+    if _torch.compiling():
         return run(*args)
     with _torch.below_autograd():  # past the operator's autograd kernel, which is Python
         return run(*args)

@@ -60,7 +60,7 @@ def may_fold(x: Tensor) -> bool:
 
     Autograd follows it then: work in proportion to the weights, there and back.
     """
-    return torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.shape[0] >= FOLD_ROWS
+    return _torch.compiling() or not torch.is_grad_enabled() or x.shape[0] >= FOLD_ROWS
 
 
 def has_hooks(module: Any) -> bool:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtlkernels import _tracing
+from mtlkernels import _torch, _tracing
 from mtlkernels._backends import autocast_enabled
+from mtlkernels.ops._operands import check_memory
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
@@ -21,7 +22,14 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     """
     device = x.device.type
     autocast = autocast_enabled(device)
-    if autocast or _tracing.observed() or not torch.is_grad_enabled():  # who looks on sees into plain operators
+    if autocast or _torch.compiling() or _torch.func_transforms_active():
+        return _forward(x, weights, biases)
+    if _tracing.observed():  # who looks on sees into plain operators
+        return [F.linear(x, weight, *biases[k : k + 1]) for k, weight in enumerate(weights)]
+    check_memory("inputs", [x])
+    check_memory("gate_weights", weights)
+    check_memory("gate_biases", biases)
+    if not torch.is_grad_enabled():
         return _forward(x, weights, biases)
     return list(cast(Any, _JointLinear.apply(len(weights), x, *weights, *biases)))
 
@@ -44,6 +52,8 @@ class _JointLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, *weights = ctx.saved_tensors
+        check_memory("inputs", [x])
+        check_memory("gate_weights", weights)
         used = [k for k, grad in enumerate(grads) if grad is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)

@@ -1,4 +1,4 @@
-"""What launchers of GPU kernels refuse: operators can be called directly, and kernels read addresses.
+"""What kernels and products refuse that read addresses: operators can be called directly, and memory may be gone.
 
 A tensor of another dtype would be read as numbers that it does not hold, one of another device or shape is an illegal
 access. The C++ kernels for CPUs refuse the same.
@@ -66,6 +66,13 @@ def _reached(tensor: Tensor) -> int:
         return 0
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int((tensor.storage_offset() + steps + 1) * tensor.itemsize)
+
+
+def check_memory(name: str, tensors: Iterable[Tensor]) -> None:
+    """Plain tensors have the memory that their values take: others may have let go of it since they were saved."""
+    for i, tensor in enumerate(tensors):
+        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.untyped_storage().nbytes() < _reached(tensor):
+            raise _mistake(f"{name}[{i}]", tensor, tuple(tensor.shape), tensor.device, (tensor.dtype,))
 
 
 def check_gate_logits(logits: Sequence[Tensor], sizes: Sequence[int], rows: int, like: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtlkernels import _decisions
+from mtlkernels import _decisions, _torch
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import (
@@ -107,7 +107,7 @@ class Routes(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.plan, *tensors = inputs
-        if not torch.compiler.is_compiling():  # which does not trace it
+        if not _torch.compiling():  # which does not trace it
             ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 

@@ -91,7 +91,7 @@ def copied(pinned: Tensor, device: torch.device) -> Tensor:
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device; unless it is traced or transformed, without waiting for that."""
     if device.type == "cuda" and tensor.is_cpu:
-        if not (torch.compiler.is_compiling() or _torch.func_transforms_active()):
+        if not (_torch.compiling() or _torch.func_transforms_active()):
             return copied(tensor.pin_memory(), device)
     elif tensor.device == device:
         return tensor

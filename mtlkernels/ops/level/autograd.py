@@ -196,7 +196,7 @@ class LevelBackward(torch.autograd.Function):
             found = _second_derivatives(spec, own, tensors, seed, cotangents[loss * count : (loss + 1) * count])
             of_outputs += found[0]
             for i, grad in found[1].items():
-                totals[i] = grad if totals[i] is None or grad is None else totals[i] + grad
+                totals[i] = grad if totals[i] is None else totals[i] + grad
         return (None, None, *of_outputs, *totals, *[None] * (len(arguments) - gates - count))
 
     @staticmethod

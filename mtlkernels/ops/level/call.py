@@ -39,7 +39,7 @@ def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_g
     It is kept with the wiring, but not while the compiler traces, which would guard on what is kept.
     """
     key = (num_inputs, layers, linear_gates)
-    compiling = torch.compiler.is_compiling()
+    compiling = _torch.compiling()
     spec = None if compiling else wiring.specs.get(key)
     if spec is None:
         one, gates = num_inputs == 1, len(wiring.gate_sizes)
@@ -86,7 +86,7 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     seed = torch.randint(0, 2**63 - 1, (1,), device=streams[0].device) if drops else None
     traced = traced_under_func("expert_mixture")
     # The compiler differentiates the operator itself, and so sees which outputs nobody uses.
-    if not torch.compiler.is_compiling() and needs_function(tensors):
+    if not _torch.compiling() and needs_function(tensors):
         results = apply(Level, Plan(spec, backend), *tensors, seed)
         outputs, saved = results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
     elif any(scale is not None for scale in scales):
@@ -179,7 +179,7 @@ def _scales(given: Arguments, wiring: Wiring, linear: bool) -> tuple[Sequence[An
 
 def _serves_graph(given: Arguments) -> bool:
     """Whether a graph is made of a call that nobody differentiates, and that leaves nothing behind but its outputs."""
-    if not torch.compiler.is_compiling() or _torch.func_transforms_active() or any(given.dropout):
+    if not _torch.compiling() or _torch.func_transforms_active() or any(given.dropout):
         return False
     norms = [norm for norm in given.norms if norm is not None]
     if not all(norm.running or norm.code == LAYER_NORM for norm in norms):
@@ -205,7 +205,7 @@ def _keeps_norms(x: Tensor) -> bool:
 
 
 def _transformed() -> bool:
-    return torch.compiler.is_compiling() or _torch.func_transforms_active()
+    return _torch.compiling() or _torch.func_transforms_active()
 
 
 def _gate_logits(streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mtlkernels import _backends, _dumps, _extension
+from mtlkernels import _backends, _dumps, _extension, _torch
 from mtlkernels.routing import Routing
 
 
@@ -27,7 +27,7 @@ def known_by(weights: Any, biases: Any, gates: tuple[Any, Any, Any, Any], routin
     ``gates`` are logits, weights, biases and norms.
     """
     logits, gate_weights, gate_biases, gate_norms = gates
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if _torch.compiling() or torch.is_grad_enabled():
         return None
     if logits is not None or gate_norms is not None or type(routing) is not Routing:
         return None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mtlkernels import _torch
 from mtlkernels.ops.activations import CODES, from_input, has_slopes
 
 Item = TypeVar("Item")
@@ -340,7 +341,7 @@ class LevelSpec:
         Raises:
             ValueError: the lists are not those of a spec.
         """
-        decode = _decode if torch.compiler.is_compiling() else _decode_once
+        decode = _decode if _torch.compiling() else _decode_once
         return decode(tuple(ints), tuple(floats))
 
 

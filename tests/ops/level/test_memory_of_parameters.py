@@ -64,6 +64,18 @@ def test_memory_that_is_gone_is_refused(kept: bool, left: int) -> None:
             model(x)
 
 
+@pytest.mark.parametrize("options", [{"activation": "prelu"}, {"batch_norm": True}, {"dropout": 0.3}], ids=str)
+def test_gates_whose_memory_is_gone_are_refused(options: dict[str, Any]) -> None:
+    """Where they are one product in Python, forward, and backward after the memory went in between."""
+    model: Any = mk.nn.MMoE(16, 2, (12, 8), num_experts=3, **options)
+    x = torch.randn(5, 16, requires_grad=True)
+    loss = sum(y.sum() for y in model(x))
+    model.level.gates.weight.untyped_storage().resize_(0)
+    for call in (loss.backward, lambda: model(x)):
+        with pytest.raises((ValueError, RuntimeError), match="must have [0-9]+ bytes of memory, got 0|out of bounds"):
+            call()
+
+
 def test_values_that_are_not_in_memory_as_they_are() -> None:
     """PyTorch's bit for negated tensors, in lists that its dispatcher does not look into, and zeros without memory."""
     routing = mk.Routing.mmoe(3, 2)
