@@ -140,10 +140,17 @@ class AdaTTWSharedExps(nn.Module):
     """The same with shared experts, a stream of their own below the last level, and learned weights in the shares."""
 
     def __init__(
-        self, width: int, units: Sequence[Sequence[int]], tasks: int, specific: Sequence[int], shared: int
+        self,
+        width: int,
+        units: Sequence[Sequence[int]],
+        tasks: int,
+        specific: Sequence[int],
+        shared: int,
+        self_exp_res_connect: bool = True,
     ) -> None:
         super().__init__()
         self.num_extraction_layers, self.num_tasks = len(units), tasks
+        self.self_exp_res_connect = self_exp_res_connect
         self.num_expert_list = [*specific, shared]
         total = sum(self.num_expert_list)
         self.experts = nn.ModuleList(
@@ -153,8 +160,10 @@ class AdaTTWSharedExps(nn.Module):
         self.gate_weights = nn.ModuleList(
             nn.ModuleList(gate(a, total) for _ in range(tasks + (i < last))) for i, a in enumerate(widths(width, units))
         )
+        learned = self_exp_res_connect and any(count != 1 for count in self.num_expert_list)
         self.self_exp_weights = nn.ParameterList(
-            torch.randn(last if t == tasks else last + 1, count) / count for t, count in enumerate(self.num_expert_list)
+            torch.randn(last if t == tasks else last + 1, count) / count
+            for t, count in enumerate(self.num_expert_list if learned else [])
         )
         self.expert_input_idx = [t for t, count in enumerate(self.num_expert_list) for _ in range(count)]
 
@@ -165,8 +174,9 @@ class AdaTTWSharedExps(nn.Module):
             hidden = torch.stack([f(inputs[:, s, :]) for s, f in read], dim=1)
             shares = torch.stack([g(inputs[:, t, :]) for t, g in enumerate(gates)], dim=1)  # type: ignore[arg-type]
             at = 0
-            for t, count in enumerate(self.num_expert_list[: shares.shape[1]]):
-                shares[:, t, at : at + count] += self.self_exp_weights[t][i].unsqueeze(0)
+            for t, count in enumerate(self.num_expert_list[: shares.shape[1]] if self.self_exp_res_connect else []):
+                own = self.self_exp_weights[t][i].unsqueeze(0) if len(self.self_exp_weights) else 1.0
+                shares[:, t, at : at + count] += own
                 at += count
             inputs = torch.bmm(shares, hidden)
         return inputs
@@ -209,14 +219,19 @@ def sp_residual(model: Any, i: int, mixed: Sequence[Tensor], streams: Sequence[T
 
 def shared_wiring(model: Any, i: int) -> mk.Routing:
     every = tuple(range(len(model.experts[i])))
-    return mk.Routing(tuple(model.expert_input_idx), (*[every] * len(model.gate_weights[i]), *[(e,) for e in every]))
+    own = [(e,) for e in every] if model.self_exp_res_connect else []
+    return mk.Routing(tuple(model.expert_input_idx), (*[every] * len(model.gate_weights[i]), *own))
 
 
 def shared_residual(model: Any, i: int, mixed: Sequence[Tensor], streams: Sequence[Tensor]) -> list[Tensor]:
+    """Of one expert everywhere, its output itself is added."""
+    if not model.self_exp_res_connect:
+        return list(mixed)
     found, own = [], list(mixed[len(model.gate_weights[i]) :])
     for t in range(len(model.gate_weights[i])):
         mine = [x for x, s in zip(own, model.expert_input_idx, strict=True) if s == t]
-        found.append(mixed[t] + sum(w * x for w, x in zip(model.self_exp_weights[t][i], mine, strict=True)))
+        weights = model.self_exp_weights[t][i] if len(model.self_exp_weights) else [1.0]
+        found.append(mixed[t] + sum(w * x for w, x in zip(weights, mine, strict=True)))
     return found
 
 
@@ -257,7 +272,7 @@ DESCRIPTIONS: dict[type[nn.Module], dict[str, Any]] = {
     AdaTTSp: {**STREAMS, "gates": sp_gates, "routing": sp_wiring, "level_outputs": sp_residual},
     AdaTTWSharedExps: {
         **STREAMS,
-        "gates": lambda model, i: [*model.gate_weights[i], *[None] * len(model.experts[i])],
+        "gates": sp_gates,
         "routing": shared_wiring,
         "level_outputs": shared_residual,
     },

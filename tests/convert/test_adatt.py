@@ -39,6 +39,16 @@ MODELS: dict[str, tuple[Callable[[], Any], int, list[int]]] = {
         [6, 6, 6],
     ),
     "AdaTTWSharedExps": (lambda: adatt.AdaTTWSharedExps(WIDTH, UNITS, TASKS, (1, 2, 1), 2), TASKS + 1, [6, 6, 6]),
+    "AdaTTWSharedExps of one expert each": (
+        lambda: adatt.AdaTTWSharedExps(WIDTH, UNITS, TASKS, (1, 1, 1), 1),
+        TASKS + 1,
+        [4, 4, 4],
+    ),
+    "AdaTTWSharedExps without its residual": (
+        lambda: adatt.AdaTTWSharedExps(WIDTH, UNITS, TASKS, (1, 2, 1), 2, self_exp_res_connect=False),
+        TASKS + 1,
+        [6, 6, 6],
+    ),
 }
 
 
