@@ -279,7 +279,7 @@ def test_workloads_are_those_of_the_documentation() -> None:
         return {(case.workload, case.size["B"]) for case in mixture.cases(device)}
 
     cpu = {("A", 4096), ("A2", 4096), ("A1", 1), ("A1", 16), ("A1", 64), ("A1", 256)}
-    cpu |= {("A-batch", rows) for rows in (1, 16, 256, 1024)} | {("A-experts", 1024)}
+    cpu |= {("A-batch", rows) for rows in (1, 16, 64, 256, 1024)} | {("A-experts", 1024)}
     assert keys("cpu") == cpu and keys("cuda") == cpu | {("B", 65536)}
     assert mixture.LEVEL.work(4096, 4, training=False).flop == pytest.approx(13.78e9, rel=1e-3)
     assert mixture.LARGE.work(65536, 4, training=False).flop == pytest.approx(2.9e12, rel=0.05)

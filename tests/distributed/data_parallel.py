@@ -165,6 +165,29 @@ def check_sparse_gradients() -> None:
         assert_same_on_all_ranks(found)
 
 
+def check_sparse_gradients_in_a_subgroup() -> None:
+    """All of its ranks have them after the exchange, and they count once."""
+    group = dist.new_group(list(range(1, dist.get_world_size())))
+    if dist.get_rank() == 0:
+        return
+    tables: Grads = [[torch.diag(torch.tensor(values)).to_sparse()] for values in ([1.0, 1.0, 1.0], [0.0, 1.0, 1.0])]
+    assert mk.gram(tables, group=group).tolist() == [[3.0, 2.0], [2.0, 2.0]]
+
+
+def check_sparse_half_precision() -> None:
+    """Sums are in float64, and each is rounded once: that of a rank's duplicates, and the mean of the ranks."""
+    size = dist.get_world_size()
+    tables = []
+    for rank in range(size):
+        generator = torch.Generator().manual_seed(rank)
+        at = torch.randint(0, 4, (1, 40), generator=generator)
+        values = torch.randn(40, 3, generator=generator).bfloat16()
+        tables.append(torch.sparse_coo_tensor(at, values, (4, 3), check_invariants=True))
+    sums = torch.stack([table.double().coalesce().to_dense().bfloat16() for table in tables])
+    (found,) = mk.pcgrad([[tables[dist.get_rank()]]], group=world())
+    assert found is not None and torch.equal(found.to_dense(), sums.double().mean(0).bfloat16())
+
+
 def check_differences_are_refused_on_every_rank() -> None:
     rank, group = dist.get_rank(), world()
     last = rank == dist.get_world_size() - 1

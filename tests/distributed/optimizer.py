@@ -184,6 +184,20 @@ def check_models_that_differ() -> None:
     )
 
 
+def check_options_that_differ() -> None:
+    last = dist.get_rank() == dist.get_world_size() - 1
+    weight = torch.ones(2, requires_grad=True)
+    options: dict[str, Any] = {"eps": 0.5, "max_norm": 2.0, "normalize": True, "reduction": "sum"}
+    for name, value in options.items():
+        own = {name: value} if last else {}
+        optimizer = mk.optim.PCGrad(torch.optim.SGD([weight]), group=world(), **own)
+
+        def backward(optimizer: mk.optim.PCGrad = optimizer) -> None:
+            optimizer.pc_backward([weight.sum(), -weight.square().sum()])
+
+        assert_refused(backward, ValueError, f"{name} must be one value on every rank")
+
+
 def sharded(mesh: Any, **options: Any) -> Model:
     model = build()
     for part in (model.trunk[0], model.trunk[2], *model.heads):
@@ -225,4 +239,4 @@ def check_fsdp_bad_input() -> None:
     assert_refused(lambda: backward(group=world()), ValueError, "group must be None where parameters are DTensors")
     assert_refused(lambda: backward(batched=True), ValueError, "batched must be False where parameters are DTensors")
     assert_refused(lambda: backward(gram_every=3), ValueError, "gram_every must be 1 where parameters are DTensors")
-    assert_refused(lambda: backward(synchronized=False), RuntimeError, "loss.backward() has left no gradient")
+    assert_refused(lambda: backward(synchronized=False), RuntimeError, "FSDP must reduce the gradients of every")

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import mtlkernels as mk
+from mtlkernels.ops.pcgrad.gradients import gradients_of
 from mtlkernels.testing import random_task_gradients
 from tests.distributed.cases import Grads, assert_refused, assert_same_on_all_ranks, world
 from tests.ops.pcgrad.definition import OPTIONS, PROMISED, assert_right
@@ -150,3 +151,24 @@ def check_bad_input() -> None:
     refused(TypeError, distribute_tensor(torch.ones(4, 4).double(), mesh, [Shard(0)]), "grads[1][0] must have dtype")
     refused(ValueError, a, "group must be None where gradients are DTensors", group=world())
     refused(ValueError, a.detach().requires_grad_(), "grads[1][0] must not require gradients")
+
+
+def check_a_failure_reaches_ranks_of_other_rows() -> None:
+    """Ranks that share no group with the one that fails hear of it from those that do."""
+    if dist.get_world_size() < 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0), Shard(1)])
+    gradients, fails = gradients_of([grad, grad], 2, None), dist.get_rank() == 0
+
+    def together() -> None:
+        gradients.succeed_together(weights)
+
+    def weights() -> None:
+        if fails:
+            raise ArithmeticError("no such weight")
+
+    if fails:
+        assert_refused(together, ArithmeticError, "no such weight")
+    else:
+        assert_refused(together, RuntimeError, "another rank has failed: ArithmeticError: no such weight")

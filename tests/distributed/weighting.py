@@ -146,6 +146,16 @@ def check_reductions_that_differ() -> None:
     assert_refused(lambda: optimizer.backward(losses), ValueError, "reduction must be one value on every rank")
 
 
+def check_a_weighting_keeps_its_weights() -> None:
+    """Where it returns a tensor of its own; the first rank's weights serve all."""
+    rank, weight = dist.get_rank(), torch.ones(2, requires_grad=True)
+    own = torch.tensor([1.0, 2.0], dtype=torch.float64) + rank
+    optimizer = mk.optim.GramWeighted(torch.optim.SGD([weight]), lambda gram: own, group=world())
+    optimizer.backward([weight.sum(), (2 * weight).sum()])
+    assert own.tolist() == [1.0 + rank, 2.0 + rank]
+    assert weight.grad is not None and weight.grad.tolist() == [5.0, 5.0]
+
+
 def check_gram_every() -> None:
     """Every other call goes by old weights, those of the group's first rank, whatever the others' weightings say."""
     first = dist.get_rank() == 0

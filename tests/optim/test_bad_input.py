@@ -90,3 +90,12 @@ def test_what_cannot_be_batched() -> None:
     with pytest.raises(RuntimeError, match="batched must be False for these losses: .* sparse gradients"):
         optimizer.pc_backward(model())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_generators_of_another_kind() -> None:
+    """Set later, too."""
+    generator = torch.Generator()
+    optimizer = mk.optim.PCGrad(torch.optim.SGD(Model().parameters()), generator=generator)
+    with pytest.raises(TypeError, match="generator must be a torch.Generator or None, got int"):
+        optimizer.generator = 3  # type: ignore[assignment]
+    assert optimizer.generator is generator

@@ -206,6 +206,28 @@ def test_a_vector_of_losses() -> None:
     assert_close(grads_of(model.parameters()), found)
 
 
+@pytest.mark.parametrize("batched", [None, False, True])
+def test_losses_of_one_element(batched: bool | None) -> None:
+    """A loss of any shape counts as the scalar that it holds."""
+    weight, found = torch.tensor([1.0, -2.0], requires_grad=True), []
+    optimizer = mk.optim.PCGrad(torch.optim.SGD([weight]), batched=batched)
+    for shape in ((), (1,), (1, 1)):
+        optimizer.zero_grad()
+        losses = [(weight * torch.tensor([1.0, 3.0])).sum(), weight.square().sum()]
+        optimizer.pc_backward([loss.reshape(shape) for loss in losses])
+        found += grads_of([weight])
+    assert_close(found[1:], found[:1] * 2)
+
+
+def test_a_parameter_of_two_optimizers_counts_once() -> None:
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    first, second = (torch.optim.SGD([weight]) for _ in range(2))
+    optimizer = mk.optim.PCGrad(first, beside=[second], reduction="sum")
+    gram = optimizer.pc_backward([(weight * torch.tensor([3.0, 5.0])).sum()])
+    assert gram.tolist() == [[34.0]]
+    assert weight.grad is not None and weight.grad.tolist() == [3.0, 5.0]
+
+
 def test_frozen_parameters() -> None:
     model = Model()
     model.trunk[0].requires_grad_(False)

@@ -189,3 +189,13 @@ def test_overflow_skips_the_step(options: dict[str, Any], sparse: bool) -> None:
     scaler.update()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert scaler.get_scale() == 2.0**126
+
+
+def test_scaler_under_no_grad() -> None:
+    """The losses are scaled there, too."""
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = mk.optim.PCGrad(torch.optim.SGD([weight]), reduction="sum")
+    loss = (3 * weight).sum()
+    with torch.no_grad():
+        optimizer.pc_backward([loss], scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    assert weight.grad is not None and weight.grad.tolist() == [12.0, 12.0]

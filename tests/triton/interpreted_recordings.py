@@ -260,6 +260,28 @@ def test_how_many_are_kept(monkeypatch: pytest.MonkeyPatch, replayed: list[Recor
     assert len(replayed) == 1
 
 
+def served(level: Level, calls: list[int], replayed: list[Recording]) -> int:
+    """How many of the calls, each of so many rows, are replayed."""
+    before = len(replayed)
+    with mk.use_backend("triton"):
+        for rows in calls:
+            level(level.inputs(rows))
+    return len(replayed) - before
+
+
+def test_the_one_unused_for_longest_goes(monkeypatch: pytest.MonkeyPatch, replayed: list[Recording]) -> None:
+    monkeypatch.setattr(_recording, "_MAX_RECORDINGS", 2)
+    level = Level(mk.Routing.mmoe(1, 1))
+    counts = [served(level, calls, replayed) for calls in ([1, 1, 2, 2], [1], [3, 3], [1])]
+    assert counts == [0, 1, 0, 1]
+
+
+def test_one_that_had_to_go_is_recorded_again(monkeypatch: pytest.MonkeyPatch, replayed: list[Recording]) -> None:
+    monkeypatch.setattr(_recording, "_MAX_RECORDINGS", 1)
+    level = Level(mk.Routing.mmoe(1, 1))
+    assert [served(level, calls, replayed) for calls in ([1, 1, 2, 2], [1, 1], [1])] == [0, 0, 1]
+
+
 def test_parameters_made_anew_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As norms by running statistics are folded into parameters for each call."""
     monkeypatch.setattr(_recording.Recordings, "keep", lambda *_: pytest.fail("recorded"))

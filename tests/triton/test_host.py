@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,51 @@ def test_hooks_see_launches_that_are_made_again(driver: Driver) -> None:
     assert names and found == [(what, name) for name in names for what in ("begins", "ends")]
     run()
     assert len(found) == 2 * len(names)
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_either_hook_alone_sees_launches(driver: Driver, hook: str) -> None:
+    run, _ = level(3)
+    for _ in range(2):
+        run()
+    found: list[str] = []
+
+    def note(launch: Any) -> None:
+        found.append(launch.get()["name"])
+
+    chain = getattr(knobs.runtime, hook)
+    chain.add(note)
+    try:
+        run()
+    finally:
+        chain.remove(note)
+    assert found
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward and backward"])
+def test_a_recording_holds_no_calls_memory(driver: Driver, trains: bool) -> None:
+    """Neither that of the call that was recorded nor that of those that are replayed."""
+    run, parameters = level(3)
+    for parameter in parameters:
+        parameter.requires_grad_(trains)
+    taken: list[weakref.ref[Tensor]] = []
+
+    def watch(grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        taken.extend(weakref.ref(arg) for arg in args if isinstance(arg, Tensor))
+
+    driver.watch = watch
+    try:
+        for _ in range(5):
+            if trains:
+                step(run)
+            else:
+                run()
+    finally:
+        driver.watch = None
+    for parameter in parameters:
+        parameter.grad = None
+    gc.collect()
+    assert taken and all(tensor() is None for tensor in taken)
 
 
 def calls_of_ours(run: Callable[[], Any]) -> int:

@@ -15,6 +15,8 @@ import mtlkernels as mk
 from mtlkernels.ops.activations import ACTIVATIONS
 from mtlkernels.testing import Case, CaseFactory
 from tests.ops.derivatives import function_of_leaves, leaves_of, loss_of
+from tests.ops.level.definition import linear_gates
+from tests.ops.level.gate_layers import by_layers, with_layers
 
 # Ragged gates, three streams of which nobody reads the second, and an expert that no gate mixes.
 ROUTING = mk.Routing((0, 2, 0, 0), ((2, 0), (1,), (0, 1, 2)))
@@ -128,6 +130,71 @@ def _pair() -> tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]:
     fused, leaves = function_of_leaves(mk.expert_mixture, case)
     plain, _ = function_of_leaves(by_eager, case)
     return fused, plain, [leaf.detach() for leaf in leaves]
+
+
+def by_eager_layers(*, gate_weights: Any, gate_biases: Any, **arguments: Any) -> tuple[Tensor, ...]:
+    """The same where gates are linear layers."""
+    logits = linear_gates(arguments["inputs"], gate_weights, gate_biases, arguments["routing"])
+    return by_eager(gate_logits=logits, **arguments)
+
+
+def layers() -> Case:
+    return with_layers(CaseFactory(0, torch.float64), 3, [3, 2], activation="tanh")
+
+
+@pytest.mark.parametrize("wanted", ["inputs", "weights[0]", "biases[0]", "gate_weights", "gate_biases"])
+def test_gradients_with_derivatives_of_one_kind_of_tensors(wanted: str, backend: str) -> None:
+    """All others are frozen, and each kind has to be enough for its own gradient to be made."""
+    found = []
+    with mk.use_backend(backend):
+        for op in (by_layers, by_eager_layers):
+            case = layers()
+            leaves = case.leaves()[wanted]
+            for leaf in leaves_of(case):
+                leaf.requires_grad_(any(leaf is own for own in leaves))
+            total = torch.stack([y.square().sum() for y in op(**case.arguments)])
+            found.append(torch.autograd.grad(total.sum(), leaves, create_graph=True))
+    assert_close(*found)
+
+
+Pair = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
+
+
+@pytest.fixture(name="losses", params=["logits", "linear gates"])
+def _losses(request: pytest.FixtureRequest, pair: Any) -> Pair:
+    """A vector of losses as a function of the leaves, of which the first are three inputs."""
+    fused, plain, values = pair
+    if request.param == "linear gates":
+        case = layers()
+        (fused, leaves), (plain, _) = (function_of_leaves(op, case) for op in (by_layers, by_eager_layers))
+        values = [leaf.detach() for leaf in leaves]
+
+    def of(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        return lambda *v: torch.stack([y.square().sum() for y in function(*v)])
+
+    return of(fused), of(plain), values
+
+
+def test_jacobians_of_examples(losses: Pair, backend: str) -> None:
+    """Gradients that are batched twice, by losses and by examples."""
+    fused, plain, values = losses
+    dims = (0,) * 3 + (None,) * (len(values) - 3)
+    examples = [torch.stack([v, 2 * v, -v]) if dim == 0 else v for v, dim in zip(values, dims, strict=True)]
+    with mk.use_backend(backend):
+        found = torch.func.vmap(torch.func.jacrev(fused, (0, 1, 2)), dims)(*examples)
+    assert_close(found, torch.func.vmap(torch.func.jacrev(plain, (0, 1, 2)), dims)(*examples))
+
+
+def test_derivatives_of_a_jacobian(losses: Pair, backend: str) -> None:
+    """All losses' gradients come from one call, and so their derivatives add up."""
+    fused, plain, values = losses
+
+    def derivatives(function: Callable[..., Tensor]) -> Any:
+        jacobian = torch.func.jacrev(function)
+        return torch.func.grad(lambda *v: jacobian(*v).pow(3).sum(), tuple(range(len(values))))(*values)
+
+    with mk.use_backend(backend):
+        assert_close(derivatives(fused), derivatives(plain))
 
 
 def test_func_grad_and_vjp_and_jacrev(pair: Any, backend: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -336,6 +337,21 @@ def test_logits_beside_linear_gates_are_refused() -> None:
     logits = [torch.zeros(3, 2), torch.zeros(3, 3)]
     with torch.no_grad(), pytest.raises((TypeError, ValueError)):
         mk.expert_mixture(x, level.weights, level.biases, logits, ROUTING, gate_weights=level.gate_weights)
+
+
+def test_gate_norms_are_not_served_by_a_call_without() -> None:
+    x = rows(3)
+    level = kept(Level(), x)
+    norms = [nn.BatchNorm1d(len(gate), eps=3.0).eval() for gate in ROUTING.gate_experts]
+    options = {"gate_weights": level.gate_weights, "gate_biases": level.gate_biases, "gate_norms": norms}
+
+    def call() -> Any:
+        return mk.expert_mixture(x, level.weights, level.biases, None, ROUTING, **options)
+
+    with torch.no_grad():
+        with mk.use_backend("reference"):
+            expected = call()
+        torch.testing.assert_close(call(), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")  # PyTorch makes tangents of it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import mtlkernels as mk
 from mtlkernels.ops.level.node import level_of
 from mtlkernels.ops.level.passes import cut, differentiate
 from mtlkernels.testing import assert_within_budget
+from tests.ops.level.test_derivatives import NoGradient
 from tests.ops.level.test_partial import KINDS, ROUTINGS, Kind, Model, by_kind, gradients
 
 # The outputs that each loss reads: one, several, all, the same as another's.
@@ -158,6 +160,16 @@ def test_losses_that_no_level_reaches() -> None:
     assert found[1]["other"].tolist() == [2, 2, 2] and found[2]["leaf"] == 1  # type: ignore[union-attr]
 
 
+def test_no_gradient_comes_to_a_level() -> None:
+    """Who uses its outputs sends nothing back."""
+    trunk, heads = mk.nn.MMoE(5, 2, (6, 4), num_experts=2), [nn.Linear(4, 1), nn.Linear(4, 1)]
+    outputs = trunk(torch.randn(7, 5))
+    losses = [head(NoGradient.apply(y)).square().sum() for head, y in zip(heads, outputs, strict=True)]
+    tensors = {"head": heads[0].weight, **dict(trunk.named_parameters())}
+    found = [[name for name, grad in own.items() if grad is not None] for own in together(losses, tensors, 2)]
+    assert found == [["head"], []]
+
+
 def test_a_graph_that_goes_past_a_level_is_not_cut() -> None:
     """What is below would get its gradient in two pieces, and a hook would see both."""
     model, x = ple()
@@ -200,6 +212,24 @@ def watched_stem(stem: nn.Module, x: Tensor) -> Tensor:
     hidden: Tensor = stem(x)
     hidden.register_hook(lambda grad: 0.1 * grad)  # whoever gives it None fails
     return hidden
+
+
+def test_a_hook_on_the_stem_under_autocast() -> None:
+    """Where a pass may end at no parameter, as the level reads copies of these; the hook never gets None."""
+    modules, x = nn.ModuleList([nn.Linear(5, 5), mk.nn.MMoE(5, 2, (6, 4), num_experts=2)]), torch.randn(7, 5)
+
+    def losses(modules: nn.ModuleList, x: Tensor) -> list[Tensor]:
+        stem, trunk = modules
+        return [y.to(x.dtype).square().sum() for y in trunk(watched_stem(stem, x))]
+
+    exact = copy.deepcopy(modules).double()
+    expected = apart(losses(exact, x.double()), dict(exact.named_parameters()))
+    runs = []
+    for run in (lambda losses, tensors: together(losses, tensors, 2), apart):
+        with torch.autocast("cpu", torch.bfloat16):
+            own = losses(modules, x)
+        runs.append(run(own, dict(modules.named_parameters())))
+    assert_same(runs[0], expected, runs[1])
 
 
 def in_another_thread(stem: nn.Module, x: Tensor) -> Tensor:

@@ -91,12 +91,18 @@ STATISTICS: dict[str, tuple[Tensor | None, type[Exception], str]] = {
 }
 
 
-def call(**options: Any) -> Any:
+def call(*, linear: bool | None = None, precision: torch.dtype = torch.float32, **options: Any) -> Any:
+    """With gates that are ``linear`` layers, or that come as logits: by default layers where these have norms."""
     torch.manual_seed(0)
-    gates = {"gate_weights": torch.randn(EXPERTS, 6)} if "gate_norms" in options else {}
-    logits = None if gates else torch.randn(4, EXPERTS)
-    weights = [torch.randn(EXPERTS, WIDTH, 6)]
-    return mk.expert_mixture(torch.randn(4, 6), weights, None, logits, ROUTING, **gates, **options)
+    linear = "gate_norms" in options if linear is None else linear
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(precision)
+
+    gates: dict[str, Any] = {"gate_weights": random(EXPERTS, 6)} if linear else {}
+    logits = None if linear else random(4, EXPERTS)
+    weights = [random(EXPERTS, WIDTH, 6)]
+    return mk.expert_mixture(random(4, 6), weights, None, logits, ROUTING, **gates, **options)
 
 
 @pytest.mark.parametrize("wanted", [True, False], ids=["recording", "serving"])
@@ -104,6 +110,36 @@ def call(**options: Any) -> Any:
 def test_mistakes(name: str, backend: str, wanted: bool) -> None:
     options, error, message = MISTAKES[name]
     with torch.set_grad_enabled(wanted), mk.use_backend(backend), pytest.raises(error, match=f"^{message}"):
+        call(**options())
+
+
+# What C++ does not look at.
+LEFT: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
+    "biases beside logits": (
+        lambda: {"gate_biases": [torch.zeros(EXPERTS)]},
+        ValueError,
+        "gate_biases must be None without gate_weights, got biases",
+    ),
+    "norms beside logits": (
+        lambda: {"gate_norms": gate_norm(), "linear": False},
+        ValueError,
+        "gate_norms must be None without gate_weights, got norms",
+    ),
+    "norms in float32 beside float64": (
+        lambda: {"norms": [norms()], "precision": torch.float64},
+        TypeError,
+        r"norms\[0\]\[0\].weight must have the dtype of inputs, torch.float64, got torch.float32",
+    ),
+    "a negative eps": (lambda: with_eps(-1.0), ValueError, r"norms\[0\]\[0\].eps must be at least 0, got -1.0"),
+    "an eps of truth": (lambda: with_eps(True), TypeError, r"norms\[0\]\[0\].eps must be a number, got bool"),
+}
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["recording", "serving"])
+@pytest.mark.parametrize("name", LEFT)
+def test_what_the_direct_way_leaves_to_the_checks(name: str, wanted: bool) -> None:
+    options, error, message = LEFT[name]
+    with torch.set_grad_enabled(wanted), pytest.raises(error, match=f"^{message}"):
         call(**options())
 
 

@@ -96,6 +96,13 @@ def test_grads(function: Any, _: str, grads: Any, error: type[Exception], messag
         function(grads)
 
 
+@pytest.mark.parametrize("function", [mk.gram, mk.pcgrad])
+def test_where_a_nested_one_is(function: Any) -> None:
+    """The task comes first, then the parameter."""
+    with pytest.raises(TypeError, match=r"grads\[1\]\[2\] must be dense or sparse_coo, got a nested one"):
+        function([[A, B, A], [A, B, NESTED]])
+
+
 @pytest.mark.parametrize("name, value, error, message", BAD_OPTIONS)
 def test_options(name: str, value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
