@@ -61,7 +61,7 @@ _GAINS: dict[str, Callable[[Row], bool]] = {
     "serving, 1 to 256 rows": lambda row: row.work == "forward" and row.size["B"] <= 256,
     "serving, 4,096 rows": lambda row: row.work == "forward" and row.size["B"] == 4096,
     "training, 1 and 16 rows": lambda row: row.work == "forward+backward" and row.size["B"] <= 16,
-    "training, 256 and 1,024 rows": lambda row: row.work == "forward+backward" and row.size["B"] in (256, 1024),
+    "training, 64 to 1,024 rows": lambda row: row.work == "forward+backward" and 64 <= row.size["B"] <= 1024,
     "training, 4,096 rows": lambda row: row.work == "forward+backward" and row.size["B"] == 4096,
 }
 

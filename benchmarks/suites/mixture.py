@@ -41,7 +41,7 @@ LARGE = TrunkShape(1024, num_tasks=4, num_specific=4, num_shared=8, units=(512, 
 ROWS = 4096
 LARGE_ROWS = 65536
 SERVING_ROWS = (1, 16, 64, 256)
-TRAINING_ROWS = (1, 16, 256, 1024)
+TRAINING_ROWS = (1, 16, 64, 256, 1024)
 EXPERTS, EXPERTS_ROWS = (3, 6, 12, 24), 1024
 DTYPES = (torch.float32, torch.bfloat16)
 # torch.compile in another way, where rows are few and weights stay as they are.
