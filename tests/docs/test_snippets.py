@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import logging
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+import mtlkernels as mk
 from mtlkernels._convert import registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,13 +41,18 @@ WITH_SNIPPETS = [page for page in PAGES if blocks(page.read_text())]
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.ModuleType]:
-    """The module that a page is: what it registers, makes or writes is gone afterwards."""
+    """The module that a page is: what it registers, makes, writes or logs is gone afterwards."""
+    logger = logging.getLogger("mtlkernels")
+    level, handlers = logger.level, list(logging.getLogger().handlers)
     monkeypatch.setattr(registry, "_registered", {})
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     vars(module)["monkeypatch"] = monkeypatch
     yield module
+    logger.setLevel(level)
+    logging.getLogger().handlers = handlers
+    mk.log_decisions()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
