@@ -1,4 +1,4 @@
-"""Parameters that a loss depends on though its graph does not show them."""
+"""What stands in losses' graphs that only ``loss.backward()`` serves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def refuse_hidden(losses: Sequence[Tensor]) -> None:
 
     Raises:
         RuntimeError: what only ``loss.backward()`` goes into stands in it, so that parameters would silently not be
-            trained, or not by all losses.
+            trained, or not by all losses; or what takes its first backward pass for one that it reduces.
     """
     stack: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     seen = set(stack)
@@ -30,6 +30,12 @@ def refuse_hidden(losses: Sequence[Tensor]) -> None:
             raise RuntimeError(
                 "losses depend on parameters that FullyShardedDataParallel has put together, which only"
                 " loss.backward() reaches: shard the model by torch.distributed.fsdp.fully_shard"
+            )
+        if _torch.waits_for_backward(node):
+            raise RuntimeError(
+                "losses come from DistributedDataParallel with static_graph=True, which would take this call for its"
+                " first loss.backward(), and not reduce the gradients of any later one: leave static_graph out, or call"
+                " loss.backward() once before"
             )
         for below, _ in node.next_functions:
             if below is not None and below not in seen:

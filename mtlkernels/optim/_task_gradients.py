@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtlkernels._dtensors import has_dtensor
 from mtlkernels.ops.level.passes import cut, differentiate
-
-Grads = list[Tensor | None]
+from mtlkernels.optim._written import Grads, placed_as, set_grads
 
 
 def task_gradients(
@@ -126,24 +123,12 @@ def _by_backward(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Se
         for parameter in parameters:
             parameter.grad = None
         loss.backward(retain_graph=retain)
-        return [_placed_as(parameter, parameter.grad) for parameter in parameters]
-    finally:
-        for parameter, grad in zip(parameters, before, strict=True):
-            parameter.grad = grad
-
-
-def _placed_as(parameter: Any, grad: Any) -> Tensor | None:
-    """A gradient as its parameter is placed, where both are DTensors.
-
-    That of a replicated parameter whose ranks see parts of the rows, as under sequence parallelism, is a sum over ranks
-    that nobody has taken yet; and each task may have its own placements.
-    """
-    if not has_dtensor((grad,)) or not has_dtensor((parameter,)) or grad.placements == parameter.placements:
-        placed: Tensor | None = grad
-    else:
-        with torch.no_grad():
-            placed = grad.redistribute(placements=parameter.placements)
-    return placed
+        grads = [placed_as(parameter, parameter.grad) for parameter in parameters]
+        set_grads(parameters, before)
+        return grads
+    except BaseException:  # that of a signal's handler, while these are put back, too
+        set_grads(parameters, before)
+        raise
 
 
 def _add(total: Tensor | None, grad: Tensor | None, factor: float) -> Tensor | None:

@@ -29,7 +29,9 @@ from mtlkernels.optim._checks import (
 )
 from mtlkernels.optim._fsdp import refuse_unreduced
 from mtlkernels.optim._hidden import refuse_hidden
-from mtlkernels.optim._task_gradients import Grads, task_gradients, weighted_gradients
+from mtlkernels.optim._scaling import nan_where, plain, scale_facts, scaled, scales_differ
+from mtlkernels.optim._task_gradients import task_gradients, weighted_gradients
+from mtlkernels.optim._written import Grads, accumulate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -181,7 +183,8 @@ class GramWeighted(Optimizer):
         Args:
             losses: T scalars, one a task, or a vector of them.
             scaler: scales the losses, so that ``.grad`` is scaled as after ``scaler.scale(loss).backward()``. The Gram
-                matrix is that of the unscaled gradients.
+                matrix is that of the unscaled gradients. All ranks of a group need the same scale; see
+                :meth:`PCGrad.pc_backward`.
 
         Returns:
             The Gram matrix [T, T], in float64, of the tasks' gradients of the shared parameters.
@@ -189,12 +192,23 @@ class GramWeighted(Optimizer):
 
         Raises:
             TypeError: an argument, what ``weighting`` returns, or a shared parameter's dtype is of the wrong kind.
-            ValueError: a loss is not a scalar or does not require gradients, shared parameters' devices differ, or
-                weights are not finite or not T. In this case, and where ``weighting`` raises, ``.grad`` stays as it is.
+            ValueError: a loss is not a scalar or does not require gradients, shared parameters' devices differ, ranks
+                of the group have other settings or scales, or weights are not finite or not T. In this case, and where
+                ``weighting`` raises, ``.grad`` stays as it is.
             RuntimeError: ``batched`` was asked for, and the backward pass cannot be batched; another rank of the group
-                has failed in this call; FSDP has not reduced the gradients; or checkpoints with ``use_reentrant=True``
-                or ``FullyShardedDataParallel`` hide parameters from :func:`torch.autograd.grad`.
+                has failed in this call; FSDP has not reduced the gradients; checkpoints with ``use_reentrant=True``
+                or ``FullyShardedDataParallel`` hide parameters from :func:`torch.autograd.grad`; or
+                DistributedDataParallel with ``static_graph`` waits for its first ``loss.backward()``.
         """
+        enabled = torch.is_grad_enabled()
+        try:
+            return self._backward(losses, scaler)
+        except BaseException:
+            torch.set_grad_enabled(enabled)  # which a signal's handler that raises in no_grad() itself leaves off
+            raise
+
+    def _backward(self, losses: Any, scaler: Any) -> Tensor:
+        """:meth:`backward`, with all of the checks."""
         run = fail_together(self.group, lambda: self._differentiate(losses, scaler))
         parameters, gradients, totals, unit, kept = run
         with torch.no_grad():
@@ -202,19 +216,23 @@ class GramWeighted(Optimizer):
                 "gram_every": self._gram_every,
                 "the number of calls since the last Gram matrix, of gram_every,": 0 if kept is None else kept.calls,
                 "the number of parameters that are not shared": len(totals),
+                **scale_facts(unit),
             }
             gradients = mean_over_ranks(self.group, gradients, **self._alike, **alike)
+            differ = scales_differ(self.group, unit)
             if kept is None:
-                results, gram, weights = weighted(gradients, functools.partial(self._weights, gradients), unit)
+                unit = None if unit is None else nan_where(differ, unit)
+                weights_of = functools.partial(self._weights, gradients)
+                results, gram, weights = weighted(gradients, lambda gram: nan_where(differ, weights_of(gram)), unit)
                 kept = kept_of(weights, gram) if self._gram_every > 1 else None
             else:
-                results = gradients.combine(torch.ones(1, dtype=torch.float64, device=gradients.device))
+                results = gradients.combine(plain(differ, gradients.device))
                 gram, kept = kept.gram.clone(), kept._replace(calls=kept.calls + 1)
             if self.group is not None and totals:
                 local = fail_together(self.group, lambda: gradients_of(totals, 1, self.group))
                 mean = mean_over_ranks(self.group, local)
-                totals = mean.combine(torch.ones(1, dtype=torch.float64, device=mean.device))
-            _accumulate(parameters, [*results, *totals])
+                totals = mean.combine(plain(differ, mean.device))
+            accumulate(parameters, [*results, *totals])
         self._kept = kept
         return gram
 
@@ -238,15 +256,9 @@ class GramWeighted(Optimizer):
             the gradients of the others; what the losses were scaled by; what was kept, None where the call is exact.
         """
         checked = check_losses(losses)
-        if scaler is not None and not isinstance(scaler, torch.amp.grad_scaler.GradScaler):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
         shared, others = self._trained()
         check_trained(shared, others)
-        unit = None
-        if scaler is not None:
-            with torch.enable_grad():
-                checked = [scaler.scale(loss) for loss in checked]
-            unit = scaler.scale(torch.ones((), device=checked[0].device))
+        checked, unit = scaled(checked, scaler)
         fsdp = has_dtensor((*shared, *others))
         if fsdp and self.group is not None:
             raise ValueError("group must be None where parameters are DTensors, which know their ranks, got a group")
@@ -357,35 +369,3 @@ class GramWeighted(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
-
-
-def _accumulate(parameters: Sequence[Tensor], grads: Grads) -> None:
-    """Adds to ``.grad``; gradients that are the first become ``.grad``."""
-    totals: dict[type, list[Tensor]] = {}
-    addends: dict[type, list[Tensor]] = {}
-    for parameter, grad in zip(parameters, grads, strict=True):
-        if grad is None:
-            continue
-        if parameter.grad is None:
-            parameter.grad = _laid_out(grad, parameter)
-        elif parameter.grad.is_sparse and not grad.is_sparse:
-            parameter.grad = _laid_out(grad.add_(parameter.grad), parameter)
-        elif parameter.grad.is_sparse or grad.is_sparse:
-            parameter.grad.add_(grad)
-        else:
-            kind = type(grad)  # one call takes DTensors alone or none
-            totals.setdefault(kind, []).append(parameter.grad)
-            addends.setdefault(kind, []).append(grad)
-    for kind, total in totals.items():
-        torch._foreach_add_(total, addends[kind])
-
-
-def _laid_out(grad: Tensor, parameter: Tensor) -> Tensor:
-    """``grad`` with the parameter's strides, as ``loss.backward()`` leaves it; contiguous where that has gaps.
-
-    Fused optimizers on CPUs walk both in the order of memory.
-    """
-    if grad.layout != torch.strided or has_dtensor((grad,)) or grad.stride() == parameter.stride():
-        return grad
-    dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
-    return grad.new_empty_strided(grad.shape, parameter.stride()).copy_(grad) if dense else grad.contiguous()

@@ -70,8 +70,9 @@ class PCGrad(GramWeighted):
 
     - Data parallelism: give the ``group``, as in ``group=torch.distributed.group.WORLD``. The ranks' gradients are
       averaged, those of the parameters that are not shared included. Parameters must start equal on all ranks.
-      DistributedDataParallel may be left around the model to see to that; its reducer does not run, and with
-      ``static_graph`` it does not work.
+      DistributedDataParallel may be left around the model to see to that; its reducer does not run. With
+      ``static_graph`` the first backward pass after that must be a ``loss.backward()``, or :meth:`pc_backward` is an
+      error. Its ``join()`` does not help where ranks call :meth:`pc_backward` unequally often.
     - FSDP2: wrap an optimizer of the parameters that ``fully_shard`` leaves, and give no ``group``. FSDP reduces
       gradients in ``loss.backward()`` alone, so that this is what runs, once a loss: hooks of parameters run too, and
       leaves that are not the optimizer's accumulate gradients. Parameters that are plain tensors are nobody's to
@@ -152,7 +153,9 @@ class PCGrad(GramWeighted):
         Args:
             losses: T scalars, one a task, or a vector of them.
             scaler: scales the losses, so that ``.grad`` is scaled as after ``scaler.scale(loss).backward()``.
-                ``max_norm``, ``eps`` and the result are those of the unscaled gradients.
+                ``max_norm``, ``eps`` and the result are those of the unscaled gradients. All ranks of a group need the
+                same scale: another one is an error on a CPU, and on a GPU, where nothing waits for it, makes the matrix
+                and the gradients of all ranks NaN.
 
         Returns:
             The Gram matrix [T, T], in float64, of the tasks' gradients of the shared parameters before the projection.
@@ -160,10 +163,12 @@ class PCGrad(GramWeighted):
 
         Raises:
             TypeError: an argument, or a shared parameter's dtype, is of the wrong kind.
-            ValueError: a loss is not a scalar or does not require gradients, or shared parameters' devices differ.
+            ValueError: a loss is not a scalar or does not require gradients, shared parameters' devices differ, or
+                ranks of the group have other settings or scales.
             RuntimeError: ``batched`` was asked for, and the backward pass cannot be batched; another rank of the group
-                has failed in this call; FSDP has not reduced the gradients; or checkpoints with ``use_reentrant=True``
-                or ``FullyShardedDataParallel`` hide parameters from :func:`torch.autograd.grad`.
+                has failed in this call; FSDP has not reduced the gradients; checkpoints with ``use_reentrant=True``
+                or ``FullyShardedDataParallel`` hide parameters from :func:`torch.autograd.grad`; or
+                DistributedDataParallel with ``static_graph`` waits for its first ``loss.backward()``.
         """
         return self.backward(losses, scaler=scaler)
 

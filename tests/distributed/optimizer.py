@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mtlkernels as mk
+from mtlkernels.optim import _scaling
 from tests.distributed.cases import assert_refused, assert_same_on_all_ranks, world
 
 STEPS = 3
@@ -196,6 +198,50 @@ def check_options_that_differ() -> None:
             optimizer.pc_backward([weight.sum(), -weight.square().sum()])
 
         assert_refused(backward, ValueError, f"{name} must be one value on every rank")
+
+
+def with_scaler(scale: float | None, **options: Any) -> tuple[Model, Any, Callable[[], Tensor]]:
+    """A model, its scaler, which is off without a scale, and a call of its optimizer."""
+    model = build()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    sgd = torch.optim.SGD(model.parameters())
+    optimizer = mk.optim.GramWeighted(sgd, lambda gram: gram[0], shared=model.shared(), group=world(), **options)
+
+    def backward() -> Tensor:
+        model.zero_grad()
+        losses = [y.square().mean() for y in model(torch.arange(6), with_expert=False)]
+        return optimizer.backward(losses, scaler=scaler)
+
+    return model, scaler, backward
+
+
+def check_scalers_that_differ() -> None:
+    first = dist.get_rank() == 0
+    for scale, words in (
+        (None, "whether a scaler is on must be one value on every rank, got False on rank 0 and True on rank 1"),
+        (64.0, "the scale of scaler must be one value on every rank, got 64.0 on rank 0 and 8.0 on rank 1"),
+    ):
+        model, _, backward = with_scaler(scale if first else 8.0)
+        assert_refused(backward, ValueError, words)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def check_scales_that_nobody_waits_for() -> None:
+    """As on a GPU: where they differ all ranks get NaN, in calls by weights that were kept, too."""
+    read, _, backward = with_scaler(8.0)
+    expected = backward()
+    for every in (1, 2):
+        model, scaler, backward = with_scaler(8.0, gram_every=every)
+        with mock.patch.object(_scaling, "is_readable", return_value=False):
+            assert torch.equal(backward(), expected)
+            for parameter, like in zip(model.parameters(), read.parameters(), strict=True):
+                assert parameter.grad is like.grad is None or torch.equal(parameter.grad, like.grad)
+            if dist.get_rank() == 0:
+                scaler.update(4.0)
+            gram = backward()
+        assert bool(gram.isnan().all()) == (every == 1)
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert grads and all(bool(grad.isnan().all()) for grad in grads)
 
 
 def sharded(mesh: Any, **options: Any) -> Model:

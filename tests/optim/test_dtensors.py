@@ -119,6 +119,21 @@ def test_tasks_whose_gradients_are_placed_otherwise(mesh: DeviceMesh) -> None:
     assert weight.grad.full_tensor().tolist() == [2.0, 3.0, 4.0, 5.0]
 
 
+@pytest.mark.parametrize("placement", [Shard(0), Replicate(), Partial()])
+def test_gradients_accumulate_in_one_call(placement: Any, mesh: DeviceMesh) -> None:
+    """In place, of DTensors and of others beside them, so that no signal comes in between; if placed alike."""
+    weight = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    scale = nn.Parameter(torch.ones(()))
+    optimizer = mk.optim.PCGrad(torch.optim.SGD([weight, scale]), reduction="sum")
+    before = weight.grad = DTensor.from_local(torch.ones(4), mesh, [placement])
+    kept = scale.grad = torch.ones(())
+    with mock.patch.object(torch, "_foreach_add_", wraps=torch._foreach_add_) as add:
+        optimizer.pc_backward([(2 * weight).full_tensor().sum() * scale])  # type: ignore[attr-defined]
+    assert add.call_count == 1 and scale.grad is kept and kept.item() == 9.0
+    assert isinstance(weight.grad, DTensor) and weight.grad.placements == weight.placements
+    assert weight.grad.full_tensor().tolist() == [3.0] * 4 and (weight.grad is before) == (placement == Shard(0))
+
+
 def test_a_wrapper_with_a_group_is_not_pickled(mesh: DeviceMesh) -> None:
     weight = torch.ones(2, requires_grad=True)
     optimizer = mk.optim.PCGrad(torch.optim.SGD([weight]), group=mesh.get_group())

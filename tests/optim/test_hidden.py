@@ -1,4 +1,4 @@
-"""Parameters that torch.autograd.grad does not see are not silently left untrained."""
+"""What only loss.backward() serves is refused: no parameter is silently left untrained."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mk
+from tests import requires
 from tests.seeding import seed
 
 
@@ -101,3 +102,28 @@ def test_the_older_fsdp() -> None:
         optimizer.pc_backward(list(model(torch.randn(20, 12)).square().mean(0)))
     with pytest.raises(ValueError, match="optimizer must hold a model's own parameters"):
         mk.optim.PCGrad(torch.optim.SGD(sharded(False).parameters()))
+
+
+@requires.gloo
+@pytest.mark.usefixtures("one_process")
+def test_static_graphs() -> None:
+    """DistributedDataParallel would take the call for its first backward pass, and reduce nothing in later ones."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model, x = nn.Linear(12, 2), torch.randn(20, 12)
+    optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()))
+    wrapped = DistributedDataParallel(model, static_graph=True)
+
+    def losses() -> list[Tensor]:
+        return list(wrapped(x).square().mean(0))
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="DistributedDataParallel with static_graph=True"):
+            optimizer.pc_backward(losses())
+        assert all(parameter.grad is None for parameter in model.parameters())
+    early = losses()
+    torch.stack(losses()).sum().backward()
+    for later in (early, losses()):
+        optimizer.zero_grad()
+        optimizer.pc_backward(later)
+        assert all(parameter.grad is not None for parameter in model.parameters())

@@ -48,8 +48,8 @@ def _check_columns(grads: Sequence[Any], num_tasks: int, dense: bool, each: bool
     for start in range(0, len(grads), num_tasks):
         column = grads[start : start + num_tasks]
         like: Any = first_of(column)
-        if each and like is None:
-            raise ValueError(f"grads must hold a gradient for each parameter, got none for {start // num_tasks}")
+        if each:
+            like = any_of_parameter(column, start // num_tasks)
         known = isinstance(like, Tensor) and like.dtype in DTYPES
         shape, dtype = (like.shape, like.dtype) if known else (None, None)
         for t, grad in enumerate(column):
@@ -103,6 +103,22 @@ def check_flat(grads: Sequence[Any], num_tasks: int, *, each: bool = False) -> N
     if len(grads) % num_tasks:
         raise ValueError(f"grads must hold num_tasks = {num_tasks} entries a parameter, got {len(grads)}")
     check_gradients(grads, num_tasks, dense=True, each=each)
+
+
+def any_of(grads: Sequence[Tensor | None]) -> Tensor:
+    """One of the gradients of a call, by which an operator knows its device."""
+    like = first_of(grads)
+    if like is None:
+        raise ValueError("grads must hold at least one gradient, whose device the matrix is on, got none")
+    return like
+
+
+def any_of_parameter(column: Sequence[Tensor | None], parameter: int) -> Tensor:
+    """One of a parameter's gradients, as which its result lies."""
+    like = first_of(column)
+    if like is None:
+        raise ValueError(f"grads must hold a gradient for each parameter, got none for {parameter}")
+    return like
 
 
 def check_coefficients(grads: Sequence[Any], num_tasks: int, coefficients: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mtlkernels._backends import has_triton
 from mtlkernels.ops._layout import by_parameter, first_of, in_memory
 from mtlkernels.ops._table import Table, has_fast_float64, on_device
-from mtlkernels.ops.pcgrad.checks import check_coefficients, check_flat, check_steps
+from mtlkernels.ops.pcgrad.checks import any_of, check_coefficients, check_flat, check_steps
 
 # As in csrc/common/chunks.h, elements.h and csrc/cuda/pcgrad.h.
 MAX_TASKS = 64
@@ -82,14 +82,14 @@ def takes(direction: str, args: tuple[Any, ...]) -> bool:
         return False
     if direction != "gram" or not has_triton():
         return True
-    return has_fast_float64(next(grad.device for grad in args[0] if grad is not None))
+    return has_fast_float64(any_of(args[0]).device)
 
 
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     """See :func:`mtlkernels.ops.pcgrad.reference.gram`. At most 64 tasks, or a RuntimeError, as below."""
     _check_tasks(num_tasks)
     check_flat(grads, num_tasks)
-    device = next(grad.device for grad in grads if grad is not None)
+    device = any_of(grads).device
     with on_device(device):
         call = arguments(grads, num_tasks, with_results=False)
         result = torch.empty(num_tasks, num_tasks, dtype=torch.float64, device=device)

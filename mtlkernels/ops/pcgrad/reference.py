@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from mtlkernels.ops._layout import by_parameter
+from mtlkernels.ops.pcgrad.checks import any_of, any_of_parameter
 
 
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
-    """``G_ij = <g_i, g_j>`` over all parameters: [T, T] in float64. A gradient that is None counts as zero."""
-    device = next(grad.device for grad in grads if grad is not None)
+    """``G_ij = <g_i, g_j>`` over all parameters: [T, T] in float64. A gradient that is None counts as zero.
+
+    There must be at least one.
+    """
+    device = any_of(grads).device
     total = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device)
     for column in by_parameter(grads, num_tasks):
         tasks = [t for t, grad in enumerate(column) if grad is not None]
@@ -40,8 +44,9 @@ def weights(
 ) -> tuple[Tensor, Tensor]:
     """The projected gradients' coefficients over the original gradients [T, T], and the result's [T].
 
-    Gradients are first clipped to ``max_norm``, then scaled to their mean norm, both by factors on ``gram``. The
-    result is the sum, or the mean, of the projected gradients. An entry of ``order`` out of range makes its row NaN.
+    Gradients are first clipped to ``max_norm``, if that is neither None nor negative, then scaled to their mean norm,
+    both by factors on ``gram``. The result is the sum, or the mean, of the projected gradients. An entry of ``order``
+    out of range makes its row NaN.
     """
     num_tasks = gram.shape[0]
     scale = _scales(gram, max_norm, normalize)
@@ -60,7 +65,7 @@ def _scales(gram: Tensor, max_norm: float | None, normalize: bool) -> Tensor:
     zero = square == 0
     norm = torch.where(zero, 0, torch.where(zero, 1, square).sqrt())  # the square root has no derivative at zero
     scale = torch.ones_like(norm)
-    if max_norm is not None:
+    if max_norm is not None and max_norm >= 0:
         scale = torch.where(norm > max_norm, max_norm / torch.where(norm > max_norm, norm, 1), scale)
     if normalize:
         clipped = scale * norm
@@ -80,7 +85,7 @@ def _project(rows: Tensor, gram: Tensor, others: Tensor, include_self: bool, eps
     tasks = torch.arange(num_tasks, device=gram.device)
     if not include_self:
         applies = applies & (others != tasks)
-    step = torch.where(applies, inner / torch.where(square + eps == 0, 1, square + eps), 0)
+    step = torch.where(applies, inner / torch.where(square == 0, 1, square + eps), 0)
     step = torch.where(valid, step, torch.nan)
     # Not one_hot, which torch 2.10 cannot compile inside torch.func's transforms.
     taken = (others.unsqueeze(1) == tasks) | ~valid.unsqueeze(1)
@@ -93,8 +98,8 @@ def combine(grads: Sequence[Tensor | None], num_tasks: int, coefficients: Tensor
     Every parameter must have at least one gradient.
     """
     results = []
-    for column in by_parameter(grads, num_tasks):
-        like = next(grad for grad in column if grad is not None)
+    for p, column in enumerate(by_parameter(grads, num_tasks)):
+        like = any_of_parameter(column, p)
         total = torch.zeros_like(like, dtype=torch.float64)
         for coefficient, grad in zip(coefficients, column, strict=True):
             if grad is not None:

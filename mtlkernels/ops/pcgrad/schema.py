@@ -2,7 +2,7 @@
 
 ``grads`` holds T gradients a parameter: that of task t for parameter p stands at p * T + t, or is None. Each operator
 is one pass: the Gram matrix of the tasks' gradients, the projections on T x T coefficients, the weighted sum for each
-parameter.
+parameter. A ``max_norm`` below zero is none.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mtlkernels._library import define, empty
 from mtlkernels.ops._layout import by_parameter
+from mtlkernels.ops.pcgrad.checks import any_of, any_of_parameter
 
 
 def _pcgrad_gram(grads: list[Tensor | None], num_tasks: int) -> Tensor:
-    like = next(grad for grad in grads if grad is not None)
-    return torch.empty((num_tasks, num_tasks), dtype=torch.float64, device=like.device)
+    return torch.empty((num_tasks, num_tasks), dtype=torch.float64, device=any_of(grads).device)
 
 
 def _pcgrad_weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
@@ -26,9 +26,8 @@ def _pcgrad_weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[
 
 
 def _pcgrad_combine(grads: list[Tensor | None], num_tasks: int, coefficients: Tensor) -> list[Tensor]:
-    return [
-        torch.empty_like(next(grad for grad in column if grad is not None)) for column in by_parameter(grads, num_tasks)
-    ]
+    columns = by_parameter(grads, num_tasks)
+    return [torch.empty_like(any_of_parameter(column, p)) for p, column in enumerate(columns)]
 
 
 define("pcgrad_gram", _pcgrad_gram)

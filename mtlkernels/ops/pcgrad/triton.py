@@ -21,7 +21,7 @@ from mtlkernels.ops import _triton
 from mtlkernels.ops._layout import by_parameter, first_of, in_memory
 from mtlkernels.ops._table import has_fast_float64
 from mtlkernels.ops._triton import Table, Tile, launch
-from mtlkernels.ops.pcgrad.checks import check_coefficients, check_flat, check_steps
+from mtlkernels.ops.pcgrad.checks import any_of, check_coefficients, check_flat, check_steps
 from mtlkernels.ops.pcgrad.triton_gram import gram_chunks, gram_sum
 from mtlkernels.ops.pcgrad.triton_kernels import combine_chunks, project_tasks
 
@@ -107,7 +107,7 @@ def by_dtype(
 def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     """As the reference: [T, T] in float64."""
     check_flat(grads, num_tasks)
-    device = next(grad.device for grad in grads if grad is not None)
+    device = any_of(grads).device
     columns = by_parameter(in_memory(grads), num_tasks)
     group = group_size(num_tasks)
     single = group == num_tasks
@@ -148,8 +148,9 @@ def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, 
     if not project or order is None:
         order = gram.new_empty((num_tasks, 0), dtype=torch.int64)
     steps = order.to(torch.int64).contiguous()
-    numbers = (num_tasks, steps.shape[1], bits(max_norm or 0.0), bits(eps))
-    flags = {"CLIP": max_norm is not None, "NORMALIZE": normalize, "INCLUDE_SELF": include_self, "MEAN": mean}
+    clip = max_norm is not None and max_norm >= 0
+    numbers = (num_tasks, steps.shape[1], bits(max_norm if clip else 0.0), bits(eps))
+    flags = {"CLIP": clip, "NORMALIZE": normalize, "INCLUDE_SELF": include_self, "MEAN": mean}
     with _triton.on_device(gram.device):
         launch(project_tasks, 1, projection_tile(num_tasks), gram, steps, rows, coefficients, *numbers, **flags)
     return rows, coefficients

@@ -62,8 +62,8 @@ def project_tasks(
         applies = (inner < 0.0) & (denominator != 0.0)
         if not INCLUDE_SELF:
             applies = applies & (other != i)
-        denominator += eps.to(tl.int64).to(tl.float64, bitcast=True)
-        factor = tl.where(applies, inner / tl.where(denominator == 0.0, 1.0, denominator), 0.0)
+        shifted = denominator + eps.to(tl.int64).to(tl.float64, bitcast=True)
+        factor = tl.where(applies, inner / tl.where(denominator == 0.0, 1.0, shifted), 0.0)
         factor = tl.where(valid, factor, float("nan"))
         taken -= tl.where(hot | (valid == 0)[:, None], factor[:, None], 0.0)
     taken = tl.where(inside, taken * scale[None, :], 0.0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mtlkernels as mk
+from mtlkernels.ops.pcgrad import reference
 from tests import requires
 
 A, B = torch.ones(3), torch.ones(2, 2)
@@ -140,3 +143,16 @@ def test_order_and_generator_exclude_each_other() -> None:
 def test_operators_called_directly(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.ops.mtlkernels)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_operators_without_any_gradient(fake: bool) -> None:
+    """Nothing says then which implementation to take: the reference runs, or behind a tracer the fake kernel."""
+    with FakeTensorMode() if fake else nullcontext():
+        for grads, tasks in ([], 3), ([None, None], 2):
+            with pytest.raises(ValueError, match="grads must hold at least one gradient, .* got none"):
+                torch.ops.mtlkernels.pcgrad_gram(grads, tasks)
+        ones = torch.ones(2, dtype=torch.float64)
+        for combine in (torch.ops.mtlkernels.pcgrad_combine, reference.combine):
+            with pytest.raises(ValueError, match="grads must hold a gradient for each parameter, got none for 1"):
+                combine([ones, ones, None, None], 2, ones)

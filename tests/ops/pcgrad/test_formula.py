@@ -338,3 +338,19 @@ def test_what_is_not_finite_stays_in_its_task(value: float, backend: str) -> Non
     expected = sum(projected)
     torch.testing.assert_close(got[:2], expected[:2])
     assert got[2].isnan() if value != value else got[2] == value
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_numbers_below_zero(normalize: bool, backend: str) -> None:
+    """Which operators that are called directly may get: no norm to clip to; and what ``|g_j|^2`` falls short by."""
+    gram = torch.tensor([[1.0, -1.0], [-1.0, 4.0]], dtype=torch.float64)
+    order = torch.tensor([[1], [0]])
+    run = mk._backends.implementation("pcgrad", "weights", backend, gram)
+
+    def weights(max_norm: float | None, eps: float, normalize: bool = False) -> Tensor:
+        rows: Tensor = run(gram, order, False, max_norm, normalize, True, eps, False)[0]
+        return rows
+
+    assert torch.equal(weights(-1.0, 0.0, normalize), weights(None, 0.0, normalize))
+    assert weights(None, -2.0).tolist() == [[1.0, 0.5], [-1.0, 1.0]]
+    assert weights(None, -4.0)[0].tolist() == [1.0, torch.inf]
