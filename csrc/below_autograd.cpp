@@ -10,7 +10,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
 
 namespace mtlk {
@@ -38,10 +37,9 @@ void autograd_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, to
     // Python's kernel, which has the keys of autograd that no other has.
     return op.redispatchBoxed(below | c10::DispatchKeySet(c10::DispatchKey::AutogradOther), stack);
   }
+  // Whoever holds the GIL keeps it, as AOTInductor's Python class does while a package runs: another thread would take
+  // it to wait for that package's lock, and this one would wait for the GIL.
   const at::AutoDispatchBelowAutograd guard;
-  // AOTInductor's Python class holds it while a package runs, and several threads may serve with one.
-  std::optional<py::gil_scoped_release> others;
-  if (PyGILState_Check()) others.emplace();
   op.redispatchBoxed(below, stack);
 }
 

@@ -7,9 +7,11 @@
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/python_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -39,7 +41,7 @@ const std::string kSpec = "spec";      // the level's ints, byte by byte
 const std::string kWanted = "wanted";  // of each tensor: a byte of those below
 const std::string kWay = "way";        // bits of those below
 const std::string kSaved = "saved";    // how many tensors the forward pass saved
-const std::string kLosses = "losses";  // the address of a mtlkernels.ops.level.node.Losses, or 0
+const std::string kLosses = "losses";  // the number of a mtlkernels.ops.level.node.Losses, or 0
 
 constexpr char kAbsent = 0, kConstant = 1, kVariable = 2;
 
@@ -57,8 +59,8 @@ class Context {
   bool recorded() const { return (integer(kWay) & kRecorded) != 0; }
   bool by_name() const { return (integer(kWay) & kByName) != 0; }
   int64_t num_saved() const { return integer(kSaved); }
-  PyObject* losses() const { return reinterpret_cast<PyObject*>(integer(kLosses)); }
-  void set_losses(PyObject* losses) { context_->saved_data[kLosses] = reinterpret_cast<int64_t>(losses); }
+  int64_t losses() const { return integer(kLosses); }
+  void set_losses(int64_t number) { context_->saved_data[kLosses] = number; }
 
   // Of all tensors, whether this backward pass has a use for their gradients.
   std::vector<bool> needs() const {
@@ -126,6 +128,19 @@ Tensors unwrapped(py::handle tensors) {
 
 // A byte for each.
 py::bytes flags_of(const std::vector<bool>& needs) { return std::string(needs.begin(), needs.end()); }
+
+// torch.utils._device.DeviceContext.
+PyTypeObject* default_device = nullptr;
+
+// Whether a torch-function mode is on but that of torch.set_default_device, which only makes tensors.
+bool has_function_mode() {
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  using Modes = at::impl::PythonTorchFunctionTLS;
+  for (int64_t i = 0; i < Modes::stack_len(); ++i) {
+    if (Py_TYPE(Modes::get_stack_at(i)->ptr(getPyInterpreter())) != default_device) return true;
+  }
+  return false;
+}
 
 // Those of mtlkernels.ops.level.node.
 struct NodeFunctions {
@@ -269,6 +284,25 @@ py::list recorded_level(py::handle tensors, py::handle found, std::string words,
   return wrapped(with_node(std::move(words), unwrapped(tensors), std::move(results), way));
 }
 
+// Newer versions of PyTorch hold the node of a Function in Python, older ones only as long as it has others.
+template <typename Pointer>
+torch::autograd::Node* node_of(const Pointer& pointer) {
+  if constexpr (requires { pointer.lock(); }) {
+    return pointer.lock().get();
+  } else {
+    return pointer.get();
+  }
+}
+
+bool has_node_hooks(py::handle object) {
+  torch::autograd::Node* const node =
+      torch::autograd::THPCppFunction_Check(object.ptr())
+          ? node_of(reinterpret_cast<torch::autograd::THPCppFunction*>(object.ptr())->cdata)
+      : THPFunction_Check(object.ptr()) ? node_of(reinterpret_cast<THPFunction*>(object.ptr())->cdata)
+                                        : nullptr;
+  return node && (!node->pre_hooks().empty() || !node->post_hooks().empty());
+}
+
 // The context of a node that is one of ours, otherwise None.
 py::object level_context(py::handle node) {
   if (!torch::autograd::THPCppFunction_Check(node.ptr())) return py::none();
@@ -297,17 +331,18 @@ bool is_plain(const at::Tensor& tensor) {
   return (tensor.key_set().raw_repr() & ~plain) == 0;
 }
 
+bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
+
 // Without asking whether a forward-mode level is open, since that takes a lock, which a fork may find held by another
 // thread.
 bool is_observed(at::TensorList tensors) {
   static const c10::DispatchKeySet watchers({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                                              c10::DispatchKey::FuncTorchVmapMode, c10::DispatchKey::VmapMode,
                                              c10::DispatchKey::Functionalize, c10::DispatchKey::Tracer});
-  return at::GradMode::is_enabled() || at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
+  return at::GradMode::is_enabled() || has_function_mode() || c10::impl::dispatch_mode_enabled() ||
          !(c10::impl::tls_local_dispatch_key_set().included_ & watchers).empty() ||
-         !std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) {
-           return !t.defined() || (is_plain(t) && !t._fw_grad(/*level=*/0).defined());
-         });
+         !std::all_of(tensors.begin(), tensors.end(),
+                      [](const at::Tensor& t) { return !t.defined() || (is_plain(t) && !has_tangent(t)); });
 }
 
 Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, const LevelTensors& held, bool by_name) {
@@ -324,6 +359,9 @@ Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, const 
 void define_level_node(py::module_& module) {
   module.def("recorded_level", &recorded_level, "The outputs of a call that was replayed, with a node of its tensors.");
   module.def("level_context", &level_context, "The context of a node that was made in C++, otherwise None.");
+  module.def("has_node_hooks", &has_node_hooks, "Whether hooks were registered on a node, other than on a tensor.");
+  py::object context = py::module_::import("torch.utils._device").attr("DeviceContext");
+  default_device = reinterpret_cast<PyTypeObject*>(context.release().ptr());  // for good
   py::class_<Context>(module, "LevelContext")
       .def_property_readonly("ints", [](const Context& context) { return context.spec().encoded().first; })
       .def_property_readonly("recorded", &Context::recorded)
@@ -339,14 +377,7 @@ void define_level_node(py::module_& module) {
                              })
       .def_property_readonly("num_saved", &Context::num_saved)
       .def_property_readonly("saved", [](const Context& context) { return wrapped(context.saved()); })
-      .def_property(
-          "losses",
-          [](const Context& context) {
-            PyObject* const losses = context.losses();
-            return losses ? py::reinterpret_borrow<py::object>(losses) : py::none();
-          },
-          // Whoever sets them holds them until they are set back.
-          [](Context& context, py::handle losses) { context.set_losses(losses.is_none() ? nullptr : losses.ptr()); });
+      .def_property("losses", &Context::losses, &Context::set_losses);
 }
 
 }  // namespace mtlk

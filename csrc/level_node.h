@@ -27,6 +27,9 @@ inline bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
+// Whether forward-mode differentiation goes through a tensor.
+bool has_tangent(const at::Tensor& tensor);
+
 // Whether someone wants to see what a call or a backward pass does, or stands behind these tensors, or has given them
 // tangents; or gradients are recorded. Undefined tensors are None.
 bool is_observed(at::TensorList tensors);

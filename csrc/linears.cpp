@@ -2,6 +2,8 @@
 
 #include "linears.h"
 
+#include <torch/csrc/autograd/python_variable.h>
+
 #include <vector>
 
 #include "modules.h"
@@ -15,9 +17,11 @@ namespace py = pybind11;
 // nobody refers to, whose code may exchange parameters.
 class Linears {
  public:
-  void add(const LinearLayer& linear) {
+  // Layer `number` of the next expert; false where the first one's has another shape.
+  bool add(const LinearLayer& linear, size_t number) {
     weights_.push_back(py::reinterpret_borrow<py::object>(linear.weight));
     biases_.push_back(linear.bias ? py::reinterpret_borrow<py::object>(linear.bias) : py::object());
+    return THPVariable_Unpack(linear.weight).sizes() == THPVariable_Unpack(weights_[number].ptr()).sizes();
   }
 
   // Layer by layer.
@@ -54,9 +58,8 @@ py::object linears_of_experts(py::handle experts, py::handle expert_type, py::ha
   const auto count = static_cast<size_t>(PyDict_Size(experts.ptr()));
   Linears found;
   const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr(), dropout_type.ptr()};
-  const auto add = [&](Py_ssize_t, Py_ssize_t, const LinearLayer& linear) {
-    found.add(linear);
-    return true;
+  const auto add = [&](Py_ssize_t, Py_ssize_t number, const LinearLayer& linear) {
+    return found.add(linear, static_cast<size_t>(number));
   };
   bool bare = true;
   return each_linear(experts.ptr(), types, heard, bare, add) ? found.take(count, bare) : py::none();

@@ -69,12 +69,13 @@ Known::Known(const at::Tensor& tensor)
 
 bool Known::is(const at::Tensor& now) const {
   return now.key_set().raw_repr() == keys_ && now.scalar_type() == type_ && now.sizes() == sizes_ &&
-         now.strides() == strides_ && now.const_data_ptr() == data_ && now.storage().nbytes() == bytes_;
+         now.strides() == strides_ && now.const_data_ptr() == data_ && now.storage().nbytes() == bytes_ &&
+         !has_tangent(now);
 }
 
 bool KnownTensors::take(const at::Tensor& tensor) {
   if (!tensor.defined()) return known_.emplace_back(), true;
-  if (!is_plain(tensor)) return false;
+  if (!is_plain(tensor) || has_tangent(tensor)) return false;
   known_.emplace_back(tensor);
   storages_.insert(tensor.storage().unsafeGetStorageImpl());
   return true;
@@ -118,7 +119,7 @@ bool Snapshot::holds(const at::Tensor& tensor) const {
 bool Snapshot::take(PyObject* object, PyObject* module_type) {
   if (is_tensor(object)) {
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    if (!is_plain(tensor)) return false;
+    if (!is_plain(tensor) || has_tangent(tensor)) return false;
     entries_.push_back({Kind::kTensor, static_cast<int64_t>(tensors_.size()), nullptr, Py_TYPE(object)});
     tensors_.emplace_back(tensor);
     storages_.insert(tensor.storage().unsafeGetStorageImpl());

@@ -17,6 +17,8 @@ from torch import Tensor
 from mtlkernels import _backends, _extension, _torch, _tracing
 
 _library = torch.library.Library("mtlkernels", "DEF")
+# What is differentiated in an operator's place, if not its reference.
+_formulas: dict[str, Callable[..., Sequence[Tensor]]] = {}
 _schemas = {line.partition("(")[0]: line for line in (Path(__file__).parent / "operators.txt").read_text().splitlines()}
 
 
@@ -34,15 +36,28 @@ def cast_first(count: int) -> Callable[..., Any]:
     return lambda args, dtype: (*(cast_floats(arg, dtype) for arg in args[:count]), *args[count:])
 
 
-def define(name: str, fake: Callable[..., Any], cast: Callable[..., Any] | None = None) -> None:
+def define(
+    name: str,
+    fake: Callable[..., Any],
+    cast: Callable[..., Any] | None = None,
+    formula: Callable[..., Sequence[Tensor]] | None = None,
+) -> None:
     """Defines an operator of operators.txt, its fake kernel, and how autocast casts: ``cast(args, dtype)``, if at all.
 
-    Autocast never reaches into an implementation, also not where it casts nothing.
+    Autocast never reaches into an implementation, also not where it casts nothing. ``formula`` is the operator in
+    PyTorch's own, for those who differentiate that, where derivatives of the reference are not the operator's.
     """
     op, _, direction = name.rpartition("_")
     if not _torch.has_schema(f"mtlkernels::{name}"):
         _library.define(_schemas[name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"mtlkernels::{name}", fake, lib=_library)
+    if formula is not None:
+        _formulas[name] = formula
+
+    def on_meta(*args: Any) -> Any:
+        _check_meta(name, args)
+        return fake(*args)
+
+    torch.library.register_fake(f"mtlkernels::{name}", on_meta, lib=_library)
 
     def reference(*args: Any) -> Any:
         return _backends.reference_implementation(op, direction)(*args)
@@ -69,16 +84,23 @@ def register_autograd(operator: str, differentiable: Callable[..., Any]) -> None
 
     The public functions apply the op's autograd Function themselves; this serves direct calls of the operator, and
     torch.compile of torch.func.vmap, which traces past autograd Functions. Where there is nothing to record on a CPU,
-    C++ comes before it.
+    C++ comes before it. PyTorch's own operators serve transforms of torch.func, which cannot apply a Function within an
+    operator, and forward-mode differentiation, for which the Functions have no rule.
     """
     overload = getattr(torch.ops.mtlkernels, operator).default
     op, _, direction = operator.rpartition("_")
 
+    def plain(*args: Any) -> Any:
+        formula = _formulas.get(operator)
+        return _backends.reference_implementation(op, direction)(*args) if formula is None else list(formula(*args))
+
     def kernel(keyset: Any, *args: Any) -> Any:
-        if _torch.in_dual_level() or _tracing.counts_flops():
+        if _torch.in_dual_level():
+            return plain(*args)
+        if _tracing.counts_flops():
             return _backends.reference_implementation(op, direction)(*args)
         if torch.is_grad_enabled() and any(_requires_grad(arg) for arg in args):
-            return differentiable(*args)
+            return plain(*args) if _torch.func_transforms_active() else differentiable(*args)
         with _torch.below_autograd():
             return overload.redispatch(keyset & _torch.AFTER_AUTOGRAD_KEYS, *args)
 
@@ -91,6 +113,29 @@ def _requires_grad(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.requires_grad
     return isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) and item.requires_grad for item in value)
+
+
+def _check_meta(operator: str, args: Sequence[Any]) -> None:
+    """Refuses tensors of the meta device beside others, with which PyTorch comes to a fake kernel too.
+
+    It would return memory of the others' device that nobody has written to. Stand-ins for tensors are left to those who
+    trace.
+    """
+    tensors = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    tensors = [value for value in tensors if isinstance(value, Tensor)]
+    kinds = {tensor.device.type for tensor in tensors}
+    if len(kinds) == 1 or "meta" not in kinds or any(isinstance(tensor, _torch.TRACED) for tensor in tensors):
+        return
+    schema = getattr(torch.ops.mtlkernels, operator).default._schema
+    places: list[tuple[str, torch.device]] = []
+    for argument, value in zip((argument.name for argument in schema.arguments), args, strict=True):
+        if isinstance(value, Tensor):
+            places.append((argument, value.device))
+        elif isinstance(value, (list, tuple)):
+            places += [(f"{argument}[{i}]", t.device) for i, t in enumerate(value) if isinstance(t, Tensor)]
+    first, device = places[0]
+    name, other = next((name, other) for name, other in places if other.type != device.type)
+    raise ValueError(f"{name} must be on the device of {first}, {device}, got {other}: move one by .to(device)")
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 # pyright: reportAttributeAccessIssue=false
@@ -87,6 +88,15 @@ def is_vmapped(tensor: Tensor) -> bool:
     return False
 
 
+def uncounted_writes(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Within it writes to these tensors leave their versions, by which autograd tells that a saved tensor changed.
+
+    Tensors that were made in inference mode have none.
+    """
+    kept = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(kept)
+
+
 def in_compiled_autograd() -> bool:
     """Whether ``torch._dynamo.compiled_autograd`` takes down what backward passes do instead of doing it."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")
@@ -96,6 +106,11 @@ def in_compiled_autograd() -> bool:
 def sequence_number(node: Any) -> int:
     """Of a node of autograd's graph: the later in a thread's forward pass, the larger."""
     return int(node._sequence_nr())
+
+
+def will_execute(node: Any) -> bool:
+    """Whether the backward pass that this thread is in comes to a node."""
+    return bool(torch._C._will_engine_execute_node(node))
 
 
 def is_node_of(node: Any, function: Any) -> bool:
@@ -111,6 +126,15 @@ def is_leaf_node(node: Any) -> bool:
 def is_reentrant_checkpoint(node: Any) -> bool:
     """Whether a node is that of ``torch.utils.checkpoint`` with ``use_reentrant=True``, or of a Function like it."""
     return "CheckpointFunction" in node.name()
+
+
+def waits_for_backward(node: Any) -> bool:
+    """Whether a node is that by which DistributedDataParallel notices the first backward pass of a static graph."""
+    if type(node).__name__ != "_DDPSinkBackward":
+        return False
+    wrapper = getattr(node, "ddp_weakref", lambda: None)()
+    static = getattr(wrapper, "static_graph", False)
+    return bool(static and not getattr(wrapper, "_static_graph_delay_allreduce_enqueued", True))
 
 
 def is_flat_parameter(tensor: Tensor) -> bool:

@@ -28,7 +28,7 @@ GRADS = [torch.zeros(ROWS, 4) for _ in range(3)]
 TASKS = [torch.zeros(3), torch.zeros(3), torch.zeros(2, 2), torch.zeros(2, 2)]
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "integers": lambda t: t.short(),
-    "elsewhere": lambda t: t.to("meta"),
+    "meta": lambda t: t.to("meta"),
     "sparse": lambda t: t.to_sparse(),
     "wrapped": Wrapped,
     "another dimension": lambda t: torch.stack([t, t]),
@@ -36,6 +36,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "twice the rows": lambda t: torch.cat([t, t]),
     "twice the columns": lambda t: torch.cat([t, t], -1),
 }
+PLACES: dict[str, Callable[[Tensor], Tensor]] = {"cpu": lambda t: torch.zeros(t.shape, dtype=t.dtype), **WRONG}
 # An operand, or a list of them, for which these are as good.
 FINE = {
     "seed": {"no dimension"},
@@ -90,7 +91,7 @@ def mistakes(name: str, arguments: tuple[Any, ...], wrong: str) -> Iterator[tupl
                 continue
             if (name, argument, wrong) == ("snr_aver_forward", "z", "twice the rows"):  # more outputs
                 continue
-            changed = WRONG[wrong](tensor)
+            changed = PLACES[wrong](tensor)
             given = [changed if i == j else other for j, other in enumerate(value)] if several else changed
             yield f"{argument}[{i}]", (*arguments[:at], given, *arguments[at + 1 :])
 
@@ -113,6 +114,44 @@ def test_of_an_operator(name: str, arguments: tuple[Any, ...], wrong: str) -> No
 def test_of_a_level(wrong: str) -> None:
     for name, arguments in of_levels():
         check(name, arguments, wrong)
+
+
+@pytest.mark.parametrize("elsewhere", ["cpu", "meta"])
+def test_meta_tensors_beside_others(elsewhere: str) -> None:
+    """Also by the dispatcher, which then takes the kernel that computes shapes alone: one of them, or all but one."""
+    others = "meta" if elsewhere == "cpu" else "cpu"
+    for name, arguments in (*CALLS, *of_levels()):
+        call, given = getattr(torch.ops.mtlkernels, name), on(others, arguments)
+        call(*given)
+        for _, mistaken in mistakes(name, given, elsewhere):
+            kinds = f"({others}, got {elsewhere}|{elsewhere}, got {others})"
+            with pytest.raises(
+                ValueError, match=rf"^\w+(\[\d+\])? must be on the device of \w+(\[\d+\])?, {kinds}: move"
+            ):
+                call(*mistaken)
+
+
+def on(device: str, arguments: Any) -> Any:
+    """The arguments with their tensors there."""
+    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+
+
+def test_which_of_the_tensors_is_on_meta() -> None:
+    logits = [LOGITS[0], LOGITS[1].to("meta")]
+    message = r"^gate_logits\[1\] must be on the device of experts, cpu, got meta: move one by .to\(device\)$"
+    with pytest.raises(ValueError, match=message):
+        torch.ops.mtlkernels.gated_mixture_forward(EXPERTS, logits, *GATES)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.mtlkernels.gated_mixture_forward(EXPERTS.clone().requires_grad_(), logits, *GATES)
+
+
+def test_stand_ins_on_meta() -> None:
+    """Those who trace say themselves what may stand beside what."""
+    with torch._subclasses.FakeTensorMode() as mode:
+        experts, *logits = (mode.from_tensor(tensor) for tensor in (EXPERTS, *LOGITS))
+        for made in (logits, [t.to("meta") for t in logits]):
+            (y, _) = torch.ops.mtlkernels.gated_mixture_forward(experts, made, *GATES)
+            assert y.shape == (ROWS, 4) and y.device.type == "cpu"
 
 
 LEVEL = operator.with_gate_layers(torch.float32, ROWS, False)
@@ -139,6 +178,16 @@ COUNTS: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         "gated_mixture_forward",
         lambda: (EXPERTS, LOGITS, [0, -1, 0, 1, 2], [2, 3]),
         r"\[0, 3\), got -1",
+    ),
+    "a gate of fewer than none": (
+        "gated_mixture_forward",
+        lambda: (EXPERTS, [t[:, :n] for t, n in zip(LOGITS, (1, 3), strict=True)], [0, 1], [-1, 3]),
+        r"gate_sizes must be in \[0, 2\].* got -1",
+    ),
+    "a gate of many": (
+        "gated_mixture_forward",
+        lambda: (EXPERTS, LOGITS, [0, 1, 0, 1, 2], [2**32 + 2, 3]),
+        r"gate_sizes must be in \[0, 5\].* got 4294967298",
     ),
     "logits too few": ("gated_mixture_forward", lambda: (EXPERTS, LOGITS[:1], *GATES), "each of 2 gates, got 1"),
     "a gradient too few": (

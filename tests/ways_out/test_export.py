@@ -5,6 +5,8 @@ AOTInductor, which takes a compiler half a minute, is run by the snippets of ``d
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtlkernels as mk
 from mtlkernels import _tracing
-from tests.ways_out.kinds import ALL, CONVERTED, MIXTURES, ROUTES, SNRS, TRUNKS, assert_same, names_of, parameters_of
+from tests.ways_out.kinds import (
+    ALL,
+    CONVERTED,
+    MIXTURES,
+    ROUTES,
+    SNRS,
+    TRUNKS,
+    WIDTH,
+    assert_same,
+    names_of,
+    parameters_of,
+)
 
 KINDS = {**CONVERTED, **TRUNKS, **MIXTURES, **ROUTES, **SNRS}
 # Of torch.jit.trace, and of forward-mode differentiation, which is made of torch.jit.script.
@@ -56,6 +69,58 @@ def test_export_strictly(name: str) -> None:
         names = names_of(program.graph)
         assert operators(names)
         assert_same(program.module()(*kind.inputs(9, 1)), model(*kind.inputs(9, 1)))
+
+
+TRAINED: dict[str, Callable[[], Any]] = {
+    "MMoE": lambda: mk.nn.MMoE(WIDTH, 2, (5,), num_experts=2, batch_norm=True),
+    "PLE of two levels with dropout": lambda: mk.nn.PLE(
+        WIDTH, 2, (6, 5), num_levels=2, num_specific=1, num_shared=1, batch_norm=True, dropout=0.3
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "strict"), [("MMoE", False), ("MMoE", True), ("PLE of two levels with dropout", False)]
+)
+def test_a_program_of_training_is_saved_and_loaded(name: str, strict: bool) -> None:
+    """Its outputs, gradients and running statistics are the model's."""
+    model, x = TRAINED[name]().train(), torch.randn(9, WIDTH)
+    program = torch.export.export(model, (torch.randn(5, WIDTH),), dynamic_shapes=({0: ROWS},), strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded: Any = torch.export.load(file).module()
+    results = []
+    for module in (loaded, model):
+        torch.manual_seed(1)
+        results.append(module(x))
+        sum(y.square().sum() for y in results[-1]).backward()
+    assert_same(*results)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(loaded.get_parameter(key).grad, parameter.grad)
+    for key, buffer in model.named_buffers():
+        torch.testing.assert_close(loaded.get_buffer(key), buffer)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", ["CGC with batch norm", "gated_mixture", "snr_aver"])
+def test_transforms_of_a_program(name: str, grad: bool) -> None:
+    """torch.func differentiates its module as it does the model, also where it was exported to serve."""
+    kind = ALL[name]
+    model, x = kind.model().double(), kind.inputs(5, 0)[0].double()
+    with torch.set_grad_enabled(grad):
+        program: Any = torch.export.export(model, (x,)).module()
+    parameters = parameters_of(model)
+
+    def loss(module: Any) -> Callable[[Any, torch.Tensor], Any]:
+        return lambda given, x: sum(y.square().sum() for y in torch.func.functional_call(module, given, (x,)))
+
+    of_batches = torch.func.vmap(torch.func.grad(loss(program)), (None, 0))(parameters, torch.stack([x, x * 2]))
+    for i, scaled in enumerate((x, x * 2)):
+        for key, expected in torch.func.grad(loss(model))(parameters, scaled).items():
+            torch.testing.assert_close(of_batches[key][i], expected)
+    second = torch.func.hessian(loss(program), 1)(parameters, x)
+    torch.testing.assert_close(second, torch.func.hessian(loss(model), 1)(parameters, x))
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["operators", "reference"])

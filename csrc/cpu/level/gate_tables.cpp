@@ -6,11 +6,13 @@ namespace mtlk {
 
 GateTables::GateTables(at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes, int64_t experts) {
   MTLK_CHECK_VALUE(!gate_sizes.empty(), "there must be a gate");
-  int column = 0;
+  int64_t column = 0;
   for (const int64_t size : gate_sizes) {
-    begin_.push_back(column);
+    MTLK_CHECK_VALUE(size >= 0 && size <= static_cast<int64_t>(gate_experts.size()), "gate_sizes must be in [0, ",
+                     gate_experts.size(), "], the columns that gate_experts has, got ", size);
+    begin_.push_back(static_cast<int>(column));
     sizes_.push_back(static_cast<int>(size));
-    column += static_cast<int>(size);
+    column += size;
   }
   MTLK_CHECK_VALUE(static_cast<int64_t>(gate_experts.size()) == column,
                    "gate_experts must hold an expert for each column of the gates, got ", gate_experts.size(), " for ",
@@ -27,7 +29,7 @@ GateTables::GateTables(at::IntArrayRef gate_experts, at::IntArrayRef gate_sizes,
     for (int i = 0; i < sizes_[gate]; ++i, ++c) uses_[next[gate_experts[c]]++] = {gate, c};
   }
   gates_.count = static_cast<int>(sizes_.size());
-  gates_.columns = column;
+  gates_.columns = static_cast<int>(column);
   gates_.sizes = sizes_.data();
   gates_.begin = begin_.data();
   gates_.use_begin = use_begin_.data();

@@ -72,8 +72,9 @@ class Level(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_outputs = grads[: ctx.num_gates]
         nothing = (None,) * len(ctx.needs_input_grad)
-        if ctx.losses is not None:
-            ctx.losses.run(ctx, grad_outputs)
+        losses = ctx.losses
+        if losses is not None and losses.runs():
+            losses.run(ctx, grad_outputs)
             return nothing
         if all(grad is None for grad in grad_outputs):
             return nothing

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from mtlkernels._tracing import observed
 from mtlkernels.ops._autograd import grads_are_batched
 from mtlkernels.ops.level import autograd
 from mtlkernels.ops.level.spec import LevelSpec
+
+_NUMBERS = itertools.count(1)
+_LIVE: WeakValueDictionary[int, Losses] = WeakValueDictionary()
 
 
 class Node:
@@ -33,18 +38,17 @@ class Node:
 
     @property
     def losses(self) -> Losses | None:
-        found: Losses | None = self._context.losses
-        return found
+        return _LIVE.get(self._context.losses)
 
     @losses.setter
     def losses(self, losses: Losses | None) -> None:
-        self._context.losses = losses
+        self._context.losses = 0 if losses is None else losses.number
 
     @cached_property
     def needs_input_grad(self) -> tuple[bool, ...]:
         """As that of :meth:`Level.apply`'s arguments. For several losses whatever this pass is after."""
-        context = self._context
-        return (False, *(context.needs if context.losses is None else context.variables), False)
+        context, losses = self._context, self.losses
+        return (False, *(context.variables if losses is not None and losses.runs() else context.needs), False)
 
     @property
     def saved_tensors(self) -> tuple[Any, ...]:
@@ -62,7 +66,7 @@ def gradients_of_node(context: Any, grads: Sequence[Any]) -> Any:
     Of a call that was recorded it first asks :func:`replayed` and then :func:`recorded`, unless somebody looks on.
     """
     watched = torch.is_grad_enabled() or observed() or grads_are_batched(grads)
-    if watched or not context.recorded or context.losses is not None:
+    if watched or not context.recorded or context.losses:
         return autograd.Level.backward(Node(context), *grads)[1:-1]
     stored, count = context.saved, context.num_saved
     return recorded(context.words, grads, stored[: len(stored) - count], stored[len(stored) - count :], context.flags)
@@ -99,14 +103,24 @@ def level_of(node: Any) -> Any:
 class Losses:
     """What several losses' passes bring to a level's outputs; once it has run, what they take on from its inputs.
 
-    ``loss`` is the one whose pass runs the level.
+    ``loss`` is the one whose pass runs the level, and ``mark`` a node in that pass and in no other. A node that C++ has
+    made knows losses by their ``number``, which means nothing any more when they are gone.
     """
 
     def __init__(self, count: int) -> None:
-        self.loss = 0
+        self.loss, self.mark = 0, cast(Any, None)
+        self.number = next(_NUMBERS)
+        _LIVE[self.number] = self
         self._grads: list[Sequence[Tensor | None]] = [()] * count
         self._found: list[list[Tensor | None]] = [[] for _ in range(count)]
         self._stream: Any = None
+
+    def runs(self) -> bool:
+        """Whether the backward pass that asks is the one that is to run the level.
+
+        Others come to its node meanwhile, from a hook within that pass or from another thread.
+        """
+        return _torch.will_execute(self.mark)
 
     def hold(self, loss: int, grad_outputs: Sequence[Tensor | None]) -> None:
         self._grads[loss] = grad_outputs

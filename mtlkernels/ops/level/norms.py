@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,11 +177,13 @@ def check_rows(norms: Sequence[Norm], rows: int) -> None:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
 
 
-@torch.no_grad()
 def update_running_statistics(
     norms: Sequence[Norm], experts: Sequence[int], statistics: Sequence[Tensor], rows: int
 ) -> None:
     """What ``nn.BatchNorm1d`` does with the statistics of a batch in training.
+
+    As there, autograd does not count it as a change of the running ones: an earlier pass in evaluation may be waiting
+    for its backward pass.
 
     Args:
         norms: of the layers that have one, in order.
@@ -190,9 +192,54 @@ def update_running_statistics(
             unbiased.
         rows: B.
     """
-    counts: list[Tensor] = []
-    averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    cumulative: list[tuple[Tensor, Tensor, Tensor]] = []
+    if _torch.compiling():  # a program of torch.export with gradients switched off in its middle cannot be loaded
+        _updates(norms, experts, [value.detach() for value in statistics], rows).write()
+        return
+    with torch.no_grad():
+        updates = _updates(norms, experts, statistics, rows)
+        with _torch.uncounted_writes(updates.running()):
+            updates.write()
+
+
+class _Updates(NamedTuple):
+    """What a batch is about to do to batch norms.
+
+    Attributes:
+        counts: of batches, to be raised by one.
+        averages: for each momentum, running statistics and those of the batch.
+        cumulative: running statistics that are means of all batches, those of the batch, and the count.
+    """
+
+    counts: list[Tensor]
+    averages: dict[float, tuple[list[Tensor], list[Tensor]]]
+    cumulative: list[tuple[Tensor, Tensor, Tensor]]
+
+    def running(self) -> list[Tensor]:
+        """All running statistics."""
+        of_momenta = [average for running, _ in self.averages.values() for average in running]
+        return [*of_momenta, *(average for average, _, _ in self.cumulative)]
+
+    def write(self) -> None:
+        """Brings counts and running statistics up to date."""
+        vmapped = any(map(_torch.is_vmapped, [*self.counts, *self.running()]))
+        if vmapped:  # there is no rule for operators that take lists, nor for lerp_
+            for count in self.counts:
+                count.add_(1)
+            for momentum, pairs in self.averages.items():
+                for average, value in zip(*pairs, strict=True):
+                    average.add_(value - average, alpha=momentum)
+        else:
+            if self.counts:
+                torch._foreach_add_(self.counts, 1)
+            for momentum, (running, values) in self.averages.items():
+                torch._foreach_lerp_(running, values, momentum)
+        for average, value, batches in self.cumulative:
+            average.lerp_(value, 1 / batches.to(average.dtype))
+
+
+def _updates(norms: Sequence[Norm], experts: Sequence[int], statistics: Sequence[Tensor], rows: int) -> _Updates:
+    """Of the arguments of :func:`update_running_statistics`."""
+    updates = _Updates([], {}, [])
     for norm, mean, variance in zip(norms, statistics[: len(norms)], statistics[len(norms) :], strict=True):
         if norm.code != BATCH_NORM:
             continue
@@ -203,29 +250,16 @@ def update_running_statistics(
                 continue
             batches = module.num_batches_tracked
             if batches is not None:
-                counts.append(batches)
+                updates.counts.append(batches)
             for running, value in zip((module.running_mean, module.running_var), batch, strict=True):
                 value = value.to(running.dtype)
                 if module.momentum is not None:
-                    pair = averages.setdefault(float(module.momentum), ([], []))
+                    pair = updates.averages.setdefault(float(module.momentum), ([], []))
                     pair[0].append(running)
                     pair[1].append(value)
                 elif batches is not None:
-                    cumulative.append((running, value, batches))
-    written = [*counts, *(average for pairs in averages.values() for average in pairs[0])]
-    if any(map(_torch.is_vmapped, written)):  # there is no rule for operators that take lists, nor for lerp_
-        for count in counts:
-            count.add_(1)
-        for momentum, pairs in averages.items():
-            for average, value in zip(*pairs, strict=True):
-                average.add_(value - average, alpha=momentum)
-    else:
-        if counts:
-            torch._foreach_add_(counts, 1)
-        for momentum, (running, values) in averages.items():
-            torch._foreach_lerp_(running, values, momentum)
-    for average, value, batches in cumulative:
-        average.lerp_(value, 1 / batches.to(average.dtype))
+                    updates.cumulative.append((running, value, batches))
+    return updates
 
 
 def running_parts(norm: Any) -> tuple[Any, ...] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from mtlkernels import _torch
+from mtlkernels import _extension, _torch
 from mtlkernels.ops.level.node import Losses, level_of
 
 Grads = list[Tensor | None]
@@ -99,7 +99,7 @@ def _runs_levels(parts: Sequence[Part]) -> bool:
 
 
 def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int], reached: set[Any]) -> bool:
-    """Fills a part with what is below ``start``; False where some of that is in another one, or a module's hook.
+    """Fills a part with what is below ``start``; False where some is in another one, or a hook stands against it.
 
     ``reached`` gets the nodes to which any of these leads but levels.
     """
@@ -113,6 +113,8 @@ def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int]
             continue
         numbers[node] = number
         if level_of(node) is not None:
+            if _has_hooks(node):
+                return False
             part.levels.append(node)
             continue
         if _torch.is_module_hook(node):
@@ -123,6 +125,11 @@ def _walk(start: Sequence[Any], part: Part, number: int, numbers: dict[Any, int]
         reached.update(below)
         stack += below
     return True
+
+
+def _has_hooks(level: Any) -> bool:
+    """Whether hooks wait on a level's node itself, which would be called for one of several losses alone."""
+    return _extension.has_module() and bool(_extension.function("has_node_hooks")(level))
 
 
 def differentiate(
@@ -152,8 +159,8 @@ def differentiate(
             sought: list[Any] = [*(leaves[at] for at in wanted), *itertools.chain(*ends.values())]
             if not outputs or not sought:
                 continue
-            with _run(running, of_losses, i):
-                found = iter(torch.autograd.grad(outputs, sought, grads, retain_graph=i < last, allow_unused=True))
+            with _run(running, of_losses, i) as marks:
+                found = iter(_gradients(outputs, sought, grads, marks, retain_graph=i < last))
             for at in wanted:
                 result[i][at] = _sum(result[i][at], next(found))
             for level, edges in ends.items():
@@ -195,15 +202,36 @@ def _last_to_reach(starts: Sequence[tuple[Sequence[Any], Any]], part: Part) -> d
 
 
 @contextmanager
-def _run(levels: Sequence[Any], of_losses: dict[Any, Losses], loss: int) -> Iterator[None]:
-    """The nodes of these levels see to all losses, of which this one's pass comes to them."""
+def _run(levels: Sequence[Any], of_losses: dict[Any, Losses], loss: int) -> Iterator[tuple[Tensor, Tensor] | None]:
+    """The nodes of these levels see to all losses, of which this one's pass comes to them.
+
+    It is to go from the first of two tensors to the second, too, by which the nodes know it.
+    """
+    if not levels:
+        yield None
+        return
+    with torch.enable_grad():
+        leaf = torch.zeros((), device="cpu", requires_grad=True)
+        root = leaf.clone()
     try:
         for level in levels:
-            of_losses[level].loss, level_of(level).losses = loss, of_losses[level]
-        yield
+            losses = of_losses[level]
+            losses.loss, losses.mark = loss, root.grad_fn
+            level_of(level).losses = losses
+        yield root, leaf
     finally:
         for level in levels:
             level_of(level).losses = None
+
+
+def _gradients(
+    outputs: Sequence[Any], sought: Sequence[Any], grads: Any, marks: tuple[Tensor, Tensor] | None, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """Those of one pass, and behind them that of the second of the marks, if there are any."""
+    if marks is not None:
+        grads = [*([None] * len(outputs) if grads is None else grads), None]
+        outputs, sought = [*outputs, marks[0]], [*sought, marks[1]]
+    return torch.autograd.grad(outputs, sought, grads, retain_graph=retain_graph, allow_unused=True)
 
 
 def _is_plain_leaf(node: Any) -> bool:

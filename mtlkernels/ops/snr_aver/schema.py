@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mtlkernels._library import cast_first, define, empty
+from mtlkernels.ops.snr_aver import reference
 
 
 def _forward(u: list[Tensor], z: Tensor) -> list[Tensor]:
@@ -17,5 +18,5 @@ def _backward(
     return [empty(x, x.shape) for x in u] if need_u else [], [empty(z, z.shape)] if need_z else []
 
 
-define("snr_aver_forward", _forward, cast_first(1))
+define("snr_aver_forward", _forward, cast_first(1), reference.formula)
 define("snr_aver_backward", _backward)

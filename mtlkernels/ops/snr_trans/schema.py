@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mtlkernels._library import cast_first, define, empty
+from mtlkernels.ops.snr_trans import reference
 
 
 def _forward(u: list[Tensor], weights: list[Tensor], z: Tensor) -> list[Tensor]:
@@ -32,5 +33,5 @@ def _backward(
     return grad_u, grad_weights, [empty(z, z.shape)] if need_z else []
 
 
-define("snr_trans_forward", _forward, cast_first(2))
+define("snr_trans_forward", _forward, cast_first(2), reference.formula)
 define("snr_trans_backward", _backward)
