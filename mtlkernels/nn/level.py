@@ -132,9 +132,12 @@ def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], l
         rows.append([plain_parameters(layer) for layer in layers])
         if None in rows[-1]:
             return None
-    found: list[Any] = list(zip(*rows, strict=True))
-    if any(len({bias is None for _, bias in layer}) > 1 for layer in found):
+    if any(len(row) != len(rows[0]) for row in rows):
         return None
+    found: list[Any] = list(zip(*rows, strict=True))
+    for (weight, bias), *others in found:
+        if any(w.shape != weight.shape or (b is None) != (bias is None) for w, b in others):
+            return None
     weights = [[w for w, _ in layer] for layer in found]
     return weights, [None if layer[0][1] is None else [b for _, b in layer] for layer in found], bare
 

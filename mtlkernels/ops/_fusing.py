@@ -172,6 +172,8 @@ def kind_of_norm(norm: Any) -> tuple[Any, ...] | None:
         return None
     if kind is nn.BatchNorm1d and "running_mean" not in norm._buffers:  # but a parameter, say, that has taken its name
         return None
+    if ("weight" not in norm._parameters or "bias" not in norm._parameters) and has_hooks(norm):
+        return None  # a hook that makes one of them, as that of nn.utils.prune
     return kind, norm.eps, uses_running(norm)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import mtlkernels as mk
 from tests.seeding import seed
@@ -128,6 +129,47 @@ def test_what_modules_do_otherwise(edit: str) -> None:
             for y, right, old in zip(model(x), model.level._by_modules([x]), before, strict=True):
                 torch.testing.assert_close(y, right)
                 assert edit == "weights from elsewhere" or (y - old).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("which", ["weight", "bias"])
+@pytest.mark.parametrize("first", [True, False])
+def test_pruned_norms(first: bool, which: str) -> None:
+    """What pruning makes of a parameter is made anew by a hook of the norm, in training once a step."""
+    model, x = _level(batch_norm=True), torch.randn(30, 12)
+    for expert in list(model.level.experts)[: 1 if first else None]:
+        nn.init.uniform_(expert.norms[0].bias)
+        prune.l1_unstructured(expert.norms[0], which, amount=0.5)
+    original = getattr(model.level.experts[0].norms[0], f"{which}_orig")
+    for _ in range(2):
+        sum(y.square().mean() for y in model(x)).backward()
+    assert original.grad is not None
+    model.eval()
+    _calls(model, x)
+    with torch.no_grad():
+        original.mul_(10)
+        for y, right in zip(model(x), model.level._by_modules([x]), strict=True):
+            torch.testing.assert_close(y, right)
+
+
+def _wider(expert: Any) -> None:
+    expert.linears[0], expert.linears[1] = nn.Linear(12, 20), nn.Linear(20, 8)
+
+
+def _deeper(expert: Any) -> None:
+    expert.linears.insert(1, nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize("forced", [None, "reference"])
+@pytest.mark.parametrize("change", [_wider, _deeper])
+def test_an_expert_of_other_layers(change: Callable[[Any], None], forced: str | None) -> None:
+    """Then experts are called as modules."""
+    model, x = _level(), torch.randn(30, 12)
+    _calls(model, x)
+    change(model.level.experts[1])
+    for record in (False, True):
+        with torch.set_grad_enabled(record), mk.use_backend(forced) if forced else torch.enable_grad():
+            for y, right in zip(model(x), model.level._by_modules([x]), strict=True):
+                torch.testing.assert_close(y, right)
 
 
 def test_norms_that_all_experts_get() -> None:

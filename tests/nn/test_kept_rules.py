@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import mtlkernels as mk
 from mtlkernels import _extension
@@ -62,6 +63,37 @@ def test_another_routing(streams: Any, gates: Any, batch_norm: bool) -> None:
         found, expected = level(x), fresh(x)
     assert not torch.equal(before[0], expected[0])
     torch.testing.assert_close(found, expected)
+
+
+@requires.cpp_kernels
+def test_a_default_device_does_not_look_on() -> None:
+    """It is a mode of PyTorch's like those that do."""
+    model = KINDS["MMoE"]()
+    with torch.no_grad(), torch.device("cpu"):
+        for _ in range(4):
+            model(X)
+        assert model.level.served(X) is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")  # what PyTorch has for tangents in place
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_tangents_of_a_parameter(batch_norm: bool) -> None:
+    """Which it gets in place, behind calls without."""
+    model = KINDS["MMoE"](batch_norm=batch_norm).eval()
+    weight = model.level.experts[0].linears[0].weight
+
+    def tangent(call: Any) -> Any:
+        with torch.no_grad(), forward_ad.dual_level():
+            weight.copy_(forward_ad.make_dual(weight.clone(), torch.rand_like(weight)))
+            return forward_ad.unpack_dual(call()[0]).tangent
+
+    with torch.no_grad():
+        for _ in range(5):
+            model(X)
+    torch.manual_seed(0)
+    found = tangent(lambda: model(X))
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, tangent(lambda: model.level._by_modules([X])))
 
 
 def _wait(model: Any, calls: int, every: int) -> int:
