@@ -234,6 +234,21 @@ def test_a_converted_model() -> None:
     assert_serves_as(model, mk.prepare(converted), torch.ones(200, 40))
 
 
+def test_a_reverted_copy_trains() -> None:
+    """Converted anew it is a model like any other."""
+    prepared = mk.prepare(converted())
+    mk.revert(prepared)
+    assert "replaced" in str(mk.convert(prepared))
+    prepared.train()([torch.randn(64, 40)] * 2, torch.randn(64, 40))
+
+
+@pytest.mark.parametrize("change", [lambda p: p.to(torch.int8), lambda p: p.to("meta")], ids=["int8", "meta"])
+def test_parameters_that_no_kernel_takes_stay(change: Any) -> None:
+    model = trunk()
+    model.codes = nn.Parameter(change(torch.ones(4, 4)), requires_grad=False)
+    serve(mk.prepare(model), torch.randn(5, 40))
+
+
 def test_bad_input() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
         mk.prepare(3)  # type: ignore[arg-type]

@@ -70,6 +70,7 @@ MISTAKES = [
     (((), ((0,),)), ValueError, r"expert_inputs .*at least one expert.*, got an empty"),
     ((0, ((0,),)), TypeError, r"expert_inputs must be a sequence of ints, got int"),
     (("01", ((0,),)), TypeError, r"expert_inputs must be a sequence of ints, got str"),
+    ((b"\0\0", ((0,),)), TypeError, r"expert_inputs must be a sequence of ints, got bytes"),
     (((0.0,), ((0,),)), TypeError, r"expert_inputs must hold ints, got float \(0.0\)"),
     (((True,), ((0,),)), TypeError, r"expert_inputs must hold ints, got bool"),
     (((0, -1), ((0,),)), ValueError, r"expert_inputs\[1\] must be .*at least 0, got -1"),

@@ -14,6 +14,7 @@ from mtlkernels.testing import (
     assert_within_budget,
     evaluate,
     laid_out,
+    over_budget,
     poisoned_outputs,
     random_expert_mixture,
     random_routing,
@@ -51,6 +52,23 @@ def test_values_that_are_not_finite_dtypes_and_shapes(results) -> None:
     ):
         with pytest.raises(AssertionError, match=message):
             assert_within_budget({**actual, "outputs": [wrong, actual["outputs"][1]]}, exact, usual)
+
+
+def test_other_groups_and_slack(results) -> None:
+    actual, exact, usual = results
+    assert "results are of" in (over_budget({**actual, "others": []}, exact, usual) or "")
+    far = {"outputs": [torch.ones(2)]}
+    near = {"outputs": [torch.zeros(2)]}
+    assert "over the budget" in (over_budget(far, near, near) or "")
+    assert over_budget(far, near, near, slack=far) is None
+
+
+def test_poisoning_leaves_settings_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fill in (False, True):
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)
+        with poisoned_outputs():
+            assert torch.empty(2).isnan().all()
+        assert torch.utils.deterministic.fill_uninitialized_memory is fill
 
 
 def test_memory_is_poisoned_in_python_and_for_operators() -> None:

@@ -26,6 +26,7 @@ from mtlkernels._convert.paying import FORCE, slower
 from mtlkernels._convert.registration import Registration
 from mtlkernels._convert.registry import find_converter, known_names
 from mtlkernels._convert.report import ConversionReport, Line
+from mtlkernels._convert.values import TooMuch
 from mtlkernels._convert.watched import changed, watched
 from mtlkernels.nn import CGC, PLE, SNR, MMoE
 
@@ -152,7 +153,10 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
         kind = converted_class(converter.base, type(module), converter.method, converter.source)
         kinds = (original_class(type(part)) or type(part) for part in module.modules())
         tried = frozenset(kind for kind in kinds if not is_torchs(kind))
-        found = watched(module, converter.method, converter.read(module))
+        try:
+            found = watched(module, converter.method, converter.read(module))
+        except TooMuch as error:
+            return [_left_alone(line, str(error)) for line in planned]
         module.__class__ = kind
         vars(module).update({PLAN: plan, CLASSES: tried, WATCHED: found})
         if force:

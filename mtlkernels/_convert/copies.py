@@ -250,13 +250,14 @@ def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]
         return all(same(a, b, tolerance, seen) for a, b in parts)
     if hasattr(expected, "__dict__") and not same(vars(actual), vars(expected), tolerance, seen):
         return False
-    slots = [name for kind in type(expected).__mro__ for name in _slots(kind)]
+    slots = [name for kind in type(expected).__mro__ for name in slots_of(kind)]
     if slots:
         return all(same(getattr(actual, name, None), getattr(expected, name, None), tolerance, seen) for name in slots)
     return hasattr(expected, "__dict__") or _same_states(actual, expected, tolerance, seen)
 
 
-def _slots(kind: type) -> Sequence[str]:
+def slots_of(kind: type) -> Sequence[str]:
+    """The names of a class's slots."""
     names = vars(kind).get("__slots__", ())
     return [name for name in ((names,) if isinstance(names, str) else names) if name not in ("__dict__", "__weakref__")]
 

@@ -98,12 +98,14 @@ class LevelDescription:
         return None
 
     def roots(self, module: Any, routing: Routing) -> Any:
-        """All that a call depends on beside its inputs; None where :meth:`prepare` says that it cannot be read."""
+        """All that a call depends on beside its inputs; None where :meth:`prepare` says that it cannot be read.
+
+        Which stream a gate reads is not among it: calls are kept where gates read one stream, or each its own.
+        """
         try:
             gates: Any = self.gates(module)
-            inputs = None if self.gate_inputs is None else tuple(self.gate_inputs(module))
             chains = list(self.experts(module)), gates if isinstance(gates, Tensor) else list(gates)
-            return *chains, list(self.parts(module)), inputs, routing.expert_inputs, routing.gate_experts
+            return *chains, list(self.parts(module)), routing.expert_inputs, routing.gate_experts
         except Exception:  # of a description that what has become of the module does not fit
             return None
 

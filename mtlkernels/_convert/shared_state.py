@@ -10,7 +10,7 @@ import collections
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class SharedState:
         self._kept: list[_Kept] = []
         self._seen: set[int] = set()
         self._judged = True
-        self._packages = set(map(_package, _classes(module)))
+        self._packages = set(map(package_of, _classes(module)))
         for kind in _classes(module):
             self._keep_class(kind)
             for code in map(_function, list(vars(kind).values())):
@@ -53,7 +53,7 @@ class SharedState:
                     self._keep_named(code)
         for part in module.modules():
             for code in _functions_in(vars(part)):
-                if _is_users(code):
+                if is_users(code):
                     self._keep_named(code)
         self._judged = False
         for hook in _hooks(module):
@@ -61,13 +61,19 @@ class SharedState:
         self._judged = True
 
     def keep_common(self, module: nn.Module, other: nn.Module) -> None:
-        """Objects that a copy shares with its original, as those do that have a file or say how they are copied."""
+        """What a copy shares with its original: objects that have a file or say how they are copied, and classes.
+
+        Those are classes that it holds, and those of objects that it holds.
+        """
         parts = dict(other.named_modules())
         for path, part in module.named_modules():
             own = vars(parts[path]) if path in parts else {}
             for name, value in list(vars(part).items()):
-                if own.get(name) is value and not isinstance(value, type):
-                    self._keep(f"{path}.{name}".lstrip("."), value)
+                where = f"{path}.{name}".lstrip(".")
+                if own.get(name) is value:
+                    self._keep(where, value)
+                for kind in _classes_in(value, set()):
+                    self._keep(where, kind)
 
     def _add(self, name: str, has_changed: Callable[[], bool], restore: Callable[[], None]) -> None:
         self._kept.append(_Kept(name, has_changed, restore, self._judged))
@@ -104,13 +110,13 @@ class SharedState:
             return
         self._seen.add(id(function))
         for name, owner, key, value in _named(function):
-            if isinstance(owner, dict) and _is_users(function):
+            if isinstance(owner, dict) and is_users(function):
                 self._keep_entry(name, lambda o=owner: o, key, value, _setter(owner, key, value))  # type: ignore[misc]
             elif isinstance(owner, types.CellType):
                 self._add(name, _is_refilled(owner, value), _setter(owner, "cell_contents", value))
             if not isinstance(value, types.FunctionType):
                 self._keep(name, value)
-            elif _is_users(value):
+            elif is_users(value):
                 self._keep_named(value)
 
     def _keep(self, name: str, value: Any) -> None:
@@ -127,7 +133,8 @@ class SharedState:
             if value.size <= MOST_NUMBERS:
                 self._keep_array(name, value, value.copy())
         elif isinstance(value, type):
-            if _package(value) in self._packages:  # those of other packages, such as of progress bars, have their lives
+            # Those of other packages, such as of progress bars, have their lives.
+            if package_of(value) in self._packages:
                 self._keep_class(value)
         elif isinstance(value, nn.Module):
             self._seen.add(id(value))
@@ -218,16 +225,35 @@ def _parts(container: Any) -> list[Any]:
 def _classes(module: nn.Module) -> Iterator[type]:
     """The classes of a module and its parts but PyTorch's own."""
     kinds = dict.fromkeys(kind for part in module.modules() for kind in type(part).__mro__ if kind is not object)
-    return filter(_is_users, kinds)
+    return filter(is_users, kinds)
 
 
-def _is_users(code: type | types.FunctionType | types.ModuleType) -> bool:
+def _classes_in(value: Any, seen: set[int]) -> Iterator[type]:
+    """The classes in a value, and those of the objects in it, within containers and objects."""
+    if id(value) in seen or len(seen) > MOST_PARTS:
+        return
+    seen.add(id(value))
+    parts: Iterable[Any] = ()
+    if isinstance(value, type):
+        yield value
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, (tuple, *_CONTAINERS)):
+        parts = value
+    elif is_object(value):
+        yield type(value)
+        parts = vars(value).values()
+    for part in list(parts):
+        yield from _classes_in(part, seen)
+
+
+def is_users(code: type | types.FunctionType | types.ModuleType) -> bool:
     """Whether a class, a function or a module is neither PyTorch's nor Python's own."""
-    package = _package(code)
+    package = package_of(code)
     return package not in ("torch", "numpy") and package not in sys.stdlib_module_names
 
 
-def _package(code: type | types.FunctionType | types.ModuleType) -> str:
+def package_of(code: type | types.FunctionType | types.ModuleType) -> str:
     name = code.__name__ if isinstance(code, types.ModuleType) else code.__module__ or ""
     return name.partition(".")[0]
 
@@ -238,7 +264,7 @@ def is_object(value: Any) -> bool:
     try:
         if not hasattr(value, "__dict__") or isinstance(value, (type, nn.Module, Tensor, types.FunctionType)):
             return False
-        return _is_users(kind) or f"{kind.__module__}.{kind.__name__}" in _NAMESPACES
+        return is_users(kind) or f"{kind.__module__}.{kind.__name__}" in _NAMESPACES
     except Exception:  # of code that is not ours
         return False
 
@@ -283,7 +309,7 @@ def _named(function: types.FunctionType) -> Iterator[tuple[str, Any, str, Any]]:
             continue
         value = own[name]
         yield name, own, name, value
-        if isinstance(value, types.ModuleType) and _is_users(value):
+        if isinstance(value, types.ModuleType) and is_users(value):
             inside = vars(value)
             yield from ((f"{name}.{inner}", inside, inner, inside[inner]) for inner in sorted(names & inside.keys()))
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):

@@ -3,116 +3,104 @@
 A trial shows what a forward pass does with what a module has now. A temperature, a flag, a mask that is None so far or
 a function that is put in another's place may become another one later, as schedules have it.
 
-What is kept is data that copies and pickles of the module can have: numbers and words, and of all else its kind alone.
+Each call compares all that is watched, with what is kept of it as ``values.py`` says.
 """
 
 from __future__ import annotations
 
-import dis
 import enum
-import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtlkernels import _torch
+from mtlkernels._convert.chains import Product
 from mtlkernels._convert.classes import is_torchs, original_class
-from mtlkernels._convert.shared_state import is_object
+from mtlkernels._convert.copies import slots_of
+from mtlkernels._convert.reading import Code, Path, Scope, Scopes, is_own
+from mtlkernels._convert.shared_state import is_object, is_users
+from mtlkernels._convert.values import SCALARS, Absent, Keeper, TooMuch, What, is_data, is_same, kind_of, names_of
 
-# By which names something is found from a part on, and what it was.
+# By which names something is found from a part or a scope on, and what is kept of it.
 Entry = tuple[tuple[Any, ...], Any]
-# By which names a part is found, and its entries.
-Watched = tuple[tuple[tuple[str, ...], tuple[Entry, ...]], ...]
-_NUMBERS = (bool, int, float)
-_SCALARS = (*_NUMBERS, complex, str, bytes, type(None), torch.dtype, torch.Size, enum.Enum)
-# Numbers in a list, and entries of a container by names that the code does not have, that are looked at.
-_MOST = 32
+# By which names a part is found, or where variables are, and the entries.
+Watched = tuple[tuple[Any, tuple[Entry, ...]], ...]
+# Objects within objects that code reads one after another.
+_MOST_DEEP = 8
 _INTERNAL = frozenset(vars(nn.Module()))
 _PARTS = "_modules"
-
-
-class Absent:
-    """In the place of a value: there is nothing of the name."""
-
-
-# In the place of a value that is no number or word: one of two words, and its class, or a function's name and line.
-Kind = tuple[str, str]
-_OBJECT, _FUNCTION = "object", "function"
+# Methods of containers that code calls without a look at what is there.
+_WRITING = frozenset(("add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "update"))
 
 
 def changed(module: Any, watched: Watched) -> str | None:
     """The name of something that is no longer what it was."""
     try:
         for path, entries in watched:
-            part = module
-            for name in path:
-                part = part._modules[name]
+            owner = module
+            if type(path) is tuple:
+                for name in path:
+                    owner = owner._modules[name]
+            else:
+                owner = path
             for names, value in entries:
-                now = _found(part, names)
-                if now is not value and not _is_same(now, value):
-                    return ".".join(map(str, names))
+                now = _found(owner, names, value is Absent)
+                if now is not value and not is_same(now, value):
+                    return names_of(names)
     except Exception:  # of code that is not ours, or of parts that are gone
         return "something"
     return None
 
 
-def _found(part: Any, names: Sequence[Any]) -> Any:
-    """What an instance, or its class, has under a name, and that under the next one."""
-    now: Any = part.__dict__.get(names[0], Absent)
-    if now is Absent and len(names) == 1:
-        now = getattr(type(part), names[0], Absent)
-        return now if isinstance(now, _SCALARS) else Absent
+def _found(owner: Any, names: Sequence[Any], missed: bool) -> Any:
+    """What an instance, or its class, or a scope has under a name, and that under the next one.
+
+    Of a name that was ``missed``, a class has methods and the like, which count for nothing.
+    """
+    now: Any
+    if type(owner) is Scope:
+        now = owner.get(names[0], _torch.compiling())
+    else:
+        now = owner.__dict__.get(names[0], Absent)
+        if now is Absent:
+            now = getattr(type(owner), names[0], Absent)
+            if missed and len(names) == 1 and not isinstance(now, SCALARS):
+                return Absent
     for name in names[1:]:
         now = dict.get(now, name, Absent) if isinstance(now, dict) else getattr(now, name, Absent)
     return now
 
 
-def _is_same(now: Any, value: Any) -> bool:
-    if type(value) is tuple and type(value[0]) is str:
-        traced = _torch.compiling() and value[0] == _OBJECT  # of which the compiler cannot tell all classes
-        return traced or _kind_of(now) == value
-    if type(value) is tuple:
-        return type(now) in (list, tuple) and len(now) == len(value) and all(map(_is_same, now, value))
-    return type(now) is type(value) and bool(now == value or (now != now and value != value))
+def _is_watched(value: Any) -> bool:
+    """Whether an attribute of a class, or a variable, is data, or may have some."""
+    return is_data(value) or _is_owner(value)
 
 
-def _kind_of(value: Any) -> Kind:
-    value = getattr(value, "__func__", value)
-    if isinstance(value, types.FunctionType):
-        return _FUNCTION, f"{value.__module__}.{value.__qualname__} {value.__code__.co_firstlineno}"
-    if isinstance(value, (types.BuiltinFunctionType, type)):
-        return _FUNCTION, f"{value.__module__}.{value.__qualname__}"
-    kind: Any = type(value)
-    return _kind_of_type(kind)
-
-
-@functools.lru_cache(256)
-def _kind_of_type(kind: type) -> Kind:
-    return _OBJECT, f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _value_of(value: Any) -> Any:
-    """What is kept of a value."""
-    if isinstance(value, _SCALARS):
-        return value
-    if type(value) in (list, tuple) and 0 < len(value) <= _MOST and all(type(part) in _NUMBERS for part in value):
-        return tuple(value)
-    return _kind_of(value)
+def _is_owner(value: Any) -> bool:
+    """Whether it is an object or a class whose attributes may be watched, and no descriptor."""
+    if isinstance(value, type):
+        return is_own(value) and not issubclass(value, enum.Enum)
+    return _inside(value) is not None and not hasattr(type(value), "__get__")
 
 
 def watched(module: nn.Module, method: str, read: Iterable[Any]) -> Watched:
     """What ``method`` of a module, and the forward methods of the parts that it names, read that no call reads anew.
 
-    ``read`` are the modules that each call reads.
+    ``read`` are the modules, and the products of tensors, that each call reads.
+
+    Raises:
+        TooMuch: the code reads more than a call should compare.
     """
+    read = list(read)
     known = set(map(id, read))
-    found: list[tuple[tuple[str, ...], tuple[Entry, ...]]] = []
+    is_known = _known_tensors(module, read)
+    found: list[tuple[Any, tuple[Entry, ...]]] = []
     waiting: list[tuple[tuple[str, ...], Any]] = [((), module)]
     seen: set[int] = set()
+    scopes, words = Scopes(), set[Any]()
     while waiting:
         path, part = waiting.pop()
         if part is None or id(part) in seen:
@@ -121,151 +109,157 @@ def watched(module: nn.Module, method: str, read: Iterable[Any]) -> Watched:
         kind = original_class(type(part)) or type(part)
         names = None  # all of its parts
         if not is_torchs(kind):
-            code = _Code(kind, method if part is module else "forward")
-            entries = tuple(dict(_of_part(part, code, known)).items())
+            code = Code(kind, method if part is module else "forward", scopes)
+            reader = _Reader(code.paths, code.words, scopes, is_known)
+            entries = tuple(dict(_of_part(part, code, reader, known)).items())
             if entries:
                 found.append((path, entries))
             names = code.names
+            words |= code.words
         waiting += [((*path, n), inner) for n, inner in part._modules.items() if names is None or n in names]
+    for scope, paths in scopes.found.values():
+        reader = _Reader(paths, words, Scopes(), is_known)
+        entries = tuple(dict(_of_scope(scope, reader)).items())
+        if entries:
+            found.append((scope, entries))
     return tuple(found)
 
 
-def _of_part(part: Any, code: _Code, known: set[int]) -> Iterator[Entry]:
+def _known_tensors(module: nn.Module, read: Iterable[Any]) -> Callable[[Tensor], bool]:
+    """Tells the parameters and buffers of a module, and tensors that each call reads, perhaps by other views."""
+    products = [step for step in read if isinstance(step, Product)]
+    tensors = [*module.parameters(), *module.buffers(), *(t for step in products for t in step.parameters())]
+    known = {id(tensor) for tensor in tensors} | {address for t in tensors if (address := _address(t)) is not None}
+    return lambda tensor: id(tensor) in known or _address(tensor) in known
+
+
+def _address(tensor: Tensor) -> tuple[str, int] | None:
+    """Where a tensor's memory begins, None where that cannot be told."""
+    try:
+        return str(tensor.device), tensor.untyped_storage().data_ptr()
+    except Exception:  # of tensors without memory
+        return None
+
+
+def _of_part(part: Any, code: Code, reader: _Reader, known: set[int]) -> Iterator[Entry]:
     own = vars(part)
     for name in sorted(code.names - _INTERNAL):
         if name in own:
-            yield from _of_value((name,), own[name], code)
+            yield from reader.read((name,), own[name])
         elif name in part._modules:
             inner: Any = part._modules[name]
             if inner is not None and id(inner) not in known and not (inner._modules or inner._parameters):
-                yield (_PARTS, name), _kind_of(inner)
+                yield (_PARTS, name), kind_of(inner)
         elif name not in part._parameters and name not in part._buffers:
             value = getattr(type(part), name, Absent)
-            if isinstance(value, _SCALARS):
-                yield (name,), value
+            if _is_watched(value):
+                yield from reader.read((name,), value)
             elif name != code.method:
                 yield (name,), Absent  # nothing of the instance's own, in the place of its class's method, or at all
 
 
-def _of_value(names: tuple[Any, ...], value: Any, code: _Code) -> Iterator[Entry]:
-    """An entry and, of containers and objects of the user's, what the code reads of them."""
-    if isinstance(value, torch.device):  # which says where tensors are made, and changes no number
-        return
-    found = list(_of_inner(names, value, code))
-    if not found:
-        yield names, _value_of(value)
-    yield from found
+def _of_scope(scope: Scope, reader: _Reader) -> Iterator[Entry]:
+    """Variables that are data, or have some; not the functions, classes and modules themselves that code names."""
+    for name in sorted({path[0] for path in reader.paths}):
+        try:
+            value = scope.get(name)
+        except ValueError:  # of an enclosing function, not filled yet
+            continue
+        if _is_watched(value):
+            for names, kept in reader.read((name,), value):
+                if not (type(kept) is tuple and kept[:1] in ((What.OBJECT,), (What.FUNCTION,))):
+                    yield names, kept
 
 
-def _of_inner(names: tuple[Any, ...], value: Any, code: _Code) -> Iterator[Entry]:
-    inner: Mapping[Any, Any] = value if isinstance(value, dict) else vars(value) if is_object(value) else {}
-    further = {path[len(names)] for path in code.paths if path[: len(names)] == names and len(path) > len(names)}
-    for key in sorted(further & inner.keys(), key=str):
-        yield from _of_value((*names, key), inner[key], code)
-    if names in code.paths:  # it goes elsewhere as a whole
-        keys = [key for key in inner if key in code.words] or (list(inner) if isinstance(value, dict) else [])
-        for key in keys[:_MOST] if len(keys) <= _MOST else ():
-            if key not in further and isinstance(inner[key], _SCALARS):
-                yield (*names, key), inner[key]
+class _Reader:
+    """What code reads of the values that it finds by names.
 
-
-@dataclass
-class _Code:
-    """What a method of a class, and the methods and properties that it calls in turn, read of ``self``.
-
-    Attributes:
-        names: the attributes of ``self``.
-        paths: what is read, as ``("config", "temperature")`` for ``self.config.temperature``; as far as is known.
-        words: all names and strings in the code, by which what is read may be found.
+    Args:
+        paths: what it reads, as far as is known.
+        words: by which it may read more of what goes elsewhere as a whole.
+        scopes: takes what methods of objects read beside them.
+        is_known: see :class:`Keeper`.
     """
 
-    kind: type
-    method: str
-    names: set[str] = field(default_factory=set)
-    paths: set[tuple[Any, ...]] = field(default_factory=set)
-    words: set[Any] = field(default_factory=set)
+    def __init__(self, paths: set[Path], words: set[Any], scopes: Scopes, is_known: Callable[[Tensor], bool]) -> None:
+        self.paths, self._words, self._scopes, self._is_known = set(paths), set(words), scopes, is_known
 
-    def __post_init__(self) -> None:
-        kinds = [kind for kind in self.kind.__mro__ if not is_torchs(kind) and kind is not object]
-        waiting, seen = [(self.method, 0)], set()
-        while waiting:
-            name, start = waiting.pop()
-            at = next((i for i in range(start, len(kinds)) if name in vars(kinds[i])), None)
-            if at is None or (name, at) in seen:
-                continue
-            seen.add((name, at))
-            for function in _functions(vars(kinds[at])[name]):
-                found, words = self._read(function)
-                waiting += [(other, 0) for other in found]
-                if "super" in words:
-                    waiting += [(other, at + 1) for other in words if isinstance(other, str)]
+    def read(self, names: tuple[Any, ...], value: Any) -> Iterator[Entry]:
+        """An entry for a value, or several for what is read of it."""
+        if isinstance(value, torch.device):  # which says where tensors are made, and changes no number
+            return
+        inner = _inside(value)
+        further = self._further(names)
+        by_method = isinstance(value, dict) and any(key not in value and _is_method(dict, key) for key in further)
+        if isinstance(value, dict) and further and names not in self.paths and not by_method:
+            for key in sorted(further, key=str):
+                yield from self.read((*names, key), value[key]) if key in value else [((*names, key), Absent)]
+            return
+        if inner is None or isinstance(value, dict):
+            written = bool(further) and further <= _WRITING and names not in self.paths
+            yield names, kind_of(value) if written else self._kept(names, value)
+            return
+        if len(names) > _MOST_DEEP:
+            raise TooMuch(f"its code reads {names_of(names)}, objects within objects")
+        yield from self._of_object(names, value, inner)
 
-    def _read(self, function: types.FunctionType) -> tuple[set[str], set[Any]]:
-        """The attributes of ``self`` in a function's code, and all of its words."""
-        paths: set[tuple[Any, ...]] = set()
-        words: set[Any] = set()
-        this = function.__code__.co_varnames[:1] if function.__code__.co_argcount else ()
-        escapes = not this
-        for code in _codes(function.__code__):
-            words |= {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
-            if this:
-                found, leaves = _paths(code, this[0])
-                paths |= found
-                escapes = escapes or leaves
-        if escapes:  # to functions of the user's, perhaps
-            named = (function.__globals__.get(word) for word in words if isinstance(word, str))
-            inner = [code for f in named if isinstance(f, types.FunctionType) for code in _codes(f.__code__)]
-            words |= {word for code in inner for word in code.co_names}
-        names = {path[0] for path in paths} | ({word for word in words if word.isidentifier()} if escapes else set())
-        self.names |= names
-        self.paths |= paths | ({(name,) for name in names} if escapes else set())
-        self.words |= words
-        return names, words
+    def _of_object(self, names: tuple[Any, ...], value: Any, inner: Mapping[Any, Any]) -> Iterator[Entry]:
+        kind = type(value)
+        if not isinstance(value, (type, types.ModuleType)) and is_own(kind):
+            for key in self._further(names) - inner.keys():
+                if isinstance(key, str) and _is_method(kind, key):
+                    code = Code(kind, key, self._scopes)
+                    self.paths |= {(*names, *path) for path in code.paths}
+                    self._words |= code.words
+        found = False
+        for key in sorted(self._further(names), key=str):
+            if key in inner:
+                found = True
+                yield from self.read((*names, key), inner[key])
+            elif not _is_method(kind, key) and isinstance(key, str) and not isinstance(value, types.ModuleType):
+                found = True
+                now = getattr(value, key, Absent)
+                yield (*names, key), now if now is Absent else self._kept((*names, key), now)
+        if names in self.paths:  # it goes elsewhere as a whole
+            for key in sorted((inner.keys() & self._words) - self._further(names)):
+                found = True
+                yield (*names, key), self._kept((*names, key), inner[key])
+        if not found:
+            yield names, kind_of(value)
 
+    def _further(self, names: tuple[Any, ...]) -> set[Any]:
+        """What is read next behind some names."""
+        return {path[len(names)] for path in self.paths if path[: len(names)] == names and len(path) > len(names)}
 
-def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """Those behind an attribute of a class, with what they wrap."""
-    for part in (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),):
-        while isinstance(part, types.FunctionType):
-            yield part
-            part = getattr(part, "__wrapped__", None)
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+    def _kept(self, names: tuple[Any, ...], value: Any) -> Any:
+        try:
+            return Keeper(self._words, self._is_known).keep(value)
+        except TooMuch as error:
+            raise TooMuch(f"its code reads {names_of(names)}, which may become another, and is {error}") from None
 
 
-def _paths(code: types.CodeType, this: str) -> tuple[set[tuple[Any, ...]], bool]:
-    """The paths of names that follow ``this`` in a code, and whether ``this`` goes elsewhere by itself.
+def _inside(value: Any) -> Mapping[Any, Any] | None:
+    """What is read by its names of a dictionary, an object, a class or a module; None of others."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, types.ModuleType):
+        return vars(value) if is_own(value) else None
+    if isinstance(value, type):
+        return _attributes(value) if _is_owner(value) else None
+    names = [name for kind in type(value).__mro__ if is_users(kind) for name in slots_of(kind)]
+    if not (names or is_object(value)) or isinstance(value, (nn.Module, Tensor, enum.Enum)):
+        return None
+    slots = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return {**_attributes(type(value)), **slots, **getattr(value, "__dict__", {})}
 
-    Instructions have other names in each version of Python; where one is not known, ``this`` goes elsewhere.
-    """
-    paths: set[tuple[Any, ...]] = set()
-    escapes = False
-    path: tuple[Any, ...] | None = None
-    constant: Any = Absent
-    for step in dis.get_instructions(code):
-        name = step.opname
-        if path is not None and name in ("LOAD_ATTR", "LOAD_METHOD"):
-            path = (*path, step.argval)
-        elif path and name in ("LOAD_CONST", "LOAD_SMALL_INT") and isinstance(step.argval, (str, int)):
-            constant = step.argval
-            continue
-        elif path and constant is not Absent and (name == "BINARY_SUBSCR" or step.argrepr == "[]"):
-            path = (*path, constant)
-        elif name in ("CACHE", "RESUME", "EXTENDED_ARG"):
-            continue
-        else:
-            if path:
-                paths.add(path)
-            escapes = escapes or (path == () and name != "STORE_ATTR")
-            path = None
-            loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
-            if ("LOAD_FAST" in name or name == "LOAD_DEREF") and loaded == (this,):
-                path = ()
-            escapes = escapes or (isinstance(step.argval, tuple) and this in step.argval[:-1])
-        constant = Absent
-    return paths | ({path} if path else set()), escapes or path == ()
+
+def _attributes(kind: type) -> dict[str, Any]:
+    """The data that a class has, and those of its bases that are neither PyTorch's nor Python's."""
+    bases = [base for base in reversed(kind.__mro__) if is_users(base)]
+    found = {name: value for base in bases for name, value in vars(base).items() if name[:2] != "__"}
+    return {name: value for name, value in found.items() if is_data(value)}
+
+
+def _is_method(kind: type, name: Any) -> bool:
+    """Whether a class has something else of that name than data."""
+    return isinstance(name, str) and hasattr(kind, name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from mtlkernels._convert.paying import FORCE
 from tests.convert.test_edits import register
 from tests.convert.weighing import Level, agree
 
@@ -132,6 +133,26 @@ def test_a_level_with_another_setting_is_tried_again() -> None:
     assert mk.convert(model).left_alone and type(model) is Masked
     model.mask = None
     assert mk.convert(model).replaced
+
+
+def test_a_level_that_is_tried_again_stays_forced() -> None:
+    register(Masked)
+    model = Masked()
+    mk.convert(model, force=True)
+    model.uniform = 0  # type: ignore[assignment]
+    assert mk.convert(model).replaced and FORCE in vars(model)
+    mk.revert(model)
+    assert mk.convert(model).replaced and FORCE not in vars(model)
+
+
+def test_a_class_that_was_made_of_a_converted_one_stays() -> None:
+    register(Masked)
+    model = Masked()
+    mk.convert(model)
+    wrapped = type("Wrapped", (type(model),), {})
+    model.__class__ = wrapped
+    model.uniform = True
+    assert "already converted" in str(mk.convert(model)) and type(model) is wrapped
 
 
 class OfTensor(Level):

@@ -69,6 +69,31 @@ class Stacked(nn.Module):
         return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
 
 
+class SecondElsewhere(Level):
+    """The second dropout is applied behind the last layer, where the list has it before."""
+
+    def prepare(self) -> None:
+        for expert in self.experts:
+            layers = nn.Dropout(0.5), nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 6)
+            expert.extend(layers)  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        hidden = torch.stack([last_drop(last(rest(x))) for last_drop, last, rest in map(_parts, self.experts)], 1)
+        return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
+
+
+def _parts(expert: Any) -> tuple[Any, Any, Any]:
+    """The last dropout, the last layer and what is before both."""
+    return expert[5], expert[6], expert[:5]
+
+
+class OfLogits(Level):
+    """A dropout of logits, before their softmax."""
+
+    def prepare(self) -> None:
+        self.gates = nn.ModuleList(nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.3)) for _ in range(3))
+
+
 def _register(kind: type, experts: Any) -> None:
     routing = mk.Routing.mmoe(4, 3)
     mk.convert.register(kind, experts=experts, gates=lambda model: model.gates, routing=lambda model: routing)
@@ -79,6 +104,8 @@ DROPOUTS: dict[str, tuple[type, Callable[[Any], Any], bool]] = {
     "a mask for all experts": (OverABottom, lambda model: [[model.bottom, e] for e in model.experts], False),
     "a mask of the input": (OverADropout, lambda model: [[model.drop, e] for e in model.experts], False),
     "a rate of zero": (OfShares, lambda model: model.experts, False),
+    "a second one elsewhere": (SecondElsewhere, lambda model: model.experts, False),
+    "masks of logits": (OfLogits, lambda model: model.experts, True),
     "masks in one call": (Stacked, lambda model: [[w.t(), "relu", model.drop] for w in model.weight], True),
 }
 

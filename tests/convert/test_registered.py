@@ -156,6 +156,39 @@ def test_a_whole_model(description: dict[str, Any], rows: int, fused_calls: list
     assert type(converted) is Whole
 
 
+def _weighted(model: Any, codes: Tensor, weights: Tensor) -> Tensor:
+    x: Tensor = model.embedding(codes, per_sample_weights=weights)
+    return x
+
+
+class Weighted(Whole):
+    """Whose codes have weights, as only a sum takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(50, 6, mode="sum", sparse=True)
+
+    def forward(self, codes: Tensor, weights: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {name: self.towers[name](y) for name, y in self.extract(_weighted(self, codes, weights)).items()}
+
+
+def test_a_table_that_sums_by_weights() -> None:
+    example = lambda model, rows: (torch.randint(50, (rows, 4)), torch.rand(rows, 4))  # noqa: E731
+    mk.convert.register(Weighted, **{**FORWARD, "inputs": _weighted, "example": example})
+    assert mk.convert(Weighted()).replaced
+
+
+def test_registered_again_with_another_method() -> None:
+    """The method that was replaced is its own again, beneath the other one."""
+    mk.convert.register(Whole, **METHOD)
+    model = Whole().eval()
+    codes = torch.randint(50, (200, 4))
+    expected = model(codes)
+    assert mk.convert(model).replaced
+    mk.convert.register(Whole, **FORWARD)
+    torch.testing.assert_close(model(codes), expected)
+
+
 def test_a_large_table_is_not_copied_for_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     mk.convert.register(Whole, **FORWARD)
     model = Whole(2**22)

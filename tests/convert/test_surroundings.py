@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -178,6 +179,40 @@ def test_lists_of_subclasses_stay_as_they_are() -> None:
 
     register(Own)
     assert mk.convert(Own()).replaced and known == ["Own"]
+
+
+class Wrapped(Level):
+    """In the place of a class that somebody makes of a converted one: its name is the subclass's."""
+
+
+def test_a_class_that_was_made_of_a_converted_one_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own name, as such classes are."""
+    register(Level)
+    model = Level()
+    mk.convert(model)
+    kind = type("Wrapped", (type(model),), {"__module__": __name__})
+    monkeypatch.setattr(sys.modules[__name__], "Wrapped", kind)
+    model.__class__ = kind
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is kind
+        agree(other, model)
+
+
+class Reversed(Level):
+    """Described by itself, beside the class below it."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return super().forward(x)[::-1]
+
+
+def test_the_nearest_description_counts() -> None:
+    parts: dict[str, Any] = {"experts": lambda model: model.experts, "routing": lambda model: mk.Routing.mmoe(4, 3)}
+    mk.convert.register(Level, gates=lambda model: model.gates, **parts)
+    mk.convert.register(Reversed, gates=lambda model: list(model.gates)[::-1], **parts)
+    model = Reversed()
+    own = copy.deepcopy(model)
+    assert mk.convert(model).replaced
+    agree(model, own)
 
 
 def test_another_thread_that_draws_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert.classes import WATCHED
-from mtlkernels._convert.watched import _codes, _paths, changed
+from mtlkernels._convert.reading import codes, paths_after
+from mtlkernels._convert.watched import changed
 from tests.convert.test_edits import register
 from tests.convert.weighing import Level, X
 
@@ -284,11 +285,10 @@ READS = {
 @pytest.mark.parametrize("name", READS)
 def test_what_a_code_reads(name: str) -> None:
     """In the instructions of this version of Python."""
-    found: set[tuple[Any, ...]] = set()
-    escapes = False
-    for code in _codes(vars(Reads)[name].__code__):
-        paths, leaves = _paths(code, "self")
-        found, escapes = found | paths, escapes or leaves
+    loaded = {path for code in codes(vars(Reads)[name].__code__) for path in paths_after(code)}
+    found = {path[1:] for path in loaded if path[0] == "self"}
+    escapes = () in found
+    found -= {()}
     assert found >= READS[name] and all(path[:1] in {(p[0],) for p in READS[name]} for path in found)
     assert escapes or name not in ("_as_a_whole", "_by_its_name")
     assert not escapes or name in ("_as_a_whole", "_by_its_name", "_lambda")

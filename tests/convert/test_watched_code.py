@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +70,51 @@ class Scaled(Level):
         self.scale.mul_(torch.arange(1.0, 5.0))
 
 
-@pytest.mark.parametrize("kind", [Decorated, OfLambda, Scaled])
+class Mode(enum.Enum):
+    SOFT = 0
+    UNIFORM = 1
+
+
+class OfMode(Level):
+    """A value that becomes another of its kind, or of another kind though it is equal."""
+
+    values: tuple[Any, Any] = (Mode.SOFT, Mode.UNIFORM)
+
+    def prepare(self) -> None:
+        self.mode = self.values[0]
+
+    def is_uniform(self) -> bool:
+        return self.mode is Mode.UNIFORM
+
+    def weigh(self, z: Tensor) -> Tensor:
+        return torch.full_like(z, 0.25) if self.is_uniform() else z.softmax(1)
+
+    def edit(self) -> None:
+        self.mode = self.values[1]
+
+
+class OfSteps(OfMode):
+    values = ([1, 2], [1])
+
+    def is_uniform(self) -> bool:
+        return len(self.mode) == 1
+
+
+class OfOne(OfMode):
+    values = (1, True)
+
+    def is_uniform(self) -> bool:
+        return self.mode is True
+
+
+class OfActivation(OfMode):
+    values = (nn.Identity, nn.Sigmoid)
+
+    def is_uniform(self) -> bool:
+        return self.mode is nn.Sigmoid
+
+
+@pytest.mark.parametrize("kind", [Decorated, OfLambda, Scaled, OfMode, OfSteps, OfOne, OfActivation])
 def test_what_is_edited_later(kind: Any) -> None:
     register(kind)
     model, own = kind(), kind()
