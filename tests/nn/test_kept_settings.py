@@ -13,6 +13,7 @@ from torch import nn
 
 from mtlkernels import _extension
 from tests.nn.serving import TRUNKS, are_kept, equal, fresh, kept, levels, serve
+from tests.seeding import seed
 
 pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
 X = torch.ones(3, 20)
@@ -190,6 +191,7 @@ def _no_layers(level: Any) -> None:
 
 def _more_layers(level: Any) -> None:
     linears = level.experts[1].linears
+    seed(1)
     linears.append(nn.Linear(linears[-1].out_features, linears[-1].out_features))
 
 

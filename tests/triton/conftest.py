@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -18,9 +18,9 @@ from mtlkernels._backends import interpreting
 def _without_repetitions() -> Iterator[None]:
     """The interpreter does again and again what it has done before; half of its time goes there.
 
-    It puts its own functions in the place of Triton's language at every launch, and, which changes nothing any more,
-    again at every call of a device function. It makes the table of NumPy's dtypes again for each value, and for each
-    tensor a type and a shape like those of many others. And it computes each sum and product of int32 once more in
+    It puts its own functions in the place of Triton's language at every launch and every call of a device function. It
+    makes the table of NumPy's dtypes again for each value, and for each tensor a type and a shape like those of many
+    others. It broadcasts and casts what is equal already. And it computes each sum and product of int32 once more in
     int64, to see whether it overflows: not with sizes as small as these.
     """
     if not interpreting():
@@ -36,11 +36,12 @@ def _without_repetitions() -> Iterator[None]:
     with ExitStack() as patches:
         for of, name, new in (
             (builder, "options", unchecked),
-            *_patched_once(interpreter),
+            *_semantics(type(interpreter.interpreter_semantic)),
             (interpreter, "_get_np_dtype", _numpy_dtype(interpreter, tl)),
             *_types_once(tl),
         ):
             patches.enter_context(mock.patch.object(of, name, new))
+        patches.enter_context(_patched_for_good(interpreter))
         yield
     gc.set_threshold(*before)
 
@@ -57,22 +58,55 @@ def _checked_launches(_without_repetitions: None) -> Iterator[None]:
         yield
 
 
-def _patched_once(interpreter: Any) -> list[tuple[Any, str, Any]]:
-    """The language is patched at a launch for each device function that it calls, and not again."""
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[Any] = set()
+class _Restored:
+    """What the interpreter is to put back after a launch: nothing."""
 
-    def patch_once(function: Any) -> Any:
-        if function in patched:
-            return None
-        patched.add(function)
-        return patch(function)
+    def restore(self) -> None:
+        pass
 
-    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()
-        return launch(self, *args, **kwargs)
 
-    return [(interpreter, "_patch_lang", patch_once), (interpreter.GridExecutor, "__call__", launch_anew)]
+@contextmanager
+def _patched_for_good(interpreter: Any) -> Iterator[None]:
+    """The language is patched for each function that it is used by, and put back at the end."""
+    patch, scopes = interpreter._patch_lang, dict[Any, Any]()
+
+    def patch_once(function: Any) -> _Restored:
+        if function not in scopes:
+            scopes[function] = patch(function)
+        return _Restored()
+
+    with mock.patch.object(interpreter, "_patch_lang", patch_once):
+        yield
+    for scope in reversed(scopes.values()):
+        scope.restore()
+
+
+def _semantics(of: Any) -> list[tuple[Any, str, Any]]:
+    """Of two operands: of equal shapes and types there is nothing to broadcast or to cast, and promotion is known."""
+    broadcast, cast, promote = of.broadcast_impl_value, of.cast, of.computation_type_impl
+    promoted: dict[Any, Any] = {}
+
+    def broadcast_unequal(self: Any, lhs: Any, rhs: Any) -> Any:
+        left, right = lhs.type, rhs.type
+        blocks = left.is_block(), right.is_block()
+        if blocks == (False, False) or (blocks == (True, True) and left.shape == right.shape):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    def cast_unequal(self: Any, value: Any, to: Any, *rest: Any) -> Any:
+        return value if value.dtype.name == to.scalar.name else cast(self, value, to, *rest)
+
+    def promote_once(self: Any, *operands: Any) -> Any:
+        key = tuple(getattr(operand, "name", operand) for operand in operands)
+        if key not in promoted:
+            promoted[key] = promote(self, *operands)
+        return promoted[key]
+
+    return [
+        (of, "broadcast_impl_value", broadcast_unequal),
+        (of, "cast", cast_unequal),
+        (of, "computation_type_impl", promote_once),
+    ]
 
 
 def _numpy_dtype(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
