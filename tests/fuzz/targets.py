@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
-
-from tests.fuzz import convert_cases, level_cases, mixture_cases, pcgrad_cases, snr_cases
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,31 @@ class Target:
     check: Callable[[Any], None]
 
 
-TARGETS = {
-    "expert_mixture": Target(level_cases.CASES, level_cases.check),
-    "gated_mixture": Target(mixture_cases.CASES, mixture_cases.check),
-    "snr_trans": Target(snr_cases.TRANS_CASES, snr_cases.check_trans),
-    "snr_aver": Target(snr_cases.AVER_CASES, snr_cases.check_aver),
-    "pcgrad": Target(pcgrad_cases.CASES, pcgrad_cases.check),
-    "convert": Target(convert_cases.CASES, convert_cases.check),
-}
+class _Targets(Mapping[str, Target]):
+    """Imported when they are asked for: a process is after one, and those of ``convert`` take seconds."""
+
+    def __init__(self, places: dict[str, tuple[str, str, str]]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Target:
+        file, cases, check = self._places[name]
+        module = importlib.import_module(f"tests.fuzz.{file}")
+        return Target(getattr(module, cases), getattr(module, check))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+TARGETS = _Targets(
+    {
+        "expert_mixture": ("level_cases", "CASES", "check"),
+        "gated_mixture": ("mixture_cases", "CASES", "check"),
+        "snr_trans": ("snr_cases", "TRANS_CASES", "check_trans"),
+        "snr_aver": ("snr_cases", "AVER_CASES", "check_aver"),
+        "pcgrad": ("pcgrad_cases", "CASES", "check"),
+        "convert": ("convert_cases", "CASES", "check"),
+    }
+)

@@ -56,7 +56,7 @@ level_step = partial(step, linear=True)
 def test_launches_of_a_step(layers: int, gates: int) -> None:
     """One a layer forward; backward one for the mixture, one a layer, and one for all weights and biases."""
     case = Case("launches", 20, WIDTHS[: layers + 1], 3, gates, (1,) * layers)
-    with launched() as found:
+    with launched(run=False) as found:
         step(case)
     forward = ["layer_forward"] * (layers - 1) + ["last_forward"]
     assert [launch.kernel for launch in found] == forward + ["mix_backward"] + ["input_gradient"] * layers + [
@@ -70,7 +70,7 @@ def test_launches_of_a_step(layers: int, gates: int) -> None:
 def test_linear_gates_take_no_launch_of_their_own(layers: int, gates: int, inputs: int) -> None:
     """But for experts of one layer, which mix at once: there the gates are in front."""
     case = Case("level", 20, WIDTHS[: layers + 1], 3, gates, (1,) * layers, num_inputs=inputs)
-    with launched() as found:
+    with launched(run=False) as found:
         level_step(case)
     forward = ["layer_forward"] * max(layers - 1, 1) + ["last_forward"]
     assert [launch.kernel for launch in found] == forward + ["mix_backward"] + ["input_gradient"] * layers + [
@@ -80,7 +80,7 @@ def test_linear_gates_take_no_launch_of_their_own(layers: int, gates: int, input
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_many_linear_gates_take_no_launch_either(layers: int) -> None:
-    with launched() as found:
+    with launched(run=False) as found:
         level_step(Case("level", 20, WIDTHS[: layers + 1], 3, 9, (1,) * layers))
     assert [launch.kernel for launch in found[: layers + 1]] == ["layer_forward"] * layers + ["mix_forward"]
 
@@ -88,7 +88,7 @@ def test_many_linear_gates_take_no_launch_either(layers: int) -> None:
 def test_launches_of_norms() -> None:
     """Two launches a layer forward, and what the last layer gives; backward two or three a layer for its norm."""
     case = norms.cases()["aligned_dropout"]("cpu")
-    with use_backend("triton"), launched() as found:
+    with use_backend("triton"), launched(run=False) as found:
         evaluate(normalized.fused, case)
     forward = [
         "layerwise_product",
@@ -110,7 +110,7 @@ def test_launches_of_dice() -> None:
     And one for all slopes that the channels of an expert share.
     """
     case = norms.cases()["dice_alone"]("cpu")
-    with use_backend("triton"), launched() as found:
+    with use_backend("triton"), launched(run=False) as found:
         evaluate(normalized.fused, case)
     forward = ["layerwise_product", "dice_rows", "layerwise_product", "dice_rows", "mix_forward"]
     backward = ["dice_rows", "dice_rows", "mix_backward"]
@@ -122,7 +122,7 @@ def test_launches_of_dice() -> None:
 def test_launches_of_prelu() -> None:
     """Those of an activation without slopes, and sums for the gradients of these."""
     case = norms.cases()["prelu_alone"]("cpu")
-    with use_backend("triton"), launched() as found:
+    with use_backend("triton"), launched(run=False) as found:
         evaluate(normalized.fused, case)
     forward = ["layerwise_product", "layerwise_product", "normalize", "mix_forward"]
     backward = ["normalize", "normalize", "mix_backward"]
@@ -148,13 +148,13 @@ def test_a_part_takes_the_same_launches_and_no_memory_for_the_rest() -> None:
 
 
 def test_more_gates_take_one_launch_more() -> None:
-    with launched() as found:
+    with launched(run=False) as found:
         step(Case("many_gates", 20, WIDTHS[:3], 3, 9, (1, 1)))
     assert [launch.kernel for launch in found[:3]] == ["layer_forward", "layer_forward", "mix_forward"]
 
 
 def test_inputs_that_want_no_gradient_save_a_launch() -> None:
-    with launched() as found:
+    with launched(run=False) as found:
         step(Case("frozen", 20, WIDTHS[:3], 3, 2, (1, 1)), False, True, True, True)
     assert [launch.kernel for launch in found[2:]] == ["mix_backward", "input_gradient", "weight_gradient"]
 

@@ -37,8 +37,8 @@ def _once(touched: list[tuple[int, Any]]) -> int:
 
 
 @contextmanager
-def launched() -> Iterator[list[Launch]]:
-    """The launches in the block, in their order."""
+def launched(*, run: bool = True) -> Iterator[list[Launch]]:
+    """The launches in the block, in their order. Who wants their names alone need not ``run`` them."""
     launches: list[Launch] = []
     builder = interpreter.InterpreterBuilder
     call, load, store = interpreter.GridExecutor.__call__, builder.create_masked_load, builder.create_masked_store
@@ -46,7 +46,8 @@ def launched() -> Iterator[list[Launch]]:
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         launches.append(Launch(self.fn.__name__))
-        call(self, *args, **kwargs)
+        if run:
+            call(self, *args, **kwargs)
 
     def touch(touched: list[tuple[int, Any]], pointers: Any, mask: Any) -> None:
         element = pointers.get_element_ty()
