@@ -20,7 +20,7 @@ from mtlkernels._convert import values
 from mtlkernels._convert.classes import WATCHED
 from mtlkernels._convert.watched import changed
 from tests.convert.test_edits import register
-from tests.convert.weighing import Level, agree
+from tests.convert.weighing import Level, agree, assert_compiled_sees
 
 
 class Task:
@@ -342,14 +342,4 @@ def test_compiles_in_one_graph_that_sees_edits(
 ) -> None:
     """The compiler sees lists; a tensor's numbers it cannot, and compiles the own code of what reads them."""
     register(kind)
-    model, own = kind(), kind()
-    assert mk.convert(model).replaced
-    own.load_state_dict(model.state_dict())
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    agree(compiled, own)
-    assert bool(fused_calls) == fused
-    fused_calls.clear()
-    edit(model)
-    edit(own)
-    agree(compiled, own)
-    assert not fused_calls
+    assert_compiled_sees(kind, edit, fused_calls, fused)

@@ -18,7 +18,7 @@ from mtlkernels._convert.classes import WATCHED
 from mtlkernels._convert.reading import Scope, is_own
 from mtlkernels._convert.watched import changed
 from tests.convert.test_edits import register
-from tests.convert.weighing import Level, X, agree
+from tests.convert.weighing import Level, X, agree, assert_compiled_sees
 
 TEMPERATURE = 1.0
 MASK: Any = None
@@ -170,13 +170,4 @@ def test_compiles_in_one_graph_that_sees_edits(
     monkeypatch: pytest.MonkeyPatch, fresh_compiler: None, fused_calls: list[int]
 ) -> None:
     register(Global)
-    model, own = Global(), Global()
-    assert mk.convert(model).replaced
-    own.load_state_dict(model.state_dict())
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    agree(compiled, own)
-    assert fused_calls
-    fused_calls.clear()
-    monkeypatch.setitem(HERE, "TEMPERATURE", 0.1)
-    agree(compiled, own)
-    assert not fused_calls
+    assert_compiled_sees(Global, lambda _: monkeypatch.setitem(HERE, "TEMPERATURE", 0.1), fused_calls, True)

@@ -116,14 +116,21 @@ def same(found: list[Tensor | None], wanted: list[Tensor | None]) -> bool:
     )
 
 
-@CASES
-def test_gradients_are_whole_or_not_there(before: Callable[[Model], None], sparse: bool) -> None:
+def whole_call(
+    before: Callable[[Model], None], sparse: bool
+) -> tuple[Model, mk.optim.PCGrad, list[Tensor | None], list[Tensor | None]]:
+    """A model and its optimizer, and the gradients before and after a call that nothing interrupts."""
     model = Model(sparse=sparse)
     optimizer = model.wrapped()
     before(model)
     old = model.grads()
     optimizer.pc_backward(model())
-    new = model.grads()
+    return model, optimizer, old, model.grads()
+
+
+@CASES
+def test_gradients_are_whole_or_not_there(before: Callable[[Model], None], sparse: bool) -> None:
+    model, optimizer, old, new = whole_call(before, sparse)
     assert not same(old, new)
     at, seen = 0, {False: 0, True: 0}
     while True:
@@ -147,12 +154,7 @@ def test_around_the_sums_in_place(
     before: Callable[[Model], None], sparse: bool, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before them all is put back; as soon as they are made nothing is."""
-    model = Model(sparse=sparse)
-    optimizer = model.wrapped()
-    before(model)
-    old = model.grads()
-    optimizer.pc_backward(model())
-    new = model.grads()
+    model, optimizer, old, new = whole_call(before, sparse)
     before(model)
     add = torch._foreach_add_
 
