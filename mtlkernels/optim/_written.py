@@ -48,7 +48,7 @@ def accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> 
             continue
         changed.append(parameter)
         before.append(total)
-        after.append(_laid_out(written, parameter))
+        after.append(written if distributed and has_dtensor((written,)) else _laid_out(written, parameter))
     version = totals[0]._version if totals else 0
     try:
         set_grads(changed, after)
@@ -90,7 +90,7 @@ def _laid_out(grad: Tensor, parameter: Tensor) -> Tensor:
 
     Fused optimizers on CPUs walk both in the order of memory.
     """
-    if grad.layout != torch.strided or has_dtensor((grad,)) or grad.stride() == parameter.stride():
+    if grad.layout != torch.strided or grad.stride() == parameter.stride():
         return grad
     dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
     return grad.new_empty_strided(grad.shape, parameter.stride()).copy_(grad) if dense else grad.contiguous()
