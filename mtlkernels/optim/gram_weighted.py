@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from mtlkernels.optim._checks import (
 )
 from mtlkernels.optim._fsdp import refuse_unreduced
 from mtlkernels.optim._hidden import refuse_hidden
+from mtlkernels.optim._kept import Kept, Memory, kept_of
 from mtlkernels.optim._scaling import nan_where, plain, scale_facts, scaled, scales_differ
 from mtlkernels.optim._task_gradients import task_gradients, weighted_gradients
 from mtlkernels.optim._written import Grads, accumulate
@@ -48,34 +49,14 @@ def _wrapped(name: str) -> Any:
     return method
 
 
-class Kept(NamedTuple):
-    """What calls between two exact ones go by.
-
-    Attributes:
-        weights: [T], those of the last Gram matrix.
-        gram: that matrix, [T, T].
-        calls: how many have gone by it, the one that made it among them.
-    """
-
-    weights: list[float]
-    gram: Tensor
-    calls: int
-
-
-def kept_of(weights: Tensor, gram: Tensor) -> Kept | None:
-    """None where they say nothing of the next batch: not finite, or no gradient at all. Waits for a GPU."""
-    if not bool(gram.any() & gram.isfinite().all() & weights.isfinite().all()):
-        return None
-    return Kept(weights.tolist(), gram.clone(), 1)
-
-
 class GramWeighted(Optimizer):
     """Weights tasks' gradients by a function of their Gram matrix, for whatever optimizer it wraps.
 
     :meth:`backward` takes the place of ``loss.backward()``. It makes one gradient a task of the shared parameters, asks
     ``weighting`` for weights w [T] from the matrix G [T, T] of their inner products, and writes ``sum_t w_t g_t`` into
-    ``.grad`` in one pass over the parameters, without a Jacobian [T, P]. All else is the wrapped optimizer's. Methods
-    that need nothing but G plug in, those of TorchJD, say::
+    ``.grad`` in one pass over the parameters, without a Jacobian [T, P]. All else is the wrapped optimizer's, including
+    public methods and attributes that it alone has, such as ``train`` of a schedule-free one. Weightings that need
+    nothing but G plug in, those of TorchJD, say::
 
         from torchjd.aggregation import UPGradWeighting
 
@@ -164,7 +145,7 @@ class GramWeighted(Optimizer):
         if batched is not None and not isinstance(batched, bool):
             raise TypeError(f"batched must be True, False or None, got {type(batched).__name__}")
         self._gram_every = check_gram_every(gram_every)
-        self._kept: Kept | None = None
+        self._memory = Memory()
         self.optimizer = optimizer
         self.weighting = weighting
         self.group = group
@@ -233,7 +214,7 @@ class GramWeighted(Optimizer):
                 mean = mean_over_ranks(self.group, local)
                 totals = mean.combine(plain(differ, mean.device))
             accumulate(parameters, [*results, *totals])
-        self._kept = kept
+        self._memory.kept = kept
         return gram
 
     def _weights(self, gradients: Gradients, gram: Tensor) -> Tensor:
@@ -272,7 +253,7 @@ class GramWeighted(Optimizer):
         else:
             refuse_hidden(checked)
         mean = self._alike["reduction"] == "mean"
-        count, kept = len(checked), self._kept
+        count, kept = len(checked), self._memory.kept
         if kept is None or kept.calls == self._gram_every or len(kept.weights) != count:
             kept = None
             grads, totals, done = task_gradients(checked, shared, others, mean=mean, how=how)
@@ -327,7 +308,7 @@ class GramWeighted(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict`, or that of the wrapped optimizer, has returned."""
         self.optimizer.load_state_dict(state_dict)
-        self._kept = None
+        self._memory.kept = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group: shared where all parameters are, or where ``shared`` held its parameters while frozen."""
@@ -339,6 +320,17 @@ class GramWeighted(Optimizer):
     register_state_dict_post_hook = _wrapped("register_state_dict_post_hook")
     register_load_state_dict_pre_hook = _wrapped("register_load_state_dict_pre_hook")
     register_load_state_dict_post_hook = _wrapped("register_load_state_dict_post_hook")
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapped optimizer alone has; not its private names, some of which tell PyTorch how to call it."""
+        missing = f"{type(self).__name__} has no attribute {name!r}"
+        wrapped = self.__dict__.get("optimizer")  # which a copy that is being made has not yet
+        if wrapped is None or name.startswith("_"):
+            raise AttributeError(missing)
+        try:
+            return getattr(wrapped, name)
+        except AttributeError as error:
+            raise AttributeError(f"{missing}, and neither has the {type(wrapped).__name__} that it wraps") from error
 
     def _state(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -358,7 +350,10 @@ class GramWeighted(Optimizer):
 
     def __copy__(self) -> GramWeighted:
         copied = type(self).__new__(type(self))
-        copied.__setstate__(self._state())
+        state = self._state()
+        if "_memory" in state:  # not in a proxy's that has copied nothing
+            state["_memory"] = copy.copy(state["_memory"])
+        copied.__setstate__(state)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GramWeighted:

@@ -38,7 +38,8 @@ class PCGrad(GramWeighted):
     """Gradient surgery (PCGrad; Yu et al., NeurIPS 2020) for whatever optimizer it wraps.
 
     :meth:`pc_backward` takes the place of ``loss.backward()``: it projects the tasks' gradients of the shared
-    parameters as :func:`mtlkernels.pcgrad` does, and fills ``.grad``. All else is the wrapped optimizer's::
+    parameters as :func:`mtlkernels.pcgrad` does, and fills ``.grad``. All else is the wrapped optimizer's, including
+    public methods and attributes that it alone has, such as ``train`` of a schedule-free one::
 
         model = mk.nn.PLE(64, num_tasks=2, num_specific=2, num_shared=2)
         towers = torch.nn.ModuleList(torch.nn.Linear(128, 1) for _ in range(2))
@@ -57,9 +58,13 @@ class PCGrad(GramWeighted):
     ``eps`` then see scaled gradients. ``scaler.unscale_`` wants the object that ``scaler.step`` gets: the wrapper for
     both, or the wrapped optimizer for both.
 
-    A model compiled by Inductor whose code an ordinary backward pass was the first to run cannot be walked again for
-    the next loss, as its buffers are donated: PyTorch then raises an error, which names the setting to turn off before
-    the model is compiled.
+    A model that Inductor compiles needs two settings by then: functorch's ``donated_buffer = False``, and
+    ``torch.compile(model, options={"fx_graph_cache": False})``, or ``TORCHINDUCTOR_FX_GRAPH_CACHE=0`` in the
+    environment; the site's page on PCGrad has both as code. Code that was made for an ordinary backward pass, in this
+    process or, by Inductor's cache on disk, an earlier one, may write over its buffers, which are donated to it, and
+    cannot be walked again for the next loss. PyTorch then raises an error, which names the first setting in full. With
+    that alone the cache may still hand out such code, without the error: gradients of all losses but the first are then
+    wrong.
 
     ``.grad`` is added to, as in ``backward``: several calls before ``step`` accumulate gradients. A parameter that no
     loss reaches keeps ``grad=None``. Sparse gradients, as those of ``nn.Embedding(sparse=True)``, stay sparse.

@@ -226,7 +226,10 @@ class TestCompiled:
 
     @pytest.mark.parametrize("trained_before", [False, True])
     def test_a_compiled_trunk(self, compiler: str, trained_before: bool) -> None:
-        """Inductor's buffers can be walked through once unless it is told otherwise, which PyTorch then says."""
+        """Inductor's buffers can be walked through once unless it is told otherwise, which PyTorch then says.
+
+        Its cache, which is not told, may hand out the same code.
+        """
         torch.compiler.reset()
         model = Model(torch.float32)
         model.way = [torch.compile(model.trunk, backend=compiler)]
@@ -241,6 +244,7 @@ class TestCompiled:
                 assert all(p.grad is None for p in model.parameters())
                 torch.compiler.reset()
                 stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
+                stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
                 model.way = [torch.compile(model.trunk, backend=compiler)]
                 found = surgery(model, model)
         exact = Model()

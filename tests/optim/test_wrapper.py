@@ -44,6 +44,76 @@ def test_passes_through() -> None:
     assert repr(optimizer).startswith("PCGrad(Adam (")
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Has methods and attributes that PyTorch's optimizers have not."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.training = False
+        self._private = 1
+
+    def train(self) -> None:
+        self.training = True
+
+    def eval(self) -> None:
+        self.training = False
+
+    def first_step(self, zero_grad: bool = False) -> str:
+        return f"zero_grad={zero_grad}"
+
+    @property
+    def broken(self) -> float:
+        return self.missing  # type: ignore[attr-defined, no-any-return]
+
+
+def wrappers(optimizer: torch.optim.Optimizer) -> list[mk.optim.GramWeighted]:
+    return [mk.optim.PCGrad(optimizer), mk.optim.GramWeighted(optimizer, lambda gram: gram[0])]
+
+
+def test_methods_that_the_wrapped_optimizer_alone_has() -> None:
+    model = Model()
+    inner = ScheduleFree(model.parameters(), 0.1)
+    for optimizer in wrappers(inner):
+        optimizer.train()
+        assert inner.training and optimizer.training
+        optimizer.eval()
+        assert not inner.training and not optimizer.training
+        assert optimizer.first_step(zero_grad=True) == "zero_grad=True"
+        assert not hasattr(optimizer, "_private") and not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+def test_what_neither_has() -> None:
+    for optimizer in wrappers(torch.optim.SGD(Model().parameters())):
+        name = type(optimizer).__name__
+        assert not hasattr(optimizer, "train") and getattr(optimizer, "train", None) is None
+        with pytest.raises(AttributeError, match=f"^{name} has no attribute 'train', and neither has the SGD"):
+            optimizer.train()
+        with pytest.raises(AttributeError, match=f"^{name} has no attribute '_hidden'$"):
+            _ = optimizer._hidden
+    with pytest.raises(AttributeError, match="broken") as caught:
+        _ = mk.optim.PCGrad(ScheduleFree(Model().parameters())).broken
+    assert "missing" in str(caught.value.__cause__), "what failed in the wrapped optimizer is told"
+
+
+def test_before_there_is_an_optimizer() -> None:
+    """An object that is being loaded or copied has no attributes yet."""
+    for kind in (mk.optim.PCGrad, mk.optim.GramWeighted):
+        empty = kind.__new__(kind)
+        for name in ("optimizer", "train", "_memory"):
+            with pytest.raises(AttributeError, match=f"^{kind.__name__} has no attribute '{name}'$"):
+                getattr(empty, name)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "deepcopy", "pickle"]
+)
+def test_copies_hand_on(clone: Callable[[Any], Any]) -> None:
+    inner = ScheduleFree(Model().parameters())
+    other = clone(mk.optim.PCGrad(inner))
+    other.train()
+    assert other.optimizer.training and inner.training == (other.optimizer is inner)
+
+
 def test_closure() -> None:
     model = Model()
     optimizer = mk.optim.PCGrad(torch.optim.LBFGS(model.parameters(), max_iter=3), shared=model.trunk.parameters())
