@@ -16,6 +16,7 @@ from mtlkernels._convert.classes import (
     OWN_UNDER_AUTOCAST,
     PLAN,
     SERVES_ONLY,
+    TRIED,
     WATCHED,
     converted_class,
     is_torchs,
@@ -145,7 +146,7 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
     if converter is None:
         return []
     with _decisions.paused():
-        plan, planned, own_under_autocast = converter.plan(module, path)
+        plan, planned, own_under_autocast, tried_with = converter.plan(module, path)
     reason = None if force or plan is None else slower(module)
     if reason is not None:
         return [line if line.action == "left alone" else _left_alone(line, reason) for line in planned]
@@ -154,7 +155,7 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
         kinds = (original_class(type(part)) or type(part) for part in module.modules())
         tried = frozenset(kind for kind in kinds if not is_torchs(kind))
         try:
-            found = watched(module, converter.method, converter.read(module))
+            found = watched(module, converter.method, converter.read(module), converter.writes)
         except TooMuch as error:
             return [_left_alone(line, str(error)) for line in planned]
         module.__class__ = kind
@@ -163,6 +164,8 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
             vars(module)[FORCE] = True
         if own_under_autocast:
             vars(module)[OWN_UNDER_AUTOCAST] = True
+        if tried_with is not None:
+            vars(module)[TRIED] = tried_with
     return planned
 
 
@@ -194,7 +197,7 @@ def revert(model: nn.Module) -> ConversionReport:
 
 def _unconvert(module: nn.Module, original: type) -> None:
     module.__class__ = original
-    for name in (PLAN, CLASSES, WATCHED, CALLS, FORCE, OWN_UNDER_AUTOCAST, SERVES_ONLY):
+    for name in (PLAN, CLASSES, WATCHED, TRIED, CALLS, FORCE, OWN_UNDER_AUTOCAST, SERVES_ONLY):
         vars(module).pop(name, None)
 
 

@@ -14,6 +14,7 @@ import types
 from typing import Any
 
 from mtlkernels import _tracing
+from mtlkernels._convert.arguments import Parameters
 from mtlkernels.ops._checks import refuse_training
 
 CLASS_ATTRIBUTE = "_mtlkernels_original"
@@ -26,6 +27,8 @@ OWN_UNDER_AUTOCAST = "_mtlkernels_own_under_autocast"
 SERVES_ONLY = "_mtlkernels_serves_only"
 # What its code read then beside tensors and parts, see ``watched.py``.
 WATCHED = "_mtlkernels_watched"
+# With which arguments its method was tried then, see ``arguments.py``.
+TRIED = "_mtlkernels_tried"
 _UNSCRIPTED = "__jit_unused_properties__"
 
 
@@ -38,6 +41,7 @@ class Fused:
     _mtlkernels_plan = None  # of an instance that was made of the converted class, and is none of a converted model
     _mtlkernels_force = False
     _mtlkernels_key: tuple[Any, ...]
+    _mtlkernels_parameters: Parameters | None  # of its method
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Not that of the class that is converted, whose own subclasses may be listed somewhere."""
@@ -77,6 +81,7 @@ def converted_class(base: type[Fused], original: type, method: str, source: str)
     namespace: dict[str, Any] = {
         CLASS_ATTRIBUTE: original,
         "_mtlkernels_key": key,
+        "_mtlkernels_parameters": Parameters.of(getattr(original, method)),
         "__doc__": original.__doc__,
         "__module__": base.__module__,
         # By this name torch.jit.script looks for properties that it shall not compile.

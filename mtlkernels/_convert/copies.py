@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import functools
 import math
@@ -234,7 +235,9 @@ def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]
         return len(actual) == len(expected) == len(pairs) and all(same(a, b, tolerance, seen) for a, b in pairs)
     if isinstance(expected, float):
         return bool(abs(actual - expected) <= tolerance * abs(expected) or actual == expected or expected != expected)
-    if isinstance(expected, (str, bytes, int, type(None), types.FunctionType, types.BuiltinFunctionType)):
+    if isinstance(expected, types.FunctionType):
+        return _same_functions(actual, expected, tolerance, seen)
+    if isinstance(expected, (str, bytes, int, type(None), types.BuiltinFunctionType)):
         return bool(actual == expected)
     if isinstance(expected, (set, frozenset)):
         return len(actual) == len(expected)  # of copies, whose members may be compared by identity
@@ -254,6 +257,28 @@ def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]
     if slots:
         return all(same(getattr(actual, name, None), getattr(expected, name, None), tolerance, seen) for name in slots)
     return hasattr(expected, "__dict__") or _same_states(actual, expected, tolerance, seen)
+
+
+def _same_functions(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
+    """The same of functions that are made anew for each copy, of one code: by what they close over and keep."""
+    if actual.__code__ is not expected.__code__:
+        return False
+    ours, theirs = ([_contents(f), f.__defaults__, f.__kwdefaults__, _attributes(f)] for f in (actual, expected))
+    return same(ours, theirs, tolerance, seen)
+
+
+def _attributes(function: types.FunctionType) -> dict[str, Any]:
+    """What a function has been given, but for the one that it wraps, which it closes over."""
+    return {name: value for name, value in vars(function).items() if name != "__wrapped__"}
+
+
+def _contents(function: types.FunctionType) -> list[Any]:
+    """What a function closes over, without what is not there yet."""
+    found = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
 
 
 def slots_of(kind: type) -> Sequence[str]:

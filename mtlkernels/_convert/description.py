@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mtlkernels import _decisions, _torch
 from mtlkernels._backends import autocast_enabled
+from mtlkernels._convert.arguments import Tried, needed_by
 from mtlkernels._convert.chains import Chain, flatten
-from mtlkernels._convert.classes import CLASSES, OWN_UNDER_AUTOCAST, WATCHED, is_torchs, original_class
+from mtlkernels._convert.classes import CLASSES, OWN_UNDER_AUTOCAST, TRIED, WATCHED, is_torchs, original_class
 from mtlkernels._convert.evaluation import (
     CALLS,
     CallsOfLevels,
@@ -201,6 +202,8 @@ class TrunkDescription:
         level_of: from an instance and the arguments of the method, the number of the level that a call evaluates alone;
             None where it evaluates all.
         plan: from an instance and its path in the model, its plan, where it is not made as that of other classes.
+        writes: attributes of an instance that ``outputs`` writes as the method does, and that nothing else reads.
+        needed: how many arguments ``inputs`` has no default for, as is read of it.
     """
 
     levels: Callable[[Any], Sequence[LevelDescription]]
@@ -214,6 +217,11 @@ class TrunkDescription:
     trial: Callable[[Any], Mapping[str, Any]] = lambda module: {}
     level_of: Callable[..., int] | None = None
     plan: Callable[[Any, str], Any] | None = None
+    writes: Sequence[str] = ()
+    needed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needed", needed_by(self.inputs))  # as it is frozen
 
     @classmethod
     def of(cls, level: LevelDescription, **options: Any) -> TrunkDescription:
@@ -224,6 +232,12 @@ class TrunkDescription:
         """What the method returns, by itself; None where the class's own code has to run."""
         if module._forward_hooks and module._parameters:
             return None  # TorchJD's autogram looks for its parameters, and may not find them behind a fused level
+        tried: Tried | None = vars(module).get(TRIED)
+        if tried is not None:
+            args, kwargs = tried.bring(module._mtlkernels_parameters, self.needed, args, kwargs), {}
+            if args is None:
+                _decisions.note(type(module).__name__, "its own code", "no trial had such arguments")
+                return None
         call = _SmallCall.of(self, module, args, kwargs)
         if call is not None and call.has_too_few_rows():
             return None

@@ -65,7 +65,9 @@ def read_experts(chains: Sequence[Chain], size: Size) -> tuple[list[list[Layer] 
         kinds.append(kind)
     read = (layer for layers in experts if not isinstance(layers, str) for layer in layers)
     norms = [norm for _, _, norm, *_ in read if type(norm) is nn.BatchNorm1d]
-    if len({*map(id, norms)}) < len(norms):  # such a norm takes several batches to its statistics, one after another
+    # A norm of several layers takes several batches to its statistics, one after another. By hash: the compiler would
+    # guard each id.
+    if len(set(norms)) < len(norms):
         return (experts, [None] * len(kinds)) if size.mixing else None
     return experts, kinds
 

@@ -39,6 +39,8 @@ def _outputs(module: Any, mixed: Sequence[Tensor]) -> dict[str, Any]:
     return {task: module.decoders[task](module._prepare_rep(x, task, same_rep=False)) for task, x in representations}
 
 
+# Where ``_prepare_rep`` keeps representations of a batch, and their copies that take gradients.
+_WRITES = ("rep", "rep_tasks")
 # By the name of the class.
 DESCRIPTIONS: dict[str, Any] = {
     "MMoE": TrunkDescription.of(
@@ -49,6 +51,9 @@ DESCRIPTIONS: dict[str, Any] = {
         ),
         inputs=_inputs,
         outputs=_outputs,
+        writes=_WRITES,
     ),
-    "CGC": TrunkDescription.of(LevelDescription(_cgc_experts, _gates, _cgc_routing), inputs=_inputs, outputs=_outputs),
+    "CGC": TrunkDescription.of(
+        LevelDescription(_cgc_experts, _gates, _cgc_routing), inputs=_inputs, outputs=_outputs, writes=_WRITES
+    ),
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels import _torch
+from mtlkernels._convert.arguments import Told, Tried, told
 from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
 from mtlkernels._convert.classes import is_torchs
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
@@ -27,12 +28,14 @@ class Plan(NamedTuple):
     """What becomes of an instance.
 
     ``routings`` has for each level its Routing, None for one that is left alone, and is None where all are; ``lines``
-    is the report; ``own_under_autocast`` whether its own code is to run under autocast.
+    is the report; ``own_under_autocast`` whether its own code is to run under autocast; ``tried`` with which arguments
+    it was tried, None where calls with others are no matter.
     """
 
     routings: tuple[Routing | None, ...] | None
     lines: list[Line]
     own_under_autocast: bool = False
+    tried: Tried | None = None
 
 
 def left_alone(reason: str, module: nn.Module, path: str) -> Plan:
@@ -46,7 +49,7 @@ def plan_trunk(trunk: TrunkDescription, base: Any, module: nn.Module, path: str)
         plan = _examine(trunk, base, module)
     except Exception as error:  # of a description that does not fit; it goes into the report
         plan = f"its description does not fit: {type(error).__name__}: {error}"
-    verdict = Verdict(plan) if isinstance(plan, str) else _trial(trunk, module, plan)
+    verdict, tried = (Verdict(plan), None) if isinstance(plan, str) else _trial(trunk, module, plan)
     reason, under_autocast = verdict or (None, None)
     if isinstance(plan, str) or reason is not None:
         return left_alone(str(reason), module, path)
@@ -56,7 +59,7 @@ def plan_trunk(trunk: TrunkDescription, base: Any, module: nn.Module, path: str)
     if under_autocast is not None:
         words = f"; its own code under autocast: {under_autocast}"
         lines = [replace(line, detail=line.detail + words) for line in lines]
-    return Plan(plan, lines, under_autocast is not None)
+    return Plan(plan, lines, under_autocast is not None, tried)
 
 
 def _examine(trunk: TrunkDescription, base: Any, module: Any) -> tuple[Routing, ...] | str:
@@ -131,13 +134,20 @@ def _is_quantized(kind: type) -> bool:
     return is_torchs(kind) and "quantized" in kind.__module__.split(".")
 
 
-def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) -> Verdict | None:
-    """What is wrong with evaluating the levels otherwise, as a trial of copies tells; None where nothing is."""
+def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) -> tuple[Verdict | None, Tried | None]:
+    """What is wrong with evaluating the levels otherwise, as a trial of copies tells, and the arguments that it had.
+
+    The verdict is None where nothing is wrong.
+    """
+    calls: list[Told] = []
 
     def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
         if trunk.example is not None:
-            return _example(trunk.example, other, rows, generator)
-        return trunk.arguments(other, _random_streams(trunk.levels(other)[0], other, plan[0], rows, generator))
+            given = _example(trunk.example, other, rows, generator)
+        else:
+            given = trunk.arguments(other, _random_streams(trunk.levels(other)[0], other, plan[0], rows, generator))
+        calls.append(told(given))
+        return given
 
     def fused(other: Any, *args: Any) -> Any:
         result = trunk.call(other, plan, args, {})
@@ -153,7 +163,8 @@ def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) 
         chains = (chain for level in levels for chain in (*level.experts(other), *level.gates(other)))
         return widths_dropped(chains), len(streams[0]) if streams else 0
 
-    return disagreement(module, fused, arguments, **{"original": original, "drops": drops, **trunk.trial(module)})
+    options = {"method": trunk.method, "original": original, "drops": drops, **trunk.trial(module)}
+    return disagreement(module, fused, arguments, **options), Tried.of(calls)
 
 
 def _random_streams(

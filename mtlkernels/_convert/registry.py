@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class Converter:
         plan: from an instance and its path in the model, its plan.
         base, method, source: as :func:`mtlkernels._convert.classes.converted_class` takes them.
         read: from an instance, the modules that each call reads.
+        writes: attributes that each call writes.
     """
 
     plan: Callable[[nn.Module, str], Plan]
@@ -61,6 +62,7 @@ class Converter:
     method: str = "forward"
     source: str = ""
     read: Callable[[nn.Module], Iterable[Any]] = lambda module: ()
+    writes: Sequence[str] = ()
 
 
 class FusedRegistered(Fused):
@@ -101,7 +103,7 @@ def _converter(file: str, base: type) -> Converter:
     source = f"{file}.{base.__name__}"
     description = description_of(source)
     plan = description.plan or functools.partial(plan_trunk, description, base)
-    return Converter(plan, Fused, description.method, source, description.read)
+    return Converter(plan, Fused, description.method, source, description.read, description.writes)
 
 
 def known_names() -> list[str]:

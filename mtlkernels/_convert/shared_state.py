@@ -12,10 +12,13 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mtlkernels._convert.reached import Reached
 
 _NAMESPACES = ("types.SimpleNamespace", "argparse.Namespace", "_thread._local")
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -36,23 +39,24 @@ class _Kept:
 class SharedState:
     """The class attributes, global variables and objects that the code of a module's classes names, as they are now.
 
-    Code is that of methods, also of an instance's own, and of the user's functions that it names in turn. What a
-    module's hooks name is restored too, but may change: they are called as before a conversion, or keep their module as
-    it is.
+    Code is that of methods that a call may reach, also of an instance's own, and of the user's functions that it names
+    in turn. What a module's hooks name is restored too, but may change: they are called as before a conversion, or keep
+    their module as it is.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, reached: Reached) -> None:
         self._kept: list[_Kept] = []
         self._seen: set[int] = set()
         self._judged = True
-        self._packages = set(map(package_of, _classes(module)))
-        for kind in _classes(module):
+        self._packages = set(map(package_of, classes_of(module.modules())))
+        for kind in classes_of(reached.parts):
             self._keep_class(kind)
-            for code in map(_function, list(vars(kind).values())):
-                if code is not None:
+            for name, attribute in list(vars(kind).items()):
+                code = function_behind(attribute)
+                if code is not None and reached.has(name):
                     self._keep_named(code)
-        for part in module.modules():
-            for code in _functions_in(vars(part)):
+        for part in reached.parts:
+            for code in functions_in(vars(part)):
                 if is_users(code):
                     self._keep_named(code)
         self._judged = False
@@ -72,7 +76,7 @@ class SharedState:
                 where = f"{path}.{name}".lstrip(".")
                 if own.get(name) is value:
                     self._keep(where, value)
-                for kind in _classes_in(value, set()):
+                for kind in classes_in(value, set()):
                     self._keep(where, kind)
 
     def _add(self, name: str, has_changed: Callable[[], bool], restore: Callable[[], None]) -> None:
@@ -109,7 +113,7 @@ class SharedState:
         if id(function) in self._seen:
             return
         self._seen.add(id(function))
-        for name, owner, key, value in _named(function):
+        for name, owner, key, value in named_by(function):
             if isinstance(owner, dict) and is_users(function):
                 self._keep_entry(name, lambda o=owner: o, key, value, _setter(owner, key, value))  # type: ignore[misc]
             elif isinstance(owner, types.CellType):
@@ -222,13 +226,13 @@ def _parts(container: Any) -> list[Any]:
     return sorted(container, key=id) if isinstance(container, set) else list(container)
 
 
-def _classes(module: nn.Module) -> Iterator[type]:
-    """The classes of a module and its parts but PyTorch's own."""
-    kinds = dict.fromkeys(kind for part in module.modules() for kind in type(part).__mro__ if kind is not object)
+def classes_of(parts: Iterable[nn.Module]) -> Iterator[type]:
+    """The classes of parts but PyTorch's own."""
+    kinds = dict.fromkeys(kind for part in parts for kind in type(part).__mro__ if kind is not object)
     return filter(is_users, kinds)
 
 
-def _classes_in(value: Any, seen: set[int]) -> Iterator[type]:
+def classes_in(value: Any, seen: set[int]) -> Iterator[type]:
     """The classes in a value, and those of the objects in it, within containers and objects."""
     if id(value) in seen or len(seen) > MOST_PARTS:
         return
@@ -244,7 +248,7 @@ def _classes_in(value: Any, seen: set[int]) -> Iterator[type]:
         yield type(value)
         parts = vars(value).values()
     for part in list(parts):
-        yield from _classes_in(part, seen)
+        yield from classes_in(part, seen)
 
 
 def is_users(code: type | types.FunctionType | types.ModuleType) -> bool:
@@ -269,7 +273,7 @@ def is_object(value: Any) -> bool:
         return False
 
 
-def _function(attribute: Any) -> types.FunctionType | None:
+def function_behind(attribute: Any) -> types.FunctionType | None:
     """The function behind a class's attribute."""
     try:
         if isinstance(attribute, property):
@@ -280,11 +284,11 @@ def _function(attribute: Any) -> types.FunctionType | None:
     return attribute if isinstance(attribute, types.FunctionType) else None
 
 
-def _functions_in(values: dict[str, Any]) -> Iterator[types.FunctionType]:
+def functions_in(values: dict[str, Any]) -> Iterator[types.FunctionType]:
     """Those among a module's attributes, and in lists and dictionaries of them."""
     for value in values.values():
         inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
-        yield from (code for code in map(_function, inner) if code is not None)
+        yield from (code for code in map(function_behind, inner) if code is not None)
 
 
 def _hooks(module: nn.Module) -> Iterator[types.FunctionType]:
@@ -294,7 +298,7 @@ def _hooks(module: nn.Module) -> Iterator[types.FunctionType]:
             yield from (hook for hook in kind.values() if isinstance(hook, types.FunctionType))
 
 
-def _named(function: types.FunctionType) -> Iterator[tuple[str, Any, str, Any]]:
+def named_by(function: types.FunctionType) -> Iterator[tuple[str, Any, str, Any]]:
     """The global variables, those of enclosing functions and of modules, and the defaults that a function names.
 
     Of each its name, where it is kept (a dictionary, a cell or None), by which key, and what it is.

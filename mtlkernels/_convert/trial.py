@@ -34,6 +34,7 @@ from mtlkernels._convert.copies import (
 from mtlkernels._convert.dropouts import counted, dropouts_of, dropped_otherwise, set_rates
 from mtlkernels._convert.paying import at_any_size
 from mtlkernels._convert.random_states import kept_random_state, random_state, seed
+from mtlkernels._convert.reached import Reached
 from mtlkernels._convert.settings import settings
 from mtlkernels._convert.shared_state import SharedState
 from mtlkernels._convert.situations import AS_IT_IS, LARGE_WORK, OTHER_DTYPES, ROWS, SITUATIONS, Situation
@@ -85,6 +86,7 @@ def disagreement(
     fused: Callable[..., Any],
     arguments: Callable[[Any, int, torch.Generator], tuple[Any, ...]],
     *,
+    method: str = "forward",
     original: Callable[..., Any] = call,
     without: Sequence[str] = (),
     stand_ins: Mapping[str, Any] | None = None,
@@ -104,6 +106,7 @@ def disagreement(
         fused: from a copy and arguments, what the converted module would return. However few rows there are it has to
             go the fused way, which is asked for by :func:`mtlkernels._convert.paying.at_any_size`.
         arguments: from a copy, a number of rows and a generator, arguments with float64 tensors of so many rows.
+        method: the name of the method that is replaced.
         original: from a copy and arguments, what the module returns.
         without: attributes of the module, or of its sub-modules by dotted names, that neither way needs, and that may
             be large, such as embeddings: a module is a :class:`mtlkernels._convert.copies.First` in the copies,
@@ -117,7 +120,7 @@ def disagreement(
         None where both agree, otherwise where they do not.
     """
     try:
-        shared = SharedState(module)
+        shared = SharedState(module, Reached(module, method))
     except Exception as error:
         return Verdict(f"it fails in a trial: {type(error).__name__}: {error}")
     # Whatever the caller has set, in which gradients or numbers on a CPU could not be had.

@@ -86,10 +86,11 @@ def _is_owner(value: Any) -> bool:
     return _inside(value) is not None and not hasattr(type(value), "__get__")
 
 
-def watched(module: nn.Module, method: str, read: Iterable[Any]) -> Watched:
+def watched(module: nn.Module, method: str, read: Iterable[Any], writes: Iterable[str] = ()) -> Watched:
     """What ``method`` of a module, and the forward methods of the parts that it names, read that no call reads anew.
 
-    ``read`` are the modules, and the products of tensors, that each call reads.
+    ``read`` are the modules, and the products of tensors, that each call reads, ``writes`` the module's attributes that
+    each call writes.
 
     Raises:
         TooMuch: the code reads more than a call should compare.
@@ -111,7 +112,8 @@ def watched(module: nn.Module, method: str, read: Iterable[Any]) -> Watched:
         if not is_torchs(kind):
             code = Code(kind, method if part is module else "forward", scopes)
             reader = _Reader(code.paths, code.words, scopes, is_known)
-            entries = tuple(dict(_of_part(part, code, reader, known)).items())
+            own = code.names - _INTERNAL - (set(writes) if part is module else set())
+            entries = tuple(dict(_of_part(part, own, code.method, reader, known)).items())
             if entries:
                 found.append((path, entries))
             names = code.names
@@ -141,9 +143,10 @@ def _address(tensor: Tensor) -> tuple[str, int] | None:
         return None
 
 
-def _of_part(part: Any, code: Code, reader: _Reader, known: set[int]) -> Iterator[Entry]:
+def _of_part(part: Any, names: set[str], method: str, reader: _Reader, known: set[int]) -> Iterator[Entry]:
+    """Of those names that code reads of a part, one of which may be that of its ``method``."""
     own = vars(part)
-    for name in sorted(code.names - _INTERNAL):
+    for name in sorted(names):
         if name in own:
             yield from reader.read((name,), own[name])
         elif name in part._modules:
@@ -154,7 +157,7 @@ def _of_part(part: Any, code: Code, reader: _Reader, known: set[int]) -> Iterato
             value = getattr(type(part), name, Absent)
             if _is_watched(value):
                 yield from reader.read((name,), value)
-            elif name != code.method:
+            elif name != method:
                 yield (name,), Absent  # nothing of the instance's own, in the place of its class's method, or at all
 
 

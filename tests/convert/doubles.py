@@ -179,10 +179,25 @@ class MMoE_Layer(nn.Module):  # noqa: N801 (the library's name)
 
 
 class LibMTL(nn.Module):
-    """What LibMTL's architectures have in common: tasks by name, heads, and a tap on representations."""
+    """What LibMTL's architectures have in common: tasks by name, heads, and a tap on representations.
 
-    def __init__(self, width: int, units: Sequence[int], tasks: int, counts: Sequence[int], share: int) -> None:
+    With ``rep_grad`` heads read copies of the representations, where their gradients can be had before the trunk's.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        units: Sequence[int],
+        tasks: int,
+        counts: Sequence[int],
+        share: int,
+        rep_grad: bool = False,
+    ) -> None:
         super().__init__()
+        self.rep_grad = rep_grad
+        if rep_grad:
+            self.rep: Any = {}
+            self.rep_tasks: dict[str, Tensor] = {}
         self.task_name = [f"task{t}" for t in range(tasks)]
         self.decoders = nn.ModuleDict({task: nn.Linear(units[-1], 2) for task in self.task_name})
         self.experts_shared = nn.ModuleList(encoder(width, units) for _ in range(share))
@@ -195,9 +210,16 @@ class LibMTL(nn.Module):
         self.prepared: list[str] = []
 
     def _prepare_rep(self, rep: Tensor, task: str, same_rep: bool) -> Tensor:
-        assert not same_rep
         self.prepared.append(task)
-        return rep
+        if not self.rep_grad:
+            return rep
+        if same_rep:
+            self.rep = rep
+        else:
+            self.rep[task] = rep
+        self.rep_tasks[task] = rep.detach().clone()
+        self.rep_tasks[task].requires_grad = True
+        return self.rep_tasks[task]
 
     def forward(self, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
         shared = [expert(inputs) for expert in self.experts_shared]
@@ -222,8 +244,15 @@ def encoder(width: int, units: Sequence[int]) -> nn.Sequential:
 class CGC(LibMTL):
     """LibMTL's CGC: as many specific experts as each task wants, and shared experts first."""
 
-    def __init__(self, width: int, units: Sequence[int], counts: Sequence[int] = (1, 2, 3), share: int = 2) -> None:
-        super().__init__(width, units, len(counts), counts, share)
+    def __init__(
+        self,
+        width: int,
+        units: Sequence[int],
+        counts: Sequence[int] = (1, 2, 3),
+        share: int = 2,
+        rep_grad: bool = False,
+    ) -> None:
+        super().__init__(width, units, len(counts), counts, share, rep_grad)
         self.experts_specific = nn.ModuleDict(
             {
                 task: nn.ModuleList(encoder(width, units) for _ in range(count))
@@ -240,8 +269,10 @@ class CGC(LibMTL):
 class LibMTLMMoE(LibMTL):
     """LibMTL's MMoE."""
 
-    def __init__(self, width: int, units: Sequence[int], experts: int = 4, tasks: int = 3) -> None:
-        super().__init__(width, units, tasks, [0] * tasks, experts)
+    def __init__(
+        self, width: int, units: Sequence[int], experts: int = 4, tasks: int = 3, rep_grad: bool = False
+    ) -> None:
+        super().__init__(width, units, tasks, [0] * tasks, experts, rep_grad)
 
 
 LibMTLMMoE.__name__ = "MMoE"

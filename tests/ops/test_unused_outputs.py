@@ -97,6 +97,12 @@ def gradients(outputs: Any, used: tuple[int, ...], tensors: dict[str, Tensor], t
     return dict(zip(tensors, found, strict=True))
 
 
+def of_penalty(grads: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Gradients of the squares of gradients, as a penalty of their size has them."""
+    loss = sum(g.square().sum() for g in grads.values() if g is not None)
+    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), allow_unused=True), strict=True))
+
+
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert {name for name, g in found.items() if g is None} == {name for name, g in expected.items() if g is None}
     for name, gradient in expected.items():
@@ -115,7 +121,11 @@ def test_expert_mixture(
     case = Case(routing, norm, gate_weights)
     with mk.use_backend(backend):
         found = gradients(case.fused(), used, case.tensors, twice)
-    assert_same(found, gradients(case.plain(), used, case.tensors, twice))
+        second = of_penalty(found, case.tensors) if twice else {}
+    expected = gradients(case.plain(), used, case.tensors, twice)
+    assert_same(found, expected)
+    if twice:
+        assert_same(second, of_penalty(expected, case.tensors))
 
 
 @looked_at
@@ -151,13 +161,21 @@ def test_mixing_of_modules(used: tuple[int, ...], twice: bool) -> None:
     found, expected = (gradients(run(), used, tensors, twice) for run in (fused, plain))
     assert_same(found, expected)
     if twice:
-        again = []
-        for grads in (found, expected):
-            loss = sum(g.square().sum() for g in grads.values() if g is not None)
-            second = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
-            again.append(dict(zip(tensors, second, strict=True)))
-        reached = {name for name, gradient in expected.items() if gradient is not None}
-        assert_same(*({name: grads[name] for name in reached} for grads in again))
+        assert_same(of_penalty(found, tensors), of_penalty(expected, tensors))
+
+
+def test_a_gradient_penalty_with_an_infinite_expert_that_no_loss_reaches() -> None:
+    """Of experts that are modules, whose own backward passes would multiply zeros by what is not finite."""
+    x = torch.randn(6, 3, dtype=torch.float64).requires_grad_()
+    weights = [torch.randn(4, 3, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    weights[1].data[0, 0] = torch.inf
+    logits = [torch.randn(6, 2, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    routing = mk.Routing.cgc(2, 1, 1, single_input=True)
+    outputs = mix_list([nn.functional.softplus(x @ w.t()) for w in weights], logits, routing)
+    tensors = {"x": x} | {f"weight {e}": w for e, w in enumerate(weights)}
+    second = of_penalty(gradients(outputs, (0,), tensors, True), tensors)
+    assert second["weight 1"] is None
+    assert all(second[name].isfinite().all() and second[name].any() for name in ("x", "weight 0", "weight 2"))
 
 
 @looked_at
@@ -193,8 +211,9 @@ def test_joint_gates(used: tuple[int, ...], biased: bool) -> None:
         {"x": x} | {f"weight {k}": w for k, w in enumerate(weights)} | {f"bias {k}": b for k, b in enumerate(biases)}
     )
     plain = [nn.functional.linear(x, w, biases[k] if biased else None) for k, w in enumerate(weights)]
-    found = gradients(joint_linear(x, weights, biases), used, tensors, False)
-    assert_same(found, gradients(plain, used, tensors, False))
+    found, expected = (gradients(run, used, tensors, True) for run in (joint_linear(x, weights, biases), plain))
+    assert_same(found, expected)
+    assert_same(of_penalty(found, tensors), of_penalty(expected, tensors))
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -257,7 +276,11 @@ def test_sub_network_routing(stacked: bool, used: tuple[int, ...], twice: bool, 
     plain = [sum(z[i, j] * (x @ rows[i][j].t()) for j, x in enumerate(u)) for i in range(3)]
     with mk.use_backend(backend):
         found = gradients(mk.snr_trans(u, rows, z), used, tensors, twice)
-    assert_same(found, gradients(plain, used, tensors, twice))
+        second = of_penalty(found, tensors) if twice else {}
+    expected = gradients(plain, used, tensors, twice)
+    assert_same(found, expected)
+    if twice:
+        assert_same(second, of_penalty(expected, tensors))
 
 
 @pytest.mark.parametrize("place", ["logits", "weight"])

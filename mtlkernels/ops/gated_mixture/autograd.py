@@ -109,14 +109,15 @@ class ListMixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         plan, count = ctx.plan, ctx.num_experts
         *tensors, stacked = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradients' own derivatives reach the experts
-            stacked = torch.stack(tensors[:count], dim=1)
+        gates = zip(reference.split_gates(plan.gate_experts, plan.gate_sizes), grads, strict=False)
+        reached = {e for gate, grad in gates if grad is not None for e in gate}
+        if torch.is_grad_enabled():  # the gradients' own derivatives reach the same experts, and those alone
+            experts = enumerate(tensors[:count])
+            stacked = torch.stack([x if e in reached else x.detach() for e, x in experts], dim=1)
         flags = ctx.needs_input_grad[2:]
         needs = (any(flags[:count]), any(flags[count:]))
         grad_experts, grad_logits = _gradients(plan, needs, grads[:-1], (stacked, *tensors[count:]))
         each: list[Any] = [None] * count if grad_experts is None else list(grad_experts.unbind(1))
-        gates = zip(reference.split_gates(plan.gate_experts, plan.gate_sizes), grads, strict=False)
-        reached = {e for gate, grad in gates if grad is not None for e in gate}
         return (None, None, *(grad if e in reached else None for e, grad in enumerate(each)), *grad_logits)
 
 

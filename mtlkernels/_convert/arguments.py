@@ -1,0 +1,126 @@
+"""With which arguments a method was tried: a call with others may ask for what fused evaluation knows nothing of.
+
+A mask, a scale or labels that a method takes may change what it returns, and only the streams of a description's
+``inputs`` go the fused way. A call is brought into the form that trials had, arguments by their places; what no trial
+gave has to be as the method has it by default, and a flag, a word or None that all trials gave as one of them did.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from mtlkernels._convert.values import Absent
+
+# Of which code asks what they are, and does something else for another: a trial has shown those alone that it gave.
+_TELLING = (bool, str, type(None))
+# Defaults that are told by their values, where another object may be given.
+_PLAIN = (bool, str, type(None), int, float)
+
+
+class Parameter(NamedTuple):
+    """One of a method's; ``default`` is Absent where there is none, ``name`` empty where it goes by its place alone."""
+
+    name: str
+    default: Any
+
+
+class Parameters(NamedTuple):
+    """A method's parameters without the instance: those that have a place, then those that are given by name only."""
+
+    placed: tuple[Parameter, ...]
+    named: tuple[Parameter, ...]
+
+    @classmethod
+    def of(cls, method: Callable[..., Any]) -> Parameters | None:
+        """None where they cannot be told."""
+        try:
+            parameters = inspect.signature(method).parameters.values()
+        except (TypeError, ValueError):
+            return None
+        placed = [
+            Parameter("" if p.kind is p.POSITIONAL_ONLY else p.name, Absent if p.default is p.empty else p.default)
+            for p in parameters
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        named = [
+            Parameter(p.name, Absent if p.default is p.empty else p.default)
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY
+        ]
+        return cls(tuple(placed[1:]), tuple(named))
+
+
+# What is kept of a call's arguments.
+Told = tuple[Any, ...]
+
+
+def told(arguments: Sequence[Any]) -> Told:
+    """The words, flags and None among them, with Absent in the place of others."""
+    return tuple(value if isinstance(value, _TELLING) else Absent for value in arguments)
+
+
+class Tried(NamedTuple):
+    """The arguments of trials: how many there were, and at which places words, flags or None alone, and which."""
+
+    number: int
+    telling: tuple[tuple[int, tuple[Any, ...]], ...]
+
+    @classmethod
+    def of(cls, calls: Sequence[Told]) -> Tried | None:
+        """Of calls, as :func:`told` has them; None of none, or of different numbers of arguments."""
+        numbers = set(map(len, calls))
+        if len(numbers) != 1:
+            return None
+        telling = [
+            (place, tuple(dict.fromkeys(values)))
+            for place, values in enumerate(zip(*calls, strict=True))
+            if Absent not in values
+        ]
+        return cls(numbers.pop(), tuple(telling))
+
+    def bring(
+        self, parameters: Parameters | None, needed: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        """The arguments of a call as trials had them; None for others, with which the method's own code has to run.
+
+        An argument that trials had and the call has not is the method's default, but for the first ``needed`` of them.
+        """
+        if not kwargs and len(args) == self.number and not self.telling:
+            return args
+        if parameters is None or len(args) > max(self.number, len(parameters.placed)):
+            return None
+        placed, named = parameters.placed, dict(kwargs)
+        values = [*args, *(named.pop(parameter.name, Absent) for parameter in placed[len(args) :])]
+        beyond = zip(values[self.number :], placed[self.number :], strict=False)
+        if not all(value is Absent or _is_default(value, parameter) for value, parameter in beyond):
+            return None
+        for name, value in named.items():
+            if not any(other.name == name and _is_default(value, other) for other in parameters.named):
+                return None
+        found = values[: self.number]
+        for place in range(min(self.number, len(placed))):
+            if found[place] is Absent and place >= needed:
+                found[place] = placed[place].default
+        if len(found) < self.number or any(value is Absent for value in found):
+            return None
+        for place, tried in self.telling:
+            if not any(_is_same(found[place], value) for value in tried):
+                return None
+        return tuple(found)
+
+
+def needed_by(inputs: Callable[..., Any]) -> int:
+    """How many arguments a description's ``inputs`` has no default for, beside the instance."""
+    found = Parameters.of(inputs)
+    return 0 if found is None else sum(parameter.default is Absent for parameter in found.placed)
+
+
+def _is_default(value: Any, parameter: Parameter) -> bool:
+    return _is_same(value, parameter.default)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether both are one object, or the same number, word or flag."""
+    return value is other or (isinstance(other, _PLAIN) and type(value) is type(other) and bool(value == other))
