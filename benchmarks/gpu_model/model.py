@@ -28,7 +28,8 @@ OF_TILES = 16
 ASSUMPTIONS = (
     "Programs start in their order as soon as there is room, and those of a wave take equally long.",
     "A program's waits are hidden by the others that its multiprocessor holds, or not at all.",
-    "Each pass through a product's loop takes the longest of what it needs, however the compiler has ordered it.",
+    "Each pass through a product's loop takes the longest of what it needs, however the compiler has ordered it; copies"
+    " that begin behind its products and that the next pass waits for take their time besides.",
     "An instruction takes a slot of its scheduler; special functions and accesses to memory take no more.",
     "Each operand comes from memory once: programs that share rows or weights run near to each other in time.",
     "What a launch reads is still in L2 where all that the launch moves fits there; what it writes reaches memory.",
@@ -101,6 +102,8 @@ def need(part: Part, code: Code, tile: Tile, cold: bool, card: Card) -> Need:
     tensor, shared, copies = _of_step(loop, tile, card)
     idle = loop.waits_for_products * card.product_latency + _Run(1, loop.after_products, tile, card).issue
     compute = max(tensor + idle, shared, step.issue)
+    if loop.waits_for_copies:  # products and copies take turns
+        compute += copies + latency
     copy = max(copies, latency / max(tile.stages - 1, 1))
     fill = part.chain * card.l2_latency + latency
     if code.around(loop):

@@ -110,6 +110,16 @@ class Loop:
         return sum(_waits(i) for i in self.body)
 
     @property
+    def waits_for_copies(self) -> bool:
+        """Whether a pass waits for all copies of the one before, which makes them when its products are done."""
+        waits = [i.operands for i in self.always if i.opcode == "DEPBAR.LE" and i.operands.startswith("SB0")]
+        copies = [at for at, i in enumerate(self.always) if i.name == "LDGSTS"]
+        if not waits or not copies or not all(operands.endswith(", 0x0") for operands in waits):
+            return False
+        before = (*self.always[copies[0] :], *self.always[: copies[0]])  # from there on, through the next pass
+        return [_waits(i) for i in before if _waits(i) or i.mma is not None][-1:] == [True]
+
+    @property
     def after_products(self) -> tuple[Instruction, ...]:
         """What always follows such a wait in a pass, until its next product begins: no tensor core is at work then."""
         found: list[Instruction] = []

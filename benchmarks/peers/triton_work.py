@@ -144,8 +144,8 @@ class Shape:
 
 def forward(shape: Shape, save: bool) -> list[Work]:
     """The launches of a forward pass, in their order."""
-    sizes = (len(shape.gate_sizes), shape.rows, shape.widths[-1], shape.widths[-2])
-    tile = tiles.mixing(shape.kind, *sizes, shape.activations[-1], shape.card)
+    sizes = (len(shape.gate_sizes), shape.experts, shape.rows, shape.widths[-1], shape.widths[-2])
+    tile = tiles.mixing(shape.kind, *sizes, shape.activations[-1], save, shape.card)
     layers = shape.last + 1 if tile is None else shape.last
     works = [_layer(shape, layer, save) for layer in range(layers)]
     if shape.groups:

@@ -122,8 +122,8 @@ def multiply(
 @triton.jit
 def activate(x, CODE: tl.constexpr):
     """The activation of that code in mtlkernels.ops.activations, of those without slopes, for float32."""
-    if CODE == RELU:  # the comparison lets NaN pass, as PyTorch does
-        x = tl.where(x < 0.0, 0.0, x)
+    if CODE == RELU:
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif CODE == LEAKY_RELU:
         x = tl.where(x > 0.0, x, 0.01 * x)
     elif CODE == GELU:

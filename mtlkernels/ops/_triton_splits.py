@@ -37,18 +37,22 @@ class Sums:
     part: int
 
 
-class Card(NamedTuple):
-    """What of a GPU decides launch configurations.
+LARGE = ((9, 0), (10, 0))
 
-    Its multiprocessors, and whether these have 227 KiB of shared memory and products of groups of warps.
-    """
+
+class Card(NamedTuple):
+    """What of a GPU decides launch configurations: its multiprocessors, and their compute capability."""
 
     multiprocessors: int
-    large: bool
+    capability: tuple[int, int]
+
+    @property
+    def large(self) -> bool:
+        """Whether a multiprocessor has 227 KiB of shared memory and products of groups of warps."""
+        return self.capability in LARGE
 
 
-LARGE = ((9, 0), (10, 0))  # their capabilities
-_H100 = Card(132, True)
+_H100 = Card(132, (9, 0))
 
 
 @lru_cache(maxsize=64)
@@ -57,7 +61,7 @@ def card(device: torch.device) -> Card:
     if device.type != "cuda":
         return _H100
     multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return Card(multiprocessors, torch.cuda.get_device_capability(device) in LARGE)
+    return Card(multiprocessors, torch.cuda.get_device_capability(device))
 
 
 def splits(sums: Sums, multiprocessors: int) -> int:

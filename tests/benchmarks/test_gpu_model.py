@@ -123,6 +123,19 @@ def test_tensor_cores_are_idle_from_one_pass_to_the_next() -> None:
     assert code().products[0].after_products == ()
 
 
+def test_copies_that_are_waited_for_at_once_take_their_time() -> None:
+    """Where they begin behind all products, and the next pass waits for them before its own."""
+    part, copy = Part(1, 0, 3, 15, chain=2), "LDGSTS.E.BYPASS.128 [R33], desc[UR12][R12.64], P5"
+    ahead = SASS.replace(copy, "WARPGROUP.DEPBAR.LE gsb0, 0x0")
+    behind = ahead.replace("DEPBAR.LE SB0, 0x2", "DEPBAR.LE SB0, 0x0")
+    assert Code(behind).products[0].waits_for_copies and not Code(ahead).products[0].waits_for_copies
+    assert not Code(SASS.replace("SB0, 0x2", "SB0, 0x0")).products[0].waits_for_copies  # beside products
+    with_copies, without = (need(part, Code(text), TILE, cold=True, card=CARD) for text in (behind, ahead))
+    step = 256 + CARD.product_latency + 2 * 5 + CARD.barrier
+    assert with_copies.alone - without.alone == 15 * (step + 16 * 256 / 32 + 1000 - max(step, 1000 / 2))
+    assert with_copies.busy == without.busy
+
+
 def test_other_loops_run_as_often_as_the_plan_says() -> None:
     one = need(Part(1, 1, 1, 1), code(), TILE, cold=False, card=CARD)
     many = need(Part(1, 1, 1, 1, others=lambda *_: 11), code(), TILE, cold=False, card=CARD)
@@ -169,7 +182,7 @@ def test_launches_are_those_of_the_launchers() -> None:
     assert kind.dtype == KINDS[torch.bfloat16]
     first = tiles.roomy(tiles.product(kind, 4096, 256))
     assert found[0].name == "layer_forward" and found[0].tile == first
-    mixing = tiles.mixing(kind, 3, 4096, 128, 256, CODES["relu"], card(CPU))
+    mixing = tiles.mixing(kind, 3, 12, 4096, 128, 256, CODES["relu"], True, card(CPU))
     assert found[1].name == "last_forward" and found[1].tile == mixing
     assert found[-1].name == "weight_gradient" and found[-1].tile == tiles.WEIGHT_GRADIENT[kind.operands]
     assert found[0].arguments["depth"] == 416 and found[0].constants["LINEAR_GATES"] is True

@@ -120,7 +120,7 @@ def mixers(kind: Kind, code: int, every_gate: bool) -> Iterator[tuple[Tile, int]
     """The tiles of the last layer's kernel with an activation, each with numbers of gates that it serves."""
     choice, most = tiles.MIXING[kind.operands], tiles.MAX_FUSED_GATES
     if choice.wide and code in FLAT_CODES:
-        loops = [choice.wide, *_of(tiles.LARGE_MIXING, kind)]
+        loops = [choice.wide, *_of(tiles.AHEAD_MIXING, kind)]
         yield from itertools.product(loops, range(1, chain_kernels.FLAT_GATES.value + 1))
     for tile, low, high in ((choice.short, 1, most), (choice.full, 1, choice.few), (choice.many, choice.few + 1, most)):
         for gates in range(low, high + 1, 1 if every_gate else max(high - low, 1)):
@@ -148,10 +148,13 @@ def mixture_variants(
                 what = {"CODE": code, "KEEP": keep and keep.value, "LINEAR_GATES": gates}
                 yield _made("layer_forward", tiles.roomy(tile) if gates or code == RELU else tile, kind, **what)
         for code in dict.fromkeys((*forward_codes, *FLAT_CODES)):
-            what = {"LOGITS": tl.float32, "CODE": code, "KEEP": True}
-            for (tile, count), split in itertools.product(mixers(kind, code, every_gate), (False, True)):
-                whole = tile in tiles.LARGE_MIXING.values()
-                yield _made("last_forward", tile, kind, **what, GATES=count, SPLIT=split, WHOLE=whole)
+            what = {"LOGITS": tl.float32, "CODE": code}
+            choice = itertools.product(mixers(kind, code, every_gate), (False, True), (False, True))
+            for (tile, count), few, split in choice:
+                ahead = tile in tiles.AHEAD_MIXING.values()
+                keep = not (ahead and split and count == chain_kernels.FLAT_GATES.value)
+                what |= {"KEEP": keep, "GATES": count, "FEW": few, "AHEAD": ahead, "SPLIT": split}
+                yield _made("last_forward", tile, kind, **what)
         # Only sums over the readers of an input are split, with gates or without, and no activation is in front.
         ways = ((False, False), (False, True), (True, False), (True, True))
         below = ((code, False, False) for code in dict.fromkeys((*backward_codes, RELU)))
@@ -184,7 +187,9 @@ def _of(large: Mapping[tuple[str, bool], Tile], kind: Kind) -> list[Tile]:
 
 def ships(variant: Variant, architecture: int) -> bool:
     """Whether launchers choose the configuration on that architecture."""
-    choices = (tiles.LARGE_MIXING, tiles.LARGE_SIGNS, tiles.LARGE_INPUT, tiles.LARGE_WEIGHT)
+    if variant.tile in tiles.AHEAD_MIXING.values():
+        return divmod(architecture, 10) == tiles.AHEAD
+    choices = (tiles.LARGE_SIGNS, tiles.LARGE_INPUT, tiles.LARGE_WEIGHT)
     large = {tile for choice in choices for tile in choice.values()}
     if variant.tile in large or variant.kernel == "wide_input_gradient":
         return divmod(architecture, 10) in LARGE

@@ -63,7 +63,7 @@ def test_tiles_of_a_large_card(name: str, linear: bool) -> None:
     case = Case(name, 140, (256, 256, 16), 2, 2, (1, 2), dtype=torch.float16, largest_gate=2)
     kind = Kind.of(torch.float16, True)
     with (
-        mock.patch.object(chain_backward, "card", lambda _: Card(1, True)),
+        mock.patch.object(chain_backward, "card", lambda _: Card(1, (9, 0))),
         mock.patch.object(chain_backward, "launch", wraps=chain_backward.launch) as launch,
     ):
         check_level(case, "cpu", linear=linear)
@@ -87,7 +87,7 @@ def test_programs_that_share_columns_evenly(
     """Of widths that large tiles do not fit; with gates of more logits than are taken at a time."""
     case = Case("whole_sums", 140, (width, 64, 16), experts, 2, (1, 2), dtype=torch.float16, largest_gate=experts)
     with (
-        mock.patch.object(chain_backward, "card", lambda _: Card(1, True)),
+        mock.patch.object(chain_backward, "card", lambda _: Card(1, (9, 0))),
         mock.patch.object(chain_backward, "launch", wraps=chain_backward.launch) as launch,
     ):
         check_level(case, "cpu", linear=linear)
@@ -96,18 +96,29 @@ def test_programs_that_share_columns_evenly(
     assert launched == ({pieces} if pieces else set())
 
 
-def test_a_whole_expert_at_a_time() -> None:
-    """On a large card, by one program a block or by several; with gates of more members than are taken at a time."""
-    case = Case("whole", 70, (16, 256, 128), 18, 3, (1, 2), dtype=torch.float16, largest_gate=18)
-    tile = tiles.LARGE_MIXING[Kind.of(torch.float16, True).operands]
-    with mock.patch.object(chain_forward, "launch", wraps=chain_forward.launch) as launch:
+AHEAD = {
+    # A depth of two steps, of one and a part of another, and of a part of one; columns of a block and of a part of one.
+    "two_steps": Case("two_steps", 70, (16, 256, 128), 5, 2, (1, 2), dtype=torch.float16, largest_gate=5),
+    "part_of_a_step": Case("part_of_a_step", 70, (16, 144, 144), 3, 3, (3, 1), dtype=torch.bfloat16, largest_gate=3),
+    "less_than_a_step": Case("less_than_a_step", 37, (48, 128), 4, 1, (0,), dtype=torch.float16, largest_gate=3),
+    "large_gates": Case("large_gates", 40, (16, 128), 18, 2, (1,), dtype=torch.float16, largest_gate=18),
+}
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_one_loop_that_copies_ahead(name: str) -> None:
+    """Of all experts, some of which a gate does not see; of three gates in one part, as other numbers need not be."""
+    case = AHEAD[name]
+    tile = tiles.AHEAD_MIXING[Kind.of(case.dtype, True).operands]
+    one = mock.patch.object(chain_forward, "card", lambda _: Card(1, tiles.AHEAD))
+    with one, mock.patch.object(chain_forward, "launch", wraps=chain_forward.launch) as launch:
         check_level(case, "cpu")
     launched = {
-        (call.args[2], call.kwargs["SPLIT"], call.kwargs["KEEP"])
+        (call.args[2], call.kwargs["FEW"], call.kwargs["KEEP"])
         for call in launch.call_args_list
-        if call.kwargs.get("WHOLE")
+        if call.kwargs.get("AHEAD")
     }
-    assert launched == {(tile, True, True), (tile, False, False)}
+    assert launched == {(tile, case.largest_gate <= 16, keep) for keep in (True, False)}
 
 
 @pytest.mark.parametrize("needs", one_or_all_but_one(5)[:5], ids=str)

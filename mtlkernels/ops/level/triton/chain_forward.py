@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from mtlkernels.ops._triton import DTYPES, Launch, Run, Table, Tile, contiguous, launch
+from mtlkernels.ops._triton_functions import FEW_MEMBERS
 from mtlkernels.ops._triton_splits import card, split
 from mtlkernels.ops.activations import from_input
 from mtlkernels.ops.gated_mixture import triton as mixture
@@ -43,8 +44,8 @@ def forward(table: Table, spec: LevelSpec, groups: Groups, save: bool) -> tuple[
     signs = [table.room(x, (len(experts), x.shape[0], count), torch.int32) for count in words]
     if linear:
         logits = list(rooms[-1].split(spec.gate_sizes, 1))
-    sizes = (len(spec.gate_sizes), level.num_rows, widths[-1], level.widths[-2])
-    tile = tiles.mixing(level.kind, *sizes, spec.layers[last].activation, card(x.device))
+    sizes = (len(spec.gate_sizes), len(experts), level.num_rows, widths[-1], level.widths[-2])
+    tile = tiles.mixing(level.kind, *sizes, spec.layers[last].activation, save, card(x.device))
     gate_experts = iter(spec.gate_experts)
     if any(len(set(islice(gate_experts, size))) < size for size in spec.gate_sizes):
         tile = None  # an expert has one place in each gate there
@@ -126,7 +127,8 @@ def _last(
         "KEEP": save,
         "GATES": len(gates.sizes),
         "SPLIT": shares.count > 1,
-        "WHOLE": tile in tiles.LARGE_MIXING.values(),
+        "FEW": max(gates.sizes) <= FEW_MEMBERS.value,
+        "AHEAD": tile in tiles.AHEAD_MIXING.values(),
     }
 
     def run(entries: Tensor) -> Launch | None:

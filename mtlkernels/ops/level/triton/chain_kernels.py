@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mtlkernels.ops._triton_functions import (
+    FEW_MEMBERS,
     LEAKY_RELU,
     Constant,
     activate,
@@ -51,13 +52,10 @@ def add_bias(acc, address, first_column, inside, KIND: tl.constexpr, COLUMNS: tl
 
 @triton.jit
 def linear(
-    table, inputs, weights, biases, first, first_column, left_rows, left_columns, depth,
-    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr = False,
+    table, inputs, weights, first, first_column, left_rows, left_columns, depth,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """``x W^T + b`` of a block, float32; the places in the table are those of one expert.
-
-    ``WHOLE``: ``depth`` is ``DEPTH``.
-    """
+    """``x W^T`` of a block, float32; the places in the table are those of one expert."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
@@ -65,12 +63,7 @@ def linear(
     x = operand(table, inputs, KIND) + first * depth + rows[:, None] * depth + inner[None, :]
     weight = operand(table, weights, KIND) + first_column * depth + columns[None, :] * depth + inner[:, None]
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if WHOLE:
-        left = tl.load(x, mask=(rows < left_rows)[:, None], other=0.0)
-        acc = product(acc, left, tl.load(weight, mask=inside[None, :], other=0.0), KIND)
-    else:
-        acc = multiply(acc, x, weight, None, rows < left_rows, inside, 0, depth, KIND, DEPTH)
-    return add_bias(acc, tl.load(table + biases), first_column, inside, KIND, COLUMNS)
+    return multiply(acc, x, weight, None, rows < left_rows, inside, 0, depth, KIND, DEPTH)
 
 
 @triton.jit
@@ -92,11 +85,12 @@ def expert_layer(
     first_column = block.to(tl.int64) * COLUMNS
     left_columns = (width - first_column).to(tl.int32)
     acc = linear(
-        table, inputs + e, weights + e, biases + e, first, first_column, left_rows, left_columns, depth,
+        table, inputs + e, weights + e, first, first_column, left_rows, left_columns, depth,
         KIND, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
+    acc = add_bias(acc, tl.load(table + biases + e), first_column, columns < left_columns, KIND, COLUMNS)
     mask = (rows < left_rows)[:, None] & (columns < left_columns)[None, :]
     offsets = rows[:, None] * width + columns[None, :]
     corner = first * width + first_column
@@ -176,34 +170,96 @@ def layer_forward(
         )  # fmt: skip
 
 
+@triton.jit
+def shares_of_gate(logits, column_stride, size, inside, some, FEW: tl.constexpr):
+    """What ``share`` finds a gate's weights in: all of them [rows, 16], or its softmax's statistics.
+
+    ``some`` are the first of its logits, see ``some_logits``; ``FEW``: there are no more.
+    """
+    maximum, total = softmax_statistics(logits, column_stride, size, inside, some)
+    return (tl.exp(some - maximum[:, None]) / total[:, None],) if FEW else (maximum, total)
+
+
+@triton.jit
+def share(gates, k, num_gates, found, position, first, rows, there, LOGITS: tl.constexpr, FEW: tl.constexpr):
+    """The weight of one member of gate k in each row; ``found``: see ``shares_of_gate``."""
+    if FEW:
+        members = tl.arange(0, FEW_MEMBERS)
+        weight = tl.sum(tl.where((members == position)[None, :], found[0], 0.0), 1)
+    else:
+        logits, column_stride, low, high = gate_logits(gates, k, num_gates, first, rows, LOGITS)
+        weight = probability(logits, column_stride, position, found[0], found[1], there)
+    return weight
+
+
+@triton.jit
+def mix_expert(
+    sums, acc, table, biases, kept, gates, positions, shares, e, num_experts, first, first_column,
+    left_rows, left_columns, width,
+    KIND: tl.constexpr, LOGITS: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
+    GATES: tl.constexpr, FEW: tl.constexpr, BRANCHES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``sums`` of all gates plus their weights times what the expert gives, from its product ``acc``.
+
+    An expert that a gate does not see must not reach it, not even as 0 times infinity. Without ``BRANCHES`` all gates
+    see it but add nothing.
+    """
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = rows < left_rows
+    there = columns < left_columns
+    value = add_bias(acc, tl.load(table + biases + e), first_column, there, KIND, COLUMNS)
+    expert = activate(value, CODE)
+    if KEEP:
+        out = operand(table, kept + e, KIND) + (first * width + first_column)
+        offsets = rows[:, None] * width + columns[None, :]
+        tl.store(out + offsets, saved_of(value, CODE).to(KIND.dtype), mask=inside[:, None] & there[None, :])
+    mixed = ()
+    for k in tl.static_range(GATES):
+        position = tl.load(table + positions + k * num_experts + e)
+        total = sums[k]
+        seen = position >= 0
+        if BRANCHES:
+            if seen:
+                weight = share(gates, k, GATES, shares[k], position, first, rows, inside, LOGITS, FEW)
+                total += weight[:, None] * expert
+        else:
+            some = rows < tl.where(seen, left_rows, 0)
+            weight = share(gates, k, GATES, shares[k], position, first, rows, some, LOGITS, FEW)
+            total = tl.where(seen, total + weight[:, None] * expert, total)
+        mixed = mixed + (total,)
+    return mixed
+
+
 @kernel()
 def last_forward(
     table, inputs, weights, biases, outputs, kept, gates, positions, parts, counters, splits,
     num_experts, num_rows, width, depth,
     KIND: tl.constexpr, LOGITS: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
-    GATES: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    GATES: tl.constexpr, FEW: tl.constexpr, AHEAD: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The last layer of every expert and all gates' weighted sums of them, held in registers.
 
     ``positions`` [K, E] holds an expert's place among a gate's logits, or -1. ``KEEP`` writes what the backward pass
-    reads; without it no expert's output reaches memory. ``SPLIT``: ``splits`` programs share a block, each with some of
-    the experts, and the last one to arrive adds what the others have stored in ``parts`` [block, split, gate].
-    ``WHOLE``: the depth is ``DEPTH``, so that each pass through the loop takes a whole expert.
+    reads; without it no expert's output reaches memory. ``FEW``: no gate has more than 16 members. ``AHEAD``: one loop,
+    written so that the compiler has the next steps' operands copied while an expert is mixed. ``SPLIT``: ``splits``
+    programs share a block, each with some of the experts, and the last one to arrive adds what the others have stored
+    in ``parts`` [block, split, gate].
     """
     # As one loop, the next expert's operands are copied while one is mixed, if they are copied in whole vectors. Where
     # there are more gates, or more to compute in between, that takes some registers too many on some architectures.
     FLAT: tl.constexpr = GATES <= FLAT_GATES and CODE <= LEAKY_RELU and KIND.dtype != tl.float32 and KIND.aligned
     width = whole(width, KIND)
-    depth = DEPTH if WHOLE else whole(depth, KIND)
+    depth = whole(depth, KIND)
     blocks = tl.cdiv(width, COLUMNS)
     tile = tl.program_id(0)
     start = 0
     end = num_experts
     if SPLIT:
-        share = tile % splits
+        part = tile % splits
         tile = tile // splits
-        start, end = share_of(num_experts, share, splits)
+        start, end = share_of(num_experts, part, splits)
     first = (tile // blocks).to(tl.int64) * ROWS
     first_column = (tile % blocks).to(tl.int64) * COLUMNS
     left_rows = (num_rows - first).to(tl.int32)
@@ -211,57 +267,68 @@ def last_forward(
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = rows < left_rows
-    mask = inside[:, None] & (columns < left_columns)[None, :]
-    offsets = rows[:, None] * width + columns[None, :]
-    corner = first * width + first_column
+    there = columns < left_columns
     gates = table + gates
 
     some = ()  # of all gates at first, so that they are waited for at the same time
     for k in tl.static_range(GATES):
         logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
         some = some + (some_logits(logits, column_stride, 0, high - low, inside),)
-    maxima = ()
-    totals = ()
+    shares = ()
     sums = ()
     for k in tl.static_range(GATES):
         logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
-        maximum, total = softmax_statistics(logits, column_stride, high - low, inside, some[k])
-        maxima = maxima + (maximum,)
-        totals = totals + (total,)
+        shares = shares + (shares_of_gate(logits, column_stride, high - low, inside, some[k], FEW),)
         sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float32),)
 
-    for e in tl.range(start, end, flatten=FLAT and not WHOLE):
-        acc = linear(
-            table, inputs + e, weights + e, biases + e, first, first_column, left_rows, left_columns, depth,
-            KIND, ROWS, COLUMNS, DEPTH, WHOLE,
-        )  # fmt: skip
-        expert = activate(acc, CODE)
-        if KEEP:
-            out = operand(table, kept + e, KIND) + corner
-            tl.store(out + offsets, saved_of(acc, CODE).to(KIND.dtype), mask=mask)
-        mixed = ()
-        for k in tl.static_range(GATES):
-            position = tl.load(table + positions + k * num_experts + e)
-            value = sums[k]
-            seen = position >= 0  # an expert that the gate does not see must not reach it, not even as 0 times infinity
-            if FLAT:  # without a branch, of which Triton before 3.9 cannot make one loop
-                logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
-                there = rows < tl.where(seen, left_rows, 0)
-                weight = probability(logits, column_stride, position, maxima[k], totals[k], there)
-                value = tl.where(seen, value + weight[:, None] * expert, value)
-            elif seen:
-                logits, column_stride, low, high = gate_logits(gates, k, GATES, first, rows, LOGITS)
-                weight = probability(logits, column_stride, position, maxima[k], totals[k], inside)
-                value += weight[:, None] * expert
-            mixed = mixed + (value,)
-        sums = mixed
+    if AHEAD:  # the compiler copies ahead what does not depend on a branch, such as the one where an expert is complete
+        inner = tl.arange(0, DEPTH)
+        e = start
+        begin = 0
+        x = operand(table, inputs + e, KIND) + first * depth
+        weight = operand(table, weights + e, KIND) + first_column * depth
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for _ in tl.range(0, (end - start) * tl.cdiv(depth, DEPTH)):
+            within = inner < depth - begin
+            at = x + rows[:, None] * depth + inner[None, :]
+            left = tl.load(at, mask=inside[:, None] & within[None, :], other=0.0)
+            at = weight + columns[None, :] * depth + inner[:, None]
+            right = tl.load(at, mask=within[:, None] & there[None, :], other=0.0)
+            acc = product(tl.where(begin == 0, 0.0, acc), left, right, KIND)
+            begin += DEPTH
+            complete = begin >= depth
+            following = tl.minimum(e + 1, end - 1)
+            next_x = operand(table, inputs + following, KIND) + first * depth
+            next_weight = operand(table, weights + following, KIND) + first_column * depth
+            x = tl.where(complete, next_x, x + DEPTH)
+            weight = tl.where(complete, next_weight, weight + DEPTH)
+            if complete:
+                sums = mix_expert(
+                    sums, acc, table, biases, kept, gates, positions, shares, e, num_experts, first, first_column,
+                    left_rows, left_columns, width, KIND, LOGITS, CODE, KEEP, GATES, FEW, False, ROWS, COLUMNS,
+                )  # fmt: skip
+                begin = 0
+                e += 1
+    else:
+        for e in tl.range(start, end, flatten=FLAT):
+            acc = linear(
+                table, inputs + e, weights + e, first, first_column, left_rows, left_columns, depth,
+                KIND, ROWS, COLUMNS, DEPTH,
+            )  # fmt: skip
+            sums = mix_expert(  # in one loop Triton before 3.9 cannot have branches
+                sums, acc, table, biases, kept, gates, positions, shares, e, num_experts, first, first_column,
+                left_rows, left_columns, width, KIND, LOGITS, CODE, KEEP, GATES, FEW, not FLAT, ROWS, COLUMNS,
+            )  # fmt: skip
 
+    mask = inside[:, None] & there[None, :]
+    offsets = rows[:, None] * width + columns[None, :]
+    corner = first * width + first_column
     if SPLIT:
         area: tl.constexpr = ROWS * COLUMNS
         within = rows[:, None] * COLUMNS + columns[None, :]
         shared = pointer(table, parts, tl.float32, True) + tile.to(tl.int64) * splits * (GATES * area)
         for k in tl.static_range(GATES):
-            tl.store(shared + (share * GATES + k) * area + within, sums[k])
+            tl.store(shared + (part * GATES + k) * area + within, sums[k])
         count = parts_to_add(table + counters + tile, splits)
         mask = mask & (rows < count * ROWS)[:, None]  # nothing but by the last to arrive
         for k in tl.static_range(GATES):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from mtlkernels.ops._triton import Kind, Tile
-from mtlkernels.ops._triton_splits import Card, Sums, moved
+from mtlkernels.ops._triton_splits import Card, Sums, moved, splits
 from mtlkernels.ops.activations import CODES, from_input
 from mtlkernels.ops.level.triton.chain_kernels import FLAT_GATES
 
@@ -90,14 +90,18 @@ WEIGHT_GRADIENT = {
     ("ieee", False): Tile(32, 32, 16, 4, 2, 255),
 }
 
-# Of a large card, see :class:`mtlkernels.ops._triton_splits.Card`, by the model for workload A at 65,536 rows. Its
-# shared memory has room for all that an expert's product reads, twice: each pass through the loop mixes an expert, with
-# strides that are known, in 201 us instead of 341. 128 x 256 tiles read a quarter less than 128 x 128, and reading is
-# what gradients wait for: 336 us for the inputs' instead of 413, 424 for the weights' instead of 543. On sm_80 the
-# weights' spill.
+# For a loop that copies ahead, see ``last_forward``: by the model 211 us at 65,536 rows of workload A instead of 299
+# with 64 x 128 x 32, and 20 instead of 25 at 4,096. In training three gates in sums that are split spill a few
+# registers, on sm_80 and 86 others do, and Triton 3.9 does not compile it for sm_100.
+AHEAD_MIXING = {("half", True): Tile(64, 128, 128, 8, 3, 255)}
+AHEAD = (9, 0)  # the capability
+ITEMSIZE = 2  # of bfloat16 and float16, which alone have such tiles
+
+# Of a large card, see :class:`mtlkernels.ops._triton_splits.Card`, by the model for workload A at 65,536 rows: tiles of
+# 128 x 256 read a quarter less than 128 x 128, and reading is what gradients wait for: 336 us for the inputs' instead
+# of 413, 424 for the weights' instead of 543. On sm_80 the weights' spill.
 # With relu's signs the compiler would take 140 registers, which leave a multiprocessor one program instead of two:
 # 336 us instead of 214, of which memory takes 211. On other cards it would spill.
-LARGE_MIXING = {("half", True): Tile(64, 128, 256, 8, 2, 255)}
 LARGE_SIGNS = {("half", True): Tile(128, 128, 32, 8, 3, 128)}
 LARGE_INPUT = {("half", True): Tile(128, 256, 32, 8, 3)}
 LARGE_WEIGHT = {("half", True): Tile(128, 256, 64, 8, 3)}
@@ -153,16 +157,20 @@ def roomy(tile: Tile) -> Tile:
     return replace(tile, registers=255) if spills else tile
 
 
-def mixing(kind: Kind, gates: int, rows: int, columns: int, depth: int, code: int, card: Card) -> Tile | None:
-    """For ``last_forward`` with an activation of that code; None for more gates than fit."""
+def mixing(
+    kind: Kind, gates: int, experts: int, rows: int, columns: int, depth: int, code: int, save: bool, card: Card
+) -> Tile | None:
+    """For ``last_forward`` with an activation of that code, which saves or does not; None for more gates than fit."""
     choice = MIXING[kind.operands]
     if gates > MAX_FUSED_GATES:
         return None
     if rows <= 2 * choice.short.rows:
         return choice.short
     if choice.wide and columns >= choice.wide.columns and gates <= FLAT_GATES.value and code <= CODES["leaky_relu"]:
-        whole = LARGE_MIXING.get(kind.operands)
-        return whole if whole and card.large and depth == whole.depth else choice.wide
+        ahead = AHEAD_MIXING[kind.operands]
+        sums = mixing_sums(ahead, experts, rows, columns, depth, gates, ITEMSIZE)
+        spills = save and gates == FLAT_GATES.value and splits(sums, card.multiprocessors) > 1
+        return ahead if card.capability == AHEAD and not spills else choice.wide
     return choice.full if gates <= choice.few else choice.many
 
 
