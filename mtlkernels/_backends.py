@@ -147,10 +147,10 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(f"name must be one of {BACKENDS}, got {name!r}")
     _decisions.ask()
     choice = [name]
-    with _choosing:
-        _choices.append(choice)
-        _forced = name
-    try:
+    try:  # from here on, as a signal may come between any two lines
+        with _choosing:
+            _choices.append(choice)
+            _forced = name
         yield
     finally:
         with _choosing:  # blocks of several threads do not end in the order of their beginning

@@ -7,8 +7,8 @@ default kernel of every operator, on every device; CUDA C++ or Triton takes CUDA
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from mtlkernels import _backends, _extension, _torch, _tracing
 _library = torch.library.Library("mtlkernels", "DEF")
 # What is differentiated in an operator's place, if not its reference.
 _formulas: dict[str, Callable[..., Sequence[Tensor]]] = {}
-_schemas = {line.partition("(")[0]: line for line in (Path(__file__).parent / "operators.txt").read_text().splitlines()}
+_text = importlib.resources.files(__package__).joinpath("operators.txt").read_text()  # also of a package in a zip
+_schemas = {line.partition("(")[0]: line for line in _text.splitlines()}
 
 
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:

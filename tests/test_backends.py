@@ -289,3 +289,23 @@ def test_blocks_of_two_threads_that_overlap() -> None:
         thread.join()
         assert _backends.forced() == "cpp"
     assert _backends.forced() is None
+
+
+def test_an_interrupt_at_the_beginning_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves no choice behind that nobody could take back."""
+
+    class Lock:
+        interrupts = 1
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(_backends, "_choosing", Lock())
+    with pytest.raises(KeyboardInterrupt), mk.use_backend("reference"):
+        pytest.fail("the block must not run")
+    assert _backends.forced() is None

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,23 @@ def test_public_names_have_docstrings() -> None:
         """
     )
     assert missing == ""
+
+
+def test_from_a_zip(tmp_path: Path) -> None:
+    """Without what has to be a file the reference serves."""
+    archive = tmp_path / "package.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted((ROOT / "mtlkernels").rglob("*")):
+            if path.suffix in (".py", ".txt", ".json"):
+                file.write(path, path.relative_to(ROOT))
+    found = run(
+        f"""
+        import sys
+        sys.path.insert(0, {str(archive)!r})
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+        import torch, mtlkernels as mk
+        print(mk.__file__.startswith({str(archive)!r}), mk.backends()["expert_mixture"]["cpu"])
+        print(mk.nn.MMoE(8, 2, (4,), 2)(torch.randn(3, 8))[0].shape)
+        """
+    )
+    assert found.splitlines() == ["True ('reference',)", "torch.Size([3, 4])"]

@@ -153,7 +153,7 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
     if plan is not None:
         kind = converted_class(converter.base, type(module), converter.method, converter.source)
         kinds = (original_class(type(part)) or type(part) for part in module.modules())
-        tried = frozenset(kind for kind in kinds if not is_torchs(kind))
+        tried = tuple(dict.fromkeys(kind for kind in kinds if not is_torchs(kind)))  # a set's order is the process's
         try:
             found = watched(module, converter.method, converter.read(module), converter.writes)
         except TooMuch as error:
@@ -196,9 +196,9 @@ def revert(model: nn.Module) -> ConversionReport:
 
 
 def _unconvert(module: nn.Module, original: type) -> None:
-    module.__class__ = original
     for name in (PLAN, CLASSES, WATCHED, TRIED, CALLS, FORCE, OWN_UNDER_AUTOCAST, SERVES_ONLY):
         vars(module).pop(name, None)
+    module.__class__ = original  # at last: until then a second call finds what an interrupt has left
 
 
 def _left_alone(line: Line, reason: str) -> Line:

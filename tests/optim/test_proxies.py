@@ -110,6 +110,17 @@ def test_copies_of_a_wrapper_count_alone(clone: Any) -> None:
 
 
 @copies
+def test_copies_of_a_proxy(copies: bool) -> None:
+    """A shallow one, which may have copied nothing, still stands for the same wrapper."""
+    model = Model()
+    proxy: Any = Proxy(weighted(model, 2), copies=copies)
+    proxy.backward(model())
+    again = copy.copy(proxy)
+    again.backward(model())
+    assert proxy.weighting.calls == again.weighting.calls == 1
+
+
+@copies
 def test_deep_copies_of_a_proxy(copies: bool) -> None:
     """The proxy's copy and the wrapper's within it go by one count."""
     model = Model()

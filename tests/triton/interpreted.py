@@ -12,6 +12,7 @@ from mtlkernels import Routing, expert_mixture, use_backend
 from mtlkernels._backends import interpreting
 from mtlkernels.ops._triton import Kind
 from mtlkernels.ops._triton_splits import Card
+from mtlkernels.ops.level import triton as kernels
 from mtlkernels.ops.level.spec import Groups, Layer, LevelSpec
 from mtlkernels.ops.level.triton import chain_backward, chain_forward, tiles
 from tests.ops import zero_widths
@@ -119,6 +120,33 @@ def test_one_loop_that_copies_ahead(name: str) -> None:
         if call.kwargs.get("AHEAD")
     }
     assert launched == {(tile, case.largest_gate <= 16, keep) for keep in (True, False)}
+
+
+@pytest.mark.parametrize("widths", [(0, 128), (16, 0, 128)], ids=str)
+def test_no_features_where_a_loop_would_copy_ahead(widths: tuple[int, ...]) -> None:
+    """Biases are all that experts have then."""
+    torch.manual_seed(0)
+    x, logits = torch.randn(40, widths[0]).half(), torch.randn(40, 6).half()
+    weights = [torch.randn(3, *size).half() for size in zip(widths[1:], widths[:-1], strict=True)]
+    biases = [torch.randn(3, width).half() for width in widths[1:]]
+    found = []
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            found.append(expert_mixture(x, weights, biases, logits, Routing.mmoe(3, 2)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")  # of what is not taken
+@pytest.mark.parametrize("capability", [(8, 0), tiles.AHEAD], ids=str)
+def test_an_expert_outside_a_gate_cannot_reach_it_in_one_loop(capability: tuple[int, int]) -> None:
+    """Nor where the loop has no branches."""
+    x, weight = torch.ones(64, 16).half(), torch.ones(128, 16).half()
+    logits = [torch.zeros(64, 1).half(), torch.zeros(64, 1).half()]
+    spec = LevelSpec(1, (0, 0), (0, 1), (1, 1), (Layer(0),))
+    level = Operands(spec, [x, weight, weight, None, torch.full((128,), float("inf")).half(), *logits])
+    with mock.patch.object(chain_forward, "card", lambda _: Card(1, capability)):
+        (finite, infinite), _ = kernels.forward(*level.forward(False))
+    assert finite.eq(16).all() and infinite.isinf().all()
 
 
 @pytest.mark.parametrize("needs", one_or_all_but_one(5)[:5], ids=str)

@@ -57,6 +57,16 @@ def test_the_loop_that_copies_ahead() -> None:
     assert ahead not in (chosen(16, 3, True), chosen(65536, 3, True, kind=HALF._replace(aligned=False)))
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_activations_of_the_wide_tiles(capability: tuple[int, int]) -> None:
+    """relu and leaky_relu; behind others, the compiler would spill."""
+    choice = tiles.MIXING[HALF.operands]
+    wide = tiles.AHEAD_MIXING[HALF.operands] if capability == tiles.AHEAD else choice.wide
+    for name, expected in (("relu", wide), ("leaky_relu", wide), ("gelu", choice.full), ("silu", choice.full)):
+        found = tiles.mixing(HALF, 3, 12, 65536, 128, 256, CODES[name], True, Card(H100, capability))
+        assert found == expected, name
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)], ids=str)
 def test_large_tiles_are_for_large_cards_and_for_much_to_read(capability: tuple[int, int]) -> None:
     """Of workload A; of few rows, and of few columns, larger tiles would read more."""

@@ -170,7 +170,8 @@ def mixing(
         ahead = AHEAD_MIXING[kind.operands]
         sums = mixing_sums(ahead, experts, rows, columns, depth, gates, ITEMSIZE)
         spills = save and gates == FLAT_GATES.value and splits(sums, card.multiprocessors) > 1
-        return ahead if card.capability == AHEAD and not spills else choice.wide
+        steps = depth > 0  # without any, that loop would not come to the biases
+        return ahead if card.capability == AHEAD and steps and not spills else choice.wide
     return choice.full if gates <= choice.few else choice.many
 
 
