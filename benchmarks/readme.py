@@ -17,9 +17,10 @@ from benchmarks.harness.case import OURS, amount
 from benchmarks.harness.columns import Column, Table
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.table import milliseconds
-from benchmarks.serving.contenders import OWN, PACKAGED
+from benchmarks.serving.contenders import OWN, PACKAGED, STATIC
+from benchmarks.serving.gains import VS_RUNTIMES, over_runtimes
 from benchmarks.serving.models import MODELS
-from benchmarks.suites import convert, mixture, pcgrad, pcgrad_step, serving, snr
+from benchmarks.suites import convert, mixture, pcgrad, pcgrad_step, snr
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -47,7 +48,8 @@ def _gradients(row: Row) -> str:
     tasks = f"{row.size['T']} tasks, "
     if row.workload == "C-sparse":
         count, width = pcgrad.TABLE
-        return f"{tasks}sparse: an embedding of {amount(count)} × {width}, {pcgrad.TOUCHED:,} draws each"
+        how = "" if pcgrad.TOUCHED_ROWS in row.outcomes else ", which the usual PCGrad makes dense"
+        return f"{tasks}sparse: an embedding of {amount(count)} × {width}, {pcgrad.TOUCHED:,} draws each{how}"
     return f"{tasks}{amount(row.size['P'])} {row.dtype} in {row.size['tensors']} tensors"
 
 
@@ -74,12 +76,12 @@ def _gains(found: Report) -> list[str]:
             row the line could only look better.
     """
     rows = found.rows.get("mixture", [])
-    compiled = BETTER if any(mixture.FROZEN in row.outcomes for row in rows) else "torch.compile"
-    over = {"eager modules": ("eager",), compiled: COMPILED}
+    over = {"eager modules": ("eager",), "torch.compile": COMPILED}
     kinds = [(dtype, words) for dtype in ("float32", "bfloat16") for words in over]
     lines = [["", *(f"{dtype}, over {words}" for dtype, words in kinds)], ["---", *["---:"] * len(kinds)]]
     for line, belongs in _GAINS.items():
         cells = []
+        frozen = all(mixture.FROZEN in row.outcomes for row in rows if belongs(row))
         for dtype, words in kinds:
             chosen = [row for row in rows if row.dtype == dtype and belongs(row)]
             if not chosen:
@@ -87,7 +89,7 @@ def _gains(found: Report) -> list[str]:
             gains = [_known_gain(row, over[words]) for row in chosen]
             low, high = (f"{gain:#.2g}".rstrip(".") for gain in (min(gains), max(gains)))
             cells.append(f"{low}×" if low == high else f"{low} to {high}×")
-        lines.append([line, *cells])
+        lines.append([f"{line} (compiled: the better of default and frozen)" if frozen else line, *cells])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -120,16 +122,17 @@ def _serving(found: Report) -> list[str]:
     """Medians on all threads, in milliseconds."""
     study = found.studies["serving"]
     most = max(row["threads"] for row in study["rows"])
+    shapes = f", {STATIC}" if all(row.get("runtimes") == STATIC for row in study["rows"]) else ""
     shown = {
         "modules, eager": ("eager",),
         f"modules, {_compile_name(study['rows'])}": COMPILED,
         "modules, AOTInductor": ("packaged",),
-        f"ONNX Runtime {study['versions']['onnxruntime']}": ("onnxruntime",),
-        f"OpenVINO {study['versions']['openvino']}": ("openvino",),
+        f"ONNX Runtime {study['versions']['onnxruntime']}{shapes}": ("onnxruntime",),
+        f"OpenVINO {study['versions']['openvino']}{shapes}": ("openvino",),
         "mtlkernels": (OURS,),
         "mtlkernels, AOTInductor": (PACKAGED,),
     }
-    heads = ["model", "dtype", "rows", *(f"{name}, ms" for name in shown), "vs the better runtime"]
+    heads = ["model", "dtype", "rows", *(f"{name}, ms" for name in shown), VS_RUNTIMES]
     lines = [heads, ["---", "---", *["---:"] * (len(shown) + 2)]]
     for row in study["rows"]:
         if row["threads"] != most or row["clients"] != 1:
@@ -139,7 +142,7 @@ def _serving(found: Report) -> list[str]:
             known = [row["p50"][contender] for contender in contenders if contender in row["p50"]]
             text = milliseconds(min(known) / 1e3) if known else "–"
             cells.append(f"**{text}**" if known and set(contenders) <= set(OWN) else text)
-        gain = serving.gain(row)
+        gain = over_runtimes(row, study["rows"])
         ratio = "–" if gain is None else f"**{gain:.2f}×**"
         lines.append([MODELS[row["model"]].label, row["dtype"], str(row["rows"]), *cells, ratio])
     return [f"{plots.where(found)}.", "", *(f"| {' | '.join(line)} |" for line in lines)]
@@ -165,6 +168,9 @@ def _snr(workload: str, *last: Column) -> Table:
 # The faster of the two that leave closed routes out, in files that have them.
 _VS_OPEN_ALONE = columns.speedup("vs open routes alone", snr.OPEN_ALONE, snr.OPEN_ALONE_COMPILED, bold=True)
 
+# Of sparse gradients both ways to write it.
+_USUAL = (pcgrad.USUAL, pcgrad.TOUCHED_ROWS)
+
 _LIBRARY_MODELS = {
     "rechub-PLE": "torch-rechub's PLE",
     "rechub-MMOE": "torch-rechub's MMOE",
@@ -185,7 +191,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
             columns.words("work", lambda row: row.work),
             columns.words("dtype", lambda row: row.dtype),
             columns.time("eager modules", "eager"),
-            columns.time("torch.compile", *COMPILED, heading_with=(mixture.FROZEN, BETTER)),
+            columns.time("torch.compile", *COMPILED, called={mixture.FROZEN: mixture.FROZEN}),
             columns.time("hand-batched", "batched"),
             columns.time("mtlkernels", OURS),
             columns.speedup("vs eager", "eager", bold=True),
@@ -200,11 +206,11 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
         "pcgrad",
         (
             columns.words("gradients", _gradients),
-            columns.time("the usual PCGrad", pcgrad.USUAL),
+            columns.time("the usual PCGrad", *_USUAL, called={pcgrad.TOUCHED_ROWS: "on touched rows"}),
             columns.time("pytorch-optimizer 4.1.0", pcgrad.OPTIMIZER),
             columns.time("TorchJD 0.18", pcgrad.TORCHJD),
             columns.time("mtlkernels", OURS),
-            columns.speedup("vs usual", pcgrad.USUAL, bold=True),
+            columns.speedup("vs usual", *_USUAL, bold=True),
             columns.speedup("vs TorchJD", pcgrad.TORCHJD),
             Column("of a read in turns", _share_of_read),
             Column("of the limit", columns.share),

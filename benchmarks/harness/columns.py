@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.case import OURS
@@ -12,38 +12,32 @@ from benchmarks.harness.table import milliseconds
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, and the text below it in each row.
-
-    ``heading_with``: a contender that not every file has, and the heading where a row does.
-    """
+    """A heading, and the text below it in each row."""
 
     heading: str
     cell: Callable[[Row], str]
     right: bool = True
-    heading_with: tuple[str, str] | None = None
-
-    def named(self, rows: Sequence[Row]) -> str:
-        if self.heading_with is None:
-            return self.heading
-        contender, heading = self.heading_with
-        return heading if any(contender in row.outcomes for row in rows) else self.heading
 
 
 def words(heading: str, cell: Callable[[Row], str]) -> Column:
     return Column(heading, cell, right=False)
 
 
-def time(heading: str, *names: str, heading_with: tuple[str, str] | None = None) -> Column:
-    """Median milliseconds, the fastest of ``names``; a dash where they were left out or refused."""
+def time(heading: str, *names: str, called: Mapping[str, str] | None = None) -> Column:
+    """Median milliseconds, the fastest of ``names``; a dash where they were left out or refused.
+
+    ``called``: what is written behind the time where a contender is the fastest.
+    """
 
     def cell(row: Row) -> str:
         median = fastest(row, names)
-        text = "–" if median is None else milliseconds(median)
-        return f"**{text}**" if median is not None and OURS in names else text
+        if median is None:
+            return "–"
+        text = f"**{milliseconds(median)}**" if OURS in names else milliseconds(median)
+        word = next((w for name, w in (called or {}).items() if fastest(row, [name]) == median), None)
+        return f"{text} ({word})" if word else text
 
-    if heading_with is not None:
-        heading_with = heading_with[0], f"{heading_with[1]}, ms"
-    return Column(f"{heading}, ms", cell, heading_with=heading_with)
+    return Column(f"{heading}, ms", cell)
 
 
 def fastest(row: Row, names: Sequence[str]) -> float | None:
@@ -99,7 +93,7 @@ class Table:
             raise ValueError(f"the suite {self.suite} has no rows to show")
         columns = [column for column in self.columns if any(column.cell(row) != "–" for row in rows)]
         lines = [
-            [column.named(rows) for column in columns],
+            [column.heading for column in columns],
             ["---:" if column.right else "---" for column in columns],
             *([column.cell(row) for column in columns] for row in rows),
         ]

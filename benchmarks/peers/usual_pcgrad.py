@@ -82,3 +82,18 @@ class DensifiedSurgery(Surgery):
 
     def update(self) -> Sequence[Tensor]:
         return usual([[grad.to_dense() for grad in task] for task in self.grads], self.order)
+
+
+class TouchedRowsSurgery(Surgery):
+    """The same for sparse gradients of one table, dense in the rows that any task touches alone."""
+
+    def update(self) -> Sequence[Tensor]:
+        table = [task[0] for task in self.grads]
+        rows, places = torch.cat([grad._indices()[0] for grad in table]).unique(return_inverse=True)
+        width = table[0].shape[1]
+        dense = [
+            [torch.zeros(len(rows), width, dtype=grad.dtype, device=grad.device).index_add_(0, place, grad._values())]
+            for place, grad in zip(places.split([grad._indices().shape[1] for grad in table]), table, strict=True)
+        ]
+        update = usual(dense, self.order)[0]
+        return [torch.sparse_coo_tensor(rows[None], update, table[0].shape, is_coalesced=True, check_invariants=False)]

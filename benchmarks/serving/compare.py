@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.harness.contention import TOLERATED, Others
 from benchmarks.harness.report import BUSY, FAILED
 from benchmarks.harness.runner import ATTEMPTS, MEASURES
-from benchmarks.serving.contenders import BASELINE, CONTENDERS, Load
+from benchmarks.serving.contenders import BASELINE, CONTENDERS, STATIC, Load
 from benchmarks.serving.models import MODELS
 from benchmarks.serving.worker import rows_of
 
@@ -28,6 +28,8 @@ WORKER = ("-m", "benchmarks.serving.worker")
 # How much further than eager modules from float64 a contender may be, by the root mean square of the error, and what a
 # rounding of the outputs may add, in units of the dtype's epsilon.
 FACTOR, ROUNDINGS = 3.0, 2.0
+# Calls without which there is no 99th percentile: of 200 two are beyond it.
+CALLS_FOR_P99 = 200
 # Characters of what a process printed before it ended.
 LAST_WORDS = 300
 
@@ -154,6 +156,7 @@ def row(
 ) -> dict[str, Any]:
     """The latencies of all in turns, as their median and 99th percentile; with several clients calls a second.
 
+    Whoever made less than ``CALLS_FOR_P99`` calls has no 99th percentile; ``calls`` says how many they were.
     Who ends while it is timed has none, and nobody has where other processes kept the machine busy, twice.
     """
     errors, reasons = ready(workers, key["model"], key["dtype"], key["rows"])
@@ -171,9 +174,14 @@ def row(
         reasons |= dict.fromkeys(found, f"{BUSY}: {why}")
         found = {}
     result: dict[str, Any] = {"threads": load.threads, "clients": load.clients, "unavailable": reasons, **key}
+    result["runtimes"] = STATIC
     if load.clients == 1:
         result["p50"] = {name: statistics.median(times) for name, times in found.items()}
-        result["p99"] = {name: statistics.quantiles(times, n=100)[98] for name, times in found.items()}
+        many = {name: times for name, times in found.items() if len(times) >= CALLS_FOR_P99}
+        result["p99"] = {
+            name: statistics.quantiles(times, n=100, method="inclusive")[98] for name, times in many.items()
+        }
+        result["calls"] = {name: len(times) for name, times in found.items()}
     else:
         result["calls_a_second"] = {name: statistics.median(rates) for name, rates in found.items()}
     return result

@@ -1,12 +1,17 @@
-"""Who serves: each makes of modules in evaluation a function of an input."""
+"""Who serves: each makes of modules in evaluation a function of an input.
+
+Every load has batches of one number of rows, and whoever gains by knowing it does: torch.compile and the runtimes are
+made for each number anew (a runtime's file is exported once, for any number, and then given its static shape). Results
+of before that have the runtimes with dynamic shapes; rows that say ``STATIC`` under ``runtimes`` are told apart.
+"""
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +22,10 @@ from benchmarks.serving.models import MODELS, Model
 
 # Rows in, outputs; what is timed.
 Serve = Callable[[Tensor], Any]
+# The dimension's name in exported models.
+ROWS = "rows"
+# What a row of results says of its runtimes.
+STATIC = "static shapes"
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Contender:
     """``make(model, source, x, load)``, for inputs like ``x``.
 
     ``compiles``: anew for each number of rows, which takes so long that only latency on all threads is measured.
+    ``static``: is made for each number of rows too, but in little time.
     """
 
     label: str
@@ -39,6 +49,12 @@ class Contender:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     models: tuple[str, ...] = tuple(MODELS)
     compiles: bool = False
+    static: bool = False
+
+    @property
+    def anew(self) -> bool:
+        """Whether what was made serves no other number of rows."""
+        return self.compiles or self.static
 
 
 def _inference(module: Any) -> Serve:
@@ -75,35 +91,37 @@ def _onnxruntime(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serv
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = load.threads, 1
-    with tempfile.TemporaryDirectory() as folder:
-        path = _onnx_file(source, x, Path(folder))
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.add_free_dimension_override_by_name(ROWS, len(x))
+    file = _onnx(model, next(source.parameters()).dtype)
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x.numpy()})
 
 
-def _onnx_file(source: nn.Module, x: Tensor, folder: Path) -> Path:
-    path = folder / "model.onnx"
-    rows = torch.export.Dim("rows", min=2, max=1 << 20)
-    program = torch.onnx.export(source, (x,), dynamo=True, dynamic_shapes=({0: rows},), verbose=False)
+@functools.cache
+def _onnx(model: Model, dtype: torch.dtype) -> bytes:
+    """A file for any number of rows, in float32 with weights of ``dtype``; kept, as an export takes many seconds."""
+    source = model.modules().to(dtype).float()
+    rows = torch.export.Dim(ROWS, min=2, max=1 << 20)
+    program = torch.onnx.export(source, (model.rows(2),), dynamo=True, dynamic_shapes=({0: rows},), verbose=False)
     assert program is not None
-    program.save(str(path))
-    return path
+    file: bytes = program.model_proto.SerializeToString()
+    return file
 
 
 def _openvino(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
     import openvino
 
-    precision = "bf16" if next(source.parameters()).dtype == torch.bfloat16 else "f32"
-    with tempfile.TemporaryDirectory() as folder:
-        path = _onnx_file(source.float(), x.float(), Path(folder))
-        core = openvino.Core()
-        hints = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": load.threads * load.clients,
-            "NUM_STREAMS": load.clients,
-        }
-        compiled = core.compile_model(core.read_model(str(path)), "CPU", hints)
+    dtype = next(source.parameters()).dtype
+    core = openvino.Core()
+    network = core.read_model(_onnx(model, dtype))
+    network.reshape(list(x.shape))
+    hints = {
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+        "INFERENCE_NUM_THREADS": load.threads * load.clients,
+        "NUM_STREAMS": load.clients,
+    }
+    compiled = core.compile_model(network, "CPU", hints)
     local = threading.local()  # a request serves one thread at a time
 
     def serve(x: Tensor) -> Sequence[Any]:
@@ -118,9 +136,10 @@ def _openvino(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
 
 def _packaged(model: Model, source: nn.Module, x: Tensor, load: Load) -> Serve:
     """By AOTInductor, once for any number of rows; what is made of weights alone is made when it is loaded."""
-    rows = torch.export.Dim("rows", min=1)
+    rows = torch.export.Dim(ROWS, min=1)
+    example = x if len(x) > 1 else torch.cat([x, x])  # torch.export takes a size of one for a constant
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        program = torch.export.export(source, (x,), dynamic_shapes=({0: rows},))
+        program = torch.export.export(source, (example,), dynamic_shapes=({0: rows},))
         once = {"aot_inductor.use_runtime_constant_folding": True}
         path = f"{folder}/model.pt2"
         torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=once)
@@ -152,8 +171,8 @@ CONTENDERS: Mapping[str, Contender] = {
     "compile": Contender("modules, torch.compile", _compiled, compiles=True),
     "frozen": Contender("modules, torch.compile, frozen, max-autotune", _frozen, compiles=True),
     "packaged": Contender("modules, packaged by AOTInductor", _packaged, models=("rechub",)),
-    "onnxruntime": Contender("ONNX Runtime", _onnxruntime, dtypes=("float32",)),
-    "openvino": Contender("OpenVINO", _openvino),
+    "onnxruntime": Contender("ONNX Runtime", _onnxruntime, dtypes=("float32",), static=True),
+    "openvino": Contender("OpenVINO", _openvino, static=True),
     OURS: Contender("mtlkernels", _ours),
     PREPARED: Contender("mtlkernels, a copy by mk.prepare", _prepared),
     "ours-compiled": Contender(
@@ -161,8 +180,8 @@ CONTENDERS: Mapping[str, Contender] = {
     ),
     PACKAGED: Contender("mtlkernels, packaged by AOTInductor", _ours_packaged, models=("rechub",)),
 }
-# Whose functions take float32 whatever the model multiplies in.
-TAKES_FLOAT32 = ("onnxruntime", "openvino")
+# Their functions take float32 whatever the model multiplies in.
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 def versions() -> dict[str, str]:
@@ -170,7 +189,7 @@ def versions() -> dict[str, str]:
     import importlib.metadata
 
     found = {}
-    for name in ("onnxruntime", "openvino"):
+    for name in RUNTIMES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

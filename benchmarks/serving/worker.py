@@ -3,13 +3,14 @@
 It reads a command a line from standard input, as JSON, and answers each with a line. ``{"rows": B}`` gets it ready for
 so many rows, and says which file in FOLDER has the outputs for :func:`rows_of`; ``{"seconds": s}`` calls it one time
 after another and answers with the times in microseconds, or with several clients from a thread each, and answers with
-the calls a second.
+the calls a second. The threads stay from one round to the next, and each has called before the first.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -21,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.serving.contenders import CONTENDERS, TAKES_FLOAT32, Load, Serve
+from benchmarks.serving.contenders import CONTENDERS, RUNTIMES, Load, Serve
 from benchmarks.serving.models import MODELS, Model
 
 # Inputs that calls take in turn, so that none is found in a first-level cache.
 INPUTS = 8
 WARM_UP_SECONDS = 0.1
+# What each of several clients does at least in a round, however slow: of one call the end of a round would be too much.
+CALLS = 4
 
 
 def rows_of(model: Model, rows: int) -> list[Tensor]:
@@ -42,15 +45,17 @@ class Worker:
         torch.set_num_threads(load.threads)
         self.model, self.contender = MODELS[model], CONTENDERS[contender]
         self.dtype, self.load = getattr(torch, dtype), load
-        self.in_float32 = contender in TAKES_FLOAT32
+        self.in_float32 = contender in RUNTIMES
         self.folder = folder
         self.serve: Serve | None = None
         self.inputs: list[Tensor] = []
+        self.pool = ThreadPoolExecutor(load.clients, initializer=torch.set_num_threads, initargs=(load.threads,))
+        self.together = threading.Barrier(load.clients)
 
     def ready(self, rows: int) -> dict[str, Any]:
         inputs = rows_of(self.model, rows)
-        if self.serve is None or self.contender.compiles:
-            example = self.model.rows(max(rows, 2)).to(self.dtype if self.model.casts else torch.float32)
+        if self.serve is None or self.contender.anew:
+            example = self.model.rows(rows).to(self.dtype if self.model.casts else torch.float32)
             source = self.model.modules().to(self.dtype)
             self.serve = self.contender.make(self.model, source, example, self.load)
         if self.model.casts and not self.in_float32:
@@ -61,7 +66,10 @@ class Worker:
         found = [torch.as_tensor(y).float().clone() for y in several]
         path = self.folder / "outputs.pt"
         torch.save(found, path)
-        self.times(WARM_UP_SECONDS)
+        if self.load.clients == 1:
+            self.times(WARM_UP_SECONDS)
+        else:
+            self.calls_a_second(WARM_UP_SECONDS, 1)
         return {"outputs": str(path)}
 
     def times(self, seconds: float) -> dict[str, Any]:
@@ -77,22 +85,21 @@ class Worker:
                 return {"microseconds": found}
         raise AssertionError("there are inputs")
 
-    def calls_a_second(self, seconds: float) -> dict[str, Any]:
-        end = time.perf_counter() + seconds
+    def calls_a_second(self, seconds: float, least: int = CALLS) -> dict[str, Any]:
+        """Of all clients, each by its own clock; a round is as long as the ``least`` calls of each take, or longer."""
 
-        def client(first: int) -> int:
-            torch.set_num_threads(self.load.threads)
+        def client(first: int) -> float:
             assert self.serve is not None
-            count = first
-            while time.perf_counter() < end:
-                self.serve(self.inputs[count % INPUTS])
+            self.together.wait()  # so that each thread is one client
+            start = now = time.perf_counter()
+            count = 0
+            while count < least or now - start < seconds:
+                self.serve(self.inputs[(first + count) % INPUTS])
                 count += 1
-            return count - first
+                now = time.perf_counter()
+            return count / (now - start)
 
-        start = time.perf_counter()
-        with ThreadPoolExecutor(self.load.clients) as pool:
-            calls = sum(pool.map(client, range(self.load.clients)))
-        return {"calls_a_second": calls / (time.perf_counter() - start)}
+        return {"calls_a_second": sum(self.pool.map(client, range(self.load.clients)))}
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         if "rows" in command:

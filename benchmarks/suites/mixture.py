@@ -140,8 +140,7 @@ def build(shape: TrunkShape, rows: int, dtype: torch.dtype, training: bool, devi
     ]
     if device.type == "cpu" and not training:
         contenders.append(Contender("prepared", "mtlkernels, a copy by mk.prepare", prepared))
-        if rows <= max(SERVING_ROWS):
-            contenders.insert(2, Contender(FROZEN, "per-expert modules, torch.compile, frozen", freeze_modules))
+        contenders.insert(2, Contender(FROZEN, "per-expert modules, torch.compile, frozen", freeze_modules))
     if device.type == "cuda":
         modes = (("graph", "reduce-overhead"), ("autotuned", "max-autotune"))
         contenders[2:2] = [

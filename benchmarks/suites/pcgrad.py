@@ -5,7 +5,8 @@ Workloads:
 - **C** T=8, P=10M (on a GPU 50M) in 40 tensors and in 400.
 - **C-tasks** and **C-size** other T and P, to show how the cost grows. What is small stays in a cache from one call to
   the next, for every contender alike, and may then pass the limit, which is that of memory.
-- **C-sparse** 8 tasks, an embedding of 1M x 32 of which each task touches 20,000 rows.
+- **C-sparse** 8 tasks, an embedding of 1M x 32 of which each task touches 20,000 rows; the usual PCGrad on gradients
+  made dense, as it is written, and on the rows that any task touches, as one would write it by hand.
 
 Gradients are there; what is timed goes from lists of them to the update, a tensor a parameter, or TorchJD's vector
 where its matrix is said to be ready. All contenders project in the same order. The peak memory of a call is what it
@@ -30,9 +31,10 @@ from benchmarks.peers import task_gradients
 from benchmarks.peers.pcgrad_libraries import PytorchOptimizer, TorchJD, TorchJDReady
 from benchmarks.peers.plain_read import WAYS, PlainRead, whole
 from benchmarks.peers.task_gradients import Grads
-from benchmarks.peers.usual_pcgrad import DensifiedSurgery, Surgery
+from benchmarks.peers.usual_pcgrad import DensifiedSurgery, Surgery, TouchedRowsSurgery
 
 UPDATE = "update"
+TOUCHED_ROWS = "touched-rows"
 USUAL, OPTIMIZER, TORCHJD, READY = "usual", "optimizer", "torchjd", "torchjd-ready"
 READS = {f"read-{way}": way for way in WAYS}
 TASKS = 8
@@ -100,12 +102,13 @@ def build(
 
 
 def build_sparse(num_tasks: int, shape: tuple[int, int], touched: int, device: torch.device) -> Bench:
-    """Sparse gradients, which no other contender takes."""
+    """Sparse gradients, which no library among the contenders takes."""
     order = task_gradients.orders(num_tasks)
     grads = task_gradients.sparse(num_tasks, shape, touched, order, device)
     usual = Contender(USUAL, "the usual PCGrad, densified", lambda: DensifiedSurgery(grads, order))
+    touched_rows = Contender(TOUCHED_ROWS, "the usual PCGrad on touched rows", lambda: TouchedRowsSurgery(grads, order))
     return Bench(
-        [usual, _ours(grads, order)],
+        [usual, touched_rows, _ours(grads, order)],
         lambda: task_gradients.exact(grads, order),
         baseline=USUAL,
         slack=SLACK[torch.float32],
