@@ -2,11 +2,13 @@
 
 A mask, a scale or labels that a method takes may change what it returns, and only the streams of a description's
 ``inputs`` go the fused way. A call is brought into the form that trials had, arguments by their places; what no trial
-gave has to be as the method has it by default, and a flag, a word or None that all trials gave as one of them did.
+gave has to be as the method has it by default, and a flag, a word, an Enum's member or None that all trials gave as one
+of them did.
 """
 
 from __future__ import annotations
 
+import enum
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 from mtlkernels._convert.values import Absent
 
 # Of which code asks what they are, and does something else for another: a trial has shown those alone that it gave.
-_TELLING = (bool, str, type(None))
+_TELLING = (bool, str, type(None), enum.Enum)
 # Defaults that are told by their values, where another object may be given.
 _PLAIN = (bool, str, type(None), int, float)
 
@@ -57,12 +59,12 @@ Told = tuple[Any, ...]
 
 
 def told(arguments: Sequence[Any]) -> Told:
-    """The words, flags and None among them, with Absent in the place of others."""
+    """The words, flags, Enums' members and None among them, with Absent in the place of others."""
     return tuple(value if isinstance(value, _TELLING) else Absent for value in arguments)
 
 
 class Tried(NamedTuple):
-    """The arguments of trials: how many there were, and at which places words, flags or None alone, and which."""
+    """The arguments of trials: how many there were, and at which places what is told alone, and which."""
 
     number: int
     telling: tuple[tuple[int, tuple[Any, ...]], ...]

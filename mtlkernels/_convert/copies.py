@@ -203,6 +203,10 @@ def largest(tensors: Sequence[Tensor | None]) -> float:
     return most
 
 
+# Pairs that are compared already, or just now, by their addresses; kept, as the address of what is gone is used again.
+Seen = dict[tuple[int, int], tuple[Any, Any]]
+
+
 def agree(actual: Any, expected: Any, tolerance: float) -> bool:
     """Whether two results, tensors within lists, tuples and dicts, are the same within rounding."""
     leaves, structure = _torch.tree_flatten(actual)
@@ -216,18 +220,18 @@ def agree(actual: Any, expected: Any, tolerance: float) -> bool:
                 return False
             if not close(leaf, other, tolerance, size):
                 return False
-        elif not same(leaf, other, tolerance, set()):
+        elif not same(leaf, other, tolerance, {}):
             return False
     return True
 
 
-def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
+def same(actual: Any, expected: Any, tolerance: float, seen: Seen) -> bool:
     """Whether two attributes of copies are the same; objects of which nothing can be seen pass."""
     if type(actual) is not type(expected):
         return False
     if actual is expected or (id(actual), id(expected)) in seen or isinstance(expected, nn.Module):
         return True
-    seen.add((id(actual), id(expected)))
+    seen[id(actual), id(expected)] = actual, expected
     if isinstance(expected, Tensor):
         return close(actual, expected, tolerance)
     if isinstance(expected, Mapping):
@@ -259,17 +263,12 @@ def same(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]
     return hasattr(expected, "__dict__") or _same_states(actual, expected, tolerance, seen)
 
 
-def _same_functions(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
+def _same_functions(actual: Any, expected: Any, tolerance: float, seen: Seen) -> bool:
     """The same of functions that are made anew for each copy, of one code: by what they close over and keep."""
     if actual.__code__ is not expected.__code__:
         return False
-    ours, theirs = ([_contents(f), f.__defaults__, f.__kwdefaults__, _attributes(f)] for f in (actual, expected))
+    ours, theirs = ([_contents(f), f.__defaults__, f.__kwdefaults__, vars(f)] for f in (actual, expected))
     return same(ours, theirs, tolerance, seen)
-
-
-def _attributes(function: types.FunctionType) -> dict[str, Any]:
-    """What a function has been given, but for the one that it wraps, which it closes over."""
-    return {name: value for name, value in vars(function).items() if name != "__wrapped__"}
 
 
 def _contents(function: types.FunctionType) -> list[Any]:
@@ -287,7 +286,7 @@ def slots_of(kind: type) -> Sequence[str]:
     return [name for name in ((names,) if isinstance(names, str) else names) if name not in ("__dict__", "__weakref__")]
 
 
-def _same_states(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
+def _same_states(actual: Any, expected: Any, tolerance: float, seen: Seen) -> bool:
     """The same of objects of which pickle alone knows what they keep, such as iterators and arrays of bytes."""
     try:
         states = actual.__reduce_ex__(4), expected.__reduce_ex__(4)
@@ -299,7 +298,7 @@ def _same_states(actual: Any, expected: Any, tolerance: float, seen: set[tuple[i
     return len(inner) == len(states[1]) - 1 and all(_same_parts(a, b, tolerance, seen) for a, b in inner)
 
 
-def _same_parts(actual: Any, expected: Any, tolerance: float, seen: set[tuple[int, int]]) -> bool:
+def _same_parts(actual: Any, expected: Any, tolerance: float, seen: Seen) -> bool:
     if isinstance(expected, tuple) and isinstance(actual, tuple):
         pairs = list(zip(actual, expected, strict=False))
         return len(actual) == len(expected) and all(same(a, b, tolerance, seen) for a, b in pairs)
@@ -367,7 +366,7 @@ def _difference(actual: Mapping[str, Any], expected: Mapping[str, Any], prefix: 
             continue
         if isinstance(value, dict) and not value and isinstance(other, dict) and not other:
             continue  # most are: those of hooks
-        if name not in actual or not same(other, value, tolerance, set()):
+        if name not in actual or not same(other, value, tolerance, {}):
             return f"its forward sets {prefix}{name}"
     odd = next((name for name in actual if name not in expected), None)
     return None if odd is None else f"its forward sets {prefix}{odd}"

@@ -59,6 +59,8 @@ class SharedState:
             for code in functions_in(vars(part)):
                 if is_users(code):
                     self._keep_named(code)
+        for code in reached.functions:
+            self._keep_named(code)
         self._judged = False
         for hook in _hooks(module):
             self._keep_named(hook)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -125,6 +126,40 @@ def test_a_flag_that_a_trial_gave(fused_calls: list[int]) -> None:
         fused_calls.clear()
         torch.testing.assert_close(model(*args), own(*args))
         assert bool(fused_calls) == fused
+
+
+class Reduction(enum.Enum):
+    NONE = 0
+    MEAN = 1
+
+
+class Worded(Level):
+    """Which returns something else when it is asked to, by a word or by a member of an Enum."""
+
+    def forward(self, x: Tensor, reduction: str | Reduction = "none") -> list[Tensor]:
+        found = super().forward(x)
+        return [y.mean(1) for y in found] if reduction in ("mean", Reduction.MEAN) else found
+
+
+@pytest.mark.parametrize(("word", "other"), [("none", "mean"), (Reduction.NONE, Reduction.MEAN)])
+def test_a_word_that_a_trial_gave(word: Any, other: Any, fused_calls: list[int]) -> None:
+    """Any other makes its own code run, also in copies and pickles."""
+    mk.convert.register(
+        Worded,
+        experts=lambda model: model.experts,
+        gates=lambda model: model.gates,
+        routing=lambda model: mk.Routing.mmoe(4, 3),
+        inputs=lambda model, x, reduction: x,
+        example=lambda model, rows: (torch.randn(rows, 8), word),
+    )
+    own = Worded()
+    model = copy.deepcopy(own)
+    assert mk.convert(model).replaced
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for given, fused in ((word, True), (other, False)):
+            fused_calls.clear()
+            torch.testing.assert_close(each(X, given), own(X, given))
+            assert bool(fused_calls) == fused
 
 
 class Masked(Level):

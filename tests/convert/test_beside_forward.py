@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert import registry
+from mtlkernels._convert.copies import same
 from tests.convert.weighing import Level, X
 
 LOOKS = 0
@@ -282,3 +283,84 @@ def test_a_function_that_forward_sets_is_found(kind: type[Level]) -> None:
 def test_functions_of_copies_are_the_same() -> None:
     _, report = convert(Reading)
     assert report.replaced, str(report)
+
+
+class Holder(nn.Module):
+    """Nothing but what is kept there."""
+
+
+class Keeping(Level):
+    """Whose forward pass keeps a function anew at each call, of the same code."""
+
+    def prepare(self) -> None:
+        self.holder: Any = Holder()
+        self.keep(0.0)
+
+    def keep(self, z: float) -> None:
+        self.holder.function = lambda: z
+
+    def weigh(self, z: Tensor) -> Tensor:
+        self.keep(float(z.detach().sum()))
+        return super().weigh(z)
+
+
+class Defaulting(Keeping):
+    def keep(self, z: float) -> None:
+        self.holder.function = lambda kept=z: kept
+
+
+class DefaultingByName(Keeping):
+    def keep(self, z: float) -> None:
+        self.holder.function = lambda *, kept=z: kept
+
+
+class Marking(Keeping):
+    def keep(self, z: float) -> None:
+        def function() -> None: ...
+
+        function.kept = z  # type: ignore[attr-defined]
+        self.holder.function = function
+
+
+class OfOtherCode(Keeping):
+    def keep(self, z: float) -> None:
+        self.holder.function = (lambda: 2.0) if z else (lambda: 3.0)
+
+
+@pytest.mark.parametrize("kind", [Keeping, Defaulting, DefaultingByName, Marking, OfOtherCode])
+def test_a_function_that_is_kept_anew_is_found(kind: type[Level]) -> None:
+    _, report = convert(kind)
+    assert [line.detail for line in report.left_alone] == ["its forward sets holder.function"]
+
+
+class Waiting(Keeping):
+    """Whose function closes over what is not there yet."""
+
+    def keep(self, z: float) -> None:
+        self.holder.function = lambda: later
+        if z is None:
+            later = 1
+
+
+def test_a_function_of_a_variable_that_is_not_there_yet() -> None:
+    _, report = convert(Waiting)
+    assert report.replaced, str(report)
+
+
+def functions(number: int, last: float) -> dict[str, Callable[[float], float]]:
+    """Many that are the same at each call, and one that is not."""
+    factor = 1.0
+    found: dict[str, Callable[[float], float]] = {f"task {i}": lambda y: y * factor for i in range(number)}
+    return {**found, "last": lambda y: y * last}
+
+
+def states(number: int, last: float) -> list[complex]:
+    """The same of objects of which pickle alone knows what they keep."""
+    return [*map(complex, range(number)), complex(last)]
+
+
+@pytest.mark.parametrize("make", [functions, states])
+def test_the_last_of_many_is_compared_too(make: Any) -> None:
+    """What is made to compare one does not stand for another that is made at its address."""
+    assert same(make(9, 1.0), make(9, 1.0), 1e-6, {})
+    assert not any(same(make(number, 1.0), make(number, 2.0), 1e-6, {}) for number in range(12))
