@@ -19,7 +19,7 @@ from mtlkernels import _backends, _extension, _torch, _tracing
 _library = torch.library.Library("mtlkernels", "DEF")
 # What is differentiated in an operator's place, if not its reference.
 _formulas: dict[str, Callable[..., Sequence[Tensor]]] = {}
-_text = importlib.resources.files(__package__).joinpath("operators.txt").read_text()  # also of a package in a zip
+_text = importlib.resources.files("mtlkernels").joinpath("operators.txt").read_text()  # also of a package in a zip
 _schemas = {line.partition("(")[0]: line for line in _text.splitlines()}
 
 

@@ -23,19 +23,8 @@ from mtlkernels._convert.shared_state import classes_of, function_behind, named_
 # By which code finds parts and methods whose names do not stand in it.
 _BY_ANY_NAME = frozenset(
     ("__dict__", "__getattr__", "__getattribute__", "__import__", "_modules", "apply", "attrgetter", "children")
-    + (
-        "deepcopy",
-        "dir",
-        "eval",
-        "exec",
-        "get_submodule",
-        "getattr",
-        "getmembers",
-        "globals",
-        "import_module",
-        "locals",
-    )
-    + ("methodcaller", "modules", "named_children", "named_modules", "pickle", "vars")
+    + ("deepcopy", "dir", "eval", "exec", "get_submodule", "getattr", "getmembers", "globals", "import_module")
+    + ("locals", "methodcaller", "modules", "named_children", "named_modules", "pickle", "vars")
 )
 # Run when an instance or a copy of it is made, and not by its calls.
 _MAKING = frozenset(
