@@ -60,8 +60,8 @@ class Mixers(NamedTuple):
 
 # One accumulator a gate and one for the product, of 16 or 8 registers a thread each. Registers are given outright: the
 # compiler would rather spill a few, for an occupancy that a loop fed by asynchronous copies does not need. By the
-# model, three gates take 341 us at 65,536 rows of workload A and 28 at 4,096 with 64 x 128 x 32, where an expert's
-# probabilities are computed once a row, instead of 474 and 30 with 64 x 64 x 64; but silu would spill.
+# model, three gates take 299 us at 65,536 rows of workload A and 25 at 4,096 with 64 x 128 x 32, where an expert's
+# shares are looked up once a row, instead of 421 and 27 with 64 x 64 x 64; but silu would spill.
 MAX_FUSED_GATES = 8
 MIXING = {
     ("half", True): Mixers(
