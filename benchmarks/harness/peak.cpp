@@ -94,8 +94,14 @@ double tile_bfloat16(int64_t rounds) {
   alignas(64) uint8_t config[64] = {1};  // eight tiles of 16 rows of 64 bytes
   for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;
   _tile_loadconfig(config);
-  _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3), _tile_zero(4), _tile_zero(5), _tile_zero(6),
-      _tile_zero(7);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
   for (int64_t i = 0; i < rounds; ++i) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);

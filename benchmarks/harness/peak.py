@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def _library() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "peak.so"
         command = [compiler, "-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", str(SOURCE), "-o", str(target)]
-        if subprocess.run(command, capture_output=True).returncode:
+        compilation = subprocess.run(command, capture_output=True, text=True)
+        if compilation.returncode:
+            warnings.warn(
+                f"the register peak is unknown: {SOURCE.name} failed to compile: {compilation.stderr}", stacklevel=2
+            )
             return None
         library = ctypes.CDLL(str(target))
     for name in {name for names in INSTRUCTIONS.values() for name in names}:

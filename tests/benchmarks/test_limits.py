@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from benchmarks.harness.contention import Others
 from benchmarks.harness.limits import Limits
 from benchmarks.harness.timing import Budget
 from tests.benchmarks.test_pcgrad_suite import tiny
-from tests.csrc.library import needs_compiler
+from tests.csrc.library import COMPILER, needs_compiler
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,18 @@ def test_no_product_of_pytorchs_outruns_the_registers() -> None:
     limits = Limits(CPU)
     limits._measure_gemm(torch.float32, 0.4)
     assert peak.register_peak("float32", 0.4) > 0.5 * limits.gemm["float32"]
+
+
+PROCESSORS = ["x86-64", "haswell", "skylake-avx512", "cooperlake", "sapphirerapids"]
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs a compiler for x86-64")
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_the_probes_compile_for_processors_that_this_is_not(processor: str) -> None:
+    options = ["-std=c++20", "-O3", "-Wall", "-Werror", f"-march={processor}", "-fsyntax-only"]
+    compilation = subprocess.run([str(COMPILER), *options, str(peak.SOURCE)], capture_output=True, text=True)
+    assert compilation.returncode == 0, compilation.stderr
 
 
 def test_the_register_peak_limits_where_it_is_known() -> None:
