@@ -27,7 +27,7 @@ from tests.fuzz.targets import TARGETS, Target
 from tests.ops.level import normalized
 
 # `make fuzz` checks thousands, other ones each time.
-CASES = {"expert_mixture": 200, "gated_mixture": 100, "snr_trans": 100, "snr_aver": 100, "pcgrad": 100}
+CASES = {"expert_mixture": 200, "gated_mixture": 100, "snr_trans": 150, "snr_aver": 100, "pcgrad": 100}
 SMALL = MixtureCase(2, 3, Wires((0, 0), ((0,), (1, 0))), way=calls.Way("reference"), used=(0, 1))
 
 
