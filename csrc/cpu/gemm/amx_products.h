@@ -10,6 +10,10 @@ template <int Planes>
 class PairProducts {
  public:
   static constexpr int64_t kCacheBytes = 2 * 1024 * 1024;  // of the second level, on every processor with AMX
+  static constexpr int64_t kDepthSteps = 16 / Planes;  // of a run whose factor of two tiles stays in the first level
+
+  // Tiles multiply for long enough that the loads of what the next expert's pass reads go unnoticed beside them.
+  static constexpr bool kFetchesSaved = true;
 
   // Eight full tiles: 16 rows of 64 bytes.
   static void begin() {
@@ -63,8 +67,15 @@ class PairProducts {
       if (a.both && b.both) _tile_loadd(3, out1 + kGroup * ld, ld * sizeof(float));
     }
     const int64_t a_row = a.row * static_cast<int64_t>(sizeof(BFloat16));
+    const bool far = a.step > Planes * kPairTile;  // of weights' gradients, whose place is in no near cache
     for (int64_t k = 0; k < steps; ++k) {
       work.step();
+      if (far && k < 8) {
+        for (int64_t i = 4 * k; i < 4 * k + 4; ++i) {
+          __builtin_prefetch(out0 + i * ld, 1);
+          __builtin_prefetch(out1 + i * ld, 1);
+        }
+      }
       _tile_loadd(4, a.first + k * a.step, a_row);
       _tile_loadd(6, b.first + k * b.step, 64);
       _tile_dpbf16ps(0, 4, 6);

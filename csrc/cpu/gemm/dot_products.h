@@ -11,6 +11,10 @@ class PairProducts {
  public:
   // Of the second level: the least of the processors that have them.
   static constexpr int64_t kCacheBytes = 1024 * 1024;
+  static constexpr int64_t kDepthSteps = INT64_MAX;  // of a run: all, as a run's sums go to memory and back
+
+  // What the next expert's pass reads is left to the hardware's prefetchers.
+  static constexpr bool kFetchesSaved = false;
 
   static void begin() {}
   static void end() {}

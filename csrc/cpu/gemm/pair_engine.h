@@ -41,9 +41,9 @@ struct PairEngine {
   static constexpr int64_t kMinCallRows = kPlanes == 1 ? 0 : 192;    // below, splitting the weights costs what it saves
   static constexpr int64_t kMinForwardRows = kPlanes == 1 ? 0 : 64;  // which splits them beside its products
   static constexpr int64_t kBlockBytes = Products::kCacheBytes / 2;
-  // Of a forward pass: weights are split again for every block, so that larger ones pay.
+  // Of a forward pass, whose weights are split again for every block.
   static constexpr int64_t kForwardBlockBytes = kPlanes == 1 ? kBlockBytes : Products::kCacheBytes;
-  static constexpr int64_t kChunkBytes = Products::kCacheBytes / 2;
+  static constexpr int64_t kChunkBytes = kPlanes == 1 ? 1 << 19 : Products::kCacheBytes / 2;
 
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
   static int64_t tile_begin(int64_t features, int64_t t) { return t * kRows < features ? t * kRows : features; }
@@ -120,6 +120,10 @@ struct PairEngine {
   template <typename F>
   MTLK_INLINE static void store_each(Element* panel, int64_t feature, int64_t n, F value) {
     for (int64_t i = 0; i < n; i += 2) {
+      if constexpr (kPlanes == 1) {
+        _mm512_storeu_si512(pair_of(panel, feature + i), in_pairs(Split::two_rounded(i, n, value)));
+        continue;
+      }
       __m256i even[kPlanes], odd[kPlanes];
       Split::split(reinterpret_cast<__m512>(value(i, 0)), even);
       Split::split(i + 1 < n ? reinterpret_cast<__m512>(value(i + 1, 0)) : _mm512_setzero_ps(), odd);
@@ -183,6 +187,7 @@ struct PairEngine {
   // The backward pass gets its weights transposed, so that it is the same product; sums of several have room for
   // sum_features.
   static constexpr bool kBackwardTransposed = true, kCopiesColumns = false;
+  static constexpr bool kFetchesSaved = Products::kFetchesSaved;
   template <typename Meanwhile>
   static void tile_back(const Weight* w, int64_t, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                         int64_t groups, C* out, int64_t out_group, bool add, const Meanwhile& meanwhile) {
@@ -207,13 +212,19 @@ struct PairEngine {
                                           int64_t feature, int64_t n, F value) {
     for (int64_t i = 0; i < n; i += 2) {
       __m256i even[kPlanes], odd[kPlanes] = {};
-      Split::split(reinterpret_cast<__m512>(value(i, 0)), even);
-      place_gradient(base, features, group, feature + i, even);
-      if (i + 1 < n) {
-        Split::split(reinterpret_cast<__m512>(value(i + 1, 0)), odd);
-        place_gradient(base, features, group, feature + i + 1, odd);
+      const bool two = i + 1 < n;
+      if constexpr (kPlanes == 1) {
+        const __m512i both = Split::two_rounded(i, n, value);
+        even[0] = _mm512_castsi512_si256(both);
+        odd[0] = _mm512_extracti64x4_epi64(both, 1);
+        _mm512_storeu_si512(pair_of(panel, feature + i), in_pairs(both));
+      } else {
+        Split::split(reinterpret_cast<__m512>(value(i, 0)), even);
+        if (two) Split::split(reinterpret_cast<__m512>(value(i + 1, 0)), odd);
+        store_pair(panel, feature + i, even, odd);
       }
-      store_pair(panel, feature + i, even, odd);
+      place_gradient(base, features, group, feature + i, even);
+      if (two) place_gradient(base, features, group, feature + i + 1, odd);
     }
   }
 
@@ -269,27 +280,35 @@ struct PairEngine {
   static constexpr int64_t kSumMultiple = kStep;
   static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t, int64_t nrows,
                               int64_t column, int64_t, C* grad, int64_t ld, Leave leave) {
-    const bool add = leave == Leave::kAdd;
     alignas(64) C sums[kGroups][kRows * kGroup];
-    const Operand* b = operand + column / kGroup * steps(nrows) * kPlaneBlock;
-    for (int64_t o = 0; o < outputs; o += kRows) {
-      const int64_t n = outputs - o < kRows ? outputs - o : kRows;
-      const Gradient* a = gradient + o / kGroup * kPlaneBlock;
-      const PairFactor left{a, a + kPlaneBlock, gradient_size(outputs), n > kGroup, kPairStep, n};
-      const PairFactor right{b, b + steps(nrows) * kPlaneBlock, kPlaneBlock, true};
-      if (n % kGroup == 0) {
-        Products::run(left, right, steps(nrows), grad + o * ld, grad + o * ld + kGroup, ld, add, Prefetch{});
-        continue;
-      }
-      Products::run(left, right, steps(nrows), sums[0], sums[1], kGroup, false, Prefetch{});
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t j = 0; j < kGroups; ++j) {
-          C* place = grad + (o + i) * ld + j * kGroup;
-          const __m512 sum = _mm512_load_ps(sums[j] + i * kGroup);
-          _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sum) : sum);
+    const int64_t all = steps(nrows), size = gradient_size(outputs);
+    const Operand* b = operand + column / kGroup * all * kPlaneBlock;
+    // Run after run of the depth for all outputs: what the columns read of one stays in the nearest cache.
+    int64_t first = 0;
+    do {
+      const int64_t count = all - first < Products::kDepthSteps ? all - first : Products::kDepthSteps;
+      const bool add = leave == Leave::kAdd || first > 0;
+      const Operand* const from = b + first * kPlaneBlock;
+      for (int64_t o = 0; o < outputs; o += kRows) {
+        const int64_t n = outputs - o < kRows ? outputs - o : kRows;
+        const Gradient* a = gradient + first * size + o / kGroup * kPlaneBlock;
+        const PairFactor left{a, a + kPlaneBlock, size, n > kGroup, kPairStep, n};
+        const PairFactor right{from, from + all * kPlaneBlock, kPlaneBlock, true};
+        if (n % kGroup == 0) {
+          Products::run(left, right, count, grad + o * ld, grad + o * ld + kGroup, ld, add, Prefetch{});
+          continue;
+        }
+        Products::run(left, right, count, sums[0], sums[1], kGroup, false, Prefetch{});
+        for (int64_t i = 0; i < n; ++i) {
+          for (int64_t j = 0; j < kGroups; ++j) {
+            C* place = grad + (o + i) * ld + j * kGroup;
+            const __m512 sum = _mm512_load_ps(sums[j] + i * kGroup);
+            _mm512_storeu_ps(place, add ? _mm512_add_ps(_mm512_loadu_ps(place), sum) : sum);
+          }
         }
       }
-    }
+      first += count;
+    } while (first < all);
   }
 
   static void bias_gradient(const Gradient* gradient, int64_t outputs, int64_t nrows, C* grad, bool add) {
@@ -331,8 +350,11 @@ struct PairEngine {
     Products::run({last[0], last[1], kBlock, both}, b_last, 1, out, out + out_group, kGroup, whole > 0, Prefetch{});
   }
 
+  static Element* pair_of(Element* panel, int64_t feature) {
+    return panel + feature / kStep * kPlaneBlock + feature % kStep * kGroup;
+  }
   static void store_pair(Element* panel, int64_t feature, const __m256i* even, const __m256i* odd) {
-    Element* place = panel + feature / kStep * kPlaneBlock + feature % kStep * kGroup;
+    Element* place = pair_of(panel, feature);
     for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, Split::interleaved(even[p], odd[p]));
   }
 

@@ -122,14 +122,20 @@ MTLK_INLINE void pack_pairs(const BFloat16* rows, int64_t ld, float* panel) {
 #endif
 
 #if defined(__AVX512BF16__)
+// 32 bfloat16 in pairs: one of the first 16 and one of the others.
+MTLK_INLINE __m512i in_pairs(__m512i halves) {
+  alignas(64) static constexpr uint16_t kOrder[2 * kGroup] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                              21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+}
+
 template <bool Past>
 MTLK_INLINE void unpack_pairs(const float* panel, BFloat16* rows, int64_t ld) {
   alignas(64) uint32_t pairs[kGroup * kGroup];
   for (int i = 0; i < kGroup; ++i) {
-    const __m256i even = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(panel + 2 * i * kGroup));
-    const __m256i odd = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(panel + (2 * i + 1) * kGroup));
-    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
-    _mm512_store_si512(pairs + i * kGroup, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
+    const __m512 even = _mm512_loadu_ps(panel + 2 * i * kGroup), odd = _mm512_loadu_ps(panel + (2 * i + 1) * kGroup);
+    _mm512_store_si512(pairs + i * kGroup, in_pairs((__m512i)_mm512_cvtne2ps_pbh(odd, even)));
   }
   if (ld % 2 == 0) return transpose16<Past>(pairs, kGroup, rows, ld / 2);
   alignas(64) BFloat16 block[kGroup * kPairs];

@@ -77,6 +77,7 @@ struct PlainEngine {
   // of several have room for sum_features.
   static constexpr bool kBackwardTransposed = false;
   static constexpr bool kCopiesColumns = kGroups == 1;
+  static constexpr bool kFetchesSaved = false;
   static void tile_back(const Weight* w, int64_t ld, int64_t feature, int64_t n, const Element* panels, int64_t depth,
                         int64_t groups, C* out, int64_t out_group, bool add, const Prefetch& ahead) {
     panel_gemm<C, Product::kBackward>(w + feature, ld, panels, panel_size(depth), depth, n, groups, out, out_group, add,

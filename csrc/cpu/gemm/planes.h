@@ -21,6 +21,14 @@ struct Planes {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
 
+  // value(i, 0) and behind it value(i + 1, 0), or zeros where there are but n.
+  template <typename F>
+  MTLK_INLINE static __m512i two_rounded(int64_t i, int64_t n, F& value) {
+    const auto first = reinterpret_cast<__m512>(value(i, 0));
+    const auto second = i + 1 < n ? reinterpret_cast<__m512>(value(i + 1, 0)) : _mm512_setzero_ps();
+    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  }
+
   // value = the sum of the planes.
   MTLK_INLINE static void split(__m512 value, __m256i* planes) {
     planes[0] = (__m256i)_mm512_cvtneps_pbh(value);

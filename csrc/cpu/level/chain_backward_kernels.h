@@ -56,7 +56,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
         fresh_ = !part.add || !divided(stream);
       }
       index_ = i - chunk_.first;
-      expert(e);
+      expert(e, i + 1 < last ? level_.order[i + 1] : -1);
     }
     leave_inputs(stream);
     if (!part.inner && args_.grad_logits) write_logits();
@@ -205,7 +205,7 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
     }
   }
 
-  void expert(int e) {
+  void expert(int e, int next) {
     const int last = level_.layers - 1;
     const bool saved = saved_place(level_, last, e) >= 0, done = !saved && last_from_signs(e);
     if (!done) {
@@ -232,8 +232,16 @@ class ChainBackward : RowBlock<ChainBackwardArgs> {
       });
     }
     if (!args_.grad_inputs) return;
-    add_to_stream<Engine>(level_, e, panels(0), groups_, stream_, !fresh_);
+    add_to_stream<Engine>(level_, e, panels(0), groups_, stream_, !fresh_, next < 0 ? Prefetch{} : saved_of(next));
     fresh_ = false;
+  }
+
+  // What the pass reads of an expert's layer below the last.
+  Prefetch saved_of(int e) const {
+    const int l = level_.layers - 2;
+    if (l < 0) return {};
+    return {reinterpret_cast<const char*>(saved_rows(l, e)),
+            nrows_ * level_.widths[l + 1] * static_cast<int64_t>(sizeof(T))};
   }
 
   void start_panels(int l) {

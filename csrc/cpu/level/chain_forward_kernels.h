@@ -53,7 +53,7 @@ struct ChainForwardScratch {
   using C = typename Engine::C;
   using Element = typename Engine::Element;
   Element *input, *hidden[2], *kept;
-  C *probabilities, *tile, *before, *mixed;
+  C *probabilities, *tile, *before, *mixed, *biases;
   typename Engine::Weight* weights;
   Word<C>* signs;
   int64_t total;
@@ -70,6 +70,7 @@ struct ChainForwardScratch {
     tile = arena.take<C>(tile_size);
     before = arena.take<C>(tile_size);
     mixed = arena.take<C>(level.gates.count * groups * level.widths[level.layers] * kGroup);
+    biases = arena.take<C>(__is_same(typename Engine::T, C) ? 0 : widest_hidden(level));
     weights = arena.take<typename Engine::Weight>(2 * ForwardWeights<Engine>::made_size(level));
     signs = arena.take<Word<C>>(save ? sign_words_size(level.widths[level.layers]) * groups : 0);
     total = arena.taken();
@@ -197,7 +198,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   // One layer of expert e; the weights of number `next` are those that will be needed after it, unless the pass ends.
   void layer(int e, int l, const Element* in, Element* out, int64_t next, bool ends) {
     const int64_t width = level_.widths[l + 1], at = weight_number(level_, l, e), tiles = Engine::tiles(width);
-    const auto affine = Affine<T, C>::of(level_, at);
+    const Affine<C, C> affine = widened(Affine<T, C>::of(level_, at), width);
     for (int64_t g = 0; g < groups_ && l + 1 < level_.layers; ++g) {
       Engine::clear_margin(out + g * Engine::panel_size(width), width);
     }
@@ -218,18 +219,26 @@ class ChainForward : RowBlock<ChainForwardArgs> {
     }
   }
 
+  // With the biases of a layer in the compute type, which each group of rows adds anew.
+  Affine<C, C> widened(const Affine<T, C>& affine, int64_t n) {
+    if (!affine.bias) return {nullptr, affine.scale, affine.shift};
+    if constexpr (__is_same(T, C)) return affine;
+    widen(affine.bias, s_.biases, n);
+    return {s_.biases, nullptr, nullptr};
+  }
+
   bool saves_before(int e, int l) const { return args_.saves(l, e) && from_input(level_.activations[l]); }
 
   // Tile t of a layer, for all rows.
   template <typename Meanwhile>
-  MTLK_INLINE void tile(int e, int l, int64_t t, const TileWeights<Engine>& weights, const Affine<T, C>& of_layer,
+  MTLK_INLINE void tile(int e, int l, int64_t t, const TileWeights<Engine>& weights, const Affine<C, C>& of_layer,
                         const Element* in, Element* out, const Meanwhile& meanwhile) {
     const int64_t depth = level_.widths[l], width = level_.widths[l + 1];
     const int64_t o = Engine::tile_begin(width, t), n = Engine::tile_begin(width, t + 1) - o;
     const bool last = l + 1 == level_.layers, save = args_.saves(l, e), save_before = saves_before(e, l);
     const int64_t in_size = Engine::panel_size(depth), out_size = Engine::panel_size(width);
     constexpr int64_t tile_group = Engine::kRows * kGroup;
-    const Affine<T, C> affine = of_layer.from(o);
+    const Affine<C, C> affine = of_layer.from(o);
     for (int64_t g0 = 0; g0 < groups_; g0 += Engine::kGroups) {
       const int64_t ng = groups_ - g0 < Engine::kGroups ? groups_ - g0 : Engine::kGroups;
       Engine::tile(weights.weight, weights.ld, weights.feature, n, in + g0 * in_size, depth, ng, s_.tile, tile_group,
@@ -265,7 +274,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   }
 
   // activation(affine(values)) of n features, straight into the next layer's input.
-  void store_activated(int l, const C* values, const Affine<T, C>& affine, int64_t n, Element* panel, int64_t o) {
+  void store_activated(int l, const C* values, const Affine<C, C>& affine, int64_t n, Element* panel, int64_t o) {
     with_activation(level_.activations[l], [&](auto constant) {
       Engine::store_each(panel, o, n, [&](int64_t i, int j) {
         return activate<decltype(constant)::value, C>(affine(load(values + i * kGroup + j), i));
@@ -275,7 +284,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
 
   // Adds activation(affine(values)) of n features of expert e's last layer to every gate's sum, in one pass. `kept`, or
   // null, receives what the backward pass wants of it.
-  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<T, C>& affine, C* kept) {
+  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<C, C>& affine, C* kept) {
     with_activation(level_.activations[level_.layers - 1], [&](auto constant) {
       switch (uses(e)) {
         case 1:
@@ -289,7 +298,7 @@ class ChainForward : RowBlock<ChainForwardArgs> {
   }
 
   template <int Code, int Uses>
-  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<T, C>& affine, C* kept) {
+  void mix_activated(int e, int64_t g, int64_t o, int64_t n, const C* values, const Affine<C, C>& affine, C* kept) {
     constexpr int L = Simd<C>::lanes;
     const Gates& gates = level_.gates;
     const GateUse* use = gates.uses + gates.use_begin[e];

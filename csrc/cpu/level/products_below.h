@@ -80,16 +80,25 @@ int64_t stream_sums(const LevelShape& level, int64_t groups) {
   return Engine::sum_features(level.widths[0]) * groups * kGroup;
 }
 
-// Adds expert e's part, from the first layer's gradients, or begins with it.
+// Adds expert e's part, from the first layer's gradients, or begins with it. `later` is fetched meanwhile.
 template <typename Engine>
 void add_to_stream(const LevelShape& level, int e, const typename Engine::Element* panels, int64_t groups,
-                   typename Engine::C* sums, bool add) {
+                   typename Engine::C* sums, bool add, [[maybe_unused]] const Prefetch& later = {}) {
   const int64_t depth = level.widths[1], group_size = Engine::sum_features(level.widths[0]) * kGroup;
-  each_tile_below<Engine>(level, 0, e, groups,
-                          [&](const auto& w, int64_t o, int64_t n, int64_t g, int64_t ng, const Prefetch& ahead) {
-                            Engine::tile_back(w.weight, w.ld, w.feature, n, panels + g * Engine::panel_size(depth),
-                                              depth, ng, sums + g * group_size + o * kGroup, group_size, add, ahead);
-                          });
+  [[maybe_unused]] const int64_t tiles = Engine::tiles(level.widths[0]);
+  [[maybe_unused]] int64_t done = 0;
+  each_tile_below<Engine>(
+      level, 0, e, groups, [&](const auto& w, int64_t o, int64_t n, int64_t g, int64_t ng, const Prefetch& ahead) {
+        const auto* const of_group = panels + g * Engine::panel_size(depth);
+        auto* const place = sums + g * group_size + o * kGroup;
+        if constexpr (Engine::kFetchesSaved) {
+          const Prefetches both{ahead, later.share(done, ng, tiles * groups)};
+          done += ng;
+          Engine::tile_back(w.weight, w.ld, w.feature, n, of_group, depth, ng, place, group_size, add, both);
+        } else {
+          Engine::tile_back(w.weight, w.ld, w.feature, n, of_group, depth, ng, place, group_size, add, ahead);
+        }
+      });
 }
 
 // Rows [row, row + nrows) of a stream's gradient from its sums.

@@ -99,11 +99,24 @@ MTLK_INLINE DoubleVector vtanh(DoubleVector x) {
   return lanewise(x, [](double v) { return std::tanh(v); });
 }
 
+// x < 0 ? 0 : x, so that a NaN stays: of two operands that do not compare the instruction gives the second.
+template <typename C>
+MTLK_INLINE Vector<C> not_below_zero(Vector<C> x) {
+  const Vector<C> zero{};
+  if constexpr (sizeof(C) == 4) {
+#if defined(__AVX512F__)
+    return (Vector<C>)_mm512_max_ps((__m512)zero, (__m512)x);
+#elif defined(__AVX2__)
+    return (Vector<C>)_mm256_max_ps((__m256)zero, (__m256)x);
+#endif
+  }
+  return x < zero ? zero : x;
+}
+
 template <int Code, typename C>
 MTLK_INLINE Vector<C> activate(Vector<C> x) {
-  const Vector<C> zero{};
-  if constexpr (Code == kRelu) return x < zero ? zero : x;  // a NaN stays
-  if constexpr (Code == kLeakyRelu) return x > zero ? x : x * static_cast<C>(kLeakySlope);
+  if constexpr (Code == kRelu) return not_below_zero<C>(x);
+  if constexpr (Code == kLeakyRelu) return x > Vector<C>{} ? x : x * static_cast<C>(kLeakySlope);
   if constexpr (Code == kGelu) {
     return x * static_cast<C>(0.5) * (static_cast<C>(1) + verf(x * static_cast<C>(0.70710678118654752440)));
   }

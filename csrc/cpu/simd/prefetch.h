@@ -24,6 +24,16 @@ struct Prefetch {
   inline Fetcher over(int64_t steps) const;
 };
 
+// What is needed soon, and what is needed later.
+struct Prefetches {
+  Prefetch soon, later;
+
+  Prefetches share(int64_t g, int64_t n, int64_t groups) const {
+    return {soon.share(g, n, groups), later.share(g, n, groups)};
+  }
+  inline auto over(int64_t steps) const;
+};
+
 // In its place: work for which a product has a turn at every step.
 template <typename Maker>
 struct MakeAhead {
@@ -33,8 +43,13 @@ struct MakeAhead {
   Maker& over(int64_t) const { return *maker; }
 };
 
-// Rows that are strips of wider ones are fetched this far ahead: no hardware prefetcher crosses the gaps.
+// Rows that are strips of wider ones are fetched this far ahead: no hardware prefetcher crosses the gaps. Behind the
+// caches of processors with AMX memory is slower.
+#if defined(__AMX_TILE__)
+constexpr int64_t kRowsAhead = 64;
+#else
 constexpr int64_t kRowsAhead = 16;
+#endif
 template <typename T>
 MTLK_INLINE void fetch_rows(const T* row, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 3);
@@ -57,6 +72,16 @@ class Fetcher {
 };
 
 inline Fetcher Prefetch::over(int64_t steps) const { return {*this, steps}; }
+inline auto Prefetches::over(int64_t steps) const {
+  struct Both {
+    Fetcher soon, later;
+    void step() {
+      soon.step();
+      later.step();
+    }
+  };
+  return Both{soon.over(steps), later.over(steps)};
+}
 
 }  // namespace MTLK_ISA
 }  // namespace mtlk

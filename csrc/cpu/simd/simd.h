@@ -226,6 +226,10 @@ MTLK_INLINE void narrow(const C* in, T* out, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX512BF16__)
   if constexpr (__is_same(T, BFloat16)) {
+    for (; i + 32 <= n; i += 32) {
+      const __m512bh raw = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + i + 16), _mm512_loadu_ps(in + i));
+      std::memcpy(out + i, &raw, sizeof(raw));
+    }
     for (; i + 16 <= n; i += 16) {
       const __m256bh raw = _mm512_cvtneps_pbh(_mm512_loadu_ps(in + i));
       std::memcpy(out + i, &raw, sizeof(raw));
