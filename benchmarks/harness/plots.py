@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,8 @@ COLOURS = {
 }
 MARKERS = {"compile": "s", "frozen": "X", "graph": "D", "batched": "^", "prepared": "P", OURS: "*"}
 BASELINE_COLOUR, BASELINE_MARKER = "#777777", "o"
-OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442", "#CC79A7")
-OTHER_MARKERS = ("v", "P", "X", "<", ">")
+OTHER_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#F0E442", "#CC79A7", "#332288", "#882255")
+OTHER_MARKERS = ("v", "P", "X", "<", ">", "p", "h")
 # Inches: a title with the machine's name, and an entry of a legend.
 TITLE_WIDTH, LEGEND_WIDTH = 8.5, 3.2
 AXES = {
@@ -108,10 +109,10 @@ def where(report: Report) -> str:
 
 
 def _style(names: Sequence[str], baseline: str) -> tuple[dict[str, str], dict[str, str]]:
-    """A colour and a marker for each contender."""
+    """A colour and a marker for each contender, which repeat where there are too many."""
     others = [name for name in names if name not in COLOURS and name != baseline]
-    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=False)) | {baseline: BASELINE_COLOUR}
-    markers = MARKERS | dict(zip(others, OTHER_MARKERS, strict=False)) | {baseline: BASELINE_MARKER}
+    colours = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS), strict=False)) | {baseline: BASELINE_COLOUR}
+    markers = MARKERS | dict(zip(others, itertools.cycle(OTHER_MARKERS), strict=False)) | {baseline: BASELINE_MARKER}
     return colours, markers
 
 

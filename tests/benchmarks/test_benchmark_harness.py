@@ -301,3 +301,9 @@ def test_interleaved_times_each_step() -> None:
         assert found.best <= found.lower <= found.median <= found.upper
     ordered = [1.0, 2.0, 3.0, 4.0]
     assert timing.quantile(ordered, 0.5) == 2.5 and timing.quantile(ordered, 1.0) == 4.0
+
+
+def test_any_number_of_contenders_can_be_drawn() -> None:
+    names = [f"contender {i}" for i in range(20)]
+    colours, markers = plots._style(names, names[0])
+    assert {*names} <= {*colours} and {*names} <= {*markers}
