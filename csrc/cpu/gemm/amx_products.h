@@ -10,7 +10,8 @@ template <int Planes>
 class PairProducts {
  public:
   static constexpr int64_t kCacheBytes = 2 * 1024 * 1024;  // of the second level, on every processor with AMX
-  static constexpr int64_t kDepthSteps = 16 / Planes;  // of a run whose factor of two tiles stays in the first level
+  // Of a run whose factor of two tiles stays in the first level; but all where sums cost more than that saves.
+  static constexpr int64_t kDepthSteps = Planes == 3 ? INT64_MAX : 16 / Planes;
 
   // Tiles multiply for long enough that the loads of what the next expert's pass reads go unnoticed beside them.
   static constexpr bool kFetchesSaved = true;
@@ -36,6 +37,11 @@ class PairProducts {
     if constexpr (Planes == 1) {
       product_2x2(a, b, steps, out0, out1, ld, add, meanwhile.over(steps * kTurns));
     } else {
+      if constexpr (Planes == 3) {
+        if (a.both && b.both && steps > kShortRun) {
+          return product_split_2x2(a, b, steps, out0, out1, ld, add, meanwhile.over(steps * kTurns * 2));
+        }
+      }
       const int64_t all = b.both ? 2 : 1;
       for (int64_t part = 0; part < all; ++part) {
         const BFloat16* const tile = part == 0 ? b.first : b.second;
@@ -51,6 +57,7 @@ class PairProducts {
   }
 
  private:
+  static constexpr int64_t kShortRun = 4;  // of which two runs, with more to load, take less than one with more sums
   static constexpr int64_t kTurns = Planes == 3 ? 4 : Planes == 2 ? 3 : 1;  // of a step of the depth, in what follows
 
   template <typename Work>
@@ -70,12 +77,7 @@ class PairProducts {
     const bool far = a.step > Planes * kPairTile;  // of weights' gradients, whose place is in no near cache
     for (int64_t k = 0; k < steps; ++k) {
       work.step();
-      if (far && k < 8) {
-        for (int64_t i = 4 * k; i < 4 * k + 4; ++i) {
-          __builtin_prefetch(out0 + i * ld, 1);
-          __builtin_prefetch(out1 + i * ld, 1);
-        }
-      }
+      if (far && k < 8) fetch_place(out0, out1, ld, 4 * k);
       _tile_loadd(4, a.first + k * a.step, a_row);
       _tile_loadd(6, b.first + k * b.step, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -110,33 +112,38 @@ class PairProducts {
     for (int64_t k = 0; k < steps; ++k, first += a.step, second += a.step, right += b_step) {
       work.step();
       _tile_loadd(4, right, 64);
-      _tile_loadd(7, right + kPairTile, 64);
       _tile_loadd(5, first, 64);
-      if constexpr (Both) _tile_loadd(6, second, 64);
       _tile_dpbf16ps(0, 5, 4);
-      if constexpr (Both) _tile_dpbf16ps(2, 6, 4);
-      _tile_dpbf16ps(1, 5, 7);
-      if constexpr (Both) _tile_dpbf16ps(3, 6, 7);
+      if constexpr (Both) {
+        _tile_loadd(6, second, 64);
+        _tile_dpbf16ps(2, 6, 4);
+      }
       work.step();
       if constexpr (Planes == 3) {
         _tile_loadd(7, right + 2 * kPairTile, 64);
         _tile_dpbf16ps(1, 5, 7);
         if constexpr (Both) _tile_dpbf16ps(3, 6, 7);
+        work.step();
+      }
+      _tile_loadd(7, right + kPairTile, 64);
+      _tile_dpbf16ps(1, 5, 7);
+      if constexpr (Both) _tile_dpbf16ps(3, 6, 7);
+      _tile_loadd(5, first + kPairTile, 64);
+      _tile_dpbf16ps(1, 5, 4);
+      if constexpr (Both) {
+        _tile_loadd(6, second + kPairTile, 64);
+        _tile_dpbf16ps(3, 6, 4);
       }
       work.step();
-      _tile_loadd(5, first + kPairTile, 64);
-      if constexpr (Both) _tile_loadd(6, second + kPairTile, 64);
-      _tile_dpbf16ps(1, 5, 4);
-      if constexpr (Both) _tile_dpbf16ps(3, 6, 4);
       if constexpr (Planes == 3) {
-        _tile_loadd(7, right + kPairTile, 64);
         _tile_dpbf16ps(1, 5, 7);
         if constexpr (Both) _tile_dpbf16ps(3, 6, 7);
-        work.step();
         _tile_loadd(5, first + 2 * kPairTile, 64);
-        if constexpr (Both) _tile_loadd(6, second + 2 * kPairTile, 64);
         _tile_dpbf16ps(1, 5, 4);
-        if constexpr (Both) _tile_dpbf16ps(3, 6, 4);
+        if constexpr (Both) {
+          _tile_loadd(6, second + 2 * kPairTile, 64);
+          _tile_dpbf16ps(3, 6, 4);
+        }
       }
     }
     alignas(64) float lead[kGroup * kGroup], rest[kGroup * kGroup];
@@ -149,6 +156,105 @@ class PairProducts {
       store_sums<Planes, kGroup>(a.second, a.step, b, b_step, steps, lead, kGroup, rest, a.rows - kGroup,
                                  out + kGroup * ld, ld, add);
     }
+  }
+
+  // Both tiles of a against both of b: first the sums of the products of lesser planes, which are too small to lose
+  // anything to rounding, then on top of them, back through the depth, those of the leading ones.
+  template <typename Work>
+  static void product_split_2x2(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1,
+                                int64_t ld, bool add, Work&& work) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const BFloat16 *above = a.first, *below = a.second, *left = b.first, *right = b.second;
+    const bool far = a.step > Planes * kPairTile;
+    const auto turn = [&](int ahead) {  // whose tiles lie one after another in a step
+      work.step();
+      if (far) fetch_tile(above + a.step + ahead * kPairTile);
+    };
+    for (int64_t k = 0; k < steps; ++k, above += a.step, below += a.step, left += b.step, right += b.step) {
+      turn(0);
+      _tile_loadd(4, above, 64);
+      _tile_loadd(6, left + 2 * kPairTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, right + 2 * kPairTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      turn(1);
+      _tile_loadd(5, below, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      turn(2);
+      _tile_loadd(6, left + kPairTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_loadd(7, right + kPairTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+      turn(3);
+      _tile_loadd(4, above + kPairTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, below + kPairTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      turn(4);
+      _tile_loadd(6, left, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_loadd(7, right, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+      turn(5);
+      _tile_loadd(4, above + 2 * kPairTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, below + 2 * kPairTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    for (int64_t k = 0; k < steps; ++k) {
+      above -= a.step;
+      below -= a.step;
+      left -= b.step;
+      right -= b.step;
+      if (far && k < 8) fetch_place(out0, out1, ld, 4 * k);
+      work.step();
+      _tile_loadd(4, above, 64);
+      _tile_loadd(6, left, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, right, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      work.step();
+      _tile_loadd(5, below, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    const int64_t at = add ? kGroup : ld;
+    alignas(64) float sums[4][kGroup * kGroup];
+    float* const place[4] = {out0, out1, out0 + kGroup * ld, out1 + kGroup * ld};
+    float* const sum[4] = {add ? sums[0] : place[0], add ? sums[1] : place[1], add ? sums[2] : place[2],
+                           add ? sums[3] : place[3]};
+    _tile_stored(0, sum[0], at * sizeof(float));
+    _tile_stored(1, sum[1], at * sizeof(float));
+    _tile_stored(2, sum[2], at * sizeof(float));
+    _tile_stored(3, sum[3], at * sizeof(float));
+    for (int i = 0; i < 4; ++i) {
+      store_sums<Planes, kGroup>(i < 2 ? a.first : a.second, a.step, i % 2 == 0 ? b.first : b.second, b.step, steps,
+                                 sum[i], at, nullptr, i < 2 ? a.rows : a.rows - kGroup, place[i], ld, add);
+    }
+  }
+
+  // Rows [first, first + 4) of a place of 32, which is in no near cache.
+  static void fetch_place(const float* out0, const float* out1, int64_t ld, int64_t first) {
+    for (int64_t i = first; i < first + 4; ++i) {
+      __builtin_prefetch(out0 + i * ld, 1);
+      __builtin_prefetch(out1 + i * ld, 1);
+    }
+  }
+
+  static void fetch_tile(const BFloat16* tile) {
+    for (int64_t i = 0; i < kPairTile; i += kPairStep) __builtin_prefetch(tile + i, 0, 3);
   }
 };
 

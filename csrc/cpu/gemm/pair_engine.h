@@ -40,9 +40,8 @@ struct PairEngine {
   static constexpr WeightForm kForm = WeightForm::kPrepared;
   static constexpr int64_t kMinCallRows = kPlanes == 1 ? 0 : 192;    // below, splitting the weights costs what it saves
   static constexpr int64_t kMinForwardRows = kPlanes == 1 ? 0 : 64;  // which splits them beside its products
-  static constexpr int64_t kBlockBytes = Products::kCacheBytes / 2;
-  // Of a forward pass, whose weights are split again for every block.
-  static constexpr int64_t kForwardBlockBytes = kPlanes == 1 ? kBlockBytes : Products::kCacheBytes;
+  static constexpr int64_t kBlockBytes = kPlanes == 1 ? Products::kCacheBytes / 2 : Products::kCacheBytes;
+  static constexpr int64_t kForwardBlockBytes = kBlockBytes;
   static constexpr int64_t kChunkBytes = kPlanes == 1 ? 1 << 19 : Products::kCacheBytes / 2;
 
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
@@ -120,14 +119,9 @@ struct PairEngine {
   template <typename F>
   MTLK_INLINE static void store_each(Element* panel, int64_t feature, int64_t n, F value) {
     for (int64_t i = 0; i < n; i += 2) {
-      if constexpr (kPlanes == 1) {
-        _mm512_storeu_si512(pair_of(panel, feature + i), in_pairs(Split::two_rounded(i, n, value)));
-        continue;
-      }
-      __m256i even[kPlanes], odd[kPlanes];
-      Split::split(reinterpret_cast<__m512>(value(i, 0)), even);
-      Split::split(i + 1 < n ? reinterpret_cast<__m512>(value(i + 1, 0)) : _mm512_setzero_ps(), odd);
-      store_pair(panel, feature + i, even, odd);
+      __m512i planes[kPlanes];
+      Split::split_two(i, n, value, planes);
+      store_pair(pair_of(panel, feature + i), planes);
     }
   }
 
@@ -211,20 +205,10 @@ struct PairEngine {
   MTLK_INLINE static void store_gradients(Element* panel, Gradient* base, int64_t features, int64_t group,
                                           int64_t feature, int64_t n, F value) {
     for (int64_t i = 0; i < n; i += 2) {
-      __m256i even[kPlanes], odd[kPlanes] = {};
-      const bool two = i + 1 < n;
-      if constexpr (kPlanes == 1) {
-        const __m512i both = Split::two_rounded(i, n, value);
-        even[0] = _mm512_castsi512_si256(both);
-        odd[0] = _mm512_extracti64x4_epi64(both, 1);
-        _mm512_storeu_si512(pair_of(panel, feature + i), in_pairs(both));
-      } else {
-        Split::split(reinterpret_cast<__m512>(value(i, 0)), even);
-        if (two) Split::split(reinterpret_cast<__m512>(value(i + 1, 0)), odd);
-        store_pair(panel, feature + i, even, odd);
-      }
-      place_gradient(base, features, group, feature + i, even);
-      if (two) place_gradient(base, features, group, feature + i + 1, odd);
+      __m512i planes[kPlanes];
+      Split::split_two(i, n, value, planes);
+      store_pair(pair_of(panel, feature + i), planes);
+      place_gradients(base, features, group, feature + i, n - i, planes);
     }
   }
 
@@ -232,10 +216,10 @@ struct PairEngine {
   template <typename F>
   MTLK_INLINE static void keep_gradients(Gradient* base, int64_t features, int64_t group, int64_t feature, int64_t n,
                                          F value) {
-    for (int64_t i = 0; i < n; ++i) {
-      __m256i planes[kPlanes];
-      Split::split(reinterpret_cast<__m512>(value(i, 0)), planes);
-      place_gradient(base, features, group, feature + i, planes);
+    for (int64_t i = 0; i < n; i += 2) {
+      __m512i planes[kPlanes];
+      Split::split_two(i, n, value, planes);
+      place_gradients(base, features, group, feature + i, n - i, planes);
     }
   }
 
@@ -265,12 +249,10 @@ struct PairEngine {
           f(wide[r], padded_to_group(width), m + r, column);
         }
         for (int64_t j = 0; j < kStep; j += kGroup) {
-          __m256i even[kPlanes], odd[kPlanes];
-          Split::split(_mm512_load_ps(wide[0] + j), even);
-          Split::split(_mm512_load_ps(wide[1] + j), odd);
-          Operand* place = out + ((column + j) / kGroup * steps(nrows) + m / kStep) * kPlaneBlock + m % kStep * kGroup;
-          for (int p = 0; p < kPlanes; ++p)
-            _mm512_storeu_si512(place + p * kBlock, Split::interleaved(even[p], odd[p]));
+          __m512i planes[kPlanes];
+          Split::split_two(_mm512_load_ps(wide[0] + j), _mm512_load_ps(wide[1] + j), planes);
+          store_pair(out + ((column + j) / kGroup * steps(nrows) + m / kStep) * kPlaneBlock + m % kStep * kGroup,
+                     planes);
         }
       }
     }
@@ -353,11 +335,21 @@ struct PairEngine {
   static Element* pair_of(Element* panel, int64_t feature) {
     return panel + feature / kStep * kPlaneBlock + feature % kStep * kGroup;
   }
-  static void store_pair(Element* panel, int64_t feature, const __m256i* even, const __m256i* odd) {
-    Element* place = pair_of(panel, feature);
-    for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, Split::interleaved(even[p], odd[p]));
+  // The planes of two vectors, their numbers in pairs.
+  static void store_pair(BFloat16* place, const __m512i* planes) {
+    for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(place + p * kBlock, in_pairs(planes[p]));
   }
 
+  // The planes of a feature and of the next, or of one where n is.
+  static void place_gradients(Gradient* base, int64_t features, int64_t group, int64_t feature, int64_t n,
+                              const __m512i* planes) {
+    __m256i one[kPlanes];
+    for (int p = 0; p < kPlanes; ++p) one[p] = _mm512_castsi512_si256(planes[p]);
+    place_gradient(base, features, group, feature, one);
+    if (n == 1) return;
+    for (int p = 0; p < kPlanes; ++p) one[p] = _mm512_extracti64x4_epi64(planes[p], 1);
+    place_gradient(base, features, group, feature + 1, one);
+  }
   static void place_gradient(Gradient* base, int64_t features, int64_t group, int64_t feature, const __m256i* planes) {
     Gradient* place =
         base + group / 2 * gradient_size(features) + feature / kGroup * kPlaneBlock + feature % kGroup * kStep;

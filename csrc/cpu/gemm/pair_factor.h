@@ -48,14 +48,16 @@ __attribute__((noinline, cold)) void product_of_whole_numbers(const BFloat16* a,
   for (int i = 0; i < Rows; ++i) _mm512_storeu_ps(out + i * kGroup, sums[i]);
 }
 
-// out = lead + rest, on top of what is there if `add`: sums of products of planes for Rows rows of a, of which `rows`
-// are there, and a tile of b. Rows of lead are lead_ld apart, and may be those of out itself where nothing is added.
+// out = lead + rest, which may be null, on top of what is there if `add`: sums of products of planes for Rows rows of
+// a, of which `rows` are there, and a tile of b. Rows of lead are lead_ld apart, and may be those of out itself where
+// nothing is added.
 template <int Planes, int Rows>
 MTLK_INLINE void store_sums(const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, int64_t steps,
                             const float* lead, int64_t lead_ld, const float* rest, int64_t rows, float* out, int64_t ld,
                             bool add) {
   const auto sum = [&](int i) {
-    return _mm512_add_ps(_mm512_loadu_ps(lead + i * lead_ld), _mm512_load_ps(rest + i * kGroup));
+    const __m512 leading = _mm512_loadu_ps(lead + i * lead_ld);
+    return rest ? _mm512_add_ps(leading, _mm512_load_ps(rest + i * kGroup)) : leading;
   };
   __mmask16 unordered = 0;
   for (int i = 0; i < Rows; i += 2) {
@@ -64,7 +66,7 @@ MTLK_INLINE void store_sums(const BFloat16* a, int64_t a_step, const BFloat16* b
       const __mmask16 found = _mm512_cmp_ps_mask(even, i + 1 < rows ? odd : even, _CMP_UNORD_Q);
       unordered = static_cast<__mmask16>(unordered | found);
     }
-    if (add) continue;
+    if (add || (!rest && lead == out)) continue;
     _mm512_storeu_ps(out + i * ld, even);
     _mm512_storeu_ps(out + (i + 1) * ld, odd);
   }

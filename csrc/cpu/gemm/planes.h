@@ -17,18 +17,6 @@ struct Planes {
   static constexpr int kPlanes = planes_of<T>();
   static constexpr int kInfinities = 0x18;  // a class of numbers
 
-  static __m512i interleaved(__m256i even, __m256i odd) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-  }
-
-  // value(i, 0) and behind it value(i + 1, 0), or zeros where there are but n.
-  template <typename F>
-  MTLK_INLINE static __m512i two_rounded(int64_t i, int64_t n, F& value) {
-    const auto first = reinterpret_cast<__m512>(value(i, 0));
-    const auto second = i + 1 < n ? reinterpret_cast<__m512>(value(i + 1, 0)) : _mm512_setzero_ps();
-    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
-  }
-
   // value = the sum of the planes.
   MTLK_INLINE static void split(__m512 value, __m256i* planes) {
     planes[0] = (__m256i)_mm512_cvtneps_pbh(value);
@@ -57,6 +45,44 @@ struct Planes {
 
   static __m512 plane_values(__m256i plane) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(plane), 16));
+  }
+
+  // The planes of two vectors, one behind the other.
+  MTLK_INLINE static void split_two(__m512 first, __m512 second, __m512i* planes) {
+    if constexpr (kPlanes > 1) {
+      if (__builtin_expect(infinite(leading<false>(first), leading<false>(second)), 0)) {
+        return split_two_extremes(first, second, planes);
+      }
+    }
+    for (int p = 0; p < kPlanes - 1; ++p) {
+      const __m512 a = leading<false>(first), b = leading<false>(second);
+      planes[p] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+      first = _mm512_sub_ps(first, a);
+      second = _mm512_sub_ps(second, b);
+    }
+    planes[kPlanes - 1] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  }
+
+  // The same of value(i, 0) and value(i + 1, 0), or zeros where there are but n.
+  template <typename F>
+  MTLK_INLINE static void split_two(int64_t i, int64_t n, F& value, __m512i* planes) {
+    const auto first = reinterpret_cast<__m512>(value(i, 0));
+    split_two(first, i + 1 < n ? reinterpret_cast<__m512>(value(i + 1, 0)) : _mm512_setzero_ps(), planes);
+  }
+
+  __attribute__((noinline, cold)) static void split_two_extremes(__m512 first, __m512 second, __m512i* planes) {
+    __m256i a[kPlanes], b[kPlanes];
+    split(first, a);
+    split(second, b);
+    for (int p = 0; p < kPlanes; ++p) planes[p] = behind(a[p], b[p]);
+  }
+
+  static __m512i behind(__m256i first, __m256i second) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+  }
+
+  MTLK_INLINE static bool infinite(__m512 first, __m512 second) {
+    return (_mm512_fpclass_ps_mask(first, kInfinities) | _mm512_fpclass_ps_mask(second, kInfinities)) != 0;
   }
 
   // Up to 16 rows of up to 32 values into planes [16][32], zeros in the margins; `Cut`: see split_row.
@@ -105,9 +131,9 @@ struct Planes {
     }
     alignas(64) BFloat16 pairs[kPairTile];  // of columns, which are contiguous
     for (int64_t c = 0; c < kPairStep; c += 2) {
-      const auto* even = reinterpret_cast<const __m256i*>(rows + c * column_stride);
-      const auto* odd = reinterpret_cast<const __m256i*>(rows + (c + 1) * column_stride);
-      _mm512_store_si512(pairs + c * kGroup, interleaved(_mm256_loadu_si256(even), _mm256_loadu_si256(odd)));
+      const auto* first = reinterpret_cast<const __m256i*>(rows + c * column_stride);
+      const auto* second = reinterpret_cast<const __m256i*>(rows + (c + 1) * column_stride);
+      _mm512_store_si512(pairs + c * kGroup, in_pairs(behind(_mm256_loadu_si256(first), _mm256_loadu_si256(second))));
     }
     transpose16(pairs, kGroup, out, kPairStep / 2);
   }
@@ -119,10 +145,7 @@ struct Planes {
   MTLK_INLINE static void split_row(__m512 low, __m512 high, BFloat16* out) {
     if constexpr (kPlanes > 1) {
       const __m512 a = Cut ? low : leading<false>(low), b = Cut ? high : leading<false>(high);
-      const __mmask16 infinite = _mm512_fpclass_ps_mask(a, kInfinities);
-      if (__builtin_expect((infinite | _mm512_fpclass_ps_mask(b, kInfinities)) != 0, 0)) {
-        return split_row_of_extremes(low, high, out);
-      }
+      if (__builtin_expect(infinite(a, b), 0)) return split_row_of_extremes(low, high, out);
     }
     for (int p = 0; p < kPlanes - 1; ++p, out += kPairTile) {
       const __m512 first = leading<Cut>(low), second = leading<Cut>(high);
@@ -142,13 +165,9 @@ struct Planes {
   }
 
   __attribute__((noinline, cold)) static void split_row_of_extremes(__m512 low, __m512 high, BFloat16* out) {
-    __m256i first[kPlanes], second[kPlanes];
-    split(low, first);
-    split(high, second);
-    for (int p = 0; p < kPlanes; ++p) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kPairTile), first[p]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + p * kPairTile + kGroup), second[p]);
-    }
+    __m512i planes[kPlanes];
+    split_two_extremes(low, high, planes);
+    for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(out + p * kPairTile, planes[p]);
   }
 };
 
