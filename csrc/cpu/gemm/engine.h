@@ -15,8 +15,14 @@ enum class WeightForm {
   kPrepared,  // as EngineTable::prepare writes them
 };
 
+// The rows from which an engine pays: of a call that makes its weights ready for one product alone; of a level's
+// forward pass, which does so beside its products; of a level's backward pass.
+struct MinRows {
+  int64_t call, forward, backward;
+};
+
 struct EngineTable {
-  int64_t min_call_rows;  // of a call for which this engine pays
+  MinRows min_rows;
 
   // Weights: the form, and how to prepare one that has `outputs` x `inputs` elements of the storage type, rows
   // row_stride and columns column_stride apart, one of the strides 1. Where natural_outputs is not 0, an engine that
@@ -45,14 +51,15 @@ template <typename K>
 struct KernelsByRows {
   K usual, fewer, few;
 
-  const K& of(int64_t rows, int64_t min_rows) const { return rows <= kFewRows ? few : rows < min_rows ? fewer : usual; }
+  const K& of(int64_t rows, int64_t MinRows::* which) const {
+    return rows <= kFewRows ? few : rows < usual.engine.min_rows.*which ? fewer : usual;
+  }
 };
 
 // What serves a call of so many rows.
 template <typename K>
-const K& kernels_for(Dtype dtype, int64_t rows) {
-  const auto& kernels = kernels_for<KernelsByRows<K>>(dtype);
-  return kernels.of(rows, kernels.usual.engine.min_call_rows);
+const K& kernels_for(Dtype dtype, int64_t rows, int64_t MinRows::* which) {
+  return kernels_for<KernelsByRows<K>>(dtype).of(rows, which);
 }
 
 }  // namespace mtlk

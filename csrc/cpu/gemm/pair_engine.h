@@ -38,8 +38,7 @@ struct PairEngine {
   static constexpr int64_t kRows = 32;                      // two tiles of features by two groups of rows
   static constexpr int64_t kGroups = 2;
   static constexpr WeightForm kForm = WeightForm::kPrepared;
-  static constexpr int64_t kMinCallRows = kPlanes == 1 ? 0 : 192;    // below, splitting the weights costs what it saves
-  static constexpr int64_t kMinForwardRows = kPlanes == 1 ? 0 : 64;  // which splits them beside its products
+  static constexpr MinRows kMinRows = kPlanes < 3 ? MinRows{} : MinRows{160, 33, 64};  // splitting weights takes long
   static constexpr int64_t kBlockBytes = kPlanes == 1 ? Products::kCacheBytes / 2 : Products::kCacheBytes;
   static constexpr int64_t kForwardBlockBytes = kBlockBytes;
   static constexpr int64_t kChunkBytes = kPlanes == 1 ? 1 << 19 : Products::kCacheBytes / 2;

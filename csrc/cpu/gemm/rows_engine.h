@@ -251,6 +251,12 @@ struct RowsConstant {
 // Of so many rows those that are computed: some that are not there are too, from what lies in their place.
 inline int64_t computed_rows(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kFewRows; }
 
+// Zeroes that place: what an earlier call left there may be denormal, with which a product takes ten times longer.
+template <typename C>
+void clear_absent_rows(C* rows, int64_t ld, int64_t nrows) {
+  std::memset(rows + nrows * ld, 0, (computed_rows(nrows) - nrows) * ld * sizeof(C));
+}
+
 // f(constant computed rows).
 template <typename F>
 void with_rows(int64_t rows, F f) {
@@ -295,7 +301,7 @@ void outer_products(const C* factor, int64_t ld_factor, int64_t outputs, const C
   if (past) fence_past_caches();
 }
 
-// Few rows into a plain panel, zeros beyond them, and back.
+// Few rows into a plain panel, zeros beyond them; and back, with zeros where others are computed.
 template <typename C>
 void panel_of_rows(const C* rows, int64_t ld, int64_t nrows, int64_t features, C* panel) {
   for (int64_t i = 0; i < features; ++i) {
@@ -307,6 +313,7 @@ void rows_of_panel(const C* panel, int64_t features, C* rows, int64_t ld, int64_
   for (int64_t i = 0; i < features; ++i) {
     for (int64_t r = 0; r < nrows; ++r) rows[r * ld + i] = panel[i * kGroup + r];
   }
+  clear_absent_rows(rows, ld, nrows);
 }
 
 template <typename T_>
@@ -315,7 +322,8 @@ struct RowsEngine {
   using C = Compute<T>;
   using Weight = T;
   static constexpr WeightForm kForm = WeightForm::kNatural;
-  static constexpr int64_t kMinCallRows = 0, kMinForwardRows = 0, kNaturalOutputs = 0;
+  static constexpr MinRows kMinRows{};
+  static constexpr int64_t kNaturalOutputs = 0;
   static constexpr bool kBackwardTransposed = false, kSumsAsStored = true, kFromSigns = false;
   static constexpr int64_t kBlockBytes = 640 * 1024, kForwardBlockBytes = kBlockBytes, kChunkBytes = kBlockBytes;
   static constexpr int64_t kSumMultiple = 1, kGradientBytes = sizeof(C);

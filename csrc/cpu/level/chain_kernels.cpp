@@ -107,7 +107,6 @@ ChainKernels chain_kernels(const EngineTable& engine) {
   table.engine = engine;
   table.fold_norm = fold_norm<T, C>;
   table.gates = gate_kernels<T>();
-  table.min_forward_rows = Engine::kMinForwardRows;
   table.forward_bytes = ChainForward<Engine>::bytes;
   table.forward_mixed_bytes = [](const LevelShape& level, int64_t nrows) {
     return ChainForward<Engine>::mixed_size(level, nrows) * static_cast<int64_t>(sizeof(C));

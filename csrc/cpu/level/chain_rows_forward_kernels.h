@@ -91,6 +91,7 @@ class ChainForward<RowsEngine<T>> {
         widen(rows, input_ + r * widest_, width);
       }
     }
+    if constexpr (!Engine::kDots) clear_absent_rows(input_, widest_, rows_);
   }
 
   // What a layer gave, for the next one.

@@ -87,8 +87,7 @@ std::optional<Tensors> KeptLevel::serve(const Tensors& inputs) const {
                      "] must have shape [B, ", like.size(1), "], got ", x.sizes());
     as_they_lie = as_they_lie && x.stride(1) == 1;
   }
-  const auto& by_rows = kernels_for<KernelsByRows<ChainKernels>>(dtype_of(like));
-  const ChainKernels& kernels = by_rows.of(inputs[0].size(0), by_rows.usual.min_forward_rows);
+  const auto& kernels = kernels_for<ChainKernels>(dtype_of(like), inputs[0].size(0), &MinRows::forward);
   if (as_they_lie && kernels.engine.form == WeightForm::kNatural) return serve_by_tables(inputs, kernels);
   if (declared_) return std::nullopt;
   LevelTensors tensors = tensors_;

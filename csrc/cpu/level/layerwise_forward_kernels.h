@@ -118,7 +118,7 @@ class LayerwiseForward : RowBlock<LayerwiseForwardArgs> {
     const T* rows = static_cast<const T*>(level_.inputs[stream]) + row_ * ld;
     if (few_rows(level_)) {
       for (int64_t r = 0; r < nrows_; ++r) widen(rows + r * ld, s_.rows_in + r * s_.rows_ld, width);
-      return;
+      return clear_absent_rows(s_.rows_in, s_.rows_ld, nrows_);
     }
     for (int64_t g = 0; g < groups_; ++g) {
       Engine::pack(rows + g * kGroup * ld, ld, group_rows(g), width, s_.input + g * Engine::panel_size(width));

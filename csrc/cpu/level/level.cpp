@@ -27,12 +27,11 @@ LevelResults evaluate(const LevelSpec& spec, const LevelTensors& tensors, const 
   const Dtype dtype = dtype_of(tensors.inputs[0]);
   const int64_t rows = tables.level().rows;
   if (spec.stores_inputs()) {
-    const auto& kernels = kernels_for<LayerwiseKernels>(dtype, rows);
+    const auto& kernels = kernels_for<LayerwiseKernels>(dtype, rows, &MinRows::forward);
     tables.set_norms(norms.experts, kernels.fold_norm);
     return layerwise_forward(spec, tensors, tables, kernels, norms, seed, save);
   }
-  const auto& by_rows = kernels_for<KernelsByRows<ChainKernels>>(dtype);
-  const ChainKernels& kernels = by_rows.of(rows, by_rows.usual.min_forward_rows);
+  const auto& kernels = kernels_for<ChainKernels>(dtype, rows, &MinRows::forward);
   tables.set_norms(norms.experts, kernels.fold_norm);
   return chain_forward(tensors, tables, kernels, norms, spec.saved_shape(dtype), save);
 }
@@ -113,12 +112,12 @@ Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const T
   const LevelShape& level = tables.level();
   const Dtype dtype = dtype_of(tensors.inputs[0]);
   if (!spec.stores_inputs()) {
-    const auto& kernels = kernels_for<ChainKernels>(dtype, level.rows);
+    const auto& kernels = kernels_for<ChainKernels>(dtype, level.rows, &MinRows::backward);
     LevelGradients gradients(level, tensors, kernels.engine, needs);
     chain_backward(tensors, tables, kernels, gradients, shared);
     return gradients.take(tables.gate_streams(), kernels.gates);
   }
-  const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows);
+  const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows, &MinRows::backward);
   LevelGradients gradients(level, tensors, kernels.engine, needs);
   layerwise_backward(spec, tensors, tables, kernels, saved.statistics, saved.shape.experts, seed, gradients);
   return gradients.take({}, {});
@@ -143,7 +142,7 @@ std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTens
                                           const std::vector<ReachedLevel>& parts, const Needs& needs) {
   const at::Tensor& x = tensors.inputs[0];
   if (parts.size() < 2 || spec.stores_inputs() || x.size(0) == 0) return nullptr;
-  const auto& kernels = kernels_for<ChainKernels>(dtype_of(x), x.size(0));
+  const auto& kernels = kernels_for<ChainKernels>(dtype_of(x), x.size(0), &MinRows::backward);
   const bool need_experts = std::any_of(needs.begin(), needs.begin() + 6, [](bool need) { return need; });
   std::vector<bool> reached(spec.gates());
   for (const ReachedLevel& part : parts) {

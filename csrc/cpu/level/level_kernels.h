@@ -28,7 +28,6 @@ struct ChainKernels {
   }
   FoldNorm fold_norm;
   GateKernels gates;
-  int64_t min_forward_rows;  // as EngineTable::min_call_rows, of a forward pass, which makes weights ready as it goes
 
   // A block of rows: run adds experts order[first, last), finish writes the outputs. With more parts than one, each
   // part leaves its sums, forward_mixed_bytes(...) of them, in `mixed`, and finish adds the parts in order.

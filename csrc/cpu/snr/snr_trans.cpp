@@ -75,7 +75,7 @@ constexpr int64_t kBlocksOfCache = 4;
 
 // The sums of one direction: outputs from u, or gradients of u from those of the outputs.
 std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMatrices& in) {
-  const auto& kernels = kernels_for<SnrTransKernels>(dtype_of(call.like), call.rows);
+  const auto& kernels = kernels_for<SnrTransKernels>(dtype_of(call.like), call.rows, &MinRows::call);
   const auto kept = [&](int i, int j) { return call.has_elements(i, j); };
   SnrSums sums(call.z, transposed, in, kept, call.like, transposed ? call.in.widths() : call.output_widths());
   const SnrSum& sum = sums.sum();
@@ -110,7 +110,9 @@ std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMat
 class Products {
  public:
   Products(const Call& call, const SnrMatrices& grads, bool need_weights, bool need_z, bool closed_grad)
-      : call_(call), grads_(grads), kernels_(kernels_for<SnrTransKernels>(dtype_of(call.like), call.rows)) {
+      : call_(call),
+        grads_(grads),
+        kernels_(kernels_for<SnrTransKernels>(dtype_of(call.like), call.rows, &MinRows::call)) {
     const bool every = need_z && closed_grad;
     const auto options = call.like.options();
     const auto compute = options.dtype(call.like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
