@@ -39,8 +39,9 @@ struct PairEngine {
   static constexpr int64_t kGroups = 2;
   static constexpr WeightForm kForm = WeightForm::kPrepared;
   static constexpr MinRows kMinRows = kPlanes < 3 ? MinRows{} : MinRows{160, 33, 64};  // splitting weights takes long
-  static constexpr int64_t kBlockBytes = kPlanes == 1 ? Products::kCacheBytes / 2 : Products::kCacheBytes;
-  static constexpr int64_t kForwardBlockBytes = kBlockBytes;
+  static constexpr int64_t kBlockBytes = Products::kCacheBytes / 2;
+  // Of a forward pass, whose weights are split again for every block.
+  static constexpr int64_t kForwardBlockBytes = kPlanes == 1 ? kBlockBytes : Products::kCacheBytes;
   static constexpr int64_t kChunkBytes = kPlanes == 1 ? 1 << 19 : Products::kCacheBytes / 2;
 
   static int64_t tiles(int64_t features) { return (features + kRows - 1) / kRows; }
