@@ -24,9 +24,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "csrc/cpu/gemm/kept_weights.cpp": {
         "static auto* kept = new KeptWeights;": FAILED_ALLOCATION,
     },
-    "csrc/cpu/gemm/pair_engine.h": {
-        "_mm512_storeu_si512(place + p * kBlock, Split::interleaved(even[p], odd[p]));": CONSTANT,
-    },
+    "csrc/cpu/gemm/pair_engine.h": {"_mm512_storeu_si512(place + p * kBlock, in_pairs(planes[p]));": CONSTANT},
     "csrc/cpu/gemm/weight_forms.h": {"return engine.form == WeightForm::kPrepared &&": OTHER_PROCESSOR},
     "csrc/cpu/level/affine.h": {"switch (part.dtype) {": NO_OTHER_VALUE},
     "csrc/cpu/level/chain_backward_kernels.h": {"if (use == end) std::memset(s_.whole": BY_CONSTRUCTION},
