@@ -169,49 +169,36 @@ class PairProducts {
     _tile_zero(3);
     const BFloat16 *above = a.first, *below = a.second, *left = b.first, *right = b.second;
     const bool far = a.step > Planes * kPairTile;
-    const auto turn = [&](int ahead) {  // whose tiles lie one after another in a step
+    const auto turn = [&](int ahead) {  // the tiles of a step lie one after another
       work.step();
       if (far) fetch_tile(above + a.step + ahead * kPairTile);
     };
+    const auto load_a = [&](int plane) {
+      _tile_loadd(4, above + plane * kPairTile, 64);
+      _tile_loadd(5, below + plane * kPairTile, 64);
+    };
+    const auto load_b = [&](int plane) {
+      _tile_loadd(6, left + plane * kPairTile, 64);
+      _tile_loadd(7, right + plane * kPairTile, 64);
+    };
     for (int64_t k = 0; k < steps; ++k, above += a.step, below += a.step, left += b.step, right += b.step) {
       turn(0);
-      _tile_loadd(4, above, 64);
-      _tile_loadd(6, left + 2 * kPairTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, right + 2 * kPairTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      load_a(0);
       turn(1);
-      _tile_loadd(5, below, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      load_b(2);
+      multiply_2x2();
       turn(2);
-      _tile_loadd(6, left + kPairTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_loadd(7, right + kPairTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      load_b(1);
+      multiply_2x2();
       turn(3);
-      _tile_loadd(4, above + kPairTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, below + kPairTile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      load_a(1);
+      multiply_2x2();
       turn(4);
-      _tile_loadd(6, left, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_loadd(7, right, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      load_b(0);
+      multiply_2x2();
       turn(5);
-      _tile_loadd(4, above + 2 * kPairTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, below + 2 * kPairTile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      load_a(2);
+      multiply_2x2();
     }
     for (int64_t k = 0; k < steps; ++k) {
       above -= a.step;
@@ -220,16 +207,24 @@ class PairProducts {
       right -= b.step;
       if (far && k < 8) fetch_place(out0, out1, ld, 4 * k);
       work.step();
-      _tile_loadd(4, above, 64);
-      _tile_loadd(6, left, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, right, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      load_a(0);
       work.step();
-      _tile_loadd(5, below, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      load_b(0);
+      multiply_2x2();
     }
+    store_2x2(a, b, steps, out0, out1, ld, add);
+  }
+
+  // Tiles 4 and 5 against 6 and 7.
+  MTLK_INLINE static void multiply_2x2() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  MTLK_INLINE static void store_2x2(const PairFactor& a, const PairFactor& b, int64_t steps, float* out0, float* out1,
+                                    int64_t ld, bool add) {
     const int64_t at = add ? kGroup : ld;
     alignas(64) float sums[4][kGroup * kGroup];
     float* const place[4] = {out0, out1, out0 + kGroup * ld, out1 + kGroup * ld};

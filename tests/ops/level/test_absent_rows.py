@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import mtlkernels as mk
+from mtlkernels import _extension
 from tests import requires
 
 pytestmark = [
@@ -56,11 +57,12 @@ def run(rows: int, scale: float, dtype: torch.dtype, norm: bool) -> tuple[bool, 
 @pytest.mark.parametrize("rows", [3, 5, 6, 7])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("number", DENORMAL)
-def test_no_denormals_of_an_earlier_call(number: torch.dtype, norm: bool, rows: int) -> None:
+@pytest.mark.parametrize("isa", _extension.instruction_sets())
+def test_no_denormals_of_an_earlier_call(isa: str, number: torch.dtype, norm: bool, rows: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the flags are a thread's
     try:
-        with mk.use_backend("cpp"):
+        with mk.use_backend("cpp"), _extension.instruction_set(isa):
             left_there = run(8, DENORMAL[number], number, norm)
             assert run(rows, 1.0, number, norm) == (False, False)
     finally:
