@@ -40,7 +40,7 @@ def ways(op: str, *modes: str) -> st.SearchStrategy[Way]:
     return st.builds(
         Way,
         implementation=st.sampled_from(implementations(op)),
-        threads=st.sampled_from((1, 1, 2, 3)),
+        threads=st.sampled_from((1, 1, 2, 3, 5, 9)),
         mode=st.sampled_from(("train", "serve", "train", "losses", *modes)),
         side=st.sampled_from(SIDES),
     )

@@ -33,13 +33,14 @@ struct BackwardPlan {
     const int64_t row_bytes = bytes / kMinBlockRows;
     plan.block_rows = std::min(plan.capacity, mtlk::block_rows(plan.capacity, kernels.engine.block_bytes, row_bytes));
     plan.blocks = divide_up(std::min(plan.capacity, level.rows), plan.block_rows);
+    const int64_t lanes = std::min(threads, experts);  // one without an expert would leave nothing to add up
     const bool even = divide_up(experts, threads) * threads * 8 <= experts * 9;
     if (!kernels.weight_gradient) {
-      plan.lanes = static_cast<int>(std::min(threads, experts));
+      plan.lanes = static_cast<int>(lanes);
       plan.group = static_cast<int>(divide_up(experts, plan.lanes));
       plan.parts = 1;
     } else if (level.rows <= kMaxBlockRows && even) {
-      plan.lanes = static_cast<int>(threads);
+      plan.lanes = static_cast<int>(lanes);
       plan.group = plan.parts = 1;
     } else {
       BackwardChunk one_expert{};

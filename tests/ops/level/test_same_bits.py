@@ -11,7 +11,7 @@ import mtlkernels as mk
 SHAPE = {"in_features": 40, "num_tasks": 2, "expert_units": (48, 40), "num_specific": 2, "num_shared": 2}
 
 
-def run(trunk: mk.nn.PLE, x: Tensor) -> list[Tensor]:
+def run(trunk: mk.nn.PLE | mk.nn.MMoE, x: Tensor) -> list[Tensor]:
     """Outputs and gradients; dropout draws the same numbers each time."""
     torch.manual_seed(1)
     outputs = trunk(x)
@@ -29,3 +29,16 @@ def test_same_bits(norm: bool, rows: int, threads: int) -> None:
     first = run(trunk, x)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(trunk, x), strict=True))
+
+
+@pytest.mark.parametrize("rows", [20, 256])
+@pytest.mark.parametrize(("experts", "threads"), [(8, 9), (16, 18)])
+def test_a_few_threads_more_than_experts(experts: int, threads: int, rows: int) -> None:
+    """What a thread without an expert would leave is in no sum: memory holds the NaN of a step before."""
+    trunk = mk.nn.MMoE(40, 2, (48, 40), num_experts=experts)
+    x = torch.randn(rows, 40, requires_grad=True)
+    expected = run(trunk, x)
+    torch.set_num_threads(threads)
+    run(trunk, torch.full_like(x, torch.nan).requires_grad_())
+    for found, value in zip(run(trunk, x), expected, strict=True):
+        torch.testing.assert_close(found, value)
