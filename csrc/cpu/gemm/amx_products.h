@@ -135,9 +135,9 @@ class PairProducts {
         _tile_dpbf16ps(3, 6, 4);
       }
       work.step();
+      _tile_dpbf16ps(1, 5, 7);
+      if constexpr (Both) _tile_dpbf16ps(3, 6, 7);
       if constexpr (Planes == 3) {
-        _tile_dpbf16ps(1, 5, 7);
-        if constexpr (Both) _tile_dpbf16ps(3, 6, 7);
         _tile_loadd(5, first + 2 * kPairTile, 64);
         _tile_dpbf16ps(1, 5, 4);
         if constexpr (Both) {

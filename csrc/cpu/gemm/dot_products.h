@@ -41,6 +41,8 @@ class PairProducts {
   }
 
  private:
+  static constexpr int kTerms = Planes == 2 ? 3 : Planes;  // products of planes p and q are kept where p + q is less
+
   static constexpr int64_t parts(bool both_a) { return (both_a ? 2 : 1) * kGroup / kRows; }
 
   static constexpr int64_t kRows = 8;  // of a, beside two tiles of b and, of split factors, two sums each
@@ -87,7 +89,7 @@ class PairProducts {
         for (int64_t i = 0; i < kRows; ++i) __builtin_prefetch(a + a_step + i * row);
       }
       for (int p = 0; p < Planes; ++p) {
-        for (int q = 0; p + q < Planes; ++q) {
+        for (int q = 0; q < Planes && p + q < kTerms; ++q) {
           auto& to = p + q == 0 ? sums : rest;
           multiply<Tiles>(a + p * kPairTile, row, first + q * kPairTile, second + q * kPairTile, to);
         }

@@ -3,11 +3,12 @@
 //
 // A bfloat16 is one tile operand. Wider types are split into a sum of bfloat16 planes, each the rounded rest of those
 // before (of weights the rest cut, which is quicker): three planes hold all 24 bits of a float32, two those of a
-// float16. A product of split numbers keeps the terms up to the last plane's weight, six for float32: what is dropped
-// is below its rounding error, as is the error of the sum, whose leading terms have an accumulator of their own. On a
-// processor with AMX that is about twice as fast as float32 multiply-adds. A tile with a NaN, which products of an
-// infinity and a plane of the other sign leave, is computed again from whole numbers. A limit: beneath 2^-110 or so,
-// where the last plane leaves bfloat16's normal range, precision falls off.
+// float16. A product of split float32 keeps six terms, up to the last plane's weight: what is dropped is below its
+// rounding error. Of float16 it keeps all four, as float32 holds such a product exactly, and a sum of them may cancel.
+// The error of the sum is as small, whose leading terms have an accumulator of their own. On a processor with AMX that
+// is about twice as fast as float32 multiply-adds. A tile with a NaN, which products of an infinity and a plane of the
+// other sign leave, is computed again from whole numbers. A limit: beneath 2^-110 or so, where the last plane leaves
+// bfloat16's normal range, precision falls off.
 #pragma once
 
 #include "gemm/engine.h"

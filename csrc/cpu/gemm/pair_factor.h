@@ -24,10 +24,22 @@ struct PairFactor {
 // out[i][16] = the product of a tile row by row, by multiply-adds of the numbers that the planes stand for. Where a
 // factor is infinite, products of single planes may have either sign, and add up to NaN where their sum is an infinity.
 template <int Planes, int Rows>
-__attribute__((noinline, cold)) void product_of_whole_numbers(const BFloat16* a, int64_t a_step, const BFloat16* b,
-                                                              int64_t b_step, int64_t steps, float* out) {
-  __m512 sums[Rows] = {};
+__attribute__((noinline)) void product_of_whole_numbers(const BFloat16* a, int64_t a_step, const BFloat16* b,
+                                                        int64_t b_step, int64_t steps, float* out) {
+  __m512 sums[Rows];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) sums[i] = _mm512_setzero_ps();
+  alignas(64) float left[Rows][kPairStep];
   for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
+    for (int i = 0; i < Rows; ++i) {
+      for (int64_t j = 0; j < kPairStep; j += kGroup) {
+        __m512 value = _mm512_setzero_ps();
+        for (int p = Planes - 1; p >= 0; --p) {
+          value = _mm512_add_ps(value, load_wide(a + p * kPairTile + i * kPairStep + j));
+        }
+        _mm512_store_ps(left[i] + j, value);
+      }
+    }
     for (int64_t pair = 0; pair < kPairStep / 2; ++pair) {
       __m512 even = _mm512_setzero_ps(), odd = even;
       for (int p = Planes - 1; p >= 0; --p) {
@@ -35,16 +47,14 @@ __attribute__((noinline, cold)) void product_of_whole_numbers(const BFloat16* a,
         even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
         odd = _mm512_add_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000u))));
       }
+#pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
-        float left[2] = {};
-        for (int p = Planes - 1; p >= 0; --p) {
-          for (int j = 0; j < 2; ++j) left[j] += to_compute(a[p * kPairTile + i * kPairStep + pair * 2 + j]);
-        }
-        sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(left[0]), even, sums[i]);
-        sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(left[1]), odd, sums[i]);
+        sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(left[i][2 * pair]), even, sums[i]);
+        sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(left[i][2 * pair + 1]), odd, sums[i]);
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) _mm512_storeu_ps(out + i * kGroup, sums[i]);
 }
 

@@ -64,6 +64,18 @@ def test_float16() -> None:
     assert all(ours <= 1.2 * theirs for ours, theirs in zip(split, plain, strict=True)), (split, plain)
 
 
+def test_float16_where_pairs_of_inputs_cancel() -> None:
+    """The product of the last planes is a millionth of a term, but of a sum that cancels it is a hundredth."""
+    x, weights, logits = level(torch.float16, 416, 1.0)
+    x[:, 1::2], weights[0][..., 1::2] = x[:, ::2], weights[0][..., ::2].nextafter(weights[0].new_tensor(9.0)).neg()
+    exact = run(x.double(), [w.double() for w in weights], logits)
+    with mk.use_backend("reference"):
+        plain = errors(run(x, weights, logits), exact)
+    with mk.use_backend("cpp"):
+        split = errors(run(x, weights, logits), exact)
+    assert all(ours <= 1.2 * theirs for ours, theirs in zip(split, plain, strict=True)), (split, plain)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_visible_and_in_its_row(value: float) -> None:
     x, weights, logits = level(torch.float32, 64, 1.0)
