@@ -15,8 +15,10 @@ the second time is not tried again. Without the C++ extension there are no recor
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -24,12 +26,13 @@ from mtlkernels import _extension, _torch
 from mtlkernels.ops._relaunch import Launches
 from mtlkernels.ops._table import Table, copied, on_device
 
-# Of a level and a direction, kept: one for each number of rows, set of parameters, and so on; and signatures that were
-# seen once, or recorded.
-_MAX_RECORDINGS, _MAX_SEEN = 32, 32
+# Of a level's structure and a direction, kept: one for each number of rows, set of parameters, and so on, of all levels
+# with that structure; and signatures that were seen once, or recorded.
+_MAX_RECORDINGS, _MAX_SEEN = 1024, 1024
 
 
 Finish = Callable[[list[Any]], None]
+Value = TypeVar("Value")
 
 
 class Recording:
@@ -78,34 +81,38 @@ class Recording:
 
 
 class Recordings:
-    """Those of one kind of call, the one that was used last first."""
+    """Those of one kind of call. The last one found is compared first: to find another takes its signature's hash."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[Any, bytes, Recording]] = []
-        self._seen: list[tuple[Any, bytes]] = []
-        self._tried: list[tuple[Any, bytes]] = []
+        self._last: tuple[Any, bytes, Recording] | None = None
+        self._kept = _Latest[Recording]()
+        self._seen = _Latest[None]()
+        self._tried = _Latest[None]()
 
     def find(self, static: Any, signature: bytes) -> Recording | None:
         """That of a call with this signature, and the same of whatever else is ``static`` about it."""
-        for i, entry in enumerate(self._kept):
-            if entry[1] == signature and entry[0] == static:
-                if i:
-                    self._kept = [entry, *(other for other in self._kept if other is not entry)]
-                return entry[2]
-        return None
+        last = self._last
+        if last is not None and last[1] == signature and last[0] == static:
+            return last[2]
+        call = (static, signature)
+        found = self._kept.get(call)
+        if found is not None:
+            self._kept.put(call, found, _MAX_RECORDINGS)
+            self._last = (*call, found)
+        return found
 
     def wants(self, static: Any, signature: bytes) -> bool:
         """Whether this call is to be recorded: the second of its kind that comes here."""
         call = (static, signature)
         if call in self._tried:
             return False
-        found = call in self._seen
-        if found:
-            self._tried = [call, *self._tried[: _MAX_SEEN - 1]]
-            self._seen = [other for other in self._seen if other != call]
-        else:
-            self._seen = [call, *self._seen[: _MAX_SEEN - 1]]
-        return found
+        short = hash(call)  # two calls that share it cost no more than a recording that is not used
+        if short not in self._seen:
+            self._seen.put(short, None, _MAX_SEEN)
+            return False
+        self._seen.pop(short, None)
+        self._tried.put(call, None, _MAX_SEEN)
+        return True
 
     def keep(
         self,
@@ -128,9 +135,19 @@ class Recordings:
             bases[place] = found
         if all(tensor is None or id(tensor) in allocated for tensor in returned):
             recording = Recording(table, returned, bases, [start for start, _ in origins.spans], finish)
-            self._kept = [(static, signature, recording), *self._kept[: _MAX_RECORDINGS - 1]]
-            # One that has to go may be recorded again.
-            self._tried = [call for call in self._tried if call != (static, signature)]
+            self._kept.put((static, signature), recording, _MAX_RECORDINGS)
+            self._tried.pop((static, signature), None)  # one that has to go may be recorded again
+
+
+class _Latest(OrderedDict[Any, Value]):
+    """What was put last is at its end; the rest goes. Each step by itself is safe where several threads call."""
+
+    def put(self, key: Any, value: Value, most: int) -> None:
+        self[key] = value
+        with suppress(KeyError):  # another thread's has pushed it out
+            self.move_to_end(key)
+            while len(self) > most:
+                self.popitem(last=False)
 
 
 class _Origins:

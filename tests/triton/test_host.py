@@ -15,6 +15,7 @@ from torch import Tensor
 
 import mtlkernels as mk
 from mtlkernels import _extension
+from mtlkernels.ops import _recording
 
 pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
@@ -72,6 +73,32 @@ def test_a_replayed_call_launches_what_triton_itself_does(driver: Driver) -> Non
         parameter.requires_grad_()
     whole = [launched(driver, lambda: step(run)) for _ in range(3)]
     assert whole[0] == whole[1] == whole[2] and len(whole[0]) > 3
+
+
+def test_levels_alike_are_all_recorded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the trunks of many scenarios are, which take turns."""
+    replayed: list[_recording.Recording] = []
+    replay = _recording.Recording.replay
+    monkeypatch.setattr(
+        _recording.Recording, "replay", lambda self, *args: (replayed.append(self), replay(self, *args))[1]
+    )
+    runs = [level(2)[0] for _ in range(40)]
+    for count in (0, 0, 40):
+        for run in runs:
+            run()
+        assert len({*map(id, replayed)}) == len(replayed) == count
+
+
+def test_more_tasks_than_one_program_projects(driver: Driver) -> None:
+    """Of a hundred it would spill, of five hundred take minutes to compile, and of a thousand not compile."""
+    grads = [[torch.randn(3)] for _ in range(80)]
+    names: list[str] = []
+    driver.watch = lambda grid, args: names.append(str(grid))
+    try:
+        (found,) = mk.pcgrad(grads, generator=torch.Generator().manual_seed(0))
+    finally:
+        driver.watch = None
+    assert found.shape == (3,) and len(names) == 3  # two for the Gram matrix, one for the result
 
 
 def test_hooks_see_launches_that_are_made_again(driver: Driver) -> None:

@@ -21,6 +21,7 @@ from mtlkernels.ops import _triton
 from mtlkernels.ops._layout import by_parameter, first_of, in_memory
 from mtlkernels.ops._table import has_fast_float64
 from mtlkernels.ops._triton import Table, Tile, launch
+from mtlkernels.ops.pcgrad import reference
 from mtlkernels.ops.pcgrad.checks import any_of, check_coefficients, check_flat, check_steps
 from mtlkernels.ops.pcgrad.triton_gram import gram_chunks, gram_sum
 from mtlkernels.ops.pcgrad.triton_kernels import combine_chunks, project_tasks
@@ -29,6 +30,8 @@ DTYPES = _triton.DTYPES | {torch.float64: tl.float64}
 # Tasks whose products stay in a thread's registers: up to 36 sums. More tasks are cut into groups, between two of which
 # there are 36 or 64 sums.
 MAX_GROUP = 8
+# Whose projection one program holds in registers: of 100 tasks it would spill, and of 512 take minutes to compile.
+MAX_PROJECTED = 64
 GROUPS = (6, 8)
 GRAM_CHUNK = 128 * 24  # elements: the product of every gram_tile
 SUM = Tile(rows=128, columns=4, depth=1, warps=4, stages=1)
@@ -50,7 +53,7 @@ def gram_tile(dtype: torch.dtype, wide: bool, single: bool) -> Tile:
 def projection_tile(num_tasks: int) -> Tile:
     """T x T coefficients, 8 a thread up to 32 tasks; up to 16 tasks are one warp, whose sums need no barrier.
 
-    As few as 4 a thread for up to 64 tasks, as the compiler spilled some of 8 on sm_120; of more tasks it spills many.
+    As few as 4 a thread for up to 64 tasks, as the compiler spilled some of 8 on sm_120.
     """
     size = max(8, triton.next_power_of_2(num_tasks))
     if size > 32:
@@ -139,7 +142,12 @@ def bits(value: float) -> Any:
 
 
 def weights(gram: Tensor, order: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    """As the reference: the projected gradients' coefficients [T, T], and the result's [T], in float64."""
+    """As the reference: the projected gradients' coefficients [T, T], and the result's [T], in float64.
+
+    Of more than MAX_PROJECTED tasks they are the reference's: of them only the passes over the parameters are Triton's.
+    """
+    if gram.shape[0] > MAX_PROJECTED:
+        return reference.weights(gram, order, *options)
     include_self, max_norm, normalize, project, eps, mean = options
     check_steps(gram, order)
     num_tasks = gram.shape[0]
