@@ -155,10 +155,12 @@ def _in_one_pass(
         picks.append(pick)
     try:
         stacked = torch.autograd.grad(losses, [*shared, *others], picks, allow_unused=True, is_grads_batched=True)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError(
-            "batched must be False for these losses: an operator of their backward pass cannot be batched, as those of"
-            f" sparse gradients and of compiled models cannot ({error})"
+            f"the batched backward pass has failed: {error}\nIf an operator cannot be batched, as those of sparse"
+            " gradients and of compiled models cannot, batched must be False"
         ) from error
     by_parameter: Grads = [
         grad for grads in stacked[: len(shared)] for grad in ([None] * num_tasks if grads is None else grads.unbind())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import mtlkernels as mk
 from tests.optim.model import Model, assert_close, grads_of
@@ -87,8 +88,24 @@ def test_what_cannot_be_trained() -> None:
 def test_what_cannot_be_batched() -> None:
     model = Model(sparse=True)
     optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()), batched=True)
-    with pytest.raises(RuntimeError, match="batched must be False for these losses: .* sparse gradients"):
+    with pytest.raises(RuntimeError, match="(?s)batched backward pass has failed: .*\nIf an operator cannot"):
         optimizer.pc_backward(model())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_errors_of_others_in_a_batched_pass(kind: type[RuntimeError]) -> None:
+    """They come first, and a lack of memory stays one."""
+
+    def hook(_: Tensor) -> None:
+        raise kind("no room")
+
+    model = Model()
+    losses = model()
+    losses[0].register_hook(hook)
+    optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()), batched=True)
+    with pytest.raises(kind, match="(has failed: |^)no room"):
+        optimizer.pc_backward(losses)
     assert all(p.grad is None for p in model.parameters())
 
 

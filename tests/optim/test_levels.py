@@ -253,3 +253,24 @@ class TestCompiled:
         names = [name for name, grad in expected.items() if grad is not None]
         assert {name for name, grad in found.items() if grad is not None} == set(names)
         assert_within_budget(*({name: [grads[name]] for name in names} for grads in (found, expected, usual)))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
+@pytest.mark.parametrize("gram_every", [None, 2])
+def test_anomalies_are_found_in_the_level(gram_every: int | None) -> None:
+    """A row that no loss reads makes the level's own gradients NaN, by kept weights of tasks too."""
+    trunk = mk.nn.MMoE(8, 2, (6, 4), num_experts=3)
+    inner = torch.optim.SGD(trunk.parameters(), 0.1)
+    optimizer: Any = mk.optim.PCGrad(inner)
+    if gram_every is not None:
+        optimizer = mk.optim.GramWeighted(inner, lambda gram: gram.new_ones(len(gram)), gram_every=gram_every)
+    x = torch.randn(ROWS, 8)
+
+    def step() -> None:
+        optimizer.backward([y[4:].square().mean() for y in trunk(x)])
+
+    with torch.autograd.set_detect_anomaly(True):
+        step()
+        x[3] = torch.nan
+        with pytest.raises(RuntimeError, match=r"Function '.*(NodeOf|Level).*' returned nan"):
+            step()

@@ -48,10 +48,11 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
     that are not linear in it, would see these instead of their sum. Leaves to which levels lead at once may be those
     of several, as no pass is after them; but to some tensor that it was applied to each level must lead alone, where
     a pass may end that is to run it. Hooks on a module's backward pass keep what they have seen of one loss until
-    they see the next, so that no two may be under way.
+    they see the next, so that no two may be under way. Where PyTorch looks for NaN in what nodes return, they have to
+    return it.
     """
     whole = [Part(None)]
-    if _torch.in_compiled_autograd():
+    if _torch.in_compiled_autograd() or torch.is_anomaly_enabled():
         return whole
     parts = [Part(None, leaves={id(loss) for loss in losses if loss.grad_fn is None})]
     numbers: dict[Any, int] = {}  # of the parts, by node
