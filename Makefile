@@ -66,6 +66,7 @@ $(VENV)/.build-tools: $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.build-tools $(BUILD_INPUTS)
+	@echo "Compiling the kernels takes a minute or some, in silence; without a compiler they are left out."
 	$(PIP) --no-build-isolation --editable ".[dev]"
 	@$(PY) -c "import mtlkernels; print(mtlkernels.show_config())"
 	@touch $@

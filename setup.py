@@ -20,7 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from setuptools import Command, Extension, setup
+from setuptools import Command, Extension, __version__, setup
+
+if int(__version__.partition(".")[0]) < 77:  # as pyproject.toml says, which pip does not read without isolation
+    raise SystemExit(
+        f"mtlkernels is built with setuptools 77.0.3 or later, here is {__version__}: pip install -U setuptools"
+    )
+
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext

@@ -134,3 +134,11 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "ROOT", tmp_path)
     title, note, rest = setup.page().split("\n\n", 2)
     assert title == "# title" and note.startswith("*The README of the repository") and rest == page
+
+
+def test_a_setuptools_that_is_too_old(tmp_path: Path) -> None:
+    """As an environment that was just made may have: pip asks for no other where it does not isolate the build."""
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nCommand = Extension = setup = None\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    found = subprocess.run([sys.executable, "setup.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode and "setuptools 77.0.3 or later, here is 65.5.0" in found.stderr

@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("(a number below 1 means that the converted model is slower):")
     print("\n".join(found))
     print(f"All of this took {time.perf_counter() - start:.0f} s.")
+    print("\nYour own model: print(mtlkernels.convert(model)) says what it can do; docs/recipes/index.md has more.")
 
 
 if __name__ == "__main__":
