@@ -309,3 +309,11 @@ def test_an_interrupt_at_the_beginning_of_a_block(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt), mk.use_backend("reference"):
         pytest.fail("the block must not run")
     assert _backends.forced() is None
+
+
+def test_blocks_of_one_name_within_each_other() -> None:
+    with mk.use_backend("reference"):
+        with mk.use_backend("reference"):
+            pass
+        assert _backends.forced() == "reference"
+    assert _backends.forced() is None

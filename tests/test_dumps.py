@@ -210,6 +210,7 @@ def test_tensors_come_back_as_they_lay(layout: str) -> None:
         tensor,
         row,
         torch.ones(0, 3),
+        torch.ones(4, 100)[:0, :3],
         torch.ones(1, 3).expand(0, 3),
         scalar,
         windows(row[0] + torch.arange(9)),

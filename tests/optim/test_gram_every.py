@@ -252,18 +252,6 @@ def test_losses_that_reach_nothing_shared() -> None:
     assert all(p.grad is not None for p in frozen.heads.parameters())
 
 
-def test_a_graph_is_freed_where_all_that_is_shared_is_frozen() -> None:
-    shared, head = (torch.ones(2, requires_grad=True) for _ in range(2))
-    sgd = torch.optim.SGD([shared, head])
-    optimizer = mk.optim.GramWeighted(sgd, lambda gram: torch.ones(1), shared=[shared], gram_every=2)
-    for wanted in (True, False):
-        shared.requires_grad_(wanted)
-        loss = (head.exp() * shared).sum()
-        optimizer.backward([loss])
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, head)
-
-
 def test_other_numbers_of_losses(exact: list[bool]) -> None:
     model = Trunk("modules")
     optimizer = mk.optim.GramWeighted(torch.optim.SGD(model.parameters()), changing, gram_every=10)

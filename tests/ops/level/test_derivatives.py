@@ -275,3 +275,12 @@ def test_per_task_jacobians_by_is_grads_batched(pair: Any, backend: str) -> None
 
     with mk.use_backend(backend):
         assert_close(jacobian(fused), jacobian(plain))
+
+
+def test_a_stream_that_nobody_reads_has_a_gradient_of_zeros() -> None:
+    """Also where every expert is mixed, so that nothing else keeps a call from the direct way."""
+    streams = [torch.randn(4, 3).requires_grad_() for _ in range(3)]
+    routing = mk.Routing((0, 2), ((0, 1),))
+    (y,) = mk.expert_mixture(streams, [torch.randn(2, 5, 3)], None, [torch.randn(4, 2)], routing)
+    grads = torch.autograd.grad(y.sum(), streams)
+    assert grads[0].any() and not grads[1].any()

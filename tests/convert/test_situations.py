@@ -1,0 +1,171 @@
+"""Edits that show in one situation of a trial alone, or in what a forward takes away, and so hold that situation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+import pytest
+import torch.nn.functional as F
+from torch import Tensor
+
+import mtlkernels as mk
+from mtlkernels._convert import registry, trial
+from tests.convert.edits import Edited, TopKOfManyRows
+
+OUTPUTS = "its outputs differ from those of its experts and gates"
+
+
+class OneRowInTraining(Edited):
+    def mix(self, k: int, logits: Tensor, hidden: list[Tensor]) -> Tensor:
+        one = self.training and len(logits) == 1
+        return super().mix(k, 2 * logits if one else logits, hidden)
+
+
+class NoRows(Edited):
+    def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
+        return outputs if len(x) else [y.new_zeros(1, 4) for y in outputs]
+
+
+class TopKOfManyRowsInTraining(TopKOfManyRows):
+    def mix(self, k: int, logits: Tensor, hidden: list[Tensor]) -> Tensor:
+        return super().mix(k, logits, hidden) if self.training else Edited.mix(self, k, logits, hidden)
+
+
+class ClampedInTraining(Edited):
+    def logits(self, k: int, x: Tensor) -> Tensor:
+        z = super().logits(k, x)
+        return z.clamp(-9, 9) if self.training else z
+
+
+class ClampedWeights(Edited):
+    def logits(self, k: int, x: Tensor) -> Tensor:
+        gate: Any = self.gates[k]
+        return F.linear(x, gate.weight.clamp(-2, 2), gate.bias)
+
+
+class ClampedWeightsInTraining(ClampedWeights):
+    def logits(self, k: int, x: Tensor) -> Tensor:
+        return super().logits(k, x) if self.training else Edited.logits(self, k, x)
+
+
+class PositiveBiases(Edited):
+    def logits(self, k: int, x: Tensor) -> Tensor:
+        gate: Any = self.gates[k]
+        return F.linear(x, gate.weight, gate.bias.abs())
+
+
+class TakesFromADict(Edited):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending = {"warm-up": True, "decay": False}
+
+    def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
+        self.pending.pop("warm-up", None)
+        return outputs
+
+
+class Forgets(Edited):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cold = True
+
+    def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
+        self.__dict__.pop("cold", None)
+        return outputs
+
+
+class Freezes(Edited):
+    def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
+        if self.training:
+            self.gates[0].bias.requires_grad_(False)  # type: ignore[union-attr]
+        return outputs
+
+
+class NamesInAnArray(Edited):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = numpy.array(["none", "none"])
+
+    def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
+        self.names[0] = "last"
+        return outputs
+
+
+class LossesInANamedDefault(Edited):
+    def finish(self, x: Tensor, outputs: list[Tensor], *, kept: list[Any] = []) -> Any:  # noqa: B006 (users write it)
+        kept.append(len(outputs))
+        return outputs
+
+
+class DetachedWeightsOfGates(Edited):
+    def logits(self, k: int, x: Tensor) -> Tensor:
+        gate: Any = self.gates[k]
+        return F.linear(x, gate.weight.detach(), gate.bias.detach())
+
+
+EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
+    "one row in training": (OneRowInTraining, f"in training on 1 row {OUTPUTS}"),
+    "no rows": (NoRows, f"in evaluation on no rows {OUTPUTS}"),
+    "the best experts of many rows in training": (TopKOfManyRowsInTraining, f"in training on many rows {OUTPUTS}"),
+    "clamped logits in training": (ClampedInTraining, f"in training with large inputs {OUTPUTS}"),
+    "clamped weights of gates": (ClampedWeights, f"in evaluation with large weights {OUTPUTS}"),
+    "clamped weights in training": (ClampedWeightsInTraining, f"in training with large weights {OUTPUTS}"),
+    "positive biases": (lambda: PositiveBiases(norm=True), f"in evaluation with signed vectors {OUTPUTS}"),
+    "an entry that is taken away": (TakesFromADict, "its forward sets pending"),
+    "an attribute that is taken away": (Forgets, "its forward sets cold"),
+    "a parameter that is frozen": (Freezes, "its forward writes to gates.0.bias"),
+    "words in an array": (NamesInAnArray, "its forward sets names"),
+    "a list that is a named default": (
+        LossesInANamedDefault,
+        "its forward changes a default of finish, which is not its own",
+    ),
+}
+
+
+def described(**options: Any) -> None:
+    mk.convert.register(
+        Edited,
+        experts=lambda level: level.experts,
+        gates=lambda level: level.gates,
+        routing=lambda level: mk.Routing.mmoe(len(level.experts), len(level.gates)),
+        **options,
+    )
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten afterwards."""
+    monkeypatch.setattr(registry, "_registered", {})
+    described()
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_is_left_alone(name: str) -> None:
+    make, reason = EDITS[name]
+    (line,) = mk.convert(make()).left_alone
+    assert line.detail.startswith(reason)
+
+
+def test_a_trial_freezes_what_is_frozen() -> None:
+    """What a level's code detaches makes no difference there."""
+    model = DetachedWeightsOfGates()
+    assert mk.convert(model).left_alone
+    model.gates.requires_grad_(False)
+    assert mk.convert(model).replaced
+
+
+def test_a_large_level_is_tried_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a small one would take long there."""
+    rows: list[int] = []
+
+    def arguments(level: Any, streams: Sequence[Tensor]) -> tuple[Tensor]:
+        rows.append(len(streams[0]))
+        return (streams[0],)
+
+    monkeypatch.setattr(trial, "LARGE_WORK", 1e4)
+    described(inputs=lambda level, x: x, arguments=arguments)
+    model = Edited()
+    assert mk.convert(model).replaced
+    assert max(rows) == int(1e4 / sum(p.numel() for p in model.parameters()))
