@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 # pyright: reportAttributeAccessIssue=false
 import torch
+import torch.fx.experimental.proxy_tensor
 import torch.utils._device
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -26,6 +27,9 @@ remove_batch_dim = torch._remove_batch_dim
 add_batch_dim = torch._add_batch_dim
 # Stand-ins for tensors while the compiler and torch.export trace.
 TRACED = (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor)
+# What torch.export hands out for modules where a model has one of them, whichever, at two places: of a subclass of the
+# module's class, with the module's own __dict__. Nothing is an instance of () where PyTorch does without.
+_STAND_INS: Any = getattr(torch.fx.experimental.proxy_tensor, "_AttrProxy", ())
 # Who looks on while a call is made.
 GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
@@ -50,6 +54,29 @@ AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
 def compiling() -> bool:
     """Whether this thread compiles or exports. PyTorch's own answer is of all threads while one exports or compiles."""
     return torch.compiler.is_compiling() and (torch.compiler.is_dynamo_compiling() or dispatch_stack_length() > 0)
+
+
+def unproxied(module: Any) -> Any:
+    """The module for which ``torch.export`` has handed out a stand-in, anything else as it is.
+
+    It is for reading. To be called take the stand-in, which knows by which path it was found: programs keep that path.
+    """
+    return module.get_base() if isinstance(module, _STAND_INS) else module
+
+
+def all_unproxied(modules: list[Any]) -> list[Any]:
+    """:func:`unproxied` of each, at once where nothing is exported."""
+    return [unproxied(module) for module in modules] if compiling() else modules
+
+
+def class_of(module: Any) -> Any:
+    """The class of a module, or of that for which ``torch.export`` has handed out a stand-in."""
+    return type(unproxied(module))
+
+
+def class_teller() -> Callable[[Any], Any]:
+    """:func:`class_of`, or what does the same faster where nothing is exported."""
+    return class_of if compiling() else type
 
 
 _find_schema = torch._C._dispatch_find_schema_or_throw

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtlkernels import _torch
 from mtlkernels._convert.activations import activation_name, function_of, name_of, setting_of
 from mtlkernels.ops._fusing import Layer, linear_parameters, norm_refusal, slopes_refusal, weight_refusal
 from mtlkernels.ops.activations import WITH_SLOPES
@@ -52,18 +53,19 @@ class Product:
 
 def flatten(chain: Chain) -> list[Any]:
     """What a chain calls one by one: modules, functions, and a :class:`Product` for weights without a module."""
-    if isinstance(chain, nn.Module) and type(chain) not in _CONTAINERS:
+    class_of = _torch.class_teller()
+    if isinstance(chain, nn.Module) and class_of(chain) not in _CONTAINERS:
         return [chain]
     steps: list[Any] = []
-    _collect(chain, steps)
+    _collect(chain, steps, class_of)
     return steps
 
 
-def _collect(chain: Chain, steps: list[Any]) -> None:
-    kind = type(chain)
+def _collect(chain: Chain, steps: list[Any], class_of: Callable[[Any], Any]) -> None:
+    kind = class_of(chain)
     if kind in _CONTAINERS:
         for part in chain._modules.values() if kind in (nn.Sequential, nn.ModuleList) else chain:
-            _collect(part, steps)
+            _collect(part, steps, class_of)
     elif isinstance(chain, nn.Module):
         steps.append(chain)
     elif isinstance(chain, Tensor):
@@ -78,9 +80,14 @@ def _collect(chain: Chain, steps: list[Any]) -> None:
 
 def leaves(*modules: Any) -> list[Any]:
     """The modules in lists of them, which may lie in one another; what is no list stands for itself."""
+    return _leaves(modules, _torch.class_teller())
+
+
+def _leaves(modules: Iterable[Any], class_of: Callable[[Any], Any]) -> list[Any]:
     inner: list[Any] = []
     for module in modules:
-        inner += leaves(*module._modules.values()) if type(module) in (nn.ModuleList, nn.ModuleDict) else [module]
+        is_list = class_of(module) in (nn.ModuleList, nn.ModuleDict)
+        inner += _leaves(module._modules.values(), class_of) if is_list else [module]
     return inner
 
 
@@ -89,7 +96,8 @@ def chains_of(is_mlp: Callable[[type], bool], *modules: Any) -> list[Chain]:
 
     Anything else stands for itself, and is refused by its name.
     """
-    return [m._modules["mlp"] if is_mlp(type(m)) else m for m in leaves(*modules)]
+    class_of = _torch.class_teller()
+    return [m._modules["mlp"] if is_mlp(class_of(m)) else m for m in _leaves(modules, class_of)]
 
 
 def run_chain(chain: Chain, x: Tensor) -> Tensor:
@@ -103,7 +111,7 @@ def read_chain(chain: Chain) -> list[Layer] | str:
     """The layers [Linear → (norm) → (activation) → (Dropout)] of a chain, or what it has instead."""
     layers: list[Layer] = []
     pair = norm = activation = dropout = sloped = None
-    for module in flatten(chain):
+    for module in _torch.all_unproxied(flatten(chain)):
         kind = type(module)
         if kind is nn.Linear or kind is Product:
             if pair is not None:

@@ -17,6 +17,7 @@ from deepctr_torch.layers.activation import Identity
 from deepctr_torch.models.multitask import MMOE, PLE
 from torch import Tensor, nn
 
+from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, leaves
 from mtlkernels._convert.description import LevelDescription, TrunkDescription, children
 from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
@@ -25,14 +26,15 @@ from mtlkernels.routing import Routing
 
 def _chain(dnn: Any) -> Chain:
     """The modules of a DNN; anything else stands for itself."""
-    if type(dnn) is not DNN:
+    if type(dnn) is not DNN and _torch.class_of(dnn) is not DNN:
         return dnn
     modules: Any = dnn._modules  # attribute look-ups by nn.Module.__getattr__ show when one row is served
     dropout = modules["dropout"]
     columns = [modules[name]._modules.values() for name in ("linears", *(["bn"] if dnn.use_bn else []))]
     chain: list[Any] = []
     for *parts, activation in zip(*columns, modules["activation_layers"]._modules.values(), strict=True):
-        chain += parts if type(activation) is Identity else [*parts, activation]
+        nothing = isinstance(activation, Identity) and _torch.class_of(activation) is Identity
+        chain += parts if nothing else [*parts, activation]
         chain.append(dropout)
     return chain
 

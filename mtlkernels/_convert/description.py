@@ -171,16 +171,19 @@ def any_hooks(modules: Iterable[Any], differentiated: bool, tried: Container[typ
             continue
         if has_hooks(module) or (differentiated and has_gradient_hooks(module)):
             return True
-        if tried is not None and type(module) not in tried and _is_new(type(module), tried):
+        if tried is not None and type(module) not in tried and _is_new(module, tried):
             return True
         if module._modules and any_hooks(module._modules.values(), differentiated, tried):
             return True
     return False
 
 
-def _is_new(kind: type, tried: Container[type]) -> bool:
+def _is_new(module: Any, tried: Container[type]) -> bool:
     """A part may have been converted itself."""
-    return not is_torchs(kind) and (original_class(kind) or kind) not in tried
+    if is_torchs(type(module)):
+        return False
+    kind = _torch.class_of(module)
+    return (original_class(kind) or kind) not in tried
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mtlkernels import _torch
 from mtlkernels._convert.chains import chains_of
 from mtlkernels._convert.description import LevelDescription, TrunkDescription
 from mtlkernels.routing import Routing
@@ -34,7 +35,7 @@ def _inputs(module: Any, x: Sequence[Tensor], require_gate: bool = False) -> Seq
 def _gates(module: Any) -> list[Any]:
     """None where something else than a softmax follows them."""
     activation = module.gate_activation
-    return [[chain, activation] for chain in _chains(module.gate)] if type(activation) is nn.Softmax else []
+    return [[chain, activation] for chain in _chains(module.gate)] if _torch.class_of(activation) is nn.Softmax else []
 
 
 # By the name of the class.

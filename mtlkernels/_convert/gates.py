@@ -57,13 +57,14 @@ def read_gate(chain: Chain) -> Gate | str:
     """
     if chain is None:
         return EQUAL
-    modules = flatten(chain)
+    called = flatten(chain)
+    modules = _torch.all_unproxied(called)
     dropout = None
     behind = 1 if len(modules) > 1 and type(modules[-1]) is nn.Dropout else 0
     last = modules[-1 - behind] if modules else None
     if type(last) is nn.Softmax and last.dim in (1, -1):
         dropout = modules[-1] if behind else None
-        modules = modules[: -1 - behind]
+        modules, called = modules[: -1 - behind], called[: -1 - behind]
     if not modules:
         return "a gate without layers"
     if any(type(module) is nn.Softmax for module in modules):
@@ -73,7 +74,7 @@ def read_gate(chain: Chain) -> Gate | str:
     layers = read_chain(modules)
     if not isinstance(layers, str):
         layers = weight_refusal(layers) or layers
-    return Gate(None if isinstance(layers, str) else layers, modules, dropout)
+    return Gate(None if isinstance(layers, str) else layers, called, dropout)
 
 
 def linear_gates(gates: Sequence[Gate], rows: Rows) -> dict[str, Any] | None:

@@ -247,7 +247,7 @@ class TrunkLevel(NotScriptable, nn.Module):
 
     def _read_experts(self, x: Tensor) -> Experts | None:
         """What the op takes of the experts, norms and dropout included; None where they have to run as modules."""
-        experts: Any = self._modules["experts"]
+        experts = _torch.unproxied(self._modules["experts"])
         read = read_experts(experts, self.activation)
         if read is None:
             return None
@@ -298,7 +298,7 @@ class TrunkLevel(NotScriptable, nn.Module):
 
     def _gate_weights(self, num_streams: int) -> Any:
         """The weights of gates that are linear layers to which nobody listens, else None."""
-        gates: Any = self._modules["gates"]
+        gates = _torch.unproxied(self._modules["gates"])
         if self._one_gemm:
             # Of several streams all gates read one, which is not what the op's gates do.
             return gate_weight(gates) if num_streams == 1 else None

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtlkernels import _tracing
+from mtlkernels import _torch, _tracing
 from mtlkernels._dtensors import has_dtensor
 from mtlkernels.nn._arguments import Style, check_features, positive, units
 from mtlkernels.nn._scripting import NotScriptable
@@ -48,7 +48,7 @@ class SubNetworks(nn.Module):
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every sub-network reads, or one for each → a tensor [B, H] for each."""
         count = len(self.experts)
-        read = None if _tracing.needs_plain() else read_experts(self.experts, self._style.activation)
+        read = None if _tracing.needs_plain() else read_experts(_torch.unproxied(self.experts), self._style.activation)
         if read is None or not read[1]:
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))

@@ -49,7 +49,7 @@ def check_norms(norms: Any, layers: Sequence[Sequence[Tensor]], routing: Routing
 
 
 def _entries(name: str, value: Any, what: str) -> list[Any]:
-    return list(value) if isinstance(value, nn.ModuleList) else list(as_sequence(name, value, what))
+    return _torch.all_unproxied(list(value if isinstance(value, nn.ModuleList) else as_sequence(name, value, what)))
 
 
 def _check_layer(name: str, entry: Any, width: int, routing: Routing, like: Like) -> Norm:
