@@ -13,12 +13,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from mtlkernels._convert.values import Absent
-
 # Of which code asks what they are, and does something else for another: a trial has shown those alone that it gave.
 _TELLING = (bool, str, type(None), enum.Enum)
 # Defaults that are told by their values, where another object may be given.
 _PLAIN = (bool, str, type(None), int, float)
+
+
+class Absent:
+    """In the place of a value: there is nothing of the name."""
 
 
 class Parameter(NamedTuple):

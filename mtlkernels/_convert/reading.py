@@ -6,17 +6,27 @@ whole.
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 import functools
 import sys
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from mtlkernels._convert.arguments import Absent
 from mtlkernels._convert.classes import is_torchs
 from mtlkernels._convert.shared_state import is_users, package_of
-from mtlkernels._convert.values import Absent
 
+# By which objects are made, printed, copied and dropped.
+_ASIDE = frozenset(
+    f"__{name}__"
+    for name in (
+        *("init", "new", "post_init", "init_subclass", "class_getitem", "set_name", "del", "repr", "str", "format"),
+        *("sizeof", "dir", "hash", "copy", "deepcopy", "reduce", "reduce_ex", "getstate", "setstate", "getnewargs"),
+        "getnewargs_ex",
+    )
+)
 # What follows a name in code, as ("config", "temperature") for ``config.temperature`` and ``config["temperature"]``.
 Path = tuple[Any, ...]
 
@@ -63,31 +73,72 @@ class Scopes:
     def __init__(self) -> None:
         self.found: dict[int, tuple[Scope, set[Path]]] = {}
 
-    def add(self, scope: Scope, paths: set[Path]) -> None:
-        """Paths whose first name is that of a variable."""
+    def add(self, values: Any, scope: Scope, paths: set[Path]) -> None:
+        """Paths whose first name is that of a variable among ``values``, a module's or a function's own."""
         if paths:
-            self.found.setdefault(id(scope.values), (scope, set()))[1].update(paths)
+            self.found.setdefault(id(values), (scope, set()))[1].update(paths)
+
+
+class Surroundings:
+    """The variables around functions that they read, and those of the user's functions that they name.
+
+    Attributes:
+        words: all names and strings in the code of functions of the user's that they name.
+        scopes: the variables.
+    """
+
+    def __init__(self, scopes: Scopes, packages: set[str]) -> None:
+        self.scopes, self.packages = scopes, packages
+        self.words: set[Any] = set()
+        self._seen: set[int] = set()
+
+    def read(self, function: types.FunctionType, cells: bool = True) -> list[types.FunctionType]:
+        """Notes what is around a function, and gives the functions among it; its ``cells`` may be watched elsewhere."""
+        loaded = {path for code in codes(function.__code__) for path in paths_after(code)}
+        around = {(path[0].name, *path[1:]) for path in loaded if isinstance(path[0], Global)}
+        values = function.__globals__
+        self.scopes.add(values, Scope(values), around)
+        if cells:
+            inner = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+            paths = {path for path in loaded if path[0] in inner and path[0] != "__class__"}
+            self.scopes.add(function.__closure__, Scope(inner), paths)
+        named = [values.get(name) for name, *_ in around]
+        modules = [(values.get(name), further[0]) for name, *further in around if further]
+        inside = [vars(value).get(name) for value, name in modules if isinstance(value, types.ModuleType)]
+        functions = [value for value in named if isinstance(value, types.FunctionType)]
+        for other in (*functions, *(value for value in inside if isinstance(value, types.FunctionType))):
+            self.learn(other)
+        return functions
+
+    def learn(self, function: types.FunctionType, cells: bool = True) -> None:
+        """The same, and its words, of a function of the user's."""
+        if id(function) not in self._seen and is_own(function, self.packages):
+            self._seen.add(id(function))
+            self.words |= {word for code in codes(function.__code__) for word in _words(code)}
+            self.read(function, cells)
 
 
 class Code:
-    """What a method of a class, and the methods and properties that it calls in turn, read of ``self``.
+    """What methods of a class, and the methods and properties that they call in turn, read of ``self``.
 
     Attributes:
+        methods: their names.
         names: the attributes of ``self``.
         paths: what is read, as ``("config", "temperature")`` for ``self.config.temperature``; as far as is known.
         words: all names and strings in the code, and in functions of the user's that it names, by which what is read
             may be found.
+        packages: of the class and its bases.
     """
 
-    def __init__(self, kind: type, method: str, scopes: Scopes) -> None:
-        self.method, self._scopes = method, scopes
+    def __init__(self, kind: type, methods: Iterable[str], scopes: Scopes) -> None:
+        self.methods = set(methods)
         self.names: set[str] = set()
         self.paths: set[Path] = set()
         self.words: set[Any] = set()
-        self._outer: set[int] = set()
         kinds = [base for base in kind.__mro__ if not is_torchs(base) and base is not object]
-        self._packages = set(map(package_of, kinds))
-        waiting, seen = [(method, 0)], set()
+        self.packages = set(map(package_of, kinds))
+        self._around = Surroundings(scopes, self.packages)
+        waiting, seen = [(method, 0) for method in self.methods], set()
         while waiting:
             name, start = waiting.pop()
             at = next((i for i in range(start, len(kinds)) if name in vars(kinds[i])), None)
@@ -95,53 +146,34 @@ class Code:
                 continue
             seen.add((name, at))
             for function in functions_of(vars(kinds[at])[name]):
-                found, words = self._read(function)
+                found, words = self._read(function, kind)
                 waiting += [(other, 0) for other in found]
                 if "super" in words:
                     waiting += [(other, at + 1) for other in words if isinstance(other, str)]
+        self.words |= self._around.words
 
-    def _read(self, function: types.FunctionType) -> tuple[set[str], set[Any]]:
+    def _read(self, function: types.FunctionType, kind: type) -> tuple[set[str], set[Any]]:
         """The attributes of ``self`` in a function's code, and all of its words."""
         paths: set[Path] = set()
         words: set[Any] = set()
         this = function.__code__.co_varnames[:1] if function.__code__.co_argcount else ()
         escapes = not this
+        called: set[str] = set()
         for code in codes(function.__code__):
             words |= _words(code)
             found = paths_after(code)
             of_this = {path[1:] for path in found if path[:1] == this}
             paths |= of_this - {()}
-            escapes = escapes or () in of_this
-        named = self._read_around(function)
+            if () in of_this:
+                escapes, called = True, methods_of(kind, ())
+        named = self._around.read(function)
         if escapes:  # to functions of the user's, perhaps
             words |= {word for f in named for code in codes(f.__code__) for word in code.co_names}
         names = {path[0] for path in paths} | ({word for word in words if word.isidentifier()} if escapes else set())
         self.names |= names
         self.paths |= paths | ({(name,) for name in names} if escapes else set())
         self.words |= words
-        return names, words
-
-    def _read_around(self, function: types.FunctionType) -> list[types.FunctionType]:
-        """Notes the variables around a function that it reads, and those of the user's functions that it names.
-
-        Gives the functions among the variables.
-        """
-        loaded = {path for code in codes(function.__code__) for path in paths_after(code)}
-        around = {(path[0].name, *path[1:]) for path in loaded if isinstance(path[0], Global)}
-        values = function.__globals__
-        self._scopes.add(Scope(values), around)
-        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        self._scopes.add(Scope(cells), {path for path in loaded if path[0] in cells and path[0] != "__class__"})
-        named = [values.get(name) for name, *_ in around]
-        modules = [(values.get(name), inner[0]) for name, *inner in around if inner]
-        inside = [vars(value).get(name) for value, name in modules if isinstance(value, types.ModuleType)]
-        functions = [value for value in named if isinstance(value, types.FunctionType)]
-        for other in (*functions, *(value for value in inside if isinstance(value, types.FunctionType))):
-            if id(other) not in self._outer and is_own(other, self._packages):
-                self._outer.add(id(other))
-                self.words |= {word for code in codes(other.__code__) for word in _words(code)}
-                self._read_around(other)
-        return functions
+        return names | called, words
 
 
 def is_own(code: type | types.FunctionType | types.ModuleType, packages: Collection[str] = ()) -> bool:
@@ -151,6 +183,22 @@ def is_own(code: type | types.FunctionType | types.ModuleType, packages: Collect
         return package != "mtlkernels"
     file = getattr(sys.modules.get(package), "__file__", None) or ""
     return is_users(code) and not ("site-packages" in file or "dist-packages" in file)
+
+
+def methods_of(kind: type, words: Collection[Any]) -> set[str]:
+    """The methods of the user's by which code may read an object that it has as a whole.
+
+    They are those of ``words``, and those that a call, an operator or a loop takes.
+    """
+    own = {name for base in kind.__mro__ if is_users(base) for name, value in vars(base).items() if _is_code(value)}
+    special = {name for name in own if name[:2] == "__" == name[-2:]} - _ASIDE
+    if dataclasses.is_dataclass(kind):
+        special.discard("__eq__")  # which reads all there is
+    return special | {name for name in own if name in words}
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, (types.FunctionType, property, classmethod, staticmethod))
 
 
 def functions_of(value: Any) -> Iterator[types.FunctionType]:

@@ -1,7 +1,7 @@
 """What is kept of a value that code reads, so that another one is told from it later.
 
-What is kept is data that copies and pickles of a module can have: numbers and words, what is in containers of them, and
-of all else its kind alone.
+What is kept is data that copies and pickles of a module can have: numbers and words, what is in containers of them and
+around functions, and of all else its kind alone. ``keeping.py`` makes it of values.
 """
 
 from __future__ import annotations
@@ -9,34 +9,39 @@ from __future__ import annotations
 import collections
 import enum
 import functools
+import importlib.util
+import logging
+import marshal
 import operator
+import random
 import types
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mtlkernels import _torch
-from mtlkernels._convert.shared_state import MOST_NUMBERS, is_object
+from mtlkernels._convert.arguments import Absent
+from mtlkernels._convert.classes import original_class
+from mtlkernels._convert.shared_state import MOST_NUMBERS, is_users
 
 SCALARS = (bool, int, float, complex, str, bytes, range, type(None), torch.dtype, torch.Size, enum.Enum)
-# Entries of containers, within one another, that a call may compare.
-MOST_ENTRIES, MOST_DEEP = 10000, 16
 # Numbers of a tensor on a CPU that each call compares.
 FEW_NUMBERS = 1024
-
-
-class Absent:
-    """In the place of a value: there is nothing of the name."""
+# Of which the compiler cannot tell the class.
+_UNTOLD = (logging.Logger, random.Random, weakref.ref)
 
 
 class What(enum.Enum):
     """What stands behind it in a tuple, in the place of a value that is no number, word or tuple of these."""
 
     OBJECT = "an object: its class"
-    FUNCTION = "a function or a class: its name, and its line"
+    ITSELF = "a class, or a function that is not of Python: itself"
+    FUNCTION = "a function: its code, and what is kept of what it has beside it; None where that is kept elsewhere"
+    METHOD = "a method of an object: what is kept of its function and of the object"
+    GETTER = "one of Python's operator module: what is kept of that of which it is made"
     WITH = "an object with some of its attributes: its class, their names, and what is kept of them"
     ITEMS = "a list: what is kept of its entries"
     ENTRIES = "a dictionary: the same of its keys and of its values"
@@ -48,57 +53,73 @@ class TooMuch(ValueError):
     """More than a call should compare."""
 
 
-class Keeper:
-    """Makes of values what is kept of them.
+class Named:
+    """A class, or a function that is not of Python: itself. Copies share it; a pickle has its name."""
 
-    Args:
-        words: names of attributes, of which an object in a container may have some that are read.
-        is_known: whether a tensor is read by each call anyway, or a parameter or a buffer.
-    """
+    def __init__(self, name: str, value: Any = Absent) -> None:
+        self._name, self._value = name, value
+        self.is_untold = isinstance(value, type) and issubclass(value, _UNTOLD)
+        self.is_users = isinstance(value, type) and is_users(value)
 
-    def __init__(self, words: Collection[Any], is_known: Any) -> None:
-        self._words, self._is_known = words, is_known
-        self._left = MOST_ENTRIES
+    def __deepcopy__(self, memo: dict[int, Any]) -> Named:
+        return self
 
-    def keep(self, value: Any, depth: int = 0) -> Any:
-        """What is kept of a value, and of what is in it."""
-        if isinstance(value, SCALARS):
-            return value
-        if isinstance(value, Tensor):
-            return kind_of(value) if _is_odd(value) or self._is_known(value) else Numbers(value)
-        if is_array(value):
-            return self._keep_array(value, depth)
-        if depth > MOST_DEEP:
-            raise TooMuch("containers within containers")
-        if isinstance(value, tuple):
-            parts = self._keep_all(value, depth)
-            return parts if all(isinstance(part, SCALARS) for part in parts) else (What.ITEMS, parts)
-        if isinstance(value, (list, collections.deque)):
-            return What.ITEMS, self._keep_all(value, depth)
-        if isinstance(value, dict):
-            return What.ENTRIES, self._keep_all(value, depth), self._keep_all(value.values(), depth)
-        if isinstance(value, (set, frozenset)):
-            parts = self._keep_all(value, depth)
-            return What.MEMBERS, frozenset(part for part in parts if not is_described(part)), len(parts)
-        if isinstance(value, functools.partial):
-            return What.ITEMS, self._keep_all((value.func, value.args, value.keywords), depth)
-        names = tuple(name for name in vars(value) if name in self._words) if is_object(value) else ()
-        if not names:
-            return kind_of(value)
-        return What.WITH, kind_of(value), names, self._keep_all([vars(value)[name] for name in names], depth)
+    def __reduce__(self) -> Any:
+        """By its name."""
+        return Named, (self._name,)
 
-    def _keep_all(self, values: Collection[Any], depth: int) -> tuple[Any, ...]:
-        self._left -= len(values)
-        if self._left < 0:
-            raise TooMuch(f"more than {MOST_ENTRIES} entries")
-        return tuple([self.keep(value, depth + 1) for value in values])
+    def __repr__(self) -> str:
+        return self._name
 
-    def _keep_array(self, value: Any, depth: int) -> Any:
-        if value.dtype.hasobject:  # whose bytes are addresses
-            return What.ITEMS, (tuple(value.shape), self._keep_all(value.ravel().tolist(), depth))
-        if value.size > MOST_NUMBERS:
-            raise TooMuch(f"more than {MOST_NUMBERS} numbers of NumPy's")
-        return What.ARRAY, str(value.dtype), tuple(value.shape), value.tobytes()
+    def is_it(self, now: Any) -> bool:
+        """Whether a value is the same class or function."""
+        return now is self._value or (self._value is Absent and _name_of(now) == self._name)
+
+    def is_class_of(self, now: Any) -> bool:
+        """Whether a value is of this class, or of the one that a conversion has made of it."""
+        if self.is_untold and torch.compiler.is_dynamo_compiling():
+            return True
+        kind = type(now)
+        return self.is_it(kind) or self.is_it(original_class(kind))
+
+
+class Instructions:
+    """A function's code. Copies share it; a pickle has it for the same version of Python, as Python's own files do."""
+
+    def __init__(self, code: types.CodeType | None) -> None:
+        self._code = code
+        self.has_cells = code is not None and len(code.co_freevars) > 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Instructions:
+        return self
+
+    def __reduce__(self) -> Any:
+        """By Python's own format."""
+        return _loaded, (importlib.util.MAGIC_NUMBER, None if self._code is None else marshal.dumps(self._code))
+
+    def are_of(self, now: Any) -> bool:
+        """Whether a value is a function of this code."""
+        return isinstance(now, types.FunctionType) and (now.__code__ is self._code or now.__code__ == self._code)
+
+
+def _loaded(version: bytes, code: bytes | None) -> Instructions:
+    readable = code is not None and version == importlib.util.MAGIC_NUMBER
+    return Instructions(marshal.loads(code) if readable else None)  # type: ignore[arg-type]
+
+
+def beside(function: types.FunctionType) -> tuple[Any, ...]:
+    """What a function has beside its code: the variables around it, and its defaults."""
+    cells, defaults, by_name = function.__closure__, function.__defaults__, function.__kwdefaults__
+    if cells is None and not defaults and not by_name:
+        return ()
+    return tuple([_contents(cell) for cell in cells or ()]), defaults, by_name
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return Absent
 
 
 class Numbers:
@@ -121,7 +142,7 @@ class Numbers:
     def are(self, now: Any) -> bool:
         """Whether a value is a tensor of these numbers."""
         # The compiler cannot look at numbers: code that reads such a tensor is compiled itself.
-        if _torch.compiling() or not isinstance(now, Tensor) or _is_odd(now):
+        if _torch.compiling() or not isinstance(now, Tensor) or is_odd(now):
             return False
         if now.shape != self._numbers.shape or now.dtype != self._numbers.dtype:
             return False
@@ -133,7 +154,7 @@ class Numbers:
         return seen[2]
 
 
-def _is_odd(tensor: Tensor) -> bool:
+def is_odd(tensor: Tensor) -> bool:
     """Whether it is no tensor of PyTorch's own with numbers that can be read one by one."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     return not plain or tensor.is_meta or tensor.is_quantized
@@ -163,6 +184,19 @@ def is_same(now: Any, value: Any) -> bool:
     if not is_described(value):
         return isinstance(now, (tuple, list)) and are_same(now, value)
     what, inside = value[0], value[1]
+    if what is What.WITH:
+        names = value[2]
+        return is_same(now, inside) and are_same([getattr(now, name, Absent) for name in names], value[3])
+    if what is What.OBJECT:
+        return bool(inside.is_class_of(now))
+    if what is What.ITSELF:
+        return bool(inside.is_it(now))
+    if what is What.FUNCTION and inside.has_cells and torch.compiler.is_dynamo_compiling():
+        return False  # the compiler cannot look at the variables around a function before it compiles that
+    if what is What.FUNCTION:
+        return inside.are_of(now) and (value[2] is None or is_same(beside(now), value[2]))
+    if what is What.METHOD:
+        return isinstance(now, types.MethodType) and are_same((now.__func__, now.__self__), inside)
     if what is What.ITEMS and isinstance(now, functools.partial):
         return are_same((now.func, now.args, now.keywords), inside)
     if what is What.ITEMS and is_array(now):
@@ -175,11 +209,7 @@ def is_same(now: Any, value: Any) -> bool:
         return isinstance(now, (set, frozenset)) and len(now) == value[2] and inside <= now
     if what is What.ARRAY:
         return not _torch.compiling() and is_array(now) and _described(now) == value[1:]
-    if what is What.WITH:
-        names = value[2]
-        return is_same(now, inside) and are_same([getattr(now, name, Absent) for name in names], value[3])
-    traced = _torch.compiling() and what is What.OBJECT  # of which the compiler cannot tell all classes
-    return traced or kind_of(now) == value
+    return is_getter(now) and not torch.compiler.is_dynamo_compiling() and is_same(now.__reduce__(), inside)
 
 
 def _described(array: Any) -> tuple[Any, ...]:
@@ -195,29 +225,30 @@ def are_same(now: Sequence[Any] | collections.deque[Any], values: tuple[Any, ...
     return all(part is value or is_same(part, value) for part, value in zip(now, values, strict=True))
 
 
-# A word of two, and its class, or a function's name and line.
-Kind = tuple[What, str]
+def kind_of(value: Any) -> tuple[What, Named]:
+    """What is kept of a value that is no data, or whose data is kept elsewhere."""
+    what = What.ITSELF if isinstance(value, type) or _is_function(value) else What.OBJECT
+    named = value if what is What.ITSELF else original_class(type(value)) or type(value)
+    return what, Named(_name_of(named), named)
 
 
-def kind_of(value: Any) -> Kind:
-    """What is kept of a value that is no data."""
-    value = getattr(value, "__func__", value)
-    if isinstance(value, types.FunctionType):
-        return What.FUNCTION, f"{value.__module__}.{value.__qualname__} {value.__code__.co_firstlineno}"
-    if isinstance(value, (types.BuiltinFunctionType, type)):
-        return What.FUNCTION, f"{value.__module__}.{value.__qualname__}"
-    kind: Any = type(value)
-    return _kind_of_type(kind)
+def _is_function(value: Any) -> bool:
+    """Whether it is called as one, and is neither of Python's code nor an object of the user's."""
+    return callable(value) and not (is_users(type(value)) or isinstance(value, (nn.Module, weakref.ref)))
 
 
-@functools.lru_cache(256)
-def _kind_of_type(kind: type) -> Kind:
-    return What.OBJECT, f"{kind.__module__}.{kind.__qualname__}"
+def _name_of(value: Any) -> str:
+    return f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', None)}"
+
+
+def is_getter(value: Any) -> bool:
+    """Whether it is a function that the operator module makes, as of a method's name."""
+    return isinstance(value, (operator.attrgetter, operator.itemgetter, operator.methodcaller))
 
 
 def is_data(value: Any) -> bool:
     """Whether more is kept of a value than its kind."""
-    containers = (list, tuple, dict, set, frozenset, collections.deque, Tensor)
+    containers = (list, tuple, dict, set, frozenset, collections.deque, functools.partial, Tensor)
     return isinstance(value, (*SCALARS, *containers)) or is_array(value)
 
 

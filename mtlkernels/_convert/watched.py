@@ -8,32 +8,25 @@ Each call compares all that is watched, with what is kept of it as ``values.py``
 
 from __future__ import annotations
 
-import enum
+import operator
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mtlkernels import _torch
+from mtlkernels._convert.arguments import Absent
 from mtlkernels._convert.chains import Product
 from mtlkernels._convert.classes import is_torchs, original_class
-from mtlkernels._convert.copies import slots_of
-from mtlkernels._convert.reading import Code, Path, Scope, Scopes, is_own
-from mtlkernels._convert.shared_state import is_object, is_users
-from mtlkernels._convert.values import SCALARS, Absent, Keeper, TooMuch, What, is_data, is_same, kind_of, names_of
+from mtlkernels._convert.objects import INTERNAL, has_torchs_forward, is_owner
+from mtlkernels._convert.reader import Entry, Reader
+from mtlkernels._convert.reading import Code, Path, Scope, Scopes, Surroundings, is_own, methods_of
+from mtlkernels._convert.values import SCALARS, What, is_data, is_same, kind_of, names_of
 
-# By which names something is found from a part or a scope on, and what is kept of it.
-Entry = tuple[tuple[Any, ...], Any]
 # By which names a part is found, or where variables are, and the entries.
 Watched = tuple[tuple[Any, tuple[Entry, ...]], ...]
-# Objects within objects that code reads one after another.
-_MOST_DEEP = 8
-_INTERNAL = frozenset(vars(nn.Module()))
 _PARTS = "_modules"
-# Methods of containers that code calls without a look at what is there.
-_WRITING = frozenset(("add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "update"))
 
 
 def changed(module: Any, watched: Watched) -> str | None:
@@ -76,14 +69,14 @@ def _found(owner: Any, names: Sequence[Any], missed: bool) -> Any:
 
 def _is_watched(value: Any) -> bool:
     """Whether an attribute of a class, or a variable, is data, or may have some."""
-    return is_data(value) or _is_owner(value)
+    return is_data(value) or is_owner(value)
 
 
-def _is_owner(value: Any) -> bool:
-    """Whether it is an object or a class whose attributes may be watched, and no descriptor."""
-    if isinstance(value, type):
-        return is_own(value) and not issubclass(value, enum.Enum)
-    return _inside(value) is not None and not hasattr(type(value), "__get__")
+def _has_beside(value: Any) -> bool:
+    """Whether a variable is a method of an object, or a function of the user's that has variables of its own."""
+    if isinstance(value, types.FunctionType):
+        return bool(value.__closure__ or vars(value)) and is_own(value)
+    return isinstance(value, types.MethodType)
 
 
 def watched(module: nn.Module, method: str, read: Iterable[Any], writes: Iterable[str] = ()) -> Watched:
@@ -95,44 +88,41 @@ def watched(module: nn.Module, method: str, read: Iterable[Any], writes: Iterabl
     Raises:
         TooMuch: the code reads more than a call should compare.
     """
-    read = list(read)
-    known = set(map(id, read))
-    is_known = _known_tensors(module, read)
+    is_known = _known(module, list(read))
     found: list[tuple[Any, tuple[Entry, ...]]] = []
     waiting: list[tuple[tuple[str, ...], Any]] = [((), module)]
     seen: set[int] = set()
-    scopes, words = Scopes(), set[Any]()
+    around = Surroundings(Scopes(), set())
     while waiting:
         path, part = waiting.pop()
         if part is None or id(part) in seen:
             continue
         seen.add(id(part))
         kind = original_class(type(part)) or type(part)
-        names = None  # all of its parts
+        names = set(part._modules)
         if not is_torchs(kind):
-            code = Code(kind, method if part is module else "forward", scopes)
-            reader = _Reader(code.paths, code.words, scopes, is_known)
-            own = code.names - _INTERNAL - (set(writes) if part is module else set())
-            entries = tuple(dict(_of_part(part, own, code.method, reader, known)).items())
-            if entries:
-                found.append((path, entries))
-            names = code.names
-            words |= code.words
-        waiting += [((*path, n), inner) for n, inner in part._modules.items() if names is None or n in names]
-    for scope, paths in scopes.found.values():
-        reader = _Reader(paths, words, Scopes(), is_known)
-        entries = tuple(dict(_of_scope(scope, reader)).items())
-        if entries:
-            found.append((scope, entries))
-    return tuple(found)
+            methods = {method} if part is module else {"forward", *methods_of(kind, around.words)}
+            code = Code(kind, methods, around.scopes)
+            around.packages |= code.packages
+            reader = Reader(code.paths, code.words, Surroundings(around.scopes, code.packages), is_known)
+            own = code.names - INTERNAL - (set(writes) if part is module else set())
+            names &= code.names
+            entries = reader.settled(_of_part, part, own, code.methods)
+            around.words |= reader.words
+        else:
+            reader = Reader(set(), around.words, around, is_known)
+            entries = reader.settled(_of_torchs, part)
+        found += [(path, entries)] if entries else []
+        waiting += [((*path, name), part._modules[name]) for name in part._modules if name in names]
+    return (*found, *_of_scopes(around, is_known))
 
 
-def _known_tensors(module: nn.Module, read: Iterable[Any]) -> Callable[[Tensor], bool]:
-    """Tells the parameters and buffers of a module, and tensors that each call reads, perhaps by other views."""
+def _known(module: nn.Module, read: Sequence[Any]) -> Callable[[Any], bool]:
+    """Tells the parameters and buffers of a module, and what each call reads: modules, and tensors by other views."""
     products = [step for step in read if isinstance(step, Product)]
     tensors = [*module.parameters(), *module.buffers(), *(t for step in products for t in step.parameters())]
-    known = {id(tensor) for tensor in tensors} | {address for t in tensors if (address := _address(t)) is not None}
-    return lambda tensor: id(tensor) in known or _address(tensor) in known
+    known = {id(one) for one in (*tensors, *read)} | {address for t in tensors if (address := _address(t)) is not None}
+    return lambda one: id(one) in known or (isinstance(one, Tensor) and _address(one) in known)
 
 
 def _address(tensor: Tensor) -> tuple[str, int] | None:
@@ -143,126 +133,67 @@ def _address(tensor: Tensor) -> tuple[str, int] | None:
         return None
 
 
-def _of_part(part: Any, names: set[str], method: str, reader: _Reader, known: set[int]) -> Iterator[Entry]:
-    """Of those names that code reads of a part, one of which may be that of its ``method``."""
+def _of_part(reader: Reader, part: Any, names: set[str], methods: set[str]) -> Iterator[Entry]:
+    """Of those names that code reads of a part, some of which may be those of its ``methods``."""
     own = vars(part)
     for name in sorted(names):
         if name in own:
             yield from reader.read((name,), own[name])
         elif name in part._modules:
-            inner: Any = part._modules[name]
-            if inner is not None and id(inner) not in known and not (inner._modules or inner._parameters):
-                yield (_PARTS, name), kind_of(inner)
+            yield from _of_inner(reader, name, part._modules[name])
         elif name not in part._parameters and name not in part._buffers:
             value = getattr(type(part), name, Absent)
             if _is_watched(value):
                 yield from reader.read((name,), value)
-            elif name != method:
+            elif name not in methods:
                 yield (name,), Absent  # nothing of the instance's own, in the place of its class's method, or at all
 
 
-def _of_scope(scope: Scope, reader: _Reader) -> Iterator[Entry]:
+def _of_torchs(reader: Reader, part: Any) -> Iterator[Entry]:
+    """Of the parts in a list or a dictionary of PyTorch's, whose own code calls none."""
+    if isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+        for name, inner in part._modules.items():
+            yield from _of_inner(reader, name, inner)
+
+
+def _of_inner(reader: Reader, name: str, inner: Any) -> Iterator[Entry]:
+    """Of a part without parameters, unless each call reads it; what code of the user's reads of it, it has itself."""
+    if inner is None or not (reader.is_known(inner) or next(inner.parameters(), None) is not None):
+        read = inner is None or has_torchs_forward(type(inner))
+        yield (_PARTS, name), reader.kept((_PARTS, name), inner) if read else kind_of(inner)
+
+
+def _of_scopes(around: Surroundings, is_known: Callable[[Any], bool]) -> Iterator[tuple[Any, tuple[Entry, ...]]]:
+    """Of all variables, and of those around the code that they have."""
+    found: dict[int, tuple[Any, tuple[Entry, ...]]] = {}
+    done: dict[int, tuple[set[Path], int]] = {}
+    while True:
+        known = len(around.words)
+        waiting = [(key, *each) for key, each in around.scopes.found.items() if done.get(key) != (each[1], known)]
+        if not waiting:
+            return filter(operator.itemgetter(1), found.values())
+        for key, scope, paths in waiting:
+            done[key] = set(paths), known
+            reader = Reader(paths, around.words, around, is_known)
+            found[key] = scope, reader.settled(_of_scope, scope)
+            around.words |= reader.words
+
+
+def _of_scope(reader: Reader, scope: Scope) -> Iterator[Entry]:
     """Variables that are data, or have some; not the functions, classes and modules themselves that code names."""
     for name in sorted({path[0] for path in reader.paths}):
         try:
             value = scope.get(name)
         except ValueError:  # of an enclosing function, not filled yet
             continue
-        if _is_watched(value):
-            for names, kept in reader.read((name,), value):
-                if not (type(kept) is tuple and kept[:1] in ((What.OBJECT,), (What.FUNCTION,))):
-                    yield names, kept
+        if _is_watched(value) or _has_beside(value):
+            yield from (entry for entry in reader.read((name,), value) if not _is_plain(entry[1]))
 
 
-class _Reader:
-    """What code reads of the values that it finds by names.
-
-    Args:
-        paths: what it reads, as far as is known.
-        words: by which it may read more of what goes elsewhere as a whole.
-        scopes: takes what methods of objects read beside them.
-        is_known: see :class:`Keeper`.
-    """
-
-    def __init__(self, paths: set[Path], words: set[Any], scopes: Scopes, is_known: Callable[[Tensor], bool]) -> None:
-        self.paths, self._words, self._scopes, self._is_known = set(paths), set(words), scopes, is_known
-
-    def read(self, names: tuple[Any, ...], value: Any) -> Iterator[Entry]:
-        """An entry for a value, or several for what is read of it."""
-        if isinstance(value, torch.device):  # which says where tensors are made, and changes no number
-            return
-        inner = _inside(value)
-        further = self._further(names)
-        by_method = isinstance(value, dict) and any(key not in value and _is_method(dict, key) for key in further)
-        if isinstance(value, dict) and further and names not in self.paths and not by_method:
-            for key in sorted(further, key=str):
-                yield from self.read((*names, key), value[key]) if key in value else [((*names, key), Absent)]
-            return
-        if inner is None or isinstance(value, dict):
-            written = bool(further) and further <= _WRITING and names not in self.paths
-            yield names, kind_of(value) if written else self._kept(names, value)
-            return
-        if len(names) > _MOST_DEEP:
-            raise TooMuch(f"its code reads {names_of(names)}, objects within objects")
-        yield from self._of_object(names, value, inner)
-
-    def _of_object(self, names: tuple[Any, ...], value: Any, inner: Mapping[Any, Any]) -> Iterator[Entry]:
-        kind = type(value)
-        if not isinstance(value, (type, types.ModuleType)) and is_own(kind):
-            for key in self._further(names) - inner.keys():
-                if isinstance(key, str) and _is_method(kind, key):
-                    code = Code(kind, key, self._scopes)
-                    self.paths |= {(*names, *path) for path in code.paths}
-                    self._words |= code.words
-        found = False
-        for key in sorted(self._further(names), key=str):
-            if key in inner:
-                found = True
-                yield from self.read((*names, key), inner[key])
-            elif not _is_method(kind, key) and isinstance(key, str) and not isinstance(value, types.ModuleType):
-                found = True
-                now = getattr(value, key, Absent)
-                yield (*names, key), now if now is Absent else self._kept((*names, key), now)
-        if names in self.paths:  # it goes elsewhere as a whole
-            for key in sorted((inner.keys() & self._words) - self._further(names)):
-                found = True
-                yield (*names, key), self._kept((*names, key), inner[key])
-        if not found:
-            yield names, kind_of(value)
-
-    def _further(self, names: tuple[Any, ...]) -> set[Any]:
-        """What is read next behind some names."""
-        return {path[len(names)] for path in self.paths if path[: len(names)] == names and len(path) > len(names)}
-
-    def _kept(self, names: tuple[Any, ...], value: Any) -> Any:
-        try:
-            return Keeper(self._words, self._is_known).keep(value)
-        except TooMuch as error:
-            raise TooMuch(f"its code reads {names_of(names)}, which may become another, and is {error}") from None
-
-
-def _inside(value: Any) -> Mapping[Any, Any] | None:
-    """What is read by its names of a dictionary, an object, a class or a module; None of others."""
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, types.ModuleType):
-        return vars(value) if is_own(value) else None
-    if isinstance(value, type):
-        return _attributes(value) if _is_owner(value) else None
-    names = [name for kind in type(value).__mro__ if is_users(kind) for name in slots_of(kind)]
-    if not (names or is_object(value)) or isinstance(value, (nn.Module, Tensor, enum.Enum)):
-        return None
-    slots = {name: getattr(value, name) for name in names if hasattr(value, name)}
-    return {**_attributes(type(value)), **slots, **getattr(value, "__dict__", {})}
-
-
-def _attributes(kind: type) -> dict[str, Any]:
-    """The data that a class has, and those of its bases that are neither PyTorch's nor Python's."""
-    bases = [base for base in reversed(kind.__mro__) if is_users(base)]
-    found = {name: value for base in bases for name, value in vars(base).items() if name[:2] != "__"}
-    return {name: value for name, value in found.items() if is_data(value)}
-
-
-def _is_method(kind: type, name: Any) -> bool:
-    """Whether a class has something else of that name than data."""
-    return isinstance(name, str) and hasattr(kind, name)
+def _is_plain(kept: Any) -> bool:
+    """Whether it is a class, a function that has nothing beside it, or an object of no class of the user's."""
+    if type(kept) is not tuple or not kept:
+        return False
+    if kept[0] is What.FUNCTION:
+        return not kept[2]
+    return kept[0] is What.ITSELF or (kept[0] is What.OBJECT and not kept[1].is_users)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import mtlkernels as mk
 from mtlkernels._convert import values
 from mtlkernels._convert.classes import WATCHED
+from mtlkernels._convert.keeping import MOST_ENTRIES, Keeper
+from mtlkernels._convert.shared_state import MOST_NUMBERS
 from mtlkernels._convert.watched import changed
 from tests.convert.test_edits import register
 from tests.convert.weighing import Level, agree, assert_compiled_sees
@@ -185,13 +187,13 @@ def test_many_numbers_are_compared_once_a_write(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_what_is_the_same(kept: Any, now: Any, same: bool) -> None:
-    keeper = values.Keeper((), lambda tensor: False)
+    keeper = Keeper(lambda value: (), lambda tensor: False)
     assert values.is_same(now, keeper.keep(kept)) == same
 
 
 class Long(Level):
     def prepare(self) -> None:
-        self.weights = [1.0] * (values.MOST_ENTRIES + 1)
+        self.weights = [1.0] * (MOST_ENTRIES + 1)
         self.unread = list(self.weights)
 
     def weigh(self, z: Tensor) -> Tensor:
@@ -216,8 +218,8 @@ def _within_itself() -> list[Any]:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (torch.empty(values.MOST_NUMBERS + 1), "a tensor of more than 1048576 numbers, which is not registered"),
-        (numpy.empty(values.MOST_NUMBERS + 1), "more than 1048576 numbers of NumPy's"),
+        (torch.empty(MOST_NUMBERS + 1), "a tensor of more than 1048576 numbers, which is not registered"),
+        (numpy.empty(MOST_NUMBERS + 1), "more than 1048576 numbers of NumPy's"),
         ([[0] * 100] * 100, "more than 10000 entries"),
         (_within_itself(), "containers within containers"),
     ],
@@ -225,7 +227,7 @@ def _within_itself() -> list[Any]:
 )
 def test_too_much(value: Any, message: str) -> None:
     with pytest.raises(values.TooMuch, match=message):
-        values.Keeper((), lambda tensor: False).keep(value)
+        Keeper(lambda value: (), lambda tensor: False).keep(value)
 
 
 class Nested:

@@ -43,6 +43,10 @@ def twice(z: Tensor) -> Tensor:
     return 2 * z
 
 
+def same(z: Tensor) -> Tensor:
+    return z
+
+
 class Locked(Level):
     """What is no number is made anew where it is loaded."""
 
@@ -104,6 +108,11 @@ class ByAFunction(Level):
 
     def weigh(self, z: Tensor) -> Tensor:
         return self.change(z).softmax(1) if _order(self) == 1 else z.sigmoid()
+
+
+class ByAFunctionOfTheUser(ByAFunction):
+    def prepare(self) -> None:
+        self.order, self.change = 1, same
 
 
 class ByAProperty(Level):
@@ -187,11 +196,14 @@ def test_a_lock_is_no_reason() -> None:
         torch.testing.assert_close(other(X), model(X))
 
 
-@pytest.mark.parametrize("kind", [Logging, Configured, ByAFunction])
-def test_compiles_in_one_graph(kind: type, fresh_compiler: None) -> None:
+@pytest.mark.parametrize("kind", [Logging, Configured, ByAFunction, ByAFunctionOfTheUser])
+def test_compiles_in_one_graph(kind: type, fresh_compiler: None, fused_calls: list[int]) -> None:
     model = _converted(kind)
+    right = model(X)
+    fused_calls.clear()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(X), model(X))
+    torch.testing.assert_close(compiled(X), right)
+    assert fused_calls == [4]
 
 
 def test_nothing_is_kept_alive() -> None:
