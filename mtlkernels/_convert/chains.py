@@ -13,7 +13,8 @@ from mtlkernels._convert.activations import activation_name, function_of, name_o
 from mtlkernels.ops._fusing import Layer, linear_parameters, norm_refusal, slopes_refusal, weight_refusal
 from mtlkernels.ops.activations import WITH_SLOPES
 
-# One module, tensor, function or name of an activation, an nn.Sequential, or a sequence of these.
+# One module, tensor, function or name of an activation, an nn.Sequential or what calls its parts as that does, or a
+# sequence of these.
 Chain = Any
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ParameterList, list, tuple)
@@ -54,17 +55,24 @@ class Product:
 def flatten(chain: Chain) -> list[Any]:
     """What a chain calls one by one: modules, functions, and a :class:`Product` for weights without a module."""
     class_of = _torch.class_teller()
-    if isinstance(chain, nn.Module) and class_of(chain) not in _CONTAINERS:
+    if isinstance(chain, nn.Module) and not _is_container(class_of(chain)):
         return [chain]
     steps: list[Any] = []
     _collect(chain, steps, class_of)
     return steps
 
 
+def _is_container(kind: type) -> bool:
+    """Whether a chain goes on inside: also in a class of somebody's that calls its parts as nn.Sequential does."""
+    if kind in _CONTAINERS or not issubclass(kind, nn.Sequential):
+        return kind in _CONTAINERS
+    return kind.forward is nn.Sequential.forward and kind.__call__ is nn.Sequential.__call__
+
+
 def _collect(chain: Chain, steps: list[Any], class_of: Callable[[Any], Any]) -> None:
     kind = class_of(chain)
-    if kind in _CONTAINERS:
-        for part in chain._modules.values() if kind in (nn.Sequential, nn.ModuleList) else chain:
+    if _is_container(kind):
+        for part in chain._modules.values() if issubclass(kind, (nn.Sequential, nn.ModuleList)) else chain:
             _collect(part, steps, class_of)
     elif isinstance(chain, nn.Module):
         steps.append(chain)

@@ -34,7 +34,8 @@ class Registration:
         """Teaches :func:`convert` a class of your own with levels of experts, gates and mixing in its ``forward``.
 
         An expert is given by what it applies, in a line, [Linear → (norm) → (activation) → (Dropout)] a layer: one
-        module, an ``nn.Sequential``, or a sequence of these and of what stands for modules:
+        module, an ``nn.Sequential``, also of a class that has its ``forward``, or a sequence of these and of what
+        stands for modules:
 
         - a tensor [D, H] for ``x @ tensor`` (the transpose of an ``nn.Linear``'s weight), and behind it a tensor [H] or
           [1, H] for its bias;

@@ -26,7 +26,7 @@ from mtlkernels._convert.values import SCALARS, What, is_data, is_same, kind_of,
 
 # By which names a part is found, or where variables are, and the entries.
 Watched = tuple[tuple[Any, tuple[Entry, ...]], ...]
-_PARTS = "_modules"
+_PARTS, _PARAMETERS = "_modules", "_parameters"
 
 
 def changed(module: Any, watched: Watched) -> str | None:
@@ -114,7 +114,8 @@ def watched(module: nn.Module, method: str, read: Iterable[Any], writes: Iterabl
             entries = reader.settled(_of_torchs, part)
         found += [(path, entries)] if entries else []
         waiting += [((*path, name), part._modules[name]) for name in part._modules if name in names]
-    return (*found, *_of_scopes(around, is_known))
+    found += _of_scopes(around, is_known)
+    return (*found, *(_flags(module) if "requires_grad" in around.words else ()))
 
 
 def _known(module: nn.Module, read: Sequence[Any]) -> Callable[[Any], bool]:
@@ -161,6 +162,15 @@ def _of_inner(reader: Reader, name: str, inner: Any) -> Iterator[Entry]:
     if inner is None or not (reader.is_known(inner) or next(inner.parameters(), None) is not None):
         read = inner is None or has_torchs_forward(type(inner))
         yield (_PARTS, name), reader.kept((_PARTS, name), inner) if read else kind_of(inner)
+
+
+def _flags(module: nn.Module) -> Iterator[tuple[Any, tuple[Entry, ...]]]:
+    """Which parameters are frozen: code may ask that of any."""
+    for name, part in module.named_modules():
+        flags = {key: parameter.requires_grad for key, parameter in part.named_parameters(recurse=False)}
+        if flags:
+            path = tuple(name.split(".")) if name else ()
+            yield path, tuple(((_PARAMETERS, key, "requires_grad"), flag) for key, flag in flags.items())
 
 
 def _of_scopes(around: Surroundings, is_known: Callable[[Any], bool]) -> Iterator[tuple[Any, tuple[Entry, ...]]]:

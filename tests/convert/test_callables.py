@@ -369,9 +369,9 @@ def test_the_module_around_a_function(fused_calls: list[int]) -> None:
     ("share", "edit"),
     [
         (Temperature(1.0), lambda: setattr(VARIABLE, "t", 2.0)),
-        (Plain(), lambda: _vary(Sharp())),
-        (annealed(1.0), lambda: _vary(annealed(2.0))),
-        (functools.partial(soft), lambda: _vary(functools.partial(soft, t=2.0))),
+        (Plain(), lambda: globals().update(VARIABLE=Sharp())),
+        (annealed(1.0), lambda: globals().update(VARIABLE=annealed(2.0))),
+        (functools.partial(soft), lambda: globals().update(VARIABLE=functools.partial(soft, t=2.0))),
         (Temperature(1.0).shares, lambda: setattr(VARIABLE.__self__, "t", 2.0)),
         (soft_of_itself, lambda: setattr(soft_of_itself, "t", 2.0)),
     ],
@@ -385,10 +385,6 @@ def test_variables(share: Any, edit: Callable[[], object], monkeypatch: pytest.M
     edit()
     agree(model, own)
     soft_of_itself.t = 1.0  # type: ignore[attr-defined]
-
-
-def _vary(share: Any) -> None:
-    globals()["VARIABLE"] = share
 
 
 def test_a_function_names_variables(monkeypatch: pytest.MonkeyPatch) -> None:

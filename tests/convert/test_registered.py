@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import pickle
 import subprocess
 import sys
@@ -306,6 +307,32 @@ def test_the_second_example_of_the_docstring_works() -> None:
     example = doc.partition("gates that are bare parameters::\n")[2].partition("Experts' matrices")[0]
     found = _run(textwrap.dedent(example) + "\nprint(mk.convert(BareMMoE(6, 5, 4, 3)))")
     assert "4 experts of 2 layers and 3 gates in one expert_mixture" in found
+
+
+class MLP(nn.Sequential):
+    """As torchvision's."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__(*(step for pair in itertools.pairwise(widths) for step in (nn.Linear(*pair), nn.ReLU())))
+
+
+class Scaled(MLP):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize("kind", [MLP, Scaled])
+def test_experts_of_a_class_that_calls_its_parts_in_a_line(kind: type[MLP]) -> None:
+    """One with a forward of its own stays a module."""
+    model = Square()
+    model.experts = nn.ModuleList(kind(4, 7, 5) for _ in range(4))
+    own, x = copy.deepcopy(model), torch.randn(9, 4)
+    mk.convert.register(Square, **{**SQUARE, "experts": lambda model: model.experts})
+    assert bool(mk.convert(model).replaced) is (kind is MLP)
+    torch.testing.assert_close(model(x), own(x))
+    for each in (model, own):
+        each.experts[0].register_forward_hook(lambda *args: args[2] + 1)  # type: ignore[union-attr]
+    torch.testing.assert_close(model(x), own(x))
 
 
 def test_numpy_is_not_needed() -> None:

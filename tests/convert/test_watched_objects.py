@@ -59,6 +59,11 @@ class Steps(Home):
         return logits
 
 
+class EqualWhileFrozen(Home):
+    def shares(self, logits: Tensor) -> Tensor:
+        return logits if self.gates[0].weight.requires_grad else torch.zeros_like(logits)  # type: ignore[union-attr]
+
+
 def converted(kind: type[Home]) -> Any:
     register(kind)
     model = kind().eval()
@@ -87,3 +92,21 @@ def test_an_object_of_another_class_in_a_list() -> None:
     model = converted(Steps)
     model.steps[0] = Doubled()
     assert_own_numbers(model)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parameters_that_are_frozen_and_thawed(frozen: bool) -> None:
+    """Of code that asks; what it does while they are frozen may be what no fused way does."""
+    register(EqualWhileFrozen)
+    model: Any = EqualWhileFrozen().eval()
+    assert mk.convert(model).replaced
+    for flag in (False, True, False):
+        model.gates.requires_grad_(flag)
+        assert_own_numbers(model)
+    model.gates.requires_grad_(True)
+    model.experts.requires_grad_(not frozen)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for flag in (True, False):
+        model.gates.requires_grad_(flag)
+        x = torch.randn(40, 8)
+        torch.testing.assert_close(compiled(x), Home.forward(model, x))
