@@ -12,7 +12,7 @@ from mtlkernels._convert.arguments import Absent
 from mtlkernels._convert.keeping import Keeper
 from mtlkernels._convert.objects import inside, is_method
 from mtlkernels._convert.reading import Code, Path, Surroundings, is_own, methods_of
-from mtlkernels._convert.values import TooMuch, kind_of, names_of
+from mtlkernels._convert.values import TooMuch, is_data, kind_of, names_of
 
 # By which names something is found from a part or a scope on, and what is kept of it.
 Entry = tuple[tuple[Any, ...], Any]
@@ -86,7 +86,10 @@ class Reader:
             for key in sorted((within.keys() & self.words) - self._further(names)):
                 found = True
                 yield (*names, key), self.kept((*names, key), within[key])
-        if called or not found:
+        if is_data(value):  # a list or a number of a class of the user's
+            yield names, self.kept(names, value)
+            yield (*names, "__class__"), kind_of(kind)
+        elif called or not found:
             yield names, kind_of(value)
 
     def _methods(self, names: tuple[Any, ...], kind: type, within: Mapping[Any, Any]) -> set[str]:

@@ -27,6 +27,8 @@ _ASIDE = frozenset(
         "getnewargs_ex",
     )
 )
+_CACHED = type(functools.lru_cache(len))
+_METHODS = (functools.partialmethod, functools.singledispatchmethod)
 # What follows a name in code, as ("config", "temperature") for ``config.temperature`` and ``config["temperature"]``.
 Path = tuple[Any, ...]
 
@@ -105,8 +107,8 @@ class Surroundings:
         named = [values.get(name) for name, *_ in around]
         modules = [(values.get(name), further[0]) for name, *further in around if further]
         inside = [vars(value).get(name) for value, name in modules if isinstance(value, types.ModuleType)]
-        functions = [value for value in named if isinstance(value, types.FunctionType)]
-        for other in (*functions, *(value for value in inside if isinstance(value, types.FunctionType))):
+        functions = [function for value in named for function in functions_of(value)]
+        for other in (*functions, *(function for value in inside for function in functions_of(value))):
             self.learn(other)
         return functions
 
@@ -162,7 +164,7 @@ class Code:
         for code in codes(function.__code__):
             words |= _words(code)
             found = paths_after(code)
-            of_this = {path[1:] for path in found if path[:1] == this}
+            of_this = {tuple(n for n in path[1:] if n != "__dict__") for path in found if path[:1] == this}
             paths |= of_this - {()}
             if () in of_this:
                 escapes, called = True, methods_of(kind, ())
@@ -198,15 +200,28 @@ def methods_of(kind: type, words: Collection[Any]) -> set[str]:
 
 
 def _is_code(value: Any) -> bool:
-    return isinstance(value, (types.FunctionType, property, classmethod, staticmethod))
+    return isinstance(value, (types.FunctionType, property, classmethod, staticmethod, *_METHODS, _CACHED))
 
 
 def functions_of(value: Any) -> Iterator[types.FunctionType]:
-    """Those behind an attribute of a class, with what they wrap."""
-    for part in (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),):
-        while isinstance(part, types.FunctionType):
-            yield part
+    """Those behind an attribute of a class or a variable, with what they wrap, but none of PyTorch's wrappers."""
+    parts: Iterable[Any] = (getattr(value, "__func__", value),)
+    if isinstance(value, property):
+        parts = (value.fget, value.fset)
+    elif isinstance(value, functools.partialmethod):
+        parts = (value.func,)
+    elif isinstance(value, functools.singledispatchmethod):
+        parts = value.dispatcher.registry.values()
+    for part in parts:
+        while isinstance(part, (types.FunctionType, _CACHED)):
+            if isinstance(part, types.FunctionType) and not is_torchs_code(part):
+                yield part
             part = getattr(part, "__wrapped__", None)
+
+
+def is_torchs_code(function: types.FunctionType) -> bool:
+    """Whether PyTorch has written it, as it has what ``torch.no_grad`` puts around a function of the same name."""
+    return str(function.__globals__.get("__name__")).partition(".")[0] == "torch"
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -218,7 +233,17 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _words(code: types.CodeType) -> set[Any]:
-    return {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
+    return {*code.co_names, *_words_in(code.co_consts)}
+
+
+def _words_in(constants: Iterable[Any]) -> Iterator[str]:
+    """Also those in tuples, over which code goes, and those of a path."""
+    for constant in constants:
+        if isinstance(constant, str):
+            yield constant
+            yield from constant.split(".") if "." in constant else ()
+        elif isinstance(constant, (tuple, frozenset)):
+            yield from _words_in(constant)
 
 
 @functools.lru_cache(1024)

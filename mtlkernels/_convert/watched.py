@@ -105,7 +105,8 @@ def watched(module: nn.Module, method: str, read: Iterable[Any], writes: Iterabl
             code = Code(kind, methods, around.scopes)
             around.packages |= code.packages
             reader = Reader(code.paths, code.words, Surroundings(around.scopes, code.packages), is_known)
-            own = code.names - INTERNAL - (set(writes) if part is module else set())
+            own = code.names | _put_together(part, code.words)
+            own -= INTERNAL | (set(writes) if part is module else set())
             names &= code.names
             entries = reader.settled(_of_part, part, own, code.methods)
             around.words |= reader.words
@@ -114,6 +115,7 @@ def watched(module: nn.Module, method: str, read: Iterable[Any], writes: Iterabl
             entries = reader.settled(_of_torchs, part)
         found += [(path, entries)] if entries else []
         waiting += [((*path, name), part._modules[name]) for name in part._modules if name in names]
+    found += _of_others_code(module, Reader(set(), around.words, around, is_known), dict(found))
     found += _of_scopes(around, is_known)
     return (*found, *(_flags(module) if "requires_grad" in around.words else ()))
 
@@ -162,6 +164,34 @@ def _of_inner(reader: Reader, name: str, inner: Any) -> Iterator[Entry]:
     if inner is None or not (reader.is_known(inner) or next(inner.parameters(), None) is not None):
         read = inner is None or has_torchs_forward(type(inner))
         yield (_PARTS, name), reader.kept((_PARTS, name), inner) if read else kind_of(inner)
+
+
+def _put_together(part: Any, words: set[Any]) -> set[str]:
+    """Attributes whose names code may put together, as by ``f"mask_{task}"``: it has a piece of them."""
+    if "getattr" not in words:
+        return set()
+    starts = tuple(word for word in words if isinstance(word, str) and word[-1:] == "_" != word[:1])
+    ends = tuple(word for word in words if isinstance(word, str) and word[:1] == "_" != word[1:2])
+    data = {name for kind in type(part).__mro__ for name, value in vars(kind).items() if is_data(value)}
+    return {name for name in {*vars(part), *data} if name.startswith(starts) or name.endswith(ends)}
+
+
+def _of_others_code(
+    module: nn.Module, reader: Reader, known: dict[Any, Any]
+) -> Iterator[tuple[Any, tuple[Entry, ...]]]:
+    """Of attributes of parts by whose names code asks for something, as code of the module does that reads them."""
+    for name, part in module.named_modules():
+        path = tuple(name.split(".")) if name else ()
+        named = vars(part).keys() & reader.words
+        rest = named - INTERNAL - {names[0] for names, _ in known.get(path, ())} if path else ()
+        entries = reader.settled(_by_name, part, rest) if rest else ()
+        if entries:
+            yield path, entries
+
+
+def _by_name(reader: Reader, part: Any, names: set[str]) -> Iterator[Entry]:
+    for name in sorted(names):
+        yield from reader.read((name,), vars(part)[name])
 
 
 def _flags(module: nn.Module) -> Iterator[tuple[Any, tuple[Entry, ...]]]:

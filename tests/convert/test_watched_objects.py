@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import functools
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +13,8 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
+from mtlkernels._convert.classes import WATCHED
+from mtlkernels._convert.watched import changed
 from tests.convert.test_edits import Home, register
 
 
@@ -64,6 +70,154 @@ class EqualWhileFrozen(Home):
         return logits if self.gates[0].weight.requires_grad else torch.zeros_like(logits)  # type: ignore[union-attr]
 
 
+class Switched(Home):
+    """Whose forward asks for something before it goes on."""
+
+    def prepare(self) -> None:
+        """Sets what it asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepare()
+
+    def asks(self) -> Any:
+        return False
+
+    def shares(self, logits: Tensor) -> Tensor:
+        return logits * 9 if self.asks() else logits
+
+
+class OfAPart(Switched):
+    def prepare(self) -> None:
+        for gate in self.gates:
+            gate.on = False
+
+    def asks(self) -> Any:
+        return self.gates[0].on
+
+
+class ByNamesInATuple(Switched):
+    first = second = False
+
+    def asks(self) -> Any:
+        return any([getattr(self, name) for name in ("first", "second")])
+
+
+class ByPutTogetherNames(Switched):
+    def prepare(self) -> None:
+        self.use_0 = self.use_1 = self.of_ctr = False
+
+    def asks(self) -> Any:
+        return any(getattr(self, f"use_{task}") for task in range(2))
+
+
+class OfTheDictionary(Switched):
+    def prepare(self) -> None:
+        self.on = False
+
+    def asks(self) -> Any:
+        return self.__dict__["on"]
+
+
+class Rates(list[float]):
+    pass
+
+
+class OfItsOwnList(Switched):
+    def prepare(self) -> None:
+        self.rates = Rates()
+
+    def asks(self) -> Any:
+        return len(self.rates) > 0
+
+
+class Whole(int):
+    pass
+
+
+class OfItsOwnNumber(Switched):
+    def prepare(self) -> None:
+        self.count = Whole(0)
+
+    def asks(self) -> Any:
+        return self.count > 0
+
+
+class Pair(collections.namedtuple("Pair", "on rate")):
+    pass
+
+
+class OfItsOwnTuple(Switched):
+    def prepare(self) -> None:
+        self.pair = Pair(False, 1.0)
+
+    def asks(self) -> Any:
+        return self.pair.on
+
+
+SHARED = Config()
+
+
+@functools.lru_cache
+def cached() -> bool:
+    return SHARED.temperature > 1
+
+
+class OfACachedFunction(Switched):
+    def asks(self) -> Any:
+        return cached()
+
+
+def turn_up(model: Any) -> None:
+    SHARED.temperature = 2.0
+    cached.cache_clear()
+
+
+class ByAPartialMethod(Switched):
+    def prepare(self) -> None:
+        self.on = False
+
+    def further(self, really: bool) -> bool:
+        return self.on and really
+
+    asks = functools.partialmethod(further, True)
+
+
+class ByTheKind(Switched):
+    def prepare(self) -> None:
+        self.on = False
+
+    @functools.singledispatchmethod
+    def of_kind(self, value: Any) -> bool:
+        return self.on
+
+    def asks(self) -> Any:
+        return self.of_kind(1)
+
+
+CHANGES: dict[type[Switched], Callable[[Any], object]] = {
+    OfAPart: lambda model: setattr(model.gates[0], "on", True),
+    ByNamesInATuple: lambda model: setattr(model, "second", True),
+    ByPutTogetherNames: lambda model: setattr(model, "use_1", True),
+    OfTheDictionary: lambda model: setattr(model, "on", True),
+    OfItsOwnList: lambda model: model.rates.append(1.0),
+    OfItsOwnNumber: lambda model: setattr(model, "count", Whole(1)),
+    OfItsOwnTuple: lambda model: setattr(model, "pair", Pair(True, 1.0)),
+    OfACachedFunction: turn_up,
+    ByAPartialMethod: lambda model: setattr(model, "on", True),
+    ByTheKind: lambda model: setattr(model, "on", True),
+}
+
+
+class Checking(Home):
+    @torch.no_grad()
+    def check(self, x: Tensor) -> Tensor:
+        return x
+
+    def read(self, x: Tensor) -> Tensor:
+        return self.check(x)
+
+
 def converted(kind: type[Home]) -> Any:
     register(kind)
     model = kind().eval()
@@ -110,3 +264,22 @@ def test_parameters_that_are_frozen_and_thawed(frozen: bool) -> None:
         model.gates.requires_grad_(flag)
         x = torch.randn(40, 8)
         torch.testing.assert_close(compiled(x), Home.forward(model, x))
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_whichever_way_code_asks(kind: type[Switched]) -> None:
+    model = converted(kind)
+    assert changed(model, vars(model)[WATCHED]) is None
+    CHANGES[kind](model)
+    assert changed(model, vars(model)[WATCHED]) is not None
+    assert_own_numbers(model)
+    SHARED.temperature = 1.0
+
+
+def test_a_method_without_gradients_is_compiled_fused(fused_calls: list[int], fresh_compiler: None) -> None:
+    """What PyTorch puts around it has variables of its own, which no module nor pickle has."""
+    model = converted(Checking)
+    torch.compile(model, backend="eager", fullgraph=True)(torch.randn(40, 8))
+    assert fused_calls
+    loaded = pickle.loads(pickle.dumps(model))
+    assert changed(loaded, vars(loaded)[WATCHED]) is None
