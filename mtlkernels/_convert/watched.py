@@ -179,12 +179,13 @@ def _put_together(part: Any, words: set[Any]) -> set[str]:
 def _of_others_code(
     module: nn.Module, reader: Reader, known: dict[Any, Any]
 ) -> Iterator[tuple[Any, tuple[Entry, ...]]]:
-    """Of attributes of parts by whose names code asks for something, as code of the module does that reads them."""
+    """Of attributes of parts what the code of others asks for by their names, but of PyTorch's own settings."""
     for name, part in module.named_modules():
-        path = tuple(name.split(".")) if name else ()
-        named = vars(part).keys() & reader.words
-        rest = named - INTERNAL - {names[0] for names, _ in known.get(path, ())} if path else ()
-        entries = reader.settled(_by_name, part, rest) if rest else ()
+        path = tuple(name.split("."))
+        settings = getattr(type(part), "__constants__", ()) if is_torchs(type(part)) else ()
+        names = (vars(part).keys() & reader.words) - INTERNAL - set(settings)
+        names -= {names[0] for names, _ in known.get(path, ())}
+        entries = reader.settled(_by_name, part, names) if name and names else ()
         if entries:
             yield path, entries
 
