@@ -39,6 +39,16 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     ]
 
 
+def errors_of_both(x: Tensor, weights: list[Tensor], logits: Tensor) -> tuple[list[float], list[float]]:
+    """Those of the C++ kernels and of the reference."""
+    exact = run(x.double(), [w.double() for w in weights], logits)
+    found = []
+    for name in ("cpp", "reference"):
+        with mk.use_backend(name):
+            found.append(errors(run(x, weights, logits), exact))
+    return found[0], found[1]
+
+
 # With 48 rows the forward pass alone splits its weights.
 @pytest.mark.parametrize(
     ("rows", "width", "scale"),
@@ -46,21 +56,13 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 )
 def test_as_exact_as_float32(rows: int, width: int, scale: float) -> None:
     x, weights, logits = level(torch.float32, width, scale, rows)
-    exact = run(x.double(), [w.double() for w in weights], logits)
-    with mk.use_backend("reference"):
-        plain = errors(run(x, weights, logits), exact)
-    with mk.use_backend("cpp"):
-        split = errors(run(x, weights, logits), exact)
+    split, plain = errors_of_both(x, weights, logits)
     assert all(ours <= 2 * theirs for ours, theirs in zip(split, plain, strict=True)), (split, plain)
 
 
 def test_float16() -> None:
     x, weights, logits = level(torch.float16, 417, 1.0)
-    exact = run(x.double(), [w.double() for w in weights], logits)
-    with mk.use_backend("reference"):
-        plain = errors(run(x, weights, logits), exact)
-    with mk.use_backend("cpp"):
-        split = errors(run(x, weights, logits), exact)
+    split, plain = errors_of_both(x, weights, logits)
     assert all(ours <= 1.2 * theirs for ours, theirs in zip(split, plain, strict=True)), (split, plain)
 
 
@@ -68,11 +70,7 @@ def test_float16_where_pairs_of_inputs_cancel() -> None:
     """The product of the last planes is a millionth of a term, but of a sum that cancels it is a hundredth."""
     x, weights, logits = level(torch.float16, 416, 1.0)
     x[:, 1::2], weights[0][..., 1::2] = x[:, ::2], weights[0][..., ::2].nextafter(weights[0].new_tensor(9.0)).neg()
-    exact = run(x.double(), [w.double() for w in weights], logits)
-    with mk.use_backend("reference"):
-        plain = errors(run(x, weights, logits), exact)
-    with mk.use_backend("cpp"):
-        split = errors(run(x, weights, logits), exact)
+    split, plain = errors_of_both(x, weights, logits)
     assert all(ours <= 1.2 * theirs for ours, theirs in zip(split, plain, strict=True)), (split, plain)
 
 
