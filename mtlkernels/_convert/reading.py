@@ -214,12 +214,12 @@ def functions_of(value: Any) -> Iterator[types.FunctionType]:
         parts = value.dispatcher.registry.values()
     for part in parts:
         while isinstance(part, (types.FunctionType, _CACHED)):
-            if isinstance(part, types.FunctionType) and not is_torchs_code(part):
+            if isinstance(part, types.FunctionType) and not _is_torchs_code(part):
                 yield part
             part = getattr(part, "__wrapped__", None)
 
 
-def is_torchs_code(function: types.FunctionType) -> bool:
+def _is_torchs_code(function: types.FunctionType) -> bool:
     """Whether PyTorch has written it, as it has what ``torch.no_grad`` puts around a function of the same name."""
     return str(function.__globals__.get("__name__")).partition(".")[0] == "torch"
 

@@ -39,12 +39,13 @@ class Home(nn.Module):
         return [(self.shares(gate(x)).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
 
 
-def register(kind: type) -> None:
+def register(kind: type, **options: Any) -> None:
     mk.convert.register(
         kind,
         experts=lambda model: model.experts,
         gates=lambda model: model.gates,
         routing=lambda model: mk.Routing.mmoe(len(model.experts), len(model.gates)),
+        **options,
     )
 
 

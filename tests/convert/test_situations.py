@@ -13,6 +13,7 @@ from torch import Tensor
 import mtlkernels as mk
 from mtlkernels._convert import registry, trial
 from tests.convert.edits import Edited, TopKOfManyRows
+from tests.convert.test_edits import register
 
 OUTPUTS = "its outputs differ from those of its experts and gates"
 
@@ -124,21 +125,11 @@ EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
 }
 
 
-def described(**options: Any) -> None:
-    mk.convert.register(
-        Edited,
-        experts=lambda level: level.experts,
-        gates=lambda level: level.gates,
-        routing=lambda level: mk.Routing.mmoe(len(level.experts), len(level.gates)),
-        **options,
-    )
-
-
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten afterwards."""
     monkeypatch.setattr(registry, "_registered", {})
-    described()
+    register(Edited)
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -165,7 +156,7 @@ def test_a_large_level_is_tried_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -
         return (streams[0],)
 
     monkeypatch.setattr(trial, "LARGE_WORK", 1e4)
-    described(inputs=lambda level, x: x, arguments=arguments)
+    register(Edited, inputs=lambda level, x: x, arguments=arguments)
     model = Edited()
     assert mk.convert(model).replaced
     assert max(rows) == int(1e4 / sum(p.numel() for p in model.parameters()))

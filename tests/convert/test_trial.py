@@ -70,6 +70,7 @@ from tests.convert.edits import (
     WritesWeights,
 )
 from tests.convert.models import fill, mmoe
+from tests.convert.test_edits import register
 
 OUTPUTS = "its outputs differ from those of its experts and gates"
 EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
@@ -138,20 +139,11 @@ EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
 }
 
 
-def described(kind: type) -> None:
-    mk.convert.register(
-        kind,
-        experts=lambda level: level.experts,
-        gates=lambda level: level.gates,
-        routing=lambda level: mk.Routing.mmoe(len(level.experts), len(level.gates)),
-    )
-
-
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers is forgotten afterwards."""
     monkeypatch.setattr(registry, "_registered", {})
-    described(Edited)
+    register(Edited)
     yield
     LOSSES.clear()
     ClassLosses.everyone.clear()
