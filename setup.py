@@ -152,7 +152,11 @@ class CMakeBuild(build_ext):
             in_place = Path(self.get_ext_fullpath(extension.name)).parent
             in_place.mkdir(parents=True, exist_ok=True)
             if (built / LIBRARY).exists():
-                shutil.copy(built / LIBRARY, in_place)
+                beside = (
+                    in_place / f"{LIBRARY}.new"
+                )  # as what is written over crashes the processes that have it loaded
+                shutil.copy(built / LIBRARY, beside)
+                beside.replace(in_place / LIBRARY)
         super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:

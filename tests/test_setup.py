@@ -52,6 +52,25 @@ def configure(place: Path) -> Path:
     return folder
 
 
+def test_a_library_that_is_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has it loaded reads the old file, as one that is written over crashes it."""
+    command = setup.CMakeBuild(Distribution({"name": "mtlkernels"}))
+    command.build_lib = str(tmp_path / "built")
+    command.extensions = [Extension("package.lib._C", [])]
+    monkeypatch.setattr(command, "get_ext_fullpath", lambda name: str(tmp_path / "in_place" / "_C.so"), raising=False)
+    monkeypatch.setattr(setup.build_ext, "copy_extensions_to_source", lambda self: None)
+    built, in_place = tmp_path / "built" / "package" / "lib", tmp_path / "in_place"
+    built.mkdir(parents=True)
+    (built / setup.LIBRARY).write_text("old")
+    command.copy_extensions_to_source()
+    with open(in_place / setup.LIBRARY) as loaded:
+        (built / setup.LIBRARY).write_text("new")
+        command.copy_extensions_to_source()
+        assert loaded.read() == "old"
+    assert (in_place / setup.LIBRARY).read_text() == "new"
+    assert [path.name for path in in_place.iterdir()] == [setup.LIBRARY]
+
+
 CHANGES = [("CMAKE_ARGS", "-DMTLK_SPLIT=ON"), *((name, "another") for name in setup.READ_ONCE)]
 
 

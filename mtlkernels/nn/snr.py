@@ -205,6 +205,9 @@ class SNR(NotScriptable, nn.Module):
             given = as_sequence("noise", noise, "a sequence with a tensor for each level")
             if len(given) != len(alphas):
                 raise ValueError(f"noise must hold a tensor for each of {len(alphas)} levels, got {len(given)}")
+            for number, u in enumerate(given):
+                if u is None:  # with which hard_concrete is deterministic
+                    raise TypeError(f"noise[{number}] must be a tensor [I, J], got None")
         elif self.training:
             dtypes = [torch.float64 if a.dtype == torch.float64 else torch.float32 for a in alphas]
             given = [torch.rand(a.shape, device=a.device, dtype=t) for a, t in zip(alphas, dtypes, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from mtlkernels import _extension
 
 MODES = pytest.mark.parametrize("mode", ["trans", "aver"])
 
@@ -180,6 +182,27 @@ def test_compact_is_the_same_bit_for_bit(mode: str, coding: Any, batch_norm: boo
     with mk.use_backend(backend), torch.no_grad():
         got, expected = compact(x), model(x)
     assert len(got) == 2 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("isa", _extension.instruction_sets() or [""])
+@pytest.mark.parametrize("width", [2, 4, 5, 8, 9, 16, 17])
+def test_compact_is_the_same_whatever_outputs_go_together(isa: str, width: int) -> None:
+    """Outputs that sum the same inputs go together, and compact() leaves others of them."""
+    model = mk.nn.SNR(
+        32, num_tasks=3, subnet_units=(width,), num_subnets=(4, 4), mode="aver", dtype=torch.float64
+    ).eval()
+    x = torch.randn(16, 32, dtype=torch.float64)
+    for _ in range(20):
+        with torch.no_grad(), _extension.instruction_set(isa) if isa else contextlib.nullcontext():
+            for joint in model.joints:
+                joint.log_alpha.copy_(torch.randn_like(joint.log_alpha) * 3)
+            assert all(torch.equal(a, b) for a, b in zip(model.compact()(x), model(x), strict=True))
+
+
+def test_noise_is_for_every_level() -> None:
+    model = small().train()
+    with pytest.raises(TypeError, match=r"noise\[1\] must be a tensor \[I, J\], got None"):
+        model(torch.randn(4, 10), [noise_for(model)[0], None])
 
 
 def test_compact_leaves_out_what_is_dead() -> None:

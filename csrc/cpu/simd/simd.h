@@ -110,6 +110,26 @@ MTLK_INLINE Vector<C> broadcast(C value) {
   return value - Vector<C>{};  // exact, and keeps the sign of zero
 }
 
+// a * b + c, rounded once wherever there is an instruction for it, which the compiler takes in some loops alone.
+template <typename C>
+MTLK_INLINE Vector<C> multiply_add(Vector<C> a, Vector<C> b, Vector<C> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == sizeof(float)) {
+    return reinterpret_cast<Vector<C>>(_mm512_fmadd_ps(a, b, c));
+  } else {
+    return reinterpret_cast<Vector<C>>(_mm512_fmadd_pd(a, b, c));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == sizeof(float)) {
+    return reinterpret_cast<Vector<C>>(_mm256_fmadd_ps(a, b, c));
+  } else {
+    return reinterpret_cast<Vector<C>>(_mm256_fmadd_pd(a, b, c));
+  }
+#else
+  return a * b + c;
+#endif
+}
+
 template <typename T>
 struct ComputeOf {
   using type = float;

@@ -143,7 +143,7 @@ class SnrAverSum {
       for (int o = 0; o < O; ++o) {
         const Vector<C> factor = broadcast(z[o][r]);
 #pragma GCC unroll 4
-        for (int k = 0; k < V; ++k) sum[o][k] += factor * values[k];
+        for (int k = 0; k < V; ++k) sum[o][k] = multiply_add<C>(factor, values[k], sum[o][k]);
       }
     }
 #pragma GCC unroll 4

@@ -106,4 +106,7 @@ def _serve(u: Any, weight: Any, z: Any) -> tuple[Tensor, ...] | None:
         not isinstance(row, (list, tuple)) or len(row) != count for row in weight
     ):
         return None
-    return direct("snr_trans", u, [matrix for row in weight for matrix in row], z)
+    matrices = [matrix for row in weight for matrix in row]
+    if len(matrices) == 1 and isinstance(matrices[0], Tensor) and matrices[0].dim() == 4:
+        return None  # which by itself would be a stacked weight
+    return direct("snr_trans", u, matrices, z)

@@ -340,6 +340,16 @@ def test_what_is_not_finite_stays_in_its_task(value: float, backend: str) -> Non
     assert got[2].isnan() if value != value else got[2] == value
 
 
+def test_what_is_minus_infinity_is_projected_on(backend: str) -> None:
+    """What follows then is not finite, so that nothing else is projected on."""
+    grads = [torch.tensor(g) for g in ([1.0, 0.0, 1.0], [0.0, 1.0, -1.0], [-torch.inf, 0.0, 0.0])]
+    gram = mk.gram([[g] for g in grads])
+    with mk.use_backend(backend):
+        before, behind = (mk.pcgrad_weights(gram, [first, [0, 2], [0, 1]])[0] for first in ([1, 2], [2, 1]))
+    assert before.tolist() == [1.0, 0.5, 0.0]  # as g_0 + g_1 / 2 has an inner product of NaN with it
+    assert behind[:2].tolist() == [1.0, 0.0] and behind[2].isnan()
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_numbers_below_zero(normalize: bool, backend: str) -> None:
     """Which operators that are called directly may get: no norm to clip to; and what ``|g_j|^2`` falls short by."""

@@ -43,6 +43,11 @@ GRADS = [torch.zeros(5, 6)] * 4
             ValueError,
             r"weight\[0\]\[1\] must have shape \[6, 3\], rows as weight\[0\]\[0\] and columns as u\[1\], got \[5, 3\]",
         ),
+        (
+            (U[:1], [[W[:2, :1]]], Z[:2, :1]),
+            ValueError,
+            r"weight\[0\]\[0\] must have shape \[D_out, 3\], got \[2, 1, 6, 3\]",
+        ),
         ((U, W, 1.0), TypeError, r"z must be a tensor \[I, 2\], got float"),
         ((U, W, Z.t()), ValueError, r"z must have shape \[4, 2\], a row for each output.*, got \[2, 4\]"),
         ((U, W, Z[:, 0]), ValueError, r"z must have shape \[I, 2\], got \[4\]"),
