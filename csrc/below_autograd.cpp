@@ -1,16 +1,22 @@
-// What autograd does to an operator on CPUs where there is nothing to record: in C++, as Python's kernel would turn
-// some eighty tensors into Python objects and back, and a packaged or compiled model of a few rows waits for that at
-// each of its levels.
+// Autograd past Python. What it does to an operator on CPUs where there is nothing to record: in C++, as Python's
+// kernel would turn some eighty tensors into Python objects and back, and a packaged or compiled model of a few rows
+// waits for that at each of its levels.
 
 #include "below_autograd.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
+#include <utility>
+#include <vector>
+
+#include "level_node.h"
 
 namespace mtlk {
 namespace {
@@ -21,7 +27,7 @@ namespace py = pybind11;
 bool any_differentiated(const c10::IValue& value, bool records) {
   if (value.isTensor()) {
     const at::Tensor& tensor = value.toTensor();
-    return tensor.defined() && ((records && tensor.requires_grad()) || tensor._fw_grad(/*level=*/0).defined());
+    return tensor.defined() && ((records && tensor.requires_grad()) || has_tangent(tensor));
   }
   if (!value.isTensorList() && !value.isOptionalTensorList()) return false;
   const auto items = value.toListRef();
@@ -49,9 +55,33 @@ void pass_below_autograd(const std::string& name) {
   library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&autograd_kernel>());
 }
 
+std::unique_ptr<Accumulators> accumulators_of_arguments(const py::tuple& arguments) {
+  Tensors tensors;
+  for (const py::handle argument : arguments) {
+    if (is_tensor(argument.ptr())) tensors.push_back(THPVariable_Unpack(argument.ptr()));
+  }
+  return accumulators_of(tensors);
+}
+
 }  // namespace
 
+std::unique_ptr<Accumulators> accumulators_of(at::TensorList tensors) {
+  Tensors leaves;
+  for (const at::Tensor& tensor : tensors) {
+    const auto* const own = torch::autograd::impl::get_autograd_meta(tensor);
+    if (own && own->requires_grad_ && !own->grad_fn_) leaves.push_back(tensor);
+  }
+  if (leaves.empty()) return nullptr;
+  auto found = std::make_unique<Accumulators>();
+  const py::gil_scoped_release release;
+  for (const at::Tensor& leaf : leaves) found->nodes.push_back(torch::autograd::impl::grad_accumulator(leaf));
+  return found;
+}
+
 void define_below_autograd(py::module_& module) {
+  py::class_<Accumulators>(module, "Accumulators");
+  module.def("accumulators_of", &accumulators_of_arguments,
+             "What to hold while a Function is applied to these arguments.");
   module.def("pass_below_autograd", &pass_below_autograd,
              "Lets an operator pass autograd on CPUs without Python where there is nothing to record.");
 }

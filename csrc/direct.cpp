@@ -8,10 +8,13 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string_view>
 
 #include "arguments.h"
+#include "below_autograd.h"
 #include "cpu/level/level.h"
 #include "cpu/runtime/check.h"
 #include "cpu/runtime/tensors.h"
@@ -94,6 +97,20 @@ bool read_norm(PyObject* object, NormTensors& norm) {
 
 bool read_norms(PyObject* items, std::vector<NormTensors>& norms) {
   return read_each(items, [&](PyObject* item) { return read_norm(item, norms.emplace_back()); });
+}
+
+// What to hold while joined tensors are taken apart, of which autograd is told.
+std::unique_ptr<Accumulators> accumulators_of_joined(std::initializer_list<py::handle> of_layers,
+                                                     std::initializer_list<py::handle> of_gates) {
+  if (!at::GradMode::is_enabled()) return nullptr;
+  Tensors joined;
+  const auto add = [&](PyObject* object) {
+    if (is_tensor(object)) joined.push_back(THPVariable_Unpack(object));
+    return true;
+  };
+  for (const py::handle layers : of_layers) read_each(layers.ptr(), add);
+  for (const py::handle gates : of_gates) add(gates.ptr());
+  return accumulators_of(joined);
 }
 
 bool any_requires_grad(const LevelCall& call) {
@@ -195,6 +212,7 @@ py::object level_tensors_from_python(py::handle inputs, py::handle weights, py::
   try {
     const py::none none;
     const LevelSpec spec = spec_of_words(std::string_view(words));
+    const auto alive = accumulators_of_joined({weights, biases}, {gate_logits, gate_weights, gate_biases});
     LevelCall call;
     if (spec.has_norms() ||
         !read_level(spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
@@ -227,6 +245,7 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
                              py::handle slopes, py::handle dice_eps, py::handle spec_ints, bool trains, bool by_name) {
   try {
     const std::optional<LevelSpec> spec = read_spec(spec_ints.ptr(), dice_eps.ptr());
+    const auto alive = accumulators_of_joined({weights, biases}, {gate_logits, gate_weights, gate_biases});
     LevelCall call;
     if (!spec || !read_level(*spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
                              gate_biases.ptr(), norms.ptr(), gate_norms.ptr(), slopes.ptr(), call)) {

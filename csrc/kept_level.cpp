@@ -35,7 +35,7 @@ class KeptCall {
   static std::unique_ptr<KeptCall> of(py::handle roots, py::handle module_type, py::handle weights, py::handle biases,
                                       py::handle gate_weights, py::handle gate_biases, py::handle norms,
                                       py::handle gate_norms, py::handle spec_ints) {
-    std::optional<Snapshot> snapshot = Snapshot::of(roots.ptr(), module_type.ptr());
+    auto snapshot = Snapshot::of(roots.ptr(), module_type.ptr(), Snapshot::Tensors::kPlaces);
     if (!snapshot) return nullptr;
     const auto held = [&](const at::Tensor& tensor) { return snapshot->holds(tensor); };
     try {

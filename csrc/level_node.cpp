@@ -9,10 +9,12 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <cstring>
@@ -281,7 +283,12 @@ py::list recorded_level(py::handle tensors, py::handle found, std::string words,
   outputs.resize(spec.gates());
   LevelResults results{std::move(outputs), std::move(saved)};
   const int64_t way = by_name ? kRecorded | kByName : kRecorded;
-  return wrapped(with_node(std::move(words), unwrapped(tensors), std::move(results), way));
+  const Tensors given = unwrapped(tensors);
+  {
+    const py::gil_scoped_release release;  // see has_tangent
+    outputs = with_node(std::move(words), given, std::move(results), way);
+  }
+  return wrapped(outputs);
 }
 
 // Newer versions of PyTorch hold the node of a Function in Python, older ones only as long as it has others.
@@ -331,7 +338,16 @@ bool is_plain(const at::Tensor& tensor) {
   return (tensor.key_set().raw_repr() & ~plain) == 0;
 }
 
-bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
+// Tensor::_fw_grad takes a lock that autograd holds while it waits for the GIL, as where it makes a leaf's accumulator
+// in another thread; whoever comes here may have the GIL. What it reads under that lock becomes something once, for
+// good.
+bool has_tangent(const at::Tensor& tensor) {
+  if (const auto* const own = torch::autograd::impl::get_autograd_meta(tensor)) {
+    if (own->fw_grad_ && own->fw_grad_->contains(0)) return true;
+  }
+  const auto* const view = torch::autograd::impl::get_view_autograd_meta(tensor);
+  return view && view->has_fw_view() && has_tangent(view->get_forward_view().base_);
+}
 
 // Without asking whether a forward-mode level is open, since that takes a lock, which a fork may find held by another
 // thread.

@@ -19,6 +19,8 @@
 #include "level_node.h"
 #include "linears.h"
 #include "recording.h"
+#include "snapshot.h"
+#include "watch.h"
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The direct way to the C++ kernels of mtlkernels";
@@ -61,5 +63,7 @@ PYBIND11_MODULE(_C, module) {
   mtlk::define_kept_level(module);
   mtlk::define_kept_lists(module);
   mtlk::define_kept_trunk(module);
+  mtlk::define_snapshot(module);
+  mtlk::define_watch(module);
   module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
 }

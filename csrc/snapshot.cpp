@@ -36,7 +36,19 @@ bool is_among(const std::array<std::string_view, N>& names, PyObject* name) {
   return std::find(names.begin(), names.end(), std::string_view(text, size)) != names.end();
 }
 
-// Whether an object is the same as long as it is the same object, and holds no module.
+// Whether somebody listens to a tensor's gradient, or to its accumulation.
+bool has_gradient_hooks(PyObject* tensor) {
+  const auto* const own = reinterpret_cast<THPVariable*>(tensor);
+  for (PyObject* const hooks : {own->backward_hooks, own->post_accumulate_grad_hooks}) {
+    if (hooks && hooks != Py_None && !(PyDict_Check(hooks) && PyDict_GET_SIZE(hooks) == 0)) return true;
+  }
+  return false;
+}
+
+bool is_sequence(PyObject* object) { return PyList_CheckExact(object) || PyTuple_CheckExact(object); }
+
+}  // namespace
+
 bool is_fixed(PyObject* object) {
   if (object == Py_None || PyBool_Check(object) || PyLong_CheckExact(object) || PyFloat_CheckExact(object) ||
       PyComplex_CheckExact(object) || PyUnicode_CheckExact(object) || PyBytes_CheckExact(object)) {
@@ -55,10 +67,6 @@ bool is_fixed(PyObject* object) {
   return true;
 }
 
-bool is_sequence(PyObject* object) { return PyList_CheckExact(object) || PyTuple_CheckExact(object); }
-
-}  // namespace
-
 Known::Known(const at::Tensor& tensor)
     : data_(tensor.const_data_ptr()),
       bytes_(tensor.storage().nbytes()),
@@ -67,10 +75,13 @@ Known::Known(const at::Tensor& tensor)
       keys_(tensor.key_set().raw_repr()),
       type_(tensor.scalar_type()) {}
 
-bool Known::is(const at::Tensor& now) const {
+bool Known::is_like(const at::Tensor& now) const {
   return now.key_set().raw_repr() == keys_ && now.scalar_type() == type_ && now.sizes() == sizes_ &&
-         now.strides() == strides_ && now.const_data_ptr() == data_ && now.storage().nbytes() == bytes_ &&
-         !has_tangent(now);
+         now.strides() == strides_ && !has_tangent(now);
+}
+
+bool Known::is_there(const at::Tensor& now) const {
+  return now.const_data_ptr() == data_ && now.storage().nbytes() == bytes_;
 }
 
 bool KnownTensors::take(const at::Tensor& tensor) {
@@ -100,8 +111,8 @@ bool KnownTensors::Comparison::next(const at::Tensor& now) {
   return true;
 }
 
-std::optional<Snapshot> Snapshot::of(PyObject* roots, PyObject* module_type) {
-  Snapshot found;
+std::optional<Snapshot> Snapshot::of(PyObject* roots, PyObject* module_type, Tensors tensors) {
+  Snapshot found(tensors);
   if (!found.take(roots, module_type)) return std::nullopt;
   return found;
 }
@@ -120,7 +131,10 @@ bool Snapshot::take(PyObject* object, PyObject* module_type) {
   if (is_tensor(object)) {
     const at::Tensor& tensor = THPVariable_Unpack(object);
     if (!is_plain(tensor) || has_tangent(tensor)) return false;
-    entries_.push_back({Kind::kTensor, static_cast<int64_t>(tensors_.size()), nullptr, Py_TYPE(object)});
+    // One that was computed leads to all that it was computed of.
+    if (of_tensors_ == Tensors::kObjects && (has_gradient_hooks(object) || !tensor.is_leaf())) return false;
+    entries_.push_back({Kind::kTensor, static_cast<int64_t>(tensors_.size()), object, Py_TYPE(object), nullptr,
+                        tensor.requires_grad()});
     tensors_.emplace_back(tensor);
     storages_.insert(tensor.storage().unsafeGetStorageImpl());
     return true;
@@ -182,7 +196,7 @@ bool Snapshot::same(PyObject* object, Cursor& at) const {
     case Kind::kSeen:
       return object == entry.object;
     case Kind::kTensor: {
-      if (Py_TYPE(object) != entry.type || !tensors_[entry.count].is(THPVariable_Unpack(object))) return false;
+      if (!same_tensor(object, entry)) return false;
       if (at.held) at.held->push_back(THPVariable_Unpack(object).storage());
       return true;
     }
@@ -208,6 +222,15 @@ bool Snapshot::same(PyObject* object, Cursor& at) const {
   return false;
 }
 
+bool Snapshot::same_tensor(PyObject* object, const Entry& entry) const {
+  if (Py_TYPE(object) != entry.type) return false;
+  const Known& known = tensors_[entry.count];
+  const at::Tensor& now = THPVariable_Unpack(object);
+  if (of_tensors_ == Tensors::kPlaces) return known.is(now);
+  return object == entry.object && known.is_like(now) && now.requires_grad() == entry.wants_gradient &&
+         !has_gradient_hooks(object);
+}
+
 bool Snapshot::same_entries(PyObject* dictionary, Cursor& at, int64_t count) const {
   if (PyDict_GET_SIZE(dictionary) != count) return false;
   PyObject *key, *value;
@@ -217,6 +240,19 @@ bool Snapshot::same_entries(PyObject* dictionary, Cursor& at, int64_t count) con
     if (at.next->kind == Kind::kSame ? (at.next++)->object != value : !same(value, at)) return false;
   }
   return true;
+}
+
+void define_snapshot(py::module_& module) {
+  py::class_<Snapshot>(module, "Snapshot")
+      .def(
+          "is_of", [](const Snapshot& then, py::handle roots) { return then.is(roots.ptr(), nullptr); },
+          "Whether the roots, and all that they hold, are what they were.");
+  module.def(
+      "snapshot",
+      [](py::handle roots, py::handle module_type) {
+        return Snapshot::of(roots.ptr(), module_type.ptr(), Snapshot::Tensors::kObjects);
+      },
+      "What roots hold, lists and tuples of modules among them; None where that could change unseen.");
 }
 
 }  // namespace mtlk

@@ -11,14 +11,21 @@
 
 namespace mtlk {
 
+// Whether an object is the same as long as it is the same object, and holds no module.
+bool is_fixed(PyObject* object);
+
 // Where a tensor was that was looked at. It is not kept alive, and may be another one by now: what is known of it is
 // all that is used.
 class Known {
  public:
   explicit Known(const at::Tensor& tensor);
-  bool is(const at::Tensor& now) const;
+  bool is(const at::Tensor& now) const { return is_like(now) && is_there(now); }
+  // But for the place.
+  bool is_like(const at::Tensor& now) const;
 
  private:
+  bool is_there(const at::Tensor& now) const;
+
   const void* data_;
   size_t bytes_;  // of the memory that it lies in
   at::DimVector sizes_, strides_;
@@ -52,13 +59,17 @@ class KnownTensors {
 };
 
 // Of modules, tensors, numbers, strings and functions, in lists and tuples, which hold them. Of a module it is all that
-// stands in its dictionary: its class, the modules and tensors in it, and its settings; of a tensor where it lies, not
-// its values. No module or tensor is kept alive.
+// stands in its dictionary: its class, the modules and tensors in it, and its settings; of a tensor where it
+// lies, or which object it is, not its values. No module or tensor is kept alive.
 class Snapshot {
  public:
+  // Of tensors: where they lie, which is what a call without gradients has to do with them; or which objects they are,
+  // wherever these lie by now, whether they want gradients, and that nobody listens to these.
+  enum class Tensors { kPlaces, kObjects };
+
   // Nothing where there is something among them that could change unseen, as the state of an object of any other kind,
   // a hook, or a parametrization.
-  static std::optional<Snapshot> of(PyObject* roots, PyObject* module_type);
+  static std::optional<Snapshot> of(PyObject* roots, PyObject* module_type, Tensors tensors);
 
   // Whether these are what was there; the memory of their tensors is then `held`, which may be null.
   bool is(PyObject* roots, std::vector<c10::Storage>* held) const;
@@ -74,10 +85,14 @@ class Snapshot {
     const void* object = nullptr;  // of what is to be the same object
     const void* type = nullptr;
     const void* key = nullptr;  // under which a dictionary has it
+    bool wants_gradient = false;
   };
+
+  explicit Snapshot(Tensors tensors) : of_tensors_(tensors) {}
 
   bool take(PyObject* object, PyObject* module_type);
   bool take_entries(PyObject* dictionary, PyObject* module_type, bool of_module);
+  bool same_tensor(PyObject* object, const Entry& entry) const;
   struct Cursor {
     const Entry* next;
     std::vector<c10::Storage>* held;
@@ -85,10 +100,14 @@ class Snapshot {
   bool same(PyObject* object, Cursor& at) const;
   bool same_entries(PyObject* dictionary, Cursor& at, int64_t count) const;
 
+  Tensors of_tensors_;
   std::vector<Entry> entries_;
   std::vector<Known> tensors_;
   std::vector<pybind11::object> kept_;  // what is neither module nor tensor
   std::unordered_set<const void*> modules_, storages_;
 };
+
+// mtlkernels._C.snapshot: what readings in Python are kept by, see mtlkernels/_convert/calls.py.
+void define_snapshot(pybind11::module_& module);
 
 }  // namespace mtlk

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from mtlkernels import _decisions
+from mtlkernels._convert.calls import CALLS
 from mtlkernels._convert.classes import (
     CLASS_ATTRIBUTE,
     CLASSES,
@@ -22,7 +23,6 @@ from mtlkernels._convert.classes import (
     is_torchs,
     original_class,
 )
-from mtlkernels._convert.evaluation import CALLS
 from mtlkernels._convert.paying import FORCE, slower
 from mtlkernels._convert.registration import Registration
 from mtlkernels._convert.registry import find_converter, known_names

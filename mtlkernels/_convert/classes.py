@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import types
+import weakref
 from typing import Any
 
 from mtlkernels import _tracing
@@ -67,7 +68,8 @@ def description_of(source: str) -> Any:
     return importlib.import_module(f"mtlkernels._convert.{file}").DESCRIPTIONS[name]
 
 
-_classes: dict[tuple[Any, ...], Any] = {}
+# As long as something is of them: a class may be defined anew for each model, and leads to all around its methods.
+_classes: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 
 
 def converted_class(base: type[Fused], original: type, method: str, source: str) -> Any:
@@ -76,8 +78,9 @@ def converted_class(base: type[Fused], original: type, method: str, source: str)
     ``base`` finds the description where there is no source.
     """
     key = (base, original, method, source)
-    if key in _classes:
-        return _classes[key]
+    known = _classes.get(key)
+    if known is not None:
+        return known
     namespace: dict[str, Any] = {
         CLASS_ATTRIBUTE: original,
         "_mtlkernels_key": key,

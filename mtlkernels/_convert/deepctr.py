@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mtlkernels import _torch
 from mtlkernels._convert.chains import Chain, leaves
-from mtlkernels._convert.description import LevelDescription, TrunkDescription, children
+from mtlkernels._convert.description import TrunkDescription
+from mtlkernels._convert.levels import LevelDescription, children
 from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
 from mtlkernels.routing import Routing
 

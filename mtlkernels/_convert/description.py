@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,28 +11,16 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _decisions, _torch
-from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.arguments import Tried, needed_by
-from mtlkernels._convert.chains import Chain, flatten
-from mtlkernels._convert.classes import CLASSES, OWN_UNDER_AUTOCAST, TRIED, WATCHED, is_torchs, original_class
-from mtlkernels._convert.evaluation import (
-    CALLS,
-    CallsOfLevels,
-    Parts,
-    Serving,
-    any_drops,
-    evaluate,
-    read_experts,
-    several_dtypes,
-)
-from mtlkernels._convert.gates import has_equal_shares, read_gate, size_of
-from mtlkernels._convert.paying import in_trial, pays, size_of_call
-from mtlkernels._convert.watched import changed
-from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
+from mtlkernels._convert.calls import CALLS, Readings, Serving, calls_of
+from mtlkernels._convert.chains import flatten
+from mtlkernels._convert.classes import TRIED, WATCHED
+from mtlkernels._convert.evaluation import Parts, evaluate
+from mtlkernels._convert.levels import TOO_FEW_ROWS, LevelDescription
+from mtlkernels._convert.paying import in_trial
+from mtlkernels._convert.watched import Watched, changed
 from mtlkernels.ops.level.kept import KeptCalls
 from mtlkernels.routing import Routing
-
-TOO_FEW_ROWS = "its experts cannot be fused now, or that is no faster on so few rows"
 
 
 def only_argument(module: Any, *args: Any, **kwargs: Any) -> Sequence[Tensor] | Tensor | None:
@@ -49,141 +37,6 @@ def one_argument(module: Any, streams: Sequence[Tensor]) -> tuple[Any, ...]:
 def as_list(module: Any, mixed: Sequence[Tensor]) -> Any:
     """What most libraries return."""
     return list(mixed)
-
-
-def children(*modules: Any) -> list[Any]:
-    """All their sub-modules."""
-    return [child for module in modules for child in module._modules.values()]
-
-
-def cgc(specific: Iterable[Sized], shared: Sized, **options: bool) -> Routing:
-    """The routing of CGC with these lists of experts, one a task."""
-    counts = [len(experts) for experts in specific]
-    return Routing.cgc(len(counts), counts, len(shared), **options)
-
-
-@dataclass(frozen=True)
-class LevelDescription:
-    """Where a class keeps what a level is made of.
-
-    Args:
-        experts: from an instance, its experts' chains, in the order of the routing.
-        gates: from an instance, the chains that give each gate's logits, perhaps with a softmax and a dropout behind;
-            None for equal shares.
-        routing: from an instance, who reads what; asked for once.
-        parts: from an instance, the modules that are not called any more, on which a hook may be.
-        num_streams: from an instance, how many streams it takes; None for as many as experts and gates read.
-        gate_inputs: from an instance, the number of the stream that each gate reads; None: gate k reads stream k.
-        level_outputs: from an instance, the K mixtures and the streams that the level read, the streams behind it;
-            None: the mixtures.
-    """
-
-    experts: Callable[[Any], Iterable[Chain]]
-    gates: Callable[[Any], Sequence[Chain]]
-    routing: Callable[[Any], Routing]
-    parts: Callable[[Any], Iterable[Any]] = children
-    num_streams: Callable[[Any], int] | None = None
-    gate_inputs: Callable[[Any], Sequence[int]] | None = None
-    level_outputs: Callable[[Any, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] | None = None
-
-    def read_gates(self, module: Any) -> list[Any]:
-        """For each gate what :func:`read_gate` says."""
-        return [read_gate(chain) for chain in self.gates(module)]
-
-    def read_gate_inputs(self, module: Any, gates: Sequence[Any], routing: Routing) -> Sequence[int] | None:
-        """The stream of each gate; gates of equal shares read none, and have any."""
-        if self.gate_inputs is not None:
-            return tuple(self.gate_inputs(module))
-        if routing.num_inputs > 1 and any(map(has_equal_shares, gates)):
-            return [0 if has_equal_shares(gate) else k for k, gate in enumerate(gates)]
-        return None
-
-    def roots(self, module: Any, routing: Routing) -> Any:
-        """All that a call depends on beside its inputs; None where :meth:`prepare` says that it cannot be read.
-
-        Which stream a gate reads is not among it: calls are kept where gates read one stream, or each its own.
-        """
-        try:
-            gates: Any = self.gates(module)
-            chains = list(self.experts(module)), gates if isinstance(gates, Tensor) else list(gates)
-            return *chains, list(self.parts(module)), routing.expert_inputs, routing.gate_experts
-        except Exception:  # of a description that what has become of the module does not fit
-            return None
-
-    def prepare(self, module: Any, routing: Routing, x: Tensor | None, dtype: torch.dtype | None = None) -> Parts | str:
-        """The parts of a level as :func:`evaluate` takes them, or why the module's own code has to run.
-
-        ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells. ``dtype``
-        is that of the input, None where it is not there yet.
-        """
-        found = self._parts_or_reason(module, routing, x, dtype)
-        if isinstance(found, str):
-            _decisions.note(type(module).__name__, "its own code", found, x)
-        return found
-
-    def _parts_or_reason(
-        self, module: Any, routing: Routing, x: Tensor | None, dtype: torch.dtype | None
-    ) -> Parts | str:
-        if not pays(module, x):
-            return "there are no kernels for its device and dtype"
-        try:
-            chains, gate_chains, parts = list(self.experts(module)), list(self.gates(module)), list(self.parts(module))
-        except Exception as error:  # of a description that what has become of the module does not fit
-            return f"its description does not fit any more: {type(error).__name__}: {error}"
-        size = size_of_call(x, module.training)
-        experts = read_experts(chains, size)
-        if experts is None:
-            return TOO_FEW_ROWS
-        gates: list[Any] = list(map(read_gate, gate_chains))
-        if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
-            return "it has other numbers of experts and gates than when it was converted"
-        autocast = autocast_enabled("cpu" if x is None else x.device.type)
-        if autocast and OWN_UNDER_AUTOCAST in vars(module):
-            return "under autocast its outputs would be other ones, as a trial told when it was converted"
-        if autocast and any(
-            layer.activation == "dice" for layers in experts[0] if not isinstance(layers, str) for layer in layers
-        ):
-            return "torch-rechub's Dice makes float32 of what autocast makes narrower, and the fused operator does not"
-        pairs = zip(gates, routing.gate_experts, strict=True)
-        if any(not isinstance(gate, str) and size_of(gate) not in (None, len(mixed)) for gate, mixed in pairs):
-            return "its gates mix other numbers of experts than when it was converted"
-        differentiated = torch.is_grad_enabled()
-        tried = vars(module).get(CLASSES)
-        if any(isinstance(gate, str) for gate in gates) or any_hooks(parts, differentiated, tried):
-            return (
-                "a gate was exchanged, or a part that would not be called has a hook, or one of its parameters, or is"
-                " of a class that there was none of when it was converted"
-            )
-        if not size.parts and any_drops(gates):
-            return TOO_FEW_ROWS
-        if several_dtypes(experts[0], gates, dtype) and not autocast:
-            return "it has parameters of several dtypes, or of another than its input"
-        return Parts(chains, *experts, gates, routing, size.rows, self.read_gate_inputs(module, gates, routing))
-
-
-def any_hooks(modules: Iterable[Any], differentiated: bool, tried: Container[type] | None) -> bool:
-    """Whether one of the modules, or one below, has a hook; if ``differentiated`` also one on a parameter.
-
-    Or whether its class is neither PyTorch's nor among those that were ``tried``, where these are known.
-    """
-    for module in modules:
-        if module is None:
-            continue
-        if has_hooks(module) or (differentiated and has_gradient_hooks(module)):
-            return True
-        if tried is not None and type(module) not in tried and _is_new(module, tried):
-            return True
-        if module._modules and any_hooks(module._modules.values(), differentiated, tried):
-            return True
-    return False
-
-
-def _is_new(module: Any, tried: Container[type]) -> bool:
-    """A part may have been converted itself."""
-    if is_torchs(type(module)):
-        return False
-    kind = _torch.class_of(module)
-    return (original_class(kind) or kind) not in tried
 
 
 @dataclass(frozen=True)
@@ -244,7 +97,8 @@ class TrunkDescription:
         call = _SmallCall.of(self, module, args, kwargs)
         if call is not None and call.has_too_few_rows():
             return None
-        other = changed(module, vars(module).get(WATCHED, ()))
+        watched = vars(module).get(WATCHED)
+        other = None if watched is None else _changed(module, watched)
         if other is not None:
             _decisions.note(type(module).__name__, "its own code", f"{other} is another than when it was converted")
             return None
@@ -262,7 +116,7 @@ class TrunkDescription:
                 return None
         x = _first_tensor((args, kwargs)) if streams is None else streams[0]
         dtype = None if streams is None else streams[0].dtype
-        prepare = functools.partial(_prepare, levels, plan, module, x, dtype, call)
+        prepare = functools.partial(_prepare, levels, plan, numbers, module, x, dtype, call)
         serving = _serving(levels, plan, numbers, module, x)
         # Where nothing is lost if it then goes the usual way, what is kept is compared in the same call.
         at_once = len(levels) == 1 and not self.embeds
@@ -300,9 +154,15 @@ class TrunkDescription:
         return streams if whole else None
 
 
+def _changed(module: Any, watched: Watched) -> str | None:
+    """:func:`watched.changed`, the compiler's guards being made of what it looks at."""
+    return changed(module, watched) if _torch.compiling() else calls_of(module).seen.changed(module, watched)
+
+
 def _prepare(
     levels: Sequence[LevelDescription],
     plan: Sequence[Routing | None],
+    numbers: Sequence[int],
     module: Any,
     x: Tensor | None,
     dtype: torch.dtype | None,
@@ -310,10 +170,11 @@ def _prepare(
 ) -> list[Parts] | None:
     """The parts of every level, None where the module's own code has to run."""
     prepared = []
-    for level, routing in zip(levels, plan, strict=True):
+    calls = calls_of(module) if x is not None and Readings.may_be_kept() else None
+    for level, routing, number in zip(levels, plan, numbers, strict=True):
         if routing is None:
             return None
-        parts = level.prepare(module, routing, x, dtype)
+        parts = level.prepare(module, routing, x, dtype, None if calls is None else calls.readings(number))
         if isinstance(parts, str):
             if parts is TOO_FEW_ROWS and call is not None:
                 call.note()
@@ -348,15 +209,7 @@ class _SmallCall(NamedTuple):
 
     def note(self) -> None:
         """It was read, and had too few."""
-        _calls_of(self.module).too_few.note(self.key, self.rows)
-
-
-def _calls_of(module: Any) -> CallsOfLevels:
-    """What is kept of a module's calls."""
-    calls: CallsOfLevels | None = module.__dict__.get(CALLS)
-    if calls is None:
-        calls = module.__dict__[CALLS] = CallsOfLevels()
-    return calls
+        calls_of(self.module).too_few.note(self.key, self.rows)
 
 
 def _serving(
@@ -369,7 +222,7 @@ def _serving(
     """Levels of which calls may be kept, by their numbers; None for a call that is none of them."""
     if _torch.compiling() or in_trial() or None in plan or not KeptCalls.may_serve(x):
         return None
-    calls = _calls_of(module)
+    calls = calls_of(module)
     return [
         Serving(calls.of(number), functools.partial(level.roots, module, routing))  # type: ignore[arg-type]
         for level, routing, number in zip(levels, plan, numbers, strict=True)

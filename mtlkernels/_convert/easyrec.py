@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from mtlkernels._convert.chains import Chain, leaves
-from mtlkernels._convert.description import LevelDescription, TrunkDescription, cgc, children
+from mtlkernels._convert.description import TrunkDescription
+from mtlkernels._convert.levels import LevelDescription, cgc, children
 from mtlkernels.routing import Routing
 
 

@@ -7,7 +7,7 @@ to the modules later (training of batch norm or dropout, an exchanged layer) is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels import _torch
+from mtlkernels._convert.calls import Serving
 from mtlkernels._convert.chains import Chain, read_chain, run_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
-from mtlkernels._convert.paying import Size, TooFewRows
+from mtlkernels._convert.paying import Size
 from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of, slopes_of
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.level import expert_mixture
-from mtlkernels.ops.level.kept import KeptCalls
 from mtlkernels.routing import Routing
 
 
@@ -98,68 +98,6 @@ def several_dtypes(
             ):
                 return True
     return False
-
-
-# Of an instance: what is kept of its calls.
-CALLS = "_mtlkernels_calls"
-
-
-class CallsOfLevels:
-    """What is kept of the calls of an instance of a converted class.
-
-    ``too_few`` are those that its own code took as they had few rows.
-    """
-
-    def __init__(self) -> None:
-        self._by_number: dict[int, KeptCalls] = {}
-        self.too_few = TooFewRows()
-
-    def __reduce__(self) -> Any:
-        """A copy of the instance keeps nothing of it."""
-        return CallsOfLevels, ()
-
-    def of(self, number: int) -> KeptCalls:
-        """The calls that serve of one level."""
-        return self._by_number.get(number) or self._by_number.setdefault(number, KeptCalls())
-
-
-class Serving:
-    """A level that serves, of which calls are kept.
-
-    Args:
-        calls: those.
-        roots: gives all that they depend on beside their inputs, or None where that cannot be read; asked only where
-            something is kept, or is to be.
-    """
-
-    def __init__(self, calls: KeptCalls, roots: Callable[[], Any]) -> None:
-        self._calls, self._read = calls, roots
-        self._roots: Any = None
-
-    def still(self) -> bool:
-        """Whether a call may be served by what is kept."""
-        return self._calls.still(self._known_roots())
-
-    def _known_roots(self) -> Any:
-        if self._roots is None and not self._calls.empty:
-            self._roots = self._read()
-        return self._roots
-
-    def serve(self, routing: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """The level's outputs; None: this call goes the usual way."""
-        single = all(x is inputs[0] for x in inputs)
-        fits = single is self._calls.single and (single or len(inputs) == routing.num_inputs)
-        if not (fits or self._calls.empty):
-            return None
-        return self._calls.serve(self._known_roots(), inputs[0] if single else inputs)
-
-    def offer(self, inputs: Sequence[Tensor], *arguments: Any) -> None:
-        """A call that goes the usual way, by an ``expert_mixture`` of these arguments."""
-        if self._calls.wants():
-            self._calls.single = all(x is inputs[0] for x in inputs)
-            roots = self._read()
-            if roots is not None:
-                self._calls.keep(roots, *arguments)
 
 
 def evaluate(parts: Parts, inputs: Sequence[Tensor], serving: Serving | None = None) -> tuple[Tensor, ...]:

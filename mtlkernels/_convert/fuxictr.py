@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mtlkernels import _torch
 from mtlkernels._convert.chains import chains_of
-from mtlkernels._convert.description import LevelDescription, TrunkDescription
+from mtlkernels._convert.description import TrunkDescription
+from mtlkernels._convert.levels import LevelDescription
 from mtlkernels.routing import Routing
 
 _chains = functools.partial(chains_of, lambda kind: kind.__name__ == "MLP_Block")

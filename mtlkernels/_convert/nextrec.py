@@ -14,7 +14,8 @@ import torch
 
 from mtlkernels._convert.activations import full_name
 from mtlkernels._convert.chains import chains_of
-from mtlkernels._convert.description import LevelDescription, TrunkDescription, cgc, children
+from mtlkernels._convert.description import TrunkDescription
+from mtlkernels._convert.levels import LevelDescription, cgc, children
 from mtlkernels.routing import Routing
 
 _chains = functools.partial(chains_of, lambda kind: full_name(kind) == "nextrec.basic.layers.MLP")

@@ -13,10 +13,11 @@ from mtlkernels import _torch
 from mtlkernels._convert.arguments import Told, Tried, told
 from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
 from mtlkernels._convert.classes import is_torchs
-from mtlkernels._convert.description import LevelDescription, TrunkDescription
+from mtlkernels._convert.description import TrunkDescription
 from mtlkernels._convert.dropouts import widths_dropped
 from mtlkernels._convert.evaluation import several_dtypes
 from mtlkernels._convert.gates import Gate, has_equal_shares, size_of
+from mtlkernels._convert.levels import LevelDescription
 from mtlkernels._convert.random_states import kept_random_state
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import NotFused, Verdict, disagreement

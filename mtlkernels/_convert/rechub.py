@@ -15,7 +15,8 @@ from torch import Tensor
 from torch_rechub.basic.layers import MLP
 
 from mtlkernels._convert.chains import Chain, chains_of
-from mtlkernels._convert.description import LevelDescription, TrunkDescription
+from mtlkernels._convert.description import TrunkDescription
+from mtlkernels._convert.levels import LevelDescription
 from mtlkernels.routing import Routing
 
 _chains = functools.partial(chains_of, lambda kind: kind is MLP)

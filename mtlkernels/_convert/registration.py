@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mtlkernels._convert.description import LevelDescription, TrunkDescription
+from mtlkernels._convert.description import TrunkDescription
+from mtlkernels._convert.levels import LevelDescription
 from mtlkernels._convert.registry import register_trunk
 from mtlkernels.routing import Routing
 

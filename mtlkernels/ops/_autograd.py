@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _torch
+from mtlkernels.ops._call import apply
 
 
 def differentiate_twice(
@@ -115,7 +116,7 @@ def call(function: Any, *args: Any) -> Any:
         return function.forward(*args)
     if not (torch.is_grad_enabled() or _torch.func_transforms_active() or _torch.in_dual_level()):
         return function.forward(*args)
-    return function.apply(*args)
+    return apply(function, *args)
 
 
 def grads_are_batched(grads: Sequence[Tensor | None]) -> bool:

@@ -80,11 +80,19 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def apply(function: Any, *args: Any) -> Any:
-    """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
+    """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op.
+
+    Threads that differentiate by one model wait for each other for ever where PyTorch makes the nodes of its leaves
+    within ``apply``: these are made before it.
+    """
     if _torch.compiling() or _torch.func_transforms_active():
         return function.apply(*args)
     parent: Any = super(torch.autograd.Function, function)
-    return parent.apply(*_torch.unwrap_dead_wrappers(args))
+    args = _torch.unwrap_dead_wrappers(args)
+    held = _extension.function("accumulators_of")(args) if _extension.has_module() else None
+    result = parent.apply(*args)
+    del held
+    return result
 
 
 def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:

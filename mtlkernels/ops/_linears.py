@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtlkernels import _torch, _tracing
 from mtlkernels._backends import autocast_enabled
+from mtlkernels.ops._call import apply
 from mtlkernels.ops._operands import check_memory
 
 
@@ -30,7 +31,7 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     check_memory("gate_biases", biases)
     if not torch.is_grad_enabled():
         return _forward(x, weights, biases)
-    return list(cast(Any, _JointLinear.apply(len(weights), x, *weights, *biases)))
+    return list(apply(_JointLinear, len(weights), x, *weights, *biases))
 
 
 def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:

@@ -10,14 +10,17 @@ import pytest
 import mtlkernels as mk
 import mtlkernels._convert.evaluation
 from mtlkernels._convert import paying, planning
-from mtlkernels._convert.evaluation import Serving
+from mtlkernels._convert.calls import Serving
 from mtlkernels._convert.paying import in_trial
+from mtlkernels.ops.level.kept import Patience
 
 # Files that convert library models as they are, again and again: a trial takes longer than most of their tests, and the
 # first of a process speaks for all of models that are printed alike.
 TRIED_ONCE = {
     f"test_{name}.py" for name in ("adatt", "batch_norm", "conversion", "levels", "numbers", "parts", "training")
 }
+# Files that say when calls are kept.
+PATIENT = ("test_kept.py", "test_readings.py", "test_seen.py")
 _passed: dict[tuple[Any, ...], Any] = {}
 
 
@@ -35,6 +38,13 @@ def _tried_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return found
 
     monkeypatch.setattr(planning, "_trial", once)
+
+
+@pytest.fixture(autouse=True)
+def _kept_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What calls keep is kept from the first on, so that whatever is edited later is edited behind it."""
+    if request.path.name not in PATIENT:
+        monkeypatch.setattr(Patience, "is_over", lambda self: True)
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -15,44 +14,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import mtlkernels as mk
 from mtlkernels import _extension
-from mtlkernels._convert.evaluation import CALLS
+from mtlkernels._convert.calls import CALLS
 from mtlkernels.ops.level.kept import KeptCalls
+from tests.convert.changes import CHANGES, Level, assert_as_own_code, first, register, replace_layer, serve
 
 pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
 
 
-class Level(nn.Module):
-    """Experts with batch norm and dropout, gates with a softmax; its own code is what every call is held against."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.settings = types.SimpleNamespace(function=F.relu)  # where a class may keep what it is made of
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(20, 24), nn.BatchNorm1d(24), nn.LeakyReLU(), nn.Dropout(0.2), nn.Linear(24, 12))
-            for _ in range(3)
-        )
-        self.gates = nn.ModuleList(nn.Sequential(nn.Linear(20, 3), nn.Softmax(dim=1)) for _ in range(2))
-        for norm in (module for module in self.modules() if isinstance(module, nn.BatchNorm1d)):
-            norm.running_mean, norm.running_var = torch.rand(24), torch.rand(24) + 0.5
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        hidden = torch.stack([self.settings.function(expert(x)) for expert in self.experts], dim=1)
-        return [(gate(x).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _registered() -> Iterator[None]:
-    mk.convert.register(
-        Level,
-        experts=lambda level: [[expert, level.settings.function] for expert in level.experts],
-        gates=lambda level: level.gates,
-        routing=lambda level: mk.Routing.mmoe(3, 2),
-    )
-    yield
+def _registered() -> None:
+    register(Level)
 
 
 def kept() -> Any:
@@ -70,20 +44,6 @@ def is_kept(model: nn.Module) -> bool:
     return calls is not None and calls.of(0)._kept is not None
 
 
-def serve(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
-    with torch.no_grad():
-        return list(model(*inputs))
-
-
-def assert_as_own_code(model: Any, x: Tensor) -> list[Tensor]:
-    found = serve(model, x)
-    with torch.no_grad():
-        exact = Level.forward(copy.deepcopy(model).double(), x.double())
-    for y, true in zip(found, exact, strict=True):
-        torch.testing.assert_close(y.double(), true, rtol=1e-4, atol=1e-5)
-    return found
-
-
 @pytest.mark.parametrize("isa", _extension.instruction_sets() or [""])
 def test_as_the_class_does_at_any_number_of_rows(isa: str) -> None:
     with _extension.instruction_set(isa):
@@ -92,132 +52,6 @@ def test_as_the_class_does_at_any_number_of_rows(isa: str) -> None:
             assert_as_own_code(model, torch.randn(rows, 20))
             assert_as_own_code(model, torch.randn(20, rows).t())
             assert is_kept(model)
-
-
-def _first(level: Any) -> Any:
-    return level.experts[0]
-
-
-def _settings(level: Any) -> None:
-    level.settings.function = F.silu
-
-
-def _weight(level: Any) -> None:
-    _first(level)[0].weight = nn.Parameter(torch.randn(24, 20))
-
-
-def _in_place(level: Any) -> None:
-    _first(level)[4].weight.detach().mul_(3)
-
-
-def _data(level: Any) -> None:
-    level.gates[1][0].weight.data = torch.randn(3, 20)
-
-
-def _bias(level: Any) -> None:
-    for expert in level.experts:
-        expert[0].bias = None
-
-
-def _slope(level: Any) -> None:
-    for expert in level.experts:
-        expert[2].negative_slope = 0.5
-
-
-def _one_slope(level: Any) -> None:
-    _first(level)[2].negative_slope = 0.5
-
-
-def _eps(level: Any) -> None:
-    _first(level)[1].eps = 3.0
-
-
-def _statistics(level: Any) -> None:
-    _first(level)[1].running_var.mul_(4)
-
-
-def _swapped(level: Any) -> None:
-    modules = level.experts._modules
-    modules["0"], modules["2"] = modules["2"], modules["0"]
-    level.gates[0][0].weight.detach().mul_(2)
-
-
-def _layer(level: Any) -> None:
-    _first(level)[0] = nn.Linear(20, 24)
-
-
-def _activation(level: Any) -> None:
-    _first(level)[2] = nn.ReLU()
-
-
-def _class(level: Any) -> None:
-    class Shifted(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + 1
-
-    _first(level)[0].__class__ = Shifted
-
-
-def _parametrization(level: Any) -> None:
-    parametrize.register_parametrization(_first(level)[0], "weight", nn.Tanh())
-
-
-def _weight_norm(level: Any) -> None:
-    layer = nn.utils.parametrizations.weight_norm(_first(level)[0])
-    with torch.no_grad():
-        layer.parametrizations.weight.original0.mul_(2)
-
-
-def _hook_on_an_expert(level: Any) -> None:
-    _first(level).register_forward_hook(_twice)
-
-
-def _twice(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-    return 2 * y
-
-
-def _hook_on_a_gate(level: Any) -> None:
-    level.gates[0].register_forward_hook(_twice)
-
-
-def _pre_hook(level: Any) -> None:
-    _first(level)[0].register_forward_pre_hook(_halved)
-
-
-def _halved(module: nn.Module, args: Any) -> Any:
-    return (args[0] / 2,)
-
-
-def _gate(level: Any) -> None:
-    level.gates[0] = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(dim=1))
-
-
-def _no_softmax_dim(level: Any) -> None:
-    level.gates[0][1].dim = 0
-
-
-CHANGES = [
-    _settings,
-    _weight,
-    _in_place,
-    _data,
-    _bias,
-    _slope,
-    _one_slope,
-    _eps,
-    _statistics,
-    _swapped,
-    _layer,
-    _activation,
-    _class,
-    _parametrization,
-    _weight_norm,
-    _hook_on_an_expert,
-    _hook_on_a_gate,
-    _pre_hook,
-    _gate,
-    _no_softmax_dim,
-]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -239,7 +73,7 @@ def test_a_module_that_experts_share() -> None:
     for _ in range(5):
         assert_as_own_code(model, x)
     assert is_kept(model)
-    _first(model)[2] = copy.deepcopy(shared)
+    first(model)[2] = copy.deepcopy(shared)
     shared.negative_slope = 0.7
     for _ in range(5):
         assert_as_own_code(model, x)
@@ -260,9 +94,9 @@ def test_training_goes_on_and_off() -> None:
 
 def test_dropout_alone_in_training() -> None:
     model, x = kept(), torch.randn(64, 20)
-    _first(model)[3].train()
+    first(model)[3].train()
     assert not torch.equal(serve(model, x)[0], serve(model, x)[0])
-    _first(model)[3].eval()
+    first(model)[3].eval()
     assert_as_own_code(model, x)
 
 
@@ -274,8 +108,8 @@ def test_nothing_is_kept_alive_and_copies_keep_nothing() -> None:
         for _ in range(4):
             assert all(torch.equal(a, b) for a, b in zip(serve(other, x), expected, strict=True))
         assert is_kept(other)
-    weight, module = weakref.ref(_first(model)[0].weight), weakref.ref(_first(model)[0])
-    _layer(model)
+    weight, module = weakref.ref(first(model)[0].weight), weakref.ref(first(model)[0])
+    replace_layer(model)
     gc.collect()
     assert weight() is None and module() is None
     gone = weakref.ref(model)

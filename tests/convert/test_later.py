@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert.paying import FORCE
+from tests.convert.models import by_name, features, rechub_mmoe
 from tests.convert.test_edits import register
 from tests.convert.weighing import Level, agree
 
@@ -167,3 +170,24 @@ class OfTensor(Level):
 def test_settings_that_a_trial_changes(kind: type) -> None:
     register(kind)
     assert mk.convert(kind()).left_alone
+
+
+def test_a_class_that_is_gone_is_gone() -> None:
+    """As of a function that defines a class for each trial of a search."""
+
+    def converted() -> tuple[Any, ...]:
+        held = torch.zeros(3)
+
+        class Own(type(rechub_mmoe())):  # type: ignore[misc]
+            def extra(self) -> Tensor:
+                return held
+
+        model = rechub_mmoe()
+        model.__class__ = Own
+        assert mk.convert(model).replaced
+        model(by_name(features(5).float()))
+        return weakref.ref(Own), weakref.ref(held)
+
+    trials = [converted() for _ in range(4)]
+    gc.collect()
+    assert all(ref() is None for refs in trials[:-1] for ref in refs)  # Python itself may hold the last

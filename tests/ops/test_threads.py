@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -117,3 +119,48 @@ def test_inside_autograds_threads() -> None:
         (found,) = torch.autograd.grad(y, x)
         assert torch.equal(found, expected)
     assert len(Nested.seen) == 2, "both were taken in one thread, so that this tests nothing of autograd's own"
+
+
+# What each of four threads does with one model, whose parameters other operators of PyTorch's read meanwhile.
+SHARED = """
+import threading
+import torch
+from torch import nn
+import mtlkernels as mk
+
+torch.set_num_threads(1)
+x = torch.randn(200, 12)
+{model}
+
+def work(number):
+    with torch.set_grad_enabled(number > 0):
+        for _ in range(250):
+            model(x)
+            if number > 1:
+                for parameter in model.parameters():
+                    parameter * 2
+
+threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+MODELS = {
+    "a trunk": "model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4)",
+    "a trunk with dropout": "model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4, dropout=0.1)",
+    "a trunk with batch norm": "model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4, batch_norm=True).eval()",
+    "SNR-Trans": "model = mk.nn.SNR(12, 3, (12, 7), (4, 4))",
+    "SNR-Aver": "model = mk.nn.SNR(12, 3, (12, 7), (4, 4), mode='aver')",
+    "a converted library's, in evaluation": """
+from tests.convert.models import by_name, features, rechub_mmoe
+model, x = rechub_mmoe().float().eval(), by_name(features(200).float())
+mk.convert(model, force=True)
+""",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_none_waits_for_another_for_ever(name: str) -> None:
+    """PyTorch makes a leaf's node under a lock, and may wait for the GIL: nobody waits for that lock with the GIL."""
+    subprocess.run([sys.executable, "-c", SHARED.format(model=MODELS[name])], check=True, timeout=120)

@@ -26,6 +26,35 @@ from mtlkernels.routing import Routing
 _MOST_CALLS_TO_WAIT = 1024
 
 
+class Patience:
+    """How many calls go by before one is kept: the fewer, the longer the last one that was had ``served``."""
+
+    def __init__(self) -> None:
+        self._wait = 1
+        self.waited = self.served = 0
+
+    def is_over(self) -> bool:
+        """Whether enough have gone by."""
+        return self.waited > self._wait
+
+    def tried(self, is_kept: bool) -> None:
+        """One was to be kept."""
+        self.waited = 0
+        if not is_kept:
+            self._longer()
+
+    def changed(self) -> None:
+        """What was kept is none any more."""
+        if self.served > 8 * self._wait:
+            self._wait = 1
+        else:
+            self._longer()
+        self.served = self.waited = 0
+
+    def _longer(self) -> None:
+        self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+
+
 class KeptCalls:
     """Those of one level of a model."""
 
@@ -33,8 +62,7 @@ class KeptCalls:
         self._kept: Any = None
         self._trunk: Any = None
         self.single = True  # for whoever makes the calls: that what is kept has one input
-        self._wait = 1  # so many calls go by before one is kept
-        self._waited = self._served = 0
+        self._patience = Patience()
 
     def __reduce__(self) -> Any:
         """A copy of a level keeps nothing of it."""
@@ -57,7 +85,7 @@ class KeptCalls:
         """
         kept = self._kept
         if kept is None:
-            self._waited += 1
+            self._patience.waited += 1
             return False
         found: bool = kept.still(roots)
         if not found:
@@ -68,7 +96,7 @@ class KeptCalls:
         """The outputs for inputs as ``expert_mixture`` takes them; None: that call goes the usual way."""
         kept = self._kept
         if kept is None:
-            self._waited += 1
+            self._patience.waited += 1
             return None
         return self._outputs(kept.serve(roots, inputs), inputs)
 
@@ -82,7 +110,7 @@ class KeptCalls:
 
     def _outputs(self, found: Any, inputs: Any) -> tuple[Tensor, ...] | None:
         if type(found) is tuple:
-            self._served += 1
+            self._patience.served += 1
             if _decisions.on:
                 note_direct(inputs)
             return found
@@ -91,27 +119,24 @@ class KeptCalls:
         return None
 
     def _changed(self) -> None:
-        """What is kept is gone: the sooner again, the longer it had served."""
-        self._wait = 1 if self._served > 8 * self._wait else min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+        """What is kept is gone."""
+        self._patience.changed()
         self._kept = self._trunk = None
-        self._served = self._waited = 0
 
     def keep_trunk(
         self, level: nn.Module, expert: type, inputs: Any, weights: Any, biases: Any, routing: Routing, gates: Any
     ) -> None:
         """Keeps a call of a trunk's level without norms and dropout, whose experts are of one class."""
-        self._waited = 0
         spec = _spec_ints(level.activation, len(weights), inputs, routing)
         if spec is not None:
             surroundings = vars(_backends), vars(_dumps), _torch.GLOBAL_HOOKS
             of_modules = level, *surroundings, expert, nn.Linear, nn.Parameter, nn.Dropout
             self._trunk = _extension.function("keep_trunk")(*of_modules, weights, biases, gates, spec)
-        if self._trunk is None:
-            self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+        self._patience.tried(self._trunk is not None)
 
     def wants(self) -> bool:
         """Whether a call that goes the usual way is to be kept."""
-        return self._waited > self._wait and self.empty
+        return self._patience.is_over() and self.empty
 
     def keep(
         self,
@@ -127,10 +152,8 @@ class KeptCalls:
 
         ``gates`` are the arguments of linear gates, ``options`` all others.
         """
-        self._waited = 0
         self._kept = _kept(roots, inputs, weights, biases, routing, gates, options)
-        if self._kept is None:
-            self._wait = min(2 * self._wait, _MOST_CALLS_TO_WAIT)
+        self._patience.tried(self._kept is not None)
 
 
 def _kept(

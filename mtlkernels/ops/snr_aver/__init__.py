@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from mtlkernels import _backends, _tracing
 from mtlkernels.ops._call import (
+    apply,
     distinct,
     needs_function,
     needs_plain,
@@ -66,7 +67,7 @@ def snr_aver(u: Tensor | Tensors, z: Tensor, *, closed_grad: bool = True) -> tup
         return traced("snr_aver", closed_grad, inputs, z)
     if needs_function(inputs, (z,)):
         plan = Plan("snr_aver", len(inputs), 0, num_outputs, closed_grad, backend)
-        return tuple(cast(Any, Routes.apply(plan, *distinct(*inputs, z))))
+        return tuple(apply(Routes, plan, *distinct(*inputs, z)))
     return tuple(run_forward("snr_aver", backend, inputs[0], inputs, z))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from mtlkernels import _backends, _tracing
 from mtlkernels.ops._call import (
+    apply,
     distinct,
     needs_function,
     needs_plain,
@@ -80,7 +81,7 @@ def snr_trans(
         return traced("snr_trans", closed_grad, inputs, weights, z)
     if needs_function(inputs, weights, (z,)):
         plan = Plan("snr_trans", len(inputs), len(weights), num_outputs, closed_grad, backend)
-        return tuple(cast(Any, Routes.apply(plan, *distinct(*inputs, *weights, z))))
+        return tuple(apply(Routes, plan, *distinct(*inputs, *weights, z)))
     return tuple(run_forward("snr_trans", backend, inputs[0], inputs, weights, z))
 
 

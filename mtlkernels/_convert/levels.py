@@ -1,0 +1,184 @@
+"""Where a class keeps what a level is made of, and what a call reads there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtlkernels import _decisions, _torch
+from mtlkernels._backends import autocast_enabled
+from mtlkernels._convert.calls import Readings
+from mtlkernels._convert.chains import Chain
+from mtlkernels._convert.classes import CLASSES, OWN_UNDER_AUTOCAST, is_torchs, original_class
+from mtlkernels._convert.evaluation import Parts, any_drops, read_experts, several_dtypes
+from mtlkernels._convert.gates import has_equal_shares, read_gate, size_of
+from mtlkernels._convert.paying import Size, pays, size_of_call
+from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
+from mtlkernels.routing import Routing
+
+TOO_FEW_ROWS = "its experts cannot be fused now, or that is no faster on so few rows"
+
+
+def children(*modules: Any) -> list[Any]:
+    """All their sub-modules."""
+    return [child for module in modules for child in module._modules.values()]
+
+
+def cgc(specific: Iterable[Sized], shared: Sized, **options: bool) -> Routing:
+    """The routing of CGC with these lists of experts, one a task."""
+    counts = [len(experts) for experts in specific]
+    return Routing.cgc(len(counts), counts, len(shared), **options)
+
+
+class _Call(NamedTuple):
+    """What a call has to do with what is read for it."""
+
+    size: Size
+    dtype: torch.dtype | None
+    differentiated: bool
+    autocast: bool
+
+
+@dataclass(frozen=True)
+class LevelDescription:
+    """Where a class keeps what a level is made of.
+
+    Args:
+        experts: from an instance, its experts' chains, in the order of the routing.
+        gates: from an instance, the chains that give each gate's logits, perhaps with a softmax and a dropout behind;
+            None for equal shares.
+        routing: from an instance, who reads what; asked for once.
+        parts: from an instance, the modules that are not called any more, on which a hook may be.
+        num_streams: from an instance, how many streams it takes; None for as many as experts and gates read.
+        gate_inputs: from an instance, the number of the stream that each gate reads; None: gate k reads stream k.
+        level_outputs: from an instance, the K mixtures and the streams that the level read, the streams behind it;
+            None: the mixtures.
+    """
+
+    experts: Callable[[Any], Iterable[Chain]]
+    gates: Callable[[Any], Sequence[Chain]]
+    routing: Callable[[Any], Routing]
+    parts: Callable[[Any], Iterable[Any]] = children
+    num_streams: Callable[[Any], int] | None = None
+    gate_inputs: Callable[[Any], Sequence[int]] | None = None
+    level_outputs: Callable[[Any, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] | None = None
+
+    def read_gates(self, module: Any) -> list[Any]:
+        """For each gate what :func:`read_gate` says."""
+        return [read_gate(chain) for chain in self.gates(module)]
+
+    def read_gate_inputs(self, module: Any, gates: Sequence[Any], routing: Routing) -> Sequence[int] | None:
+        """The stream of each gate; gates of equal shares read none, and have any."""
+        if self.gate_inputs is not None:
+            return tuple(self.gate_inputs(module))
+        if routing.num_inputs > 1 and any(map(has_equal_shares, gates)):
+            return [0 if has_equal_shares(gate) else k for k, gate in enumerate(gates)]
+        return None
+
+    def roots(self, module: Any, routing: Routing) -> Any:
+        """All that a call depends on beside its inputs; None where :meth:`prepare` says that it cannot be read.
+
+        Which stream a gate reads is not among it: calls are kept where gates read one stream, or each its own.
+        """
+        try:
+            gates: Any = self.gates(module)
+            chains = list(self.experts(module)), gates if isinstance(gates, Tensor) else list(gates)
+            return *chains, list(self.parts(module)), routing.expert_inputs, routing.gate_experts
+        except Exception:  # of a description that what has become of the module does not fit
+            return None
+
+    def prepare(
+        self,
+        module: Any,
+        routing: Routing,
+        x: Tensor | None,
+        dtype: torch.dtype | None = None,
+        readings: Readings | None = None,
+    ) -> Parts | str:
+        """The parts of a level as :func:`evaluate` takes them, or why the module's own code has to run.
+
+        ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells. ``dtype``
+        is that of the input, None where it is not there yet. ``readings`` may have the parts from another call.
+        """
+        found = self._parts_or_reason(module, routing, x, dtype, readings)
+        if isinstance(found, str):
+            _decisions.note(type(module).__name__, "its own code", found, x)
+        return found
+
+    def _parts_or_reason(
+        self, module: Any, routing: Routing, x: Tensor | None, dtype: torch.dtype | None, readings: Readings | None
+    ) -> Parts | str:
+        if not pays(module, x):
+            return "there are no kernels for its device and dtype"
+        call = _Call(
+            size_of_call(x, module.training),
+            dtype,
+            torch.is_grad_enabled(),
+            autocast_enabled("cpu" if x is None else x.device.type),
+        )
+        if readings is None or self.gate_inputs is not None:
+            return self._read(module, routing, call)
+        key = call, module.training, vars(module).get(CLASSES), OWN_UNDER_AUTOCAST in vars(module)
+        return readings.find(key, lambda: self.roots(module, routing), lambda: self._read(module, routing, call))
+
+    def _read(self, module: Any, routing: Routing, call: _Call) -> Parts | str:
+        try:
+            chains, gate_chains, parts = list(self.experts(module)), list(self.gates(module)), list(self.parts(module))
+        except Exception as error:  # of a description that what has become of the module does not fit
+            return f"its description does not fit any more: {type(error).__name__}: {error}"
+        size, dtype, differentiated, autocast = call
+        experts = read_experts(chains, size)
+        if experts is None:
+            return TOO_FEW_ROWS
+        gates: list[Any] = list(map(read_gate, gate_chains))
+        if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
+            return "it has other numbers of experts and gates than when it was converted"
+        if autocast and OWN_UNDER_AUTOCAST in vars(module):
+            return "under autocast its outputs would be other ones, as a trial told when it was converted"
+        if autocast and any(
+            layer.activation == "dice" for layers in experts[0] if not isinstance(layers, str) for layer in layers
+        ):
+            return "torch-rechub's Dice makes float32 of what autocast makes narrower, and the fused operator does not"
+        pairs = zip(gates, routing.gate_experts, strict=True)
+        if any(not isinstance(gate, str) and size_of(gate) not in (None, len(mixed)) for gate, mixed in pairs):
+            return "its gates mix other numbers of experts than when it was converted"
+        tried = vars(module).get(CLASSES)
+        if any(isinstance(gate, str) for gate in gates) or any_hooks(parts, differentiated, tried):
+            return (
+                "a gate was exchanged, or a part that would not be called has a hook, or one of its parameters, or is"
+                " of a class that there was none of when it was converted"
+            )
+        if not size.parts and any_drops(gates):
+            return TOO_FEW_ROWS
+        if several_dtypes(experts[0], gates, dtype) and not autocast:
+            return "it has parameters of several dtypes, or of another than its input"
+        return Parts(chains, *experts, gates, routing, size.rows, self.read_gate_inputs(module, gates, routing))
+
+
+def any_hooks(modules: Iterable[Any], differentiated: bool, tried: Container[type] | None) -> bool:
+    """Whether one of the modules, or one below, has a hook; if ``differentiated`` also one on a parameter.
+
+    Or whether its class is neither PyTorch's nor among those that were ``tried``, where these are known.
+    """
+    for module in modules:
+        if module is None:
+            continue
+        if has_hooks(module) or (differentiated and has_gradient_hooks(module)):
+            return True
+        if tried is not None and type(module) not in tried and _is_new(module, tried):
+            return True
+        if module._modules and any_hooks(module._modules.values(), differentiated, tried):
+            return True
+    return False
+
+
+def _is_new(module: Any, tried: Container[type]) -> bool:
+    """A part may have been converted itself."""
+    if is_torchs(type(module)):
+        return False
+    kind = _torch.class_of(module)
+    return (original_class(kind) or kind) not in tried
