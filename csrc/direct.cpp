@@ -5,6 +5,7 @@
 
 #include "direct.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "arguments.h"
 #include "below_autograd.h"
@@ -50,7 +52,7 @@ template <typename F>
 bool read_joined(PyObject* object, Tensors& tensors, F split) {
   if (!is_tensor(object)) return read_tensors(object, tensors);
   at::Tensor joined;
-  if (!read_tensor(object, joined)) return false;
+  if (!read_tensor(object, joined) || has_tangent(joined)) return false;
   const Tensors parts = split(joined);
   tensors.insert(tensors.end(), parts.begin(), parts.end());
   return true;
@@ -99,10 +101,9 @@ bool read_norms(PyObject* items, std::vector<NormTensors>& norms) {
   return read_each(items, [&](PyObject* item) { return read_norm(item, norms.emplace_back()); });
 }
 
-// What to hold while joined tensors are taken apart, of which autograd is told.
+// The accumulators of leaves among tensors that will be taken apart.
 std::unique_ptr<Accumulators> accumulators_of_joined(std::initializer_list<py::handle> of_layers,
                                                      std::initializer_list<py::handle> of_gates) {
-  if (!at::GradMode::is_enabled()) return nullptr;
   Tensors joined;
   const auto add = [&](PyObject* object) {
     if (is_tensor(object)) joined.push_back(THPVariable_Unpack(object));
@@ -112,6 +113,23 @@ std::unique_ptr<Accumulators> accumulators_of_joined(std::initializer_list<py::h
   for (const py::handle gates : of_gates) add(gates.ptr());
   return accumulators_of(joined);
 }
+
+// What to hold while joined tensors are taken apart: autograd is told of that only where gradients are wanted, and then
+// there are their accumulators.
+class Splitting {
+ public:
+  Splitting(std::initializer_list<py::handle> of_layers, std::initializer_list<py::handle> of_gates) {
+    if (at::GradMode::is_enabled()) {
+      alive_ = accumulators_of_joined(of_layers, of_gates);
+    } else {
+      below_.emplace();
+    }
+  }
+
+ private:
+  std::unique_ptr<Accumulators> alive_;
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below_;
+};
 
 bool any_requires_grad(const LevelCall& call) {
   const auto of = [](const Tensors& tensors) {
@@ -212,13 +230,15 @@ py::object level_tensors_from_python(py::handle inputs, py::handle weights, py::
   try {
     const py::none none;
     const LevelSpec spec = spec_of_words(std::string_view(words));
-    const auto alive = accumulators_of_joined({weights, biases}, {gate_logits, gate_weights, gate_biases});
     LevelCall call;
+    std::optional<Splitting> splitting(std::in_place, std::initializer_list<py::handle>{weights, biases},
+                                       std::initializer_list<py::handle>{gate_logits, gate_weights, gate_biases});
     if (spec.has_norms() ||
         !read_level(spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
                     gate_biases.ptr(), none.ptr(), none.ptr(), none.ptr(), call)) {
       return none;
     }
+    splitting.reset();
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     LevelTensors& own = call.tensors;
     py::object known = own.linear_gates ? signature({own.inputs}, {own.weights, own.biases, own.gates, own.gate_biases})
@@ -245,12 +265,14 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
                              py::handle slopes, py::handle dice_eps, py::handle spec_ints, bool trains, bool by_name) {
   try {
     const std::optional<LevelSpec> spec = read_spec(spec_ints.ptr(), dice_eps.ptr());
-    const auto alive = accumulators_of_joined({weights, biases}, {gate_logits, gate_weights, gate_biases});
     LevelCall call;
+    std::optional<Splitting> splitting(std::in_place, std::initializer_list<py::handle>{weights, biases},
+                                       std::initializer_list<py::handle>{gate_logits, gate_weights, gate_biases});
     if (!spec || !read_level(*spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), gate_weights.ptr(),
                              gate_biases.ptr(), norms.ptr(), gate_norms.ptr(), slopes.ptr(), call)) {
       return py::none();
     }
+    splitting.reset();
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     if (wanted && !(trains && norms.is_none() && gate_norms.is_none() && !spec->stores_inputs())) return py::none();
     const LevelTensors given = wanted ? call.tensors : LevelTensors{};

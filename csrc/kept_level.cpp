@@ -31,19 +31,21 @@ class KeptCall {
   KeptCall(Snapshot snapshot, LevelSpec spec, const LevelCall& call)
       : snapshot_(std::move(snapshot)), level_(std::move(spec), call.tensors, call.norms) {}
 
-  // As keep_call in Python.
-  static std::unique_ptr<KeptCall> of(py::handle roots, py::handle module_type, py::handle weights, py::handle biases,
-                                      py::handle gate_weights, py::handle gate_biases, py::handle norms,
-                                      py::handle gate_norms, py::handle spec_ints) {
-    auto snapshot = Snapshot::of(roots.ptr(), module_type.ptr(), Snapshot::Tensors::kPlaces);
-    if (!snapshot) return nullptr;
+  // As keep_call in Python: with what to keep beside it, or None.
+  static py::object of(py::handle roots, py::handle module_type, py::handle weights, py::handle biases,
+                       py::handle gate_weights, py::handle gate_biases, py::handle norms, py::handle gate_norms,
+                       py::handle spec_ints) {
+    py::list beside;
+    auto snapshot = Snapshot::of(roots.ptr(), module_type.ptr(), Snapshot::Tensors::kPlaces, beside);
+    if (!snapshot) return py::none();
     const auto held = [&](const at::Tensor& tensor) { return snapshot->holds(tensor); };
     try {
       auto stored = stored_call(weights, biases, gate_weights, gate_biases, norms, gate_norms, spec_ints);
-      if (!stored || !all_parameters(stored->call, held)) return nullptr;
-      return std::make_unique<KeptCall>(std::move(*snapshot), std::move(stored->spec), stored->call);
+      if (!stored || !all_parameters(stored->call, held)) return py::none();
+      auto call = std::make_unique<KeptCall>(std::move(*snapshot), std::move(stored->spec), stored->call);
+      return py::make_tuple(py::cast(std::move(call)), beside);
     } catch (const Refused&) {
-      return nullptr;
+      return py::none();
     }
   }
 
@@ -108,7 +110,7 @@ void define_kept_level(py::module_& module) {
   py::class_<KeptCall>(module, "KeptCall")
       .def("still", &KeptCall::still, "Whether modules and tensors are what they were.")
       .def("serve", &KeptCall::serve, "Outputs, None or False, see there.");
-  module.def("keep_call", &KeptCall::of, "What is kept of a level's call, or None.");
+  module.def("keep_call", &KeptCall::of, "What is kept of a level's call, and what to keep beside it; or None.");
 }
 
 }  // namespace mtlk

@@ -45,6 +45,18 @@ bool has_gradient_hooks(PyObject* tensor) {
   return false;
 }
 
+// What a module's class has of that name, which may be given to it later.
+const void* method_of(PyObject* module, PyObject* name) { return _PyType_Lookup(Py_TYPE(module), name); }
+
+PyObject* forward_name() {
+  static PyObject* const name = interned("forward");
+  return name;
+}
+PyObject* call_name() {
+  static PyObject* const name = interned("__call__");
+  return name;
+}
+
 bool is_sequence(PyObject* object) { return PyList_CheckExact(object) || PyTuple_CheckExact(object); }
 
 }  // namespace
@@ -111,9 +123,9 @@ bool KnownTensors::Comparison::next(const at::Tensor& now) {
   return true;
 }
 
-std::optional<Snapshot> Snapshot::of(PyObject* roots, PyObject* module_type, Tensors tensors) {
+std::optional<Snapshot> Snapshot::of(PyObject* roots, PyObject* module_type, Tensors tensors, py::list& held) {
   Snapshot found(tensors);
-  if (!found.take(roots, module_type)) return std::nullopt;
+  if (!found.take(roots, Taking{module_type, held})) return std::nullopt;
   return found;
 }
 
@@ -127,51 +139,61 @@ bool Snapshot::holds(const at::Tensor& tensor) const {
   return storages_.count(tensor.storage().unsafeGetStorageImpl()) > 0;
 }
 
-bool Snapshot::take(PyObject* object, PyObject* module_type) {
+bool Snapshot::take(PyObject* object, Taking taking) {
+  constexpr int kMostDeep = 64;  // a dictionary may hold itself
+  if (++taking.depth > kMostDeep) return false;
+  const bool by_object = of_tensors_ == Tensors::kObjects;
   if (is_tensor(object)) {
     const at::Tensor& tensor = THPVariable_Unpack(object);
     if (!is_plain(tensor) || has_tangent(tensor)) return false;
-    // One that was computed leads to all that it was computed of.
-    if (of_tensors_ == Tensors::kObjects && (has_gradient_hooks(object) || !tensor.is_leaf())) return false;
+    // What is made anew for each call is no object to compare; and one that was computed leads to all that it was
+    // computed of.
+    if (by_object && (!taking.in_module || has_gradient_hooks(object) || !tensor.is_leaf())) return false;
     entries_.push_back({Kind::kTensor, static_cast<int64_t>(tensors_.size()), object, Py_TYPE(object), nullptr,
                         tensor.requires_grad()});
     tensors_.emplace_back(tensor);
     storages_.insert(tensor.storage().unsafeGetStorageImpl());
+    objects_.insert(object);
     return true;
   }
   if (is_sequence(object)) {
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
     entries_.push_back({Kind::kSequence, count, nullptr, Py_TYPE(object)});
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      if (!take(PySequence_Fast_GET_ITEM(object, i), module_type)) return false;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
+      if (!take(PySequence_Fast_GET_ITEM(object, i), taking)) return false;
     }
-    return true;
+    return PySequence_Fast_GET_SIZE(object) == count;
   }
   if (PyDict_Check(object)) {
     if (PyDict_GET_SIZE(object) == 0) return entries_.push_back({Kind::kEmpty}), true;
     if (!PyDict_CheckExact(object)) return false;  // whose order may be another than that of its entries
     entries_.push_back({Kind::kDict, PyDict_GET_SIZE(object)});
-    return take_entries(object, module_type, false);
+    return take_entries(object, taking, false);
   }
   if (is_fixed(object)) {
-    kept_.push_back(py::reinterpret_borrow<py::object>(object));
+    taking.held.append(py::handle(object));
     entries_.push_back({Kind::kSame, 0, object});
     return true;
   }
-  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(module_type))) return false;
+  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(taking.module_type))) return false;
   if (!modules_.insert(object).second) return entries_.push_back({Kind::kSeen, 0, object}), true;
   PyObject* const own = dictionary_of(object);
   if (!own) return false;
-  kept_.push_back(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(object))));
+  taking.held.append(py::handle(reinterpret_cast<PyObject*>(Py_TYPE(object))));
   entries_.push_back({Kind::kModule, PyDict_GET_SIZE(own), object, Py_TYPE(object)});
-  return take_entries(own, module_type, true);
+  entries_.back().forward = method_of(object, forward_name());
+  entries_.back().call = method_of(object, call_name());
+  objects_.insert(object);
+  taking.in_module = true;
+  return take_entries(own, taking, true);
 }
 
-bool Snapshot::take_entries(PyObject* dictionary, PyObject* module_type, bool of_module) {
+bool Snapshot::take_entries(PyObject* dictionary, Taking taking, bool of_module) {
   PyObject *key, *value;
   for (Py_ssize_t next = 0; PyDict_Next(dictionary, &next, &key, &value);) {
     if (!is_fixed(key)) return false;
-    kept_.push_back(py::reinterpret_borrow<py::object>(key));
+    const py::object name = py::reinterpret_borrow<py::object>(key), held = py::reinterpret_borrow<py::object>(value);
+    taking.held.append(name);
     const size_t place = entries_.size();
     const bool named = PyUnicode_CheckExact(key);
     if (named && PyUnicode_CompareWithASCIIString(key, "parametrizations") == 0) return false;
@@ -181,7 +203,7 @@ bool Snapshot::take_entries(PyObject* dictionary, PyObject* module_type, bool of
     } else if (of_module && named && is_among(kHooks, key)) {
       if (!PyDict_Check(value) || PyDict_GET_SIZE(value) > 0) return false;
       entries_.push_back({Kind::kEmpty});
-    } else if (!take(value, module_type)) {
+    } else if (!take(value, taking)) {
       return false;
     }
     entries_[place].key = key;
@@ -215,6 +237,8 @@ bool Snapshot::same(PyObject* object, Cursor& at) const {
     }
     case Kind::kModule: {
       if (object != entry.object || Py_TYPE(object) != entry.type) return false;
+      if (method_of(object, forward_name()) != entry.forward || method_of(object, call_name()) != entry.call)
+        return false;
       PyObject* const own = dictionary_of(object);
       return own && same_entries(own, at, entry.count);
     }
@@ -246,13 +270,20 @@ void define_snapshot(py::module_& module) {
   py::class_<Snapshot>(module, "Snapshot")
       .def(
           "is_of", [](const Snapshot& then, py::handle roots) { return then.is(roots.ptr(), nullptr); },
-          "Whether the roots, and all that they hold, are what they were.");
+          "Whether the roots, and all that they hold, are what they were.")
+      .def(
+          "has", [](const Snapshot& then, py::handle object) { return then.has(object.ptr()); },
+          "Whether an object is one of the modules and tensors.");
   module.def(
       "snapshot",
-      [](py::handle roots, py::handle module_type) {
-        return Snapshot::of(roots.ptr(), module_type.ptr(), Snapshot::Tensors::kObjects);
+      [](py::handle roots, py::handle module_type) -> py::object {
+        py::list held;
+        auto found = Snapshot::of(roots.ptr(), module_type.ptr(), Snapshot::Tensors::kObjects, held);
+        return found ? py::make_tuple(py::cast(std::move(*found)), held) : py::object(py::none());
       },
-      "What roots hold, lists and tuples of modules among them; None where that could change unseen.");
+      "What roots hold, lists and tuples of modules among them, and what to keep beside it; None where that could "
+      "change"
+      " unseen.");
 }
 
 }  // namespace mtlk

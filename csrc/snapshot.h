@@ -68,14 +68,18 @@ class Snapshot {
   enum class Tensors { kPlaces, kObjects };
 
   // Nothing where there is something among them that could change unseen, as the state of an object of any other kind,
-  // a hook, or a parametrization.
-  static std::optional<Snapshot> of(PyObject* roots, PyObject* module_type, Tensors tensors);
+  // a hook, or a parametrization. What it looks at that is neither module nor tensor is appended to `held`, which has
+  // to live as long, in Python, where the garbage collector sees it: a class may lead back to the model.
+  static std::optional<Snapshot> of(PyObject* roots, PyObject* module_type, Tensors tensors, pybind11::list& held);
 
   // Whether these are what was there; the memory of their tensors is then `held`, which may be null.
   bool is(PyObject* roots, std::vector<c10::Storage>* held) const;
 
   // Whether a tensor's memory, when the snapshot was taken, was that of one of its tensors.
   bool holds(const at::Tensor& tensor) const;
+
+  // Whether an object is one of its modules and tensors.
+  bool has(PyObject* object) const { return objects_.count(object) > 0; }
 
  private:
   enum class Kind { kSame, kTensor, kModule, kSeen, kDict, kSequence, kEmpty, kIgnored };
@@ -86,12 +90,21 @@ class Snapshot {
     const void* type = nullptr;
     const void* key = nullptr;  // under which a dictionary has it
     bool wants_gradient = false;
+    const void* forward = nullptr;  // a module's class's
+    const void* call = nullptr;
+  };
+  // Of what is taken. Where it lies in a module, a tensor is the module's to exchange.
+  struct Taking {
+    PyObject* module_type;
+    pybind11::list& held;
+    int depth = 0;
+    bool in_module = false;
   };
 
   explicit Snapshot(Tensors tensors) : of_tensors_(tensors) {}
 
-  bool take(PyObject* object, PyObject* module_type);
-  bool take_entries(PyObject* dictionary, PyObject* module_type, bool of_module);
+  bool take(PyObject* object, Taking taking);
+  bool take_entries(PyObject* dictionary, Taking taking, bool of_module);
   bool same_tensor(PyObject* object, const Entry& entry) const;
   struct Cursor {
     const Entry* next;
@@ -103,8 +116,7 @@ class Snapshot {
   Tensors of_tensors_;
   std::vector<Entry> entries_;
   std::vector<Known> tensors_;
-  std::vector<pybind11::object> kept_;  // what is neither module nor tensor
-  std::unordered_set<const void*> modules_, storages_;
+  std::unordered_set<const void*> modules_, objects_, storages_;
 };
 
 // mtlkernels._C.snapshot: what readings in Python are kept by, see mtlkernels/_convert/calls.py.

@@ -115,6 +115,13 @@ def is_vmapped(tensor: Tensor) -> bool:
     return False
 
 
+def innermost(value: Any) -> Any:
+    """What transforms of torch.func have wrapped, of a tensor; anything else as it is."""
+    while isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
 def uncounted_writes(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Within it writes to these tensors leave their versions, by which autograd tells that a saved tensor changed.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -69,10 +69,17 @@ class Readings:
         """Whether nothing looks on: neither a trial, which reads all anew, nor the compiler or a tracer."""
         return _extension.has_module() and not in_trial() and not _tracing.observed()
 
-    def find(self, key: Hashable, roots: Callable[[], Any], read: Callable[[], Read | str]) -> Read | str:
+    def find(
+        self,
+        key: Hashable,
+        roots: Callable[[], Any],
+        read: Callable[[], Read | str],
+        holds: Callable[[Read], Iterable[Any]],
+    ) -> Read | str:
         """What ``read`` gives, or has given where ``roots`` were the same; a reason, which is a string, is not kept.
 
-        ``key`` is all else that it depends on.
+        ``key`` is all else that it depends on. Nothing is kept that ``holds`` other modules and tensors than the roots
+        do, as views of theirs, or what another thread has put there meanwhile.
         """
         place = self._places.get(key)
         if place is None:
@@ -81,57 +88,65 @@ class Readings:
             place = self._places[key] = _Place()
         kept = place.kept
         if kept is not None:
-            snapshot, found = kept
-            if snapshot.is_of(roots()):
+            if kept.snapshot.is_of(roots()):
                 place.patience.served += 1
-                return found  # type: ignore[no-any-return]
-            for other in self._places.values():
+                return kept.found  # type: ignore[no-any-return]
+            for other in list(self._places.values()):
                 other.kept = None  # which may hold what was exchanged
             place.patience.changed()
         elif place.patience.is_over():
             now = roots()
-            snapshot = None if now is None else _extension.function("snapshot")(now, nn.Module)
-            read_now = read()
-            if snapshot is not None and not isinstance(read_now, str):
-                place.kept = snapshot, read_now
+            taken = None if now is None else _extension.function("snapshot")(now, nn.Module)
+            found = read()
+            if taken is not None and not isinstance(found, str):
+                snapshot, beside = taken
+                place.kept = _Kept(snapshot, beside, found) if all(map(snapshot.has, holds(found))) else None
             place.patience.tried(place.kept is not None)
-            return read_now
+            return found
         place.patience.waited += 1
         return read()
+
+
+class _Kept(NamedTuple):
+    """``beside`` is what the snapshot looks at, which has to live as long."""
+
+    snapshot: Any
+    beside: Any
+    found: Any
+
+
+class _Place:
+    def __init__(self) -> None:
+        self.kept: _Kept | None = None
+        self.patience = Patience()
 
 
 class Seen:
     """What is watched of an instance, as long as it is found to be the same objects, which C++ compares."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, Any] | None = None
+        self._kept: tuple[Any, Any, Any, Any] | None = None
         self._patience = Patience()
 
     def changed(self, module: Any, watched: Watched) -> str | None:
         """:func:`watched.changed`."""
         kept = self._kept
         if kept is not None:
-            watch, entries = kept
+            watch, rest, _, entries = kept
             if entries is watched and watch.still(module):
                 self._patience.served += 1
-                return changed(module, watch.rest) if watch.rest else None
+                return changed(module, rest) if rest else None
             self._kept = None
             self._patience.changed()
         elif self._patience.is_over() and Readings.may_be_kept():
-            watch = _extension.function("watch")(module, watched, _WORDS)
+            taken = _extension.function("watch")(module, watched, _WORDS)  # with what it looks at, beside
             other = changed(module, watched)  # after it, so that no write in between is missed
             if other is None:
-                self._kept = watch, watched
+                self._kept = *taken, watched
             self._patience.tried(other is None)
             return other
         self._patience.waited += 1
         return changed(module, watched)
-
-
-class _Place:
-    def __init__(self) -> None:
-        self.kept: tuple[Any, Any] | None = None
-        self.patience = Patience()
 
 
 class Serving:

@@ -68,8 +68,9 @@ def description_of(source: str) -> Any:
     return importlib.import_module(f"mtlkernels._convert.{file}").DESCRIPTIONS[name]
 
 
-# As long as something is of them: a class may be defined anew for each model, and leads to all around its methods.
-_classes: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
+# By the class that they were made of, as long as something is of them: it may be defined for one model, and leads to
+# all around its methods.
+_classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def converted_class(base: type[Fused], original: type, method: str, source: str) -> Any:
@@ -78,7 +79,8 @@ def converted_class(base: type[Fused], original: type, method: str, source: str)
     ``base`` finds the description where there is no source.
     """
     key = (base, original, method, source)
-    known = _classes.get(key)
+    made = _classes.get(original) or _classes.setdefault(original, weakref.WeakValueDictionary())
+    known = made.get((base, method, source))
     if known is not None:
         return known
     namespace: dict[str, Any] = {
@@ -93,9 +95,8 @@ def converted_class(base: type[Fused], original: type, method: str, source: str)
     }
     if source:
         namespace["_mtlkernels_trunk"] = description_of(source)
-    return _classes.setdefault(
-        key, type(f"Fused{original.__name__}", (base, original, *_mixed_in(original)), namespace)
-    )
+    kind = type(f"Fused{original.__name__}", (base, original, *_mixed_in(original)), namespace)
+    return made.setdefault((base, method, source), kind)
 
 
 def _mixed_in(original: type) -> list[type]:

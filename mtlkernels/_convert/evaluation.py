@@ -7,7 +7,7 @@ to the modules later (training of batch norm or dropout, an exchanged layer) is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mtlkernels import _torch
 from mtlkernels._convert.calls import Serving
-from mtlkernels._convert.chains import Chain, read_chain, run_chain
+from mtlkernels._convert.chains import Chain, Product, flatten, read_chain, run_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
 from mtlkernels._convert.paying import Size
 from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of, slopes_of
@@ -40,6 +40,16 @@ class Parts(NamedTuple):
     routing: Routing
     rows: Rows
     gate_inputs: Sequence[int] | None = None
+
+
+def held_by(parts: Parts) -> Iterator[Any]:
+    """The modules and tensors of a level's parts."""
+    for layers in (*parts.layers, *(gate.layers for gate in parts.gates)):
+        if layers is not None and not isinstance(layers, str):
+            for weight, bias, norm, _, dropout, sloped in layers:
+                yield from (part for part in (weight, bias, norm, dropout, sloped) if part is not None)
+    called = (*map(flatten, parts.chains), *((*gate.modules, gate.dropout) for gate in parts.gates))
+    yield from (step for steps in called for step in steps if isinstance(step, (nn.Module, Product)))
 
 
 def read_experts(chains: Sequence[Chain], size: Size) -> tuple[list[list[Layer] | str], list[Any]] | None:

@@ -14,7 +14,7 @@ from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.calls import Readings
 from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.classes import CLASSES, OWN_UNDER_AUTOCAST, is_torchs, original_class
-from mtlkernels._convert.evaluation import Parts, any_drops, read_experts, several_dtypes
+from mtlkernels._convert.evaluation import Parts, any_drops, held_by, read_experts, several_dtypes
 from mtlkernels._convert.gates import has_equal_shares, read_gate, size_of
 from mtlkernels._convert.paying import Size, pays, size_of_call
 from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
@@ -123,7 +123,9 @@ class LevelDescription:
         if readings is None or self.gate_inputs is not None:
             return self._read(module, routing, call)
         key = call, module.training, vars(module).get(CLASSES), OWN_UNDER_AUTOCAST in vars(module)
-        return readings.find(key, lambda: self.roots(module, routing), lambda: self._read(module, routing, call))
+        return readings.find(
+            key, lambda: self.roots(module, routing), lambda: self._read(module, routing, call), held_by
+        )
 
     def _read(self, module: Any, routing: Routing, call: _Call) -> Parts | str:
         try:

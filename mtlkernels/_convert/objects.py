@@ -65,5 +65,7 @@ def _attributes(kind: type) -> dict[str, Any]:
 
 
 def is_method(kind: type, name: Any) -> bool:
-    """Whether a class has something else of that name than data."""
-    return isinstance(name, str) and hasattr(kind, name)
+    """Whether a class has something else of that name than data, and than the place of some of its instances'."""
+    if not (isinstance(name, str) and hasattr(kind, name)):
+        return False
+    return not isinstance(getattr(kind, name), types.MemberDescriptorType)

@@ -252,6 +252,7 @@ def paths_after(code: types.CodeType) -> frozenset[Path]:
     found: set[Path] = set()
     path: Path = ()
     constant: Any = Absent
+    cells = {*code.co_cellvars, *code.co_freevars}
     for step in dis.get_instructions(code):
         name = step.opname
         if name in ("CACHE", "RESUME", "EXTENDED_ARG"):
@@ -265,12 +266,17 @@ def paths_after(code: types.CodeType) -> frozenset[Path]:
         elif path and constant is not Absent and (name == "BINARY_SUBSCR" or step.argrepr == "[]"):
             path = (*path, constant)
         else:
-            if path and not (len(path) == 1 and name == "STORE_ATTR"):
+            # Of an instance alone, super() is told by its word.
+            asks_super = name == "LOAD_SUPER_ATTR" and not (step.arg or 0) & 2
+            if path and not (len(path) == 1 and (name == "STORE_ATTR" or asks_super)):
                 found.add(path)
             path = ()
             loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-            found |= {(other,) for other in loaded[:-1] if isinstance(other, str)}
-            if "LOAD_FAST" in name or name == "LOAD_DEREF":
+            if "LOAD_FAST" in name:  # cells go to functions in this one, which are read by themselves
+                loaded = tuple("" if other in cells else other for other in loaded)
+            found |= {(other,) for other in loaded[:-1] if isinstance(other, str) and other}
+            fast = "LOAD_FAST" in name and name != "LOAD_FAST_AND_CLEAR" and loaded[-1]
+            if fast or name == "LOAD_DEREF":
                 path = (loaded[-1],)
             elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
                 path = (Global(str(step.argval)),)

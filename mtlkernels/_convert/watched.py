@@ -26,7 +26,7 @@ from mtlkernels._convert.values import SCALARS, What, is_data, is_same, kind_of,
 
 # By which names a part is found, or where variables are, and the entries.
 Watched = tuple[tuple[Any, tuple[Entry, ...]], ...]
-_PARTS, _PARAMETERS = "_modules", "_parameters"
+_PARTS, _PARAMETERS, _BUFFERS = "_modules", "_parameters", "_buffers"
 
 
 def changed(module: Any, watched: Watched) -> str | None:
@@ -144,12 +144,18 @@ def _of_part(reader: Reader, part: Any, names: set[str], methods: set[str]) -> I
             yield from reader.read((name,), own[name])
         elif name in part._modules:
             yield from _of_inner(reader, name, part._modules[name])
-        elif name not in part._parameters and name not in part._buffers:
+        elif name in part._parameters or name in part._buffers:
+            kind = _PARAMETERS if name in part._parameters else _BUFFERS
+            if getattr(part, kind)[name] is None:  # which a tensor may take the place of
+                yield (kind, name), None
+        else:
             value = getattr(type(part), name, Absent)
             if _is_watched(value):
                 yield from reader.read((name,), value)
             elif name not in methods:
                 yield (name,), Absent  # nothing of the instance's own, in the place of its class's method, or at all
+                if value is Absent:
+                    yield from (((kind, name), Absent) for kind in (_PARTS, _PARAMETERS, _BUFFERS))
 
 
 def _of_torchs(reader: Reader, part: Any) -> Iterator[Entry]:

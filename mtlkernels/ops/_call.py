@@ -80,19 +80,29 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def apply(function: Any, *args: Any) -> Any:
-    """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op.
-
-    Threads that differentiate by one model wait for each other for ever where PyTorch makes the nodes of its leaves
-    within ``apply``: these are made before it.
-    """
-    if _torch.compiling() or _torch.func_transforms_active():
+    """``function.apply(*args)``, without binding the arguments to the signature, which takes longer than a small op."""
+    if _torch.compiling():
         return function.apply(*args)
-    parent: Any = super(torch.autograd.Function, function)
-    args = _torch.unwrap_dead_wrappers(args)
-    held = _extension.function("accumulators_of")(args) if _extension.has_module() else None
-    result = parent.apply(*args)
+    held = held_leaves(*args)
+    if _torch.func_transforms_active():
+        result = function.apply(*args)
+    else:
+        parent: Any = super(torch.autograd.Function, function)
+        result = parent.apply(*_torch.unwrap_dead_wrappers(args))
     del held
     return result
+
+
+def held_leaves(*args: Any) -> Any:
+    """What to hold while a Function is applied to these, among others: the nodes of autograd's graph of their leaves.
+
+    Threads that differentiate by one model wait for each other for ever where PyTorch makes such a node within
+    ``apply``.
+    """
+    if not _extension.has_module():
+        return None
+    leaves = tuple(map(_torch.innermost, args)) if _torch.func_transforms_active() else args
+    return _extension.function("accumulators_of")(leaves)
 
 
 def run_forward(op: str, backend: str | None, like: Tensor, *args: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtlkernels import _torch, _tracing
 from mtlkernels._backends import autocast_enabled
-from mtlkernels.ops._call import apply
+from mtlkernels.ops._call import held_leaves
 from mtlkernels.ops._operands import check_memory
 
 
@@ -31,7 +31,10 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     check_memory("gate_biases", biases)
     if not torch.is_grad_enabled():
         return _forward(x, weights, biases)
-    return list(apply(_JointLinear, len(weights), x, *weights, *biases))
+    held = held_leaves(*weights, *biases)
+    results = list(cast(Any, _JointLinear.apply(len(weights), x, *weights, *biases)))
+    del held
+    return results
 
 
 def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from mtlkernels.ops._autograd import (
     grads_are_batched,
     of_no_examples,
 )
-from mtlkernels.ops._call import direct_to_cpp, run_cpp
+from mtlkernels.ops._call import apply, direct_to_cpp, run_cpp
 from mtlkernels.ops._checks import as_sequence, check_like, check_tensor, shape_of
 from mtlkernels.ops.gated_mixture.reference import accumulation_dtype
 
@@ -210,7 +210,7 @@ def register(op: str, reference: Any) -> None:
 
     def differentiable(*groups: Any) -> list[Tensor]:
         flat = [tensor for group in groups[:-1] for tensor in group]
-        return list(cast(Any, Routes.apply(plan_of(*groups), *flat, groups[-1])))
+        return list(apply(Routes, plan_of(*groups), *flat, groups[-1]))
 
     def rule(info: Any, in_dims: Any, *groups: Any) -> Any:
         """The operator's own rule, which torch.compile needs where no gradient is wanted."""

@@ -21,7 +21,7 @@ from mtlkernels._convert.classes import WATCHED
 from mtlkernels._convert.reading import codes, paths_after
 from mtlkernels._convert.watched import changed
 from tests.convert.test_edits import register
-from tests.convert.weighing import Level, X
+from tests.convert.weighing import Level, X, agree
 
 
 def _converted(kind: type) -> Any:
@@ -254,7 +254,12 @@ def test_settings_that_parts_share_are_read_by_their_names() -> None:
     assert _changed(model) == "settings.model.activation"
 
 
-class Reads:
+class Base:
+    def weigh(self, x: Any) -> Any:
+        return x
+
+
+class Reads(Base):
     """Methods of which each reads something else of itself, in another way."""
 
     def _function(self, x: Any) -> Any:
@@ -276,6 +281,18 @@ class Reads:
         self.last = x
         return lambda z: z * self.weight  # type: ignore[attr-defined]
 
+    def _generator(self, x: Any) -> Any:
+        return sum(x * self.number for _ in range(3))  # type: ignore[attr-defined]
+
+    def _nested(self, x: Any) -> Any:
+        def times(y: Any) -> Any:
+            return y * self.number  # type: ignore[attr-defined]
+
+        return times(x)
+
+    def _super(self, x: Any) -> Any:
+        return super().weigh(self.rate * x)  # type: ignore[attr-defined]
+
     def _as_a_whole(self, x: Any) -> Any:
         return x(self)
 
@@ -289,6 +306,9 @@ READS = {
     "_loop": {("first",), ("mode",), ("flag",), ("inner", "number")},
     "_sequence": {("weights", 0), ("place",)},
     "_lambda": {("weight",)},
+    "_generator": {("number",)},
+    "_nested": {("number",)},
+    "_super": {("rate",)},
     "_as_a_whole": set(),
     "_by_its_name": set(),
 }
@@ -303,4 +323,46 @@ def test_what_a_code_reads(name: str) -> None:
     found -= {()}
     assert found >= READS[name] and all(path[:1] in {(p[0],) for p in READS[name]} for path in found)
     assert escapes or name not in ("_as_a_whole", "_by_its_name")
-    assert not escapes or name in ("_as_a_whole", "_by_its_name", "_lambda")
+    assert not escapes or name in ("_as_a_whole", "_by_its_name")
+
+
+class MayBe(Level):
+    """It looks for what is not there, or None so far."""
+
+    def prepare(self) -> None:
+        self.register_buffer("mask", None)
+        self.register_parameter("scale", None)
+
+    def weigh(self, z: Tensor) -> Tensor:
+        for name in ("mask", "scale"):
+            if getattr(self, name) is not None:
+                z = z * getattr(self, name)
+        if self.mask is not None or self.scale is not None or hasattr(self, "extra"):
+            z = z * 3
+        return z.softmax(1)
+
+
+COMES = {
+    "a buffer": lambda model: setattr(model, "mask", torch.ones(1)),
+    "a parameter": lambda model: setattr(model, "scale", nn.Parameter(torch.ones(1))),
+    "another parameter": lambda model: setattr(model, "extra", nn.Parameter(torch.ones(1))),
+    "another buffer": lambda model: model.register_buffer("extra", torch.ones(1)),
+    "another part": lambda model: setattr(model, "extra", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("name", COMES)
+def test_what_comes_later(name: str, warm: bool) -> None:
+    register(MayBe)
+    model, own = MayBe().eval(), MayBe().eval()
+    own.load_state_dict(model.state_dict())
+    assert mk.convert(model).replaced
+    for _ in range(5 * warm):
+        agree(model, own)
+    assert _changed(model) is None
+    for each in (model, own):
+        COMES[name](each)
+    assert _changed(model) is not None
+    for _ in range(3):
+        agree(model, own)

@@ -104,7 +104,7 @@ def _wait(model: Any, calls: int, every: int) -> int:
                 for expert in model.level.experts:
                     expert.linears[0].weight = nn.Parameter(expert.linears[0].weight.detach().clone())
             model(X)
-    return int(model.level._calls._wait)
+    return int(model.level._calls._patience._wait)
 
 
 @requires.cpp_kernels

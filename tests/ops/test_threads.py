@@ -129,16 +129,18 @@ from torch import nn
 import mtlkernels as mk
 
 torch.set_num_threads(1)
-x = torch.randn(200, 12)
+x, serves = torch.randn(200, 12), False
 {model}
+call = globals().get("call", model)
 
 def work(number):
-    with torch.set_grad_enabled(number > 0):
+    with torch.set_grad_enabled(number > 0 and not serves):
         for _ in range(250):
-            model(x)
+            call(x)
             if number > 1:
-                for parameter in model.parameters():
-                    parameter * 2
+                with torch.enable_grad():
+                    for parameter in model.parameters():
+                        parameter * 2
 
 threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
 for thread in threads:
@@ -152,6 +154,27 @@ MODELS = {
     "a trunk with batch norm": "model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4, batch_norm=True).eval()",
     "SNR-Trans": "model = mk.nn.SNR(12, 3, (12, 7), (4, 4))",
     "SNR-Aver": "model = mk.nn.SNR(12, 3, (12, 7), (4, 4), mode='aver')",
+    "an exported trunk": """
+model = torch.export.export(mk.nn.MMoE(12, 3, (12, 7), num_experts=4), (x,)).module()
+""",
+    "an exported SNR": "model = torch.export.export(mk.nn.SNR(12, 3, (12, 7), (4, 4)), (x,)).module()",
+    "a compiled trunk": """
+model = torch.compile(mk.nn.MMoE(12, 3, (12, 7), num_experts=4), backend="eager")
+model(x)
+""",
+    "vmap": """
+model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4)
+call = lambda x: torch.func.vmap(lambda rows: tuple(model(rows)))(x.view(4, 50, 12))
+""",
+    "vjp": """
+model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4)
+call = lambda x: torch.func.vjp(lambda rows: tuple(model(rows)), x)
+""",
+    "lists with joined tensors, that serve": """
+model, serves = nn.ParameterList([*torch.randn(2, 4, 12, 12), torch.randn(12, 12)]), True
+def call(x):
+    mk.expert_mixture(x, [model[0], model[1]], None, None, mk.Routing.mmoe(4, 3), gate_weights=model[2])
+""",
     "a converted library's, in evaluation": """
 from tests.convert.models import by_name, features, rechub_mmoe
 model, x = rechub_mmoe().float().eval(), by_name(features(200).float())

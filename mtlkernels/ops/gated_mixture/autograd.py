@@ -20,7 +20,7 @@ from mtlkernels.ops._autograd import (
     grads_are_batched,
     of_no_examples,
 )
-from mtlkernels.ops._call import run_forward
+from mtlkernels.ops._call import apply, run_forward
 from mtlkernels.ops.gated_mixture import reference, schema  # noqa: F401  (it defines the operators)
 
 _OP = "gated_mixture"
@@ -184,7 +184,7 @@ def _vmap_operator(info: Any, in_dims: Any, experts: Tensor, logits: Any, gate_e
 
 
 def _differentiable_forward(experts: Tensor, logits: Any, gate_experts: Any, gate_sizes: Any) -> list[Tensor]:
-    return list(cast(Any, GatedMixture.apply(Plan(tuple(gate_experts), tuple(gate_sizes), None), experts, *logits)))
+    return list(apply(GatedMixture, Plan(tuple(gate_experts), tuple(gate_sizes), None), experts, *logits))
 
 
 register_autograd("gated_mixture_forward", _differentiable_forward)

@@ -23,7 +23,7 @@ from mtlkernels.ops._autograd import (
     grads_are_batched,
     of_no_examples,
 )
-from mtlkernels.ops._call import run_forward
+from mtlkernels.ops._call import apply, run_forward
 from mtlkernels.ops.level import reference, schema  # noqa: F401  (it defines the operators)
 from mtlkernels.ops.level.spec import Groups, LevelSpec
 
@@ -314,7 +314,7 @@ def _differentiable_forward(
     inputs: Any, parameters: Any, gates: Any, ints: Any, floats: Any, seed: Any, save: bool
 ) -> Any:
     spec = LevelSpec.decoded(ints, floats)
-    out = cast(Any, Level.apply(Plan(spec, None), *inputs, *parameters, *gates, seed))
+    out = apply(Level, Plan(spec, None), *inputs, *parameters, *gates, seed)
     count = len(spec.gate_sizes)
     saved = out[count:]
     return list(out[:count]), list(saved if save else spec.split_saved(saved)[1])

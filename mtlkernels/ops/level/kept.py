@@ -59,7 +59,7 @@ class KeptCalls:
     """Those of one level of a model."""
 
     def __init__(self) -> None:
-        self._kept: Any = None
+        self._kept: Any = None  # and what it looks at, which has to live as long
         self._trunk: Any = None
         self.single = True  # for whoever makes the calls: that what is kept has one input
         self._patience = Patience()
@@ -87,7 +87,7 @@ class KeptCalls:
         if kept is None:
             self._patience.waited += 1
             return False
-        found: bool = kept.still(roots)
+        found: bool = kept[0].still(roots)
         if not found:
             self._changed()
         return found
@@ -98,7 +98,7 @@ class KeptCalls:
         if kept is None:
             self._patience.waited += 1
             return None
-        return self._outputs(kept.serve(roots, inputs), inputs)
+        return self._outputs(kept[0].serve(roots, inputs), inputs)
 
     def serve_trunk(self, level: nn.Module, inputs: Any, uncalled: bool = False) -> tuple[Tensor, ...] | None:
         """The outputs of a trunk's level, all in C++; None: that call goes another way.
