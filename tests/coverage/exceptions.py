@@ -85,7 +85,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "RECORD_FUNCTION(": LIBRARY,
     },
     "csrc/kept_level.cpp": {
-        "if (!stored || !all_parameters(stored->call, held)) return nullptr;": BY_CONSTRUCTION,
+        "if (!stored || !all_parameters(stored->call, held)) return py::none();": BY_CONSTRUCTION,
         "if (!spec || !read_level(*spec, no_inputs.ptr()": CHECKED_BEFORE,
         "} catch (const Refused&) {": LIBRARY,
         "if (!read_streams(inputs.ptr(), streams) || streams.empty())": CHECKED_BEFORE,
