@@ -55,12 +55,16 @@ void pass_below_autograd(const std::string& name) {
   library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&autograd_kernel>());
 }
 
-std::unique_ptr<Accumulators> accumulators_of_arguments(const py::tuple& arguments) {
+// For Python: what to hold, or None.
+py::object accumulators_of_arguments(const py::tuple& arguments) {
   Tensors tensors;
   for (const py::handle argument : arguments) {
     if (is_tensor(argument.ptr())) tensors.push_back(THPVariable_Unpack(argument.ptr()));
   }
-  return accumulators_of(tensors);
+  auto found = accumulators_of(tensors);
+  if (!found) return py::none();
+  py::capsule held(found.get(), [](void* pointer) { delete static_cast<Accumulators*>(pointer); });
+  return found.release(), held;
 }
 
 }  // namespace
@@ -79,7 +83,6 @@ std::unique_ptr<Accumulators> accumulators_of(at::TensorList tensors) {
 }
 
 void define_below_autograd(py::module_& module) {
-  py::class_<Accumulators>(module, "Accumulators");
   module.def("accumulators_of", &accumulators_of_arguments,
              "What to hold while a Function is applied to these arguments.");
   module.def("pass_below_autograd", &pass_below_autograd,

@@ -46,7 +46,7 @@ bool has_gradient_hooks(PyObject* tensor) {
 }
 
 // What a module's class has of that name, which may be given to it later.
-const void* method_of(PyObject* module, PyObject* name) { return _PyType_Lookup(Py_TYPE(module), name); }
+PyObject* method_of(PyObject* module, PyObject* name) { return _PyType_Lookup(Py_TYPE(module), name); }
 
 PyObject* forward_name() {
   static PyObject* const name = interned("forward");
@@ -181,8 +181,12 @@ bool Snapshot::take(PyObject* object, Taking taking) {
   if (!own) return false;
   taking.held.append(py::handle(reinterpret_cast<PyObject*>(Py_TYPE(object))));
   entries_.push_back({Kind::kModule, PyDict_GET_SIZE(own), object, Py_TYPE(object)});
-  entries_.back().forward = method_of(object, forward_name());
-  entries_.back().call = method_of(object, call_name());
+  PyObject *const forward = method_of(object, forward_name()), *const call = method_of(object, call_name());
+  for (PyObject* const method : {forward, call}) {
+    if (method) taking.held.append(py::handle(method));
+  }
+  entries_.back().forward = forward;
+  entries_.back().call = call;
   objects_.insert(object);
   taking.in_module = true;
   return take_entries(own, taking, true);

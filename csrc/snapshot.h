@@ -59,8 +59,8 @@ class KnownTensors {
 };
 
 // Of modules, tensors, numbers, strings and functions, in lists and tuples, which hold them. Of a module it is all that
-// stands in its dictionary: its class, the modules and tensors in it, and its settings; of a tensor where it
-// lies, or which object it is, not its values. No module or tensor is kept alive.
+// stands in its dictionary: its class, the modules and tensors in it, and its settings; of a tensor where it lies, or
+// which object it is, not its values. No module or tensor is kept alive.
 class Snapshot {
  public:
   // Of tensors: where they lie, which is what a call without gradients has to do with them; or which objects they are,

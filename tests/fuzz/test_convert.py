@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from mtlkernels._convert import description, planning, trial
+from mtlkernels._convert import levels, planning, trial
 from mtlkernels.ops import _folding
 from tests.fuzz.convert_cases import CASES, ConvertCase, Edit, check
 from tests.fuzz.convert_models import Sizes
@@ -43,11 +43,11 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deaf_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks are looked for by a conversion only."""
-    monkeypatch.setattr(description, "any_hooks", lambda modules, differentiated, tried: False)
+    monkeypatch.setattr(levels, "any_hooks", lambda modules, differentiated, tried: False)
 
 
 def blind_to_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (description, planning):
+    for module in (levels, planning):
         monkeypatch.setattr(module, "several_dtypes", lambda *args: False)
 
 
