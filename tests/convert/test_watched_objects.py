@@ -248,11 +248,18 @@ def test_an_object_of_another_class_in_a_list() -> None:
     assert_own_numbers(model)
 
 
+class _Asking(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if self.weight.requires_grad else x
+
+
 def _torch_guards_that() -> bool:
-    """Whether PyTorch compiles code again that asks a parameter whether it is frozen, once it is not: 2.10 does not."""
-    parameter = nn.Parameter(torch.ones(1))
-    compiled = torch.compile(lambda p: 2 * p if p.requires_grad else p, backend="eager", fullgraph=True)
-    return bool(compiled(parameter) == 2) and bool(compiled(parameter.requires_grad_(False)) == 1)
+    """Whether PyTorch compiles a module again whose code asks for frozen parameters, once they are: 2.10 does not."""
+    model, x = _Asking(2, 2), torch.ones(1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    first = compiled(x)
+    model.requires_grad_(False)
+    return bool(first == 2) and bool(compiled(x) == 1)
 
 
 class Slots:
