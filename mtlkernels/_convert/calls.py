@@ -52,6 +52,11 @@ def calls_of(module: Any) -> CallsOfLevels:
     return calls
 
 
+def may_be_kept() -> bool:
+    """Whether nothing looks on: neither a trial, which reads all anew, nor the compiler or a tracer."""
+    return _extension.has_module() and not in_trial() and not _tracing.observed()
+
+
 class Readings:
     """What was read of a level, for calls that find the same modules, tensors and settings there.
 
@@ -63,11 +68,6 @@ class Readings:
 
     def __init__(self) -> None:
         self._places: dict[Hashable, _Place] = {}
-
-    @staticmethod
-    def may_be_kept() -> bool:
-        """Whether nothing looks on: neither a trial, which reads all anew, nor the compiler or a tracer."""
-        return _extension.has_module() and not in_trial() and not _tracing.observed()
 
     def find(
         self,
@@ -138,7 +138,7 @@ class Seen:
                 return changed(module, rest) if rest else None
             self._kept = None
             self._patience.changed()
-        elif self._patience.is_over() and Readings.may_be_kept():
+        elif self._patience.is_over() and may_be_kept():
             taken = _extension.function("watch")(module, watched, _WORDS)  # with what it looks at, beside
             other = changed(module, watched)  # after it, so that no write in between is missed
             if other is None:

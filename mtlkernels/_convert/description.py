@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtlkernels import _decisions, _torch
 from mtlkernels._convert.arguments import Tried, needed_by
-from mtlkernels._convert.calls import CALLS, Readings, Serving, calls_of
+from mtlkernels._convert.calls import CALLS, Serving, calls_of, may_be_kept
 from mtlkernels._convert.chains import flatten
 from mtlkernels._convert.classes import TRIED, WATCHED
 from mtlkernels._convert.evaluation import Parts, evaluate
@@ -170,7 +170,7 @@ def _prepare(
 ) -> list[Parts] | None:
     """The parts of every level, None where the module's own code has to run."""
     prepared = []
-    calls = calls_of(module) if x is not None and Readings.may_be_kept() else None
+    calls = calls_of(module) if x is not None and may_be_kept() else None
     for level, routing, number in zip(levels, plan, numbers, strict=True):
         if routing is None:
             return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +62,26 @@ def assert_as_own_code(model: Any, x: Tensor) -> list[Tensor]:
     for y, true in zip(found, exact, strict=True):
         torch.testing.assert_close(y.double(), true, rtol=1e-4, atol=1e-5)
     return found
+
+
+def assert_noticed(model: Any, change: Callable[[Any], None]) -> None:
+    """At the next call, and at all that follow, of which some are kept again where they can be."""
+    x = torch.randn(6, 20)
+    before = assert_as_own_code(model, x)
+    change(model)
+    after = [assert_as_own_code(model, x) for _ in range(10)]
+    assert not all(torch.equal(a, b) for a, b in zip(after[0], before, strict=True)), "the change changed nothing"
+
+
+def assert_copies_keep_nothing(model: Any, is_kept: Callable[[Any], Any]) -> None:
+    """Until they have served, too."""
+    x = torch.randn(6, 20)
+    expected = serve(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not is_kept(other)
+        for _ in range(4):
+            assert all(torch.equal(a, b) for a, b in zip(serve(other, x), expected, strict=True))
+        assert is_kept(other)
 
 
 def first(level: Any) -> Any:

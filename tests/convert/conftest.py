@@ -20,7 +20,7 @@ TRIED_ONCE = {
     f"test_{name}.py" for name in ("adatt", "batch_norm", "conversion", "levels", "numbers", "parts", "training")
 }
 # Files that say when calls are kept.
-PATIENT = ("test_kept.py", "test_readings.py", "test_seen.py")
+PATIENT = ("test_kept.py", "test_readings.py", "test_readings_held.py", "test_seen.py")
 _passed: dict[tuple[Any, ...], Any] = {}
 
 
@@ -75,3 +75,14 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(mtlkernels._convert.evaluation, "expert_mixture", counted)
     monkeypatch.setattr(Serving, "serve", served)
     yield calls
+
+
+@pytest.fixture
+def chains(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The chains of experts that were read."""
+    read: list[Any] = []
+    read_chain = mtlkernels._convert.evaluation.read_chain
+    monkeypatch.setattr(
+        mtlkernels._convert.evaluation, "read_chain", lambda chain: read.append(chain) or read_chain(chain)
+    )
+    return read

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,17 @@ import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels._convert.calls import CALLS
 from mtlkernels.ops.level.kept import KeptCalls
-from tests.convert.changes import CHANGES, Level, assert_as_own_code, first, register, replace_layer, serve
+from tests.convert.changes import (
+    CHANGES,
+    Level,
+    assert_as_own_code,
+    assert_copies_keep_nothing,
+    assert_noticed,
+    first,
+    register,
+    replace_layer,
+    serve,
+)
 
 pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
 
@@ -56,12 +65,7 @@ def test_as_the_class_does_at_any_number_of_rows(isa: str) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_noticed(change: Callable[[Any], None]) -> None:
-    """At the next call, and at all that follow, of which some are kept again where they can be."""
-    model, x = kept(), torch.randn(6, 20)
-    before = assert_as_own_code(model, x)
-    change(model)
-    after = [assert_as_own_code(model, x) for _ in range(10)]
-    assert not all(torch.equal(a, b) for a, b in zip(after[0], before, strict=True)), "the change changed nothing"
+    assert_noticed(kept(), change)
 
 
 def test_a_module_that_experts_share() -> None:
@@ -101,13 +105,8 @@ def test_dropout_alone_in_training() -> None:
 
 
 def test_nothing_is_kept_alive_and_copies_keep_nothing() -> None:
-    model, x = kept(), torch.randn(6, 20)
-    expected = serve(model, x)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not is_kept(other)
-        for _ in range(4):
-            assert all(torch.equal(a, b) for a, b in zip(serve(other, x), expected, strict=True))
-        assert is_kept(other)
+    model = kept()
+    assert_copies_keep_nothing(model, is_kept)
     weight, module = weakref.ref(first(model)[0].weight), weakref.ref(first(model)[0])
     replace_layer(model)
     gc.collect()
