@@ -124,7 +124,8 @@ def evaluate(parts: Parts, inputs: Sequence[Tensor], serving: Serving | None = N
     single = all(x is inputs[0] for x in inputs)
     streams = inputs[0] if single else list(inputs[: routing.num_inputs])
     in_order = parts.gate_inputs is None and len(inputs) == routing.num_inputs
-    linear = linear_gates(gates, parts.rows) if single or in_order else None
+    # Kernels for slopes take logits.
+    linear = linear_gates(gates, parts.rows) if (single or in_order) and "slopes" not in options else None
     logits = logits_of(gates, read, sizes) if linear is None else None
     if linear is None and not single and not _torch.compiling():
         numbers, routing = _of_experts(routing)  # a stream that gates alone read has no gradient but by their logits

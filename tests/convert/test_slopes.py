@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import mtlkernels as mk
+from mtlkernels import _extension
+from mtlkernels.ops import level as ops_level
 from tests.convert.agreement import Inputs
 from tests.convert.models import fill, ple, rechub_mmoe, rechub_ple
 from tests.convert.test_parts import check, deepctr_inputs, rechub_inputs
@@ -74,6 +76,25 @@ CASES: dict[str, tuple[Callable[[], Any], Inputs, str, list[int]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_trains_and_serves_as_the_library(name: str, fused_calls: list[int]) -> None:
     check(*CASES[name], fused_calls, (1, 2, 33, 300))
+
+
+@pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
+@pytest.mark.parametrize("name", CASES)
+def test_serving_goes_the_direct_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is checked in Python folds batch norms there, which takes longer than the library's own code."""
+    make, inputs, _, experts = CASES[name]
+    model, direct, found = make().eval(), ops_level.direct, []
+    assert mk.convert(model).replaced
+
+    def noted(*args: Any) -> Any:
+        found.append(direct(*args))
+        return found[-1]
+
+    monkeypatch.setattr(ops_level, "direct", noted)
+    with torch.inference_mode():
+        model(*inputs(300, 0, torch.float32))
+    assert len(found) == len(experts)
+    assert [way for way in found if isinstance(way, str)] == []
 
 
 def test_slopes_that_do_not_fit() -> None:

@@ -9,9 +9,11 @@
 #include <c10/util/strides.h>
 
 #include <algorithm>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <memory>
+#include <utility>
 
 #include "runtime/forks.h"
 
@@ -22,8 +24,9 @@
 namespace mtlk {
 namespace {
 
-constexpr int64_t kMost = int64_t{256} << 20;  // that the pool holds
-constexpr int64_t kLeast = 1 << 12;            // that is worth to be kept by itself
+constexpr int64_t kLittle = int64_t{256} << 20;  // which the pool may hold whatever is in use
+constexpr int64_t kLeast = 1 << 12;              // that is worth to be kept by itself
+constexpr int64_t kPeriod = 4096;                // pieces that are taken, some dozens of training steps
 
 // Asks for huge pages under a large fresh tensor: touching it then costs a page fault for every 2 MiB instead of every
 // 4 KiB, which is some 10% of a training step. The kernel may ignore it.
@@ -64,14 +67,44 @@ MemoryPool::Piece MemoryPool::take(int64_t bytes, bool brief) {
     if (!brief && at->first > 2 * bytes) break;
     if (!brief && !whole(place->second)) continue;
     const int64_t left = at->first - bytes;
-    if (!brief || left < kLeast) return remove(place);
+    if (!brief || left < kLeast) return used(remove(place));
     Piece rest(place->first + bytes, {left, place->second.block});  // may fail, before anything has changed
     Piece found = remove(place);
     resize(found, bytes);
     insert(std::move(rest));
-    return found;
+    return used(std::move(found));
   }
-  return fresh(bytes);
+  hold_at_most(most_idle(in_use_ + bytes));
+  return used(fresh(bytes));
+}
+
+MemoryPool::Piece MemoryPool::used(Piece piece) {
+  if (++taken_ % kPeriod == 0) {
+    peaks_[2] = std::exchange(peaks_[0], 0);
+    peaks_[3] = std::exchange(peaks_[1], 0);
+  }
+  in_use_ += piece.part().bytes;
+  peak_ = std::max(peak_, in_use_);
+  return piece;
+}
+
+void MemoryPool::unused(int64_t bytes) {
+  in_use_ -= bytes;
+  if (in_use_ >= peak_ / 2) return;
+  peaks_[1] = std::max(peaks_[1], std::min(peaks_[0], peak_));
+  peaks_[0] = std::max(peaks_[0], peak_);
+  peak_ = in_use_;
+}
+
+int64_t MemoryPool::most_idle(int64_t in_use) const {
+  std::array<int64_t, 5> peaks{peaks_[0], peaks_[1], peaks_[2], peaks_[3], std::max(peak_, in_use)};
+  std::nth_element(peaks.begin(), peaks.begin() + 1, peaks.end(), std::greater<>());
+  return std::max(kLittle, peaks[1] + peaks[1] / 4 - in_use);
+}
+
+void MemoryPool::hold_at_most(int64_t bytes) {
+  while (held_ > bytes && discard_largest()) {
+  }
 }
 
 MemoryPool::Piece MemoryPool::fresh(int64_t bytes) {
@@ -88,6 +121,8 @@ MemoryPool::Piece MemoryPool::fresh(int64_t bytes) {
 void MemoryPool::give_back(Piece piece) noexcept {
   poison(piece.first(), piece.part().bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
+  const int64_t most = most_idle(in_use_ - piece.part().bytes);
+  unused(piece.part().bytes);
   const auto next = idle_.lower_bound(piece.first());
   if (next != idle_.end() && adjoin({piece.first(), piece.part()}, *next)) {
     const int64_t bytes = next->second.bytes;
@@ -101,15 +136,15 @@ void MemoryPool::give_back(Piece piece) noexcept {
     resize(piece, piece.part().bytes + bytes);
   }
   insert(std::move(piece));
-  while (held_ > kMost && discard_largest()) {
-  }
+  hold_at_most(most);
 }
 
 int64_t MemoryPool::release() {
   const std::lock_guard<std::mutex> lock(mutex_);
   const int64_t before = held_;
-  while (discard_largest()) {
-  }
+  hold_at_most(0);
+  peaks_ = {};
+  peak_ = in_use_;
   return before - held_;
 }
 

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -16,7 +17,8 @@ namespace mtlk {
 
 // Blocks of memory kept from one call to the next: touching fresh memory costs a page fault and the kernel's zeroing,
 // which is some 10% of a training step. A step's peak is what its blocks take together, so what is needed only for a
-// while may take a part of a block that is idle.
+// while may take a part of a block that is idle. What is idle is at most 256 MiB; or, with what is in use, a quarter
+// more than was in use at once twice lately, so that a step of any size finds what the last one left.
 class MTLK_API MemoryPool {
   struct Block {
     at::Tensor memory;
@@ -52,10 +54,10 @@ class MTLK_API MemoryPool {
   // smallest idle part of a block will do, and what it leaves stays idle.
   Piece take(int64_t bytes, bool brief);
 
-  // Keeps it for later; the largest blocks go where the pool would hold too much.
+  // Keeps it for later; the largest blocks go where too much is idle.
   void give_back(Piece piece) noexcept;
 
-  // Lets go of every block that waits for a later call; the number of bytes.
+  // Lets go of every block that waits for a later call, and of what was in use lately; the number of bytes.
   int64_t release();
 
   std::mutex& mutex() { return mutex_; }
@@ -69,12 +71,22 @@ class MTLK_API MemoryPool {
   static Piece fresh(int64_t bytes);
   void insert(Piece piece);
   Piece remove(Idle::iterator place);
+  Piece used(Piece piece);                  // counts it
+  void unused(int64_t bytes);               // no more
+  int64_t most_idle(int64_t in_use) const;  // bytes, beside so many
+  void hold_at_most(int64_t bytes);         // idle ones
   bool discard_largest();
 
   std::mutex mutex_;
   Idle idle_;
   BySize by_size_;
-  int64_t held_ = 0;
+  int64_t held_ = 0, in_use_ = 0;  // bytes
+  int64_t taken_ = 0;              // pieces
+
+  // The most that was in use at once since there was half of a peak before it; and the two highest of such peaks in
+  // this period, then in the one before.
+  int64_t peak_ = 0;
+  std::array<int64_t, 4> peaks_{};
 };
 
 // Uninitialised pieces of equal size, each of which starts on a cache line. What the pool has is poisoned but for them.
