@@ -16,9 +16,9 @@ enum class WeightForm {
 };
 
 // The rows from which an engine pays: of a call that makes its weights ready for one product alone; of a level's
-// forward pass, which does so beside its products; of a level's backward pass.
+// forward pass, which does so beside its products; of a level's backward pass, and of one that is layerwise.
 struct MinRows {
-  int64_t call, forward, backward;
+  int64_t call, forward, backward, layerwise_backward;
 };
 
 struct EngineTable {

@@ -117,7 +117,7 @@ Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const T
     chain_backward(tensors, tables, kernels, gradients, shared);
     return gradients.take(tables.gate_streams(), kernels.gates);
   }
-  const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows, &MinRows::backward);
+  const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows, &MinRows::layerwise_backward);
   LevelGradients gradients(level, tensors, kernels.engine, needs);
   layerwise_backward(spec, tensors, tables, kernels, saved.statistics, saved.shape.experts, seed, gradients);
   return gradients.take({}, {});
