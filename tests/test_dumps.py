@@ -241,6 +241,13 @@ def test_a_file_has_the_elements_of_the_call_alone(folder: Path, monkeypatch: py
     assert [t.stride() for t in u] == [(256, 1)] * 8 and not any(t.any() for t in u)
 
 
+def test_errors_without_a_message_of_their_own() -> None:
+    """As a KeyError has, whose argument is the key."""
+    error = KeyError(3)
+    _dumps._extend(error, "words")
+    assert error.args == (3, "words")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tensors_of_the_first_format(layout: str) -> None:
     """Which had all that lay between the first element and the last."""

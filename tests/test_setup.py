@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from setuptools import Distribution, Extension
 
 import setup
@@ -161,3 +163,35 @@ def test_a_setuptools_that_is_too_old(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     found = subprocess.run([sys.executable, "setup.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode and "setuptools 77.0.3 or later, here is 65.5.0" in found.stderr
+
+
+@pytest.mark.parametrize(("version", "is_older"), [("2.9.1", True), ("2.10.0+cpu", False), ("3.0.0a0+git1", False)])
+def test_versions_of_torch_are_numbers(version: str, is_older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    assert setup.older_torch() == (f"torch {version} is older than 2.10" if is_older else None)
+
+
+@pytest.mark.parametrize("of_cuda", [False, True])
+def test_a_build_that_failed_takes_its_own_libraries_away(
+    of_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA kernels' failure leaves those for CPUs, and the operators' library beside them."""
+    command = setup.CMakeBuild(Distribution({"name": "mtlkernels"}))
+    monkeypatch.setattr(command, "get_ext_fullpath", lambda name: str(tmp_path / f"{name}.so"), raising=False)
+    own, library, cpp = tmp_path / f"{setup.CUDA}.so", tmp_path / setup.LIBRARY, tmp_path / f"{setup.cpp()}.so"
+    for path in (own, library, cpp):
+        path.touch()
+    command.remove(setup.CUDA if of_cuda else setup.cpp())
+    assert set(tmp_path.iterdir()) == ({library, cpp} if of_cuda else {own})
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_earlier_outcome_goes_with_its_library(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped, built = {"outcome": "skipped", "reason": "ninja is not on the PATH"}, {"outcome": "built"}
+    monkeypatch.setattr(setup, "outcomes", {"_C": skipped})
+    (tmp_path / setup.RECORD).write_text(json.dumps({"_C": built}))
+    if there:
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib" / "_C.cpython-311-x86_64-linux-gnu.so").touch()
+    setup.write_record(tmp_path)
+    assert json.loads((tmp_path / setup.RECORD).read_text()) == {"_C": built if there else skipped}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -19,6 +20,7 @@ from mtlkernels.testing import (
     random_expert_mixture,
     random_routing,
 )
+from tests import requires
 from tests.ops.level.definition import formula
 
 
@@ -78,6 +80,17 @@ def test_memory_is_poisoned_in_python_and_for_operators() -> None:
         assert torch.empty_like(torch.zeros(3, 4)).isnan().all()
         assert torch.zeros(3).new_empty((5,)).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@requires.cpp_kernels
+@pytest.mark.parametrize("rows", [1, 64])
+def test_results_of_the_pool_are_poisoned(rows: int) -> None:
+    """Large ones do not come from PyTorch's allocator; kernels write them all, so that only the fill itself shows."""
+    experts, logits = torch.ones(rows, 1, 1024), torch.zeros(rows, 1)
+    for poison, fills in ((contextlib.nullcontext, 0), (poisoned_outputs, 1)):
+        with torch.no_grad(), poison(), torch.autograd.profiler.profile() as profile:
+            mk.gated_mixture(experts, logits, mk.Routing.mmoe(1, 1))
+        assert sum(event.name == "aten::fill_" for event in profile.function_events) == fills
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

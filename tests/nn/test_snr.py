@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels import _extension
+from mtlkernels.nn.routes import RouteMap
 
 MODES = pytest.mark.parametrize("mode", ["trans", "aver"])
 
@@ -157,6 +158,11 @@ def test_route_map() -> None:
         "  nobody reads 0",
     ]
     assert model.training, "routes() leaves the mode alone"
+
+
+def test_an_open_route_has_a_bar() -> None:
+    """However little it lets through."""
+    assert "  0  ▁  ·" in str(RouteMap("aver", (((0.01, 0.0),),)))
 
 
 CODINGS = {

@@ -1,4 +1,4 @@
-"""What ``gram_every`` keeps from one call to the next, and when it keeps nothing."""
+"""What ``gram_every`` keeps from one call to the next, when it keeps nothing, and what calls by kept weights do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
-from mtlkernels.optim import gram_weighted
+from mtlkernels.optim import _task_gradients, gram_weighted
+from tests.optim.test_gram_every import Trunk, changing
 
 
 def test_a_matrix_of_zeros_is_not_kept() -> None:
@@ -64,3 +65,45 @@ def test_a_call_that_cannot_write_counts_for_nothing(monkeypatch: pytest.MonkeyP
         optimizer.backward([shared.sum()])
     optimizer.backward([shared.sum()])
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("batched", "calls"), [(None, 1), (False, 0)])
+def test_experts_that_are_not_shared_have_no_pass_of_their_own(
+    batched: bool | None, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but the level leads to them, and it would run in a pass of their own; ``batched=False`` asks for that."""
+    shared_passes: list[int] = []
+    original = _task_gradients.differentiate
+
+    def counted(losses: Any, *args: Any) -> Any:
+        shared_passes.append(len(losses))
+        return original(losses, *args)
+
+    monkeypatch.setattr(_task_gradients, "differentiate", counted)
+    model = Trunk("mmoe")
+    optimizer = mk.optim.GramWeighted(
+        torch.optim.SGD(model.parameters()),
+        changing,
+        shared=[*model.embedding.parameters(), *model.gates()],
+        batched=batched,
+        gram_every=2,
+    )
+    optimizer.backward(model())
+    shared_passes.clear()
+    optimizer.backward(model())
+    assert shared_passes == [2] * calls
+
+
+def test_gradients_by_kept_weights_share_no_memory() -> None:
+    """Of a sum that is multiplied, autograd gives one dense tensor to both summands."""
+    a, b, c = (torch.zeros(3, requires_grad=True) for _ in range(3))
+    factors = torch.tensor([1.0, 2.0, 3.0])
+    optimizer = mk.optim.GramWeighted(
+        torch.optim.SGD([a, b, c]), lambda gram: torch.ones_like(gram[0]), shared=[c], gram_every=2
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward([((a + b + c) * factors).sum(), c.sum()])
+        assert a.grad is not None and b.grad is not None
+        a.grad += 1
+        assert b.grad.tolist() == [0.5, 1.0, 1.5]

@@ -103,3 +103,23 @@ def test_lbfgs() -> None:
         optimizer.step(closure)
         found.append(weight.detach())
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_of_a_parameter_with_gaps_is_contiguous() -> None:
+    """In whatever order autograd has made it."""
+    parameter, x = nn.Parameter(torch.randn(6, 8)[:, ::2]), torch.randn(6, 5)
+    optimizer = mk.optim.GramWeighted(torch.optim.SGD([parameter]), lambda gram: torch.ones_like(gram[0]), gram_every=2)
+
+    def losses() -> list[Tensor]:
+        product = parameter.t() @ x
+        return [product.square().sum(), product.sum()]
+
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward(losses())
+        found = parameter.grad
+        optimizer.zero_grad()
+        torch.stack(losses()).sum().backward()
+        assert found is not None and parameter.grad is not None
+        assert found.stride() == parameter.grad.stride() == (4, 1)
+        torch.testing.assert_close(found, parameter.grad)

@@ -43,6 +43,33 @@ def test_a_bounded_number_is_kept() -> None:
     assert read.count == 1
 
 
+def test_what_served_last_stays_where_there_are_too_many() -> None:
+    x, levels = rows(1), [Level() for _ in range(65)]
+    for level in levels[:64]:
+        for _ in range(CALLS):
+            level(x)
+    levels[0](x)
+    for _ in range(CALLS):
+        levels[64](x)
+    with Read() as read:
+        levels[0](x)
+        assert read.count == 0
+        levels[1](x)
+    assert read.count == 1
+
+
+class Counting:
+    """The lists that are kept; how often a call is tried to be."""
+
+    def __init__(self) -> None:
+        self._places, self.tries = lists.kept_lists(), 0
+        self.serve = self._places.serve
+
+    def keep(self, *args: Any) -> None:
+        self.tries += 1
+        self._places.keep(*args)
+
+
 def test_parameters_that_keep_changing_are_seldom_read() -> None:
     """Behind one first weight others come and go."""
     level, x = Level(), rows(2)
@@ -51,21 +78,24 @@ def test_parameters_that_keep_changing_are_seldom_read() -> None:
     for own in others:
         level.weights[0][1:] = own
         expected.append(level.anew(x))
-    keep, places = mock.Mock(), lists.kept_lists()
-
-    class Counting:
-        serve = staticmethod(places.serve)
-
-        def keep(self, *args: Any) -> None:
-            keep()
-            places.keep(*args)
-
     counting = Counting()
     with mock.patch("mtlkernels.ops.level.lists.kept_lists", lambda: counting):
         for i in range(3000):
             level.weights[0][1:] = others[i % 2]
             assert equal(level(x), expected[i % 2])
-    assert 2 <= keep.call_count <= 24
+    assert 2 <= counting.tries <= 24
+
+
+def test_what_cannot_be_kept_is_seldom_tried() -> None:
+    """As biases of which each layer has one tensor."""
+    level, x = Level(), rows(2)
+    level.biases = [torch.stack(biases) for biases in level.biases]
+    expected, counting = level.anew(x), Counting()
+    with mock.patch("mtlkernels.ops.level.lists.kept_lists", lambda: counting):
+        for _ in range(500):
+            assert equal(level(x), expected)
+    assert 2 <= counting.tries <= 12
+    assert len(lists.kept_lists()) == 0
 
 
 def test_weights_that_go_while_others_serve() -> None:
