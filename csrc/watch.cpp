@@ -30,30 +30,6 @@ bool is_plain_sequence(PyObject* object) {
   return Py_TYPE(object)->tp_as_sequence->sq_length == PyTuple_Type.tp_as_sequence->sq_length;
 }
 
-// Goes over the entries of a dictionary in its own order, which an ordered one keeps elsewhere than others.
-class Entries {
- public:
-  explicit Entries(PyObject* dictionary) : dictionary_(dictionary) {
-    if (PyODict_CheckExact(dictionary)) iterator_ = py::reinterpret_steal<py::object>(PyObject_GetIter(dictionary));
-  }
-  static bool has(PyObject* object) { return PyDict_CheckExact(object) || PyODict_CheckExact(object); }
-
-  // Borrowed.
-  bool next(PyObject*& key, PyObject*& value) {
-    if (!iterator_) return PyDict_Next(dictionary_, &place_, &key, &value);
-    key_ = py::reinterpret_steal<py::object>(PyIter_Next(iterator_.ptr()));
-    if (!key_) return PyErr_Clear(), false;
-    key = key_.ptr();
-    value = entry(dictionary_, key);
-    return value != nullptr;
-  }
-
- private:
-  PyObject* const dictionary_;
-  Py_ssize_t place_ = 0;
-  py::object iterator_, key_;
-};
-
 class Watch {
  public:
   // Of a module that is found to be as `watched` says: what to ask, what Python has to compare at each call, and what
@@ -94,7 +70,7 @@ class Watch {
       for (const Entry& entry : place.entries) {
         const Seen* next = entry.seen.data();
         const Found found = look_up(place, owner, entry.names);
-        if (found.in_class != entry.in_class || !same(found.object, next)) return false;
+        if (!found.certain || found.in_class != entry.in_class || !same(found.object, next)) return false;
       }
     }
     return true;
@@ -145,7 +121,7 @@ class Watch {
     if (in_class) now = _PyType_Lookup(Py_TYPE(owner), name);
     bool certain = true;
     for (Py_ssize_t i = 1; now && i < PyTuple_GET_SIZE(names); ++i) {
-      certain = certain && Entries::has(now);
+      certain = certain && PyDict_CheckExact(now);
       now = certain ? entry(now, PyTuple_GET_ITEM(names, i)) : nullptr;
     }
     return {now, in_class, certain};
@@ -232,14 +208,13 @@ class Watch {
 
   static bool see_entries(PyObject* now, PyObject* values, const Words& words, std::vector<Seen>& seen,
                           py::list& held) {
-    if (!Entries::has(now) || PyDict_GET_SIZE(now) != PyTuple_GET_SIZE(values)) return false;
+    if (!PyDict_CheckExact(now) || PyDict_GET_SIZE(now) != PyTuple_GET_SIZE(values)) return false;
     const py::tuple keys(PyTuple_GET_SIZE(values));
     held.append(keys);
     seen.push_back({Kind::kEntries, keys.ptr(), PyTuple_GET_SIZE(values)});
     PyObject *key, *part;
-    Entries all(now);
     Py_ssize_t count = 0;
-    for (; all.next(key, part); ++count) {
+    for (Py_ssize_t place = 0; PyDict_Next(now, &place, &key, &part); ++count) {
       if (count == PyTuple_GET_SIZE(values) || !is_fixed(key)) return false;
       PyTuple_SET_ITEM(keys.ptr(), count, Py_NewRef(key));
       const py::object own = py::reinterpret_borrow<py::object>(part);
@@ -248,6 +223,7 @@ class Watch {
     return count == PyTuple_GET_SIZE(values);
   }
 
+  // What an object's dictionary is asked for may be made then, which may run a collection and what listens to that.
   static bool same(PyObject* now, const Seen*& next) {
     const Seen& seen = *next++;
     if (seen.kind == Kind::kSame) return now == seen.object;
@@ -260,16 +236,19 @@ class Watch {
       case Kind::kItems:
         if (!is_plain_sequence(now) || PySequence_Fast_GET_SIZE(now) != seen.count) return false;
         for (Py_ssize_t i = 0; i < seen.count; ++i) {
-          if (!same(PySequence_Fast_GET_ITEM(now, i), next)) return false;
+          if (PySequence_Fast_GET_SIZE(now) != seen.count) return false;
+          const py::object part = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(now, i));
+          if (!same(part.ptr(), next)) return false;
         }
         return true;
       case Kind::kEntries: {
-        if (!Entries::has(now) || PyDict_GET_SIZE(now) != seen.count) return false;
+        if (!PyDict_CheckExact(now) || PyDict_GET_SIZE(now) != seen.count) return false;
         PyObject *key, *part;
-        Entries all(now);
         Py_ssize_t count = 0;
-        for (; all.next(key, part); ++count) {
-          if (key != PyTuple_GET_ITEM(seen.object, count) || !same(part, next)) return false;
+        for (Py_ssize_t place = 0; PyDict_Next(now, &place, &key, &part); ++count) {
+          const py::object own = py::reinterpret_borrow<py::object>(part);
+          if (key != PyTuple_GET_ITEM(seen.object, count) || !same(own.ptr(), next)) return false;
+          if (PyDict_GET_SIZE(now) != seen.count) return false;
         }
         return count == seen.count;
       }

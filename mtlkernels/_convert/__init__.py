@@ -17,6 +17,7 @@ from mtlkernels._convert.classes import (
     OWN_UNDER_AUTOCAST,
     PLAN,
     SERVES_ONLY,
+    SOFTMAXES,
     TRIED,
     WATCHED,
     converted_class,
@@ -111,11 +112,7 @@ class Convert(Registration):
             forced = force
             if original is not None and PLAN not in vars(module) and CLASS_ATTRIBUTE in vars(type(module)):
                 module.__class__ = original  # it was made of a converted class
-            elif (
-                original is not None
-                and changed(module, vars(module).get(WATCHED, ()))
-                and CLASS_ATTRIBUTE in vars(type(module))
-            ):
+            elif original is not None and _was_changed(module) and CLASS_ATTRIBUTE in vars(type(module)):
                 forced = force or FORCE in vars(module)
                 _unconvert(module, original)  # which is tried anew
             elif original is not None:
@@ -159,7 +156,7 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
         except TooMuch as error:
             return [_left_alone(line, str(error)) for line in planned]
         module.__class__ = kind
-        vars(module).update({PLAN: plan, CLASSES: tried, WATCHED: found})
+        vars(module).update({PLAN: plan, CLASSES: tried, WATCHED: found, SOFTMAXES: converter.softmaxes(module)})
         if force:
             vars(module)[FORCE] = True
         if own_under_autocast:
@@ -167,6 +164,17 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
         if tried_with is not None:
             vars(module)[TRIED] = tried_with
     return planned
+
+
+def _was_changed(module: nn.Module) -> bool:
+    """Whether a converted module runs its own code by now, as something is another than when it was converted."""
+    if changed(module, vars(module).get(WATCHED, ())):
+        return True
+    trunk, softmaxes = getattr(module, "_mtlkernels_trunk", None), vars(module).get(SOFTMAXES)
+    try:
+        return trunk is not None and softmaxes is not None and trunk.softmaxes(module) != softmaxes
+    except Exception:  # of a description that what has become of the module does not fit
+        return True
 
 
 def revert(model: nn.Module) -> ConversionReport:
@@ -196,7 +204,7 @@ def revert(model: nn.Module) -> ConversionReport:
 
 
 def _unconvert(module: nn.Module, original: type) -> None:
-    for name in (PLAN, CLASSES, WATCHED, TRIED, CALLS, FORCE, OWN_UNDER_AUTOCAST, SERVES_ONLY):
+    for name in (PLAN, CLASSES, SOFTMAXES, WATCHED, TRIED, CALLS, FORCE, OWN_UNDER_AUTOCAST, SERVES_ONLY):
         vars(module).pop(name, None)
     module.__class__ = original  # at last: until then a second call finds what an interrupt has left
 

@@ -102,9 +102,21 @@ class Readings:
                 snapshot, beside = taken
                 place.kept = _Kept(snapshot, beside, found) if all(map(snapshot.has, holds(found))) else None
             place.patience.tried(place.kept is not None)
-            return found
+            return self._only(found, holds)
         place.patience.waited += 1
-        return read()
+        return self._only(read(), holds)
+
+    def _only(self, found: Read | str, holds: Callable[[Read], Iterable[Any]]) -> Read | str:
+        """``found``; what was read for calls of other kinds goes where it holds what is not there any more.
+
+        Of a reason that cannot be told, and all goes.
+        """
+        kept = [place for place in list(self._places.values()) if place.kept is not None]
+        now = set(map(id, holds(found))) if kept and not isinstance(found, str) else set()
+        for place in kept:
+            if place.kept is not None and not now.issuperset(map(id, holds(place.kept.found))):
+                place.kept = None
+        return found
 
 
 class _Kept(NamedTuple):

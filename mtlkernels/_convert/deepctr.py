@@ -18,9 +18,9 @@ from deepctr_torch.models.multitask import MMOE, PLE
 from torch import Tensor, nn
 
 from mtlkernels import _torch
-from mtlkernels._convert.chains import Chain, leaves
+from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.description import TrunkDescription
-from mtlkernels._convert.levels import LevelDescription, children
+from mtlkernels._convert.levels import LevelDescription
 from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
 from mtlkernels.routing import Routing
 
@@ -31,13 +31,19 @@ def _chain(dnn: Any) -> Chain:
         return dnn
     modules: Any = dnn._modules  # attribute look-ups by nn.Module.__getattr__ show when one row is served
     dropout = modules["dropout"]
-    columns = [modules[name]._modules.values() for name in ("linears", *(["bn"] if dnn.use_bn else []))]
+    columns = [_by_number(modules[name]) for name in ("linears", *(["bn"] if dnn.use_bn else []))]
     chain: list[Any] = []
-    for *parts, activation in zip(*columns, modules["activation_layers"]._modules.values(), strict=True):
+    for *parts, activation in zip(*columns, _by_number(modules["activation_layers"]), strict=True):
         nothing = isinstance(activation, Identity) and _torch.class_of(activation) is Identity
         chain += parts if nothing else [*parts, activation]
         chain.append(dropout)
     return chain
+
+
+def _by_number(modules: Any) -> list[Any]:
+    """The modules of a list as the library takes them, which is not the order of its keys where one was exchanged."""
+    own = modules._modules
+    return [own[str(i)] for i in range(len(own))]
 
 
 def _at(model: Any, name: str, level: int) -> Any:
@@ -50,14 +56,17 @@ def _ple_experts(model: Any, level: int) -> list[Chain]:
     deepctr-torch makes as many shared experts as a task has specific ones, and evaluates the first
     ``shared_expert_num`` of them.
     """
-    shared = leaves(_at(model, "shared_experts", level))[: model.shared_expert_num]
-    return [_chain(dnn) for dnn in leaves(_at(model, "specific_experts", level)) + shared]
+    specific = [dnn for of_task in _by_number(_at(model, "specific_experts", level)) for dnn in _by_number(of_task)]
+    shared = _by_number(_by_number(_at(model, "shared_experts", level))[0])[: model.shared_expert_num]
+    return [_chain(dnn) for dnn in specific + shared]
 
 
 def _ple_gates(model: Any, level: int, shared_gate: bool) -> list[Chain]:
     """The gates of a level: the tasks' and perhaps the shared one."""
-    finals = children(_at(model, "specific_gate_dnn_final_layer", level))
-    hidden = leaves(_at(model, "specific_gate_dnn", level)) if len(model.gate_dnn_hidden_units) > 0 else []
+    finals = _by_number(_at(model, "specific_gate_dnn_final_layer", level))
+    hidden: list[Any] = []
+    if len(model.gate_dnn_hidden_units) > 0:
+        hidden = [_by_number(of_task)[0] for of_task in _by_number(_at(model, "specific_gate_dnn", level))]
     if shared_gate:
         finals.append(_at(model, "shared_gate_dnn_final_layer", level))
         hidden += [_at(model, "shared_gate_dnn", level)] if hidden else []
@@ -141,10 +150,11 @@ def _ple_trunk(number: int, shared_gate: bool) -> TrunkDescription:
 
 
 def _mmoe_gates(model: Any) -> list[Chain]:
-    finals = children(model._modules["gate_dnn_final_layer"])
+    finals = _by_number(model._modules["gate_dnn_final_layer"])
     if len(model.gate_dnn_hidden_units) == 0:
         return finals
-    return [[_chain(dnn), final] for dnn, final in zip(model.gate_dnn, finals, strict=True)]
+    hidden = _by_number(model._modules["gate_dnn"])
+    return [[_chain(dnn), final] for dnn, final in zip(hidden, finals, strict=True)]
 
 
 def _mmoe_inputs(model: Any, X: Tensor) -> Tensor:  # noqa: N803 (the library's name, which callers may use)
@@ -155,12 +165,9 @@ def _mmoe_inputs(model: Any, X: Tensor) -> Tensor:  # noqa: N803 (the library's 
 
 def _predictions(model: Any, mixed: Sequence[Tensor]) -> Tensor:
     """What MMOE makes of the gates' mixtures."""
-    towers = model.tower_dnn if len(model.tower_dnn_hidden_units) > 0 else [None] * model.num_tasks
-    predictions = [
-        out(final(hidden if tower is None else tower(hidden)))
-        for hidden, tower, final, out in zip(mixed, towers, model.tower_dnn_final_layer, model.out, strict=True)
-    ]
-    return torch.cat(predictions, -1)
+    if len(model.tower_dnn_hidden_units) > 0:
+        mixed = [model.tower_dnn[i](x) for i, x in enumerate(mixed)]
+    return torch.cat([model.out[i](model.tower_dnn_final_layer[i](x)) for i, x in enumerate(mixed)], -1)
 
 
 def _dense(x: Tensor, *columns: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -170,7 +177,7 @@ def _dense(x: Tensor, *columns: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 _MMOE_PARTS = ("expert_dnn", "gate_dnn", "gate_dnn_final_layer")
 _MMOE_LEVEL = LevelDescription(
-    experts=lambda model: [_chain(dnn) for dnn in children(model._modules["expert_dnn"])],
+    experts=lambda model: [_chain(dnn) for dnn in _by_number(model._modules["expert_dnn"])],
     gates=_mmoe_gates,
     routing=lambda model: Routing.mmoe(model.num_experts, model.num_tasks),
     parts=lambda model: (model._modules.get(name) for name in _MMOE_PARTS),

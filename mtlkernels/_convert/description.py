@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _decisions, _torch
+from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.arguments import Tried, needed_by
 from mtlkernels._convert.calls import CALLS, Serving, calls_of, may_be_kept
 from mtlkernels._convert.chains import flatten
-from mtlkernels._convert.classes import TRIED, WATCHED
+from mtlkernels._convert.classes import SOFTMAXES, TRIED, WATCHED
 from mtlkernels._convert.evaluation import Parts, evaluate
+from mtlkernels._convert.gates import has_softmax
 from mtlkernels._convert.levels import TOO_FEW_ROWS, LevelDescription
 from mtlkernels._convert.paying import in_trial
 from mtlkernels._convert.watched import Watched, changed
 from mtlkernels.ops.level.kept import KeptCalls
 from mtlkernels.routing import Routing
+
+# For each level of an instance, which gates have a softmax of their own.
+Softmaxes = tuple[tuple[bool, ...], ...]
 
 
 def only_argument(module: Any, *args: Any, **kwargs: Any) -> Sequence[Tensor] | Tensor | None:
@@ -145,6 +150,10 @@ class TrunkDescription:
         chains = (chain for level in levels for chain in (*level.experts(module), *level.gates(module)))
         return [step for chain in chains if chain is not None for step in flatten(chain)]
 
+    def softmaxes(self, module: Any) -> Softmaxes:
+        """Those of an instance now."""
+        return tuple([tuple(map(has_softmax, level.read_gates(module))) for level in self.levels(module)])
+
     def streams(self, module: Any, args: Any, kwargs: Any) -> Sequence[Tensor] | None:
         """The streams of the first level, None for a call that the class's own code is to run."""
         streams: Any = self.inputs(module, *args, **kwargs)
@@ -171,10 +180,13 @@ def _prepare(
     """The parts of every level, None where the module's own code has to run."""
     prepared = []
     calls = calls_of(module) if x is not None and may_be_kept() else None
+    softmaxes = vars(module).get(SOFTMAXES)
     for level, routing, number in zip(levels, plan, numbers, strict=True):
         if routing is None:
             return None
-        parts = level.prepare(module, routing, x, dtype, None if calls is None else calls.readings(number))
+        readings = None if calls is None else calls.readings(number)
+        then = None if softmaxes is None else softmaxes[number]
+        parts = level.prepare(module, routing, x, dtype, readings, then)
         if isinstance(parts, str):
             if parts is TOO_FEW_ROWS and call is not None:
                 call.note()
@@ -200,7 +212,10 @@ class _SmallCall(NamedTuple):
         if type(rows) is not int:  # but a symbol of a tracer, which must not be kept
             return None
         number = None if trunk.level_of is None else trunk.level_of(module, *args, **kwargs)
-        return cls(module, (number, module.training, torch.is_grad_enabled()), rows)
+        differentiated = torch.is_grad_enabled()
+        wants = differentiated and x.requires_grad  # type: ignore[union-attr]
+        key = number, module.training, differentiated, wants, autocast_enabled("cpu")
+        return cls(module, key, rows)
 
     def has_too_few_rows(self) -> bool:
         """Whether a call of no fewer rows was read before, and had too few."""

@@ -58,6 +58,8 @@ def read_experts(chains: Sequence[Chain], size: Size) -> tuple[list[list[Layer] 
     None where the level's own code is as fast: where none can be fused now, as the first tells, and mixing does not
     pay; or where the kinds differ, and several calls do not pay.
     """
+    if not size.fused:
+        return None
     experts: list[list[Layer] | str] = []
     kinds: list[Any] = []
     parts = size.parts
@@ -108,6 +110,17 @@ def several_dtypes(
             ):
                 return True
     return False
+
+
+def any_of_inference(experts: Sequence[list[Layer] | str], gates: Sequence[Gate]) -> bool:
+    """Whether a layer has a weight or a bias that was made under ``torch.inference_mode``."""
+    if _torch.compiling():
+        return False
+    known = (
+        layers for layers in (*experts, *(gate.layers for gate in gates)) if layers and not isinstance(layers, str)
+    )
+    tensors = (t for layers in known for layer in layers for t in (layer.weight, layer.bias) if t is not None)
+    return any(t.is_inference() for t in tensors)
 
 
 def evaluate(parts: Parts, inputs: Sequence[Tensor], serving: Serving | None = None) -> tuple[Tensor, ...]:

@@ -26,12 +26,13 @@ class Gate(NamedTuple):
     """``dropout(softmax(logits))``.
 
     ``layers`` are those up to the logits, the last one's result; None where ``modules`` have to be called instead, and
-    none at all for equal shares.
+    none at all for equal shares. ``softmax``: it was read with one of its own behind the logits.
     """
 
     layers: list[Layer] | None
     modules: Sequence[Any]
     dropout: Any
+    softmax: bool = False
 
 
 EQUAL = Gate([], (), None)
@@ -43,6 +44,11 @@ def size_of(gate: Gate) -> int | None:
     No property: torch 2.10 compiles none of a NamedTuple.
     """
     return len(gate.layers[-1].weight) if gate.layers else None
+
+
+def has_softmax(gate: Gate | str) -> bool:
+    """Whether a gate has a softmax of its own."""
+    return not isinstance(gate, str) and gate.softmax
 
 
 def has_equal_shares(gate: Gate | str) -> bool:
@@ -59,11 +65,11 @@ def read_gate(chain: Chain) -> Gate | str:
         return EQUAL
     called = flatten(chain)
     modules = _torch.all_unproxied(called)
-    dropout = None
+    dropout, softmax = None, False
     behind = 1 if len(modules) > 1 and type(modules[-1]) is nn.Dropout else 0
     last = modules[-1 - behind] if modules else None
     if type(last) is nn.Softmax and last.dim in (1, -1):
-        dropout = modules[-1] if behind else None
+        dropout, softmax = modules[-1] if behind else None, True
         modules, called = modules[: -1 - behind], called[: -1 - behind]
     if not modules:
         return "a gate without layers"
@@ -74,7 +80,7 @@ def read_gate(chain: Chain) -> Gate | str:
     layers = read_chain(modules)
     if not isinstance(layers, str):
         layers = weight_refusal(layers) or layers
-    return Gate(None if isinstance(layers, str) else layers, called, dropout)
+    return Gate(None if isinstance(layers, str) else layers, called, dropout, softmax)
 
 
 def linear_gates(gates: Sequence[Gate], rows: Rows) -> dict[str, Any] | None:

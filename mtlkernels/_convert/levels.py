@@ -14,8 +14,8 @@ from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.calls import Readings
 from mtlkernels._convert.chains import Chain
 from mtlkernels._convert.classes import CLASSES, OWN_UNDER_AUTOCAST, is_torchs, original_class
-from mtlkernels._convert.evaluation import Parts, any_drops, held_by, read_experts, several_dtypes
-from mtlkernels._convert.gates import has_equal_shares, read_gate, size_of
+from mtlkernels._convert.evaluation import Parts, any_drops, any_of_inference, held_by, read_experts, several_dtypes
+from mtlkernels._convert.gates import has_equal_shares, has_softmax, read_gate, size_of
 from mtlkernels._convert.paying import Size, pays, size_of_call
 from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
 from mtlkernels.routing import Routing
@@ -41,6 +41,7 @@ class _Call(NamedTuple):
     dtype: torch.dtype | None
     differentiated: bool
     autocast: bool
+    softmaxes: Sequence[bool] | None  # which gates had one of their own when it was converted; None where none tells
 
 
 @dataclass(frozen=True)
@@ -98,31 +99,41 @@ class LevelDescription:
         x: Tensor | None,
         dtype: torch.dtype | None = None,
         readings: Readings | None = None,
+        softmaxes: Sequence[bool] | None = None,
     ) -> Parts | str:
         """The parts of a level as :func:`evaluate` takes them, or why the module's own code has to run.
 
         ``x`` is any tensor with as many rows as the input, which may not be there yet; None where none tells. ``dtype``
         is that of the input, None where it is not there yet. ``readings`` may have the parts from another call.
+        ``softmaxes`` says which gates had one of their own when it was converted.
         """
-        found = self._parts_or_reason(module, routing, x, dtype, readings)
+        found = self._parts_or_reason(module, routing, x, dtype, readings, softmaxes)
         if isinstance(found, str):
             _decisions.note(type(module).__name__, "its own code", found, x)
         return found
 
     def _parts_or_reason(
-        self, module: Any, routing: Routing, x: Tensor | None, dtype: torch.dtype | None, readings: Readings | None
+        self,
+        module: Any,
+        routing: Routing,
+        x: Tensor | None,
+        dtype: torch.dtype | None,
+        readings: Readings | None,
+        softmaxes: Sequence[bool] | None,
     ) -> Parts | str:
         if not pays(module, x):
             return "there are no kernels for its device and dtype"
         call = _Call(
-            size_of_call(x, module.training),
+            size_of_call(x, module.training, dtype is not None),
             dtype,
             torch.is_grad_enabled(),
             autocast_enabled("cpu" if x is None else x.device.type),
+            softmaxes,
         )
-        if readings is None or self.gate_inputs is not None:
+        if readings is None:
             return self._read(module, routing, call)
-        key = call, module.training, vars(module).get(CLASSES), OWN_UNDER_AUTOCAST in vars(module)
+        streams = None if self.gate_inputs is None else tuple(self.gate_inputs(module))
+        key = call, streams, module.training, vars(module).get(CLASSES), OWN_UNDER_AUTOCAST in vars(module)
         return readings.find(
             key, lambda: self.roots(module, routing), lambda: self._read(module, routing, call), held_by
         )
@@ -132,13 +143,17 @@ class LevelDescription:
             chains, gate_chains, parts = list(self.experts(module)), list(self.gates(module)), list(self.parts(module))
         except Exception as error:  # of a description that what has become of the module does not fit
             return f"its description does not fit any more: {type(error).__name__}: {error}"
-        size, dtype, differentiated, autocast = call
+        size, dtype, differentiated, autocast, softmaxes = call
+        if differentiated and size.rows.constant and not size.rows.fold and any_wants_gradient(parts):
+            size = size._replace(rows=size.rows._replace(constant=False))
         experts = read_experts(chains, size)
         if experts is None:
             return TOO_FEW_ROWS
         gates: list[Any] = list(map(read_gate, gate_chains))
         if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
             return "it has other numbers of experts and gates than when it was converted"
+        if softmaxes is not None and list(map(has_softmax, gates)) != list(softmaxes):
+            return "a gate ends with a softmax, or with none, unlike when it was converted"
         if autocast and OWN_UNDER_AUTOCAST in vars(module):
             return "under autocast its outputs would be other ones, as a trial told when it was converted"
         if autocast and any(
@@ -156,9 +171,16 @@ class LevelDescription:
             )
         if not size.parts and any_drops(gates):
             return TOO_FEW_ROWS
+        if differentiated and any_of_inference(experts[0], gates):
+            return "a parameter was made in inference mode, which the level would have to save for its backward pass"
         if several_dtypes(experts[0], gates, dtype) and not autocast:
             return "it has parameters of several dtypes, or of another than its input"
         return Parts(chains, *experts, gates, routing, size.rows, self.read_gate_inputs(module, gates, routing))
+
+
+def any_wants_gradient(modules: Iterable[Any]) -> bool:
+    """Whether a parameter of one of the modules does."""
+    return any(p.requires_grad for module in modules if module is not None for p in module.parameters())
 
 
 def any_hooks(modules: Iterable[Any], differentiated: bool, tried: Container[type] | None) -> bool:

@@ -24,6 +24,10 @@ NORM_ROWS, MIXING_ROWS = 16, 256
 # Measured with TorchEasyRec's ExtractionNet of (64, 32) on 64 features and of (256, 128) on 416, on one thread; the
 # narrow one decides, as the wide one gains from fewer rows on. Calls with layer norm are checked and started in Python.
 LAYER_NORM_ROWS = 192, 192, 64
+# Of PReLU, which C++ serves, and Python starts where gradients are wanted; with a norm NORM_ROWS decides.
+SLOPES_ROWS = 0, 256, 128
+# Under autocast, where each call casts all parameters and is checked in Python.
+AUTOCAST_ROWS = 8
 # A level in parts has several such calls, and one more for the mixing; its batch norms take statistics, or are folded
 # in a way that gradients flow through, for each of the parts.
 PARTS_ROWS = 256, 512, 128
@@ -57,9 +61,9 @@ def in_trial() -> bool:
 class Size(NamedTuple):
     """What pays in a call of some rows.
 
-    ``rows``: what the operator may do. ``layer_norm``: layer norms in it. ``parts``: a level in more calls than one;
-    ``normed_parts``: one with batch norms. ``mixing``: one operator for all mixing where the experts' modules are
-    called; what the compiler makes of the library's own mixing is as fast at any size.
+    ``fused``: anything. ``rows``: what the operator may do. ``layer_norm``: layer norms in it. ``parts``: a level in
+    more calls than one; ``normed_parts``: one with batch norms. ``mixing``: one operator for all mixing where the
+    experts' modules are called; what the compiler makes of the library's own mixing is as fast at any size.
     """
 
     rows: Rows = Rows()
@@ -67,21 +71,34 @@ class Size(NamedTuple):
     parts: bool = True
     normed_parts: bool = True
     mixing: bool = True
+    fused: bool = True
 
 
-def size_of_call(x: Tensor | None, training: bool) -> Size:
-    """What pays with such a tensor in a module of that mode; all where none tells how many rows there are."""
+def size_of_call(x: Tensor | None, training: bool, is_input: bool = True) -> Size:
+    """What pays with such a tensor in a module of that mode; all where none tells how many rows there are.
+
+    ``is_input``: it is the level's, and so tells whether that wants a gradient.
+    """
     if x is None or _any_size:
         return Size()
     if _torch.compiling():
         return Size(mixing=False)
-    rows, mode = x.shape[0], (1 + training if torch.is_grad_enabled() else 0)
+    differentiated = torch.is_grad_enabled()
+    rows, mode = x.shape[0], (1 + training if differentiated else 0)
+    casts = x.is_cpu and _backends.autocast_enabled("cpu")
     return Size(
-        Rows(may_fold(x), rows >= NORM_ROWS, rows >= FOLD_ROWS),
+        Rows(
+            may_fold(x) and not (casts and rows < FOLD_ROWS),
+            rows >= NORM_ROWS,
+            rows >= FOLD_ROWS,
+            rows >= SLOPES_ROWS[mode] or not x.is_cpu,
+            not casts and not (differentiated and (x.requires_grad or not is_input)),
+        ),
         layer_norm=rows >= LAYER_NORM_ROWS[mode] or not x.is_cpu,
         parts=rows >= PARTS_ROWS[mode] or not x.is_cpu,
         normed_parts=rows >= NORMED_PARTS_ROWS[mode] or not x.is_cpu,
         mixing=rows >= MIXING_ROWS,
+        fused=rows >= AUTOCAST_ROWS or not casts,
     )
 
 

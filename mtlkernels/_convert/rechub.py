@@ -40,7 +40,7 @@ def _cgc_refusal(module: Any) -> str | None:
 
 def _predictions(model: Any, mixed: Sequence[Tensor]) -> Tensor:
     """What MMOE makes of the gates' mixtures."""
-    heads = zip(mixed, model.towers, model.predict_layers, strict=True)
+    heads = zip(mixed, model.towers, model.predict_layers, strict=False)  # as the library
     return torch.cat([predict(tower(hidden)) for hidden, tower, predict in heads], dim=1)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from mtlkernels._convert.activations import full_name
 from mtlkernels._convert.classes import Fused, description_of
-from mtlkernels._convert.description import TrunkDescription
+from mtlkernels._convert.description import Softmaxes, TrunkDescription
 from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
 
 # Libraries on PyPI by their package: the name there, the versions that were read, the file here with ``DESCRIPTIONS``,
@@ -55,6 +55,7 @@ class Converter:
         base, method, source: as :func:`mtlkernels._convert.classes.converted_class` takes them.
         read: from an instance, the modules that each call reads.
         writes: attributes that each call writes.
+        softmaxes: from an instance, for each level which gates have a softmax of their own.
     """
 
     plan: Callable[[nn.Module, str], Plan]
@@ -63,6 +64,7 @@ class Converter:
     source: str = ""
     read: Callable[[nn.Module], Iterable[Any]] = lambda module: ()
     writes: Sequence[str] = ()
+    softmaxes: Callable[[nn.Module], Softmaxes] = lambda module: ()
 
 
 class FusedRegistered(Fused):
@@ -84,7 +86,9 @@ def find_converter(module: nn.Module) -> Converter | None:
     for base in type(module).__mro__:
         if base in _registered:
             trunk = _registered[base]
-            return Converter(functools.partial(plan_trunk, trunk, base), FusedRegistered, trunk.method, read=trunk.read)
+            plan = functools.partial(plan_trunk, trunk, base)
+            read, softmaxes = trunk.read, trunk.softmaxes
+            return Converter(plan, FusedRegistered, trunk.method, read=read, softmaxes=softmaxes)
         package, _, name = full_name(base).partition(".")
         if package in _LIBRARIES and name in _LIBRARIES[package][-1]:
             library, versions, file, _ = _LIBRARIES[package]
@@ -103,7 +107,8 @@ def _converter(file: str, base: type) -> Converter:
     source = f"{file}.{base.__name__}"
     description = description_of(source)
     plan = description.plan or functools.partial(plan_trunk, description, base)
-    return Converter(plan, Fused, description.method, source, description.read, description.writes)
+    of_instance = description.read, description.writes, description.softmaxes
+    return Converter(plan, Fused, description.method, source, *of_instance)
 
 
 def known_names() -> list[str]:

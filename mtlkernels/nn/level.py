@@ -222,7 +222,7 @@ class TrunkLevel(NotScriptable, nn.Module):
             _decisions.note("mtlkernels.nn", "experts as modules", reason, streams[0])
             return self._by_modules(streams)
         weights, biases, options = experts
-        gates = self._gate_weights(len(streams))
+        gates = None if "slopes" in options else self._gate_weights(len(streams))  # kernels for slopes take logits
         if calls is not None and gates is not None and calls.wants():
             if by_modules:
                 calls.keep(roots, inputs, weights, biases, self.routing, {"gate_weights": gates}, options)
@@ -271,7 +271,7 @@ class TrunkLevel(NotScriptable, nn.Module):
         if torch.is_grad_enabled() and any(norm._forward_hooks for norm in each):
             return None
         if not may_fold(x) and any(
-            uses_running(norm) and wants_gradient(weight, None, norm)
+            uses_running(norm) and (x.requires_grad or wants_gradient(weight, None, norm))
             for layer in zip(weights, norms, strict=False)
             for weight, norm in zip(*layer, strict=True)
         ):

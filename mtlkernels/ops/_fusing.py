@@ -44,15 +44,18 @@ class Layer(NamedTuple):
 class Rows(NamedTuple):
     """What the number of rows of a call allows.
 
-    ``fold``: folding batch norm also where gradients flow through what is folded; see :func:`may_fold`.
-    ``normalize``: norms and dropout in the fused operator; the statistics of one row are an error, which the modules
-    raise. ``turn``: weights that lie across, as ``x @ matrix`` has them; kernels read them along, so that each call
-    copies them.
+    ``fold``: folding batch norm also where gradients flow through what is folded, or through the call; see
+    :func:`may_fold`. ``normalize``: norms and dropout in the fused operator; the statistics of one row are an error,
+    which the modules raise. ``turn``: weights that lie across, as ``x @ matrix`` has them, as kernels read them along,
+    so that each call copies them; and weights that were computed, of which autograd records a node at each call.
+    ``slopes``: PReLU's without a norm. ``constant``: nothing that the call depends on wants a gradient.
     """
 
     fold: bool = True
     normalize: bool = True
     turn: bool = True
+    slopes: bool = True
+    constant: bool = True
 
 
 def may_fold(x: Tensor) -> bool:
@@ -162,7 +165,10 @@ def wants_gradient(weight: Tensor, bias: Tensor | None, norm: Any) -> bool:
 def folds(layer: Layer, rows: Rows) -> bool:
     """Whether a layer is one linear layer now, its batch norm folded into it if it has any."""
     norm = layer.norm
-    return norm is None or (uses_running(norm) and (rows.fold or not wants_gradient(layer.weight, layer.bias, norm)))
+    if norm is None:
+        return True
+    constant = rows.constant and not wants_gradient(layer.weight, layer.bias, norm)
+    return uses_running(norm) and (rows.fold or constant)
 
 
 def kind_of_norm(norm: Any) -> tuple[Any, ...] | None:
@@ -185,7 +191,11 @@ def kind_of(layers: Sequence[Layer], rows: Rows = Rows()) -> tuple[Any, ...] | N
     kind: list[Any] = []
     for layer in layers:
         weight, bias, norm, activation, dropout, sloped = layer
-        if type(weight) is not _Parameter and not (is_plain(weight) and (rows.turn or _lies_along(weight))):
+        if type(weight) is not _Parameter and not (
+            is_plain(weight) and (rows.turn or (_lies_along(weight) and weight.is_leaf))
+        ):
+            return None
+        if activation == "prelu" and norm is None and not rows.slopes:
             return None
         rate = drop_rate(dropout)
         if not rows.normalize and rate > 0:

@@ -186,6 +186,18 @@ def _no_softmax_dim(level: Any) -> None:
     level.gates[0][-1].dim = 0
 
 
+def _sigmoid_gate(level: Any) -> None:
+    level.gates[0][-1] = nn.Sigmoid()
+
+
+def _no_softmax(level: Any) -> None:
+    del level.gates[0][-1]
+
+
+def _two_softmaxes(level: Any) -> None:
+    level.gates[0].append(nn.Softmax(dim=1))
+
+
 CHANGES = [
     _settings,
     _weight,
@@ -207,4 +219,7 @@ CHANGES = [
     _pre_hook,
     _gate,
     _no_softmax_dim,
+    _sigmoid_gate,
+    _no_softmax,
+    _two_softmaxes,
 ]

@@ -12,6 +12,7 @@ from torch import nn
 
 import mtlkernels as mk
 from mtlkernels._convert import paying
+from mtlkernels.ops._fusing import FOLD_ROWS
 from tests.convert.doubles import ExtractionNet, MMoE_Layer
 from tests.convert.models import fill
 
@@ -98,3 +99,79 @@ def test_an_edit_is_seen_after_some_calls(fused_calls: list[int]) -> None:
         call(level, 4, 0)
     assert fused_calls == [4] * len(fused_calls)
     assert len(fused_calls) > 30
+
+
+def with_prelu(level: Any) -> Any:
+    for expert in level.experts:
+        expert.mlp[1] = nn.PReLU()
+    return level
+
+
+def test_slopes_where_gradients_are_wanted(fused_calls: list[int]) -> None:
+    """C++ serves PReLU on however few rows; what is differentiated is started in Python."""
+    level = with_prelu(fill(MMoE_Layer(WIDTH, (12, 7))))
+    assert mk.convert(level).replaced
+    for mode, least in enumerate(paying.SLOPES_ROWS):
+        for rows in (1, max(1, least - 1), max(1, least)):
+            fused_calls.clear()
+            call(level, rows, mode)
+            assert fused_calls == ([4] if rows >= least else []), f"mode {mode}, {rows} rows"
+
+
+@pytest.mark.parametrize("norm, least", [("", paying.AUTOCAST_ROWS), ("batch", FOLD_ROWS)])
+def test_autocast_casts_all_parameters(norm: str, least: int, fused_calls: list[int]) -> None:
+    """What is known of such calls says nothing about others."""
+    level = fill(ExtractionNet(WIDTH, (12, 7), norm=norm))
+    assert mk.convert(level).replaced
+    for rows in (1, least - 1, least, 1):
+        fused_calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            call(level, rows, 0)
+        assert fused_calls == ([8] if rows >= least else [])
+    fused_calls.clear()
+    call(level, 1, 0)
+    assert fused_calls == [8]
+
+
+def test_frozen_batch_norm_where_something_else_wants_gradients(fused_calls: list[int]) -> None:
+    """C++ takes norms of calls of which nothing is differentiated; others fold, which pays on many rows."""
+    level: Any = fill(ExtractionNet(WIDTH, (12, 7), norm="batch"))
+    assert mk.convert(level).replaced
+    level.eval().requires_grad_(False)
+
+    def run(rows: int, wants: bool) -> list[int]:
+        fused_calls.clear()
+        x = [torch.randn(rows, WIDTH, requires_grad=wants) for _ in range(4)]
+        level(x[:3], x[3])
+        return list(fused_calls)
+
+    assert [run(4, wants) for wants in (False, True, False, True)] == [[8], [], [8], []]
+    assert run(FOLD_ROWS, True) == [8]
+    level._shared_gate.requires_grad_(True)
+    assert run(4, False) == []
+    assert run(FOLD_ROWS, False) == [8]
+
+
+def test_parameters_of_inference_mode(fused_calls: list[int]) -> None:
+    """A fused level would save them for its backward pass, which modules save nothing of where nothing needs it."""
+    level: Any = fill(ExtractionNet(WIDTH, (12, 7)))
+    assert mk.convert(level).replaced
+    with torch.inference_mode():
+        frozen = {name: value.clone() for name, value in level._task_layers.state_dict().items()}
+        level._task_layers.load_state_dict(frozen, assign=True)
+    level._task_layers.requires_grad_(False)
+    fused_calls.clear()
+    streams, shared = level(*inputs(level, 300))
+    (sum(y.sum() for y in streams) + shared.sum()).backward()
+    assert not fused_calls
+    assert all(p.grad is not None for p in level._task_gates.parameters())
+    with torch.no_grad():
+        level(*inputs(level, 300))
+    assert fused_calls == [8]
+
+
+def test_calls_of_fewer_rows_leave_what_is_known_of_more() -> None:
+    few = paying.TooFewRows()
+    few.note("training", 10)
+    few.note("training", 4)
+    assert few.are("training", 10) and not few.are("training", 11) and not few.are("serving", 4)

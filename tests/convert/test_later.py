@@ -1,4 +1,4 @@
-"""Settings that become others after a conversion: its own code runs, or it was left alone."""
+"""What becomes another after a conversion: settings, gates' softmaxes, lists of parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert.paying import FORCE
-from tests.convert.models import by_name, features, rechub_mmoe
+from tests.convert.models import by_name, features, mmoe, ple, rechub_mmoe
 from tests.convert.test_edits import register
 from tests.convert.weighing import Level, agree
 
@@ -191,3 +191,152 @@ def test_a_class_that_is_gone_is_gone() -> None:
     trials = [converted() for _ in range(4)]
     gc.collect()
     assert all(ref() is None for refs in trials[:-1] for ref in refs)  # Python itself may hold the last
+
+
+class OwnSoftmax(Level):
+    """Its gates end with a softmax."""
+
+    def prepare(self) -> None:
+        self.gates = nn.ModuleList(nn.Sequential(gate, nn.Softmax(dim=1)) for gate in self.gates)
+
+    def weigh(self, z: Tensor) -> Tensor:
+        return z
+
+
+class NoSoftmax(Level):
+    """Its gates could have one more module."""
+
+    def prepare(self) -> None:
+        self.gates = nn.ModuleList(nn.Sequential(gate) for gate in self.gates)
+
+
+# What makes a model, a gate's modules, and what is done to them.
+SOFTMAXES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], object]]] = {
+    "a sigmoid": (OwnSoftmax, lambda model: model.gates[0], lambda gate: gate.__setitem__(1, nn.Sigmoid())),
+    "an identity": (OwnSoftmax, lambda model: model.gates[0], lambda gate: gate.__setitem__(1, nn.Identity())),
+    "none": (OwnSoftmax, lambda model: model.gates[0], lambda gate: gate.__delitem__(1)),
+    "one more": (NoSoftmax, lambda model: model.gates[0], lambda gate: gate.append(nn.Softmax(dim=1))),
+    "a library's, a sigmoid": (
+        rechub_mmoe, lambda model: model.gates[0].mlp, lambda gate: gate.__setitem__(2, nn.Sigmoid()),
+    ),
+    "a library's, an identity": (
+        rechub_mmoe, lambda model: model.gates[0].mlp, lambda gate: gate.__setitem__(2, nn.Identity()),
+    ),
+    "a library's, none": (rechub_mmoe, lambda model: model.gates[0].mlp, lambda gate: gate.__delitem__(2)),
+}  # fmt: skip
+
+
+def with_softmax(name: str) -> tuple[Any, Callable[[Any], dict[str, nn.Module]]]:
+    """A model, and an edit of one like it, which gives what the gate held before."""
+    make, gate_of, edit = SOFTMAXES[name]
+
+    def change(model: Any) -> dict[str, nn.Module]:
+        gate = gate_of(model)
+        before = dict(gate._modules)
+        edit(gate)
+        return before
+
+    if make is not rechub_mmoe:
+        register(make)  # type: ignore[arg-type]
+    return make(), change
+
+
+def restore(name: str, model: Any, before: dict[str, nn.Module]) -> None:
+    gate = SOFTMAXES[name][1](model)
+    gate._modules.clear()
+    gate._modules.update(before)
+
+
+def assert_same(model: Any, plain: Any, rows: int = 300) -> None:
+    x = features(rows).float()
+    for y, right in zip(model(by_name(x)), plain(by_name(x)), strict=True):
+        torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_softmaxes_of_gates(name: str, training: bool, fused_calls: list[int]) -> None:
+    """Its own code runs from the next call on, until the edit is taken back."""
+    plain, change = with_softmax(name)
+    model = copy.deepcopy(plain.train(training))
+    assert mk.convert(model).replaced
+    compare = agree if isinstance(plain, Level) else assert_same
+    compare(model, plain)
+    assert fused_calls
+    fused_calls.clear()
+    before, before_plain = change(model), change(plain)
+    for _ in range(3):
+        compare(model, plain)
+    assert not fused_calls
+    restore(name, model, before)
+    restore(name, plain, before_plain)
+    compare(model, plain)
+    assert fused_calls
+
+
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_a_model_with_another_softmax_is_tried_again(name: str) -> None:
+    model, change = with_softmax(name)
+    kind = type(model)
+    mk.convert(model)
+    assert "already converted" in str(mk.convert(model))
+    before = change(model)
+    assert mk.convert(model).left_alone and type(model) is kind
+    restore(name, model, before)
+    assert mk.convert(model).replaced
+
+
+# Lists whose modules deepctr-torch takes by their numbers.
+LISTS = {
+    "mmoe": (mmoe, (
+        "expert_dnn", "expert_dnn.1.linears", "expert_dnn.1.bn", "expert_dnn.1.activation_layers", "gate_dnn",
+        "gate_dnn_final_layer", "tower_dnn", "tower_dnn_final_layer", "out",
+    )),
+    "ple": (ple, (
+        "specific_experts", "specific_experts.0", "specific_experts.1.2", "specific_experts.0.1.0.linears",
+        "shared_experts", "shared_experts.1.0", "specific_gate_dnn", "specific_gate_dnn.0",
+        "specific_gate_dnn_final_layer", "specific_gate_dnn_final_layer.1", "shared_gate_dnn",
+        "shared_gate_dnn_final_layer", "tower_dnn", "tower_dnn_final_layer", "out",
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, path", [(kind, path) for kind, (_, paths) in LISTS.items() for path in paths])
+def test_the_order_of_keys(kind: str, path: str, fused_calls: list[int]) -> None:
+    """A module that is taken away and put back is the last of its list, and keeps its number."""
+    make, x = LISTS[kind][0], features(300).float()
+    model = make(dnn_use_bn=True, dnn_activation="prelu").eval()
+    expected = model(x)
+    assert mk.convert(model).replaced
+    parts = model.get_submodule(path)
+    part = getattr(parts, "0")
+    delattr(parts, "0")
+    setattr(parts, "0", part)
+    assert list(parts._modules)[-1] == "0"
+    fused_calls.clear()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(fused_calls) == (2 if make is ple else 1)
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (rechub_mmoe, "towers"),
+        (rechub_mmoe, "predict_layers"),
+        (mmoe, "tower_dnn"),
+        (mmoe, "tower_dnn_final_layer"),
+        (mmoe, "out"),
+    ],
+)
+def test_one_more_than_tasks(make: Callable[[], Any], name: str, fused_calls: list[int]) -> None:
+    """It is left out, as by the library's own code."""
+    plain, rows = make().eval(), features(300).float()
+    x: Any = by_name(rows) if make is rechub_mmoe else rows
+    model = copy.deepcopy(plain)
+    assert mk.convert(model).replaced
+    for each in (model, plain):
+        parts = getattr(each, name)
+        parts.append(copy.deepcopy(parts[0]))
+    fused_calls.clear()
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert fused_calls

@@ -47,11 +47,70 @@ def test_what_was_exchanged_goes_with_calls_of_any_kind() -> None:
     for _ in range(4):
         serve(model, torch.ones(3, 20))
     assert len(readings(model)) == 2
-    old = weakref.ref(first(model)[0])
+    old = weakref.ref(first(model)[0].weight)
     replace_layer(model)
     serve(model, torch.ones(3, 20))
     gc.collect()
     assert old() is None
+
+
+def call(model: Any, mode: str) -> None:
+    with torch.set_grad_enabled(mode != "serving"):
+        model.train(mode == "training")(torch.randn(ROWS, 20))
+
+
+def load(model: Any) -> None:
+    """As the best checkpoint of a training."""
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+MODES = ("serving", "training", "evaluation with gradients")
+
+
+@pytest.mark.parametrize("exchange", [replace_layer, load])
+@pytest.mark.parametrize("before, after", [(a, b) for a in MODES for b in MODES if a != b])
+def test_what_was_exchanged_goes_where_calls_are_of_another_kind(before: str, after: str, exchange: Any) -> None:
+    """And none of the kind that there was before comes any more."""
+    model = converted()
+    for _ in range(4):
+        call(model, before)
+    assert len(readings(model)) == 1
+    old = weakref.ref(first(model)[0].weight)
+    exchange(model)
+    call(model, after)
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_all_kinds_of_calls_drop_what_was_exchanged(is_read: bool) -> None:
+    """One that comes no more would hold it for good; also where the module's own code has to run by now."""
+    reading, roots = Readings(), [nn.Linear(2, 2)]
+    for key in ("training", "serving"):
+        for _ in range(4):
+            reading.find(key, lambda: list(roots), lambda: list(roots), iter)
+    assert all(place.kept is not None for place in reading._places.values())
+    old, roots[0] = weakref.ref(roots[0]), nn.Linear(2, 2)
+    reading.find("serving", lambda: list(roots), lambda: list(roots) if is_read else "a reason", iter)
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_parameter_that_gets_a_hook(hook: str) -> None:
+    """The level is read again, which refuses it, so that nothing is kept."""
+    model, x = converted().train(), torch.randn(ROWS, 20)
+    for _ in range(4):
+        model(x)
+    assert len(readings(model)) == 1
+
+    def listen(tensor: Tensor) -> None:
+        pass
+
+    getattr(first(model)[0].weight, hook)(listen)
+    for _ in range(4):
+        model(x)
+    assert not readings(model)
 
 
 def test_copies_keep_nothing() -> None:
@@ -168,6 +227,45 @@ def test_tensors_without_modules(joined: bool) -> None:
         if step == 5:
             with torch.no_grad():
                 nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+
+
+class Wired(nn.Module):
+    """Gates of which each reads the stream that a buffer names."""
+
+    streams: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(20, 12), nn.ReLU()) for _ in range(2))
+        self.gates = nn.ModuleList(
+            nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 2), nn.Softmax(dim=1)) for _ in range(2)
+        )
+        self.register_buffer("streams", torch.tensor([0, 1]))
+
+    def forward(self, streams: list[Tensor]) -> list[Tensor]:
+        hidden = torch.stack([expert(x) for expert, x in zip(self.experts, streams, strict=True)], dim=1)
+        read = [streams[i] for i in self.streams.tolist()]
+        return [(gate(x).unsqueeze(2) * hidden).sum(1) for gate, x in zip(self.gates, read, strict=True)]
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_gates_that_get_another_stream(serves: bool) -> None:
+    mk.convert.register(
+        Wired,
+        experts=lambda level: level.experts,
+        gates=lambda level: level.gates,
+        routing=lambda level: mk.Routing([0, 1], [[0, 1], [0, 1]]),
+        gate_inputs=lambda level: level.streams.tolist(),
+    )
+    model = Wired().eval()
+    assert mk.convert(model).replaced
+    x = [torch.randn(ROWS, 20) for _ in range(2)]
+    with torch.set_grad_enabled(not serves):
+        for wiring in ([0, 1], [1, 0], [1, 1]):
+            model.streams.copy_(torch.tensor(wiring))
+            for _ in range(4):
+                for y, true in zip(model(x), Wired.forward(model, x), strict=True):
+                    torch.testing.assert_close(y, true, rtol=1e-4, atol=1e-4)
 
 
 def test_a_class_that_gets_a_forward_method() -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +24,7 @@ pytestmark = pytest.mark.skipif(not _extension.has_module(), reason="no direct w
 
 Point = collections.namedtuple("Point", ("x", "y"))
 SCALES = {"first": 1.5, "second": [2.5, 3.5]}
+ROOT = Path(__file__).parents[2]
 
 
 class Loop(tuple):  # type: ignore[type-arg]
@@ -193,6 +198,61 @@ def test_what_objects_get_otherwise(where: str, monkeypatch: pytest.MonkeyPatch)
         assert seen.changed(module, entries) == changed(module, entries) is not None
 
 
+class InList(nn.Module):
+    """Code that reads an attribute of an object in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = [Settings()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.settings[0].temperature
+
+
+def test_a_class_that_gets_another_way_of_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(self: Any, name: str) -> Any:
+        return 3.0 if name == "temperature" else object.__getattribute__(self, name)
+
+    module, seen = InList(), Seen()
+    entries = watched(module, "forward", [])
+    for _ in range(4):
+        assert seen.changed(module, entries) is None
+    assert seen._kept is not None
+    monkeypatch.setattr(Settings, "__getattribute__", asked, raising=False)
+    assert seen.changed(module, entries) == "settings"
+
+
+class Config(dict):  # type: ignore[type-arg]
+    """A dictionary of a kind of its own."""
+
+
+class Asking(nn.Module):
+    """Code that asks a dictionary for what it may lack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config: dict[str, float] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return x / self.config["temperature"]
+        except KeyError:
+            return x
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict, Config])
+def test_an_entry_that_was_absent(kind: type) -> None:
+    """Another dictionary has it, of whatever kind that is."""
+    module, seen = Asking(), Seen()
+    entries = watched(module, "forward", [])
+    for _ in range(4):
+        assert seen.changed(module, entries) is None
+    assert seen._kept is not None
+    module.config = kind(temperature=5.0)
+    for _ in range(4):
+        assert seen.changed(module, entries) == changed(module, entries) is not None
+
+
 def test_settings_of_parts_by_their_class(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.warm()
     monkeypatch.setattr(nn.Softmax, "dim", property(lambda self: 0, lambda self, value: None), raising=False)
@@ -232,7 +292,7 @@ def test_most_is_not_compared_in_python(case: Case) -> None:
     case.warm()
     _, rest, *_ = case.seen._kept  # type: ignore[misc]
     left = {names[0] for _, entries in rest for names, _ in entries}
-    assert left == {"loop", "members", "function", "partial", "number", "inner", "settings"}
+    assert left == {"ordered", "loop", "members", "function", "partial", "number", "inner", "settings"}
 
 
 def test_what_is_equal_is_compared_again(case: Case) -> None:
@@ -281,3 +341,56 @@ def test_no_part_is_kept_alive(case: Case) -> None:
     case.module.parts, case.module.settings, case.module.number = nn.ModuleList(), Settings(), torch.tensor(3.0)
     gc.collect()
     assert [ref() for ref in gone] == [None, None, None]
+
+
+COLLECTED = """
+import collections, gc
+from torch import nn
+from mtlkernels._convert.calls import Seen
+from mtlkernels._convert.watched import watched
+
+class Settings:
+    def __init__(self):
+        self.temperature = 0.5
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = [PART] + [1.0] * 50
+
+    def forward(self, x):
+        return x * len(self.table) + self.table[0].temperature
+
+module, seen = Reads(), Seen()
+entries = watched(module, "forward", [])
+for _ in range(4):
+    assert seen.changed(module, entries) is None
+still = seen._kept[0].still
+module.table[0] = PART  # whose dictionary nobody has asked for yet
+
+def clear(phase, info):
+    gc.disable()
+    module.table.clear()
+
+gc.collect()
+gc.disable()
+gc.callbacks.append(clear)
+kept = [[] for _ in range(50)]  # so many that the next object which is tracked makes a collection
+gc.set_threshold(1)
+gc.enable()
+still(module)
+gc.disable()
+gc.callbacks.clear()
+print(len(module.table))
+"""
+
+
+@pytest.mark.parametrize("part, left", [("collections.OrderedDict(a=1.0)", [51]), ("Settings()", [0, 51])])
+def test_a_collection_while_it_is_compared(part: str, left: list[int], tmp_path: Path) -> None:
+    """What listens to it may empty the list that is gone over; an object's dictionary may be made then, and no more."""
+    script = tmp_path / "collected.py"
+    script.write_text(COLLECTED.replace("PART", part))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) in left

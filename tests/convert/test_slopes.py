@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import mtlkernels as mk
@@ -78,23 +79,78 @@ def test_trains_and_serves_as_the_library(name: str, fused_calls: list[int]) -> 
     check(*CASES[name], fused_calls, (1, 2, 33, 300))
 
 
-@pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
-@pytest.mark.parametrize("name", CASES)
-def test_serving_goes_the_direct_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that is checked in Python folds batch norms there, which takes longer than the library's own code."""
-    make, inputs, _, experts = CASES[name]
-    model, direct, found = make().eval(), ops_level.direct, []
-    assert mk.convert(model).replaced
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the direct way gave, call by call; words where it gave nothing."""
+    if not _extension.has_module():
+        pytest.skip("no direct way from this Python")
+    direct, found = ops_level.direct, []
 
     def noted(*args: Any) -> Any:
         found.append(direct(*args))
         return found[-1]
 
     monkeypatch.setattr(ops_level, "direct", noted)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_serving_goes_the_direct_way(name: str, ways: list[Any]) -> None:
+    """A call that is checked in Python folds batch norms there, which takes longer than the library's own code."""
+    make, inputs, _, experts = CASES[name]
+    model = make().eval()
+    assert mk.convert(model).replaced
+    ways.clear()  # of trials
     with torch.inference_mode():
         model(*inputs(300, 0, torch.float32))
-    assert len(found) == len(experts)
-    assert [way for way in found if isinstance(way, str)] == []
+    assert len(ways) == len(experts)
+    assert [way for way in ways if isinstance(way, str)] == []
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+def test_trunks_serve_by_the_direct_way(activation: str, batch_norm: bool, ways: list[Any]) -> None:
+    trunk = mk.nn.MMoE(6, 2, (5, 4), num_experts=3, activation=activation, batch_norm=batch_norm).eval()
+    with torch.inference_mode():
+        trunk(torch.randn(3, 6))
+    assert len(ways) == 1 and isinstance(ways[0], tuple)
+
+
+@pytest.mark.parametrize("gates", ["lists", "biases", "a stream each", "another width", "norms", "joined"])
+def test_linear_gates_beside_slopes(gates: str, ways: list[Any]) -> None:
+    """Logits are made of plain ones where C++ serves; all others are checked, and have the same meaning."""
+    several = gates == "a stream each"
+    routing = mk.Routing((0, 1, 0), ((0, 1), (2, 1, 0))) if several else mk.Routing.mmoe(3, 2)
+    sizes = [len(mixed) for mixed in routing.gate_experts]
+    x = [torch.randn(4, 5) for _ in range(2)]
+    weights, slopes = [[torch.randn(6, 5) for _ in range(3)]], [[torch.rand(1) for _ in range(3)]]
+    own: dict[str, Any] = {"gate_weights": [torch.randn(size, 5 + (gates == "another width")) for size in sizes]}
+    if gates == "biases":
+        own["gate_biases"] = [torch.randn(sizes[0]), None]
+    elif gates == "norms":
+        own["gate_norms"] = [nn.BatchNorm1d(sizes[0]).eval(), None]
+    elif gates == "joined":
+        own["gate_weights"] = torch.cat(own["gate_weights"])
+
+    def call(logits: Any, **options: Any) -> Any:
+        inputs = x if several else x[0]
+        return mk.expert_mixture(inputs, weights, None, logits, routing, activation="prelu", slopes=slopes, **options)
+
+    with torch.no_grad():
+        if gates == "another width":
+            with pytest.raises(ValueError, match="gate_weights"):
+                call(None, **own)
+            return
+        found = call(None, **own)
+        split = own["gate_weights"].split(sizes) if gates == "joined" else own["gate_weights"]
+        biases = own.get("gate_biases", [None] * 2)
+        logits = [F.linear(x[k * several], w, b) for k, (w, b) in enumerate(zip(split, biases, strict=True))]
+        if gates == "norms":
+            logits[0] = own["gate_norms"][0](logits[0])
+        exact = call(logits)
+    for y, true in zip(found, exact, strict=True):
+        torch.testing.assert_close(y, true)
+    assert isinstance(ways[0], str) == (gates in ("norms", "joined"))
 
 
 def test_slopes_that_do_not_fit() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _decisions, _extension
@@ -23,6 +24,7 @@ _LISTS = (list, tuple)
 _LISTS_OF_MODULES = (list, tuple, nn.ModuleList)
 # Why a call is not for the direct way, where that is found out later, if anybody asks.
 OBSERVED = "something looks on"
+_SLOPES = "kernels for slopes take logits, which are made in Python where gradients are wanted or gates have norms"
 _ODD = "the arguments are not plain tensors of one dtype in lists, of shapes that fit"
 # A layer without more, of each activation.
 _LAYERS = {name: Layer(code) for name, code in CODES.items()}
@@ -72,6 +74,12 @@ def direct(
     layers, sloped = found_layers
     if sloped != (slopes is not None) or (sloped and not isinstance(slopes, _LISTS)):
         return _ODD
+    if sloped and gates[1] is not None:
+        streams = inputs if several and len(inputs) > 1 else [first] * routing.num_gates
+        logits = None if torch.is_grad_enabled() else _logits(streams, gates, routing)
+        if logits is None:
+            return _SLOPES
+        gates = logits, None, None, None
     if on_gpu:
         own = None if sloped or norms is not None else _on_gpu(inputs, weights, biases, gates, routing, layers)
         return "no call like it was recorded" if own is None else own
@@ -91,6 +99,28 @@ def direct(
     if keeps is not None:
         lists.kept_lists().keep(not several, *keeps, spec.encoded[0])
     return found
+
+
+def _logits(streams: Sequence[Tensor], gates: tuple[Any, Any, Any, Any], routing: Routing) -> list[Tensor] | None:
+    """Those of linear gates, each of its stream; None for gates with norms, joined ones, and all that do not fit."""
+    _, weights, biases, norms = gates
+    sizes = routing.wiring.gate_sizes
+    biases = [None] * len(sizes) if biases is None else biases
+    if norms is not None or not all(isinstance(own, _LISTS) and len(own) == len(sizes) for own in (weights, biases)):
+        return None
+    fit = all(
+        isinstance(x, Tensor)
+        and x.dim() == 2
+        and _fits(weight, (size, x.shape[1]), x)
+        and (bias is None or _fits(bias, (size,), x))
+        for x, weight, bias, size in zip(streams, weights, biases, sizes, strict=False)
+    )
+    return list(map(F.linear, streams, weights, biases)) if fit else None
+
+
+def _fits(tensor: Any, shape: tuple[int, ...], like: Tensor) -> bool:
+    same = isinstance(tensor, Tensor) and tensor.dtype is like.dtype and tensor.device == like.device
+    return same and tensor.shape == shape
 
 
 def _refusal(inputs: Any, weights: Any, gates: tuple[Any, Any, Any, Any], routing: Any) -> str | None:
