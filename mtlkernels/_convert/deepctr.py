@@ -24,6 +24,8 @@ from mtlkernels._convert.levels import LevelDescription
 from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
 from mtlkernels.routing import Routing
 
+_NUMBERS = tuple(map(str, range(64)))  # as making them anew shows when one row is served
+
 
 def _chain(dnn: Any) -> Chain:
     """The modules of a DNN; anything else stands for itself."""
@@ -43,7 +45,8 @@ def _chain(dnn: Any) -> Chain:
 def _by_number(modules: Any) -> list[Any]:
     """The modules of a list as the library takes them, which is not the order of its keys where one was exchanged."""
     own = modules._modules
-    return [own[str(i)] for i in range(len(own))]
+    known = len(own) <= len(_NUMBERS)
+    return [own[number] for number in (_NUMBERS[: len(own)] if known else map(str, range(len(own))))]
 
 
 def _at(model: Any, name: str, level: int) -> Any:
