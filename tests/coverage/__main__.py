@@ -20,7 +20,8 @@ LIMIT = 0.95
 # Whose tests call csrc; torch.compile and counting page faults take minutes, and get to nothing that others do not.
 SELECTED = (
     "tests/ops", "tests/nn", "tests/optim", "tests/convert/test_kept.py", "tests/convert/test_readings.py",
-    "tests/convert/test_readings_held.py", "tests/convert/test_seen.py", "tests/csrc/test_failing_memory.py",
+    "tests/convert/test_readings_held.py", "tests/convert/test_readings_kinds.py", "tests/convert/test_seen.py",
+    "tests/convert/test_seen_kinds.py", "tests/csrc/test_failing_memory.py",
     "tests/test_decisions.py", "tests/test_dumps.py", "tests/test_never_stale.py", "tests/test_prepare.py",
     "tests/test_show_config.py", "--ignore=tests/ops/test_compile.py", "-k", "not page_faults", "-m", "not slow",
 )  # fmt: skip

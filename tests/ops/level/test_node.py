@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtlkernels as mk
+from mtlkernels import _extension
 from mtlkernels.ops.level.node import level_of
 from tests import requires
 from tests.seeding import seed
@@ -288,3 +289,27 @@ def test_an_error_in_python_reaches_the_caller() -> None:
     loss = Level().loss()
     with Failing(), pytest.raises(ZeroDivisionError):
         loss.backward()
+
+
+class Twice(torch.autograd.Function):
+    """A node that Python runs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return 2 * grads[0]
+
+
+@pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
+@pytest.mark.parametrize("make", [lambda: Level()()[0], lambda: Twice.apply(torch.ones(2, requires_grad=True))])
+@pytest.mark.parametrize("kind", ["register_hook", "register_prehook"])
+def test_hooks_on_nodes(kind: str, make: Callable[[], Tensor]) -> None:
+    node, has_hooks = make().grad_fn, _extension.function("has_node_hooks")
+    assert node is not None and not has_hooks(node)
+    hook = getattr(node, kind)(lambda *args: None)
+    assert has_hooks(node)
+    hook.remove()
+    assert not has_hooks(object())
