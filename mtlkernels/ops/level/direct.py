@@ -24,7 +24,9 @@ _LISTS = (list, tuple)
 _LISTS_OF_MODULES = (list, tuple, nn.ModuleList)
 # Why a call is not for the direct way, where that is found out later, if anybody asks.
 OBSERVED = "something looks on"
-_SLOPES = "kernels for slopes take logits, which are made in Python where gradients are wanted or gates have norms"
+_SLOPES = (
+    "kernels for slopes take logits, which are made behind checks where gradients are wanted, of norms and on GPUs"
+)
 _ODD = "the arguments are not plain tensors of one dtype in lists, of shapes that fit"
 # A layer without more, of each activation.
 _LAYERS = {name: Layer(code) for name, code in CODES.items()}
@@ -76,7 +78,7 @@ def direct(
         return _ODD
     if sloped and gates[1] is not None:
         streams = inputs if several and len(inputs) > 1 else [first] * routing.num_gates
-        logits = None if torch.is_grad_enabled() else _logits(streams, gates, routing)
+        logits = None if on_gpu or torch.is_grad_enabled() else _logits(streams, gates, routing)
         if logits is None:
             return _SLOPES
         gates = logits, None, None, None
@@ -89,7 +91,7 @@ def direct(
     running, running_gates = parts_of_norms(norms, gates[3], routing, first.dtype)
     if running is NotImplemented or running_gates is NotImplemented:
         return "norms are not plain batch norms by running statistics, of one eps and dtype within a layer"
-    spec = spec_of(routing.wiring, len(inputs) if several else 1, layers, gates[1] is not None and not sloped)
+    spec = spec_of(routing.wiring, len(inputs) if several else 1, layers, gates[1] is not None)
     way = spec.encoded[0], not spec.unread, _backends.forced() is not None
     found: tuple[Tensor, ...] | None = _extension.function("level")(
         inputs, weights, biases, *gates[:3], running, running_gates, slopes, epsilons, *way
