@@ -18,7 +18,7 @@ from tests.ops.agreement import reference_op
 from tests.ops.level.definition import KINDS, SEED, dice, drawn_seed, dropped, entry, formula
 from tests.seeding import seed
 
-ROWS = (2, 3, 5, 16, 31, 64, 65, 100, 127, 128, 129, 255, 256, 257)
+ROWS = (2, 3, 5, 16, 31, 64, 65, 100, 127, 128, 129, 255, 256, 257, 383, 384, 401)
 # A norm divides by a spread that rounding moves, so that errors scatter more than those of sums.
 FACTOR = 5.0
 
