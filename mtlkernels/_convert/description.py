@@ -208,14 +208,13 @@ class _SmallCall(NamedTuple):
         if _torch.compiling() or in_trial() or _decisions.on:
             return None
         x = _first_tensor((args, kwargs))
-        rows = None if x is None else x.size(0)
-        if type(rows) is not int:  # but a symbol of a tracer, which must not be kept
+        if x is None or type(x.size(0)) is not int:  # but a symbol of a tracer, which must not be kept
             return None
         number = None if trunk.level_of is None else trunk.level_of(module, *args, **kwargs)
         differentiated = torch.is_grad_enabled()
-        wants = differentiated and x.requires_grad  # type: ignore[union-attr]
+        wants = differentiated and x.requires_grad
         key = number, module.training, differentiated, wants, autocast_enabled("cpu")
-        return cls(module, key, rows)
+        return cls(module, key, x.size(0))
 
     def has_too_few_rows(self) -> bool:
         """Whether a call of no fewer rows was read before, and had too few."""

@@ -44,10 +44,8 @@ class Parts(NamedTuple):
 
 def held_by(parts: Parts) -> Iterator[Any]:
     """The modules and tensors of a level's parts."""
-    for layers in (*parts.layers, *(gate.layers for gate in parts.gates)):
-        if layers is not None and not isinstance(layers, str):
-            for weight, bias, norm, _, dropout, sloped in layers:
-                yield from (part for part in (weight, bias, norm, dropout, sloped) if part is not None)
+    for weight, bias, norm, _, dropout, sloped in _layers(parts.layers, parts.gates):
+        yield from (part for part in (weight, bias, norm, dropout, sloped) if part is not None)
     called = (*map(flatten, parts.chains), *((*gate.modules, gate.dropout) for gate in parts.gates))
     yield from (step for steps in called for step in steps if isinstance(step, (nn.Module, Product)))
 
@@ -89,6 +87,13 @@ def _has_norm(layers: Sequence[Layer], kind: type[nn.Module]) -> bool:
     return any(type(layer.norm) is kind for layer in layers)
 
 
+def _layers(experts: Sequence[list[Layer] | str], gates: Sequence[Gate]) -> Iterator[Layer]:
+    """Those of experts and gates that are known."""
+    for layers in (*experts, *(gate.layers for gate in gates)):
+        if layers is not None and not isinstance(layers, str):
+            yield from layers
+
+
 def several_dtypes(
     experts: Sequence[list[Layer] | str], gates: Sequence[Gate], dtype: torch.dtype | None = None
 ) -> bool:
@@ -96,31 +101,29 @@ def several_dtypes(
 
     Code that calls such modules casts between them, or calls a norm that takes two dtypes; operators do neither.
     """
-    for layers in (*experts, *(gate.layers for gate in gates)):
-        if layers is None or isinstance(layers, str):
-            continue
-        for weight, bias, norm, _, _, sloped in layers:
-            if dtype is None:
-                dtype = weight.dtype
-            if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
-                return True
-            of_norm = () if norm is None else (norm._parameters.get("weight"), norm._buffers.get("running_mean"))
-            if any(t is not None and t.dtype is not dtype for t in of_norm) or (
-                sloped is not None and slopes_of(sloped).dtype is not dtype
-            ):
-                return True
+    for weight, bias, norm, _, _, sloped in _layers(experts, gates):
+        if dtype is None:
+            dtype = weight.dtype
+        if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
+            return True
+        of_norm = () if norm is None else (norm._parameters.get("weight"), norm._buffers.get("running_mean"))
+        if any(t is not None and t.dtype is not dtype for t in of_norm) or (
+            sloped is not None and slopes_of(sloped).dtype is not dtype
+        ):
+            return True
     return False
 
 
 def any_of_inference(experts: Sequence[list[Layer] | str], gates: Sequence[Gate]) -> bool:
-    """Whether a layer has a weight or a bias that was made under ``torch.inference_mode``."""
+    """Whether a layer has a tensor that was made under ``torch.inference_mode``; no compiler traces such ones."""
     if _torch.compiling():
         return False
-    known = (
-        layers for layers in (*experts, *(gate.layers for gate in gates)) if layers and not isinstance(layers, str)
-    )
-    tensors = (t for layers in known for layer in layers for t in (layer.weight, layer.bias) if t is not None)
-    return any(t.is_inference() for t in tensors)
+    for weight, bias, norm, _, _, sloped in _layers(experts, gates):
+        of_modules = (part for part in (norm, sloped) if part is not None)
+        inner = (t for part in of_modules for t in (*part._parameters.values(), *part._buffers.values()))
+        if any(t is not None and t.is_inference() for t in (weight, bias, *inner)):
+            return True
+    return False
 
 
 def evaluate(parts: Parts, inputs: Sequence[Tensor], serving: Serving | None = None) -> tuple[Tensor, ...]:

@@ -88,11 +88,11 @@ def size_of_call(x: Tensor | None, training: bool, is_input: bool = True) -> Siz
     casts = x.is_cpu and _backends.autocast_enabled("cpu")
     return Size(
         Rows(
-            may_fold(x) and not (casts and rows < FOLD_ROWS),
-            rows >= NORM_ROWS,
-            rows >= FOLD_ROWS,
-            rows >= SLOPES_ROWS[mode] or not x.is_cpu,
-            not casts and not (differentiated and (x.requires_grad or not is_input)),
+            fold=may_fold(x) and not (casts and rows < FOLD_ROWS),
+            normalize=rows >= NORM_ROWS,
+            turn=rows >= FOLD_ROWS,
+            slopes=rows >= SLOPES_ROWS[mode] or not x.is_cpu,
+            constant=not casts and not (differentiated and (x.requires_grad or not is_input)),
         ),
         layer_norm=rows >= LAYER_NORM_ROWS[mode] or not x.is_cpu,
         parts=rows >= PARTS_ROWS[mode] or not x.is_cpu,

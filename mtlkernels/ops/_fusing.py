@@ -48,7 +48,8 @@ class Rows(NamedTuple):
     :func:`may_fold`. ``normalize``: norms and dropout in the fused operator; the statistics of one row are an error,
     which the modules raise. ``turn``: weights that lie across, as ``x @ matrix`` has them, as kernels read them along,
     so that each call copies them; and weights that were computed, of which autograd records a node at each call.
-    ``slopes``: PReLU's without a norm. ``constant``: nothing that the call depends on wants a gradient.
+    ``slopes``: PReLU's without a norm. ``constant``: nothing that the call depends on wants a gradient or is cast, so
+    that C++ takes norms by running statistics as they are.
     """
 
     fold: bool = True

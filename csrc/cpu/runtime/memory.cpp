@@ -121,7 +121,7 @@ MemoryPool::Piece MemoryPool::fresh(int64_t bytes) {
 void MemoryPool::give_back(Piece piece) noexcept {
   poison(piece.first(), piece.part().bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
-  const int64_t most = most_idle(in_use_ - piece.part().bytes);
+  const int64_t most = most_idle(in_use_ - piece.part().bytes);  // by this peak too, which may end now
   unused(piece.part().bytes);
   const auto next = idle_.lower_bound(piece.first());
   if (next != idle_.end() && adjoin({piece.first(), piece.part()}, *next)) {
