@@ -77,7 +77,8 @@ def direct(
     if sloped != (slopes is not None) or (sloped and not isinstance(slopes, _LISTS)):
         return _ODD
     if sloped and gates[1] is not None:
-        logits = None if on_gpu or torch.is_grad_enabled() else _logits(inputs, gates, routing)
+        streams = inputs if several and len(inputs) > 1 else [first] * routing.num_gates
+        logits = None if on_gpu or torch.is_grad_enabled() else _logits(streams, gates, routing)
         if logits is None:
             return _SLOPES
         gates = logits, None, None, None
@@ -102,12 +103,10 @@ def direct(
     return found
 
 
-def _logits(inputs: Any, gates: tuple[Any, Any, Any, Any], routing: Routing) -> list[Tensor] | None:
+def _logits(streams: Sequence[Tensor], gates: tuple[Any, Any, Any, Any], routing: Routing) -> list[Tensor] | None:
     """Those of linear gates, each of its stream; None for gates with norms, joined ones, and all that do not fit."""
     _, weights, biases, norms = gates
     sizes = routing.wiring.gate_sizes
-    streams = inputs if isinstance(inputs, _LISTS) else [inputs]
-    streams = streams if len(streams) > 1 else [streams[0]] * len(sizes)
     biases = [None] * len(sizes) if biases is None else biases
     if norms is not None or not all(isinstance(own, _LISTS) and len(own) == len(sizes) for own in (weights, biases)):
         return None
