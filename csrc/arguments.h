@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "cpu/level/spec.h"
-#include "level_node.h"
+#include "observers.h"
 #include "recording.h"
 
 namespace mtlk {

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "level_node.h"
+#include "observers.h"
 
 namespace mtlk {
 namespace {

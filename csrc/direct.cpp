@@ -7,9 +7,11 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/randint.h>
 
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string_view>
@@ -22,6 +24,7 @@
 #include "cpu/runtime/tensors.h"
 #include "cpu/simd/activation_codes.h"
 #include "level_node.h"
+#include "norm_modules.h"
 
 namespace mtlk {
 namespace {
@@ -143,8 +146,9 @@ bool any_requires_grad(const LevelCall& call) {
     });
   };
   const LevelTensors& tensors = call.tensors;
-  return of(tensors.inputs) || of(tensors.weights) || of(tensors.biases) || of(tensors.slopes) || of(tensors.gates) ||
-         of(tensors.gate_biases) || of_norms(call.norms.experts) || of_norms(call.norms.gates);
+  return of(tensors.inputs) || of(tensors.weights) || of(tensors.biases) || of(tensors.scales) || of(tensors.shifts) ||
+         of(tensors.slopes) || of(tensors.gates) || of(tensors.gate_biases) || of_norms(call.norms.experts) ||
+         of_norms(call.norms.gates);
 }
 
 void hold_memory(LevelCall& call) {
@@ -280,8 +284,45 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
     Tensors outputs;
     {
       const py::gil_scoped_release release;
-      outputs =
-          wanted ? trained_level(*spec, given, call.tensors, by_name) : serve_level(*spec, call.tensors, call.norms);
+      outputs = wanted ? with_level_node(*spec, given, {}, train_level(*spec, call.tensors, {}, true), by_name)
+                       : serve_level(*spec, call.tensors, call.norms);
+    }
+    return wrapped_groups<py::tuple>({&outputs});
+  } catch (const Refused&) {
+    return py::none();
+  }
+}
+
+// The same of a level whose pre-activations are stored: with norms by the batch, dropout or slopes. `norms` has a list
+// of modules, or None, for each layer; `ints` and `floats` are the spec's. Running statistics are brought up to date.
+py::object layerwise_level_from_python(py::handle inputs, py::handle weights, py::handle biases, py::handle gate_logits,
+                                       py::handle norms, py::handle slopes, std::vector<int64_t> ints,
+                                       std::vector<double> floats, bool by_name) {
+  try {
+    const py::none none;
+    const LevelSpec spec(std::move(ints), std::move(floats));
+    LevelCall call;
+    NormModules modules;
+    std::optional<Splitting> splitting(std::in_place, std::initializer_list<py::handle>{weights, biases},
+                                       std::initializer_list<py::handle>{gate_logits});
+    if (!read_level(spec, inputs.ptr(), weights.ptr(), biases.ptr(), gate_logits.ptr(), none.ptr(), none.ptr(),
+                    none.ptr(), none.ptr(), slopes.ptr(), call) ||
+        !modules.read(norms.ptr(), spec, call.tensors)) {
+      return none;
+    }
+    splitting.reset();
+    const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
+    const bool drops = std::any_of(spec.dropout.begin(), spec.dropout.end(), [](double rate) { return rate > 0; });
+    const LevelTensors given = wanted ? call.tensors : LevelTensors{};
+    hold_memory(call);
+    Tensors outputs;
+    {
+      const py::gil_scoped_release release;
+      const int64_t rows = call.tensors.inputs[0].size(0);
+      const at::Tensor seed = drops ? at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong) : at::Tensor();
+      LevelResults results = train_level(spec, call.tensors, seed, wanted);
+      modules.update(at::TensorList(results.saved).slice(wanted ? spec.layers() : 0), rows);
+      outputs = wanted ? with_level_node(spec, given, seed, std::move(results), by_name) : std::move(results.outputs);
     }
     return wrapped_groups<py::tuple>({&outputs});
   } catch (const Refused&) {

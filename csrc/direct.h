@@ -33,6 +33,12 @@ pybind11::object level_from_python(pybind11::handle inputs, pybind11::handle wei
                                    pybind11::handle slopes, pybind11::handle dice_eps, pybind11::handle spec_ints,
                                    bool trains, bool by_name);
 
+// mtlkernels._C.layerwise_level, see direct.cpp.
+pybind11::object layerwise_level_from_python(pybind11::handle inputs, pybind11::handle weights, pybind11::handle biases,
+                                             pybind11::handle gate_logits, pybind11::handle norms,
+                                             pybind11::handle slopes, std::vector<int64_t> ints,
+                                             std::vector<double> floats, bool by_name);
+
 // mtlkernels._C.level_tensors, see direct.cpp.
 pybind11::object level_tensors_from_python(pybind11::handle inputs, pybind11::handle weights, pybind11::handle biases,
                                            pybind11::handle gate_logits, pybind11::handle gate_weights,

@@ -17,8 +17,8 @@
 #include "cpu/level/kept_level.h"
 #include "cpu/runtime/check.h"
 #include "direct.h"
-#include "level_node.h"
 #include "modules.h"
+#include "observers.h"
 #include "snapshot.h"
 
 namespace mtlk {

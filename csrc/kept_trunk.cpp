@@ -9,8 +9,8 @@
 #include "arguments.h"
 #include "cpu/runtime/check.h"
 #include "kept_level.h"
-#include "level_node.h"
 #include "modules.h"
+#include "observers.h"
 #include "snapshot.h"
 
 namespace mtlk {

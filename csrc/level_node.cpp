@@ -1,15 +1,9 @@
 #include "level_node.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/core/grad_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_function.h>
@@ -17,6 +11,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <initializer_list>
 #include <iterator>
@@ -28,6 +23,7 @@
 #include <vector>
 
 #include "cpu/level/level.h"
+#include "observers.h"
 #include "recording.h"
 
 namespace mtlk {
@@ -40,6 +36,7 @@ using torch::autograd::variable_list;
 // What a node keeps beside tensors, by name. Compiled autograd wants to hash it, so that it is made of strings and
 // ints.
 const std::string kSpec = "spec";      // the level's ints, byte by byte
+const std::string kFloats = "floats";  // and floats
 const std::string kWanted = "wanted";  // of each tensor: a byte of those below
 const std::string kWay = "way";        // bits of those below
 const std::string kSaved = "saved";    // how many tensors the forward pass saved
@@ -51,11 +48,23 @@ constexpr char kAbsent = 0, kConstant = 1, kVariable = 2;
 // name.
 constexpr int64_t kRecorded = 1, kByName = 2;
 
+template <typename T>
+std::string bytes_of(const std::vector<T>& values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)};
+}
+
+template <typename T>
+std::vector<T> values_of(std::string_view bytes) {
+  std::vector<T> values(bytes.size() / sizeof(T));
+  if (!values.empty()) std::memcpy(values.data(), bytes.data(), values.size() * sizeof(T));
+  return values;
+}
+
 class Context {
  public:
   explicit Context(AutogradContext* context) : context_(context) {}
 
-  LevelSpec spec() const { return spec_of_words(words()); }
+  LevelSpec spec() const { return LevelSpec(values_of<int64_t>(words()), values_of<double>(string(kFloats))); }
   const std::string& words() const { return string(kSpec); }
   const std::string& wanted() const { return string(kWanted); }
   bool recorded() const { return (integer(kWay) & kRecorded) != 0; }
@@ -72,7 +81,8 @@ class Context {
     return result;
   }
 
-  // All tensors, then what the forward pass saved. Once: checkpointing computes it anew each time.
+  // All tensors, the seed of what is dropped, which may be undefined, and what the forward pass saved. Once:
+  // checkpointing computes it anew each time.
   variable_list saved() const { return context_->get_saved_variables(); }
 
  private:
@@ -82,14 +92,17 @@ class Context {
   AutogradContext* context_;
 };
 
+constexpr std::array<Tensors LevelTensors::*, 8> kKinds = {
+    &LevelTensors::inputs, &LevelTensors::weights, &LevelTensors::biases, &LevelTensors::scales,
+    &LevelTensors::shifts, &LevelTensors::slopes,  &LevelTensors::gates,  &LevelTensors::gate_biases};
+
 // Of each kind of a level's tensors, in their order.
 Needs needs_by_kind(const std::vector<bool>& needs, const LevelTensors& tensors) {
   Needs result{};
   auto next = needs.begin();
   size_t kind = 0;
-  for (const Tensors* of_kind : {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.scales, &tensors.shifts,
-                                 &tensors.slopes, &tensors.gates, &tensors.gate_biases}) {
-    const auto end = next + static_cast<int64_t>(of_kind->size());
+  for (const auto of_kind : kKinds) {
+    const auto end = next + static_cast<int64_t>((tensors.*of_kind).size());
     result[kind++] = std::find(next, end, true) != end;
     next = end;
   }
@@ -100,9 +113,10 @@ Tensors by_cpp(const Context& context, const variable_list& grads) {
   const LevelSpec spec = context.spec();
   const std::vector<bool> needs = context.needs();
   const variable_list saved = context.saved();
-  LevelTensors tensors = spec.split(at::TensorList(saved).slice(0, needs.size()));
+  const at::TensorList all(saved);
+  LevelTensors tensors = spec.split(all.slice(0, needs.size()));
   hold_memory(tensors);
-  return differentiate_level(spec, tensors, grads, at::TensorList(saved).slice(needs.size()),
+  return differentiate_level(spec, tensors, grads, all.slice(needs.size() + 1), all[needs.size()],
                              needs_by_kind(needs, tensors));
 }
 
@@ -131,19 +145,6 @@ Tensors unwrapped(py::handle tensors) {
 // A byte for each.
 py::bytes flags_of(const std::vector<bool>& needs) { return std::string(needs.begin(), needs.end()); }
 
-// torch.utils._device.DeviceContext.
-PyTypeObject* default_device = nullptr;
-
-// Whether a torch-function mode is on but that of torch.set_default_device, which only makes tensors.
-bool has_function_mode() {
-  if (!at::impl::torch_function_mode_enabled()) return false;
-  using Modes = at::impl::PythonTorchFunctionTLS;
-  for (int64_t i = 0; i < Modes::stack_len(); ++i) {
-    if (Py_TYPE(Modes::get_stack_at(i)->ptr(getPyInterpreter())) != default_device) return true;
-  }
-  return false;
-}
-
 // Those of mtlkernels.ops.level.node.
 struct NodeFunctions {
   py::object gradients, replayed, recorded;
@@ -166,7 +167,7 @@ py::object of_recorded_call(const Context& context, const variable_list& grads) 
   const std::vector<bool> needs = context.needs();
   const py::bytes words(context.words()), flags = flags_of(needs);
   const variable_list saved = context.saved();
-  const at::TensorList all(saved), tensors = all.slice(0, needs.size()), stored = all.slice(needs.size());
+  const at::TensorList all(saved), tensors = all.slice(0, needs.size()), stored = all.slice(needs.size() + 1);
   const size_t logits = spec.gate_inputs.empty() ? spec.gates() : 0, parameters = needs.size() - logits;
   const at::TensorList inputs = tensors.slice(0, spec.num_inputs), given = tensors.slice(parameters);
   const at::TensorList fixed = tensors.slice(spec.num_inputs, parameters - spec.num_inputs);
@@ -245,8 +246,9 @@ auto make_node() {
 }
 
 // Gives outputs a node, which is what torch::autograd::Function::apply does with them, but for the inputs' shapes,
-// which nobody reads. `words` are the spec's ints.
-Tensors with_node(std::string words, const Tensors& tensors, LevelResults results, int64_t way) {
+// which nobody reads. `words` are the spec's ints, and `floats` its floats.
+Tensors with_node(std::string words, std::string floats, const Tensors& tensors, const at::Tensor& seed,
+                  LevelResults results, int64_t way) {
   Tensors given;  // the tensors that there are: each has an edge
   std::string wanted;
   for (const at::Tensor& tensor : tensors) {
@@ -260,11 +262,13 @@ Tensors with_node(std::string words, const Tensors& tensors, LevelResults result
   AutogradContext& context = node->ctx_;
   context.set_materialize_grads(false);
   context.saved_data[kSpec] = std::move(words);
+  context.saved_data[kFloats] = std::move(floats);
   context.saved_data[kWanted] = std::move(wanted);
   context.saved_data[kWay] = way;
   context.saved_data[kSaved] = static_cast<int64_t>(results.saved.size());
   context.saved_data[kLosses] = int64_t{0};
   variable_list kept = tensors;
+  kept.push_back(seed);
   std::move(results.saved.begin(), results.saved.end(), std::back_inserter(kept));
   context.save_for_backward(std::move(kept));
   for (at::Tensor& output : results.outputs) {
@@ -286,7 +290,7 @@ py::list recorded_level(py::handle tensors, py::handle found, std::string words,
   const Tensors given = unwrapped(tensors);
   {
     const py::gil_scoped_release release;  // see has_tangent
-    outputs = with_node(std::move(words), given, std::move(results), way);
+    outputs = with_node(std::move(words), {}, given, {}, std::move(results), way);
   }
   return wrapped(outputs);
 }
@@ -320,66 +324,22 @@ py::object level_context(py::handle node) {
 
 }  // namespace
 
-LevelSpec spec_of_words(std::string_view words) {
-  std::vector<int64_t> ints(words.size() / sizeof(int64_t));
-  std::memcpy(ints.data(), words.data(), ints.size() * sizeof(int64_t));
-  return LevelSpec(std::move(ints), {});
-}
+LevelSpec spec_of_words(std::string_view words) { return LevelSpec(values_of<int64_t>(words), {}); }
 
-bool is_plain(const at::Tensor& tensor) {
-  static const uint64_t plain = [] {
-    c10::DispatchKeySet keys({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView});
-    for (const auto backend : {c10::BackendComponent::CPUBit, c10::BackendComponent::CUDABit}) {
-      keys =
-          keys | c10::getAutogradRelatedKeySetFromBackend(backend) | c10::getAutocastRelatedKeySetFromBackend(backend);
-    }
-    return keys.raw_repr();
-  }();
-  return (tensor.key_set().raw_repr() & ~plain) == 0;
-}
-
-// Tensor::_fw_grad takes a lock that autograd holds while it waits for the GIL, as where it makes a leaf's accumulator
-// in another thread; whoever comes here may have the GIL. What it reads under that lock becomes something once, for
-// good.
-bool has_tangent(const at::Tensor& tensor) {
-  if (const auto* const own = torch::autograd::impl::get_autograd_meta(tensor)) {
-    if (own->fw_grad_ && own->fw_grad_->contains(0)) return true;
-  }
-  const auto* const view = torch::autograd::impl::get_view_autograd_meta(tensor);
-  return view && view->has_fw_view() && has_tangent(view->get_forward_view().base_);
-}
-
-// Without asking whether a forward-mode level is open, since that takes a lock, which a fork may find held by another
-// thread.
-bool is_observed(at::TensorList tensors) {
-  static const c10::DispatchKeySet watchers({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-                                             c10::DispatchKey::FuncTorchVmapMode, c10::DispatchKey::VmapMode,
-                                             c10::DispatchKey::Functionalize, c10::DispatchKey::Tracer});
-  return at::GradMode::is_enabled() || has_function_mode() || c10::impl::dispatch_mode_enabled() ||
-         !(c10::impl::tls_local_dispatch_key_set().included_ & watchers).empty() ||
-         !std::all_of(tensors.begin(), tensors.end(),
-                      [](const at::Tensor& t) { return !t.defined() || (is_plain(t) && !has_tangent(t)); });
-}
-
-Tensors trained_level(const LevelSpec& spec, const LevelTensors& tensors, const LevelTensors& held, bool by_name) {
+Tensors with_level_node(const LevelSpec& spec, const LevelTensors& tensors, const at::Tensor& seed,
+                        LevelResults results, bool by_name) {
   Tensors all;
-  for (const Tensors* of_kind :
-       {&tensors.inputs, &tensors.weights, &tensors.biases, &tensors.gates, &tensors.gate_biases}) {
-    all.insert(all.end(), of_kind->begin(), of_kind->end());
-  }
-  const auto ints = spec.encoded().first;
-  std::string words(reinterpret_cast<const char*>(ints.data()), ints.size() * sizeof(int64_t));
-  return with_node(std::move(words), all, train_level(spec, held), by_name ? kByName : 0);
+  for (const auto of_kind : kKinds) all.insert(all.end(), (tensors.*of_kind).begin(), (tensors.*of_kind).end());
+  const auto [ints, floats] = spec.encoded();
+  return with_node(bytes_of(ints), bytes_of(floats), all, seed, std::move(results), by_name ? kByName : 0);
 }
 
 void define_level_node(py::module_& module) {
   module.def("recorded_level", &recorded_level, "The outputs of a call that was replayed, with a node of its tensors.");
   module.def("level_context", &level_context, "The context of a node that was made in C++, otherwise None.");
   module.def("has_node_hooks", &has_node_hooks, "Whether hooks were registered on a node, other than on a tensor.");
-  py::object context = py::module_::import("torch.utils._device").attr("DeviceContext");
-  default_device = reinterpret_cast<PyTypeObject*>(context.release().ptr());  // for good
   py::class_<Context>(module, "LevelContext")
-      .def_property_readonly("ints", [](const Context& context) { return context.spec().encoded().first; })
+      .def_property_readonly("encoded", [](const Context& context) { return context.spec().encoded(); })
       .def_property_readonly("recorded", &Context::recorded)
       .def_property_readonly("by_name", &Context::by_name)
       .def_property_readonly("words", [](const Context& context) { return py::bytes(context.words()); })

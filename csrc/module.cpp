@@ -18,6 +18,7 @@
 #include "kept_level.h"
 #include "level_node.h"
 #include "linears.h"
+#include "observers.h"
 #include "recording.h"
 #include "snapshot.h"
 #include "watch.h"
@@ -42,6 +43,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("instruction_sets", &mtlk::instruction_sets, "The instruction sets that can serve here, the best last.");
   module.def("level", &mtlk::level_from_python,
              "mtlkernels.expert_mixture by the direct way: outputs, or None: not its call.");
+  module.def("layerwise_level", &mtlk::layerwise_level_from_python,
+             "The same with norms by the batch, dropout and slopes.");
   module.def("level_tensors", &mtlk::level_tensors_from_python,
              "The tensors of an expert_mixture in the operators' order, and whether a gradient is wanted; or None.");
   module.def("linears", &mtlk::linears_of_experts,
@@ -56,6 +59,7 @@ PYBIND11_MODULE(_C, module) {
       "Lets go of the memory that the kernels keep for later calls; the number of bytes.");
   module.def("keep_prepared", &mtlk::keep_prepared_from_python,
              "Keeps what is prepared of each of these weights, which nobody writes to any more.");
+  mtlk::find_observers();
   mtlk::define_below_autograd(module);
   mtlk::define_gradient_lists(module);
   mtlk::define_recording(module);

@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "cpu/runtime/tensors.h"
-#include "level_node.h"
+#include "observers.h"
 
 namespace mtlk {
 namespace {

@@ -10,8 +10,8 @@
 #include <string_view>
 #include <utility>
 
-#include "level_node.h"
 #include "modules.h"
+#include "observers.h"
 
 namespace mtlk {
 namespace {

@@ -88,7 +88,10 @@ def test_each_decision_is_logged_once(records: list[Any]) -> None:
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"dropout": 0.5}, "dropout is not 0.0"),
+        (
+            {"dice_eps": 1},
+            "the arguments are not plain tensors of one dtype in lists, of shapes that fit, and plain norms",
+        ),
         ({"activation": "sine"}, None),
         ({"routing": mk.Routing((0, 0, 0), ((0, 1), (1, 0)))}, "an expert is not mixed by any gate"),
         ({"inputs": torch.nn.Parameter(torch.ones(3, 4))}, "inputs are not plain tensors"),

@@ -220,17 +220,17 @@ Tensors serve_level(const LevelSpec& spec, const LevelTensors& tensors, const Ru
   return evaluate(spec, tensors, norms, std::nullopt, false).outputs;
 }
 
-LevelResults train_level(const LevelSpec& spec, const LevelTensors& tensors) {
+LevelResults train_level(const LevelSpec& spec, const LevelTensors& tensors, const at::Tensor& seed, bool save) {
   RECORD_FUNCTION("mtlkernels::level_forward", {});
   const at::AutoDispatchBelowADInplaceOrView below;
-  return evaluate(spec, tensors, {}, std::nullopt, true);
+  return evaluate(spec, tensors, {}, seed, save);
 }
 
 Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, const Tensors& grad_outputs,
-                            at::TensorList saved, const Needs& needs) {
+                            at::TensorList saved, const at::Tensor& seed, const Needs& needs) {
   RECORD_FUNCTION("mtlkernels::level_backward", {});
   const at::AutoDispatchBelowADInplaceOrView below;
-  Tensors found = gradients_of_losses(spec, tensors, grad_outputs, saved, std::nullopt, needs);
+  Tensors found = gradients_of_losses(spec, tensors, grad_outputs, saved, seed, needs);
   std::vector<bool> outputs;
   for (const at::Tensor& grad : grad_outputs) outputs.push_back(grad.defined());
   const ReachedLevel part = spec.reached(outputs);
@@ -249,6 +249,9 @@ Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, 
   place(0, tensors.inputs, part.inputs, spec.num_inputs);
   place(1, tensors.weights, part.experts, spec.experts());
   place(2, tensors.biases, part.experts, spec.experts());
+  place(3, tensors.scales, part.experts, spec.experts());
+  place(4, tensors.shifts, part.experts, spec.experts());
+  place(5, tensors.slopes, part.experts, spec.experts());
   place(6, tensors.gates, part.gates, spec.gates());
   place(7, tensors.gate_biases, part.gates, spec.gates());
   return result;

@@ -14,13 +14,14 @@ namespace mtlk {
 // The operator level_forward, with batch norms by running statistics behind its products, saving nothing.
 MTLK_API Tensors serve_level(const LevelSpec& spec, const LevelTensors& tensors, const RunningNorms& norms);
 
-// The same of a call without norms, dropout and slopes whose gradients are wanted, for which it saves.
-MTLK_API LevelResults train_level(const LevelSpec& spec, const LevelTensors& tensors);
+// The operator level_forward. An undefined `seed` is None.
+MTLK_API LevelResults train_level(const LevelSpec& spec, const LevelTensors& tensors, const at::Tensor& seed,
+                                  bool save);
 
 // The operator level_backward of one loss, for what `train_level` has saved: a gradient in the place of each tensor, in
 // the order in which they travel, undefined where none is needed or reaches it. Undefined `grad_outputs` are None.
 MTLK_API Tensors differentiate_level(const LevelSpec& spec, const LevelTensors& tensors, const Tensors& grad_outputs,
-                                     at::TensorList saved, const Needs& needs);
+                                     at::TensorList saved, const at::Tensor& seed, const Needs& needs);
 
 // Says that nobody writes to a weight of levels any more; see KeptWeights. Of no effect where kernels of its dtype keep
 // nothing.

@@ -90,16 +90,12 @@ def expert_mixture(
         ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, an activation is
             unknown, a rate is not in [0, 1], or a batch norm is to take the statistics of fewer than two rows.
     """
-    if isinstance(dropout, float) and not dropout:
-        of_gates = (gate_logits, gate_weights, gate_biases, gate_norms)
-        found: Any = direct(inputs, weights, biases, of_gates, routing, activation, norms, slopes, dice_eps)
-        if type(found) is tuple:
-            if _decisions.on:
-                note_direct(inputs)
-            return found
-        refusal = found
-    else:
-        refusal = "dropout is not 0.0"
+    of_gates = (gate_logits, gate_weights, gate_biases, gate_norms)
+    found: Any = direct(inputs, weights, biases, of_gates, routing, activation, norms, dropout, slopes, dice_eps)
+    if type(found) is tuple:
+        if _decisions.on:
+            note_direct(inputs)
+        return found
     gates = (gate_logits, routing, activation, gate_weights, gate_biases, gate_norms)
     arguments: Any = (inputs, weights, biases, *gates, norms, dropout, slopes, dice_eps)
     if needs_plain("expert_mixture", _torch.is_fx_symbolic_tracing() and arguments):
@@ -107,6 +103,6 @@ def expert_mixture(
     checked = check_arguments(*arguments)
     if _decisions.wanted():
         x = checked.streams[0]
-        reason = why_checked("level", x) if refusal is OBSERVED else refusal
+        reason = why_checked("level", x) if found is OBSERVED else found
         _decisions.note("expert_mixture", "checks in Python and PyTorch's dispatcher", reason, x, x.shape[0])
     return evaluate(checked, routing)

@@ -168,7 +168,7 @@ def _gates(
     gates = given.gates[:2] if linear and keeps else fold_gate_norms(*given.gates)
     if linear:
         return spec_of(wiring, len(streams), layers, True), gates, True
-    return spec, (_gate_logits(streams, *gates), ()), False
+    return spec, (gate_logits(streams, *gates), ()), False
 
 
 def _scales(given: Arguments, wiring: Wiring, linear: bool) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -208,7 +208,7 @@ def _transformed() -> bool:
     return _torch.compiling() or _torch.func_transforms_active()
 
 
-def _gate_logits(streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def gate_logits(streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """The logits of gates that are linear layers: one product where they read one stream."""
     if len(streams) == 1 and all((bias is None) == (biases[0] is None) for bias in biases):
         return joint_linear(streams[0], weights, [bias for bias in biases if bias is not None])

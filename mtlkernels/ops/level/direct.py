@@ -9,25 +9,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtlkernels import _backends, _decisions, _extension
 from mtlkernels.ops._call import replays, unobserved
 from mtlkernels.ops.activations import CODES, has_slopes
-from mtlkernels.ops.level import lists
-from mtlkernels.ops.level.call import spec_of
+from mtlkernels.ops.level import layerwise, lists
+from mtlkernels.ops.level.call import gate_logits, spec_of
 from mtlkernels.ops.level.norms import running_parts
 from mtlkernels.ops.level.spec import Layer
 from mtlkernels.routing import Routing
 
 _LISTS = (list, tuple)
-_LISTS_OF_MODULES = (list, tuple, nn.ModuleList)
+_NUMBERS = (int, float)
 # Why a call is not for the direct way, where that is found out later, if anybody asks.
 OBSERVED = "something looks on"
-_SLOPES = (
-    "kernels for slopes take logits, which are made behind checks where gradients are wanted, of norms and on GPUs"
-)
-_ODD = "the arguments are not plain tensors of one dtype in lists, of shapes that fit"
+_LOGITS = "gates with norms or in one matrix, beside layers that are stored, are read behind checks"
+_ODD = "the arguments are not plain tensors of one dtype in lists, of shapes that fit, and plain norms"
 # A layer without more, of each activation.
 _LAYERS = {name: Layer(code) for name, code in CODES.items()}
 
@@ -40,6 +38,7 @@ def direct(
     routing: Any,
     activation: Any,
     norms: Any,
+    dropout: Any,
     slopes: Any,
     dice_eps: Any,
 ) -> tuple[Tensor, ...] | str:
@@ -58,7 +57,11 @@ def direct(
         return "there is no direct way from this Python"
     if not (type(dice_eps) is float and 0.0 < dice_eps < math.inf) and not _are_eps(dice_eps, weights):
         return _ODD
-    keeps = lists.known_by(weights, biases, gates, routing, activation) if norms is None and slopes is None else None
+    rates = _rates(dropout, weights)
+    if rates is None:
+        return _ODD
+    plain = norms is None and slopes is None and not rates
+    keeps = lists.known_by(weights, biases, gates, routing, activation) if plain else None
     if keeps is not None and first.is_cpu:
         kept = lists.kept_lists().serve(inputs, *keeps)
         if type(kept) is tuple:
@@ -76,25 +79,35 @@ def direct(
     layers, sloped = found_layers
     if sloped != (slopes is not None) or (sloped and not isinstance(slopes, _LISTS)):
         return _ODD
-    if sloped and gates[1] is not None:
-        streams = inputs if several and len(inputs) > 1 else [first] * routing.num_gates
-        logits = None if on_gpu or torch.is_grad_enabled() else _logits(streams, gates, routing)
-        if logits is None:
-            return _SLOPES
-        gates = logits, None, None, None
     if on_gpu:
-        own = None if sloped or norms is not None else _on_gpu(inputs, weights, biases, gates, routing, layers)
-        return "no call like it was recorded" if own is None else own
-    epsilons = None
+        replayed = _on_gpu(inputs, weights, biases, gates, routing, layers) if plain else None
+        return "no call like it was recorded" if replayed is None else replayed
+    epsilons: Any = None
     if sloped:
         epsilons = [dice_eps] * len(layers) if isinstance(dice_eps, float) else dice_eps
-    running, running_gates = parts_of_norms(norms, gates[3], routing, first.dtype)
-    if running is NotImplemented or running_gates is NotImplemented:
+    trains = torch.is_grad_enabled()
+    stored = None
+    if norms is not None or rates or (sloped and trains):
+        stored = layerwise.stored(layers, norms, rates, epsilons)
+        if stored is not None and stored.norms is None and norms is not None:
+            if rates:
+                return "running statistics beside dropout"
+            stored = None
+    if gates[1] is not None and (stored is not None or sloped):
+        logits = _logits(inputs if several and len(inputs) > 1 else [first] * routing.num_gates, gates, routing)
+        if logits is None:
+            return _LOGITS
+        gates = logits, None, None, None
+    if stored is not None:
+        own = spec_of(routing.wiring, len(inputs) if several else 1, stored.layers, False)
+        return layerwise.direct(own, inputs, weights, biases, gates[0], stored.norms, slopes) or _ODD
+    running = parts_of_norms(norms, gates[3], routing, first.dtype)
+    if NotImplemented in running:
         return "norms are not plain batch norms by running statistics, of one eps and dtype within a layer"
     spec = spec_of(routing.wiring, len(inputs) if several else 1, layers, gates[1] is not None)
     way = spec.encoded[0], not spec.unread, _backends.forced() is not None
     found: tuple[Tensor, ...] | None = _extension.function("level")(
-        inputs, weights, biases, *gates[:3], running, running_gates, slopes, epsilons, *way
+        inputs, weights, biases, *gates[:3], *running, slopes, epsilons, *way
     )
     if found is None:
         return _ODD
@@ -117,12 +130,29 @@ def _logits(streams: Sequence[Tensor], gates: tuple[Any, Any, Any, Any], routing
         and (bias is None or _fits(bias, (size,), x))
         for x, weight, bias, size in zip(streams, weights, biases, sizes, strict=False)
     )
-    return list(map(F.linear, streams, weights, biases)) if fit else None
+    if not fit:
+        return None
+    if not torch.is_grad_enabled():
+        return list(map(F.linear, streams, weights, biases))
+    one = all(x is streams[0] for x in streams)
+    return gate_logits(streams[:1] if one else streams, weights, biases)
 
 
 def _fits(tensor: Any, shape: tuple[int, ...], like: Tensor) -> bool:
     same = isinstance(tensor, Tensor) and tensor.dtype is like.dtype and tensor.device == like.device
     return same and tensor.shape == shape
+
+
+def _rates(dropout: Any, weights: Any) -> tuple[float, ...] | None:
+    """Those of dropout, one a layer, or none where nothing is dropped; None where they are not such."""
+    if type(dropout) in _NUMBERS and dropout == 0:
+        return ()
+    if not isinstance(weights, _LISTS):
+        return None
+    rates = tuple(dropout) if isinstance(dropout, _LISTS) else (dropout,) * len(weights)
+    if len(rates) != len(weights) or not all(type(rate) in _NUMBERS and 0 <= rate <= 1 for rate in rates):
+        return None
+    return tuple(map(float, rates)) if any(rates) else ()
 
 
 def _refusal(inputs: Any, weights: Any, gates: tuple[Any, Any, Any, Any], routing: Any) -> str | None:
@@ -211,7 +241,7 @@ def parts_of_norms(norms: Any, gate_norms: Any, routing: Routing, dtype: torch.d
 
 def _of_layers(norms: Any, dtype: torch.dtype) -> Any:
     """The parts by layer, None for a layer without norms."""
-    if not isinstance(norms, _LISTS_OF_MODULES):
+    if not isinstance(norms, layerwise.LISTS_OF_MODULES):
         return NotImplemented
     own: list[Any] = [layer for layer in norms if layer is not None]
     layers = [None if layer is None else _of_layer(layer, dtype) for layer in norms]
@@ -222,7 +252,7 @@ def _of_layers(norms: Any, dtype: torch.dtype) -> Any:
 
 def _of_layer(norms: Any, dtype: torch.dtype) -> Any:
     """The parts of a layer's norms, all of one eps."""
-    if not isinstance(norms, _LISTS_OF_MODULES) or not norms:
+    if not isinstance(norms, layerwise.LISTS_OF_MODULES) or not norms:
         return NotImplemented
     modules: list[Any] = list(norms)
     parts: list[Any] = list(map(running_parts, modules))
@@ -231,7 +261,7 @@ def _of_layer(norms: Any, dtype: torch.dtype) -> Any:
 
 def _of_gates(norms: Any, routing: Routing, dtype: torch.dtype) -> Any:
     """The parts of the gates' norms, of which any may be None."""
-    if not isinstance(norms, _LISTS_OF_MODULES) or len(norms) != routing.num_gates:
+    if not isinstance(norms, layerwise.LISTS_OF_MODULES) or len(norms) != routing.num_gates:
         return NotImplemented
     parts = [None if norm is None else running_parts(norm) or NotImplemented for norm in norms]
     modules: Any = norms

@@ -33,7 +33,7 @@ class Node:
     def __init__(self, context: Any, node: Any = None) -> None:
         self._context, self._node = context, node
         backend = None if not context.by_name else "triton" if context.recorded else "cpp"
-        self.plan = autograd.Plan(LevelSpec.decoded(context.ints, ()), backend, context.recorded)
+        self.plan = autograd.Plan(LevelSpec.decoded(*context.encoded), backend, context.recorded)
         self.num_gates = len(self.plan.spec.gate_sizes)
 
     @property
@@ -52,8 +52,7 @@ class Node:
 
     @property
     def saved_tensors(self) -> tuple[Any, ...]:
-        saved, count = self._context.saved, self.plan.spec.num_tensors
-        return (*saved[:count], None, *saved[count:])
+        return tuple(self._context.saved)
 
     @property
     def num_saved(self) -> int:
@@ -69,7 +68,8 @@ def gradients_of_node(context: Any, grads: Sequence[Any]) -> Any:
     if watched or not context.recorded or context.losses:
         return autograd.Level.backward(Node(context), *grads)[1:-1]
     stored, count = context.saved, context.num_saved
-    return recorded(context.words, grads, stored[: len(stored) - count], stored[len(stored) - count :], context.flags)
+    tensors, saved = stored[: len(stored) - count - 1], stored[len(stored) - count :]  # between them is the seed
+    return recorded(context.words, grads, tensors, saved, context.flags)
 
 
 def replayed(words: bytes, mask: Any, flags: bytes, signature: Any, moving: Sequence[Any]) -> Any:
@@ -133,8 +133,9 @@ class Losses:
             return
         stored = ctx.saved_tensors
         found = autograd.level_gradients(ctx, stored, [grad for i in reaching for grad in self._grads[i]])
-        # A node has an edge for each tensor that its function was applied to.
-        tensors = [i for i, tensor in enumerate(stored[: -ctx.num_saved]) if tensor is not None]
+        # A node has an edge for each tensor that its function was applied to, and in C++ none for the seed.
+        end = ctx.plan.spec.num_tensors if isinstance(ctx, Node) else len(stored) - ctx.num_saved
+        tensors = [i for i, tensor in enumerate(stored[:end]) if tensor is not None]
         width = len(found) // len(reaching)
         for number, loss in enumerate(reaching):
             self._found[loss] = [found[number * width + i] for i in tensors]

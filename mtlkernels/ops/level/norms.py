@@ -15,7 +15,7 @@ from mtlkernels.ops._folding import fold, scale_and_shift, uses_running
 from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM
 from mtlkernels.routing import Routing
 
-_CODES: dict[type, int] = {nn.BatchNorm1d: BATCH_NORM, nn.LayerNorm: LAYER_NORM}
+CODES: dict[type, int] = {nn.BatchNorm1d: BATCH_NORM, nn.LayerNorm: LAYER_NORM}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _check_layer(name: str, entry: Any, width: int, routing: Routing, like: Like
     if len(modules) != experts:
         raise ValueError(f"{name} must hold a module for each of {experts} experts, got {len(modules)}")
     for e, module in enumerate(modules):
-        if type(module) not in _CODES:
+        if type(module) not in CODES:
             raise TypeError(f"{name}[{e}] must be a BatchNorm1d or a LayerNorm, got {type(module).__name__}")
         if type(module) is not type(modules[0]):
             first = type(modules[0]).__name__
@@ -70,7 +70,7 @@ def _check_layer(name: str, entry: Any, width: int, routing: Routing, like: Like
             raise ValueError(
                 f"{name} must all use the batch's statistics or all running ones, got both: train() or eval() all"
             )
-    return Norm(_CODES[type(modules[0])], float(modules[0].eps), uses_running(modules[0]), tuple(modules))
+    return Norm(CODES[type(modules[0])], float(modules[0].eps), uses_running(modules[0]), tuple(modules))
 
 
 def check_module(name: str, module: Any, width: int, like: Like) -> None:

@@ -308,7 +308,7 @@ def test_a_recorded_levels_outputs_have_its_node(by_name: bool) -> None:
     context = _extension.function("level_context")(outputs[0].grad_fn)
     assert outputs[1].grad_fn is outputs[0].grad_fn
     assert (context.recorded, context.by_name, context.num_saved) == (True, by_name, 2)
-    assert tuple(context.ints) == tuple(spec) and context.saved[-1] is None
+    assert tuple(context.encoded[0]) == tuple(spec) and context.saved[-1] is None
     assert [i for i, variable in enumerate(context.variables) if variable] == [2]
 
 
