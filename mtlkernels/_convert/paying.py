@@ -19,13 +19,13 @@ FORCE = "_mtlkernels_force"
 _OP = "level"
 # Measured with torch-rechub's and deepctr-torch's PLE: on fewer rows than these, training with batch norm is as fast by
 # modules, and one operator for all mixing saves nothing where the experts' modules are called.
-NORM_ROWS, MIXING_ROWS = 16, 256
+NORM_ROWS, MIXING_ROWS = 4, 256
 # Rows from which on something pays on a CPU: where no gradient is wanted, in evaluation with gradients, in training.
 # Measured with TorchEasyRec's ExtractionNet of (64, 32) on 64 features and of (256, 128) on 416, on one thread; the
 # narrow one decides, as the wide one gains from fewer rows on. Calls with layer norm are checked and started in Python.
-LAYER_NORM_ROWS = 192, 192, 64
+LAYER_NORM_ROWS = 8, 16, 16
 # Of PReLU, which C++ serves, and Python starts where gradients are wanted; with a norm NORM_ROWS decides.
-SLOPES_ROWS = 0, 256, 128
+SLOPES_ROWS = 0, 16, 16
 # Under autocast, where each call casts all parameters and is checked in Python.
 AUTOCAST_ROWS = 8
 # A level in parts has several such calls, and one more for the mixing; its batch norms take statistics, or are folded

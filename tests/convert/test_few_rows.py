@@ -79,10 +79,10 @@ def test_the_next_ones_read_nothing(name: str, chains: list[Any]) -> None:
     assert mk.convert(level).replaced
     for mode in range(3):
         chains.clear()
-        call(level, 9, mode)
+        call(level, 7, mode)
         assert chains
         chains.clear()
-        for rows in (9, 2, 5):
+        for rows in (7, 2, 5):
             call(level, rows, mode)
         assert not chains
         call(level, 10, mode)
