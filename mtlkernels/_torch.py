@@ -25,6 +25,7 @@ unwrap_dead_wrappers = torch._functorch.utils.unwrap_dead_wrappers
 is_legacy_batched_tensor = torch._C._functorch.is_legacy_batchedtensor
 remove_batch_dim = torch._remove_batch_dim
 add_batch_dim = torch._add_batch_dim
+_MOST_LEVELS = 64  # of vmap, in PyTorch
 # Stand-ins for tensors while the compiler and torch.export trace.
 TRACED = (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor)
 # What torch.export hands out for modules where a model has one of them, whichever, at two places: of a subclass of the
@@ -97,11 +98,20 @@ def in_dual_level() -> bool:
     return _forward_ad._current_level >= 0
 
 
-def legacy_vmap_level() -> int:
-    """The number of the innermost level of ``is_grads_batched``."""
-    level = torch._C._vmapmode_increment_nesting()
+def legacy_vmap_level(tensors: Sequence[Tensor]) -> int:
+    """The number of the innermost level of ``is_grads_batched`` that batches any of some tensors; one of them does.
+
+    PyTorch counts levels by thread, and runs the backward passes of GPUs in threads of their own, which know of none.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    return level - 1
+    levels = range(level or _MOST_LEVELS, 0, -1)
+    return next(level for level in levels if any(has_legacy_level(tensor, level) for tensor in tensors))
+
+
+def has_legacy_level(tensor: Tensor, level: int) -> bool:
+    """Whether that level of ``is_grads_batched`` batches a tensor: for another one an empty dimension is put in."""
+    return is_legacy_batched_tensor(tensor) and remove_batch_dim(tensor, level, 0, 0).shape[0] > 0
 
 
 def is_vmapped(tensor: Tensor) -> bool:

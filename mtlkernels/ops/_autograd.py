@@ -128,8 +128,8 @@ def grads_are_batched(grads: Sequence[Tensor | None]) -> bool:
 
 def batched_backward(function: Any, static: Sequence[Any], tensors: Sequence[Any]) -> tuple[Tensor, ...]:
     """Runs a backward Function under ``is_grads_batched`` by its own rule for vmap."""
-    level = _torch.legacy_vmap_level()
-    is_batched = [grads_are_batched([tensor]) for tensor in tensors]
+    level = _torch.legacy_vmap_level([tensor for tensor in tensors if tensor is not None])
+    is_batched = [tensor is not None and _torch.has_legacy_level(tensor, level) for tensor in tensors]
     physical = [
         _torch.remove_batch_dim(t, level, 0, 0) if batched else t
         for t, batched in zip(tensors, is_batched, strict=True)

@@ -262,3 +262,15 @@ def test_a_graphed_callable() -> None:
     model = nn.PLE(in_features=32, num_tasks=2, expert_units=(48, 16), num_specific=2, num_shared=2).cuda()
     graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (torch.randn(64, 32, device="cuda"),))
     _check_steps(model, graphed)
+
+
+def test_batched_backward_passes() -> None:
+    """Autograd runs them in threads of its own, which know of no batching."""
+    torch.manual_seed(0)
+    trunk = nn.MMoE(8, 3, (7, 6), num_experts=4).cuda()
+    losses = torch.stack([y.square().sum() for y in trunk(torch.randn(9, 8, device="cuda"))])
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    leaves = list(trunk.parameters())
+    found = torch.autograd.grad(losses, leaves, torch.eye(3, device="cuda"), is_grads_batched=True, **options)
+    expected = [torch.autograd.grad(loss, leaves, **options) for loss in losses]
+    torch.testing.assert_close(list(found), [torch.stack(own) for own in zip(*expected, strict=True)])
