@@ -49,31 +49,31 @@ struct Parts {
   explicit Parts(PyObject* level) {
     static PyObject *const of_experts = interned("experts"), *const of_gates = interned("gates");
     static PyObject *const modules = interned("_modules"), *const of_routing = interned("routing");
-    static PyObject* const of_activation = interned("activation");
     PyObject* const own = submodule(level, of_experts);
     experts = own ? dictionary(own, modules) : nullptr;
     gates = submodule(level, of_gates);
     routing = attribute(level, of_routing);
-    activation = attribute(level, of_activation);
   }
-  bool complete() const { return experts && gates && routing && activation; }
+  bool complete() const { return experts && gates && routing; }
 
-  PyObject *experts, *gates, *routing, *activation;
+  PyObject *experts, *gates, *routing;
 };
 
 // visit(tensor), undefined for none, for weight and bias of each layer of each expert, then for the gates' weights,
-// until it returns false. Returns false then, and where the level is not plain, or has norms or dropout that drops.
+// until it returns false. Returns the code of the experts' activation, borrowed; null then, and where the level is not
+// plain, or has norms or dropout that drops.
 template <typename F>
-bool each_parameter(const Parts& parts, const ModuleTypes& types, F visit) {
+PyObject* each_parameter(const Parts& parts, const ModuleTypes& types, F visit) {
   const auto take = [&](PyObject* object) {
     if (!object) return visit(at::Tensor());
     return is_tensor(object) && visit(THPVariable_Unpack(object));
   };
-  bool bare = true;
+  InCommon common;
   const auto both = [&](Py_ssize_t, Py_ssize_t, const LinearLayer& layer) {
-    return bare && take(layer.weight) && take(layer.bias);
+    return common.bare && take(layer.weight) && take(layer.bias);
   };
-  return each_linear(parts.experts, types, false, bare, both) && each_gate(parts.gates, types, take);
+  const bool whole = each_linear(parts.experts, types, false, common, both) && each_gate(parts.gates, types, take);
+  return whole ? common.activation : nullptr;
 }
 
 class KeptTrunk {
@@ -87,15 +87,15 @@ class KeptTrunk {
     const ModuleTypes types{expert_type.ptr(), linear_type.ptr(), parameter_type.ptr(), dropout_type.ptr()};
     const Parts parts(level.ptr());
     KnownTensors known;
-    if (!parts.complete() || !each_parameter(parts, types, [&](const at::Tensor& t) { return known.take(t); })) {
-      return nullptr;
-    }
+    if (!parts.complete()) return nullptr;
+    PyObject* const activation = each_parameter(parts, types, [&](const at::Tensor& t) { return known.take(t); });
+    if (!activation) return nullptr;
     const py::none none;
     try {
       auto stored = stored_call(weights, biases, gate_weights, none, none, none, spec_ints);
       if (!stored || !all_parameters(stored->call, [&](const at::Tensor& t) { return known.holds(t); })) return nullptr;
       py::object kept = py::make_tuple(backends, dumps, expert_type, linear_type, parameter_type, dropout_type,
-                                       py::handle(parts.routing), py::handle(parts.activation), global_hooks);
+                                       py::handle(parts.routing), py::handle(activation), global_hooks);
       return std::unique_ptr<KeptTrunk>(new KeptTrunk(std::move(kept), std::move(known), std::move(*stored)));
     } catch (const Refused&) {
       return nullptr;
@@ -134,9 +134,10 @@ class KeptTrunk {
   // Whether the level is what it was; the memory of its parameters is then `held`.
   bool still(PyObject* level, std::vector<c10::Storage>& held) const {
     const Parts parts(level);
-    if (!parts.complete() || parts.routing != item(6) || parts.activation != item(7)) return false;
+    if (!parts.complete() || parts.routing != item(6)) return false;
     KnownTensors::Comparison known(known_, held);
-    return each_parameter(parts, types_, [&](const at::Tensor& now) { return known.next(now); }) && known.complete();
+    PyObject* const activation = each_parameter(parts, types_, [&](const at::Tensor& now) { return known.next(now); });
+    return activation == item(7) && known.complete();
   }
 
   const py::object kept_;  // in the order of `of`

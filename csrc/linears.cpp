@@ -61,8 +61,8 @@ py::object linears_of_experts(py::handle experts, py::handle expert_type, py::ha
   const auto add = [&](Py_ssize_t, Py_ssize_t number, const LinearLayer& linear) {
     return found.add(linear, static_cast<size_t>(number));
   };
-  bool bare = true;
-  return each_linear(experts.ptr(), types, heard, bare, add) ? found.take(count, bare) : py::none();
+  InCommon common;
+  return each_linear(experts.ptr(), types, heard, common, add) ? found.take(count, common.bare) : py::none();
 }
 
 }  // namespace mtlk

@@ -100,14 +100,20 @@ inline bool is_bare(PyObject* parts, const ModuleTypes& types) {
   return (rate && PyFloat_CheckExact(rate) && PyFloat_AS_DOUBLE(rate) == 0) || entry(own, training) == Py_False;
 }
 
+// What experts have in common: whether all are bare, and their activation's code, borrowed.
+struct InCommon {
+  bool bare = true;
+  PyObject* activation = nullptr;
+};
+
 // visit(expert, layer, its LinearLayer) for each of experts of mtlkernels.nn, which are modules by their names, until
 // it returns false. Returns false then, and where an expert or a layer is not of the plain types, has a forward method
-// of its own or, if `heard`, a forward hook, or where experts differ in their number of layers or in whether a layer
-// has a bias. `bare` becomes false where an expert is not.
+// of its own or, if `heard`, a forward hook, or where experts differ in their activation, in their number of layers or
+// in whether a layer has a bias.
 template <typename F>
-bool each_linear(PyObject* experts, const ModuleTypes& types, bool heard, bool& bare, F visit) {
+bool each_linear(PyObject* experts, const ModuleTypes& types, bool heard, InCommon& common, F visit) {
   static PyObject *const linears = interned("linears"), *const modules = interned("_modules");
-  static PyObject* const forward_hooks = interned("_forward_hooks");
+  static PyObject *const forward_hooks = interned("_forward_hooks"), *const code = interned("_code");
   if (!PyDict_CheckExact(experts)) return false;
   constexpr Py_ssize_t kLayers = 64;  // of which the biases are compared
   uint64_t biased = 0;
@@ -118,7 +124,10 @@ bool each_linear(PyObject* experts, const ModuleTypes& types, bool heard, bool& 
     if (has_own_forward(of_expert) || (heard && has_hooks(expert, forward_hooks))) return false;
     PyObject* const parts = inner_dictionary(of_expert, modules);
     if (!parts) return false;
-    bare = bare && is_bare(parts, types);
+    PyObject* const activation = entry(of_expert, code);  // one of the small ints, of which there is one object each
+    if (e == 0) common.activation = activation;
+    if (!activation || activation != common.activation) return false;
+    common.bare = common.bare && is_bare(parts, types);
     PyObject* const own = dictionary(entry(parts, linears), modules);
     if (!own || (e > 0 && PyDict_Size(own) != layers)) return false;
     layers = PyDict_Size(own);

@@ -33,6 +33,7 @@ from mtlkernels.routing import Routing
 # PyTorch's, and deepctr-torch's; torch-rechub draws that of Dice, whose eps is this.
 _FIRST_SLOPE = {"prelu": 0.25, "dice": 0.0}
 DICE_EPS = 1e-3
+_NAMES = tuple(act.CODES)
 
 # Attribute look-ups show when one row is served.
 _Linear, _Parameter, _Dropout = nn.Linear, nn.Parameter, nn.Dropout
@@ -88,12 +89,12 @@ class Expert(nn.Module):
         return x
 
 
-def read_experts(experts: Any, activation: str) -> tuple[Experts, bool] | None:
+def read_experts(experts: Any) -> tuple[Experts, bool] | None:
     """What the op takes of experts but for norms and dropout, read now, and whether there are none of these that act.
 
-    None where the experts have to be called: where one is not what it was made as, or where gradients are recorded and
-    somebody listens by a forward hook, as TorchJD's autogram does. In serving nobody looks for hooks: the look-ups show
-    when one row is served.
+    None where the experts have to be called: where one is not what it was made as, or not like the others, or where
+    gradients are recorded and somebody listens by a forward hook, as TorchJD's autogram does. In serving nobody looks
+    for hooks: the look-ups show when one row is served.
     """
     modules = experts._modules.values()
     heard = torch.is_grad_enabled()
@@ -104,8 +105,9 @@ def read_experts(experts: Any, activation: str) -> tuple[Experts, bool] | None:
     if linears is None:
         return None
     weights, biases, bare = linears
-    options: dict[str, Any] = {"activation": activation}
-    if next(iter(modules)).slopes is not None:
+    first = next(iter(modules))
+    options: dict[str, Any] = {"activation": _NAMES[first._code]}
+    if first.slopes is not None:
         if heard and any(expert.slopes._forward_hooks for expert in modules):
             return None
         options.update(slopes=list(zip(*(expert.slopes for expert in modules), strict=True)), dice_eps=DICE_EPS)
@@ -118,10 +120,13 @@ def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], l
     C++ does the same for plain ones, ``csrc/linears.cpp``.
     """
     rows: list[Any] = []
-    bare = True
+    bare, code = True, None
     for expert in modules:
         if type(expert) is not Expert or (heard and expert._forward_hooks):
             return None
+        if rows and expert._code != code:
+            return None
+        code = expert._code
         parts: Any = expert._modules
         layers = parts["linears"]._modules.values()
         if any("forward" in part.__dict__ for part in (expert, *layers)):
@@ -227,7 +232,8 @@ class TrunkLevel(NotScriptable, nn.Module):
             if by_modules:
                 calls.keep(roots, inputs, weights, biases, self.routing, {"gate_weights": gates}, options)
             else:
-                calls.keep_trunk(self, Expert, inputs, weights, biases, self.routing, gates)
+                name = options["activation"]
+                calls.keep_trunk(self, Expert, name, inputs, weights, biases, self.routing, gates)
         logits = self._gate_logits(streams) if gates is None else None
         return expert_mixture(inputs, weights, biases, logits, self.routing, gate_weights=gates, **options)
 
@@ -248,7 +254,7 @@ class TrunkLevel(NotScriptable, nn.Module):
     def _read_experts(self, x: Tensor) -> Experts | None:
         """What the op takes of the experts, norms and dropout included; None where they have to run as modules."""
         experts = _torch.unproxied(self._modules["experts"])
-        read = read_experts(experts, self.activation)
+        read = read_experts(experts)
         if read is None:
             return None
         found, bare = read

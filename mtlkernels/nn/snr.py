@@ -38,17 +38,16 @@ class SubNetworks(nn.Module):
     gate that sees it alone; otherwise they run as modules.
     """
 
-    def __init__(self, experts: Sequence[Expert], style: Style) -> None:
+    def __init__(self, experts: Sequence[Expert]) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
-        self._style = style
         alone = tuple((e,) for e in range(len(experts)))
         self._routings = Routing((0,) * len(experts), alone), Routing(tuple(range(len(experts))), alone)
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every sub-network reads, or one for each → a tensor [B, H] for each."""
         count = len(self.experts)
-        read = None if _tracing.needs_plain() else read_experts(_torch.unproxied(self.experts), self._style.activation)
+        read = None if _tracing.needs_plain() else read_experts(_torch.unproxied(self.experts))
         if read is None or not read[1]:
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))
@@ -158,7 +157,7 @@ class SNR(NotScriptable, nn.Module):
         levels = []
         for level, count in enumerate(self.num_subnets):
             inputs = width if level else self.in_features
-            levels.append(SubNetworks([Expert(inputs, self.subnet_units, style) for _ in range(count)], style))
+            levels.append(SubNetworks([Expert(inputs, self.subnet_units, style) for _ in range(count)]))
         self.levels = nn.ModuleList(levels)
         ends = (*self.num_subnets[1:], self.num_tasks)
         self.joints = nn.ModuleList(
@@ -285,8 +284,7 @@ class CompactSNR(NotScriptable, nn.Module):
             if not read:  # nothing below matters
                 break
             experts: Any = level.experts
-            style: Any = level._style
-            levels.append(SubNetworks([copy.deepcopy(experts[j]) for j in read], style))
+            levels.append(SubNetworks([copy.deepcopy(experts[j]) for j in read]))
             above = read
         self.levels = nn.ModuleList(reversed(levels))
         self.joints = nn.ModuleList(reversed(joints))

@@ -124,10 +124,18 @@ class KeptCalls:
         self._kept = self._trunk = None
 
     def keep_trunk(
-        self, level: nn.Module, expert: type, inputs: Any, weights: Any, biases: Any, routing: Routing, gates: Any
+        self,
+        level: nn.Module,
+        expert: type,
+        activation: str,
+        inputs: Any,
+        weights: Any,
+        biases: Any,
+        routing: Routing,
+        gates: Any,
     ) -> None:
         """Keeps a call of a trunk's level without norms and dropout, whose experts are of one class."""
-        spec = _spec_ints(level.activation, len(weights), inputs, routing)
+        spec = _spec_ints(activation, len(weights), inputs, routing)
         if spec is not None:
             surroundings = vars(_backends), vars(_dumps), _torch.GLOBAL_HOOKS
             of_modules = level, *surroundings, expert, nn.Linear, nn.Parameter, nn.Dropout
