@@ -144,7 +144,7 @@ class LevelDescription:
         except Exception as error:  # of a description that what has become of the module does not fit
             return f"its description does not fit any more: {type(error).__name__}: {error}"
         size, dtype, differentiated, autocast, softmaxes = call
-        if differentiated and size.rows.constant and not size.rows.fold and any_wants_gradient(parts):
+        if differentiated and size.rows.constant and not size.rows.fold_small and any_wants_gradient(parts):
             size = size._replace(rows=size.rows._replace(constant=False))
         experts = read_experts(chains, size)
         if experts is None:

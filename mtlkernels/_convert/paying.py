@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _extension, _torch
-from mtlkernels.ops._fusing import FOLD_ROWS, Rows, may_fold
+from mtlkernels.ops._fusing import FOLD_ROWS, TURN_ROWS, Rows, may_fold
 
 # Of an instance: fused evaluation also where it does not pay. In its __dict__, so that copies and pickles have it.
 FORCE = "_mtlkernels_force"
@@ -89,8 +89,9 @@ def size_of_call(x: Tensor | None, training: bool, is_input: bool = True) -> Siz
     return Size(
         Rows(
             fold=may_fold(x) and not (casts and rows < FOLD_ROWS),
+            fold_small=may_fold(x, 0) and not (casts and rows < FOLD_ROWS),
             normalize=rows >= NORM_ROWS,
-            turn=rows >= FOLD_ROWS,
+            turn=rows >= (TURN_ROWS if differentiated else FOLD_ROWS),
             slopes=rows >= SLOPES_ROWS[mode] or not x.is_cpu,
             constant=not casts and not (differentiated and (x.requires_grad or not is_input)),
         ),

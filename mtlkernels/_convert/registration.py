@@ -100,8 +100,8 @@ class Registration:
             )
 
         Experts' matrices [D, H] lie across, seen from the kernels, which copy them at each call: below 128 rows the
-        class's own code runs. Those that lie as an ``nn.Linear``'s, [H, D], given as ``tensor.t()``, are fused at any
-        number of rows.
+        class's own code runs, and below 512 where gradients are wanted. Those that lie as an ``nn.Linear``'s, [H, D],
+        given as ``tensor.t()``, are fused at any number of rows.
 
         Several levels in one ``forward`` are given by ``levels``; a model that embeds first and has towers behind by
         ``inputs``, ``outputs`` and ``example``, or, where it has a method from the embedding to the towers, by

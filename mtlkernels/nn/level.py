@@ -222,7 +222,7 @@ class TrunkLevel(NotScriptable, nn.Module):
         if experts is None:
             reason = (
                 "experts have hooks, differ from each other, or hold layers that are not plain ones, or their norms'"
-                " statistics are folded, which pays from 128 rows on where gradients are recorded"
+                " statistics are folded, which pays on many rows where gradients are recorded"
             )
             _decisions.note("mtlkernels.nn", "experts as modules", reason, streams[0])
             return self._by_modules(streams)
@@ -276,8 +276,10 @@ class TrunkLevel(NotScriptable, nn.Module):
             return None
         if torch.is_grad_enabled() and any(norm._forward_hooks for norm in each):
             return None
-        if not may_fold(x) and any(
-            uses_running(norm) and (x.requires_grad or wants_gradient(weight, None, norm))
+        if not may_fold(x, 0) and any(
+            uses_running(norm)
+            and not may_fold(x, weight.numel())
+            and (x.requires_grad or wants_gradient(weight, None, norm))
             for layer in zip(weights, norms, strict=False)
             for weight, norm in zip(*layer, strict=True)
         ):

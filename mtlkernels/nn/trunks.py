@@ -69,8 +69,8 @@ class MMoE(_Trunk):
 
     The level is one fused :func:`mtlkernels.expert_mixture`, with ``batch_norm`` and ``dropout`` too; hooks on experts
     do not run then. Only where gradients are recorded, a forward hook on an expert, its linear layers, norms or slopes,
-    as TorchJD's autogram puts there, or norms by running statistics with fewer than 128 rows, make the level call its
-    modules instead.
+    as TorchJD's autogram puts there, or norms by running statistics with fewer than 128 rows, or 768 where a layer
+    has fewer than 16,384 weights, make the level call its modules instead.
 
     Args:
         in_features: D, the number of input features.

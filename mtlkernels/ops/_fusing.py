@@ -16,8 +16,12 @@ from torch.nn.utils import parametrize
 from mtlkernels import _torch
 from mtlkernels.ops._folding import uses_running
 
-# Measured with experts of (256, 128): on fewer rows than this, folding with gradients takes as long as not fusing.
-FOLD_ROWS = 128
+# Folding with gradients takes as long as not fusing on fewer rows than these: measured with experts of (256, 128) on
+# 416 features, and with those of (64, 32) on 64, whose layers have fewer weights than SMALL.
+FOLD_ROWS, SMALL_FOLD_ROWS = 128, 768
+SMALL = 1 << 14
+# The same of computed weights where gradients flow to what they are computed from; own code may be one product for all.
+TURN_ROWS = 512
 
 # Attribute look-ups show when one row is served.
 _Linear, _Parameter = nn.Linear, nn.Parameter
@@ -45,26 +49,28 @@ class Rows(NamedTuple):
     """What the number of rows of a call allows.
 
     ``fold``: folding batch norm also where gradients flow through what is folded, or through the call; see
-    :func:`may_fold`. ``normalize``: norms and dropout in the fused operator; the statistics of one row are an error,
-    which the modules raise. ``turn``: weights that lie across, as ``x @ matrix`` has them, as kernels read them along,
-    so that each call copies them; and weights that were computed, of which autograd records a node at each call.
-    ``slopes``: PReLU's without a norm. ``constant``: nothing that the call depends on wants a gradient or is cast, so
-    that C++ takes norms by running statistics as they are.
+    :func:`may_fold`. ``fold_small``: the same of layers with few weights. ``normalize``: norms and dropout in the
+    fused operator; the statistics of one row are an error, which the modules raise. ``turn``: weights that lie across,
+    as ``x @ matrix`` has them, as kernels read them along, so that each call copies them; and weights that were
+    computed, of which autograd records a node at each call. ``slopes``: PReLU's without a norm. ``constant``: nothing
+    that the call depends on wants a gradient or is cast, so that C++ takes norms by running statistics as they are.
     """
 
     fold: bool = True
+    fold_small: bool = True
     normalize: bool = True
     turn: bool = True
     slopes: bool = True
     constant: bool = True
 
 
-def may_fold(x: Tensor) -> bool:
+def may_fold(x: Tensor, weights: int = SMALL) -> bool:
     """Whether folding batch norm in a way that gradients flow through takes no longer than what fusing saves.
 
-    Autograd follows it then: work in proportion to the weights, there and back.
+    Autograd follows it then: some operators for each layer of each expert, there and back. ``weights`` of a layer.
     """
-    return _torch.compiling() or not torch.is_grad_enabled() or x.shape[0] >= FOLD_ROWS
+    least = FOLD_ROWS if weights >= SMALL else SMALL_FOLD_ROWS
+    return _torch.compiling() or not torch.is_grad_enabled() or x.shape[0] >= least
 
 
 def has_hooks(module: Any) -> bool:
@@ -169,7 +175,8 @@ def folds(layer: Layer, rows: Rows) -> bool:
     if norm is None:
         return True
     constant = rows.constant and not wants_gradient(layer.weight, layer.bias, norm)
-    return uses_running(norm) and (rows.fold or constant)
+    fold = rows.fold if layer.weight.numel() >= SMALL else rows.fold_small
+    return uses_running(norm) and (fold or constant)
 
 
 def kind_of_norm(norm: Any) -> tuple[Any, ...] | None:

@@ -12,6 +12,7 @@ import mtlkernels._convert.evaluation
 from mtlkernels._convert import paying, planning
 from mtlkernels._convert.calls import Serving
 from mtlkernels._convert.paying import in_trial
+from mtlkernels.ops import _fusing
 from mtlkernels.ops.level.kept import Patience
 
 # Files that convert library models as they are, again and again: a trial takes longer than most of their tests, and the
@@ -45,6 +46,12 @@ def _kept_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """What calls keep is kept from the first on, so that whatever is edited later is edited behind it."""
     if request.path.name not in PATIENT:
         monkeypatch.setattr(Patience, "is_over", lambda self: True)
+
+
+@pytest.fixture(autouse=True)
+def _no_layer_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm is folded into the narrow layers of tests from as many rows on as into wide ones."""
+    monkeypatch.setattr(_fusing, "SMALL", 0)
 
 
 @pytest.fixture

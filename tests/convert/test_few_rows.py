@@ -12,6 +12,7 @@ from torch import nn
 
 import mtlkernels as mk
 from mtlkernels._convert import paying
+from mtlkernels.ops import _fusing
 from mtlkernels.ops._fusing import FOLD_ROWS
 from tests.convert.doubles import ExtractionNet, MMoE_Layer
 from tests.convert.models import fill
@@ -177,3 +178,18 @@ def test_calls_of_fewer_rows_leave_what_is_known_of_more() -> None:
     few.note("training", 10)
     few.note("training", 4)
     assert few.are("training", 10) and not few.are("training", 11) and not few.are("serving", 4)
+
+
+def test_norms_of_small_layers_are_folded_for_more_rows(
+    monkeypatch: pytest.MonkeyPatch, fused_calls: list[int]
+) -> None:
+    """Autograd's part in folding costs as much for few weights as for many, and fusing them saves less."""
+    monkeypatch.setattr(_fusing, "SMALL", 7 * 12 + 1)
+    level = fill(ExtractionNet(WIDTH, (12, 7), norm="batch"))
+    assert mk.convert(level).replaced
+    for least in (_fusing.SMALL_FOLD_ROWS, FOLD_ROWS):
+        for rows, expected in ((least - 1, []), (least, [8])):
+            fused_calls.clear()
+            call(level, rows, 1)
+            assert fused_calls == expected
+        monkeypatch.setattr(_fusing, "SMALL", 7 * 12)

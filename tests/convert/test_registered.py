@@ -22,6 +22,7 @@ import mtlkernels as mk
 from mtlkernels._convert import registry
 from mtlkernels._convert.chains import flatten, read_chain
 from mtlkernels._convert.gates import EQUAL, read_gate
+from mtlkernels.ops._fusing import FOLD_ROWS, TURN_ROWS
 from tests.convert import homegrown
 from tests.convert.agreement import assert_converts
 
@@ -59,13 +60,13 @@ def test_bare_weights_are_fused_where_that_pays(linear_layout: bool, fused_calls
     """
     model = build(**STACKED, linear_layout=linear_layout, embedding=False)
     mk.convert(model)
-    for rows in (1, 127, 128):
-        for wants in (True, False):
+    for wants, many in ((True, TURN_ROWS), (False, FOLD_ROWS)):
+        for rows in (1, many - 1, many):
             fused_calls.clear()
             (x,) = homegrown.inputs(model)(rows, 0, torch.float32)
             with torch.set_grad_enabled(wants):
                 model(x)
-            assert bool(fused_calls) == ((linear_layout and not wants) or rows >= 128)
+            assert bool(fused_calls) == ((linear_layout and not wants) or rows >= many)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

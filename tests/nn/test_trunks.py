@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from mtlkernels.ops import _fusing
 from tests.ops.level.definition import dice, kept
 
 B, D, UNITS, GATE_UNITS = 13, 10, (9, 6), (5,)
@@ -193,7 +194,12 @@ def test_a_level_is_one_expert_mixture(kind: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("rows, fuses", [(200, True), (20, False)])
 def test_batch_norm_in_evaluation(rows: int, fuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folded, unless gradients are wanted for few rows."""
+    """Folded, unless gradients are wanted for few rows; for more of them where layers have few weights."""
+    if fuses:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError, match="NoneType"):
+            patch.setattr(nn.BatchNorm1d, "forward", None)
+            build("mmoe", batch_norm=True, dtype=torch.float64).eval()(torch.randn(rows, D, dtype=torch.float64))
+    monkeypatch.setattr(_fusing, "SMALL", 0)
     trunk = build("mmoe", batch_norm=True, dtype=torch.float64)
     x = torch.randn(rows, D, dtype=torch.float64)
     trunk(x)
