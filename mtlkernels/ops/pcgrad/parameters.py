@@ -62,7 +62,7 @@ class Parameters:
                 elif first_of(column) is not None:
                     self._dense.append(p)
                     self._flat += column
-        self._in_pytorch = traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_function(self._flat)
+        self._in_pytorch = traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_function(grads)
 
     def column(self, parameter: int) -> Sequence[Tensor | None]:
         """One parameter's gradients."""

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mtlkernels import _torch
+
 # The values of all tasks over the union of their rows may take this many times the memory of the values themselves.
 _FILL = 4
 
@@ -71,7 +73,11 @@ class SparseColumn:
 
     def cross(self) -> Tensor:
         """Inner products of sparse with dense gradients, and of sparse ones where these are not aligned: [T, T]."""
-        upper = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64, device=self.like.device)
+        shape = (self.num_tasks, self.num_tasks)
+        upper = torch.zeros(shape, dtype=torch.float64, device=self.like.device)
+        if _torch.func_transforms_active():  # vmap writes to nothing but what it batches
+            for grad in self.dense.values():
+                upper = upper + grad.new_zeros(shape, dtype=torch.float64)
         if not self.aligned:
             upper += self._meetings(compact=self.like.is_cpu)
         for t, values in self.values.items():
@@ -130,7 +136,7 @@ class SparseColumn:
     def _summed(self, coefficients: Tensor) -> Tensor:
         """The weighted sum of the sparse gradients over the union of rows, in float64."""
         shape = (len(self.union), *self.like.shape[self.like.sparse_dim() :])
-        total = torch.zeros(shape, dtype=torch.float64, device=self.like.device)
+        total = coefficients.new_zeros(shape, dtype=torch.float64, device=self.like.device)  # batched by vmap as these
         for t, values in self.values.items():
             scaled = coefficients[t] * values.to(torch.float64)
             # A call adds to no row twice, so that the order is fixed on a GPU too.
