@@ -130,7 +130,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block every op runs this implementation, or raises; nothing is substituted.
 
     The choice holds for the whole process; where several threads are in such blocks, the last to enter has chosen. A
-    backward pass uses the implementation of its forward pass.
+    backward pass uses the implementation of its forward pass. PCGrad's functions have derivatives, and rules for
+    ``torch.func``, by ``"reference"`` alone.
 
     Args:
         name: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; see :func:`backends`.
@@ -138,7 +139,8 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         TypeError: ``name`` is not a string.
         ValueError: there is no implementation of that name.
-        RuntimeError: raised by an op in the block that has no such implementation for its device and dtype.
+        RuntimeError: raised by an op in the block that has no such implementation for its device and dtype, or for what
+            is made of the call: a trace, a derivative of PCGrad's.
     """
     global _forced
     if not isinstance(name, str):

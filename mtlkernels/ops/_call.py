@@ -32,6 +32,24 @@ def needs_function(*groups: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for group in groups for t in group)
 
 
+def needs_reference(op: str, *groups: Sequence[Tensor | None]) -> bool:
+    """:func:`needs_function`, for an op whose derivatives and rules for vmap are the reference's alone.
+
+    Raises:
+        RuntimeError: :func:`mtlkernels.use_backend` asks for another implementation.
+    """
+    if not needs_function(*groups):
+        return False
+    _refuse_others(op, "derivatives and torch.func transforms")
+    return True
+
+
+def _refuse_others(op: str, what: str) -> None:
+    """Raises where ``use_backend`` asks for another implementation than the reference, which alone serves here."""
+    if _backends.forced() not in (None, "reference"):
+        raise RuntimeError(f"{op} has only the reference for {what}, but use_backend asks for {_backends.forced()!r}")
+
+
 def traced_under_func(op: str) -> bool:
     """Whether torch.compile is tracing the call inside a torch.func transform: then the reference serves.
 
@@ -43,11 +61,7 @@ def traced_under_func(op: str) -> bool:
     """
     if not (_torch.compiling() and _torch.func_transforms_active()):
         return False
-    if _backends.forced() not in (None, "reference"):
-        raise RuntimeError(
-            f"{op} has only the reference for torch.func transforms under torch.compile, but use_backend asks for"
-            f" {_backends.forced()!r}"
-        )
+    _refuse_others(op, "torch.func transforms under torch.compile")
     return True
 
 
@@ -59,11 +73,10 @@ def needs_plain(op: str, *args: Any) -> bool:
     """
     if not _tracing.needs_plain(*args):
         return False
-    if _backends.forced() not in (None, "reference"):
-        raise RuntimeError(
-            f"{op} has only the reference for torch.jit.trace, torch.fx.symbolic_trace, torch.onnx.export,"
-            f" FlopCounterMode and forward-mode differentiation, but use_backend asks for {_backends.forced()!r}"
-        )
+    _refuse_others(
+        op,
+        "torch.jit.trace, torch.fx.symbolic_trace, torch.onnx.export, FlopCounterMode and forward-mode differentiation",
+    )
     _decisions.note(op, "PyTorch's own operators", "a tracer, FlopCounterMode or forward-mode differentiation looks on")
     return True
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _backends
-from mtlkernels.ops._call import needs_function, needs_plain, traced_under_func
+from mtlkernels.ops._call import needs_plain, needs_reference, traced_under_func
 from mtlkernels.ops._table import moved
 from mtlkernels.ops.pcgrad import autograd, reference  # noqa: F401  (autograd registers the operators' rules)
 from mtlkernels.ops.pcgrad.checks import Options, check_generator, check_gram, check_group, check_options, check_order
@@ -43,7 +43,8 @@ def gram(grads: Grads, *, group: ProcessGroup | None = None) -> Tensor:
     Raises:
         TypeError: an argument is of the wrong kind, dtype or layout.
         ValueError: numbers of parameters, shapes or devices do not agree, on this rank or between ranks.
-        RuntimeError: another rank of the group has failed.
+        RuntimeError: another rank of the group has failed; or :func:`mtlkernels.use_backend` asks for an implementation
+            that does not serve the call, as none but the reference does where a derivative is wanted.
     """
     check_group(group)
     gradients = fail_together(group, lambda: gradients_of(*flattened(grads), group))
@@ -75,6 +76,8 @@ def pcgrad_weights(
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: a shape or a value is wrong.
+        RuntimeError: :func:`mtlkernels.use_backend` asks for an implementation that does not serve the call, as none
+            but the reference does where a derivative is wanted.
     """
     check_gram(gram)
     options = check_options(include_self, max_norm, normalize, project, eps)
@@ -169,7 +172,8 @@ def pcgrad(
         TypeError: an argument is of the wrong kind, dtype or layout.
         ValueError: numbers of parameters, shapes, devices or values do not agree, on this rank or between ranks, or are
             out of range.
-        RuntimeError: another rank of the group has failed.
+        RuntimeError: another rank of the group has failed; or :func:`mtlkernels.use_backend` asks for an implementation
+            that does not serve the call, as none but the reference does where a derivative is wanted.
     """
     check_group(group)
 
@@ -229,7 +233,7 @@ def weighted(
 def solve(gram: Tensor, order: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """The projected gradients' coefficients [T, T], and the result's [T]."""
     args = (*options[:-1], options.reduction == "mean")
-    if traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_function((gram,)):
+    if traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_reference("pcgrad", (gram,)):
         return reference.weights(gram, order, *args)
     run = _backends.implementation("pcgrad", "weights", _backends.forced(), gram)
     rows, coefficients = run(gram, order, *args)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from mtlkernels import _backends, _decisions, _extension
-from mtlkernels.ops._call import direct_to_cpp, needs_function, needs_plain, run_operator, traced_under_func
+from mtlkernels.ops._call import (
+    direct_to_cpp,
+    needs_function,
+    needs_plain,
+    needs_reference,
+    run_operator,
+    traced_under_func,
+)
 from mtlkernels.ops._layout import first_of
 from mtlkernels.ops.pcgrad.checks import check_gradients
 from mtlkernels.ops.pcgrad.sparse import SparseColumn, is_sparse
@@ -62,7 +69,7 @@ class Parameters:
                 elif first_of(column) is not None:
                     self._dense.append(p)
                     self._flat += column
-        self._in_pytorch = traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_function(grads)
+        self._in_pytorch = traced_under_func("pcgrad") or needs_plain("pcgrad") or needs_reference("pcgrad", grads)
 
     def column(self, parameter: int) -> Sequence[Tensor | None]:
         """One parameter's gradients."""
@@ -117,7 +124,7 @@ class Parameters:
 
     def _run(self, direction: str, flat: Sequence[Tensor | None], *args: Tensor) -> Any:
         """Runs one of the operators, by the reference where a derivative or torch.func wants to see inside."""
-        if self._in_pytorch or needs_function(args):
+        if self._in_pytorch or needs_reference("pcgrad", args):
             reason = "a derivative is wanted, or a tracer or a transform looks on"
             _decisions.note("pcgrad", "reference", reason, first_of(flat), direction=direction)
             return _backends.reference_implementation("pcgrad", direction)(flat, self.num_tasks, *args)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mtlkernels as mk
+from mtlkernels import _backends
 from mtlkernels.ops.pcgrad import reference
 from tests import requires
 
@@ -156,3 +159,44 @@ def test_operators_without_any_gradient(fake: bool) -> None:
         for combine in (torch.ops.mtlkernels.pcgrad_combine, reference.combine):
             with pytest.raises(ValueError, match="grads must hold a gradient for each parameter, got none for 1"):
                 combine([ones, ones, None, None], 2, ones)
+
+
+def wanted(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float64, requires_grad=True)
+
+
+DIFFERENTIATED: dict[str, Callable[[], Any]] = {
+    "gram": lambda: mk.gram([[wanted(3)], [torch.ones(3, dtype=torch.float64)]]),
+    "pcgrad": lambda: mk.pcgrad(wanted(2, 3), order=[[1], [0]]),
+    "beside a sparse gradient": lambda: mk.gram([[wanted(3, 2)], [wanted(3, 2).detach().to_sparse(1)]]),
+    "pcgrad_weights": lambda: mk.pcgrad_weights(wanted(2, 2), [[1], [0]]),
+    "vmap of gram": lambda: torch.vmap(mk.gram)(torch.ones(5, 2, 3)),
+    "vmap of pcgrad_weights": lambda: torch.vmap(lambda gram: mk.pcgrad_weights(gram, project=False))(wanted(5, 2, 2)),
+    "torch.func.grad": lambda: torch.func.grad(lambda grads: mk.gram(grads).sum())(torch.ones(2, 3)),
+}
+
+
+@pytest.mark.parametrize("call", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
+def test_no_substitute_for_what_the_reference_alone_has(call: Callable[[], Any]) -> None:
+    for name in set(_backends.BACKENDS) - {"reference"}:
+        message = f"^pcgrad has only the reference for derivatives and torch.func .* use_backend asks for '{name}'$"
+        with mk.use_backend(name), pytest.raises(RuntimeError, match=message):
+            call()
+    usual = call()
+    with mk.use_backend("reference"):
+        torch.testing.assert_close(call(), usual, rtol=0, atol=0)
+
+
+@requires.cpp_kernels
+def test_gradients_that_nobody_differentiates_run_what_was_asked_for() -> None:
+    with mk.use_backend("cpp"), torch.no_grad():
+        grads = [[wanted(3)], [-wanted(3)]]
+        assert not mk.pcgrad(grads, order=[[1], [0]])[0].any()
+        assert mk.pcgrad_weights(mk.gram(grads).requires_grad_(), [[1], [0]]).tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+@requires.cpp_kernels
+def test_no_substitute_in_compiled_code() -> None:
+    compiled = torch.compile(mk.gram, backend="eager", fullgraph=True)
+    with mk.use_backend("cpp"), pytest.raises(Exception, match="pcgrad has only the reference for derivatives"):
+        compiled(wanted(2, 3))
