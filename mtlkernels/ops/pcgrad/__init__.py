@@ -26,9 +26,10 @@ def gram(grads: Grads, *, group: ProcessGroup | None = None) -> Tensor:
     """The Gram matrix of the tasks' gradients: ``G_ij = <g_i, g_j>`` over all parameters.
 
     One pass over lists of tensors, none of which is copied or concatenated. Sums are in float64, in an order that
-    depends on the shapes alone, so that the same gradients give the same bits; of narrower dtypes up to 16 products are
-    added up in float32 first, where no square leaves its range, so that an entry is within 1e-6 of ``|g_i| |g_j|``, and
-    mostly within 1e-7. Differentiable in dense gradients.
+    depends on shapes and strides alone: on one machine the same gradients, laid out alike, give the same bits, but
+    others where a derivative is wanted, as the reference runs then. Of narrower dtypes up to 16 products are added up
+    in float32 first, where no square leaves its range, so that an entry is within 1e-6 of ``|g_i| |g_j|``, and mostly
+    within 1e-7. Differentiable in dense gradients.
 
     Args:
         grads: a sequence over T tasks of sequences over parameters of tensors or None, which counts as zero; or one

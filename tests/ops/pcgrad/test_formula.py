@@ -168,6 +168,20 @@ def test_same_bits_whatever_the_threads(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
+def test_same_bits_wherever_gradients_lie(backend: str) -> None:
+    """At another address; where strides are others, too, values are right, but bits may be others."""
+
+    def moved(grad: Tensor) -> Tensor:
+        return torch.zeros(grad.numel() + 1).as_strided(grad.shape, grad.stride(), 1).copy_(grad)
+
+    grads = conflicting(4, (301, 17), (1000, 3))
+    transposed = [[grad.T.contiguous().T for grad in row] for row in grads]
+    with mk.use_backend(backend):
+        for lists in (grads, transposed):
+            assert torch.equal(mk.gram([[moved(grad) for grad in row] for row in lists]), mk.gram(lists))
+        assert gram_error(transposed) < PROMISED
+
+
 def test_random_order_comes_from_the_generator() -> None:
     grads = conflicting(8, (500,))
     grads[0] = [-sum(row[0] for row in grads[1:])]
