@@ -66,8 +66,9 @@ class PCGrad(GramWeighted):
     that alone the cache may still hand out such code, without the error: gradients of all losses but the first are then
     wrong.
 
-    ``.grad`` is added to, as in ``backward``: several calls before ``step`` accumulate gradients. A parameter that no
-    loss reaches keeps ``grad=None``. Sparse gradients, as those of ``nn.Embedding(sparse=True)``, stay sparse.
+    ``.grad`` is added to, as in ``backward``, where usual implementations overwrite it: several calls before ``step``
+    accumulate gradients, and so does a loop that never calls ``zero_grad``. A parameter that no loss reaches keeps
+    ``grad=None``. Sparse gradients, as those of ``nn.Embedding(sparse=True)``, stay sparse.
     Gradients come from ``torch.autograd.grad``: hooks of parameters that run after accumulation, those of
     DistributedDataParallel included, do not run.
 
@@ -88,8 +89,9 @@ class PCGrad(GramWeighted):
     Args:
         optimizer: the optimizer to wrap; it stays reachable as ``.optimizer``.
         shared: the parameters whose task gradients are projected, such as ``model.trunk.parameters()``. The others, the
-            tasks' own heads, get the sum or mean of their gradients. None: all parameters are shared.
-        reduction: "mean" over tasks or "sum", of shared and other parameters alike.
+            tasks' own heads, get the mean or sum over tasks of their gradients. None: all parameters are shared.
+        reduction: "mean" over tasks or "sum", of shared and other parameters alike: by "mean" a head that one loss
+            alone reaches gets 1/T of its gradient, where usual implementations sum what not every loss reaches.
         generator: draws the order of projections; torch's default generator of the device without one.
         include_self, max_norm, normalize, project, eps: as for :func:`mtlkernels.pcgrad`.
         batched: None: a backward pass a loss, in which the levels of :mod:`mtlkernels.nn` and of converted models run
