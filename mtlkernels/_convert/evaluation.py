@@ -18,7 +18,7 @@ from mtlkernels import _torch
 from mtlkernels._convert.calls import Serving
 from mtlkernels._convert.chains import Chain, Product, flatten, read_chain, run_chain
 from mtlkernels._convert.gates import Gate, linear_gates, logits_of
-from mtlkernels._convert.paying import Size
+from mtlkernels._convert.paying import SMALL_EXPERT, Size
 from mtlkernels.ops._fusing import Layer, Rows, common, drop_rate, join, kind_of, slopes_of
 from mtlkernels.ops.gated_mixture import mix_list
 from mtlkernels.ops.level import expert_mixture
@@ -68,7 +68,9 @@ def read_experts(chains: Sequence[Chain], size: Size) -> tuple[list[list[Layer] 
             kind = kind_of(layers, size.rows)
         if kind is None and not kinds and not size.mixing:
             return None
-        parts = parts and (size.normed_parts or isinstance(layers, str) or not _has_norm(layers, nn.BatchNorm1d))
+        if not isinstance(layers, str):
+            parts = parts and (size.normed_parts or not _has_norm(layers, nn.BatchNorm1d))
+            parts = parts and (size.small_parts or sum(layer.weight.numel() for layer in layers) >= SMALL_EXPERT)
         if not parts and kinds and kind != kinds[0]:
             return None
         experts.append(layers)

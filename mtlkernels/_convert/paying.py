@@ -29,9 +29,12 @@ SLOPES_ROWS = 0, 16, 16
 # Under autocast, where each call casts all parameters and is checked in Python.
 AUTOCAST_ROWS = 8
 # A level in parts has several such calls, and one more for the mixing; its batch norms take statistics, or are folded
-# in a way that gradients flow through, for each of the parts.
-PARTS_ROWS = 256, 512, 128
-NORMED_PARTS_ROWS = 256, 1024, 512
+# in a way that gradients flow through, for each of the parts. For narrow experts, of fewer weights than SMALL_EXPERT,
+# that takes as long, and fusing saves less.
+PARTS_ROWS = 64, 256, 128
+NORMED_PARTS_ROWS = 64, 1024, 128
+SMALL_PARTS_ROWS = 1024, 1024, 768
+SMALL_EXPERT = 1 << 16
 
 _any_size = 0  # how many trials are at work, each in a thread of its own
 _lock = threading.Lock()
@@ -62,14 +65,16 @@ class Size(NamedTuple):
     """What pays in a call of some rows.
 
     ``fused``: anything. ``rows``: what the operator may do. ``layer_norm``: layer norms in it. ``parts``: a level in
-    more calls than one; ``normed_parts``: one with batch norms. ``mixing``: one operator for all mixing where the
-    experts' modules are called; what the compiler makes of the library's own mixing is as fast at any size.
+    more calls than one; ``normed_parts``: one with batch norms; ``small_parts``: one of narrow experts. ``mixing``: one
+    operator for all mixing where the experts' modules are called; what the compiler makes of the library's own mixing
+    is as fast at any size.
     """
 
     rows: Rows = Rows()
     layer_norm: bool = True
     parts: bool = True
     normed_parts: bool = True
+    small_parts: bool = True
     mixing: bool = True
     fused: bool = True
 
@@ -98,6 +103,7 @@ def size_of_call(x: Tensor | None, training: bool, is_input: bool = True) -> Siz
         layer_norm=rows >= LAYER_NORM_ROWS[mode] or not x.is_cpu,
         parts=rows >= PARTS_ROWS[mode] or not x.is_cpu,
         normed_parts=rows >= NORMED_PARTS_ROWS[mode] or not x.is_cpu,
+        small_parts=rows >= SMALL_PARTS_ROWS[mode] or not x.is_cpu,
         mixing=rows >= MIXING_ROWS,
         fused=rows >= AUTOCAST_ROWS or not casts,
     )

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 import mtlkernels as mk
-import mtlkernels._convert.evaluation
-from mtlkernels._convert import paying, planning
+from mtlkernels._convert import evaluation, paying, planning
 from mtlkernels._convert.calls import Serving
 from mtlkernels._convert.paying import in_trial
 from mtlkernels.ops import _fusing
@@ -50,8 +49,9 @@ def _kept_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(autouse=True)
 def _no_layer_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch norm is folded into the narrow layers of tests from as many rows on as into wide ones."""
+    """The narrow layers of tests are fused from as many rows on as wide ones."""
     monkeypatch.setattr(_fusing, "SMALL", 0)
+    monkeypatch.setattr(evaluation, "SMALL_EXPERT", 0)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             calls.append(routing.num_experts)
         return outputs
 
-    monkeypatch.setattr(mtlkernels._convert.evaluation, "expert_mixture", counted)
+    monkeypatch.setattr(evaluation, "expert_mixture", counted)
     monkeypatch.setattr(Serving, "serve", served)
     yield calls
 
@@ -88,8 +88,6 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def chains(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The chains of experts that were read."""
     read: list[Any] = []
-    read_chain = mtlkernels._convert.evaluation.read_chain
-    monkeypatch.setattr(
-        mtlkernels._convert.evaluation, "read_chain", lambda chain: read.append(chain) or read_chain(chain)
-    )
+    read_chain = evaluation.read_chain
+    monkeypatch.setattr(evaluation, "read_chain", lambda chain: read.append(chain) or read_chain(chain))
     return read

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mtlkernels as mk
-from mtlkernels._convert import paying
+from mtlkernels._convert import evaluation, paying
 from mtlkernels.ops import _fusing
 from mtlkernels.ops._fusing import FOLD_ROWS
 from tests.convert.doubles import ExtractionNet, MMoE_Layer
@@ -193,3 +193,17 @@ def test_norms_of_small_layers_are_folded_for_more_rows(
             call(level, rows, 1)
             assert fused_calls == expected
         monkeypatch.setattr(_fusing, "SMALL", 7 * 12)
+
+
+@pytest.mark.parametrize("norm", ["", "batch"])
+def test_small_levels_in_parts_take_more_rows(
+    norm: str, monkeypatch: pytest.MonkeyPatch, fused_calls: list[int]
+) -> None:
+    monkeypatch.setattr(evaluation, "SMALL_EXPERT", WIDTH * 12 + 12 * 7 + 1)
+    level: Any = with_elu(fill(MMoE_Layer(WIDTH, (12, 7), norm=norm)))
+    assert mk.convert(level).replaced
+    for mode, least in enumerate(paying.SMALL_PARTS_ROWS):
+        for rows, expected in ((least - 1, []), (least, [3])):
+            fused_calls.clear()
+            call(level, rows, mode)
+            assert fused_calls == expected
