@@ -2,21 +2,22 @@
 
 A mask, a scale or labels that a method takes may change what it returns, and only the streams of a description's
 ``inputs`` go the fused way. A call is brought into the form that trials had, arguments by their places; what no trial
-gave has to be as the method has it by default, and a flag, a word, an Enum's member or None that all trials gave as one
-of them did.
+gave has to be as the method has it by default. A flag, a word, an Enum's member, None or a number has to be as one of
+them gave it, where all gave such a value; but where they gave several numbers, it may be any.
 """
 
 from __future__ import annotations
 
 import enum
 import inspect
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 # Of which code asks what they are, and does something else for another: a trial has shown those alone that it gave.
 _TELLING = (bool, str, type(None), enum.Enum)
-# Defaults that are told by their values, where another object may be given.
-_PLAIN = (bool, str, type(None), int, float)
+# What is told by its value, where another object may be given; NumPy's numbers are of the last kind.
+_PLAIN = (bool, str, type(None), int, float, numbers.Number)
 
 
 class Absent:
@@ -61,8 +62,15 @@ Told = tuple[Any, ...]
 
 
 def told(arguments: Sequence[Any]) -> Told:
-    """The words, flags, Enums' members and None among them, with Absent in the place of others."""
-    return tuple(value if isinstance(value, _TELLING) else Absent for value in arguments)
+    """The words, flags, numbers, Enums' members and None among them, with Absent in the place of others."""
+    kinds = (*_TELLING, numbers.Number)
+    return tuple(value if isinstance(value, kinds) else Absent for value in arguments)
+
+
+def _tells(values: Sequence[Any]) -> bool:
+    """Whether a call may give at a place only what a trial gave there: other numbers too where trials gave several."""
+    given = [value for value in values if not isinstance(value, _TELLING)]
+    return Absent not in given and all(_is_same(value, given[0]) for value in given)
 
 
 class Tried(NamedTuple):
@@ -74,15 +82,15 @@ class Tried(NamedTuple):
     @classmethod
     def of(cls, calls: Sequence[Told]) -> Tried | None:
         """Of calls, as :func:`told` has them; None of none, or of different numbers of arguments."""
-        numbers = set(map(len, calls))
-        if len(numbers) != 1:
+        counts = set(map(len, calls))
+        if len(counts) != 1:
             return None
         telling = [
             (place, tuple(dict.fromkeys(values)))
             for place, values in enumerate(zip(*calls, strict=True))
-            if Absent not in values
+            if _tells(values)
         ]
-        return cls(numbers.pop(), tuple(telling))
+        return cls(counts.pop(), tuple(telling))
 
     def bring(
         self, parameters: Parameters | None, needed: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -91,8 +99,8 @@ class Tried(NamedTuple):
 
         An argument that trials had and the call has not is the method's default, but for the first ``needed`` of them.
         """
-        if not kwargs and len(args) == self.number and not self.telling:
-            return args
+        if not kwargs and len(args) == self.number:
+            return args if not self.telling or self._are_told(args) else None
         if parameters is None or len(args) > max(self.number, len(parameters.placed)):
             return None
         placed, named = parameters.placed, dict(kwargs)
@@ -109,10 +117,11 @@ class Tried(NamedTuple):
                 found[place] = placed[place].default
         if len(found) < self.number or any(value is Absent for value in found):
             return None
-        for place, tried in self.telling:
-            if not any(_is_same(found[place], value) for value in tried):
-                return None
-        return tuple(found)
+        return tuple(found) if self._are_told(found) else None
+
+    def _are_told(self, values: Sequence[Any]) -> bool:
+        """Whether what tells is as a trial gave it."""
+        return all([any([_is_same(values[place], value) for value in tried]) for place, tried in self.telling])
 
 
 def needed_by(inputs: Callable[..., Any]) -> int:
@@ -127,4 +136,6 @@ def _is_default(value: Any, parameter: Parameter) -> bool:
 
 def _is_same(value: Any, other: Any) -> bool:
     """Whether both are one object, or the same number, word or flag."""
-    return value is other or (isinstance(other, _PLAIN) and type(value) is type(other) and bool(value == other))
+    if value is other:
+        return True
+    return type(value) is type(other) and isinstance(other, _PLAIN) and bool(value == other)

@@ -113,7 +113,8 @@ class Registration:
             gates: from an instance, its gates in the order of the routing; asked at every call.
             routing: from an instance, its :class:`mtlkernels.Routing`; asked once, by ``convert``.
             inputs: from an instance and the arguments of ``forward``, the G input streams [B, D]; None leaves that call
-                to the original code, as does an argument that no trial gave, unless it has its default's value. By
+                to the original code, as does an argument that no trial gave, unless it has its default's value, and
+                another flag, word or number than trials gave; a number that differs between trials may be any. By
                 default ``forward`` takes one tensor, or a sequence of G.
             arguments: the inverse, with which the class is tried: from an instance and G streams, the arguments of
                 ``forward``, a tuple. It or ``example`` is needed beside ``inputs``.

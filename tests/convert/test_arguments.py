@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -162,8 +163,66 @@ def test_a_word_that_a_trial_gave(word: Any, other: Any, fused_calls: list[int])
             assert bool(fused_calls) == fused
 
 
+class ByTask(Level):
+    """Which returns one task's mixture, by its number."""
+
+    def forward(self, x: Tensor, task: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[int(task)]
+
+
+@pytest.mark.parametrize("kind", [int, float, numpy.int64, numpy.float32])
+def test_a_number_that_all_trials_gave(kind: Any, fused_calls: list[int]) -> None:
+    """No trial has shown what another one does."""
+    mk.convert.register(
+        ByTask,
+        experts=lambda model: model.experts,
+        gates=lambda model: model.gates,
+        routing=lambda model: mk.Routing.mmoe(4, 3),
+        inputs=lambda model, x, task: x,
+        arguments=lambda model, streams: (streams[0], kind(0)),
+        outputs=lambda model, mixed: mixed[0],
+    )
+    own = ByTask()
+    model = copy.deepcopy(own)
+    assert mk.convert(model).replaced
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for task in range(3):
+            for args, kwargs in (((X, kind(task)), {}), ((X,), {"task": kind(task)})):
+                fused_calls.clear()
+                torch.testing.assert_close(each(*args, **kwargs), own(*args, **kwargs))
+                assert bool(fused_calls) == (task == 0)
+
+
+def of_rows(rows: int) -> int:
+    return rows
+
+
+def at_random(rows: int) -> float:
+    return torch.rand(()).item()
+
+
+@pytest.mark.parametrize("number", [of_rows, at_random])
+def test_a_number_that_differs_between_trials(number: Callable[[int], Any], fused_calls: list[int]) -> None:
+    """As a batch size or a weight: the description has shown that it takes any."""
+    mk.convert.register(
+        Masked,
+        experts=lambda model: model.experts,
+        gates=lambda model: model.gates,
+        routing=lambda model: mk.Routing.mmoe(4, 3),
+        inputs=lambda model, x, mask: x * mask,
+        example=lambda model, rows: (torch.randn(rows, 8), number(rows)),
+    )
+    own = Masked()
+    model = copy.deepcopy(own)
+    assert mk.convert(model).replaced
+    for given in (7, 0.25):
+        fused_calls.clear()
+        torch.testing.assert_close(model(X, given), own(X, given))
+        assert fused_calls
+
+
 class Masked(Level):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    def forward(self, x: Tensor, mask: Tensor | float | None = None) -> list[Tensor]:
         return super().forward(x if mask is None else x * mask)
 
 
