@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 # Of which code asks what they are, and does something else for another: a trial has shown those alone that it gave.
@@ -74,33 +74,40 @@ def _tells(values: Sequence[Any]) -> bool:
 
 
 class Tried(NamedTuple):
-    """The arguments of trials: how many there were, and at which places what is told alone, and which."""
+    """The arguments of trials: how many there were, and at which places what is told alone, and which.
 
-    number: int
-    telling: tuple[tuple[int, tuple[Any, ...]], ...]
+    ``number`` is None where there were more in one than in another: calls with others are no matter then. ``streams``
+    are the numbers of streams that were made of them, empty where none is known.
+    """
+
+    number: int | None
+    telling: tuple[tuple[int, tuple[Any, ...]], ...] = ()
+    streams: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, calls: Sequence[Told]) -> Tried | None:
-        """Of calls, as :func:`told` has them; None of none, or of different numbers of arguments."""
-        counts = set(map(len, calls))
+    def of(cls, calls: Sequence[Told], streams: Iterable[int] = ()) -> Tried:
+        """Of calls, as :func:`told` has them."""
+        counts, of_streams = set(map(len, calls)), tuple(sorted(streams))
         if len(counts) != 1:
-            return None
+            return cls(None, streams=of_streams)
         telling = [
             (place, tuple(dict.fromkeys(values)))
             for place, values in enumerate(zip(*calls, strict=True))
             if _tells(values)
         ]
-        return cls(counts.pop(), tuple(telling))
+        return cls(counts.pop(), tuple(telling), of_streams)
 
     def bring(
         self, parameters: Parameters | None, needed: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, ...] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments of a call as trials had them; None for others, with which the method's own code has to run.
 
         An argument that trials had and the call has not is the method's default, but for the first ``needed`` of them.
         """
+        if self.number is None:
+            return args, kwargs
         if not kwargs and len(args) == self.number:
-            return args if not self.telling or self._are_told(args) else None
+            return (args, kwargs) if not self.telling or self._are_told(args) else None
         if parameters is None or len(args) > max(self.number, len(parameters.placed)):
             return None
         placed, named = parameters.placed, dict(kwargs)
@@ -117,7 +124,7 @@ class Tried(NamedTuple):
                 found[place] = placed[place].default
         if len(found) < self.number or any(value is Absent for value in found):
             return None
-        return tuple(found) if self._are_told(found) else None
+        return (tuple(found), {}) if self._are_told(found) else None
 
     def _are_told(self, values: Sequence[Any]) -> bool:
         """Whether what tells is as a trial gave it."""

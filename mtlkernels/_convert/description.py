@@ -89,16 +89,22 @@ class TrunkDescription:
         """A method with one level."""
         return cls(levels=lambda module: (level,), **options)
 
-    def call(self, module: Any, plan: Sequence[Routing | None], args: Any, kwargs: Any) -> tuple[Any] | None:
-        """What the method returns, by itself; None where the class's own code has to run."""
+    def call(
+        self, module: Any, plan: Sequence[Routing | None], args: Any, kwargs: Any, counts: set[int] | None = None
+    ) -> tuple[Any] | None:
+        """What the method returns, by itself; None where the class's own code has to run.
+
+        ``counts`` gets the number of its streams, where it is given.
+        """
         if module._forward_hooks and module._parameters:
             return None  # TorchJD's autogram looks for its parameters, and may not find them behind a fused level
         tried: Tried | None = vars(module).get(TRIED)
         if tried is not None:
-            args, kwargs = tried.bring(module._mtlkernels_parameters, self.needed, args, kwargs), {}
-            if args is None:
+            brought = tried.bring(module._mtlkernels_parameters, self.needed, args, kwargs)
+            if brought is None:
                 _decisions.note(type(module).__name__, "its own code", "no trial had such arguments")
                 return None
+            args, kwargs = brought
         call = _SmallCall.of(self, module, args, kwargs)
         if call is not None and call.has_too_few_rows():
             return None
@@ -119,6 +125,9 @@ class TrunkDescription:
             streams = self.streams(module, args, kwargs)
             if streams is None or not all(x.dim() == 2 and x.layout is torch.strided for x in streams):
                 return None
+            if not _are_as_tried(streams, tried):
+                _decisions.note(type(module).__name__, "its own code", "no trial had such streams")
+                return None
         x = _first_tensor((args, kwargs)) if streams is None else streams[0]
         dtype = None if streams is None else streams[0].dtype
         prepare = functools.partial(_prepare, levels, plan, numbers, module, x, dtype, call)
@@ -134,6 +143,11 @@ class TrunkDescription:
             if streams is None:
                 return None
             _check_streams(streams)
+            if not _are_as_tried(streams, tried):
+                _check_can_be_repeated(module, streams, tried)
+                return None
+        if counts is not None:
+            counts.add(len(streams))
         for i, level in enumerate(levels):
             mixed = serving[i].serve(plan[i], streams) if kept else None  # type: ignore[index]
             if mixed is None:
@@ -241,6 +255,28 @@ def _serving(
         Serving(calls.of(number), functools.partial(level.roots, module, routing))  # type: ignore[arg-type]
         for level, routing, number in zip(levels, plan, numbers, strict=True)
     ]
+
+
+def _are_as_tried(streams: Sequence[Tensor], tried: Tried | None) -> bool:
+    """Whether there are as many streams as in a trial, with one number of rows, where own code may broadcast some."""
+    count = len(streams)
+    if count == 0 or (tried is not None and tried.streams and count not in tried.streams):
+        return False
+    if count == 1:
+        return True
+    first = streams[0]
+    rows = first.size(0)
+    return all([x is first or x.size(0) == rows for x in streams])
+
+
+def _check_can_be_repeated(module: Any, streams: Sequence[Tensor], tried: Tried | None) -> None:
+    """In evaluation own code may do again what ``inputs`` did; in training norms would have the batch twice."""
+    if any(part.training for part in module.modules()):
+        count = f"{tried.streams[0]} streams" if tried is not None and len(tried.streams) == 1 else "streams"
+        raise ValueError(
+            f"inputs, with which this class is registered, must give {count} [B, D] of one B in training, got shapes "
+            f"{[list(x.shape) for x in streams]}; it has to return None for a call that the class's own code is to run"
+        )
 
 
 def _check_streams(streams: Sequence[Tensor]) -> None:

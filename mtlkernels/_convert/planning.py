@@ -30,7 +30,7 @@ class Plan(NamedTuple):
 
     ``routings`` has for each level its Routing, None for one that is left alone, and is None where all are; ``lines``
     is the report; ``own_under_autocast`` whether its own code is to run under autocast; ``tried`` with which arguments
-    it was tried, None where calls with others are no matter.
+    it was tried, and with how many streams, None where calls with others are no matter.
     """
 
     routings: tuple[Routing | None, ...] | None
@@ -141,6 +141,7 @@ def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) 
     The verdict is None where nothing is wrong.
     """
     calls: list[Told] = []
+    counts: set[int] = set()
 
     def arguments(other: Any, rows: int, generator: torch.Generator) -> tuple[Any, ...]:
         if trunk.example is not None:
@@ -151,9 +152,9 @@ def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) 
         return given
 
     def fused(other: Any, *args: Any) -> Any:
-        result = trunk.call(other, plan, args, {})
+        result = trunk.call(other, plan, args, {}, counts)
         if result is None:
-            raise NotFused("inputs gave None, or no streams [B, D], for the arguments of the trial")
+            raise NotFused("inputs gave None, or no streams [B, D] of one B, for the arguments of the trial")
         return result[0]
 
     def original(other: Any, *args: Any) -> Any:
@@ -165,7 +166,7 @@ def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) 
         return widths_dropped(chains), len(streams[0]) if streams else 0
 
     options = {"method": trunk.method, "original": original, "drops": drops, **trunk.trial(module)}
-    return disagreement(module, fused, arguments, **options), Tried.of(calls)
+    return disagreement(module, fused, arguments, **options), Tried.of(calls, counts)
 
 
 def _random_streams(

@@ -114,8 +114,9 @@ class Registration:
             routing: from an instance, its :class:`mtlkernels.Routing`; asked once, by ``convert``.
             inputs: from an instance and the arguments of ``forward``, the G input streams [B, D]; None leaves that call
                 to the original code, as does an argument that no trial gave, unless it has its default's value, and
-                another flag, word or number than trials gave; a number that differs between trials may be any. By
-                default ``forward`` takes one tensor, or a sequence of G.
+                another flag, word or number than trials gave; a number that differs between trials may be any. More or
+                fewer streams than trials had, or streams of several B, run it too. By default ``forward`` takes one
+                tensor, or a sequence of G.
             arguments: the inverse, with which the class is tried: from an instance and G streams, the arguments of
                 ``forward``, a tuple. It or ``example`` is needed beside ``inputs``.
             outputs: from an instance and the K mixtures [B, H], what ``forward`` returns. By default a list of them.
@@ -127,7 +128,9 @@ class Registration:
                 next level reads, or that ``outputs`` takes. By default the mixtures.
             example: in the place of ``arguments`` where ``inputs`` does more than pick its arguments apart (an
                 embedding, say): from an instance and a number of rows, arguments of ``forward``, a tuple. ``inputs`` is
-                then called once a call, as the original code's beginning is, and has to give streams [B, D] or None.
+                then called once a call, as the original code's beginning is, and has to give as many streams [B, D] of
+                one B as trials had, or None: others run the original code in evaluation, which does that beginning
+                again, and are a ``ValueError`` in training.
             method: the name of the method to replace, where it is not ``forward``.
 
         Raises:
