@@ -52,6 +52,9 @@ SITUATIONS = (
     Situation("in training with small inputs", True, scale=1e-3),
     Situation("in evaluation with large inputs", False, scale=1e3),
     Situation("in training with large inputs", True, scale=30.0, gradients=True),
+    # Where some shares of gates are small: inputs of ordinary size give none below 0.01, and large ones 0 and 1 alone.
+    Situation("in evaluation with inputs of size 30", False, scale=30.0, gradients=True),
+    Situation("in evaluation with inputs of size 8", False, scale=8.0),
     Situation("under autocast", True, autocast=True),
     Situation("in evaluation with large weights", False, scale=3.0, weights=20.0),
     Situation("in training with large weights", True, scale=3.0, weights=20.0),

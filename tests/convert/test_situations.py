@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import mtlkernels as mk
 from mtlkernels._convert import registry, trial
+from tests.convert.doubles import mixed
 from tests.convert.edits import Edited, TopKOfManyRows
 from tests.convert.test_edits import register
 
@@ -38,6 +40,19 @@ class ClampedInTraining(Edited):
     def logits(self, k: int, x: Tensor) -> Tensor:
         z = super().logits(k, x)
         return z.clamp(-9, 9) if self.training else z
+
+
+def pruned(least: float, also_with_gradients: bool) -> type[Edited]:
+    """A class that serves without the experts that a gate hardly uses, perhaps only where nothing is differentiated."""
+
+    class Pruned(Edited):
+        def mix(self, k: int, logits: Tensor, hidden: list[Tensor]) -> Tensor:
+            shares = logits.softmax(1)
+            if not self.training and (also_with_gradients or not torch.is_grad_enabled()):
+                shares = shares.masked_fill(shares < least, 0)
+            return mixed(shares, hidden)
+
+    return Pruned
 
 
 class ClampedWeights(Edited):
@@ -137,6 +152,16 @@ def test_an_edit_is_left_alone(name: str) -> None:
     make, reason = EDITS[name]
     (line,) = mk.convert(make()).left_alone
     assert line.detail.startswith(reason)
+
+
+@pytest.mark.parametrize("also_with_gradients", [True, False])
+@pytest.mark.parametrize("least", [0.05, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_shares_that_are_left_out_in_serving(least: float, also_with_gradients: bool) -> None:
+    """Inputs of ordinary size give none so small, but weights that are trained do."""
+    kind = pruned(least, also_with_gradients)
+    register(kind)
+    (line,) = mk.convert(kind()).left_alone
+    assert least > 1e-3 or line.detail.startswith("in evaluation with inputs of size ")
 
 
 def test_a_trial_freezes_what_is_frozen() -> None:
