@@ -13,7 +13,7 @@ from mtlkernels import _torch
 from mtlkernels._convert.arguments import Told, Tried, told
 from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
 from mtlkernels._convert.classes import is_torchs
-from mtlkernels._convert.description import TrunkDescription
+from mtlkernels._convert.description import TrunkDescription, one_argument
 from mtlkernels._convert.dropouts import widths_dropped
 from mtlkernels._convert.evaluation import several_dtypes
 from mtlkernels._convert.gates import Gate, has_equal_shares, size_of
@@ -157,8 +157,14 @@ def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) 
             raise NotFused("inputs gave None, or no streams [B, D] of one B, for the arguments of the trial")
         return result[0]
 
+    failed = False
+
     def original(other: Any, *args: Any) -> Any:
-        return other(*args) if trunk.method == "forward" else getattr(other, trunk.method)(*args)
+        nonlocal failed
+        failed = True
+        result = other(*args) if trunk.method == "forward" else getattr(other, trunk.method)(*args)
+        failed = False
+        return result
 
     def drops(other: Any, args: tuple[Any, ...]) -> tuple[dict[int, int | None], int]:
         levels, streams = trunk.levels(other), trunk.streams(other, args, {})
@@ -166,7 +172,12 @@ def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) 
         return widths_dropped(chains), len(streams[0]) if streams else 0
 
     options = {"method": trunk.method, "original": original, "drops": drops, **trunk.trial(module)}
-    return disagreement(module, fused, arguments, **options), Tried.of(calls, counts)
+    verdict = disagreement(module, fused, arguments, **options)
+    listed = trunk.example is None and trunk.arguments is one_argument and plan[0].num_inputs > 1
+    if failed and listed and verdict is not None and verdict.reason is not None:
+        words = f"; its routing has {plan[0].num_inputs} input streams, given in a list; single_input=True is for one"
+        verdict = verdict._replace(reason=verdict.reason + words)
+    return verdict, Tried.of(calls, counts)
 
 
 def _random_streams(
@@ -176,17 +187,33 @@ def _random_streams(
     count, gates = routing.num_inputs, level.read_gates(module)
     at = level.read_gate_inputs(module, gates, routing)
     if at is not None:
-        count = max(count, *(i + 1 for i, gate in zip(at, gates, strict=True) if not has_equal_shares(gate)))
+        count = max([count, *(i + 1 for i, gate in zip(at, gates, strict=True) if not has_equal_shares(gate))])
     elif level.num_streams is not None:
         count = level.num_streams(module)
     elif count > 1:  # without shared experts, a shared gate alone reads the last stream
         count = max(count, routing.num_gates)
-    chains = [chain for chain in (*level.experts(module), *level.gates(module)) if chain is not None]
-    steps = [step for chain in chains for step in flatten(chain) if isinstance(step, (nn.Module, Product))]
-    width = next((found for found in map(_features, steps) if found is not None), None)
-    if width is None:
+    if at is None:
+        at = range(len(gates)) if count > 1 else [0] * len(gates)
+    readers = [
+        *zip(routing.expert_inputs, level.experts(module), strict=True),
+        *zip(at, level.gates(module), strict=True),
+    ]
+    widths: dict[int, int] = {}
+    for stream, chain in readers:
+        width = None if stream in widths else _width(chain)
+        if width is not None:
+            widths[stream] = width
+    if not widths:
         raise ValueError("no layer of its experts and gates has a matrix, which would tell how wide its inputs are")
-    return [torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(count)]
+    usual = next(iter(widths.values()))  # of a stream of which no reader tells
+    shapes = [(rows, widths.get(stream, usual)) for stream in range(count)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def _width(chain: Chain) -> int | None:
+    """How wide a stream is that a chain reads, None where no step of it tells."""
+    steps = [step for step in flatten(chain) if isinstance(step, (nn.Module, Product))] if chain is not None else []
+    return next((found for found in map(_features, steps) if found is not None), None)
 
 
 def _features(step: nn.Module | Product) -> int | None:

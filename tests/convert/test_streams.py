@@ -211,3 +211,62 @@ def test_another_number_of_streams_behind_an_embedding() -> None:
         ValueError, match=r"must give 2 streams \[B, D\] of one B in training, got shapes \[\[40, 8\]\]"
     ):
         model.train()(items, items)
+
+
+class NarrowUser(GatesOfUser):
+    """Whose gates read a stream of another width than experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Linear(5, 3) for _ in range(TASKS))
+
+
+def test_streams_of_several_widths(fused_calls: list[int]) -> None:
+    """Each is tried as wide as the expert or gate that reads it takes it."""
+    mk.convert.register(
+        NarrowUser,
+        **GATES_OF_USER,
+        inputs=lambda model, *streams: streams,
+        arguments=lambda model, streams: tuple(streams),
+    )
+    own = NarrowUser()
+    model = copy.deepcopy(own)
+    assert mk.convert(model).replaced
+    assert_same(model, own, ITEMS, USER[:, :5])
+    assert fused_calls
+
+
+class Means(Pair):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.relu(expert(x)) for expert in self.experts], 1).mean(1)] * TASKS
+
+
+def test_means_with_gate_inputs() -> None:
+    """Which none of them reads."""
+    description = {**PAIRS[ExpertOfUser], "routing": lambda model: mk.Routing.mmoe(3, TASKS)}
+    mk.convert.register(Means, **{**description, "gates": lambda model: [None] * TASKS})
+    own = Means()
+    model = copy.deepcopy(own)
+    assert mk.convert(model).replaced
+    assert_same(model, own, ITEMS)
+
+
+class OneInput(CGC):
+    def forward(self, x: Tensor, *others: Any) -> list[Tensor]:  # type: ignore[override]
+        return super().forward([x] * (TASKS + 1))
+
+
+@pytest.mark.parametrize("single_input", [True, False])
+def test_a_routing_of_several_streams_for_one_input(single_input: bool) -> None:
+    """The report says how one describes it."""
+    mk.convert.register(
+        OneInput,
+        experts=lambda model: [[expert, "relu"] for expert in (*model.specific, model.shared)],
+        gates=lambda model: model.gates,
+        routing=lambda model: mk.Routing.cgc(TASKS, 1, 1, single_input=single_input),
+    )
+    (line,) = mk.convert(OneInput()).lines
+    assert (line.action == "replaced") == single_input
+    words = "; its routing has 3 input streams, given in a list; single_input=True is for one"
+    assert line.detail.startswith("it fails in a trial: TypeError: linear()") != single_input
+    assert line.detail.endswith(words) != single_input
