@@ -14,6 +14,7 @@ from mtlkernels._convert.calls import CALLS
 from mtlkernels._convert.classes import (
     CLASS_ATTRIBUTE,
     CLASSES,
+    LENGTHS,
     OWN_UNDER_AUTOCAST,
     PLAN,
     SERVES_ONLY,
@@ -157,6 +158,7 @@ def _convert(module: nn.Module, path: str, force: bool) -> list[Line]:
             return [_left_alone(line, str(error)) for line in planned]
         module.__class__ = kind
         vars(module).update({PLAN: plan, CLASSES: tried, WATCHED: found, SOFTMAXES: converter.softmaxes(module)})
+        vars(module)[LENGTHS] = converter.lengths(module)
         if force:
             vars(module)[FORCE] = True
         if own_under_autocast:
@@ -171,8 +173,12 @@ def _was_changed(module: nn.Module) -> bool:
     if changed(module, vars(module).get(WATCHED, ())):
         return True
     trunk, softmaxes = getattr(module, "_mtlkernels_trunk", None), vars(module).get(SOFTMAXES)
+    if trunk is None or softmaxes is None:
+        return False
     try:
-        return trunk is not None and softmaxes is not None and trunk.softmaxes(module) != softmaxes
+        pairs = zip(vars(module)[PLAN], trunk.levels(module), strict=True)
+        rerouted = any(routing is not None and level.routing(module) != routing for routing, level in pairs)
+        return rerouted or trunk.softmaxes(module) != softmaxes
     except Exception:  # of a description that what has become of the module does not fit
         return True
 
@@ -204,7 +210,7 @@ def revert(model: nn.Module) -> ConversionReport:
 
 
 def _unconvert(module: nn.Module, original: type) -> None:
-    for name in (PLAN, CLASSES, SOFTMAXES, WATCHED, TRIED, CALLS, FORCE, OWN_UNDER_AUTOCAST, SERVES_ONLY):
+    for name in (PLAN, CLASSES, SOFTMAXES, LENGTHS, WATCHED, TRIED, CALLS, FORCE, OWN_UNDER_AUTOCAST, SERVES_ONLY):
         vars(module).pop(name, None)
     module.__class__ = original  # at last: until then a second call finds what an interrupt has left
 

@@ -26,6 +26,8 @@ CLASSES = "_mtlkernels_classes"
 OWN_UNDER_AUTOCAST = "_mtlkernels_own_under_autocast"
 # Of an instance in a copy that ``mtlkernels.prepare`` has made: a call in training mode is refused.
 SERVES_ONLY = "_mtlkernels_serves_only"
+# How many modules each of its lists had then, see ``levels.lengths``.
+LENGTHS = "_mtlkernels_lengths"
 # Of each of its levels then: which gates had a softmax of their own.
 SOFTMAXES = "_mtlkernels_softmaxes"
 # What its code read then beside tensors and parts, see ``watched.py``.

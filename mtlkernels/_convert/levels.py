@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtlkernels import _decisions, _torch
 from mtlkernels._backends import autocast_enabled
 from mtlkernels._convert.calls import Readings
 from mtlkernels._convert.chains import Chain
-from mtlkernels._convert.classes import CLASSES, OWN_UNDER_AUTOCAST, is_torchs, original_class
+from mtlkernels._convert.classes import CLASSES, LENGTHS, OWN_UNDER_AUTOCAST, is_torchs, original_class
 from mtlkernels._convert.evaluation import Parts, any_drops, any_of_inference, held_by, read_experts, several_dtypes
 from mtlkernels._convert.gates import has_equal_shares, has_softmax, read_gate, size_of
 from mtlkernels._convert.paying import Size, pays, size_of_call
 from mtlkernels.ops._fusing import has_gradient_hooks, has_hooks
 from mtlkernels.routing import Routing
 
+_LISTS, _DEEPEST = (nn.ModuleList, nn.ModuleDict), 4
 TOO_FEW_ROWS = "its experts cannot be fused now, or that is no faster on so few rows"
 
 
@@ -32,6 +33,29 @@ def cgc(specific: Iterable[Sized], shared: Sized, **options: bool) -> Routing:
     """The routing of CGC with these lists of experts, one a task."""
     counts = [len(experts) for experts in specific]
     return Routing.cgc(len(counts), counts, len(shared), **options)
+
+
+def lengths(module: Any) -> tuple[int, ...]:
+    """How many modules there are in each list or dictionary of a module and its parts, as routings are counted by.
+
+    Lists within lists are looked at where the first entry is one, and not what experts in a list are made of.
+    """
+    found: list[int] = []
+    _add_lengths(module, found)
+    return tuple(found)
+
+
+def _add_lengths(module: Any, found: list[int], depth: int = 0) -> None:
+    listed = isinstance(module, _LISTS)
+    for inner in module._modules.values():
+        if isinstance(inner, _LISTS):
+            found.append(len(inner._modules))
+        elif listed:
+            return
+        elif inner is None or not inner._modules or is_torchs(type(inner)):
+            continue
+        if depth < _DEEPEST:  # a part may hold itself
+            _add_lengths(inner, found, depth + 1)
 
 
 class _Call(NamedTuple):
@@ -52,7 +76,8 @@ class LevelDescription:
         experts: from an instance, its experts' chains, in the order of the routing.
         gates: from an instance, the chains that give each gate's logits, perhaps with a softmax and a dropout behind;
             None for equal shares.
-        routing: from an instance, who reads what; asked for once.
+        routing: from an instance, who reads what; asked for once, and again where the lists of an instance have other
+            lengths than then.
         parts: from an instance, the modules that are not called any more, on which a hook may be.
         num_streams: from an instance, how many streams it takes; None for as many as experts and gates read.
         gate_inputs: from an instance, the number of the stream that each gate reads; None: gate k reads stream k.
@@ -152,6 +177,9 @@ class LevelDescription:
         gates: list[Any] = list(map(read_gate, gate_chains))
         if (len(chains), len(gates)) != (routing.num_experts, routing.num_gates):
             return "it has other numbers of experts and gates than when it was converted"
+        then = vars(module).get(LENGTHS)
+        if then is not None and lengths(module) != then and not self._routes_as(module, routing):
+            return "its experts read other streams, or its gates mix others, than when it was converted"
         if softmaxes is not None and list(map(has_softmax, gates)) != list(softmaxes):
             return "a gate ends with a softmax, or with none, unlike when it was converted"
         if autocast and OWN_UNDER_AUTOCAST in vars(module):
@@ -176,6 +204,13 @@ class LevelDescription:
         if several_dtypes(experts[0], gates, dtype) and not autocast:
             return "it has parameters of several dtypes, or of another than its input"
         return Parts(chains, *experts, gates, routing, size.rows, self.read_gate_inputs(module, gates, routing))
+
+    def _routes_as(self, module: Any, routing: Routing) -> bool:
+        """Whether its routing is still that; no compiler is to trace how one is made."""
+        try:
+            return not _torch.compiling() and self.routing(module) == routing
+        except Exception:  # of a description that what has become of the module does not fit
+            return False
 
 
 def any_wants_gradient(modules: Iterable[Any]) -> bool:

@@ -111,7 +111,8 @@ class Registration:
             kind: the class.
             experts: from an instance, its experts in the order of the routing; asked at every call.
             gates: from an instance, its gates in the order of the routing; asked at every call.
-            routing: from an instance, its :class:`mtlkernels.Routing`; asked once, by ``convert``.
+            routing: from an instance, its :class:`mtlkernels.Routing`; asked by ``convert``, and again where lists of
+                modules in the instance have other lengths than then: with another routing the original code runs.
             inputs: from an instance and the arguments of ``forward``, the G input streams [B, D]; None leaves that call
                 to the original code, as does an argument that no trial gave, unless it has its default's value, and
                 another flag, word or number than trials gave; a number that differs between trials may be any. More or

@@ -13,6 +13,7 @@ from torch import nn
 from mtlkernels._convert.activations import full_name
 from mtlkernels._convert.classes import Fused, description_of
 from mtlkernels._convert.description import Softmaxes, TrunkDescription
+from mtlkernels._convert.levels import lengths
 from mtlkernels._convert.planning import Plan, left_alone, plan_trunk
 
 # Libraries on PyPI by their package: the name there, the versions that were read, the file here with ``DESCRIPTIONS``,
@@ -56,6 +57,8 @@ class Converter:
         read: from an instance, the modules that each call reads.
         writes: attributes that each call writes.
         softmaxes: from an instance, for each level which gates have a softmax of their own.
+        lengths: from an instance, those of its lists, of which a user's routing may be made; None where routings are
+            made of attributes, which are watched.
     """
 
     plan: Callable[[nn.Module, str], Plan]
@@ -65,6 +68,7 @@ class Converter:
     read: Callable[[nn.Module], Iterable[Any]] = lambda module: ()
     writes: Sequence[str] = ()
     softmaxes: Callable[[nn.Module], Softmaxes] = lambda module: ()
+    lengths: Callable[[nn.Module], tuple[int, ...] | None] = lambda module: None
 
 
 class FusedRegistered(Fused):
@@ -87,8 +91,8 @@ def find_converter(module: nn.Module) -> Converter | None:
         if base in _registered:
             trunk = _registered[base]
             plan = functools.partial(plan_trunk, trunk, base)
-            read, softmaxes = trunk.read, trunk.softmaxes
-            return Converter(plan, FusedRegistered, trunk.method, read=read, softmaxes=softmaxes)
+            of_instance: Any = {"read": trunk.read, "softmaxes": trunk.softmaxes, "lengths": lengths}
+            return Converter(plan, FusedRegistered, trunk.method, **of_instance)
         package, _, name = full_name(base).partition(".")
         if package in _LIBRARIES and name in _LIBRARIES[package][-1]:
             library, versions, file, _ = _LIBRARIES[package]

@@ -270,3 +270,56 @@ def test_a_routing_of_several_streams_for_one_input(single_input: bool) -> None:
     words = "; its routing has 3 input streams, given in a list; single_input=True is for one"
     assert line.detail.startswith("it fails in a trial: TypeError: linear()") != single_input
     assert line.detail.endswith(words) != single_input
+
+
+class Sides(nn.Module):
+    """Experts of two streams, in a list each, perhaps within another."""
+
+    def __init__(self, nested: bool = False) -> None:
+        super().__init__()
+        lists = [nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2)]
+        self.sides: Any = nn.ModuleList(lists) if nested else nn.Module()
+        if not nested:
+            self.user, self.item = lists
+        self.gates = nn.ModuleList(nn.Linear(8, 4) for _ in range(TASKS))
+
+    def lists(self) -> list[Any]:
+        return list(self.sides) if isinstance(self.sides, nn.ModuleList) else [self.user, self.item]
+
+    def forward(self, user: Tensor, item: Tensor) -> list[Tensor]:
+        pairs = zip(self.lists(), (user, item), strict=True)
+        hidden = torch.stack([torch.relu(expert(x)) for experts, x in pairs for expert in experts], 1)
+        return [(gate(user).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_expert_that_moves_to_another_stream(nested: bool, called: bool, fused_calls: list[int]) -> None:
+    """The experts are the same in the same order, but one of them is in another list."""
+    mk.convert.register(
+        Sides,
+        experts=lambda model: [[expert, "relu"] for experts in model.lists() for expert in experts],
+        gates=lambda model: model.gates,
+        routing=lambda model: mk.Routing(
+            [stream for stream, experts in enumerate(model.lists()) for _ in experts], [range(4)] * TASKS
+        ),
+        gate_inputs=lambda model: [0] * TASKS,
+        inputs=lambda model, *streams: streams,
+        arguments=lambda model, streams: tuple(streams),
+    )
+    own = Sides(nested)
+    model = copy.deepcopy(own)
+    assert mk.convert(model).replaced
+    if called:
+        assert_same(model, own, ITEMS, USER)
+        assert fused_calls
+    fused_calls.clear()
+    for each in (model, own):
+        user, item = each.lists()
+        item.insert(0, user.pop(1))
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(each, own, ITEMS, USER)
+    assert not fused_calls
+    assert mk.convert(model).replaced  # tried anew
+    assert_same(model, own, ITEMS, USER)
+    assert fused_calls
