@@ -123,7 +123,7 @@ class TrunkDescription:
         streams = None
         if not self.embeds:
             streams = self.streams(module, args, kwargs)
-            if streams is None or not all(x.dim() == 2 and x.layout is torch.strided for x in streams):
+            if streams is None:
                 return None
             if not _are_as_tried(streams, tried):
                 _decisions.note(type(module).__name__, "its own code", "no trial had such streams")
@@ -258,15 +258,18 @@ def _serving(
 
 
 def _are_as_tried(streams: Sequence[Tensor], tried: Tried | None) -> bool:
-    """Whether there are as many streams as in a trial, with one number of rows, where own code may broadcast some."""
-    count = len(streams)
-    if count == 0 or (tried is not None and tried.streams and count not in tried.streams):
+    """Whether streams are dense and [B, D] with one B, where own code may broadcast some, and as many as in a trial."""
+    if tried is not None and tried.streams and len(streams) not in tried.streams:
         return False
-    if count == 1:
-        return True
-    first = streams[0]
-    rows = first.size(0)
-    return all([x is first or x.size(0) == rows for x in streams])
+    strided, rows = torch.strided, None
+    for x in streams:
+        if x.dim() != 2 or x.layout is not strided:
+            return False
+        if rows is None:
+            rows = x.size(0)
+        elif x.size(0) != rows:
+            return False
+    return rows is not None
 
 
 def _check_can_be_repeated(module: Any, streams: Sequence[Tensor], tried: Tried | None) -> None:
