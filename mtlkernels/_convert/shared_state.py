@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mtlkernels.routing import Routing
+
 if TYPE_CHECKING:
     from mtlkernels._convert.reached import Reached
 
@@ -148,7 +150,7 @@ class SharedState:
                 self._keep(name, vars(part))
                 for tensor in (*part._parameters.values(), *part._buffers.values()):
                     self._keep(name, tensor)
-        elif is_object(value):
+        elif is_object(value) and not isinstance(value, Routing):  # that keeps what was made for it, unseen
             self._seen.add(id(value))
             self._keep(name, vars(value))
             for inner, part in list(vars(value).items()):

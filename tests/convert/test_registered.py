@@ -349,3 +349,34 @@ def test_numpy_is_not_needed() -> None:
     result = subprocess.run([sys.executable, "-c", without + program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("replaced")
+
+
+class WithRouting(nn.Module):
+    """Whose class has its routing, as all instances have one."""
+
+    routing = mk.Routing.mmoe(3, 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 5) for _ in range(3))
+        self.gates = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        assert self.routing.num_experts == len(self.experts)
+        hidden = torch.stack([expert(x) for expert in self.experts], 1)
+        return [(gate(x).softmax(1).unsqueeze(1) @ hidden).squeeze(1) for gate in self.gates]
+
+
+def test_a_routing_of_the_class() -> None:
+    """It keeps what was made for it, which is not a change that forward makes."""
+    mk.convert.register(
+        WithRouting,
+        experts=lambda model: model.experts,
+        gates=lambda model: model.gates,
+        routing=lambda model: model.routing,
+    )
+    model = WithRouting()
+    x = torch.randn(7, 6)
+    expected = model(x)
+    assert mk.convert(model).replaced
+    torch.testing.assert_close(list(model(x)), expected)
