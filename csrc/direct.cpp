@@ -5,6 +5,7 @@
 
 #include "direct.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/randint.h>
@@ -298,6 +299,8 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
 py::object layerwise_level_from_python(py::handle inputs, py::handle weights, py::handle biases, py::handle gate_logits,
                                        py::handle norms, py::handle slopes, std::vector<int64_t> ints,
                                        std::vector<double> floats, bool by_name) {
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  at::Tensor random_state;  // of before the seed was drawn
   try {
     const py::none none;
     const LevelSpec spec(std::move(ints), std::move(floats));
@@ -319,13 +322,18 @@ py::object layerwise_level_from_python(py::handle inputs, py::handle weights, py
     {
       const py::gil_scoped_release release;
       const int64_t rows = call.tensors.inputs[0].size(0);
-      const at::Tensor seed = drops ? at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong) : at::Tensor();
+      at::Tensor seed;
+      if (drops) {
+        random_state = generator.get_state();
+        seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong);
+      }
       LevelResults results = train_level(spec, call.tensors, seed, wanted);
       modules.update(at::TensorList(results.saved).slice(wanted ? spec.layers() : 0), rows);
       outputs = wanted ? with_level_node(spec, given, seed, std::move(results), by_name) : std::move(results.outputs);
     }
     return wrapped_groups<py::tuple>({&outputs});
   } catch (const Refused&) {
+    if (random_state.defined()) generator.set_state(random_state);
     return py::none();
   }
 }

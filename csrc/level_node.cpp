@@ -33,9 +33,9 @@ namespace py = pybind11;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// What a node keeps beside tensors, by name. Compiled autograd wants to hash it, so that it is made of strings and
-// ints.
-const std::string kSpec = "spec";      // the level's ints, byte by byte
+// What a node keeps beside tensors, by name. Compiled autograd wants to hash it, so that it is made of ints and of
+// strings that are UTF-8.
+const std::string kSpec = "spec";      // the level's ints, as text_of their bytes
 const std::string kFloats = "floats";  // and floats
 const std::string kWanted = "wanted";  // of each tensor: a byte of those below
 const std::string kWay = "way";        // bits of those below
@@ -53,6 +53,25 @@ std::string bytes_of(const std::vector<T>& values) {
   return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)};
 }
 
+// Two letters for each byte, and back.
+std::string text_of(std::string_view bytes) {
+  std::string text;
+  text.reserve(2 * bytes.size());
+  for (const char byte : bytes) {
+    text += static_cast<char>('a' + (static_cast<unsigned char>(byte) >> 4));
+    text += static_cast<char>('a' + (byte & 15));
+  }
+  return text;
+}
+
+std::string bytes_of_text(std::string_view text) {
+  std::string bytes(text.size() / 2, '\0');
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    bytes[i] = static_cast<char>((text[2 * i] - 'a') << 4 | (text[2 * i + 1] - 'a'));
+  }
+  return bytes;
+}
+
 template <typename T>
 std::vector<T> values_of(std::string_view bytes) {
   std::vector<T> values(bytes.size() / sizeof(T));
@@ -64,8 +83,10 @@ class Context {
  public:
   explicit Context(AutogradContext* context) : context_(context) {}
 
-  LevelSpec spec() const { return LevelSpec(values_of<int64_t>(words()), values_of<double>(string(kFloats))); }
-  const std::string& words() const { return string(kSpec); }
+  LevelSpec spec() const {
+    return LevelSpec(values_of<int64_t>(words()), values_of<double>(bytes_of_text(string(kFloats))));
+  }
+  std::string words() const { return bytes_of_text(string(kSpec)); }
   const std::string& wanted() const { return string(kWanted); }
   bool recorded() const { return (integer(kWay) & kRecorded) != 0; }
   bool by_name() const { return (integer(kWay) & kByName) != 0; }
@@ -247,7 +268,7 @@ auto make_node() {
 
 // Gives outputs a node, which is what torch::autograd::Function::apply does with them, but for the inputs' shapes,
 // which nobody reads. `words` are the spec's ints, and `floats` its floats.
-Tensors with_node(std::string words, std::string floats, const Tensors& tensors, const at::Tensor& seed,
+Tensors with_node(std::string_view words, std::string_view floats, const Tensors& tensors, const at::Tensor& seed,
                   LevelResults results, int64_t way) {
   Tensors given;  // the tensors that there are: each has an edge
   std::string wanted;
@@ -261,8 +282,8 @@ Tensors with_node(std::string words, std::string floats, const Tensors& tensors,
   node->is_variable_input_.assign(given.size(), true);
   AutogradContext& context = node->ctx_;
   context.set_materialize_grads(false);
-  context.saved_data[kSpec] = std::move(words);
-  context.saved_data[kFloats] = std::move(floats);
+  context.saved_data[kSpec] = text_of(words);
+  context.saved_data[kFloats] = text_of(floats);
   context.saved_data[kWanted] = std::move(wanted);
   context.saved_data[kWay] = way;
   context.saved_data[kSaved] = static_cast<int64_t>(results.saved.size());
@@ -290,7 +311,7 @@ py::list recorded_level(py::handle tensors, py::handle found, std::string words,
   const Tensors given = unwrapped(tensors);
   {
     const py::gil_scoped_release release;  // see has_tangent
-    outputs = with_node(std::move(words), {}, given, {}, std::move(results), way);
+    outputs = with_node(words, {}, given, {}, std::move(results), way);
   }
   return wrapped(outputs);
 }

@@ -55,20 +55,37 @@ bool has_width(PyObject* own, bool batch, int64_t width) {
   return sizes && PyTuple_Check(sizes) && PyTuple_GET_SIZE(sizes) == 1 && is_int(PyTuple_GET_ITEM(sizes, 0), width);
 }
 
-// Memory to write to past the dispatcher.
-bool is_writable(const at::Tensor& tensor, at::ScalarType dtype, int64_t dim, int64_t numel) {
-  return tensor.scalar_type() == dtype && tensor.dim() == dim && tensor.numel() == numel && tensor.is_contiguous() &&
-         tensor.is_cpu() && !tensor.requires_grad() && !tensor.is_inference() &&
-         tensor.storage().nbytes() >= reached_bytes(tensor);
+// Whether statistics may lie beside inputs of a dtype.
+bool goes_with(const at::Tensor& statistics, at::ScalarType dtype) {
+  return statistics.scalar_type() == dtype || (statistics.scalar_type() == at::kFloat && dtype != at::kDouble);
 }
 
-// PyTorch's lerp.
+// Memory to write to past the dispatcher.
+bool is_writable(const at::Tensor& tensor, int64_t dim, int64_t numel) {
+  return tensor.dim() == dim && tensor.numel() == numel && tensor.is_contiguous() && tensor.is_cpu() &&
+         !tensor.requires_grad() && !tensor.is_inference() && tensor.storage().nbytes() >= reached_bytes(tensor);
+}
+
+// PyTorch's lerp, of values that are of the running statistics' dtype S then.
+template <typename S, typename T>
+void move_towards(S* running, int64_t count, const T* values, T scale, T weight) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T value = static_cast<T>(static_cast<S>(values[i] * scale)), own = static_cast<T>(running[i]);
+    const T step = value - own;
+    running[i] = static_cast<S>(std::abs(weight) < T{0.5} ? own + weight * step : value - step * (1 - weight));
+  }
+}
+
 template <typename T>
 void move_towards(const at::Tensor& running, const T* values, T scale, T weight) {
-  T* const own = running.mutable_data_ptr<T>();
-  for (int64_t i = 0; i < running.numel(); ++i) {
-    const T value = values[i] * scale, step = value - own[i];
-    own[i] = std::abs(weight) < T{0.5} ? own[i] + weight * step : value - step * (1 - weight);
+  const auto as = [&](auto* own) { move_towards(own, running.numel(), values, scale, weight); };
+  switch (running.scalar_type()) {
+    case at::kBFloat16:
+      return as(running.mutable_data_ptr<at::BFloat16>());
+    case at::kHalf:
+      return as(running.mutable_data_ptr<at::Half>());
+    default:
+      return as(running.mutable_data_ptr<T>());
   }
 }
 
@@ -118,9 +135,9 @@ bool NormModules::read_module(PyObject* module, const LevelSpec& spec, int64_t l
   if (!batch) return true;
   if (!(eps >= 0) || std::find(batch_norms_.begin(), batch_norms_.end(), module) != batch_norms_.end()) return false;
   batch_norms_.push_back(module);
-  const at::ScalarType compute = tensors.inputs[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return tensors.inputs[0].dim() == 2 && tensors.inputs[0].size(0) >= 2 &&
-         read_running(own, of_layer.size(0), compute, {{}, {}, {}, 0, norms_, number % spec.experts()});
+  const at::Tensor& x = tensors.inputs[0];
+  return x.dim() == 2 && x.size(0) >= 2 &&
+         read_running(own, of_layer.size(0), x.scalar_type(), {{}, {}, {}, 0, norms_, number % spec.experts()});
 }
 
 bool NormModules::read_running(PyObject* own, int64_t width, at::ScalarType dtype, Running running) {
@@ -142,10 +159,11 @@ bool NormModules::read_running(PyObject* own, int64_t width, at::ScalarType dtyp
   } else if (!read_number(momentum, running.momentum) || std::isnan(running.momentum)) {
     return false;
   }
-  const bool fit = trains == Py_True && read_tensor(mean, running.mean) && read_tensor(variance, running.variance) &&
-                   is_writable(running.mean, dtype, 1, width) && is_writable(running.variance, dtype, 1, width) &&
-                   read_optional(count, running.count) &&
-                   (!running.count.defined() || is_writable(running.count, at::kLong, 0, 1));
+  const bool fit =
+      trains == Py_True && read_tensor(mean, running.mean) && read_tensor(variance, running.variance) &&
+      goes_with(running.mean, dtype) && is_writable(running.mean, 1, width) && goes_with(running.variance, dtype) &&
+      is_writable(running.variance, 1, width) && read_optional(count, running.count) &&
+      (!running.count.defined() || (running.count.scalar_type() == at::kLong && is_writable(running.count, 0, 1)));
   if (fit) running_.push_back(std::move(running));
   return fit;
 }

@@ -25,6 +25,7 @@ from mtlkernels._convert.classes import (
     is_torchs,
     original_class,
 )
+from mtlkernels._convert.levels import lengths
 from mtlkernels._convert.paying import FORCE, slower
 from mtlkernels._convert.registration import Registration
 from mtlkernels._convert.registry import find_converter, known_names
@@ -178,7 +179,11 @@ def _was_changed(module: nn.Module) -> bool:
     try:
         pairs = zip(vars(module)[PLAN], trunk.levels(module), strict=True)
         rerouted = any(routing is not None and level.routing(module) != routing for routing, level in pairs)
-        return rerouted or trunk.softmaxes(module) != softmaxes
+        if rerouted or trunk.softmaxes(module) != softmaxes:
+            return True
+        if vars(module).get(LENGTHS) is not None:
+            vars(module)[LENGTHS] = lengths(module)
+        return False
     except Exception:  # of a description that what has become of the module does not fit
         return True
 

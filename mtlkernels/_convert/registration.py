@@ -112,12 +112,13 @@ class Registration:
             experts: from an instance, its experts in the order of the routing; asked at every call.
             gates: from an instance, its gates in the order of the routing; asked at every call.
             routing: from an instance, its :class:`mtlkernels.Routing`; asked by ``convert``, and again where lists of
-                modules in the instance have other lengths than then: with another routing the original code runs.
+                modules in the instance have other lengths than then: with another routing the original code runs, and
+                under ``torch.compile`` with any, until the instance is converted again.
             inputs: from an instance and the arguments of ``forward``, the G input streams [B, D]; None leaves that call
                 to the original code, as does an argument that no trial gave, unless it has its default's value, and
-                another flag, word or number than trials gave; a number that differs between trials may be any. More or
-                fewer streams than trials had, or streams of several B, run it too. By default ``forward`` takes one
-                tensor, or a sequence of G.
+                another flag, word or number than trials gave, or that number in another type; a number that differs
+                between trials may be any. More or fewer streams than trials had, or streams of several B, run it too.
+                By default ``forward`` takes one tensor, or a sequence of G.
             arguments: the inverse, with which the class is tried: from an instance and G streams, the arguments of
                 ``forward``, a tuple. It or ``example`` is needed beside ``inputs``.
             outputs: from an instance and the K mixtures [B, H], what ``forward`` returns. By default a list of them.

@@ -33,7 +33,8 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     if not observed:
         check_memory("gate_weights", weights)
         check_memory("gate_biases", biases)
-    if observed or (x.is_cpu and x.shape[0] < _JOINT_ROWS):
+    few = torch.is_grad_enabled() and x.is_cpu and x.shape[0] < _JOINT_ROWS
+    if few or observed:
         return [F.linear(x, weight, *biases[k : k + 1]) for k, weight in enumerate(weights)]
     if not torch.is_grad_enabled():
         return _forward(x, weights, biases)

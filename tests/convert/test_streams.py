@@ -323,3 +323,32 @@ def test_an_expert_that_moves_to_another_stream(nested: bool, called: bool, fuse
     assert mk.convert(model).replaced  # tried anew
     assert_same(model, own, ITEMS, USER)
     assert fused_calls
+
+
+@pytest.mark.usefixtures("compiler")
+def test_another_list_that_grows(fused_calls: list[int]) -> None:
+    """The routing is as it was: fused as before, and by the compiler once it is converted again."""
+
+    class Tall(Sides):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = nn.ModuleList([nn.Linear(8, 1)])
+
+    mk.convert.register(
+        Tall,
+        experts=lambda model: [[expert, "relu"] for experts in model.lists() for expert in experts],
+        gates=lambda model: model.gates,
+        routing=lambda model: mk.Routing([0, 0, 1, 1], [range(4)] * TASKS),
+        gate_inputs=lambda model: [0] * TASKS,
+        inputs=lambda model, *streams: streams,
+        arguments=lambda model, streams: tuple(streams),
+    )
+    model = Tall()
+    assert mk.convert(model).replaced
+    model.towers.append(nn.Linear(8, 1))
+    model(ITEMS, ITEMS)
+    assert len(fused_calls) == 1
+    (line,) = mk.convert(model).lines
+    assert line.detail == "already converted"
+    torch.compile(model, fullgraph=True, backend="eager")(ITEMS, ITEMS)
+    assert len(fused_calls) == 2

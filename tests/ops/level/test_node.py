@@ -279,6 +279,16 @@ def test_compiled_autograd() -> None:
         torch.testing.assert_close(tuple(tensor.grad for tensor in level.tensors), expected)
 
 
+def test_compiled_autograd_of_many_experts() -> None:
+    """Of whose numbers not every byte is a letter."""
+    trunk = mk.nn.MMoE(6, 2, (5,), num_experts=200)
+    loss = sum(y.square().sum() for y in trunk(torch.randn(4, 6)))
+    assert isinstance(loss, Tensor)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    assert all(p.grad is not None for p in trunk.parameters())
+
+
 def test_an_error_in_python_reaches_the_caller() -> None:
     class Failing(Watching):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

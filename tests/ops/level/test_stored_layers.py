@@ -270,3 +270,53 @@ def test_rare_norms_are_as_by_the_checks(name: str, checked: Any) -> None:
     for a, b in zip(level.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(a, b)
         assert a._version == b._version
+
+
+@pytest.mark.parametrize("options", ["relu", "dropped", "dice, dropped"])
+@pytest.mark.parametrize("norm", ["batch norm", "layer norm", "none"])
+def test_compiled_autograd(norm: str, options: str) -> None:
+    """It makes words of what a node keeps, numbers included."""
+    if norm == "none" and options == "relu":
+        pytest.skip("nothing is stored of such a level")
+    level = Level(norm, options, torch.float64)
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(level.loss(), level.tensors(), allow_unused=True)
+    torch.manual_seed(0)
+    loss = level.loss()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close([tensor.grad for tensor in level.tensors()], list(expected))
+
+
+@pytest.mark.parametrize("wrong", ["weights", "logits", "slopes"])
+def test_mistakes_leave_the_random_generator_alone(wrong: str) -> None:
+    """Also those that C++ sees when it has drawn a seed already."""
+    weights: Any = [torch.randn(3, 5, 3 if wrong == "weights" else 4)]
+    logits = [torch.randn(8, 3, dtype=torch.float64 if wrong == "logits" else torch.float32)]
+    slopes: Any = [torch.ones(3, 2 if wrong == "slopes" else 5)]
+    x = torch.randn(8, 4)
+    before = torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError)):
+        mk.expert_mixture(
+            x,
+            weights,
+            None,
+            logits,
+            mk.Routing.mmoe(3, 1),
+            activation="prelu",
+            slopes=[list(slopes[0])],
+            dropout=0.5,
+        )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_statistics_of_narrow_dtypes(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of ``model.bfloat16()``, whose running statistics are bfloat16 too."""
+    level = Level("batch norm", "relu", torch.bfloat16)
+    other = copy.deepcopy(level)
+    for _ in range(3):
+        checked(other.forward)
+        goes_past_checks(level.forward, monkeypatch)
+    for a, b in zip(level.buffers(), other.buffers(), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
