@@ -85,14 +85,9 @@ def direct(
     epsilons: Any = None
     if sloped:
         epsilons = [dice_eps] * len(layers) if isinstance(dice_eps, float) else dice_eps
-    trains = torch.is_grad_enabled()
-    stored = None
-    if norms is not None or rates or (sloped and trains):
-        stored = layerwise.stored(layers, norms, rates, epsilons)
-        if stored is not None and stored.norms is None and norms is not None:
-            if rates:
-                return "running statistics beside dropout"
-            stored = None
+    stored = layerwise.stored(layers, norms, rates, epsilons)
+    if isinstance(stored, str):
+        return stored
     if gates[1] is not None and (stored is not None or sloped):
         logits = _logits(inputs if several and len(inputs) > 1 else [first] * routing.num_gates, gates, routing)
         if logits is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _extension
@@ -24,8 +25,11 @@ class Stored(NamedTuple):
     norms: list[Any] | None
 
 
-def stored(layers: Sequence[Layer], norms: Any, rates: Sequence[float], epsilons: Any) -> Stored | None:
-    """None for layers of which nothing is stored, and for norms of which the checks in Python know what is wrong.
+def stored(layers: Sequence[Layer], norms: Any, rates: Sequence[float], epsilons: Any) -> Stored | str | None:
+    """What is stored of a call; words, where something stands against that; None where nothing has to be.
+
+    That is so of plain layers, of slopes and of norms by running statistics where no gradient is wanted, and of norms
+    of which the checks in Python know what is wrong.
 
     Args:
         layers: by their activations.
@@ -33,11 +37,11 @@ def stored(layers: Sequence[Layer], norms: Any, rates: Sequence[float], epsilons
         rates: of dropout, one a layer, or none where nothing is dropped.
         epsilons: of Dice, one a layer; None where no activation has slopes.
     """
-    if norms is None and not rates and epsilons is None:
+    if norms is None and not rates and (epsilons is None or not torch.is_grad_enabled()):
         return None
     own = _by_batch(norms, len(layers))
-    if own is None and not rates and epsilons is None:
-        return None
+    if own is None and norms is not None:
+        return "running statistics beside dropout" if rates else None
     count = len(layers)
     none = (0.0,) * count
     found: list[Layer] = []
