@@ -96,7 +96,7 @@ def size_of_call(x: Tensor | None, training: bool, is_input: bool = True) -> Siz
             fold=may_fold(x) and not (casts and rows < FOLD_ROWS),
             fold_small=may_fold(x, 0) and not (casts and rows < FOLD_ROWS),
             normalize=rows >= NORM_ROWS,
-            turn=rows >= (TURN_ROWS if differentiated else FOLD_ROWS),
+            turn=rows >= (TURN_ROWS if differentiated else FOLD_ROWS) or not x.is_cpu,
             slopes=rows >= SLOPES_ROWS[mode] or not x.is_cpu,
             constant=not casts and not (differentiated and (x.requires_grad or not is_input)),
         ),

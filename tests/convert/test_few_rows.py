@@ -207,3 +207,11 @@ def test_small_levels_in_parts_take_more_rows(
             fused_calls.clear()
             call(level, rows, mode)
             assert fused_calls == expected
+
+
+def test_rows_are_counted_on_cpus() -> None:
+    """Elsewhere a launch takes longer than what few rows take; replicas of nn.DataParallel have computed weights."""
+    size = paying.size_of_call(torch.empty(2, 4, device="meta"), training=True)
+    assert size.parts and size.normed_parts and size.small_parts and size.layer_norm
+    assert size.rows.turn and size.rows.slopes
+    assert not paying.size_of_call(torch.empty(2, 4), training=True).rows.turn
