@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -245,15 +245,7 @@ def test_an_argument_that_a_trial_gave_may_be_left_out(fused_calls: list[int]) -
         assert fused_calls
 
 
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    """Forgets what it has compiled."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("call", ["as tried", "by name", "defaults by name", "a number by name", "a tensor"])
 def test_compiled_in_one_graph(call: str, fused_calls: list[int]) -> None:
     args, kwargs, fused = CALLS[call]

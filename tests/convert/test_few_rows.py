@@ -109,7 +109,7 @@ def with_prelu(level: Any) -> Any:
 
 
 def test_slopes_where_gradients_are_wanted(fused_calls: list[int]) -> None:
-    """C++ serves PReLU on however few rows; what is differentiated is started in Python."""
+    """PReLU is served fused on however few rows; in training a level gains from some on."""
     level = with_prelu(fill(MMoE_Layer(WIDTH, (12, 7))))
     assert mk.convert(level).replaced
     for mode, least in enumerate(paying.SLOPES_ROWS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -91,15 +91,7 @@ def test_no_streams() -> None:
         model([])
 
 
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    """Forgets what it has compiled."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("number", [2, 3])
 def test_compiled_in_one_graph(number: int, fused_calls: list[int]) -> None:
     model, own = convert_cgc()
@@ -325,7 +317,7 @@ def test_an_expert_that_moves_to_another_stream(nested: bool, called: bool, fuse
     assert fused_calls
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_another_list_that_grows(fused_calls: list[int]) -> None:
     """The routing is as it was: fused as before, and by the compiler once it is converted again."""
 
