@@ -66,7 +66,7 @@ def read_experts(chains: Sequence[Chain], size: Size) -> tuple[list[list[Layer] 
         kind = None
         if not isinstance(layers, str) and (size.layer_norm or not _has_norm(layers, nn.LayerNorm)):
             kind = kind_of(layers, size.rows)
-        if kind is None and not kinds and not size.mixing:
+        if kind is None and not kinds and not _mixing_pays(chain, size):
             return None
         if not isinstance(layers, str):
             parts = parts and (size.normed_parts or not _has_norm(layers, nn.BatchNorm1d))
@@ -80,8 +80,13 @@ def read_experts(chains: Sequence[Chain], size: Size) -> tuple[list[list[Layer] 
     # A norm of several layers takes several batches to its statistics, one after another. By hash: the compiler would
     # guard each id.
     if len(set(norms)) < len(norms):
-        return (experts, [None] * len(kinds)) if size.mixing else None
+        return (experts, [None] * len(kinds)) if _mixing_pays(chains[0], size) else None
     return experts, kinds
+
+
+def _mixing_pays(chain: Chain, size: Size) -> bool:
+    """Whether one operator for all mixing does, where experts, of which ``chain`` is one, are called."""
+    return size.mixing and (size.bare_mixing or all(type(step) is not Product for step in flatten(chain)))
 
 
 def _has_norm(layers: Sequence[Layer], kind: type[nn.Module]) -> bool:

@@ -19,8 +19,8 @@ FORCE = "_mtlkernels_force"
 _OP = "level"
 # On fewer rows than these, training with batch norm is as fast by modules, measured with the models below; and one
 # operator for all mixing saves nothing where the experts' modules are called, with torch-rechub's and deepctr-torch's
-# PLE.
-NORM_ROWS, MIXING_ROWS = 4, 256
+# PLE. Experts of bare matrices may be one product for all in own code: measured with baddbmm of a stacked parameter.
+NORM_ROWS, MIXING_ROWS, BARE_MIXING_ROWS = 4, 256, 1024
 # Rows from which on something pays on a CPU: where no gradient is wanted, in evaluation with gradients, in training.
 # Measured with an MMoE of 3 and of 4 experts (64, 32) on 64 features, and of 12 experts (256, 128) on 416, on one
 # thread.
@@ -67,8 +67,8 @@ class Size(NamedTuple):
 
     ``fused``: anything. ``rows``: what the operator may do. ``layer_norm``: layer norms in it. ``parts``: a level in
     more calls than one; ``normed_parts``: one with batch norms; ``small_parts``: one of narrow experts. ``mixing``: one
-    operator for all mixing where the experts' modules are called; what the compiler makes of the library's own mixing
-    is as fast at any size.
+    operator for all mixing where the experts' modules are called, ``bare_mixing`` where they are of bare matrices; what
+    the compiler makes of the library's own mixing is as fast at any size.
     """
 
     rows: Rows = Rows()
@@ -77,6 +77,7 @@ class Size(NamedTuple):
     normed_parts: bool = True
     small_parts: bool = True
     mixing: bool = True
+    bare_mixing: bool = True
     fused: bool = True
 
 
@@ -106,6 +107,7 @@ def size_of_call(x: Tensor | None, training: bool, is_input: bool = True) -> Siz
         normed_parts=rows >= NORMED_PARTS_ROWS[mode] or not x.is_cpu,
         small_parts=rows >= SMALL_PARTS_ROWS[mode] or not x.is_cpu,
         mixing=rows >= MIXING_ROWS,
+        bare_mixing=rows >= BARE_MIXING_ROWS,
         fused=rows >= AUTOCAST_ROWS or not casts,
     )
 

@@ -100,7 +100,7 @@ class Registration:
             )
 
         Experts' matrices [D, H] lie across, seen from the kernels, which copy them at each call: below 128 rows the
-        class's own code runs, and below 512 where gradients are wanted. Those that lie as an ``nn.Linear``'s, [H, D],
+        class's own code runs, and below 640 where gradients are wanted. Those that lie as an ``nn.Linear``'s, [H, D],
         given as ``tensor.t()``, are fused at any number of rows.
 
         Several levels in one ``forward`` are given by ``levels``; a model that embeds first and has towers behind by

@@ -21,7 +21,7 @@ from mtlkernels.ops._folding import uses_running
 FOLD_ROWS, SMALL_FOLD_ROWS = 128, 768
 SMALL = 1 << 14
 # The same of computed weights where gradients flow to what they are computed from; own code may be one product for all.
-TURN_ROWS = 512
+TURN_ROWS = 640
 
 # Attribute look-ups show when one row is served.
 _Linear, _Parameter = nn.Linear, nn.Parameter

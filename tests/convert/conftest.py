@@ -85,6 +85,21 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.fixture
+def mixings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of experts of each mixing that is not a trial's, where the experts are evaluated before."""
+    calls: list[int] = []
+    mix_list = evaluation.mix_list
+
+    def counted(experts: Any, *args: Any) -> Any:
+        if not in_trial():
+            calls.append(len(experts))
+        return mix_list(experts, *args)
+
+    monkeypatch.setattr(evaluation, "mix_list", counted)
+    return calls
+
+
+@pytest.fixture
 def chains(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The chains of experts that were read."""
     read: list[Any] = []

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 import mtlkernels as mk
 from mtlkernels._convert import gates
-from mtlkernels._convert.paying import in_trial
-from mtlkernels.ops.gated_mixture import mix_list
 from tests.convert import doubles
 from tests.convert.agreement import Inputs, assert_converts, tensors
 from tests.convert.models import by_name, features, fill, mmoe, ple, rechub_mmoe, rechub_ple
@@ -285,19 +283,6 @@ def test_gates_of_many_rows_are_one_product(name: str, monkeypatch: pytest.Monke
     assert max(map(len, groups), default=0) > 1
 
 
-def mixings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of experts of each call of ``mix_list``."""
-    calls: list[int] = []
-
-    def counted(experts: Any, *args: Any) -> Any:
-        if not in_trial():
-            calls.append(len(experts))
-        return mix_list(experts, *args)
-
-    monkeypatch.setattr(mk._convert.evaluation, "mix_list", counted)
-    return calls
-
-
 def test_a_stream_that_one_gate_reads_has_no_gradient_without_it() -> None:
     """As without specific experts, where the tasks' streams are read by their gates alone."""
     level = rechub_ple(levels=2, tasks=2, specific=0, shared=3).cgc_layers[0].train()
@@ -311,14 +296,13 @@ def test_without_specific_experts() -> None:
     assert not assert_converts(rechub_ple(tasks=2, specific=0), rechub_inputs).left_alone
 
 
-def test_modules_are_mixed_where_rows_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_are_mixed_where_rows_are_many(mixings: list[int]) -> None:
     model = rechub_ple(activation=Wobble)
     mk.convert(model)
-    calls = mixings(monkeypatch)
     for rows, expected in ((255, []), (256, [8, 8])):
-        calls.clear()
+        mixings.clear()
         model(*rechub_inputs(rows, 0, torch.float32))
-        assert calls == expected  # see paying.MIXING_ROWS
+        assert mixings == expected  # see paying.MIXING_ROWS
 
 
 def modules_only(model: Any) -> Any:
@@ -343,14 +327,14 @@ def test_modules_drop_by_the_same_random_numbers() -> None:
     torch.testing.assert_close(found[1], found[0])
 
 
-def test_dropout_behind_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_behind_the_softmax(mixings: list[int]) -> None:
     """A gate's shares are dropped after the softmax, with the library's random numbers."""
     model = rechub_ple(levels=1)
     for gate in model.cgc_layers[0].gates_specific[:2]:
         gate.mlp[3] = nn.Dropout(0.5)
     other = copy.deepcopy(model)
     assert "; gate 1 with dropout 0.5 of its shares, mixed by itself in training" in str(mk.convert(other))
-    calls = mixings(monkeypatch)
+    mixings.clear()
     found = []
     for m, dtype in ((other, torch.float32), (copy.deepcopy(model).double(), torch.float64), (model, torch.float32)):
         torch.manual_seed(5)
@@ -358,7 +342,7 @@ def test_dropout_behind_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
         y.sum().backward()
         found.append([y, *(p.grad for p in m.cgc_layers.parameters())])
     assert_as_exact(*found)
-    assert not calls
+    assert not mixings
     with torch.no_grad():
         torch.testing.assert_close(
             other.eval()(*rechub_inputs(9, 0, torch.float32)), model.eval()(*rechub_inputs(9, 0, torch.float32))

@@ -22,6 +22,7 @@ import mtlkernels as mk
 from mtlkernels._convert import registry
 from mtlkernels._convert.chains import flatten, read_chain
 from mtlkernels._convert.gates import EQUAL, read_gate
+from mtlkernels._convert.paying import BARE_MIXING_ROWS
 from mtlkernels.ops._fusing import FOLD_ROWS, TURN_ROWS
 from tests.convert import homegrown
 from tests.convert.agreement import assert_converts
@@ -53,10 +54,12 @@ STACKED = {"stacked": True, "levels": 1, "tasks": 2, "experts": 3, "gate": "stac
 
 
 @pytest.mark.parametrize("linear_layout", [False, True])
-def test_bare_weights_are_fused_where_that_pays(linear_layout: bool, fused_calls: list[int]) -> None:
+def test_bare_weights_are_fused_where_that_pays(
+    linear_layout: bool, fused_calls: list[int], mixings: list[int]
+) -> None:
     """Kernels copy weights that lie across at each call, and autograd records how slices were made of a stack.
 
-    On a few rows both take longer than these do.
+    On a few rows both take longer than these do, and experts one by one take longer than own code, a product for all.
     """
     model = build(**STACKED, linear_layout=linear_layout, embedding=False)
     mk.convert(model)
@@ -67,6 +70,17 @@ def test_bare_weights_are_fused_where_that_pays(linear_layout: bool, fused_calls
             with torch.set_grad_enabled(wants):
                 model(x)
             assert bool(fused_calls) == ((linear_layout and not wants) or rows >= many)
+            assert not mixings
+
+
+def test_bare_weights_with_an_activation_of_their_own(mixings: list[int]) -> None:
+    model = build(**STACKED, embedding=False)
+    model.experts[0].function = lambda x: x * x.sigmoid()
+    assert mk.convert(model).mixing_fused
+    for rows, expected in ((BARE_MIXING_ROWS - 1, []), (BARE_MIXING_ROWS, [3])):
+        mixings.clear()
+        model(*homegrown.inputs(model)(rows, 0, torch.float32))
+        assert mixings == expected
 
 
 @pytest.mark.parametrize("stacked", [False, True])
