@@ -306,6 +306,8 @@ def _found(op: str, direction: str, backend: str | None, like: torch.Tensor) -> 
 
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for a kind of device; never for one that has none."""
+    if device == "cpu":  # at once, as converted models ask it at each call
+        return torch.is_autocast_enabled("cpu")
     # torch.compile traces is_autocast_available from torch 2.11 on, and compiles nothing for a device without autocast
     # but meta tensors.
     compiling = _torch.compiling()

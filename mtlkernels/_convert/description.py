@@ -294,6 +294,8 @@ def _check_streams(streams: Sequence[Tensor]) -> None:
 
 def _first_tensor(value: Any) -> Tensor | None:
     """The first tensor with rows in arguments, to tell how many there are; None where that cannot be told."""
+    if isinstance(value, tuple) and value and isinstance(value[0], tuple) and value[0] and type(value[0][0]) is Tensor:
+        value = value[0][0]
     if isinstance(value, Tensor):
         return value if value.dim() > 0 else None
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()

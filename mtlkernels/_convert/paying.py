@@ -115,14 +115,16 @@ def size_of_call(x: Tensor | None, training: bool, is_input: bool = True) -> Siz
 class TooFewRows:
     """Calls of a module with so few rows that its own code is as fast: the next ones need not read the module.
 
-    It is read again after some of them, as it may have become one that is faster fused.
+    It is read again after some of them, as it may have become one that is faster fused; after twice as many each time,
+    as reading takes longer than a call of few rows.
     """
 
-    _MOST_CALLS = 64
+    _FIRST_CALLS, _MOST_CALLS = 64, 1024
 
     def __init__(self) -> None:
         self._most: dict[Hashable, int] = {}
         self._calls = 0
+        self._pause = self._FIRST_CALLS
 
     def note(self, key: Hashable, rows: int) -> None:
         """A call was read; ``key`` tells calls apart beside their rows."""
@@ -133,7 +135,8 @@ class TooFewRows:
         if rows > self._most.get(key, -1):
             return False
         self._calls += 1
-        if self._calls % self._MOST_CALLS == 0:
+        if self._calls >= self._pause:
+            self._calls, self._pause = 0, min(2 * self._pause, self._MOST_CALLS)
             self._most.pop(key, None)
             return False
         return True

@@ -180,6 +180,16 @@ def test_calls_of_fewer_rows_leave_what_is_known_of_more() -> None:
     assert few.are("training", 10) and not few.are("training", 11) and not few.are("serving", 4)
 
 
+def test_calls_are_read_ever_less_often() -> None:
+    few, read = paying.TooFewRows(), []
+    for call in range(4000):
+        if not few.are("serving", 4):
+            few.note("serving", 4)
+            read.append(call)
+    pauses = [after - before for before, after in zip(read, read[1:], strict=False)]
+    assert pauses == [64, 128, 256, 512, 1024, 1024]
+
+
 def test_norms_of_small_layers_are_folded_for_more_rows(
     monkeypatch: pytest.MonkeyPatch, fused_calls: list[int]
 ) -> None:
