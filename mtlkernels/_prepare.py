@@ -45,7 +45,8 @@ def prepare(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    prepared = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.inference_mode(False):  # of tensors that are made under it nothing counts what is written to them
+        prepared = copy.deepcopy(model).eval().requires_grad_(False)
     _declare(prepared)
     refusing = False
     for module in prepared.modules():

@@ -155,22 +155,49 @@ def test_in_bfloat16_nothing_is_kept(units: tuple[int, int], rows: int) -> None:
 
 
 @requires.kept_weights
-@pytest.mark.parametrize("how", ("in place", "load_state_dict", "to"))
+@pytest.mark.parametrize("how", ("in place", "load_state_dict", "under inference_mode", "to", "strides"))
 def test_notices_what_is_counted(how: str) -> None:
-    prepared: Any = mk.prepare(trunk())
-    x = torch.randn(200, 40)
-    serve(prepared, x)
-    if how == "in place":
-        with torch.no_grad():
-            prepared.levels[0].experts[1].linears[0].weight[3, 4] += 1
-    elif how == "load_state_dict":
-        prepared.load_state_dict(prepared.state_dict())
-    else:
-        prepared.double().float()
+    with torch.inference_mode(how == "under inference_mode"):
+        prepared: Any = mk.prepare(trunk())
+        x = torch.randn(200, 40)
+        serve(prepared, x)
+        if how == "in place":
+            with torch.no_grad():
+                prepared.levels[0].experts[1].linears[0].weight[3, 4] += 1
+        elif how == "to":
+            prepared.double().float()
+        elif how == "strides":
+            weight = prepared.levels[0].experts[1].linears[0].weight
+            weight.data = weight.data.reshape(weight.shape[::-1]).t()
+        else:
+            prepared.load_state_dict(prepared.state_dict())
     with pytest.raises(RuntimeError, match="changed after mtlkernels.prepare.*prepare the model again"):
         prepared(x)
     again = mk.prepare(prepared)
     assert_serves_as(copy.deepcopy(prepared), again, x)
+
+
+@requires.kept_weights
+def test_a_weight_that_is_widened_again() -> None:
+    """What was prepared of its first columns is not read as if it were of all."""
+    prepared: Any = mk.prepare(trunk())
+    x, weights = torch.randn(200, 40), [expert.linears[0].weight for expert in prepared.levels[0].experts]
+    whole = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = weight.data[:, :8]
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+        prepared(x[:, :8])
+    for weight, data in zip(weights, whole, strict=True):
+        weight.data = data
+    assert_serves_as(copy.deepcopy(prepared), prepared, x)
+
+
+def test_parameters_of_inference_mode_are_copied_as_others() -> None:
+    with torch.inference_mode():
+        model = trunk().eval()
+    prepared, x = mk.prepare(model), torch.randn(200, 40)
+    assert not any(p.is_inference() for p in prepared.parameters())
+    assert_serves_as(model, prepared, x)
 
 
 def test_copies_and_pickles_are_models_like_any_other() -> None:

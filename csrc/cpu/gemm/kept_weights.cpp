@@ -3,14 +3,6 @@
 #include "gemm/weight_forms.h"
 
 namespace mtlk {
-namespace {
-
-int64_t version_of(const at::Tensor& weight) {
-  return weight.is_inference() ? 0 : static_cast<int64_t>(weight._version());
-}
-
-}  // namespace
-
 KeptWeights::KeptWeights() {
   MemoryPool::instance();  // whose lock is taken under this one
   stay_free_across_forks<KeptWeights>();
@@ -22,10 +14,13 @@ KeptWeights& KeptWeights::instance() {
 }
 
 void KeptWeights::declare(const at::Tensor& weight) {
+  if (weight.is_inference()) return;
   const std::lock_guard<std::mutex> lock(mutex_);
   std::erase_if(entries_, [](const auto& item) { return item.second.weight.expired(); });
-  entries_.insert_or_assign(weight.unsafeGetTensorImpl(),
-                            Entry{WeakTensor(weight.getIntrusivePtr()), weight.const_data_ptr(), version_of(weight)});
+  entries_.insert_or_assign(
+      weight.unsafeGetTensorImpl(),
+      Entry{WeakTensor(weight.getIntrusivePtr()), weight.const_data_ptr(), static_cast<int64_t>(weight._version()),
+            weight.sizes().vec(), weight.strides().vec(), weight.scalar_type()});
   count_ = static_cast<int64_t>(entries_.size());
 }
 
@@ -40,7 +35,9 @@ KeptWeights::Memory KeptWeights::prepared(const at::Tensor& weight, const Engine
   const std::lock_guard<std::mutex> lock(mutex_);
   Entry* const entry = find(weight);
   if (entry == nullptr) return nullptr;
-  TORCH_CHECK(weight.const_data_ptr() == entry->data && version_of(weight) == entry->version,
+  TORCH_CHECK(!weight.is_inference() && weight.const_data_ptr() == entry->data &&
+                  static_cast<int64_t>(weight._version()) == entry->version && weight.sizes() == entry->sizes &&
+                  weight.strides() == entry->strides && weight.scalar_type() == entry->dtype,
               "mtlkernels: a weight was changed after mtlkernels.prepare, which keeps its prepared form; prepare the "
               "model again");
   if (!entry->memory || entry->prepare != engine.prepare) {

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
 #include "gemm/engine.h"
 #include "runtime/api.h"
@@ -22,7 +23,8 @@ class MTLK_API KeptWeights {
 
   static KeptWeights& instance();
 
-  // Says that nobody writes to this weight any more, as long as it lives.
+  // Says that nobody writes to this weight any more, as long as it lives. Of no effect for one that was made under
+  // torch.inference_mode, of which writes are not counted.
   void declare(const at::Tensor& weight);
 
   bool declared(const at::Tensor& weight);
@@ -45,6 +47,8 @@ class MTLK_API KeptWeights {
     WeakTensor weight;
     const void* data;
     int64_t version;
+    std::vector<int64_t> sizes, strides;
+    at::ScalarType dtype;
     decltype(EngineTable::prepare) prepare = nullptr;
     Memory memory = nullptr;
   };
