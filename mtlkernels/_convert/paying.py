@@ -123,8 +123,8 @@ class TooFewRows:
 
     def __init__(self) -> None:
         self._most: dict[Hashable, int] = {}
-        self._calls = 0
-        self._pause = self._FIRST_CALLS
+        # Of each key, how many calls there were since one was read, and after how many the next one is.
+        self._pauses: dict[Hashable, list[int]] = {}
 
     def note(self, key: Hashable, rows: int) -> None:
         """A call was read; ``key`` tells calls apart beside their rows."""
@@ -134,9 +134,10 @@ class TooFewRows:
         """Whether a call need not be read."""
         if rows > self._most.get(key, -1):
             return False
-        self._calls += 1
-        if self._calls >= self._pause:
-            self._calls, self._pause = 0, min(2 * self._pause, self._MOST_CALLS)
+        pause = self._pauses.setdefault(key, [0, self._FIRST_CALLS])
+        pause[0] += 1
+        if pause[0] >= pause[1]:
+            pause[:] = 0, min(2 * pause[1], self._MOST_CALLS)
             self._most.pop(key, None)
             return False
         return True

@@ -190,6 +190,17 @@ def test_calls_are_read_ever_less_often() -> None:
     assert pauses == [64, 128, 256, 512, 1024, 1024]
 
 
+def test_kinds_of_calls_are_read_again_each_by_itself() -> None:
+    """Where another kind that has too few rows takes its turns."""
+    few, read = paying.TooFewRows(), {"serving": 0, "training": 0}
+    for _ in range(200):
+        for kind in read:
+            if not few.are(kind, 4):
+                few.note(kind, 4)
+                read[kind] += 1
+    assert read == {"serving": 3, "training": 3}
+
+
 def test_norms_of_small_layers_are_folded_for_more_rows(
     monkeypatch: pytest.MonkeyPatch, fused_calls: list[int]
 ) -> None:
