@@ -197,6 +197,7 @@ def update_running_statistics(
         return
     with torch.no_grad():
         updates = _updates(norms, experts, statistics, rows)
+        updates.check_batched(statistics)
         with _torch.uncounted_writes(updates.running()):
             updates.write()
 
@@ -218,6 +219,15 @@ class _Updates(NamedTuple):
         """All running statistics."""
         of_momenta = [average for running, _ in self.averages.values() for average in running]
         return [*of_momenta, *(average for average, _, _ in self.cumulative)]
+
+    def check_batched(self, statistics: Sequence[Tensor]) -> None:
+        """Refuses statistics of examples that torch.func.vmap batches for running ones that it does not."""
+        if any(map(_torch.is_vmapped, statistics)) and not all(map(_torch.is_vmapped, self.running())):
+            raise RuntimeError(
+                "batch norm in training got a batch of examples from torch.func.vmap, of which each would write its "
+                "statistics to the same running_mean and running_var: batch these buffers too "
+                "(torch.func.stack_module_state), use evaluation mode, or track_running_stats=False"
+            )
 
     def write(self) -> None:
         """Brings counts and running statistics up to date."""

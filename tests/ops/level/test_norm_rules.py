@@ -30,6 +30,15 @@ def test_momentum_in_an_ensemble() -> None:
         torch.testing.assert_close(buffer, torch.stack([dict(model.named_buffers())[name] for model in alone]))
 
 
+def test_examples_cannot_share_running_statistics() -> None:
+    """As with PyTorch's own; nothing is written before it is said."""
+    model = mk.nn.MMoE(12, 2, (10, 8), num_experts=3, batch_norm=True).train()
+    before = copy.deepcopy(list(model.buffers()))
+    with pytest.raises(RuntimeError, match="each would write its statistics to the same running_mean"):
+        vmap(lambda x: model(x)[0])(torch.randn(4, 20, 12))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
 def test_norms_in_float64_beside_others(kind: torch.dtype) -> None:
     weights = [[torch.randn(6, 4, dtype=kind) for _ in range(3)]]
