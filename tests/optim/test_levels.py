@@ -189,6 +189,39 @@ def test_checkpointing(runs: list[int]) -> None:
     assert_same(found, surgery(model := Model(), model, batched=False))
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("whole", [False, True])
+def test_checkpoints_are_computed_no_more_often(whole: bool, levels: int, batch_norm: bool) -> None:
+    """Than by a pass a loss, each of which brings running statistics up to date once more; less often where levels
+    alone are in one."""
+    found = []
+    for batched in (None, False):
+        torch.manual_seed(0)
+        trunk = mk.nn.PLE(
+            6, num_tasks=3, expert_units=(5, 4), num_specific=1, num_levels=levels, batch_norm=batch_norm
+        ).double()
+        front = nn.Linear(6, 6, dtype=torch.float64)
+        towers = nn.ModuleList(nn.Linear(4, 1, dtype=torch.float64) for _ in range(3))
+        model = nn.ModuleList([front, trunk, towers])
+        calls: list[int] = []
+
+        def inside(x: Tensor, trunk: Any = trunk, front: Any = front, towers: Any = towers, calls: Any = calls) -> Any:
+            calls.append(1)
+            return [tower(h) for tower, h in zip(towers, trunk(front(x)), strict=True)] if whole else trunk(x)
+
+        x = torch.randn(ROWS, 6, dtype=torch.float64)
+        outputs = checkpoint(inside, x if whole else front(x), use_reentrant=False)
+        ends = outputs if whole else [tower(h) for tower, h in zip(towers, outputs, strict=True)]
+        losses = [y.square().mean() for y in ends]
+        gradients = surgery(model, lambda losses=losses: losses, batched=batched)  # type: ignore[misc]
+        found.append((gradients, dict(model.named_buffers()), len(calls)))
+    assert_same(found[0][0], found[1][0])
+    for name, value in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], value, msg=name)
+    assert [calls for *_, calls in found] == [4 if whole or batch_norm else 1 + levels, 4]
+
+
 def test_losses_that_reach_some_tasks() -> None:
     """Two losses of one task, one of two tasks, one that the trunk has no part in, and tasks that no loss reads."""
     for chosen in ([[0], [0], [2]], [[0, 2], [1]], [[1], []], [[2]]):

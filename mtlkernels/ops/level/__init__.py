@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mtlkernels import _decisions, _torch
@@ -15,6 +16,7 @@ from mtlkernels.ops._call import needs_plain, why_checked
 from mtlkernels.ops._checks import Tensors
 from mtlkernels.ops.level import plain
 from mtlkernels.ops.level.call import evaluate
+from mtlkernels.ops.level.checkpointed import Within
 from mtlkernels.ops.level.checks import check_arguments
 from mtlkernels.ops.level.direct import OBSERVED, direct, note_direct
 from mtlkernels.routing import Routing
@@ -90,19 +92,27 @@ def expert_mixture(
         ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, an activation is
             unknown, a rate is not in [0, 1], or a batch norm is to take the statistics of fewer than two rows.
     """
+    within = None
+    if torch.is_grad_enabled() and not _torch.compiling():
+        frame = _torch.checkpoint_around()
+        within = None if frame is None else Within.of(frame)
     of_gates = (gate_logits, gate_weights, gate_biases, gate_norms)
     found: Any = direct(inputs, weights, biases, of_gates, routing, activation, norms, dropout, slopes, dice_eps)
     if type(found) is tuple:
         if _decisions.on:
             note_direct(inputs)
-        return found
-    gates = (gate_logits, routing, activation, gate_weights, gate_biases, gate_norms)
-    arguments: Any = (inputs, weights, biases, *gates, norms, dropout, slopes, dice_eps)
-    if needs_plain("expert_mixture", _torch.is_fx_symbolic_tracing() and arguments):
-        return plain.expert_mixture(*arguments)
-    checked = check_arguments(*arguments)
-    if _decisions.wanted():
-        x = checked.streams[0]
-        reason = why_checked("level", x) if found is OBSERVED else found
-        _decisions.note("expert_mixture", "checks in Python and PyTorch's dispatcher", reason, x, x.shape[0])
-    return evaluate(checked, routing)
+    else:
+        gates = (gate_logits, routing, activation, gate_weights, gate_biases, gate_norms)
+        arguments: Any = (inputs, weights, biases, *gates, norms, dropout, slopes, dice_eps)
+        if needs_plain("expert_mixture", _torch.is_fx_symbolic_tracing() and arguments):
+            return plain.expert_mixture(*arguments)
+        checked = check_arguments(*arguments)
+        if _decisions.wanted():
+            x = checked.streams[0]
+            reason = why_checked("level", x) if found is OBSERVED else found
+            _decisions.note("expert_mixture", "checks in Python and PyTorch's dispatcher", reason, x, x.shape[0])
+        found = evaluate(checked, routing)
+    outputs: tuple[Tensor, ...] = found
+    if within is not None:
+        within.note(outputs)
+    return outputs

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mtlkernels import _extension, _torch
+from mtlkernels.ops.level.checkpointed import recomputes_more
 from mtlkernels.ops.level.node import Losses, level_of
 
 Grads = list[Tensor | None]
@@ -49,7 +50,7 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
     of several, as no pass is after them; but to some tensor that it was applied to each level must lead alone, where
     a pass may end that is to run it. Hooks on a module's backward pass keep what they have seen of one loss until
     they see the next, so that no two may be under way. Where PyTorch looks for NaN in what nodes return, they have to
-    return it.
+    return it. Checkpoints may be computed again more often by parts.
     """
     whole = [Part(None)]
     if _torch.in_compiled_autograd() or torch.is_anomaly_enabled():
@@ -62,6 +63,8 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
     while _walk(below, parts[-1], len(parts), numbers, reached):
         waiting.update(parts[-1].levels)
         if not waiting:
+            if recomputes_more([part.level for part in parts[1:]], len(losses)):
+                return whole
             return parts if _set_ends(parts, reached) and not _runs_levels(parts) else whole
         level = max(waiting, key=_torch.sequence_number)  # no other of these is above it
         waiting.remove(level)
