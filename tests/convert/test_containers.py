@@ -165,6 +165,8 @@ def test_many_numbers_are_compared_once_a_write(monkeypatch: pytest.MonkeyPatch)
     assert not kept.are(table) and not kept.are(table) and len(compared) == 2
     assert kept.are(torch.ones(2000)) and not kept.are(torch.ones(2000, dtype=torch.float64))
     assert not kept.are(torch.ones(2, 1000)) and not kept.are(None)
+    one, other = torch.full((2000,), 1.0), torch.full((2000,), 9.0)
+    assert one._version == other._version and kept.are(one) and not kept.are(other) and kept.are(one)
     with torch.inference_mode():
         assert kept.are(torch.ones(2000))
 
