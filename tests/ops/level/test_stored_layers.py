@@ -320,3 +320,19 @@ def test_statistics_of_narrow_dtypes(checked: Any, monkeypatch: pytest.MonkeyPat
     for a, b in zip(level.buffers(), other.buffers(), strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["prelu", "batch norm"])
+def test_linear_gates_that_read_streams_of_their_own(kind: str, checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    routing = mk.Routing((0, 1, 0), ((0, 1), (0, 1, 2)))
+    seed(0)
+    streams = [torch.randn(ROWS, 5, requires_grad=True) for _ in range(2)]
+    weights, gates = [torch.randn(3, 4, 5)], [torch.randn(n, 5, requires_grad=True) for n in (2, 3)]
+    slopes = {"activation": "prelu", "slopes": [[torch.full((1,), 0.3)] * 3]}
+    options: Any = slopes if kind == "prelu" else {"norms": [[nn.BatchNorm1d(4) for _ in range(3)]]}
+
+    def run() -> list[Tensor]:
+        ys = mk.expert_mixture(streams, weights, None, None, routing, gate_weights=gates, **options)
+        return [*ys, *torch.autograd.grad([y.square().sum() for y in ys], [*streams, *gates])]
+
+    torch.testing.assert_close(goes_past_checks(run, monkeypatch), checked(run))
