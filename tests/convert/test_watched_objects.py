@@ -111,6 +111,21 @@ class ByPutTogetherNames(Switched):
         return any(getattr(self, f"use_{task}") for task in range(2))
 
 
+class ByNamesThatEndAlike(Switched):
+    def prepare(self) -> None:
+        self.ctr_on = self.cvr_on = self.ctr_seen = False
+
+    def asks(self) -> Any:
+        return any(getattr(self, f"{task}_on") for task in ("ctr", "cvr"))
+
+
+class ByPutTogetherNamesOfItsClass(Switched):
+    use_0 = use_1 = False
+
+    def asks(self) -> Any:
+        return any(getattr(self, f"use_{task}") for task in range(2))
+
+
 class OfTheDictionary(Switched):
     def prepare(self) -> None:
         self.on = False
@@ -199,6 +214,8 @@ CHANGES: dict[type[Switched], Callable[[Any], object]] = {
     OfAPart: lambda model: setattr(model.gates[0], "on", True),
     ByNamesInATuple: lambda model: setattr(model, "second", True),
     ByPutTogetherNames: lambda model: setattr(model, "use_1", True),
+    ByNamesThatEndAlike: lambda model: setattr(model, "cvr_on", True),
+    ByPutTogetherNamesOfItsClass: lambda model: setattr(model, "use_1", True),
     OfTheDictionary: lambda model: setattr(model, "on", True),
     OfItsOwnList: lambda model: model.rates.append(1.0),
     OfItsOwnNumber: lambda model: setattr(model, "count", Whole(1)),
