@@ -208,6 +208,18 @@ def test_hooks_see_whole_gradients() -> None:
         torch.testing.assert_close(own, wanted)
 
 
+def test_no_pass_ends_at_a_hook() -> None:
+    """Which would be called in it, though the gradient is not whole; then each loss has a pass of its own."""
+    weights, gates = ([torch.randn(n, 5, requires_grad=True) for _ in range(2)] for n in (4, 2))
+    routing = mk.Routing((0, 0), ((0, 1), (0, 1)))
+    leaves = [*weights, *gates]
+    for hooked in range(len(leaves) + 1):
+        outputs = mk.expert_mixture(torch.randn(7, 5), [weights], None, None, routing, gate_weights=gates)
+        assert len(cut([y.square().sum() for y in outputs])) == (2 if hooked < len(leaves) else 1)
+        if hooked < len(leaves):
+            leaves[hooked].register_hook(lambda grad: grad)
+
+
 def watched_stem(stem: nn.Module, x: Tensor) -> Tensor:
     hidden: Tensor = stem(x)
     hidden.register_hook(lambda grad: 0.1 * grad)  # whoever gives it None fails
