@@ -80,6 +80,14 @@ def test_restores_the_choice_also_on_an_error() -> None:
     assert _backends.forced() is None
 
 
+def test_restores_the_choice_of_the_block_around() -> None:
+    with mk.use_backend("reference"), mk.use_backend("cpp"):
+        with mk.use_backend("reference"):
+            assert _backends.forced() == "reference"
+        assert _backends.forced() == "cpp"
+    assert _backends.forced() is None
+
+
 @pytest.mark.parametrize("name", ["Reference", "eager", ""])
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=r"name must be one of .*'reference'.*, got "), mk.use_backend(name):
