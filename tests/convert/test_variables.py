@@ -171,3 +171,32 @@ def test_compiles_in_one_graph_that_sees_edits(
 ) -> None:
     register(Global)
     assert_compiled_sees(Global, lambda _: monkeypatch.setitem(HERE, "TEMPERATURE", 0.1), fused_calls, True)
+
+
+FURTHER = [1.0]
+
+
+class Helping:
+    def factor(self) -> float:
+        return FURTHER[0]
+
+
+HELPER = Helping()
+
+
+class ByAHelper(Level):
+    def weigh(self, z: Tensor) -> Tensor:
+        return z.softmax(1) * HELPER.factor()
+
+
+def test_a_variable_that_the_method_of_another_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found where the first one is looked at, after the variables that the class's code names."""
+    register(ByAHelper)
+    model = ByAHelper()
+    assert mk.convert(model).replaced
+    assert changed(model, vars(model)[WATCHED]) is None
+    monkeypatch.setitem(globals(), "FURTHER", [9.0])
+    assert changed(model, vars(model)[WATCHED]) == "FURTHER"
+    own = copy.deepcopy(model)
+    mk.revert(own)
+    agree(model, own)
