@@ -48,3 +48,17 @@ def test_tensors_in_one_allocation() -> None:
         assert all((t == i).all() for i, t in enumerate(found))
     with pytest.raises(TypeError, match="a dtype was expected"):
         together(X, "float32", [[2, 3]])
+
+
+def test_an_address_within_two_tensors_is_of_neither() -> None:
+    """As of inputs that share memory: of the next ones, which may not, it would be that of one."""
+    pytest.importorskip("triton")
+    from mtlkernels.ops._recording import _Origins
+    from mtlkernels.ops._table import Table
+
+    whole = torch.zeros(8)
+    first, second = whole[:6], whole[4:]
+    origins = _Origins(Table(), [first, second], [])
+    found = [origins.find(part.data_ptr(), part) for part in (whole[:1], whole[4:5], whole[5:], whole[6:], first)]
+    assert found == [1, None, None, 2, 1]
+    assert origins.find(second.data_ptr() + second.nbytes, None) is None
