@@ -71,6 +71,7 @@ from tests.convert.edits import (
 )
 from tests.convert.models import fill, mmoe
 from tests.convert.test_edits import register
+from tests.convert.weighing import Level
 
 OUTPUTS = "its outputs differ from those of its experts and gates"
 EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
@@ -280,6 +281,18 @@ def test_parameters_that_get_another_dtype_later(part: str) -> None:
     found = model(x)
     mk.revert(model)
     torch.testing.assert_close(found, model(x), rtol=0, atol=0)
+
+
+class Widened(Level):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [y.double() for y in super().forward(x)]
+
+
+def test_outputs_of_another_dtype() -> None:
+    """Which all are in a trial in float64."""
+    register(Widened)
+    (line,) = mk.convert(Widened()).left_alone
+    assert line.detail == "in evaluation in float32 its outputs are float64, but float32 fused"
 
 
 def test_a_norm_of_another_dtype() -> None:
