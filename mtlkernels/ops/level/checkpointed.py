@@ -53,5 +53,5 @@ def recomputes_more(levels: Sequence[Any], losses: int) -> bool:
             return True
         saved.setdefault(id(found[0]), []).append(found)
     return any(
-        len(own) >= losses or sum(count for _, count in own) < len(own[0][0].weak_holders) for own in saved.values()
+        len(own) > losses or sum(count for _, count in own) < len(own[0][0].weak_holders) for own in saved.values()
     )
