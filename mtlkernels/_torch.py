@@ -152,6 +152,12 @@ def sequence_number(node: Any) -> int:
     return int(node._sequence_nr())
 
 
+def shape_of_gradient(node: Any, number: int) -> tuple[Sequence[int], Any]:
+    """Shape and device of the gradient that comes to a node of autograd's graph for its output of that number."""
+    metadata = node._input_metadata[number]
+    return metadata.shape, metadata.device
+
+
 def will_execute(node: Any) -> bool:
     """Whether the backward pass that this thread is in comes to a node."""
     return bool(torch._C._will_engine_execute_node(node))

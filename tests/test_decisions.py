@@ -158,11 +158,12 @@ def test_which_way_pcgrad_takes(records: list[Any]) -> None:
     assert "a derivative is wanted" in records[0].reason
     weight = torch.ones(2, requires_grad=True)
     mk.optim.PCGrad(torch.optim.SGD([weight])).pc_backward([weight.sum(), -weight.sum()])
-    plain = (None, "backward passes by 'grad'", "batched is None, and losses can share no level")
+    plain = (None, "backward passes by 'grad'", "batched is None, and losses share no level")
     assert said(records, "PCGrad") == [plain]
-    trunk = mk.nn.MMoE(4, 2, (8,), num_experts=2)
-    losses = [y.sum() for y in trunk(X)]
-    mk.optim.PCGrad(torch.optim.SGD(trunk.parameters())).pc_backward(losses)
+    trunk = mk.nn.MMoE(600, 2, (500,), num_experts=2)
+    optimizer = mk.optim.PCGrad(torch.optim.SGD(trunk.parameters()))
+    for rows in (9, 64):
+        optimizer.pc_backward([y.sum() for y in trunk(torch.randn(rows, 600))])
     assert said(records, "PCGrad") == [plain, (None, "backward passes by 'levels'", "batched is None")]
 
 

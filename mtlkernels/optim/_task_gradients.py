@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mtlkernels.ops.level import sharing
 from mtlkernels.ops.level.passes import cut, differentiate
 from mtlkernels.optim._written import Grads, placed_as, set_grads
 
@@ -28,14 +29,14 @@ def task_gradients(
     Returns:
         The gradients of ``shared``, parameter by parameter, T each, and those of ``others``, whose tensors nothing else
         refers to. None where a loss does not reach a parameter. Last how they were made: "grad" instead of "levels"
-        where losses cannot share any.
+        where losses cannot share any, or gain nothing by it.
     """
     factor = 1 / len(losses) if mean else 1.0
     if how == "batched":
         return *_in_one_pass(losses, shared, others, factor), how
     by_task: list[Sequence[Tensor | None]] = []
     totals: Grads = [None] * len(others)
-    parts = cut(losses) if how == "levels" and len(losses) > 1 else []
+    parts = cut(losses) if how == "levels" and len(losses) > 1 and sharing.pays(losses, len(losses)) else []
     passes: Iterable[Sequence[Tensor | None]]
     if len(parts) > 1:
         passes = differentiate([([loss], None) for loss in losses], parts, [*shared, *others])
@@ -85,7 +86,7 @@ def weighted_gradients(
         (losses, [torch.full_like(loss, float(value)) for loss, value in zip(losses, values, strict=True)])
         for values in (weights, [factor] * len(losses))
     )
-    parts = cut(losses) if levels and shared and others else []
+    parts = cut(losses) if levels and shared and others and sharing.pays(losses, 2) else []
     below = {leaf for part in parts[1:] for leaf in part.leaves | part.direct}
     if any(id(parameter) in below for parameter in others):
         grads, totals = differentiate([by_weights, plainly], parts, [*shared, *others])

@@ -257,7 +257,7 @@ class GramWeighted(Optimizer):
         if kept is None or kept.calls == self._gram_every or len(kept.weights) != count:
             kept = None
             grads, totals, done = task_gradients(checked, shared, others, mean=mean, how=how)
-            reason = f"batched is {self._batched}" + ("" if done == how else ", and losses can share no level")
+            reason = f"batched is {self._batched}" + ("" if done == how else ", and losses share no level")
             _decisions.note(type(self).__name__, f"backward passes by {done!r}", reason)
         else:
             levels, count = self._batched is None, 1

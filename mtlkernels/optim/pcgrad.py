@@ -97,8 +97,9 @@ class PCGrad(GramWeighted):
         batched: None: a backward pass a loss, in which the levels of :mod:`mtlkernels.nn` and of converted models run
             once for all losses, so that what does not depend on the loss is computed once. False: passes that have
             nothing in common; so it is too where a level's inputs also reach the losses past the level, in compiled
-            models, and with FSDP. True: one batched pass for the whole model. Often faster for small models; it takes T
-            times the memory of a pass, and operators that can be batched: dense gradients, no compiled model.
+            models, with FSDP, and on CPUs for small levels or few rows, where that is faster. True: one batched pass
+            for the whole model. Often faster for small models; it takes T times the memory of a pass, and operators
+            that can be batched: dense gradients, no compiled model.
         beside: other optimizers of the same model, such as SparseAdam for its embeddings beside Adam. Their parameters
             take part in :meth:`pc_backward`; their ``step``, ``zero_grad`` and checkpoints stay the caller's.
         group: the process group of data-parallel ranks, all of which call :meth:`pc_backward`.

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mtlkernels as mk
+from mtlkernels.ops.level import sharing
 from mtlkernels.optim import _scaling
 from tests.distributed.cases import assert_refused, assert_same_on_all_ranks, world
 
@@ -125,7 +126,8 @@ def check_fused_levels() -> None:
     """Their backward passes run once for all losses; all ranks' losses come together as before."""
     for batched in (None, False):
         model = build(fused=True)
-        grams = train(model, model, part=mine(), with_expert=False, group=world(), batched=batched)
+        with mock.patch.multiple(sharing, SHARED_ROWS=0, SHARED_WEIGHTS=0):
+            grams = train(model, model, part=mine(), with_expert=False, group=world(), batched=batched)
         assert_trains_alike(model, grams, fused=True, with_expert=False)
 
 

@@ -1,4 +1,4 @@
-"""The order of projections is known here."""
+"""The order of projections is known here, and small levels are shared by losses as large ones are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mtlkernels.ops.level import sharing
 from mtlkernels.optim import pcgrad as module
 from tests.optim.model import ORDER, TASKS
 
@@ -19,3 +20,9 @@ def _known_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return draw(ORDER if num_tasks == TASKS else order, None, num_tasks, *rest, **options)
 
     monkeypatch.setattr(module, "draw_order", known)
+
+
+@pytest.fixture(autouse=True)
+def _no_level_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "SHARED_ROWS", 0)
+    monkeypatch.setattr(sharing, "SHARED_WEIGHTS", 0)

@@ -1,0 +1,63 @@
+"""Which levels several losses share on a CPU, by their size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtlkernels as mk
+from mtlkernels.ops.level import sharing
+
+ROWS, WEIGHTS = sharing.SHARED_ROWS, sharing.SHARED_WEIGHTS
+
+
+@pytest.fixture(autouse=True)
+def _as_it_is(_no_level_is_small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "SHARED_ROWS", ROWS)
+    monkeypatch.setattr(sharing, "SHARED_WEIGHTS", WEIGHTS)
+
+
+def losses(trunk: nn.Module, x: Any) -> list[Tensor]:
+    return [y.square().mean() for y in trunk(x)]
+
+
+def test_rows_and_weights_for_each_pass_that_is_saved_them() -> None:
+    width = 256
+    trunk = mk.nn.MMoE(width, 2, (WEIGHTS // width // 2,), num_experts=1)  # with its gates a little more than half
+    for passes, rows, expected in ((2, 4 * ROWS, False), (3, ROWS - 1, False), (3, ROWS, True)):
+        assert sharing.pays(losses(trunk, torch.randn(rows, width)), passes) is expected
+
+
+def test_the_level_that_is_met_first_tells() -> None:
+    """Behind a cast and a tower, whichever loss leads to one."""
+    trunk = mk.nn.PLE(8, num_tasks=2, expert_units=(1024, 512), num_specific=1, num_levels=2)
+    x, free = torch.randn(ROWS, 8), torch.ones((), requires_grad=True)
+    found = losses(nn.Sequential(trunk), x)
+    assert sharing.pays([free * 2, *found], 2)
+    assert not sharing.pays([free * 2, free], 2)
+    assert not sharing.pays([x.sum(), free.detach()], 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sharing.pays(losses(trunk, x), 2)
+
+
+def test_inputs_are_no_weights() -> None:
+    trunk = mk.nn.MMoE(8, 2, (4,), num_experts=2)
+    x = torch.randn(1 << 17, 8, requires_grad=True)
+    assert not sharing.pays(losses(trunk, x), 2)
+
+
+def test_what_is_left_in_grad_is_the_same() -> None:
+    """Of a large level, by default and without sharing."""
+    found = []
+    for batched in (None, False):
+        torch.manual_seed(0)
+        trunk = mk.nn.MMoE(64, 3, (512,), num_experts=12).double()
+        optimizer = mk.optim.PCGrad(torch.optim.SGD(trunk.parameters()), batched=batched)
+        own = losses(trunk, torch.randn(ROWS, 64, dtype=torch.float64))
+        assert sharing.pays(own, 3)
+        optimizer.pc_backward(own)
+        found.append([p.grad for p in trunk.parameters()])
+    torch.testing.assert_close(*found)
