@@ -221,7 +221,7 @@ class _SmallCall(NamedTuple):
         """None where all is to be read at each call: for trials, logs and the compiler."""
         if _torch.compiling() or in_trial() or _decisions.on:
             return None
-        x = _first_tensor((args, kwargs))
+        x = args[0] if args and type(args[0]) is Tensor and args[0].dim() > 0 else _first_tensor((args, kwargs))
         if x is None or type(x.size(0)) is not int:  # but a symbol of a tracer, which must not be kept
             return None
         number = None if trunk.level_of is None else trunk.level_of(module, *args, **kwargs)
@@ -294,8 +294,6 @@ def _check_streams(streams: Sequence[Tensor]) -> None:
 
 def _first_tensor(value: Any) -> Tensor | None:
     """The first tensor with rows in arguments, to tell how many there are; None where that cannot be told."""
-    if isinstance(value, tuple) and value and isinstance(value[0], tuple) and value[0] and type(value[0][0]) is Tensor:
-        value = value[0][0]
     if isinstance(value, Tensor):
         return value if value.dim() > 0 else None
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()

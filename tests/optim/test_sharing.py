@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mk
 from mtlkernels.ops.level import sharing
@@ -20,7 +21,7 @@ def _as_it_is(_no_level_is_small: None, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sharing, "SHARED_WEIGHTS", WEIGHTS)
 
 
-def losses(trunk: nn.Module, x: Any) -> list[Tensor]:
+def losses(trunk: Any, x: Any) -> list[Tensor]:
     return [y.square().mean() for y in trunk(x)]
 
 
@@ -47,6 +48,11 @@ def test_inputs_are_no_weights() -> None:
     trunk = mk.nn.MMoE(8, 2, (4,), num_experts=2)
     x = torch.randn(1 << 17, 8, requires_grad=True)
     assert not sharing.pays(losses(trunk, x), 2)
+
+
+def test_what_a_checkpoint_computes_again_is_shared() -> None:
+    trunk = mk.nn.MMoE(8, 2, (4,), num_experts=2)
+    assert sharing.pays(losses(lambda x: checkpoint(trunk, x, use_reentrant=False), torch.randn(5, 8)), 2)
 
 
 def test_what_is_left_in_grad_is_the_same() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,9 +33,15 @@ class Within(NamedTuple):
             if node is None:
                 return
             if level_of(node) is not None:
-                node.metadata[_KEY] = self.frame, len(self.frame.weak_holders) - self.before
+                saved = len(self.frame.weak_holders) - self.before
+                node.metadata[_KEY] = weakref.ref(self.frame), saved  # which holds the checkpoint's inputs
                 return
             node = node.next_functions[0][0] if node.next_functions else None
+
+
+def is_checkpointed(level: Any) -> bool:
+    """Whether a level's node is in a checkpoint."""
+    return _KEY in level.metadata
 
 
 def recomputes_more(levels: Sequence[Any], losses: int) -> bool:
@@ -44,14 +51,13 @@ def recomputes_more(levels: Sequence[Any], losses: int) -> bool:
     compute it. By levels alone it is computed once for each, but a batch norm would see the batch another number of
     times than in modules.
     """
-    saved: dict[int, list[tuple[Any, int]]] = {}
+    by_frame: dict[Any, list[int]] = {}
     for level in levels:
-        found = level.metadata.get(_KEY)
-        if found is None:
+        reference, saved = level.metadata.get(_KEY, (None, 0))
+        frame = None if reference is None else reference()
+        if frame is None:
             continue
         if any(layer.norm == BATCH_NORM for layer in level_of(level).plan.spec.layers):
             return True
-        saved.setdefault(id(found[0]), []).append(found)
-    return any(
-        len(own) > losses or sum(count for _, count in own) < len(own[0][0].weak_holders) for own in saved.values()
-    )
+        by_frame.setdefault(frame, []).append(saved)
+    return any(len(own) > losses or sum(own) < len(frame.weak_holders) for frame, own in by_frame.items())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mtlkernels import _torch
+from mtlkernels.ops.level.checkpointed import is_checkpointed
 from mtlkernels.ops.level.node import level_of
 
 # On a CPU each pass but one is saved what does not depend on the loss, such as to bring weights into the form that
@@ -24,8 +25,8 @@ def pays(losses: Sequence[Tensor], passes: int) -> bool:
     if level is None:
         return False
     (rows, *_), device = _torch.shape_of_gradient(level, 0)
-    if device.type != "cpu":
-        return True  # launches are shared
+    if device.type != "cpu" or is_checkpointed(level):
+        return True  # launches are shared, and what is computed again
     if rows < SHARED_ROWS:
         return False
     shapes = (_torch.shape_of_gradient(*edge)[0] for edge in level.next_functions if edge[0] is not None)
