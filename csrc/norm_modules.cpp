@@ -66,19 +66,18 @@ bool is_writable(const at::Tensor& tensor, int64_t dim, int64_t numel) {
          !tensor.requires_grad() && !tensor.is_inference() && tensor.storage().nbytes() >= reached_bytes(tensor);
 }
 
-// PyTorch's lerp, of values that are of the running statistics' dtype S then.
+// As PyTorch's batch norm averages them: what is infinite stays so, and what is narrow is rounded once.
 template <typename S, typename T>
-void move_towards(S* running, int64_t count, const T* values, T scale, T weight) {
+void average(S* running, int64_t count, const T* values, double scale, double weight) {
   for (int64_t i = 0; i < count; ++i) {
-    const T value = static_cast<T>(static_cast<S>(values[i] * scale)), own = static_cast<T>(running[i]);
-    const T step = value - own;
-    running[i] = static_cast<S>(std::abs(weight) < T{0.5} ? own + weight * step : value - step * (1 - weight));
+    const double next = weight * (values[i] * scale) + (1 - weight) * static_cast<T>(running[i]);
+    running[i] = static_cast<S>(static_cast<T>(next));
   }
 }
 
 template <typename T>
-void move_towards(const at::Tensor& running, const T* values, T scale, T weight) {
-  const auto as = [&](auto* own) { move_towards(own, running.numel(), values, scale, weight); };
+void average(const at::Tensor& running, const T* values, double scale, double weight) {
+  const auto as = [&](auto* own) { average(own, running.numel(), values, scale, weight); };
   switch (running.scalar_type()) {
     case at::kBFloat16:
       return as(running.mutable_data_ptr<at::BFloat16>());
@@ -175,7 +174,7 @@ void NormModules::update(at::TensorList statistics, int64_t rows) const {
 
 template <typename T>
 void NormModules::update_as(at::TensorList statistics, int64_t rows) const {
-  const T unbiased = static_cast<T>(static_cast<double>(rows) / static_cast<double>(rows - 1));
+  const double unbiased = static_cast<double>(rows) / static_cast<double>(rows - 1);
   for (const Running& own : running_) {
     const auto of_batch = [&](size_t i) {
       return statistics[i].const_data_ptr<T>() + own.expert * static_cast<size_t>(statistics[i].size(1));
@@ -184,11 +183,11 @@ void NormModules::update_as(at::TensorList statistics, int64_t rows) const {
     if (own.count.defined()) {
       const int64_t batches = ++*own.count.mutable_data_ptr<int64_t>();
       own.count.unsafeGetTensorImpl()->bump_version();
-      if (std::isnan(weight)) weight = static_cast<double>(T{1} / static_cast<T>(batches));
+      if (std::isnan(weight)) weight = 1 / static_cast<double>(batches);
     }
     if (std::isnan(weight)) continue;
-    move_towards(own.mean, of_batch(own.norm), T{1}, static_cast<T>(weight));
-    move_towards(own.variance, of_batch(norms_ + own.norm), unbiased, static_cast<T>(weight));
+    average(own.mean, of_batch(own.norm), 1, weight);
+    average(own.variance, of_batch(norms_ + own.norm), unbiased, weight);
   }
 }
 

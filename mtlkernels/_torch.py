@@ -173,10 +173,30 @@ def is_leaf_node(node: Any) -> bool:
     return bool(node.name() == "torch::autograd::AccumulateGrad")
 
 
-def checkpoint_around() -> Any:
-    """What ``torch.utils.checkpoint`` without reentrance keeps of the call that goes on in it; None outside of one."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack: Any = None if hooks is None else hooks[0]
+def checkpoints_around() -> list[Any]:
+    """What ``torch.utils.checkpoint`` without reentrance keeps of the calls that go on in it, the innermost first.
+
+    None in the place of what else looks at saved tensors.
+    """
+    found: list[Any] = []
+    hooks: list[Any] = []
+    try:
+        while (own := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            hooks.append(own)
+            found.append(_checkpoint_of(own[0]))
+    finally:
+        for own in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(*own)
+    return found
+
+
+def saves_through_hooks() -> bool:
+    """Whether anything looks at tensors that are saved for backward passes."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _checkpoint_of(pack: Any) -> Any:
     if getattr(pack, "__qualname__", "") != "_checkpoint_hook.__init__.<locals>.pack_hook":
         return None
     names = pack.__code__.co_freevars

@@ -21,6 +21,7 @@ from mtlkernels._convert.levels import LevelDescription
 from mtlkernels._convert.random_states import kept_random_state
 from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import NotFused, Verdict, disagreement
+from mtlkernels.ops._checks import check_routing
 from mtlkernels.ops._fusing import Layer, has_gradient_hooks, has_hooks, kind_of, weight_refusal
 from mtlkernels.routing import Routing
 
@@ -73,6 +74,7 @@ def _examine(trunk: TrunkDescription, base: Any, module: Any) -> tuple[Routing, 
     plan = []
     for level in trunk.levels(module):
         routing = level.routing(module)
+        check_routing(routing)
         reason = _level_refusal(level, module, routing)
         if reason is not None:
             return reason
@@ -80,8 +82,16 @@ def _examine(trunk: TrunkDescription, base: Any, module: Any) -> tuple[Routing, 
     return tuple(plan) or "it has no levels"
 
 
+def _listed(name: str, chains: Any) -> list[Chain]:
+    """What a description's function returned, an entry an expert or a gate."""
+    if not isinstance(chains, Iterable):
+        raise TypeError(f"{name} must return a sequence, got {type(chains).__name__}")
+    return list(chains)
+
+
 def _level_refusal(level: LevelDescription, module: Any, routing: Routing) -> str | None:
-    chains, gate_chains, gates = list(level.experts(module)), list(level.gates(module)), level.read_gates(module)
+    chains, gate_chains = _listed("experts", level.experts(module)), _listed("gates", level.gates(module))
+    gates = level.read_gates(module)
     if not chains:
         return "it has no experts"
     refused = _hook_refusal(module, level.parts(module)) or _quantized_refusal(module, chains + gate_chains)

@@ -194,8 +194,10 @@ class PLE(_Trunk):
         levels = []
         for number in range(num_levels):
             first, last = number == 0, number == num_levels - 1
-            shared_gate = bool(num_shared) and not last
-            routing = Routing.cgc(num_tasks, num_specific, num_shared, shared_gate=shared_gate, single_input=first)
+            counts = num_tasks, num_specific, num_shared
+            routing = Routing.cgc(*counts, single_input=first)  # which checks them
+            if num_shared and not last:
+                routing = Routing.cgc(*counts, shared_gate=True, single_input=first)
             gate_inputs = (0,) * routing.num_gates if first else tuple(range(routing.num_gates))
             width = self.in_features if first else self.out_features
             levels.append(self._level(width, routing, gate_inputs))

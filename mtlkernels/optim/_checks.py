@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlkernels._torch import is_flat_parameter
-from mtlkernels.ops._checks import DTYPES, shape_of
+from mtlkernels.ops._checks import DTYPES, check_dense, shape_of
 
 
 def check_optimizers(optimizer: Any, beside: Any) -> list[Optimizer]:
@@ -59,6 +59,7 @@ def check_shared(shared: Any, optimizers: Sequence[Optimizer]) -> list[Tensor]:
 def check_losses(losses: Any) -> list[Tensor]:
     """The losses, one a task; a vector of them is taken apart."""
     if isinstance(losses, Tensor):
+        check_dense("losses", losses)
         if losses.dim() != 1:
             raise ValueError(f"losses must be a sequence of scalars or a vector [T], got shape {shape_of(losses)}")
         if not losses.requires_grad:
@@ -71,6 +72,7 @@ def check_losses(losses: Any) -> list[Tensor]:
     for i, loss in enumerate(losses):
         if not isinstance(loss, Tensor):
             raise TypeError(f"losses[{i}] must be a tensor, got {type(loss).__name__}")
+        check_dense(f"losses[{i}]", loss)
         if loss.numel() != 1:
             raise ValueError(f"losses[{i}] must be a scalar, got shape {shape_of(loss)}: take its mean() or sum()")
         if not loss.requires_grad:

@@ -36,7 +36,8 @@ def task_gradients(
         return *_in_one_pass(losses, shared, others, factor), how
     by_task: list[Sequence[Tensor | None]] = []
     totals: Grads = [None] * len(others)
-    parts = cut(losses) if how == "levels" and len(losses) > 1 and sharing.pays(losses, len(losses)) else []
+    count = len(losses)
+    parts = cut(losses, count) if how == "levels" and count > 1 and sharing.pays(losses, count) else []
     passes: Iterable[Sequence[Tensor | None]]
     if len(parts) > 1:
         passes = differentiate([([loss], None) for loss in losses], parts, [*shared, *others])
@@ -86,7 +87,7 @@ def weighted_gradients(
         (losses, [torch.full_like(loss, float(value)) for loss, value in zip(losses, values, strict=True)])
         for values in (weights, [factor] * len(losses))
     )
-    parts = cut(losses) if levels and shared and others and sharing.pays(losses, 2) else []
+    parts = cut(losses, 2) if levels and shared and others and sharing.pays(losses, 2) else []
     below = {leaf for part in parts[1:] for leaf in part.leaves | part.direct}
     if any(id(parameter) in below for parameter in others):
         grads, totals = differentiate([by_weights, plainly], parts, [*shared, *others])

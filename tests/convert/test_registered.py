@@ -273,6 +273,8 @@ SQUARE: dict[str, Any] = {
         ({"gates": lambda model: model.gates[0]}, "must be a matrix [D, H], got shape [4]"),
         ({"gate_inputs": lambda model: [0]}, "its gate_inputs have 1 entries for 2 gates"),
         ({"levels": lambda model: []}, "it has no levels"),
+        ({"experts": lambda model: None}, "experts must return a sequence, got NoneType"),
+        ({"routing": lambda model: None}, "routing must be a mtlkernels.Routing, got NoneType"),
     ],
 )
 def test_wrong_descriptions_are_found_out(changes: dict[str, Any], reason: str | None) -> None:

@@ -348,6 +348,7 @@ def test_bad_arguments(trunk: Any, options: dict[str, Any], error: type[Exceptio
     ("trunk", "options", "error", "message"),
     [
         (mk.nn.MMoE, {"num_experts": 0}, ValueError, r"num_experts must be at least 1, got 0"),
+        (mk.nn.PLE, {"num_shared": torch.ones(4)}, TypeError, r"num_shared must be an int, got Tensor"),
         (mk.nn.CGC, {"num_shared": -1}, ValueError, r"num_shared must be at least 0, got -1"),
         (mk.nn.CGC, {"num_specific": 0, "num_shared": 0}, ValueError, r"expert"),
         (mk.nn.PLE, {"num_specific": [1, 2, 3]}, ValueError, r"num_specific must .*one int a task \(2\), got 3"),

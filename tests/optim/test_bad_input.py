@@ -32,6 +32,17 @@ def mistakes() -> list[tuple[str, Callable[[Model], Any], type[Exception], str]]
     ]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_losses() -> None:
+    model = Model()
+    optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()))
+    nested = torch.nested.nested_tensor([torch.ones(1)] * 3, requires_grad=True)
+    given: list[tuple[Any, str]] = [(nested, "losses"), ([nested], r"losses\[0\]")]
+    for losses, name in given:
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got a nested one"):
+            optimizer.pc_backward(losses)
+
+
 @pytest.mark.parametrize(("losses", "kind", "message"), [m[1:] for m in mistakes()], ids=[m[0] for m in mistakes()])
 def test_wrong_losses(losses: Callable[[Model], Any], kind: type[Exception], message: str) -> None:
     model = Model()

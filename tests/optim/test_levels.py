@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Into how many parts the graph of each call was cut."""
     found: list[int] = []
 
-    def cut(losses: Any) -> Any:
-        parts = passes.cut(losses)
+    def cut(losses: Any, count: int) -> Any:
+        parts = passes.cut(losses, count)
         found.append(len(parts))
         return parts
 
@@ -189,37 +190,62 @@ def test_checkpointing(runs: list[int]) -> None:
     assert_same(found, surgery(model := Model(), model, batched=False))
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("options", [{}, {"batch_norm": True}, {"dropout": 0.3}], ids=str)
 @pytest.mark.parametrize("levels", [1, 2])
-@pytest.mark.parametrize("whole", [False, True])
-def test_checkpoints_are_computed_no_more_often(whole: bool, levels: int, batch_norm: bool) -> None:
+@pytest.mark.parametrize("inside", ["trunk", "trunk and towers", "a checkpoint of the trunk, and towers"])
+def test_checkpoints_are_computed_no_more_often(inside: str, levels: int, options: dict[str, Any]) -> None:
     """Than by a pass a loss, each of which brings running statistics up to date once more; less often where levels
-    alone are in one."""
+    alone are in one, without what drops, whose gates are outside of them."""
     found = []
     for batched in (None, False):
         torch.manual_seed(0)
-        trunk = mk.nn.PLE(
-            6, num_tasks=3, expert_units=(5, 4), num_specific=1, num_levels=levels, batch_norm=batch_norm
-        ).double()
+        trunk = mk.nn.PLE(6, num_tasks=3, expert_units=(5, 4), num_specific=1, num_levels=levels, **options).double()
         front = nn.Linear(6, 6, dtype=torch.float64)
-        towers = nn.ModuleList(nn.Linear(4, 1, dtype=torch.float64) for _ in range(3))
+        towers = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)) for _ in range(3)).double()
         model = nn.ModuleList([front, trunk, towers])
         calls: list[int] = []
 
-        def inside(x: Tensor, trunk: Any = trunk, front: Any = front, towers: Any = towers, calls: Any = calls) -> Any:
+        def ends(hidden: Any, towers: Any = towers) -> Any:
+            return [tower(h) for tower, h in zip(towers, hidden, strict=True)]
+
+        def within(x: Tensor, trunk: Any = trunk, front: Any = front, calls: Any = calls, ends: Any = ends) -> Any:
             calls.append(1)
-            return [tower(h) for tower, h in zip(towers, trunk(front(x)), strict=True)] if whole else trunk(x)
+            if inside == "trunk":
+                return trunk(x)
+            return ends(checkpoint(trunk, front(x), use_reentrant=False) if inside[0] == "a" else trunk(front(x)))
 
         x = torch.randn(ROWS, 6, dtype=torch.float64)
-        outputs = checkpoint(inside, x if whole else front(x), use_reentrant=False)
-        ends = outputs if whole else [tower(h) for tower, h in zip(towers, outputs, strict=True)]
-        losses = [y.square().mean() for y in ends]
+        outputs = checkpoint(within, front(x) if inside == "trunk" else x, use_reentrant=False)
+        losses = [y.square().mean() for y in (ends(outputs) if inside == "trunk" else outputs)]
         gradients = surgery(model, lambda losses=losses: losses, batched=batched)  # type: ignore[misc]
         found.append((gradients, dict(model.named_buffers()), len(calls)))
     assert_same(found[0][0], found[1][0])
     for name, value in found[1][1].items():
         torch.testing.assert_close(found[0][1][name], value, msg=name)
-    assert [calls for *_, calls in found] == [4 if whole or batch_norm else 1 + levels, 4]
+    assert [calls for *_, calls in found] == [4 if inside != "trunk" or options else 1 + levels, 4]
+
+
+def test_two_passes_by_kept_weights_share_no_checkpoint_of_three_levels() -> None:
+    """Which would be computed again for each of them."""
+    trunk = mk.nn.PLE(6, num_tasks=4, expert_units=(5, 4), num_specific=1, num_levels=3)
+    losses = [y.square().mean() for y in checkpoint(trunk, torch.randn(ROWS, 6), use_reentrant=False)]
+    assert len(passes.cut(losses)) == 4
+    assert len(passes.cut(losses, 2)) == 1
+
+
+def test_a_node_does_not_hold_what_goes_into_a_checkpoint() -> None:
+    trunk = mk.nn.MMoE(6, num_tasks=3, expert_units=(5, 4), num_experts=3)
+    seen: list[Any] = []
+
+    def within(x: Tensor) -> Any:
+        seen.append(trunk(x))  # as a module does that keeps its outputs to be looked at
+        return seen[-1]
+
+    x = torch.randn(ROWS, 6)
+    sum(y.sum() for y in checkpoint(within, x, use_reentrant=False)).backward()
+    reference = weakref.ref(x)
+    del x
+    assert reference() is None
 
 
 def test_losses_that_reach_some_tasks() -> None:

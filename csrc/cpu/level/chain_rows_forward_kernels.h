@@ -85,7 +85,7 @@ class ChainForward<RowsEngine<T>> {
     const int64_t width = level_.widths[0], stride = dot_stride(level_);
     for (int64_t r = 0; r < rows_; ++r, rows += level_.input_ld[stream]) {
       if constexpr (Engine::kDots) {
-        std::memcpy(dots_ + r * stride, rows, width * sizeof(T));
+        if (width > 0) std::memcpy(dots_ + r * stride, rows, width * sizeof(T));  // there may be no memory
         std::memset(static_cast<void*>(dots_ + r * stride + width), 0, (stride - width) * sizeof(T));
       } else {
         widen(rows, input_ + r * widest_, width);

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from mtlkernels import _decisions, _torch
 from mtlkernels.ops._call import needs_plain, why_checked
 from mtlkernels.ops._checks import Tensors
-from mtlkernels.ops.level import plain
+from mtlkernels.ops.level import checkpointed, plain
 from mtlkernels.ops.level.call import evaluate
-from mtlkernels.ops.level.checkpointed import Within
 from mtlkernels.ops.level.checks import check_arguments
 from mtlkernels.ops.level.direct import OBSERVED, direct, note_direct
 from mtlkernels.routing import Routing
@@ -92,10 +91,6 @@ def expert_mixture(
         ValueError: shapes, devices, the number of layers, streams, experts or gates do not agree, an activation is
             unknown, a rate is not in [0, 1], or a batch norm is to take the statistics of fewer than two rows.
     """
-    within = None
-    if torch.is_grad_enabled() and not _torch.compiling():
-        frame = _torch.checkpoint_around()
-        within = None if frame is None else Within.of(frame)
     of_gates = (gate_logits, gate_weights, gate_biases, gate_norms)
     found: Any = direct(inputs, weights, biases, of_gates, routing, activation, norms, dropout, slopes, dice_eps)
     if type(found) is tuple:
@@ -113,6 +108,6 @@ def expert_mixture(
             _decisions.note("expert_mixture", "checks in Python and PyTorch's dispatcher", reason, x, x.shape[0])
         found = evaluate(checked, routing)
     outputs: tuple[Tensor, ...] = found
-    if within is not None:
-        within.note(outputs)
+    if torch.is_grad_enabled() and not _torch.compiling() and _torch.saves_through_hooks():
+        checkpointed.note(outputs)
     return outputs

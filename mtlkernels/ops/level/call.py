@@ -55,13 +55,12 @@ def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_g
 
 def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     """The level's outputs; the running statistics of norms are then brought up to date."""
-    half = _folds_in_float16(given)
-    if half is not None:
-        with torch.autocast(given.streams[0].device.type, enabled=False):
-            return tuple(y.to(half) for y in evaluate(_in_float32(given), routing))
-    wiring, layers, biases = routing.wiring, given.layers, given.biases
-    serves = _serves_graph(given)
+    serves = _serves(given)
     keeps = serves and _keeps_norms(given.streams[0])
+    if not keeps and _folds_in_float16(given):
+        with torch.autocast(given.streams[0].device.type, enabled=False):
+            return tuple(y.to(torch.float16) for y in evaluate(_in_float32(given), routing))
+    wiring, layers, biases = routing.wiring, given.layers, given.biases
     norms = others(given.norms) if keeps else fold_running(given.norms, layers, biases)
     present = [norm for norm in norms if norm is not None]
     spec, gates, linear = _gates(given, wiring, _static(given, norms), serves, keeps)
@@ -100,19 +99,23 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     return _with_zeros(outputs, idle)
 
 
-def _folds_in_float16(given: Arguments) -> torch.dtype | None:
-    """float16, if norms are folded into weights of it that are differentiated, and so computed in float32 instead.
+def _folds_in_float16(given: Arguments) -> bool:
+    """Whether norms would be folded into weights of float16, and are to be computed in float32 instead.
 
     Of a small or large scale, folded weights and their gradients leave float16's range where neither the weights nor
-    the gradients that are asked for do.
+    the gradients that are asked for do. A GPU, where products in float32 take many times as long, folds in float16 what
+    nobody differentiates.
     """
-    x = given.streams[0]
-    dtype = torch.get_autocast_dtype(x.device.type) if _backends.autocast_enabled(x.device.type) else x.dtype
     modules = _gate_norms(given)
     modules += [module for norm in given.norms if norm is not None and norm.running for module in norm.modules]
-    if dtype != torch.float16 or not modules:
-        return None
-    return dtype if _is_differentiated(given, modules) else None
+    if not modules or _dtype_of_products(given.streams[0]) is not torch.float16:
+        return False
+    return given.streams[0].is_cpu or _is_differentiated(given, modules)
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if _backends.autocast_enabled(device) else x.dtype
 
 
 def _in_float32(given: Arguments) -> Arguments:
@@ -177,9 +180,13 @@ def _scales(given: Arguments, wiring: Wiring, linear: bool) -> tuple[Sequence[An
     return scales_of_running(given.norms, given.biases, wiring.live, own)
 
 
-def _serves_graph(given: Arguments) -> bool:
-    """Whether a graph is made of a call that nobody differentiates, and that leaves nothing behind but its outputs."""
-    if not _torch.compiling() or _torch.func_transforms_active() or any(given.dropout):
+def _serves(given: Arguments) -> bool:
+    """Whether a graph, or a call in float16, is one that nobody differentiates and that leaves nothing but its outputs.
+
+    In float16 norms should not be folded.
+    """
+    asked = _torch.compiling() or _dtype_of_products(given.streams[0]) is torch.float16
+    if not asked or _torch.func_transforms_active() or any(given.dropout):
         return False
     norms = [norm for norm in given.norms if norm is not None]
     if not all(norm.running or norm.code == LAYER_NORM for norm in norms):

@@ -24,7 +24,7 @@ _LISTS = (list, tuple)
 _NUMBERS = (int, float)
 # Why a call is not for the direct way, where that is found out later, if anybody asks.
 OBSERVED = "something looks on"
-_LOGITS = "gates with norms or in one matrix, beside layers that are stored, are read behind checks"
+_LOGITS = "gates with norms, beside layers that are stored, are read behind checks"
 _ODD = "the arguments are not plain tensors of one dtype in lists, of shapes that fit, and plain norms"
 # A layer without more, of each activation.
 _LAYERS = {name: Layer(code) for name, code in CODES.items()}
@@ -111,26 +111,42 @@ def direct(
     return found
 
 
-def _logits(streams: Sequence[Tensor], gates: tuple[Any, Any, Any, Any], routing: Routing) -> list[Tensor] | None:
-    """Those of linear gates, each of its stream; None for gates with norms, joined ones, and all that do not fit."""
+def _logits(
+    streams: Sequence[Tensor], gates: tuple[Any, Any, Any, Any], routing: Routing
+) -> list[Tensor] | Tensor | None:
+    """Those of linear gates, each of its stream, or in one tensor; None for gates with norms, and all that do not fit.
+
+    Gates in one matrix are one product where they read one stream.
+    """
     _, weights, biases, norms = gates
     sizes = routing.wiring.gate_sizes
+    one = all(x is streams[0] for x in streams)
+    if isinstance(weights, Tensor):
+        joined = sum(sizes)
+        plain = norms is None and isinstance(streams[0], Tensor) and streams[0].dim() == 2
+        if not plain or not _is_linear(streams[0], weights, biases, joined):
+            return None
+        if one:
+            return F.linear(streams[0], weights, biases)
+        weights = weights.split(sizes)
+        biases = None if biases is None else biases.split(sizes)
     biases = [None] * len(sizes) if biases is None else biases
     if norms is not None or not all(isinstance(own, _LISTS) and len(own) == len(sizes) for own in (weights, biases)):
         return None
     fit = all(
-        isinstance(x, Tensor)
-        and x.dim() == 2
-        and _fits(weight, (size, x.shape[1]), x)
-        and (bias is None or _fits(bias, (size,), x))
+        isinstance(x, Tensor) and x.dim() == 2 and _is_linear(x, weight, bias, size)
         for x, weight, bias, size in zip(streams, weights, biases, sizes, strict=False)
     )
     if not fit:
         return None
     if not torch.is_grad_enabled():
         return list(map(F.linear, streams, weights, biases))
-    one = all(x is streams[0] for x in streams)
     return gate_logits(streams[:1] if one else streams, weights, biases)
+
+
+def _is_linear(x: Tensor, weight: Any, bias: Any, size: int) -> bool:
+    """Whether these are a linear layer of the input with so many outputs; without a bias that is None."""
+    return _fits(weight, (size, x.shape[1]), x) and (bias is None or _fits(bias, (size,), x))
 
 
 def _fits(tensor: Any, shape: tuple[int, ...], like: Tensor) -> bool:

@@ -107,6 +107,11 @@ def _check_statistics(name: str, module: Any, width: int, like: Like) -> None:
         if tensor.shape[0] != width:
             raise ValueError(f"{name}.{part} must have shape [{width}], got {shape_of(tensor)}")
         check_parameter(f"{name}.{part}", tensor, "inputs", like)
+        writes = module.training and module.track_running_stats and not _torch.compiling()
+        if writes and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name}.{part} must be a tensor that training can write to, got one that torch.inference_mode made"
+            )
 
 
 def check_dropout(dropout: Any, num_layers: int) -> tuple[float, ...]:
@@ -232,19 +237,26 @@ class _Updates(NamedTuple):
     def write(self) -> None:
         """Brings counts and running statistics up to date."""
         vmapped = any(map(_torch.is_vmapped, [*self.counts, *self.running()]))
-        if vmapped:  # there is no rule for operators that take lists, nor for lerp_
+        if vmapped:  # there is no rule for operators that take lists
             for count in self.counts:
                 count.add_(1)
-            for momentum, pairs in self.averages.items():
-                for average, value in zip(*pairs, strict=True):
-                    average.add_(value - average, alpha=momentum)
-        else:
-            if self.counts:
-                torch._foreach_add_(self.counts, 1)
-            for momentum, (running, values) in self.averages.items():
-                torch._foreach_lerp_(running, values, momentum)
+        elif self.counts:
+            torch._foreach_add_(self.counts, 1)
+        for momentum, (running, values) in self.averages.items():
+            narrow = any(average.dtype is not value.dtype for average, value in zip(running, values, strict=True))
+            if vmapped or narrow:
+                for average, value in zip(running, values, strict=True):
+                    average.copy_(_average(average, value, momentum))
+            else:
+                torch._foreach_mul_(running, 1 - momentum)
+                torch._foreach_add_(running, values, alpha=momentum)
         for average, value, batches in self.cumulative:
-            average.lerp_(value, 1 / batches.to(average.dtype))
+            average.copy_(_average(average, value, 1 / batches.to(value.dtype)))
+
+
+def _average(running: Tensor, value: Tensor, weight: Any) -> Tensor:
+    """As PyTorch's batch norm has it: what is infinite stays so, and what is narrow is rounded once, by the caller."""
+    return running.to(value.dtype) * (1 - weight) + value * weight
 
 
 def _updates(norms: Sequence[Norm], experts: Sequence[int], statistics: Sequence[Tensor], rows: int) -> _Updates:
@@ -262,7 +274,8 @@ def _updates(norms: Sequence[Norm], experts: Sequence[int], statistics: Sequence
             if batches is not None:
                 updates.counts.append(batches)
             for running, value in zip((module.running_mean, module.running_var), batch, strict=True):
-                value = value.to(running.dtype)
+                if running.dtype not in (torch.float16, torch.bfloat16):
+                    value = value.to(running.dtype)
                 if module.momentum is not None:
                     pair = updates.averages.setdefault(float(module.momentum), ([], []))
                     pair[0].append(running)

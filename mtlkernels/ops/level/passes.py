@@ -42,7 +42,7 @@ class Part:
     end: GradientEdge | None = None
 
 
-def cut(losses: Sequence[Tensor]) -> list[Part]:
+def cut(losses: Sequence[Tensor], passes: int | None = None) -> list[Part]:
     """The parts of the losses' graph, each behind those above it; only one where it cannot be cut.
 
     It can where every node lies in one part. One in two would get its gradient in two pieces, and hooks, or functions
@@ -50,7 +50,7 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
     of several, as no pass is after them; but to some tensor that it was applied to each level must lead alone, where
     a pass may end that is to run it. Hooks on a module's backward pass keep what they have seen of one loss until
     they see the next, so that no two may be under way. Where PyTorch looks for NaN in what nodes return, they have to
-    return it. Checkpoints may be computed again more often by parts.
+    return it. Checkpoints may be computed again more often by parts than by so many passes, by default one a loss.
     """
     whole = [Part(None)]
     if _torch.in_compiled_autograd() or torch.is_anomaly_enabled():
@@ -63,7 +63,7 @@ def cut(losses: Sequence[Tensor]) -> list[Part]:
     while _walk(below, parts[-1], len(parts), numbers, reached):
         waiting.update(parts[-1].levels)
         if not waiting:
-            if recomputes_more([part.level for part in parts[1:]], len(losses)):
+            if recomputes_more([part.level for part in parts[1:]], passes or len(losses)):
                 return whole
             return parts if _set_ends(parts, reached) and not _runs_levels(parts) else whole
         level = max(waiting, key=_torch.sequence_number)  # no other of these is above it

@@ -171,6 +171,18 @@ def test_mistakes_elsewhere_leave_running_statistics_alone() -> None:
         assert all(torch.equal(value, old[name]) for name, value in norm.state_dict().items())
 
 
+def test_statistics_that_cannot_be_written_to() -> None:
+    experts: list[Any] = batch(4)
+    with torch.inference_mode():
+        experts[1].running_mean = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"norms\[0\]\[1\].running_mean must be .* that training can write to"):
+        call(norms=[experts, None])
+    assert [int(norm.num_batches_tracked) for norm in experts] == [0, 0]
+    with torch.inference_mode():
+        call(norms=[experts, None])
+    assert [int(norm.num_batches_tracked) for norm in experts] == [1, 1]
+
+
 def test_module_lists_are_sequences() -> None:
     norms = nn.ModuleList([nn.ModuleList(batch(4)), nn.ModuleList(layer(3))])
     assert [tuple(y.shape) for y in call(norms=norms, dropout=[0, 0.5])] == [(6, 3)]

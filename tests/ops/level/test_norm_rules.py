@@ -39,6 +39,29 @@ def test_examples_cannot_share_running_statistics() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 0.9, 1.0, None])
+@pytest.mark.parametrize("scale", [1e20, float("inf")])
+def test_infinite_statistics_stay_as_pytorchs(scale: float, momentum: float | None, compiled: bool) -> None:
+    torch.manual_seed(0)
+    linear, norm = nn.Linear(4, 2), nn.BatchNorm1d(2, momentum=momentum)
+    plain, routing = copy.deepcopy(norm), mk.Routing.mmoe(1, 1)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        logits, options = torch.zeros(len(x), 1), {"norms": [[norm]]}
+        return mk.expert_mixture(x, [[linear.weight]], [[linear.bias]], logits, routing, **options)[0]  # type: ignore[arg-type]
+
+    run = torch.compile(call, backend="aot_eager") if compiled else call
+    for i in range(3):
+        x = torch.randn(64, 4).abs()
+        if i == 0:
+            x[0] *= scale
+        run(x)
+        plain(linear(x))
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(norm.get_buffer(name), buffer, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
 def test_norms_in_float64_beside_others(kind: torch.dtype) -> None:
     weights = [[torch.randn(6, 4, dtype=kind) for _ in range(3)]]

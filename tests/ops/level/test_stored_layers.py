@@ -322,17 +322,41 @@ def test_statistics_of_narrow_dtypes(checked: Any, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["prelu", "batch norm"])
-def test_linear_gates_that_read_streams_of_their_own(kind: str, checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    routing = mk.Routing((0, 1, 0), ((0, 1), (0, 1, 2)))
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("kind", ["prelu", "batch norm", "dropped"])
+def test_linear_gates(
+    kind: str, streams: int, joined: bool, biased: bool, checked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads its own stream; those in one matrix, as trunks have them, go past the checks as well."""
+    routing = mk.Routing((0, streams - 1, 0), ((0, 1), (0, 1, 2)))
     seed(0)
-    streams = [torch.randn(ROWS, 5, requires_grad=True) for _ in range(2)]
+    xs = [torch.randn(ROWS, 5, requires_grad=True) for _ in range(streams)]
     weights, gates = [torch.randn(3, 4, 5)], [torch.randn(n, 5, requires_grad=True) for n in (2, 3)]
-    slopes = {"activation": "prelu", "slopes": [[torch.full((1,), 0.3)] * 3]}
-    options: Any = slopes if kind == "prelu" else {"norms": [[nn.BatchNorm1d(4) for _ in range(3)]]}
+    biases = [torch.randn(n, requires_grad=True) for n in (2, 3)] if biased else []
+    options: Any = {
+        "prelu": {"activation": "prelu", "slopes": [[torch.full((1,), 0.3)] * 3]},
+        "batch norm": {"norms": [[nn.BatchNorm1d(4) for _ in range(3)]]},
+        "dropped": {"dropout": 0.3},
+    }[kind]
 
     def run() -> list[Tensor]:
-        ys = mk.expert_mixture(streams, weights, None, None, routing, gate_weights=gates, **options)
-        return [*ys, *torch.autograd.grad([y.square().sum() for y in ys], [*streams, *gates])]
+        torch.manual_seed(3)
+        of_gates: Any = [gates, biases or None]
+        if joined:
+            of_gates = [own and torch.cat(own) for own in of_gates]
+        given = {"gate_weights": of_gates[0], "gate_biases": of_gates[1], **options}
+        ys = mk.expert_mixture(xs if streams > 1 else xs[0], weights, None, None, routing, **given)
+        return [*ys, *torch.autograd.grad([y.square().sum() for y in ys], [*xs, *gates, *biases])]
 
     torch.testing.assert_close(goes_past_checks(run, monkeypatch), checked(run))
+
+
+def test_joined_gates_that_do_not_fit() -> None:
+    norms, x = [[nn.BatchNorm1d(4) for _ in range(2)]], torch.randn(ROWS, 5)
+    for weights, biases in ((torch.randn(3, 5), None), (torch.randn(2, 4), None), (torch.randn(2, 5), torch.randn(3))):
+        with pytest.raises(ValueError, match="gate_(weights|biases)"):
+            gates = {"gate_weights": weights, "gate_biases": biases}
+            mk.expert_mixture(x, [torch.randn(2, 4, 5)], None, None, mk.Routing.mmoe(2, 1), norms=norms, **gates)
+    assert all(int(norm.num_batches_tracked) == 0 for norm in norms[0])
