@@ -178,17 +178,15 @@ def checkpoints_around() -> list[Any]:
 
     None in the place of what else looks at saved tensors.
     """
-    found: list[Any] = []
     hooks: list[Any] = []
     try:
-        while (own := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        while saves_through_hooks():
+            hooks.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
             torch._C._autograd._pop_saved_tensors_default_hooks()
-            hooks.append(own)
-            found.append(_checkpoint_of(own[0]))
     finally:
         for own in reversed(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(*own)
-    return found
+    return [_checkpoint_of(pack) for pack, _ in hooks]
 
 
 def saves_through_hooks() -> bool:

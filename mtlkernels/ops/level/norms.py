@@ -256,7 +256,8 @@ class _Updates(NamedTuple):
 
 def _average(running: Tensor, value: Tensor, weight: Any) -> Tensor:
     """As PyTorch's batch norm has it: what is infinite stays so, and what is narrow is rounded once, by the caller."""
-    return running.to(value.dtype) * (1 - weight) + value * weight
+    averaged: Tensor = running.to(value.dtype) * (1 - weight) + value * weight
+    return averaged
 
 
 def _updates(norms: Sequence[Norm], experts: Sequence[int], statistics: Sequence[Tensor], rows: int) -> _Updates:
