@@ -44,6 +44,11 @@ def test_the_level_that_is_met_first_tells() -> None:
         assert sharing.pays(losses(trunk, x), 2)
 
 
+def test_as_many_outputs_as_rows() -> None:
+    trunk = mk.nn.MMoE(1024, 2, (256,), num_experts=3)
+    assert all(sharing.pays(losses(trunk, torch.randn(rows, 1024)), 2) for rows in (255, 256, 257))
+
+
 def test_inputs_are_no_weights() -> None:
     trunk = mk.nn.MMoE(8, 2, (4,), num_experts=2)
     x = torch.randn(1 << 17, 8, requires_grad=True)

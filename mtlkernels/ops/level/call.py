@@ -56,7 +56,7 @@ def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_g
 def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     """The level's outputs; the running statistics of norms are then brought up to date."""
     serves = _serves(given)
-    keeps = serves and _keeps_norms(given.streams[0])
+    keeps = serves and _keeps_norms(given)
     if not keeps and _folds_in_float16(given):
         with torch.autocast(given.streams[0].device.type, enabled=False):
             return tuple(y.to(torch.float16) for y in evaluate(_in_float32(given), routing))
@@ -115,7 +115,8 @@ def _folds_in_float16(given: Arguments) -> bool:
 
 def _dtype_of_products(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if _backends.autocast_enabled(device) else x.dtype
+    casts = x.dtype is not torch.float64 and _backends.autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
 def _in_float32(given: Arguments) -> Arguments:
@@ -206,9 +207,18 @@ def _is_differentiated(given: Arguments, norms: Sequence[Any]) -> bool:
     return needs_function(given.streams, experts, given.biases, given.slopes, given.logits, weights, biases, of_norms)
 
 
-def _keeps_norms(x: Tensor) -> bool:
-    """Whether norms by running statistics stay outside of weights: the C++ kernels take them as they are."""
-    return x.is_cpu and _backends.has_cpp("level") and _backends.forced() in (None, "cpp")
+def _keeps_norms(given: Arguments) -> bool:
+    """Whether norms by running statistics stay outside of weights: the C++ kernels take them as they are.
+
+    Behind layers that are stored the logits come from outside, with norms folded into the gates.
+    """
+    x = given.streams[0]
+    if not (x.is_cpu and _backends.has_cpp("level") and _backends.forced() in (None, "cpp")):
+        return False
+    stored = any(norm is not None and norm.code == LAYER_NORM for norm in given.norms) or any(
+        slopes is not None for slopes in given.slopes
+    )
+    return not (stored and _gate_norms(given) and _dtype_of_products(x) is torch.float16)
 
 
 def _transformed() -> bool:

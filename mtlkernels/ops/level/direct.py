@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtlkernels import _backends, _decisions, _extension
 from mtlkernels.ops._call import replays, unobserved
@@ -20,7 +20,7 @@ from mtlkernels.ops.level.norms import running_parts
 from mtlkernels.ops.level.spec import Layer
 from mtlkernels.routing import Routing
 
-_LISTS = (list, tuple)
+_LISTS, _PLAIN = (list, tuple), (Tensor, nn.Parameter)
 _NUMBERS = (int, float)
 # Why a call is not for the direct way, where that is found out later, if anybody asks.
 OBSERVED = "something looks on"
@@ -150,8 +150,8 @@ def _is_linear(x: Tensor, weight: Any, bias: Any, size: int) -> bool:
 
 
 def _fits(tensor: Any, shape: tuple[int, ...], like: Tensor) -> bool:
-    same = isinstance(tensor, Tensor) and tensor.dtype is like.dtype and tensor.device == like.device
-    return same and tensor.shape == shape
+    plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
+    return plain and tensor.dtype is like.dtype and tensor.device == like.device and tensor.shape == shape
 
 
 def _rates(dropout: Any, weights: Any) -> tuple[float, ...] | None:

@@ -207,23 +207,41 @@ def update_running_statistics(
             updates.write()
 
 
-class _Updates(NamedTuple):
-    """What a batch is about to do to batch norms.
+class _Update(NamedTuple):
+    """What a batch is about to do to a batch norm.
 
     Attributes:
-        counts: of batches, to be raised by one.
-        averages: for each momentum, running statistics and those of the batch.
-        cumulative: running statistics that are means of all batches, those of the batch, and the count.
+        batches: how many there were, to be raised by one; None where it is not counted.
+        momentum: None where running statistics are means of all batches.
+        pairs: running statistics, and those of the batch.
     """
 
-    counts: list[Tensor]
-    averages: dict[float, tuple[list[Tensor], list[Tensor]]]
-    cumulative: list[tuple[Tensor, Tensor, Tensor]]
+    batches: Tensor | None
+    momentum: float | None
+    pairs: list[tuple[Tensor, Tensor]]
+
+    def write(self) -> None:
+        """Brings it up to date, as PyTorch's module does it."""
+        if self.batches is not None:
+            self.batches.add_(1)
+        for running, value in self.pairs:
+            if self.momentum is not None:
+                running.copy_(_average(running, value, float(self.momentum)))
+            elif self.batches is not None:
+                running.copy_(_average(running, value, 1 / self.batches.to(value.dtype)))
+
+
+class _Updates(NamedTuple):
+    """Those of all batch norms."""
+
+    modules: list[_Update]
+
+    def counts(self) -> list[Tensor]:
+        return [module.batches for module in self.modules if module.batches is not None]
 
     def running(self) -> list[Tensor]:
         """All running statistics."""
-        of_momenta = [average for running, _ in self.averages.values() for average in running]
-        return [*of_momenta, *(average for average, _, _ in self.cumulative)]
+        return [running for module in self.modules for running, _ in module.pairs]
 
     def check_batched(self, statistics: Sequence[Tensor]) -> None:
         """Refuses statistics of examples that torch.func.vmap batches for running ones that it does not."""
@@ -236,22 +254,31 @@ class _Updates(NamedTuple):
 
     def write(self) -> None:
         """Brings counts and running statistics up to date."""
-        vmapped = any(map(_torch.is_vmapped, [*self.counts, *self.running()]))
-        if vmapped:  # there is no rule for operators that take lists
-            for count in self.counts:
-                count.add_(1)
-        elif self.counts:
-            torch._foreach_add_(self.counts, 1)
-        for momentum, (running, values) in self.averages.items():
-            narrow = any(average.dtype is not value.dtype for average, value in zip(running, values, strict=True))
-            if vmapped or narrow:
-                for average, value in zip(running, values, strict=True):
-                    average.copy_(_average(average, value, momentum))
-            else:
-                torch._foreach_mul_(running, 1 - momentum)
-                torch._foreach_add_(running, values, alpha=momentum)
-        for average, value, batches in self.cumulative:
-            average.copy_(_average(average, value, 1 / batches.to(value.dtype)))
+        if not self._go_together():
+            for module in self.modules:
+                module.write()
+            return
+        by_momentum: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        if counts := self.counts():
+            torch._foreach_add_(counts, 1)
+        for _, momentum, pairs in self.modules:
+            for running, value in pairs if momentum is not None else ():
+                lists = by_momentum.setdefault(float(momentum or 0), ([], []))
+                lists[0].append(running)
+                lists[1].append(value)
+        for momentum, (averages, values) in by_momentum.items():
+            torch._foreach_mul_(averages, 1 - momentum)
+            torch._foreach_add_(averages, values, alpha=momentum)
+
+    def _go_together(self) -> bool:
+        """Whether lists can be written to: under vmap there is no rule for that, and modules may share statistics."""
+        tensors = [*self.counts(), *self.running()]
+        return (
+            not _torch.func_transforms_active()
+            and len(set(tensors)) == len(tensors)
+            and all(module.momentum is not None for module in self.modules)
+            and all(running.dtype is value.dtype for module in self.modules for running, value in module.pairs)
+        )
 
 
 def _average(running: Tensor, value: Tensor, weight: Any) -> Tensor:
@@ -262,7 +289,7 @@ def _average(running: Tensor, value: Tensor, weight: Any) -> Tensor:
 
 def _updates(norms: Sequence[Norm], experts: Sequence[int], statistics: Sequence[Tensor], rows: int) -> _Updates:
     """Of the arguments of :func:`update_running_statistics`."""
-    updates = _Updates([], {}, [])
+    updates: list[_Update] = []
     for norm, mean, variance in zip(norms, statistics[: len(norms)], statistics[len(norms) :], strict=True):
         if norm.code != BATCH_NORM:
             continue
@@ -271,19 +298,12 @@ def _updates(norms: Sequence[Norm], experts: Sequence[int], statistics: Sequence
         for module, *batch in zip(modules, mean.unbind(0), unbiased.unbind(0), strict=True):
             if not (module.training and module.track_running_stats) or module.running_mean is None:
                 continue
-            batches = module.num_batches_tracked
-            if batches is not None:
-                updates.counts.append(batches)
-            for running, value in zip((module.running_mean, module.running_var), batch, strict=True):
-                if running.dtype not in (torch.float16, torch.bfloat16):
-                    value = value.to(running.dtype)
-                if module.momentum is not None:
-                    pair = updates.averages.setdefault(float(module.momentum), ([], []))
-                    pair[0].append(running)
-                    pair[1].append(value)
-                elif batches is not None:
-                    updates.cumulative.append((running, value, batches))
-    return updates
+            pairs = [
+                (running, value if running.dtype in (torch.float16, torch.bfloat16) else value.to(running.dtype))
+                for running, value in zip((module.running_mean, module.running_var), batch, strict=True)
+            ]
+            updates.append(_Update(module.num_batches_tracked, module.momentum, pairs))
+    return _Updates(updates)
 
 
 def running_parts(norm: Any) -> tuple[Any, ...] | None:

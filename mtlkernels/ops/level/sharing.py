@@ -29,9 +29,10 @@ def pays(losses: Sequence[Tensor], passes: int) -> bool:
         return True  # launches are shared, and what is computed again
     if rows < SHARED_ROWS:
         return False
-    shapes = (_torch.shape_of_gradient(*edge)[0] for edge in level.next_functions if edge[0] is not None)
-    weights = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2 and shape[0] != rows)
-    return weights * (passes - 1) >= SHARED_WEIGHTS
+    spec = level_of(level).plan.spec
+    edges = level.next_functions[spec.num_inputs :][: len(spec.expert_inputs) * len(spec.layers)]
+    shapes = [_torch.shape_of_gradient(*edge)[0] for edge in edges if edge[0] is not None]
+    return sum(shape[0] * shape[1] for shape in shapes) * (passes - 1) >= SHARED_WEIGHTS
 
 
 def _first_level(losses: Sequence[Tensor]) -> Any:

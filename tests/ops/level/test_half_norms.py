@@ -126,3 +126,45 @@ def test_running_statistics_are_rounded_once(half: torch.dtype, momentum: float 
                 buffer.copy_(buffer.to(half) if buffer.is_floating_point() else buffer)
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(norm.get_buffer(name).to(buffer.dtype), buffer, rtol=0.02, atol=0.5, equal_nan=True)
+
+
+@pytest.mark.parametrize("beside", ["layer norm", "dice"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norms_of_gates_beside_stored_layers(autocast: bool, beside: str) -> None:
+    """Whose logits come from outside of the level, with the norms folded into the gates."""
+    torch.manual_seed(0)
+    x, half = torch.randn(32, 16) * 1e-4, torch.float16
+    weights, gate = [torch.randn(8, 16) for _ in range(2)], torch.randn(2, 16) / 8
+    gate_norm = nn.BatchNorm1d(2, eps=1e-20).eval()
+    logits = x @ gate.T
+    gate_norm.running_mean.copy_(logits.mean(0))  # type: ignore[union-attr]
+    gate_norm.running_var.copy_(logits.var(0))  # type: ignore[union-attr]
+    nn.init.constant_(gate_norm.weight, 100.0)
+    given: dict[str, Any] = {"gate_norms": [gate_norm], "norms": [[nn.LayerNorm(8) for _ in range(2)]]}
+    if beside == "dice":
+        given = {"gate_norms": [gate_norm], "activation": "dice", "slopes": [[torch.full((8,), 0.3) for _ in range(2)]]}
+
+    def call(dtype: torch.dtype) -> Tensor:
+        layer = [weight.to(dtype) for weight in weights]
+        own = copy.deepcopy(given)
+        if dtype == torch.float64:
+            own = {name: [n.double() for n in value] if name == "gate_norms" else value for name, value in own.items()}
+            own["norms"] = own.get("norms") and [[norm.double() for norm in own["norms"][0]]]
+            own["slopes"] = own.get("slopes") and [[slope.double() for slope in own["slopes"][0]]]
+        routing = mk.Routing.mmoe(2, 1)
+        return mk.expert_mixture(x.to(dtype), [layer], None, None, routing, gate_weights=[gate.to(dtype)], **own)[0]
+
+    with torch.no_grad():
+        wanted = call(torch.float64)
+        with torch.autocast("cpu", half, enabled=autocast):
+            found = call(torch.float32 if autocast else half)
+    assert found.dtype == half
+    assert float((found - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+
+
+def test_autocast_leaves_float64() -> None:
+    norms = [[nn.BatchNorm1d(8).double().eval() for _ in range(2)]]
+    x, weights = torch.randn(9, 16, dtype=torch.float64), [torch.randn(2, 8, 16, dtype=torch.float64)]
+    with torch.autocast("cpu", torch.float16):
+        y = mk.expert_mixture(x, weights, None, x[:, :2], mk.Routing.mmoe(2, 1), norms=norms)[0]
+    assert y.dtype == torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -12,7 +13,8 @@ from torch.func import functional_call, stack_module_state, vmap
 import mtlkernels as mk
 
 
-def test_momentum_in_an_ensemble() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_momentum_in_an_ensemble(compiled: bool) -> None:
     """Another than PyTorch's own."""
     x = torch.randn(40, 12)
     models = [mk.nn.MMoE(12, 2, (10, 8), num_experts=3, batch_norm=True).train() for _ in range(3)]
@@ -25,7 +27,9 @@ def test_momentum_in_an_ensemble() -> None:
         model(x)
     parameters, buffers = stack_module_state(models)  # type: ignore[arg-type]
     base = copy.deepcopy(models[0]).to("meta")
-    vmap(lambda p, b: functional_call(base, (p, b), (x,))[0])(parameters, buffers)
+    ensemble = vmap(lambda p, b: functional_call(base, (p, b), (x,))[0])
+    parameters = {name: value.detach() for name, value in parameters.items()}
+    (torch.compile(ensemble, backend="aot_eager") if compiled else ensemble)(parameters, buffers)
     for name, buffer in buffers.items():
         torch.testing.assert_close(buffer, torch.stack([dict(model.named_buffers())[name] for model in alone]))
 
@@ -37,6 +41,30 @@ def test_examples_cannot_share_running_statistics() -> None:
     with pytest.raises(RuntimeError, match="each would write its statistics to the same running_mean"):
         vmap(lambda x: model(x)[0])(torch.randn(4, 20, 12))
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("way", ["direct", "reference", "autocast", "compiled"])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_statistics_that_modules_share(momentum: float | None, way: str) -> None:
+    torch.manual_seed(0)
+    norms: list[nn.Module] = [nn.BatchNorm1d(8, momentum=momentum) for _ in range(2)]
+    for name, buffer in norms[0].named_buffers():
+        setattr(norms[1], name, buffer)
+    weights, x, logits = [torch.randn(8, 8) for _ in range(2)], torch.randn(16, 8) + 1, torch.randn(16, 2)
+    plain = copy.deepcopy(norms)
+
+    def level(x: torch.Tensor) -> torch.Tensor:
+        return mk.expert_mixture(x, [weights], None, logits, mk.Routing.mmoe(2, 1), norms=[norms])[0]
+
+    run = torch.compile(level, backend="aot_eager") if way == "compiled" else level
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        for _ in range(2):
+            with mk.use_backend("reference") if way == "reference" else contextlib.nullcontext():
+                run(x)
+            for norm, weight in zip(plain, weights, strict=True):
+                norm(nn.functional.linear(x, weight))
+    for name, buffer in plain[0].named_buffers():
+        torch.testing.assert_close(norms[0].get_buffer(name), buffer, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -359,4 +359,9 @@ def test_joined_gates_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match="gate_(weights|biases)"):
             gates = {"gate_weights": weights, "gate_biases": biases}
             mk.expert_mixture(x, [torch.randn(2, 4, 5)], None, None, mk.Routing.mmoe(2, 1), norms=norms, **gates)
+    for odd in (torch.randn(2, 5).to_sparse(), torch.randn(2, 5).to_mkldnn()):
+        with pytest.raises(TypeError, match="gate_weights must be a dense tensor"):
+            mk.expert_mixture(
+                x, [torch.randn(2, 4, 5)], None, None, mk.Routing.mmoe(2, 1), norms=norms, gate_weights=odd
+            )
     assert all(int(norm.num_batches_tracked) == 0 for norm in norms[0])
