@@ -274,7 +274,7 @@ class _Updates(NamedTuple):
         """Whether lists can be written to: under vmap there is no rule for that, and modules may share statistics."""
         tensors = [*self.counts(), *self.running()]
         return (
-            not _torch.func_transforms_active()
+            not any(map(_torch.is_vmapped, tensors))
             and len(set(tensors)) == len(tensors)
             and all(module.momentum is not None for module in self.modules)
             and all(running.dtype is value.dtype for module in self.modules for running, value in module.pairs)
