@@ -267,8 +267,12 @@ class _Updates(NamedTuple):
                 lists[0].append(running)
                 lists[1].append(value)
         for momentum, (averages, values) in by_momentum.items():
-            torch._foreach_mul_(averages, 1 - momentum)
-            torch._foreach_add_(averages, values, alpha=momentum)
+            pairs = list(zip(averages, values, strict=True))
+            if all(average.dtype is value.dtype for average, value in pairs):
+                torch._foreach_mul_(averages, 1 - momentum)
+                torch._foreach_add_(averages, values, alpha=momentum)
+            else:
+                torch._foreach_copy_(averages, [_average(*pair, momentum) for pair in pairs])
 
     def _go_together(self) -> bool:
         """Whether lists can be written to: under vmap there is no rule for that, and modules may share statistics."""
@@ -277,7 +281,6 @@ class _Updates(NamedTuple):
             not any(map(_torch.is_vmapped, tensors))
             and len(set(tensors)) == len(tensors)
             and all(module.momentum is not None for module in self.modules)
-            and all(running.dtype is value.dtype for module in self.modules for running, value in module.pairs)
         )
 
 

@@ -168,3 +168,15 @@ def test_autocast_leaves_float64() -> None:
     with torch.autocast("cpu", torch.float16):
         y = mk.expert_mixture(x, weights, None, x[:, :2], mk.Routing.mmoe(2, 1), norms=norms)[0]
     assert y.dtype == torch.float64
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_torch_func_differentiates_beside_narrow_statistics(half: torch.dtype) -> None:
+    """It refuses other writes to what it captures than those to lists."""
+    norm, weight = nn.BatchNorm1d(4).to(half), torch.randn(4, 5).to(half)
+    x = torch.randn(9, 5).to(half)
+    torch.func.grad(
+        lambda w: mk.expert_mixture(x, [[w]], None, x.new_zeros(9, 1), ROUTING, norms=[[norm]])[0].float().sum()
+    )(weight)
+    assert int(norm.num_batches_tracked) == 1  # type: ignore[arg-type]
+    assert norm.running_mean.abs().sum() > 0  # type: ignore[union-attr]
