@@ -258,21 +258,18 @@ class _Updates(NamedTuple):
             for module in self.modules:
                 module.write()
             return
-        by_momentum: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         if counts := self.counts():
             torch._foreach_add_(counts, 1)
+        by_momentum: dict[float, list[tuple[Tensor, Tensor]]] = {}
         for _, momentum, pairs in self.modules:
-            for running, value in pairs if momentum is not None else ():
-                lists = by_momentum.setdefault(float(momentum or 0), ([], []))
-                lists[0].append(running)
-                lists[1].append(value)
-        for momentum, (averages, values) in by_momentum.items():
-            pairs = list(zip(averages, values, strict=True))
+            by_momentum.setdefault(float(momentum or 0), []).extend(pairs)
+        for weight, pairs in by_momentum.items():
+            averages, values = map(list, zip(*pairs, strict=True))
             if all(average.dtype is value.dtype for average, value in pairs):
-                torch._foreach_mul_(averages, 1 - momentum)
-                torch._foreach_add_(averages, values, alpha=momentum)
+                torch._foreach_mul_(averages, 1 - weight)
+                torch._foreach_add_(averages, values, alpha=weight)
             else:
-                torch._foreach_copy_(averages, [_average(*pair, momentum) for pair in pairs])
+                torch._foreach_copy_(averages, [_average(*pair, weight) for pair in pairs])
 
     def _go_together(self) -> bool:
         """Whether lists can be written to: under vmap there is no rule for that, and modules may share statistics."""
