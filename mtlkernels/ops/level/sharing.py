@@ -24,12 +24,13 @@ def pays(losses: Sequence[Tensor], passes: int) -> bool:
     level = _first_level(losses)
     if level is None:
         return False
+    plan = level_of(level).plan
     (rows, *_), device = _torch.shape_of_gradient(level, 0)
-    if device.type != "cpu" or is_checkpointed(level):
+    if device.type != "cpu" or plan.backend == "triton" or is_checkpointed(level):
         return True  # launches are shared, and what is computed again
     if rows < SHARED_ROWS:
         return False
-    spec = level_of(level).plan.spec
+    spec = plan.spec
     edges = level.next_functions[spec.num_inputs :][: len(spec.expert_inputs) * len(spec.layers)]
     shapes = [_torch.shape_of_gradient(*edge)[0] for edge in edges if edge[0] is not None]
     return sum(shape[0] * shape[1] for shape in shapes) * (passes - 1) >= SHARED_WEIGHTS
