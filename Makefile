@@ -30,7 +30,7 @@ SEED ?=
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz sanitize coverage large docs matrix wheel wheel-check check bench bench-guard readme aot gpu clean
+.PHONY: help demo test fuzz sanitize coverage large docs matrix wheel wheel-check check lint mypy pyright bench bench-guard readme aot gpu clean
 
 help:
 	@echo "make demo    train two libraries' PLE on real data before and after mk.convert, and one under PCGrad"
@@ -99,12 +99,21 @@ matrix:
 $(VENV)/.cuda-report: $(VENV)/.installed $(CUDA_SOURCES)
 	@$(PY) -m tests.cuda.compile > $@ || { cat $@; exit 1; }
 
-check: $(VENV)/.installed $(if $(NVCC),$(VENV)/.cuda-report)
+# Three of the checks take one core for a quarter of a minute: they share what cores there are.
+check: $(VENV)/.installed
+	@$(MAKE) --no-print-directory --jobs=3 lint mypy pyright $(if $(NVCC),$(VENV)/.cuda-report)
+	@$(if $(NVCC),cat $(VENV)/.cuda-report,echo "csrc/cuda: not compiled, as there is no nvcc")
+
+lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/basedpyright & pyright=$$!; $(PY) -m mypy && wait $$pyright
 	$(if $(CXX_SOURCES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES))
-	@$(if $(NVCC),cat $(VENV)/.cuda-report,echo "csrc/cuda: not compiled, as there is no nvcc")
+
+mypy: $(VENV)/.installed
+	$(PY) -m mypy
+
+pyright: $(VENV)/.installed
+	$(VENV)/bin/basedpyright
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/run.py $(SUITE) --device $(DEVICE) $(ARGS)
