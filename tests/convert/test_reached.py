@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import sys
 import types
 import weakref
@@ -209,7 +210,19 @@ class ByAWeakReference(Finding):
         return super().weigh(runner().run(self, z))
 
 
-FOUND = [BesideItsParts, BySomeNameBeside, ByAMadeName, ByANestedClass, ByAWeakReference]
+class ByAPropertyWithoutCode(Finding):
+    """By a name that stands in no code of the model's."""
+
+    found = property(operator.attrgetter("part"))
+
+    def prepare(self) -> None:
+        self.part = Hidden()
+
+    def weigh(self, z: Tensor) -> Tensor:
+        return super().weigh(self.found(z))
+
+
+FOUND = [BesideItsParts, BySomeNameBeside, ByAMadeName, ByANestedClass, ByAWeakReference, ByAPropertyWithoutCode]
 
 
 @pytest.mark.parametrize("kind", FOUND)
