@@ -40,10 +40,14 @@ class Level:
         self.gate_biases: Any = [make(size) for size in sizes] if biases else None
 
     def __call__(self, x: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return self.trained(x)
+
+    def trained(self, x: Any) -> list[Tensor]:
+        """The outputs, where gradients may be wanted."""
         gates = {"gate_weights": self.gate_weights, "gate_biases": self.gate_biases}
         args = (x, self.weights, self.biases, None, self.routing)
-        with torch.no_grad():
-            return list(mk.expert_mixture(*args, activation=self.activation, **gates))
+        return list(mk.expert_mixture(*args, activation=self.activation, **gates))
 
     def anew(self, x: Any) -> list[Tensor]:
         """The outputs of a copy, of which nothing is kept."""

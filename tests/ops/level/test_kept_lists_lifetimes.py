@@ -70,6 +70,16 @@ class Counting:
         self._places.keep(*args)
 
 
+def test_calls_that_train_are_not_kept() -> None:
+    """No such call is served by what is kept, so that to keep one takes time for nothing."""
+    level, x, counting = Level(), rows(2), Counting()
+    with mock.patch("mtlkernels.ops.level.lists.kept_lists", lambda: counting):
+        for _ in range(2 * CALLS):
+            level.trained(x)
+    assert counting.tries == 0
+    kept(level, x)
+
+
 def test_parameters_that_keep_changing_are_seldom_read() -> None:
     """Behind one first weight others come and go."""
     level, x = Level(), rows(2)
