@@ -236,3 +236,9 @@ def test_rows_are_counted_on_cpus() -> None:
     assert size.parts and size.normed_parts and size.small_parts and size.layer_norm
     assert size.rows.turn and size.rows.slopes
     assert not paying.size_of_call(torch.empty(2, 4), training=True).rows.turn
+
+
+def test_autocast_of_cpus_casts_nothing_elsewhere() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not paying.size_of_call(torch.empty(2, 4), training=False).fused
+        assert paying.size_of_call(torch.empty(2, 4, device="meta"), training=False).fused
