@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from mtlkernels.ops.level import call
+from tests import requires
 
 ROUTING = mk.Routing.mmoe(1, 1)
 
@@ -180,3 +182,76 @@ def test_torch_func_differentiates_beside_narrow_statistics(half: torch.dtype) -
     )(weight)
     assert int(norm.num_batches_tracked) == 1  # type: ignore[arg-type]
     assert norm.running_mean.abs().sum() > 0  # type: ignore[union-attr]
+
+
+def of_running(width: int) -> nn.BatchNorm1d:
+    norm = nn.BatchNorm1d(width).eval()
+    nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    return norm
+
+
+@pytest.mark.parametrize("wanted", ["norms", "gate norms"])
+def test_gradients_of_norms_alone(wanted: str) -> None:
+    """Nothing else of the call wants any, so that all else of it could be served."""
+    torch.manual_seed(0)
+    x, weights, gate = torch.randn(32, 16), [torch.randn(8, 16) / 4 for _ in range(2)], torch.randn(2, 16) / 4
+    norms, gate_norm = [of_running(8).requires_grad_(False) for _ in range(2)], of_running(2).requires_grad_(False)
+    own = (norms[1] if wanted == "norms" else gate_norm).requires_grad_()
+
+    def found(dtype: torch.dtype) -> list[Tensor]:
+        layer, routing = [[weight.to(dtype) for weight in weights]], mk.Routing.mmoe(2, 1)
+        gates: Any = {"gate_weights": [gate.to(dtype)], "gate_norms": [gate_norm]}
+        y = mk.expert_mixture(x.to(dtype), layer, None, None, routing, norms=[norms], **gates)[0]
+        return list(torch.autograd.grad(y.float().square().sum(), [*own.parameters()]))
+
+    torch.testing.assert_close(found(torch.float16), found(torch.float32), rtol=1e-2, atol=1e-1)
+
+
+def test_dropout_beside_norms_that_nobody_differentiates() -> None:
+    """Serving would leave it out."""
+    x, logits = torch.randn(32, 16).half(), torch.zeros(32, 1).half()
+    options: Any = {"activation": "none", "norms": [[of_running(8)]], "dropout": 0.5}
+    with torch.no_grad():
+        y = mk.expert_mixture(x, [[x[:8]]], None, [logits], ROUTING, **options)[0]
+    assert 64 < int((y == 0).sum()) < 192
+
+
+@requires.cpp_kernels
+@pytest.mark.parametrize("wants", [False, True])
+@pytest.mark.parametrize("beside", [None, "layer norm"])
+def test_norms_stay_outside_of_weights_where_nobody_differentiates(
+    beside: str | None, wants: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C++ takes them so; to fold them all would be cast at each call."""
+    served: list[str] = []
+    run = call.run_operator
+    monkeypatch.setattr(call, "run_operator", lambda *args: served.append(args[1]) or run(*args))
+    x, norms = torch.randn(32, 16), [[of_running(16)], [nn.LayerNorm(16).requires_grad_(wants)]]
+    count = 1 if beside is None else 2
+    with torch.autocast("cpu", torch.float16), torch.set_grad_enabled(wants):
+        mk.expert_mixture(x, [[x[:16]]] * count, None, x[:, :1], ROUTING, norms=norms[:count])
+    assert served == ([] if wants else ["serve"])
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_norms_that_are_not_folded_stay_in_float16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in float32 take longer."""
+    monkeypatch.setattr(call, "_in_float32", lambda *_: pytest.fail("all was cast"))
+    norm: nn.Module = nn.LayerNorm(8) if kind == "layer" else nn.BatchNorm1d(8)
+    x = torch.randn(32, 16)
+    with torch.autocast("cpu", torch.float16):
+        assert mk.expert_mixture(x, [[x[:8]]], None, x[:, :1], ROUTING, norms=[[norm]])[0].dtype == torch.float16
+
+
+def test_a_layer_by_the_batch_beside_one_by_running_statistics() -> None:
+    """Its statistics are brought up to date where nobody wants gradients, too."""
+    torch.manual_seed(0)
+    norm, plain, fixed = nn.BatchNorm1d(6), nn.BatchNorm1d(6), of_running(8)
+    x, first, second = torch.randn(32, 16).half(), torch.randn(8, 16).half() / 4, torch.randn(6, 8).half() / 4
+    with torch.no_grad():
+        y = mk.expert_mixture(x, [[first], [second]], None, x[:, :1], ROUTING, norms=[[fixed], [norm]])[0]
+        expected = plain(fixed(x.float() @ first.float().T).relu() @ second.float().T).relu()
+    torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(norm.running_mean, plain.running_mean, rtol=1e-2, atol=1e-2)
+    assert int(norm.num_batches_tracked) == 1  # type: ignore[arg-type]
