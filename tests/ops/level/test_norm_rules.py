@@ -41,7 +41,7 @@ def test_examples_cannot_share_running_statistics() -> None:
 
 
 @pytest.mark.parametrize("way", ["direct", "reference", "autocast", "compiled"])
-@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, None])
 def test_statistics_that_modules_share(momentum: float | None, way: str) -> None:
     torch.manual_seed(0)
     norms: list[nn.Module] = [nn.BatchNorm1d(8, momentum=momentum) for _ in range(2)]
@@ -62,6 +62,27 @@ def test_statistics_that_modules_share(momentum: float | None, way: str) -> None
                 norm(nn.functional.linear(x, weight))
     for name, buffer in plain[0].named_buffers():
         torch.testing.assert_close(norms[0].get_buffer(name), buffer, rtol=1e-4, atol=1e-4)
+
+
+def test_means_of_all_batches_that_nobody_counts(backend: str) -> None:
+    """Stay what they are, as PyTorch's do."""
+    norm = nn.BatchNorm1d(8, momentum=None)
+    norm.num_batches_tracked = None
+    norm.running_mean.fill_(3.0)  # type: ignore[union-attr]
+    x = torch.randn(16, 8)
+    with mk.use_backend(backend):
+        mk.expert_mixture(x, [[x[:8]]], None, x[:, :1], mk.Routing.mmoe(1, 1), norms=[[norm]])
+    norm(x)
+    assert (norm.running_mean == 3.0).all() and (norm.running_var == 1.0).all()
+
+
+def test_statistics_that_are_no_longer_tracked(backend: str) -> None:
+    norm, x = nn.BatchNorm1d(8), torch.randn(16, 8)
+    norm.track_running_stats = False
+    with mk.use_backend(backend):
+        mk.expert_mixture(x, [[x[:8]]], None, x[:, :1], mk.Routing.mmoe(1, 1), norms=[[norm]])
+    assert (norm.running_mean == 0.0).all() and (norm.running_var == 1.0).all()
+    assert int(norm.num_batches_tracked) == 0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
