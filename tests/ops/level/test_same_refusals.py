@@ -176,3 +176,20 @@ def test_module_lists_of_gate_norms(backend: str, wanted: bool) -> None:
     found = gate_norm()
     with torch.set_grad_enabled(wanted), mk.use_backend(backend):
         torch.testing.assert_close(call(gate_norms=nn.ModuleList(found)), call(gate_norms=found), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_linear_gates_of_another_kind_beside_stored_layers(joined: bool) -> None:
+    """They are refused in the terms of the caller, and not in those of a product."""
+    norms, x = [[nn.BatchNorm1d(4) for _ in range(2)]], torch.randn(9, 5)
+    for odd in (torch.randn(2, 5, dtype=torch.float64), torch.empty(2, 5, device="meta")):
+        own: Any = {"gate_weights": odd if joined else [odd]}
+        with pytest.raises((TypeError, ValueError), match="gate_weights"):
+            mk.expert_mixture(x, [torch.randn(2, 4, 5)], None, None, mk.Routing.mmoe(2, 1), norms=norms, **own)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5)])
+def test_joined_gates_of_inputs_that_are_no_matrix(shape: tuple[int, ...]) -> None:
+    own: Any = {"gate_weights": torch.randn(2, 5), "norms": [[nn.BatchNorm1d(4) for _ in range(2)]]}
+    with pytest.raises(ValueError, match="inputs must have shape"):
+        mk.expert_mixture(torch.randn(shape), [torch.randn(2, 4, 5)], None, None, mk.Routing.mmoe(2, 1), **own)
