@@ -353,6 +353,31 @@ def test_linear_gates(
     torch.testing.assert_close(goes_past_checks(run, monkeypatch), checked(run))
 
 
+@pytest.mark.parametrize("wants", [False, True])
+def test_a_list_of_one_stream(wants: bool, checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    routing, x = mk.Routing((0, 0), ((0, 1), (0, 1))), torch.randn(ROWS, 5)
+    gates, norms = [torch.randn(2, 5) for _ in range(2)], [[nn.BatchNorm1d(4) for _ in range(2)]]
+
+    def run() -> Any:
+        with torch.set_grad_enabled(wants):
+            return mk.expert_mixture([x], [[x[:4], x[1:5]]], None, None, routing, norms=norms, gate_weights=gates)
+
+    torch.testing.assert_close(goes_past_checks(run, monkeypatch), checked(run))
+
+
+def test_joined_gates_with_norms() -> None:
+    """As gates with norms that are given one by one."""
+    seed(0)
+    x, gates = torch.randn(ROWS, 5), [torch.randn(n, 5) for n in (2, 3)]
+    norms, of_gates = [[nn.BatchNorm1d(4) for _ in range(3)]], [nn.BatchNorm1d(n).eval() for n in (2, 3)]
+    nn.init.normal_(of_gates[1].weight)
+    found, routing = [], mk.Routing((0, 0, 0), ((0, 1), (0, 1, 2)))
+    for own in (torch.cat(gates), gates):
+        options: Any = {"norms": norms, "gate_weights": own, "gate_norms": of_gates}
+        found.append(mk.expert_mixture(x, [[x[:4], x[1:5], x[2:6]]], None, None, routing, **options))
+    torch.testing.assert_close(*found)
+
+
 def test_joined_gates_that_do_not_fit() -> None:
     norms, x = [[nn.BatchNorm1d(4) for _ in range(2)]], torch.randn(ROWS, 5)
     for weights, biases in ((torch.randn(3, 5), None), (torch.randn(2, 4), None), (torch.randn(2, 5), torch.randn(3))):
