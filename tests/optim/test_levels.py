@@ -248,6 +248,30 @@ def test_a_node_does_not_hold_what_goes_into_a_checkpoint() -> None:
     assert reference() is None
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_what_is_saved_beside_a_level_is_counted(more: bool, backend: str) -> None:
+    """One tensor more, beside the seed of what drops."""
+    weights = [torch.randn(3, 5, 6, requires_grad=True)]
+
+    def within(x: Tensor, logits: Tensor) -> Any:
+        outputs = mk.expert_mixture(x, [weights[0].unbind()], None, logits, mk.Routing.mmoe(3, 2), dropout=0.3)
+        return [outputs[0].sin() if more else outputs[0], outputs[1]]
+
+    x, logits = torch.randn(ROWS, 6, requires_grad=True), torch.randn(ROWS, 6, requires_grad=True)
+    with mk.use_backend(backend):
+        losses = [y.sum() for y in checkpoint(within, x, logits, use_reentrant=False)]
+        assert len(passes.cut(losses)) == (1 if more else 2)
+
+
+def test_a_checkpoint_that_is_gone_is_refused_as_by_pytorch() -> None:
+    model = mk.nn.MMoE(6, num_tasks=2, expert_units=(4,), num_experts=2)
+    optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()))
+    losses = [y.sum() for y in checkpoint(model, torch.randn(ROWS, 6), use_reentrant=False)]
+    optimizer.pc_backward(losses)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        optimizer.pc_backward(losses)
+
+
 def test_losses_that_reach_some_tasks() -> None:
     """Two losses of one task, one of two tasks, one that the trunk has no part in, and tasks that no loss reads."""
     for chosen in ([[0], [0], [2]], [[0, 2], [1]], [[1], []], [[2]]):
