@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mk
 from mtlkernels.ops.level import sharing
+from mtlkernels.optim import _task_gradients
 
 ROWS, WEIGHTS = sharing.SHARED_ROWS, sharing.SHARED_WEIGHTS
 
@@ -44,6 +45,26 @@ def test_the_level_that_is_met_first_tells() -> None:
         assert sharing.pays(losses(trunk, x), 2)
 
 
+def test_weights_of_all_layers_count() -> None:
+    trunk = mk.nn.MMoE(8, 2, (1024, WEIGHTS // 1024), num_experts=1)
+    assert sharing.pays(losses(trunk, torch.randn(ROWS, 8)), 2)
+
+
+def test_frozen_experts_do_not_count() -> None:
+    trunk: Any = mk.nn.MMoE(256, 2, (WEIGHTS // 256,), num_experts=2)
+    x = torch.randn(ROWS, 256)
+    for expert, expected in zip(trunk.level.experts, (True, False), strict=True):
+        expert.requires_grad_(False)
+        assert sharing.pays(losses(trunk, x), 2) is expected
+
+
+def test_what_branches_often_is_walked_once() -> None:
+    loss = torch.ones((), requires_grad=True)
+    for _ in range(64):
+        loss = loss + loss.sin()
+    assert not sharing.pays([loss, loss], 2)
+
+
 def test_as_many_outputs_as_rows() -> None:
     trunk = mk.nn.MMoE(1024, 2, (256,), num_experts=3)
     assert all(sharing.pays(losses(trunk, torch.randn(rows, 1024)), 2) for rows in (255, 256, 257))
@@ -72,3 +93,18 @@ def test_what_is_left_in_grad_is_the_same() -> None:
         optimizer.pc_backward(own)
         found.append([p.grad for p in trunk.parameters()])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("width", [8, WEIGHTS // 256 // 2])
+def test_kept_weights_of_tasks_are_two_passes(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many losses there are; a level that is too small for these is not looked at further."""
+    trunk: Any = mk.nn.MMoE(256, 5, (width,), num_experts=1)
+    gates = {id(p) for p in trunk.level.gates.parameters()}
+    shared = [p for p in trunk.parameters() if id(p) not in gates]
+    sgd, cut = torch.optim.SGD(trunk.parameters()), _task_gradients.cut
+    found: list[int] = []
+    monkeypatch.setattr(_task_gradients, "cut", lambda *args: found.append(args[1]) or cut(*args))
+    optimizer = mk.optim.GramWeighted(sgd, lambda gram: gram.new_ones(5), shared=shared, gram_every=2)
+    for _ in range(2):
+        optimizer.backward(losses(trunk, torch.randn(ROWS, 256)))
+    assert found == ([] if width == 8 else [5])
