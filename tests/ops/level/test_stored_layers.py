@@ -365,17 +365,19 @@ def test_a_list_of_one_stream(wants: bool, checked: Any, monkeypatch: pytest.Mon
     torch.testing.assert_close(goes_past_checks(run, monkeypatch), checked(run))
 
 
-def test_joined_gates_with_norms() -> None:
-    """As gates with norms that are given one by one."""
+@pytest.mark.parametrize("joined", [False, True])
+def test_linear_gates_with_norms(joined: bool, checked: Any) -> None:
     seed(0)
     x, gates = torch.randn(ROWS, 5), [torch.randn(n, 5) for n in (2, 3)]
     norms, of_gates = [[nn.BatchNorm1d(4) for _ in range(3)]], [nn.BatchNorm1d(n).eval() for n in (2, 3)]
     nn.init.normal_(of_gates[1].weight)
-    found, routing = [], mk.Routing((0, 0, 0), ((0, 1), (0, 1, 2)))
-    for own in (torch.cat(gates), gates):
-        options: Any = {"norms": norms, "gate_weights": own, "gate_norms": of_gates}
-        found.append(mk.expert_mixture(x, [[x[:4], x[1:5], x[2:6]]], None, None, routing, **options))
-    torch.testing.assert_close(*found)
+    routing = mk.Routing((0, 0, 0), ((0, 1), (0, 1, 2)))
+    options: Any = {"norms": norms, "gate_weights": torch.cat(gates) if joined else gates, "gate_norms": of_gates}
+
+    def run() -> Any:
+        return mk.expert_mixture(x, [[x[:4], x[1:5], x[2:6]]], None, None, routing, **options)
+
+    torch.testing.assert_close(run(), checked(run))
 
 
 def test_joined_gates_that_do_not_fit() -> None:
