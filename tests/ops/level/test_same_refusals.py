@@ -193,3 +193,12 @@ def test_joined_gates_of_inputs_that_are_no_matrix(shape: tuple[int, ...]) -> No
     own: Any = {"gate_weights": torch.randn(2, 5), "norms": [[nn.BatchNorm1d(4) for _ in range(2)]]}
     with pytest.raises(ValueError, match="inputs must have shape"):
         mk.expert_mixture(torch.randn(shape), [torch.randn(2, 4, 5)], None, None, mk.Routing.mmoe(2, 1), **own)
+
+
+@pytest.mark.parametrize("name", ["gate_weights", "gate_biases"])
+def test_more_linear_gates_than_gates_beside_stored_layers(name: str) -> None:
+    own: Any = {"gate_weights": [torch.randn(2, 5)], "gate_biases": [torch.randn(2)]}
+    own[name] *= 2
+    norms, x = [[nn.BatchNorm1d(4) for _ in range(2)]], torch.randn(9, 5)
+    with pytest.raises(ValueError, match=name):
+        mk.expert_mixture(x, [torch.randn(2, 4, 5)], None, None, mk.Routing.mmoe(2, 1), norms=norms, **own)
