@@ -263,6 +263,21 @@ def test_what_is_saved_beside_a_level_is_counted(more: bool, backend: str) -> No
         assert len(passes.cut(losses)) == (1 if more else 2)
 
 
+@pytest.mark.parametrize("place", ["alone", "around a checkpoint", "in a checkpoint"])
+def test_hooks_on_what_is_saved(place: str, runs: list[int]) -> None:
+    """Which are no checkpoint; in one, or around one, how often it is computed again is not known."""
+    model = Model()
+
+    def way(x: Tensor) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            return checkpoint(model.trunk, x, use_reentrant=False) if "around" in place else model.trunk(x)
+
+    model.way = [way if place[0] == "a" else lambda x: checkpoint(way, x, use_reentrant=False)]
+    found = surgery(model, model)
+    assert runs == [3 if place == "alone" else 1]
+    assert_same(found, surgery(model := Model(), model, batched=False))
+
+
 def test_a_checkpoint_that_is_gone_is_refused_as_by_pytorch() -> None:
     model = mk.nn.MMoE(6, num_tasks=2, expert_units=(4,), num_experts=2)
     optimizer = mk.optim.PCGrad(torch.optim.SGD(model.parameters()))
