@@ -81,6 +81,19 @@ def test_what_a_checkpoint_computes_again_is_shared() -> None:
     assert sharing.pays(losses(lambda x: checkpoint(trunk, x, use_reentrant=False), torch.randn(5, 8)), 2)
 
 
+def test_what_a_checkpoint_computes_again_behind_a_cast_is_shared() -> None:
+    """As float16 is, where norms are computed in float32."""
+    norms = [[nn.BatchNorm1d(4).eval() for _ in range(2)]]
+
+    def level(x: Tensor) -> tuple[Tensor, ...]:
+        return mk.expert_mixture(x, [[x[:4], x[1:]]], None, x[:, :2], mk.Routing.mmoe(2, 1), norms=norms)
+
+    with torch.autocast("cpu", torch.float16):
+        outputs = checkpoint(level, torch.randn(5, 8, requires_grad=True), use_reentrant=False)
+    assert outputs[0].dtype == torch.float16
+    assert sharing.pays([outputs[0].sum()], 2)
+
+
 def test_what_is_left_in_grad_is_the_same() -> None:
     """Of a large level, by default and without sharing."""
     found = []
@@ -95,8 +108,8 @@ def test_what_is_left_in_grad_is_the_same() -> None:
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("width", [8, WEIGHTS // 256 // 2])
-def test_kept_weights_of_tasks_are_two_passes(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("width", "cuts"), [(8, []), (WEIGHTS // 512, [5]), (WEIGHTS // 256, [5, 2])])
+def test_kept_weights_of_tasks_are_two_passes(width: int, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """However many losses there are; a level that is too small for these is not looked at further."""
     trunk: Any = mk.nn.MMoE(256, 5, (width,), num_experts=1)
     gates = {id(p) for p in trunk.level.gates.parameters()}
@@ -107,4 +120,4 @@ def test_kept_weights_of_tasks_are_two_passes(width: int, monkeypatch: pytest.Mo
     optimizer = mk.optim.GramWeighted(sgd, lambda gram: gram.new_ones(5), shared=shared, gram_every=2)
     for _ in range(2):
         optimizer.backward(losses(trunk, torch.randn(ROWS, 256)))
-    assert found == ([] if width == 8 else [5])
+    assert found == cuts
