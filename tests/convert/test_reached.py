@@ -63,11 +63,15 @@ class Counting(Hidden):
         return self.counted(x)
 
 
-class Sized(Hidden):
-    """Whose method Python calls."""
+class Sized(nn.Module):
+    """Whose method Python calls, which alone names a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Hidden()
 
     def __len__(self) -> int:
-        self.counted(X)
+        self.inner(X)
         return 1
 
 
