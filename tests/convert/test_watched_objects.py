@@ -103,6 +103,13 @@ class ByNamesInATuple(Switched):
         return any([getattr(self, name) for name in ("first", "second")])
 
 
+class ByNamesInASet(Switched):
+    first = second = False
+
+    def asks(self) -> Any:
+        return any([getattr(self, name) for name in {"first", "second"}])
+
+
 class ByPutTogetherNames(Switched):
     def prepare(self) -> None:
         self.use_0 = self.use_1 = self.of_ctr = False
@@ -213,6 +220,7 @@ class ByTheKind(Switched):
 CHANGES: dict[type[Switched], Callable[[Any], object]] = {
     OfAPart: lambda model: setattr(model.gates[0], "on", True),
     ByNamesInATuple: lambda model: setattr(model, "second", True),
+    ByNamesInASet: lambda model: setattr(model, "second", True),
     ByPutTogetherNames: lambda model: setattr(model, "use_1", True),
     ByNamesThatEndAlike: lambda model: setattr(model, "cvr_on", True),
     ByPutTogetherNamesOfItsClass: lambda model: setattr(model, "use_1", True),
