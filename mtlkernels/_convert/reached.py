@@ -57,11 +57,14 @@ class Reached:
         kinds = list(classes_of(module.modules()))
         self._packages = set(map(package_of, kinds))
         self._kinds = frozenset(kinds)  # of which those methods alone are read that are called
+        self._named: set[type] = set()  # those of them that code names, though it may reach no part of them
         self._seen: dict[int, Any] = {id(module): module}  # kept, as the address of what is gone is used again
         size = -1
         while size != (size := len(self._words) + len(self._seen)):
             for part in list(self.parts):
                 self._follow(part)
+            for kind in list(self._named):
+                self._follow_class(kind)
 
     def has(self, name: str) -> bool:
         """Whether a method of that name may be called."""
@@ -75,11 +78,14 @@ class Reached:
         held = [*part._modules.items(), *(item for item in vars(part).items() if item[0] not in _HOOKS)]
         self._note(value for name, value in held if uses_all or self.has(name))
         for kind in classes_of([part]):
-            for name, attribute in list(vars(kind).items()):
-                if self.has(name):
-                    self._note_attribute(attribute)
+            self._follow_class(kind)
         if any(package_of(hook) != "torch" for hooks in _HOOKS for hook in vars(part)[hooks].values()):
             self._words |= _BY_ANY_NAME
+
+    def _follow_class(self, kind: type) -> None:
+        for name, attribute in list(vars(kind).items()):
+            if self.has(name):
+                self._note_attribute(attribute)
 
     def _note_attribute(self, attribute: Any) -> None:
         """What a class's attribute leads to; all, where it is called and is no function that can be read."""
@@ -119,7 +125,10 @@ class Reached:
 
     def _of_class(self, kind: type) -> list[Any]:
         """All methods of a class of the user's, of which code may make or have an object."""
-        if kind in self._kinds or not is_own(kind, self._packages):
+        if kind in self._kinds:
+            self._named.add(kind)
+            return []
+        if not is_own(kind, self._packages):
             return []
         return list(vars(kind).values())
 

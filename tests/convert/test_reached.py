@@ -287,7 +287,25 @@ class ByAnObjectsMethod(Finding):
         return super().weigh(self.Inner().run(z))
 
 
-@pytest.mark.parametrize("kind", [ByAClassesTable, ByAnObjectsMethod])
+class Paths(nn.Module):
+    """A part that no forward pass reaches, though it calls one by its class."""
+
+    @staticmethod
+    def taken(z: Tensor) -> Tensor:
+        global PATHS_TAKEN
+        PATHS_TAKEN += 1
+        return z
+
+
+class ByAPartsClass(Finding):
+    def prepare(self) -> None:
+        self.paths = Paths()
+
+    def weigh(self, z: Tensor) -> Tensor:
+        return super().weigh(Paths.taken(z))
+
+
+@pytest.mark.parametrize("kind", [ByAClassesTable, ByAnObjectsMethod, ByAPartsClass])
 def test_what_a_function_that_is_found_so_writes_itself(kind: Any) -> None:
     _, report = convert(kind)
     assert [line.detail for line in report.left_alone] == ["its forward changes PATHS_TAKEN, which is not its own"]
