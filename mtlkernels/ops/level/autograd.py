@@ -34,13 +34,15 @@ class Plan(NamedTuple):
     """What is static about a call: the level, and how to run it.
 
     ``recorded``: the forward pass was replayed by what was recorded of a call like this one, as the backward pass may
-    be. ``losses``: of how many that gets the outputs' gradients, one after another.
+    be. ``losses``: of how many that gets the outputs' gradients, one after another. ``written``: is called with what
+    the forward pass saves before that is saved, as a checkpoint's recomputation ends at the last tensor that it wants.
     """
 
     spec: LevelSpec
     backend: str | None
     recorded: bool = False
     losses: int = 1
+    written: Callable[[Sequence[Tensor]], None] | None = None
 
 
 class Level(torch.autograd.Function):
@@ -55,6 +57,8 @@ class Level(torch.autograd.Function):
         spec = plan.spec
         args = (*spec.operands(tensors), *spec.encoded, tensors[spec.num_tensors], True)
         outputs, saved = run_forward(_OP, plan.backend, tensors[0], *args)
+        if plan.written is not None:
+            plan.written(saved)
         return (*outputs, *saved)
 
     @staticmethod
@@ -63,7 +67,7 @@ class Level(torch.autograd.Function):
         saved = output[len(plan.spec.gate_sizes) :]
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # zeros for what is saved, as large as that, took a tenth of a step
-        ctx.plan, ctx.num_saved = plan, len(saved)
+        ctx.plan, ctx.num_saved = plan._replace(written=None), len(saved)
         ctx.num_gates = len(plan.spec.gate_sizes)
         ctx.losses = None  # several of them, while they take the place of one: see mtlkernels.ops.level.node
         ctx.save_for_backward(*tensors, *saved)

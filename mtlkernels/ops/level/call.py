@@ -84,10 +84,17 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     drops, backend = any(given.dropout), _backends.forced()
     seed = torch.randint(0, 2**63 - 1, (1,), device=streams[0].device) if drops else None
     traced = traced_under_func("expert_mixture")
+
+    def written(saved: Sequence[Tensor]) -> None:
+        update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
+
+    early = bool(present) and not _torch.func_transforms_active()  # whose examples' statistics are seen from outside
     # The compiler differentiates the operator itself, and so sees which outputs nobody uses.
     if not _torch.compiling() and needs_function(tensors):
-        results = apply(Level, Plan(spec, backend), *tensors, seed)
+        results = apply(Level, Plan(spec, backend, written=written if early else None), *tensors, seed)
         outputs, saved = results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
+        if early:
+            return _with_zeros(outputs, idle)
     elif any(scale is not None for scale in scales):
         operands = spec.operands(tensors)
         return tuple(run_operator("level", "serve", backend, streams[0], *operands, scales, shifts, *spec.encoded))
@@ -95,7 +102,7 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
         args = (*spec.operands(tensors), *spec.encoded, seed, False)
         outputs, saved = run_forward("level", "reference" if traced else backend, streams[0], *args)
     if present:
-        update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
+        written(saved)
     return _with_zeros(outputs, idle)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import mtlkernels as mk
 from mtlkernels.testing import Case, CaseFactory, evaluate
@@ -275,6 +276,30 @@ def test_activation_checkpointing(backend: str) -> None:
     with mk.use_backend(backend):
         got, expected = evaluate(checkpointed, case), evaluate(normalized.fused, case)
     assert_close(got, expected, rtol=0, atol=0)
+
+
+def _keeps_nothing(*args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("selective", [False, True])
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_checkpoint_that_ends_with_a_level_counts_as_with_modules(backend: str, cast: bool, selective: bool) -> None:
+    """The recomputation stops as soon as the last tensor is there that it was made for."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keeps_nothing)
+    fused = mk.nn.MMoE(6, 2, (5,), 3, batch_norm=True)
+    own = copy.deepcopy(fused)
+    for expert in own.level.experts:
+        expert.register_forward_hook(lambda *args: None)  # so that modules are called
+    x = torch.randn(7, 6)
+    for trunk in (fused, own):
+        with mk.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            options: Any = {"context_fn": contexts} if selective else {}
+            outputs = checkpoint(trunk, x, use_reentrant=False, **options)
+            sum(y.sum() for y in outputs).backward()
+    buffers, expected = dict(fused.named_buffers()), dict(own.named_buffers())
+    assert {int(value) for name, value in expected.items() if name.endswith("num_batches_tracked")} == {2}
+    assert_close(buffers, expected, rtol=2e-2 if cast else 1e-5, atol=1e-2 if cast else 1e-5)
 
 
 def test_some_outputs_unused(backend: str) -> None:
