@@ -39,8 +39,14 @@ _references: dict[tuple[str, str], Callable[..., Any]] = {}
 _FIRST, _ASKED = "it comes first there", "use_backend asks for it"
 
 
+def _find_triton() -> bool:
+    """A folder of that name on the path, of models for a server, say, is a package without a file."""
+    found = importlib.util.find_spec("triton")
+    return found is not None and found.origin is not None
+
+
 # Looked up once: torch.compile, which traces fast(), cannot look.
-_triton_is_there = importlib.util.find_spec("triton") is not None
+_triton_is_there = _find_triton()
 
 
 def has_triton() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import threading
 import types
 from collections.abc import Iterator
@@ -138,6 +140,15 @@ def test_other_devices_run_the_reference() -> None:
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CUDA C++ kernels had been loaded."""
     monkeypatch.setattr("mtlkernels._extension._cuda_error", None)
+
+
+def test_a_folder_named_triton_is_not_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of models for a server has that name, and is a package to Python."""
+    (tmp_path / "triton" / "1").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    assert importlib.util.find_spec("triton") is not None
+    assert not _backends._find_triton()
 
 
 @pytest.mark.parametrize(("triton", "others"), [(True, ("triton", "reference")), (False, ("reference",))])
