@@ -97,7 +97,8 @@ inline bool is_bare(PyObject* parts, const ModuleTypes& types) {
   PyObject* const own = dropout && is_of(dropout, types.dropout) ? dictionary_of(dropout) : nullptr;
   if (has_own_forward(own)) return false;
   PyObject* const rate = entry(own, p);
-  return (rate && PyFloat_CheckExact(rate) && PyFloat_AS_DOUBLE(rate) == 0) || entry(own, training) == Py_False;
+  const bool drops = !rate || !(PyFloat_CheckExact(rate) || PyLong_CheckExact(rate)) || PyObject_IsTrue(rate) != 0;
+  return !drops || entry(own, training) == Py_False;
 }
 
 // What experts have in common: whether all are bare, and their activation's code, borrowed.

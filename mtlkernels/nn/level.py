@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels import _decisions, _extension, _torch, _tracing
@@ -69,7 +70,7 @@ class Expert(nn.Module):
             for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
         self.norms = nn.ModuleList(nn.BatchNorm1d(n, **style.factory) for n in units if style.batch_norm)
-        self.dropout = nn.Dropout(style.dropout)
+        self.dropout = nn.Dropout(float(style.dropout))
         self._code = act.CODES[style.activation]
         self.slopes = None
         if act.has_slopes(self._code):
@@ -85,8 +86,14 @@ class Expert(nn.Module):
             x = linear(x)
             if self.norms:
                 x = self.norms[i](x)
-            x = self.dropout(act.activate(self._code, x, None if slopes is None else slopes[i], DICE_EPS))
+            x = self.dropout(self._activate(x, None if slopes is None else slopes[i]))
         return x
+
+    def _activate(self, x: Tensor, slope: Any) -> Tensor:
+        learned = self._code == act.PRELU and slope is not None
+        if learned and type(x) is Tensor and slope.dim() == 1 and slope.dtype is x.dtype:
+            return F.prelu(x, slope)  # which takes these alone, in one operator
+        return act.activate(self._code, x, slope, DICE_EPS)
 
 
 def read_experts(experts: Any) -> tuple[Experts, bool] | None:

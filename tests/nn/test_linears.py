@@ -153,6 +153,20 @@ def test_biases_that_not_all_have(edit: Callable[[Any], object]) -> None:
         torch.testing.assert_close(one_row, true)
 
 
+@pytest.mark.parametrize("rate", [0, 0.0, 0.1, 1])
+def test_dropout_that_drops_nothing(rate: float) -> None:
+    """A whole number counts as one."""
+    experts = level()
+    for expert in experts:
+        expert.dropout.p = rate
+    assert in_cpp(experts, heard=True)[2] == _linears(experts, True)[2] == (rate == 0)  # type: ignore[index]
+
+
+def test_a_whole_number_as_dropout() -> None:
+    sub_networks = mk.nn.SNR(6, 2, (5, 4), (2, 2), dropout=0).levels[0].experts
+    assert type(sub_networks[0].dropout.p) is float and in_cpp(sub_networks, heard=True)[2]
+
+
 def test_objects_that_are_no_modules_are_left_to_python() -> None:
     for experts in ({"0": object()}, {"0": 1}, [], None):
         assert _extension.function("linears")(experts, Expert, nn.Linear, nn.Parameter, nn.Dropout, True) is None

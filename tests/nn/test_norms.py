@@ -17,6 +17,21 @@ def trunk() -> Any:
     return mk.nn.MMoE(12, 2, (10, 8), num_experts=3, batch_norm=True)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_slopes_of_layers_that_are_called_are_one_operator(cast: bool) -> None:
+    """PyTorch's, where that takes them; each of what it is made up of would be a pass over the rows."""
+    expert = mk.nn.MMoE(6, 2, (5,), 3, batch_norm=True, activation="prelu").level.experts[0].eval()
+    x = torch.randn(7, 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast), torch.profiler.profile() as found:
+        y = expert(x)
+    operators = {event.key for event in found.key_averages()}
+    assert ("aten::prelu" in operators) != cast and ("aten::where" in operators) == cast
+    z = expert.norms[0](expert.linears[0](x))
+    torch.testing.assert_close(
+        y.float(), torch.where(z > 0, z, z * expert.slopes[0]), rtol=0.1 if cast else 1e-6, atol=0.05 if cast else 1e-6
+    )
+
+
 def by_modules(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Of a hook on each layer, which has its modules called."""
     copied = copy.deepcopy(model)
