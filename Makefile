@@ -126,7 +126,7 @@ readme: $(VENV)/.installed
 
 # Of whatever Pythons and PyTorches it is for; the PyTorches are downloaded, which is gigabytes, and kept in build.
 wheel: $(VENV)/.installed
-	$(PIP) ".[release]"
+	$(PIP) --no-build-isolation --editable ".[release]"
 	$(PY) -m release.wheel $(ARGS)
 
 wheel-check: $(VENV)/.installed

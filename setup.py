@@ -118,6 +118,12 @@ def keep_if_the_same(build: Path, options: Sequence[str]) -> None:
     configured.write_text(asked)
 
 
+def is_made_as(path: Path, extension: Path) -> bool:
+    """Whether a file is an extension, for this Python, or the library that lies beside it."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return path.parent == extension.parent and path.name in (f"{extension.name}{suffix}", LIBRARY)
+
+
 class SourcesOnly(build_py):
     """Packs the modules that are there: setuptools keeps its folder, and what an earlier build has left in it."""
 
@@ -127,10 +133,15 @@ class SourcesOnly(build_py):
         super().run()
 
     def remove_what_is_gone(self) -> None:
-        """All but this build's own files, compiled libraries, and what became of these."""
+        """All but this build's own files, the libraries that it is about to make again, and what became of these.
+
+        Libraries for another PyTorch or Python would be packed, though they may be of another source.
+        """
         own = {Path(file) for file in self.get_outputs(include_bytecode=False)}
+        made = [Path(self.build_lib, *ext.name.split(".")) for ext in self.distribution.ext_modules or ()]
         for path in Path(self.build_lib, "mtlkernels").rglob("*"):
-            if path.is_file() and path not in own and path.suffix != ".so" and path.name != RECORD:
+            stays = path in own or path.name == RECORD or any(is_made_as(path, extension) for extension in made)
+            if path.is_file() and not stays:
                 path.unlink()
 
 

@@ -43,6 +43,10 @@ class Diagnosis:
 
 def missing(name: str, error: str, folder: Path = _extension.FOLDER) -> Diagnosis:
     """Why the extension ``name`` ("_C" or "_cuda") of the package in ``folder`` is not loaded, ``error`` being said."""
+    if not folder.is_dir():
+        return Diagnosis(
+            f"the package lies within a file, {folder.parent}, where kernels cannot be loaded", "unpack it"
+        )
     rebuild = f"{_needs(name)}: {build_command(folder)}"
     if has_file(name, folder):
         return Diagnosis(_why_it_does_not_load(name, error, folder), rebuild)

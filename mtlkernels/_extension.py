@@ -145,8 +145,17 @@ def module_error() -> str | None:
 
 
 def function(name: str) -> Callable[..., Any]:
-    """A function of the module, which must be there."""
-    found: Callable[..., Any] = getattr(_cpp.module, name)
+    """A function of the module, which must be there.
+
+    Raises:
+        RuntimeError: the module is of another source, as in a checkout that was updated and not built again.
+    """
+    try:
+        found: Callable[..., Any] = getattr(_cpp.module, name)
+    except AttributeError as error:
+        raise RuntimeError(
+            f"the C++ kernels were built from another source than this, and have no {name!r}: build them again"
+        ) from error
     return found
 
 

@@ -75,6 +75,12 @@ def test_never_built(tmp_path: Path) -> None:
     assert found.remedy.startswith("build them, with a C++20 compiler: `") or "apt-get install g++" in found.remedy
 
 
+def test_in_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "packages.zip").touch()
+    found = _diagnosis.missing("_C", NOT_FOUND, tmp_path / "packages.zip" / "mtlkernels")
+    assert "lies within a file" in found.cause and "packages.zip" in found.cause and found.remedy == "unpack it"
+
+
 def test_left_out(tmp_path: Path) -> None:
     folder = package(tmp_path, {"_C": {"outcome": "skipped", "reason": "torch is not installed"}})
     found = _diagnosis.missing("_C", NOT_FOUND, folder)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,10 +119,11 @@ def test_folders_of_a_wheel(commands: list[list[str]], tmp_path: Path, monkeypat
 
 
 def test_modules_that_are_gone(tmp_path: Path) -> None:
-    """They are not packed, nor are files of data; what is compiled stays, and what is known of it."""
+    """They are not packed, nor are files of data and kernels that this build does not make."""
     package = tmp_path / "built" / "mtlkernels"
     left = ("gone.py", "ops/gone/__init__.py", "ops/gone/__pycache__/a.pyc", "gone.txt")
-    kept = ("lib/torch2_13/libmtlkernels.so", "_cuda.cpython-311-x86_64-linux-gnu.so", "_build.json")
+    left += ("lib/torch2_13/libmtlkernels.so", "_cuda.cpython-311-x86_64-linux-gnu.so")
+    kept = ("_build.json",)
     for name in (*left, *kept):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("of an earlier build")
@@ -137,6 +139,23 @@ def test_modules_that_are_gone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
     assert found == {"__init__.py", "ops/__init__.py", "py.typed", *kept}
+
+
+def test_kernels_of_another_build(tmp_path: Path) -> None:
+    """They may be of another source; this build's own are made again where they have to be."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    kept = [f"lib/torch2_13/_C{suffix}", "lib/torch2_13/libmtlkernels.so", f"_cuda{suffix}"]
+    left = ["lib/torch2_12/libmtlkernels.so", "lib/torch2_13/_C.cpython-399-x86_64-linux-gnu.so", "_cuda.other.so"]
+    for name in (*kept, *left):
+        (tmp_path / "mtlkernels" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mtlkernels" / name).touch()
+    extensions = [Extension(name, []) for name in ("mtlkernels.lib.torch2_13._C", setup.CUDA)]
+    command = setup.SourcesOnly(Distribution({"name": "mtlkernels", "ext_modules": extensions}))
+    command.build_lib = str(tmp_path)
+    command.get_outputs = lambda include_bytecode: []  # type: ignore[method-assign]
+    command.remove_what_is_gone()
+    package = tmp_path / "mtlkernels"
+    assert {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()} == set(kept)
 
 
 def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
