@@ -10,12 +10,19 @@ from collections.abc import Callable
 import torch
 
 
+def number(text: str) -> int:
+    """Of at least 1, as an argument."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
 def arguments(doc: str | None, *, steps: int, rows: int) -> argparse.ArgumentParser:
     """The options that all examples have, with these defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps, help=f"training steps ({steps})")
-    parser.add_argument("--rows", type=int, default=rows, help=f"rows of a batch ({rows})")
-    parser.add_argument("--rounds", type=int, default=30, help="timings, of which the median counts (30)")
+    parser.add_argument("--steps", type=number, default=steps, help=f"training steps ({steps})")
+    parser.add_argument("--rows", type=number, default=rows, help=f"rows of a batch ({rows})")
+    parser.add_argument("--rounds", type=number, default=30, help="timings, of which the median counts (30)")
     return parser
 
 

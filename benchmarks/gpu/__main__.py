@@ -43,21 +43,22 @@ class Diary:
         entry = self.entries.get(name, {})
         return entry.get("outcome") == PASSED and entry.get("sources") == machine.sources()
 
-    def note(self, name: str, outcome: str, seconds: float, what: str) -> None:
+    def note(self, name: str, outcome: str, seconds: float, what: str, sources: str) -> None:
         self.entries[name] = {
             "outcome": outcome,
             "seconds": round(seconds, 1),
             "what": what,
             "date": machine.today(),
-            "sources": machine.sources(),
+            "sources": sources,
         }
         self.file.write_text(json.dumps(self.entries, indent=1) + "\n")
 
 
 def run(part: Slice, diary: Diary, seconds: float) -> str:
     """Runs a slice's commands, at most so long together; what they print goes to its log, and its end is returned."""
+    before = machine.sources()  # which may change while it runs
     if part.missing:
-        diary.note(part.name, MISSING, 0.0, f"needs {part.missing}")
+        diary.note(part.name, MISSING, 0.0, f"needs {part.missing}", before)
         return MISSING
     start, outcome, what = time.monotonic(), PASSED, ""
     with (diary.folder / f"{part.name}.log").open("w") as log:
@@ -70,7 +71,8 @@ def run(part: Slice, diary: Diary, seconds: float) -> str:
             if code:
                 outcome, what = FAILED, f"{code}: {' '.join(command)}"
                 break
-    diary.note(part.name, outcome, time.monotonic() - start, what)
+    sources = machine.sources() if part.name == BUILD else before
+    diary.note(part.name, outcome, time.monotonic() - start, what, sources)
     return outcome
 
 

@@ -87,7 +87,10 @@ Tensors read(const std::string& path) {
 
 void write(const std::string& path, const Tensors& tensors) {
   const std::vector<char> bytes = torch::jit::pickle_save(c10::ivalue::Tuple::create({tensors.begin(), tensors.end()}));
-  std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  std::ofstream file(path, std::ios::binary);
+  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  file.close();
+  if (!file) throw std::runtime_error("cannot write " + path);
 }
 
 // The median of as many calls as take about half a second.

@@ -51,6 +51,18 @@ def test_a_pass_is_of_the_files_that_were_there(tmp_path: Path, monkeypatch: pyt
     assert not day.Diary(tmp_path).has_passed("good")
 
 
+@pytest.mark.parametrize("name, passed", [("good", False), ("build", True)])
+def test_files_that_change_while_a_slice_runs(
+    name: str, passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not passed with these; but what builds has made them."""
+    versions = iter(["before", *["after"] * 5])
+    monkeypatch.setattr(day.machine, "sources", lambda: next(versions))
+    diary = day.Diary(tmp_path)
+    assert day.run(Slice(name, (saying("one"),)), diary, 5.0) == "passed"
+    assert diary.has_passed(name) == passed
+
+
 def test_sources_are_the_files_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
         (tmp_path / name).write_text(name)

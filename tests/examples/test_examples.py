@@ -63,6 +63,13 @@ def test_convert_rechub() -> None:
     assert timed(out) == ["as it is", "converted"] * 3
 
 
+def test_numbers_of_nothing() -> None:
+    """Are refused."""
+    command = [sys.executable, str(ROOT / "examples" / "ple_pcgrad.py"), "--rows", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "argument --rows: must be at least 1, got 0" in done.stderr
+
+
 def test_ple_pcgrad() -> None:
     out = run("ple_pcgrad", "--rounds", "1", "--steps", "2", "--rows", "8")
     for name in ("fused, mk.optim.PCGrad, two tasks", "fused, mk.optim.GramWeighted, all tasks"):
@@ -137,6 +144,10 @@ def test_serving_without_python(tmp_path: Path) -> None:
     ):
         done = subprocess.run([program, *arguments], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("serve: ") and said in done.stderr
+    (tmp_path / "full.pt").write_bytes(request.read_bytes())
+    (tmp_path / "full.pt.answer").symlink_to("/dev/full")
+    done = subprocess.run([program, tmp_path / "model.pt", tmp_path / "full.pt"], capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot write " in done.stderr
     check_tuples(program, tmp_path)
     out = run("export_aot", "--rounds", "1", "--package", str(tmp_path / "model.pt2"), warnings=())
     assert out.count("replaced ") == 2 * REPLACED
