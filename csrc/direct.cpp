@@ -6,6 +6,7 @@
 #include "direct.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/randint.h>
@@ -152,6 +153,23 @@ bool any_requires_grad(const LevelCall& call) {
          of_norms(call.norms.gates);
 }
 
+// What autocast has products take, in the dtype that it has for them: differentiable copies, as the checks in Python
+// make. float64 stays as it is, and so do norms, slopes and logits. Nothing outside of autocast.
+void cast_for_autocast(LevelTensors& tensors) {
+  if (!at::autocast::is_autocast_enabled(at::kCPU)) return;
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(at::kCPU);
+  const auto cast = [dtype](Tensors& group) {
+    for (at::Tensor& tensor : group) {
+      const bool narrows = tensor.defined() && tensor.is_floating_point() && tensor.scalar_type() != at::kDouble;
+      if (narrows && tensor.scalar_type() != dtype) tensor = tensor.to(dtype);
+    }
+  };
+  for (Tensors* group : {&tensors.inputs, &tensors.weights, &tensors.biases}) cast(*group);
+  if (!tensors.linear_gates) return;
+  cast(tensors.gates);
+  cast(tensors.gate_biases);
+}
+
 void hold_memory(LevelCall& call) {
   hold_memory(call.tensors);
   for (std::vector<NormTensors>* of_kind : {&call.norms.experts, &call.norms.gates}) {
@@ -278,6 +296,8 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
       return py::none();
     }
     splitting.reset();
+    cast_for_autocast(call.tensors);
+    const c10::impl::ExcludeDispatchKeyGuard as_it_is(c10::DispatchKey::AutocastCPU);
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     if (wanted && !(trains && norms.is_none() && gate_norms.is_none() && !spec->stores_inputs())) return py::none();
     const LevelTensors given = wanted ? call.tensors : LevelTensors{};
@@ -314,6 +334,8 @@ py::object layerwise_level_from_python(py::handle inputs, py::handle weights, py
       return none;
     }
     splitting.reset();
+    cast_for_autocast(call.tensors);
+    const c10::impl::ExcludeDispatchKeyGuard as_it_is(c10::DispatchKey::AutocastCPU);
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     const bool drops = std::any_of(spec.dropout.begin(), spec.dropout.end(), [](double rate) { return rate > 0; });
     const LevelTensors given = wanted ? call.tensors : LevelTensors{};

@@ -114,7 +114,7 @@ def test_why_a_call_is_checked(options: dict[str, Any], reason: str | None, reco
 @requires.cpp_kernels
 @pytest.mark.parametrize(
     "around, reason",
-    [(torch.autocast("cpu", dtype=torch.bfloat16), "autocast is on"), (torch.func.vmap, "looks on")],
+    [(torch.autocast("cpu", dtype=torch.float16), "autocast is on"), (torch.func.vmap, "looks on")],
     ids=["autocast", "transform"],
 )
 def test_who_looks_on(around: Any, reason: str, records: list[Any]) -> None:

@@ -227,7 +227,8 @@ class _SmallCall(NamedTuple):
         number = None if trunk.level_of is None else trunk.level_of(module, *args, **kwargs)
         differentiated = torch.is_grad_enabled()
         wants = differentiated and x.requires_grad
-        key = number, module.training, differentiated, wants, autocast_enabled("cpu")
+        casts = autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        key = number, module.training, differentiated, wants, casts
         return cls(module, key, x.size(0))
 
     def has_too_few_rows(self) -> bool:

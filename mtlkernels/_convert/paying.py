@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _extension, _torch
+from mtlkernels.ops._call import casts_in_cpp
 from mtlkernels.ops._fusing import FOLD_ROWS, TURN_ROWS, Rows, may_fold
 
 # Of an instance: fused evaluation also where it does not pay. In its __dict__, so that copies and pickles have it.
@@ -27,7 +28,7 @@ NORM_ROWS, MIXING_ROWS, BARE_MIXING_ROWS = 4, 256, 1024
 LAYER_NORM_ROWS = 8, 16, 16
 # Of PReLU; with a norm NORM_ROWS decides.
 SLOPES_ROWS = 0, 16, 16
-# Under autocast, where each call casts all parameters and is checked in Python.
+# Under autocast to float16, where each call casts all parameters and is checked in Python.
 AUTOCAST_ROWS = 8
 # A level in parts has several such calls, and one more for the mixing; its batch norms take statistics, or are folded
 # in a way that gradients flow through, for each of the parts. For narrow experts, of fewer weights than SMALL_EXPERT,
@@ -92,7 +93,7 @@ def size_of_call(x: Tensor | None, training: bool, is_input: bool = True) -> Siz
         return Size(mixing=False)
     differentiated = torch.is_grad_enabled()
     rows, mode = x.shape[0], (1 + training if differentiated else 0)
-    casts = x.is_cpu and _backends.autocast_enabled("cpu")
+    casts = x.is_cpu and _backends.autocast_enabled("cpu") and not casts_in_cpp()
     return Size(
         Rows(
             fold=may_fold(x) and not (casts and rows < FOLD_ROWS),

@@ -90,7 +90,7 @@ class Expert(nn.Module):
         return x
 
     def _activate(self, x: Tensor, slope: Any) -> Tensor:
-        learned = self._code == act.PRELU and slope is not None
+        learned = self._code == act.PRELU
         if learned and type(x) is Tensor and slope.dim() == 1 and slope.dtype is x.dtype:
             return F.prelu(x, slope)  # which takes these alone, in one operator
         return act.activate(self._code, x, slope, DICE_EPS)

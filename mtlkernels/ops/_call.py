@@ -137,13 +137,25 @@ def direct_to_cpp(like: Any) -> bool:
     return type(like) is Tensor and like.is_cpu and unobserved()
 
 
-def unobserved() -> bool:
-    """Whether calls with plain tensors on a CPU may go straight to the C++ operators."""
+def casts_in_cpp() -> bool:
+    """Whether autocast is on for CPUs and a level's C++ casts what it casts.
+
+    What is cast to float16 is left to the checks, as norms may not be folded there.
+    """
+    on = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    return on and _extension.has_module()
+
+
+def unobserved(casting: bool = False) -> bool:
+    """Whether calls with plain tensors on a CPU may go straight to the C++ operators.
+
+    ``casting``: those operators see to what autocast casts, if it is on.
+    """
     return (
         _extension.loaded()
         and _backends.forced() in (None, "cpp")
         and _dumps.folder is None
-        and not torch.is_autocast_enabled("cpu")
+        and (casting or not torch.is_autocast_enabled("cpu"))
         and not _tracing.observed()
     )
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtlkernels import _backends, _decisions, _extension
-from mtlkernels.ops._call import replays, unobserved
+from mtlkernels.ops._call import casts_in_cpp, replays, unobserved
 from mtlkernels.ops.activations import CODES, has_slopes
 from mtlkernels.ops.level import layerwise, lists
 from mtlkernels.ops.level.call import gate_logits, spec_of
@@ -61,13 +61,14 @@ def direct(
     if rates is None:
         return _ODD
     plain = norms is None and slopes is None and not rates
-    keeps = lists.known_by(weights, biases, gates, routing, activation) if plain else None
+    casting = first.is_cpu and casts_in_cpp()
+    keeps = lists.known_by(weights, biases, gates, routing, activation) if plain and not casting else None
     if keeps is not None and first.is_cpu:
         kept = lists.kept_lists().serve(inputs, *keeps)
         if type(kept) is tuple:
             return kept
         keeps = None if kept is None else keeps
-    on_gpu = not (first.is_cpu and unobserved())
+    on_gpu = not (first.is_cpu and unobserved(casting))
     if on_gpu and not replays("level", first.device, first.dtype):
         return OBSERVED
     refusal = _refusal(inputs, weights, gates, routing)
@@ -151,7 +152,8 @@ def _is_linear(x: Tensor, weight: Any, bias: Any, size: int) -> bool:
 
 def _fits(tensor: Any, shape: tuple[int, ...], like: Tensor) -> bool:
     plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
-    return plain and tensor.dtype is like.dtype and tensor.device == like.device and tensor.shape == shape
+    same = plain and (tensor.dtype is like.dtype or (casts_in_cpp() and torch.float64 not in (tensor.dtype, like.dtype)))
+    return same and tensor.device == like.device and tensor.shape == shape
 
 
 def _rates(dropout: Any, weights: Any) -> tuple[float, ...] | None:
