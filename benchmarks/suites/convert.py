@@ -9,7 +9,8 @@ experts a task and 4 shared ones (MMOE: 12 experts):
 
 A training step is the forward pass, the loss (cross-entropy, and deepctr-torch's own regularisation), the backward pass
 and Adam with its learning rate at 0, so that each step does the same work on the same weights. Serving is the forward
-pass in ``eval()`` under ``torch.inference_mode()``.
+pass in ``eval()`` under ``torch.inference_mode()``. In bfloat16 the forward pass is under ``torch.autocast``, and
+parameters and optimizer stay in float32.
 
 Where the time goes: "embedding", "trunk" and "towers" are forward and backward passes of these parts, the last with the
 loss; "optimizer" is Adam's step. Together they are about a training step.
@@ -38,6 +39,7 @@ ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
 FEWER_ROWS = {"rechub-MMOE": (1, 16, 256, 4096), "deepctr-PLE-BN": (1, 16, 256, 4096)}
 FEWER_ROWS |= {"rechub-PLE-PReLU": (1, 64, 4096), "rechub-PLE-Dice": (1, 64, 4096)}
 PART_ROWS = 4096
+AUTOCAST_ROWS = {"rechub-PLE": (1, 16, 64, 256, 4096), "deepctr-PLE": (1, 16, 256, 4096)}
 # Where torch.compile's contenders stand too; compiling takes longer than all else.
 COMPILED = {("rechub-PLE", TRAINING, 16), ("rechub-PLE", TRAINING, 4096)}
 COMPILED |= {("rechub-PLE", SERVING, rows) for rows in (1, 64, 4096)}
@@ -84,9 +86,11 @@ def _draw(rows: int, seed: int) -> Tensor:
 class WholeStep:
     """A training step or a serving call of one module."""
 
-    def __init__(self, work: Workload, module: Any, forward: Callable[[Any], Tensor] | None = None) -> None:
+    def __init__(
+        self, work: Workload, module: Any, forward: Callable[[Any], Tensor] | None = None, cast: bool = False
+    ) -> None:
         dtype = next(module.parameters()).dtype
-        self.work, self.module = work, module
+        self.work, self.module, self.cast = work, module, cast
         self.forward = module if forward is None else forward
         self.arguments = work.arguments(module)
         self.labels = work.labels.to(dtype)
@@ -97,13 +101,19 @@ class WholeStep:
         self.outputs = ()
         if not self.work.training:
             with torch.inference_mode():
-                self.outputs = (self.forward(self.arguments),)
+                self.outputs = (self._predict(),)
             return
         self.optimizer.zero_grad()
-        predictions = self.forward(self.arguments)
+        predictions = self._predict()
         loss_of(self.module, predictions, self.labels).backward()
         self.optimizer.step()
         self.outputs = (predictions.detach(),)
+
+    def _predict(self) -> Tensor:
+        """In the parameters' dtype, as a loss wants it."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.cast):
+            predictions = self.forward(self.arguments)
+        return predictions.to(self.labels.dtype)
 
     def results(self) -> Mapping[str, Tensor]:
         found = {"outputs: predictions": self.outputs[0]}
@@ -206,20 +216,20 @@ def converted(module: Any) -> Any:
     return other
 
 
-def build(name: str, work: str, rows: int, device: torch.device) -> Bench:
+def build(name: str, work: str, rows: int, dtype: torch.dtype, device: torch.device) -> Bench:
     """Parameters and inputs from a fixed seed, and everybody who evaluates them."""
     gc.collect()
     model = MODELS[name]
     load = Workload(model, rows, work != SERVING)
     backend = mk.backends()["expert_mixture"][device.type][0]
 
-    def step(module: Any, compile_it: bool = False) -> Step:
+    def step(module: Any, compile_it: bool = False, cast: bool = dtype is torch.bfloat16) -> Step:
         if work not in (TRAINING, SERVING):
             return PartStep(load, module, work)
-        return WholeStep(load, module, torch.compile(module, dynamic=False) if compile_it else None)
+        return WholeStep(load, module, torch.compile(module, dynamic=False) if compile_it else None, cast)
 
     def expected() -> Mapping[str, Tensor]:
-        exact = step(load.exact())
+        exact = step(load.exact(), cast=False)
         exact()
         exact()
         return exact.results()
@@ -228,7 +238,7 @@ def build(name: str, work: str, rows: int, device: torch.device) -> Bench:
         Contender(BASELINE, f"{model.label} as it is", lambda: step(copy.deepcopy(load.source))),
         Contender(OURS, f"converted ({backend})", lambda: step(converted(load.source))),
     ]
-    if (name, work, rows) in COMPILED:
+    if (name, work, rows) in COMPILED and dtype is torch.float32:
         contenders[1:1] = [
             Contender("compile", "as it is, torch.compile", lambda: step(copy.deepcopy(load.source), True)),
             Contender("ours-compile", "converted, torch.compile", lambda: step(converted(load.source), True)),
@@ -242,7 +252,7 @@ def parameters(name: str) -> int:
     return sum(p.numel() for p in MODELS[name].build().parameters())
 
 
-def case(name: str, work: str, rows: int) -> Case:
+def case(name: str, work: str, rows: int, dtype: torch.dtype = torch.float32) -> Case:
     """A row of the table."""
     model = MODELS[name]
     training = work != SERVING
@@ -251,11 +261,11 @@ def case(name: str, work: str, rows: int) -> Case:
     return Case(
         workload=name,
         work=work,
-        dtype=torch.float32,
+        dtype=dtype,
         size={"B": rows},
         flop=model.flop(rows, training) if work in (TRAINING, SERVING, "trunk") else 0.0,
         traffic=traffic,
-        build=lambda device: build(name, work, rows, device),
+        build=lambda device: build(name, work, rows, dtype, device),
         resident=not training,
         quick=name == "rechub-PLE" and rows == 16,
         rounds=3,
@@ -272,6 +282,11 @@ def cases(device_type: str) -> Iterator[Case]:
             for rows in FEWER_ROWS.get(name, ROWS):
                 if rows > 1 or work == SERVING or not model.batch_norm:
                     yield case(name, work, rows)
+    for name, of_autocast in AUTOCAST_ROWS.items():
+        for work in (TRAINING, SERVING):
+            for rows in of_autocast:
+                if rows > 1 or work == SERVING or not MODELS[name].batch_norm:
+                    yield case(name, work, rows, torch.bfloat16)
     for name, model in MODELS.items():
         if model.parts is not None:
             for part in (*PARTS, OPTIMIZER):

@@ -18,9 +18,9 @@ CPU = torch.device("cpu")
 NAMES = ("rechub-PLE", "rechub-MMOE", "rechub-PLE-PReLU", "rechub-PLE-Dice", "deepctr-PLE", "deepctr-PLE-BN")
 
 
-def assert_agree(name: str, work: str, rows: int, contenders: int = 2) -> None:
-    bench = convert.build(name, work, rows, CPU)
-    outcomes, steps = check(bench, torch.float32)
+def assert_agree(name: str, work: str, rows: int, contenders: int = 2, dtype: torch.dtype = torch.float32) -> None:
+    bench = convert.build(name, work, rows, dtype, CPU)
+    outcomes, steps = check(bench, dtype)
     assert len(steps) == contenders, {key: outcome.reason for key, outcome in outcomes.items()}
 
 
@@ -31,6 +31,11 @@ WORKS = ("training step", "serving")
 def test_converted_models_agree(name: str, work: str) -> None:
     """tests/convert has each of them in both."""
     assert_agree(name, work, 40)
+
+
+@pytest.mark.parametrize("name, work", [("rechub-PLE", WORKS[0]), ("deepctr-PLE", WORKS[1])])
+def test_converted_models_agree_under_autocast(name: str, work: str) -> None:
+    assert_agree(name, work, 40, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("part", ["embedding", "trunk", "towers", "optimizer"])
@@ -53,7 +58,7 @@ def test_a_wrong_conversion_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> Non
         return other
 
     monkeypatch.setattr(convert, "converted", spoilt)
-    outcomes, _ = check(convert.build("rechub-PLE", "serving", 20, CPU), torch.float32)
+    outcomes, _ = check(convert.build("rechub-PLE", "serving", 20, torch.float32, CPU), torch.float32)
     assert outcomes["ours"].status == "FAILED"
 
 
@@ -61,6 +66,6 @@ def test_rows_of_the_table() -> None:
     cases = list(SUITES["convert"].cases("cpu"))
     assert {case.workload for case in cases} == set(NAMES) == set(MODELS)
     assert {case.work for case in cases} == {"training step", "serving", "optimizer", *PARTS}
-    assert sum(case.quick for case in cases) == 2
+    assert sum(case.quick for case in cases) == 4  # two of them under autocast
     with_norm = [case for case in cases if case.work == "training step" and MODELS[case.workload].batch_norm]
     assert min(case.size["B"] for case in with_norm) > 1
