@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVEL, PROJECTIONS, CUDA = "tests/triton/test_cuda.py", "tests/triton/test_cuda_pcgrad.py", "tests/cuda"
 PYTHON = sys.executable
 BUILD = "build"
-# Cases that between them take every kernel of levels and SNR, with and without alignment; and of PCGrad, whose lists
-# are small. The sanitizer slows them 10 to 50 times.
+# Cases that between them take every kernel of levels and SNR, with and without alignment (of wide inputs' kernel, which
+# is for large cards, operands are always aligned); and of PCGrad, whose lists are small. The sanitizer slows them 10 to
+# 50 times.
 SMALL = "ieee and (one_row or aligned or odd) and not large"
 SMALL_LISTS = "random_lists or strided or missing or unaligned"
 HOST = "waits or wait_for or graph or stream or device or recorded"

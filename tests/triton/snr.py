@@ -60,7 +60,7 @@ def cases(scale: int = 1) -> dict[str, Make]:
         "bf16": _trans(BF16, 40 * scale, [144, 32], [80, 16], share=0.7),
         "bf16_odd": _trans(BF16, 37, [19, 21], [9, 30]),
         "many_sub_networks": _trans(F32, 3, [3] * 9, [2] * 10, share=0.3),
-        "aver": _aver(F32, 40 * scale, 48, (4, 3)),
+        "aver_aligned": _aver(F32, 40 * scale, 48, (4, 3)),
         "aver_odd": _aver(F32, 37 * scale, 33, (3, 5)),
         "aver_wide": _aver(F16, 5, 300, (3, 2), share=1.0),
         "aver_closed": _aver(F32, 5, 30, (3, 2), share=0.0),

@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 from mtlkernels import Routing, expert_mixture, hard_concrete, nn, snr_aver, snr_trans, use_backend  # noqa: E402
+from mtlkernels.ops._triton_splits import Card  # noqa: E402
 from mtlkernels.ops.level.spec import Groups  # noqa: E402
+from mtlkernels.ops.level.triton import chain_backward  # noqa: E402
 from tests import requires  # noqa: E402
 from tests.triton import levels, norms, snr  # noqa: E402
 from tests.triton.cases import Case, arguments, cases, check_backward, check_forward, check_gated_mixture, check_level  # noqa: E402
@@ -22,7 +24,7 @@ pytestmark = requires.cuda_gpu
 SMALL = Case("small", 9, (8, 7, 6), activations=(3, 1), num_inputs=2)
 # Rows, and widths past a tile in every direction, that take the interpreter too long.
 LARGE = [
-    Case("large_bf16", 4096, (416, 256, 128), 12, 3, (1, 1), dtype=torch.bfloat16, largest_gate=12),
+    Case("large_bf16", 8192, (416, 256, 128), 12, 3, (1, 1), dtype=torch.bfloat16, largest_gate=12),
     Case("large_f32", 4096, (416, 256, 128), 12, 3, (1, 1), largest_gate=12),
     Case("large_many_gates", 2000, (200, 264, 136), 12, 9, (3, 3), dtype=torch.float16, largest_gate=12),
 ]
@@ -42,6 +44,15 @@ def test_chain(case: Case, tf32: bool) -> None:
     if tf32 and case.dtype != torch.float32:
         pytest.skip("TF32 concerns float32 alone")
     check_level(case, "cuda")
+
+
+@pytest.mark.parametrize("width", [400, 256], ids=lambda width: f"ieee-aligned-{width}")
+@pytest.mark.parametrize("linear", [False, True])
+def test_tiles_of_wide_levels_on_few_rows(width: int, linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which read least with one multiprocessor; its name has the sanitizers take it, for which many rows take hours."""
+    monkeypatch.setattr(chain_backward, "card", lambda _: Card(1, torch.cuda.get_device_capability()))
+    case = Case("wide", 140, (width, 256, 16), 2, 2, (1, 2), dtype=torch.float16, largest_gate=2)
+    check_level(case, "cuda", linear=linear)
 
 
 @pytest.mark.parametrize("case", cases(scale=8) + LARGE, ids=str)

@@ -152,7 +152,9 @@ def _is_linear(x: Tensor, weight: Any, bias: Any, size: int) -> bool:
 
 def _fits(tensor: Any, shape: tuple[int, ...], like: Tensor) -> bool:
     plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
-    same = plain and (tensor.dtype is like.dtype or (casts_in_cpp() and torch.float64 not in (tensor.dtype, like.dtype)))
+    if not plain:
+        return False
+    same = tensor.dtype is like.dtype or (casts_in_cpp() and torch.float64 not in (tensor.dtype, like.dtype))
     return same and tensor.device == like.device and tensor.shape == shape
 
 
