@@ -114,6 +114,22 @@ def test_what_is_missing_contributes_nothing() -> None:
     assert first.tolist() == [3.0, float("inf")] and second.isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("at", [1, 65_536])
+def test_an_infinite_product_of_a_tiny_element(at: int) -> None:
+    """It stays infinite, with its sign, where elements come that are larger by more than float32's range."""
+    from mtlkernels.ops.pcgrad import triton as kernels
+
+    a, b = torch.zeros(70_000), torch.zeros(70_000)
+    a[0], b[0] = -float("inf"), 1e-25
+    a[at], b[at] = 1.0, 1e20
+    for wide in (False, True):
+        with products(wide):
+            found = kernels.gram([a, b], 2)
+        assert found[0, 0] == float("inf") and found[0, 1] == -float("inf")
+        assert found[1, 1] == pytest.approx(1e40)
+
+
 def test_coefficients_beyond_float32() -> None:
     from mtlkernels.ops.pcgrad import triton as kernels
 

@@ -16,8 +16,17 @@ from mtlkernels.ops.pcgrad.triton_kernels import find_chunk
 
 @triton.jit
 def power(exponent):
-    """Two to a power of at most 127, in float32; 0 below -126."""
-    return (tl.maximum(exponent + 127, 0) << 23).to(tl.float32, bitcast=True)
+    """Two to a power from -126 to 127, in float32."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def shrinking(exponent):
+    """Two to a power of at most 0, and no less than -63: an infinite sum stays so when it is multiplied by two of them.
+
+    What would shrink more is no part of a sum of elements so much larger in either case.
+    """
+    return power(tl.maximum(exponent, -63))
 
 
 @triton.jit
@@ -64,7 +73,7 @@ def read(
             for c in tl.static_range(COLUMNS):
                 scaled = scaled + (vectors[t * COLUMNS + c] * power(-exponent),)
             raised = raised + (exponent,)
-            factors = factors + (power(exponents[t] - exponent),)
+            factors = factors + (shrinking(exponents[t] - exponent),)
         return scaled, raised, factors
 
 
@@ -110,7 +119,7 @@ def levelled(exponents, WIDE: tl.constexpr, COUNT: tl.constexpr):
     if not WIDE:
         for t in tl.static_range(COUNT):
             highest = tl.max(exponents[t], 0)
-            factors = factors + (power(exponents[t] - highest),)
+            factors = factors + (shrinking(exponents[t] - highest),)
             units = units + (((highest + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True),)
     return factors, units
 
