@@ -296,12 +296,9 @@ def _updates(norms: Sequence[Norm], experts: Sequence[int], statistics: Sequence
         unbiased = variance * (rows / (rows - 1))
         modules = [norm.modules[e] for e in experts]
         for module, *batch in zip(modules, mean.unbind(0), unbiased.unbind(0), strict=True):
-            if not (module.training and module.track_running_stats) or module.running_mean is None:
+            if not module.track_running_stats or module.running_mean is None:
                 continue
-            pairs = [
-                (running, value if running.dtype in (torch.float16, torch.bfloat16) else value.to(running.dtype))
-                for running, value in zip((module.running_mean, module.running_var), batch, strict=True)
-            ]
+            pairs = list(zip((module.running_mean, module.running_var), batch, strict=True))
             updates.append(_Update(module.num_batches_tracked, module.momentum, pairs))
     return _Updates(updates)
 
