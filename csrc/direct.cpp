@@ -154,14 +154,15 @@ bool any_requires_grad(const LevelCall& call) {
 }
 
 // What autocast has products take, in the dtype that it has for them: differentiable copies, as the checks in Python
-// make. float64 stays as it is, and so do norms, slopes and logits. Nothing outside of autocast.
+// make. Other dtypes stay as they are, and so do norms, slopes and logits. Nothing outside of autocast.
 void cast_for_autocast(LevelTensors& tensors) {
   if (!at::autocast::is_autocast_enabled(at::kCPU)) return;
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(at::kCPU);
   const auto cast = [dtype](Tensors& group) {
     for (at::Tensor& tensor : group) {
-      const bool narrows = tensor.defined() && tensor.is_floating_point() && tensor.scalar_type() != at::kDouble;
-      if (narrows && tensor.scalar_type() != dtype) tensor = tensor.to(dtype);
+      const at::ScalarType own = tensor.defined() ? tensor.scalar_type() : dtype;
+      const bool is_cast = own == at::kFloat || own == at::kHalf || own == at::kBFloat16;
+      if (is_cast && own != dtype) tensor = tensor.to(dtype);
     }
   };
   for (Tensors* group : {&tensors.inputs, &tensors.weights, &tensors.biases}) cast(*group);
@@ -296,17 +297,22 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
       return py::none();
     }
     splitting.reset();
-    cast_for_autocast(call.tensors);
-    const c10::impl::ExcludeDispatchKeyGuard as_it_is(c10::DispatchKey::AutocastCPU);
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     if (wanted && !(trains && norms.is_none() && gate_norms.is_none() && !spec->stores_inputs())) return py::none();
+    cast_for_autocast(call.tensors);
     const LevelTensors given = wanted ? call.tensors : LevelTensors{};
     hold_memory(call);
     Tensors outputs;
     {
       const py::gil_scoped_release release;
-      outputs = wanted ? with_level_node(*spec, given, {}, train_level(*spec, call.tensors, {}, true), by_name)
-                       : serve_level(*spec, call.tensors, call.norms);
+      std::optional<c10::impl::ExcludeDispatchKeyGuard> as_it_is(c10::DispatchKey::AutocastCPU);
+      if (wanted) {
+        LevelResults results = train_level(*spec, call.tensors, {}, true);
+        as_it_is.reset();  // hooks on what is saved are the user's
+        outputs = with_level_node(*spec, given, {}, std::move(results), by_name);
+      } else {
+        outputs = serve_level(*spec, call.tensors, call.norms);
+      }
     }
     return wrapped_groups<py::tuple>({&outputs});
   } catch (const Refused&) {
@@ -335,7 +341,6 @@ py::object layerwise_level_from_python(py::handle inputs, py::handle weights, py
     }
     splitting.reset();
     cast_for_autocast(call.tensors);
-    const c10::impl::ExcludeDispatchKeyGuard as_it_is(c10::DispatchKey::AutocastCPU);
     const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
     const bool drops = std::any_of(spec.dropout.begin(), spec.dropout.end(), [](double rate) { return rate > 0; });
     const LevelTensors given = wanted ? call.tensors : LevelTensors{};
@@ -349,8 +354,10 @@ py::object layerwise_level_from_python(py::handle inputs, py::handle weights, py
         random_state = generator.get_state();
         seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong);
       }
+      std::optional<c10::impl::ExcludeDispatchKeyGuard> as_it_is(c10::DispatchKey::AutocastCPU);
       LevelResults results = train_level(spec, call.tensors, seed, wanted);
       modules.update(at::TensorList(results.saved).slice(wanted ? spec.layers() : 0), rows);
+      as_it_is.reset();
       outputs = wanted ? with_level_node(spec, given, seed, std::move(results), by_name) : std::move(results.outputs);
     }
     return wrapped_groups<py::tuple>({&outputs});

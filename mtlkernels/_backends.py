@@ -41,7 +41,10 @@ _FIRST, _ASKED = "it comes first there", "use_backend asks for it"
 
 def _find_triton() -> bool:
     """A folder of that name on the path, of models for a server, say, is a package without a file."""
-    found = importlib.util.find_spec("triton")
+    try:
+        found = importlib.util.find_spec("triton")
+    except ValueError:  # of a module that somebody has put in its place
+        return False
     return found is not None and found.origin is not None
 
 

@@ -149,6 +149,8 @@ def test_a_folder_named_triton_is_not_triton(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     assert importlib.util.find_spec("triton") is not None
     assert not _backends._find_triton()
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    assert not _backends._find_triton()
 
 
 @pytest.mark.parametrize(("triton", "others"), [(True, ("triton", "reference")), (False, ("reference",))])

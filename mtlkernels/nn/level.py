@@ -91,7 +91,7 @@ class Expert(nn.Module):
 
     def _activate(self, x: Tensor, slope: Any) -> Tensor:
         learned = self._code == act.PRELU
-        if learned and type(x) is Tensor and slope.dim() == 1 and slope.dtype is x.dtype:
+        if learned and type(x) is Tensor and x.dim() == 2 and slope.dim() == 1 and slope.dtype is x.dtype:
             return F.prelu(x, slope)  # which takes these alone, in one operator
         return act.activate(self._code, x, slope, DICE_EPS)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtlkernels import _torch, _tracing
 from mtlkernels._backends import autocast_enabled
+from mtlkernels._library import cast_floats
 from mtlkernels.ops._call import held_leaves
 from mtlkernels.ops._operands import check_memory
 
@@ -22,13 +23,13 @@ _JOINT_ROWS = 256
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
     """``F.linear(x, w, b)`` for each pair, by one product where that is faster; ``biases`` has one a weight, or none.
 
-    In eager PyTorch, outside autocast, a layer whose result nobody uses keeps no gradient, as if it had been called by
-    itself.
+    In eager PyTorch a layer whose result nobody uses keeps no gradient, as if it had been called by itself.
     """
-    device = x.device.type
-    autocast = autocast_enabled(device)
-    if autocast or _torch.compiling() or _torch.func_transforms_active():
+    if _torch.compiling() or _torch.func_transforms_active():
         return _forward(x, weights, biases)
+    if autocast_enabled(x.device.type):
+        x = cast_floats(x, torch.get_autocast_dtype(x.device.type))  # once for all
+        return [F.linear(x, weight, *biases[k : k + 1]) for k, weight in enumerate(weights)]
     observed = _tracing.observed()  # who looks on sees into plain operators
     if not observed:
         check_memory("gate_weights", weights)

@@ -78,3 +78,12 @@ def test_nothing_is_called_where_all_were_exchanged() -> None:
     with torch.no_grad():
         model(x)
     assert not called
+
+
+def test_a_slope_a_channel_of_an_expert_that_is_called_alone() -> None:
+    """Channels are the last dimension, whatever is before it."""
+    expert = mk.nn.MMoE(6, 2, (4,), 2, activation="prelu").level.experts[0]
+    expert.slopes[0] = nn.Parameter(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    x = torch.randn(5, 4, 6)
+    torch.testing.assert_close(expert(x), expert(x.reshape(20, 6)).view(5, 4, 4))
+    torch.testing.assert_close(expert(x[0, 0]), expert(x[0])[0])

@@ -90,7 +90,8 @@ def direct(
     if isinstance(stored, str):
         return stored
     if gates[1] is not None and (stored is not None or sloped):
-        logits = _logits(inputs if several and len(inputs) > 1 else [first] * routing.num_gates, gates, routing)
+        apart = several and len(inputs) > 1
+        logits = _logits(inputs if apart else [first] * routing.num_gates, apart and casting, gates, routing)
         if logits is None:
             return _LOGITS
         gates = logits, None, None, None
@@ -113,15 +114,16 @@ def direct(
 
 
 def _logits(
-    streams: Sequence[Tensor], gates: tuple[Any, Any, Any, Any], routing: Routing
+    streams: Sequence[Tensor], apart: bool, gates: tuple[Any, Any, Any, Any], routing: Routing
 ) -> list[Tensor] | Tensor | None:
     """Those of linear gates, each of its stream, or in one tensor; None for gates with norms, and all that do not fit.
 
-    Gates in one matrix are one product where they read one stream.
+    Gates in one matrix are one product where they read one stream, as do those in several, but if ``apart``: under
+    autocast one that nobody reads would get a gradient of zeros.
     """
     _, weights, biases, norms = gates
     sizes = routing.wiring.gate_sizes
-    one = all(x is streams[0] for x in streams)
+    one = not apart and all(x is streams[0] for x in streams)
     if isinstance(weights, Tensor):
         joined = sum(sizes)
         plain = norms is None and isinstance(streams[0], Tensor) and streams[0].dim() == 2

@@ -153,6 +153,68 @@ def test_what_is_not_cast_is_refused_as_by_the_checks(monkeypatch: pytest.Monkey
         mk.expert_mixture(**given)
 
 
+@pytest.mark.parametrize("aliased", [True, False])
+@pytest.mark.parametrize("several", [True, False])
+def test_a_gate_that_no_loss_reads_gets_no_gradient(
+    several: bool, aliased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one tensor is all of the streams, beside layers that are stored."""
+    given = plain() | {"norms": [[nn.LayerNorm(width) for _ in range(3)] for width in (5, 4)]}
+    x = given["inputs"][0]
+    given["inputs"] = ([x] * 3 if aliased else given["inputs"]) if several else x
+    gates = given["gate_weights"]
+
+    def run() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            ys = mk.expert_mixture(**given)
+        return torch.autograd.grad(ys[0].float().sum(), gates, allow_unused=True)
+
+    found, expected = goes_past_checks(run, monkeypatch), by_checks(run, monkeypatch)
+    assert [grad is None for grad in found] == [grad is None for grad in expected] == [False, True]
+    assert_same(found[0], expected[0])
+
+
+def test_half_gates_beside_layers_that_are_stored() -> None:
+    given = plain() | {"norms": [[nn.LayerNorm(width) for _ in range(3)] for width in (5, 4)]}
+    for inputs in (given["inputs"], given["inputs"][:1] * 3, given["inputs"][0]):
+        gates = [gate.detach().half() for gate in given["gate_weights"]]
+        with torch.autocast("cpu", torch.bfloat16):
+            ys = mk.expert_mixture(**given | {"inputs": inputs, "gate_weights": gates, "gate_biases": None})
+        assert ys[0].dtype is torch.bfloat16 and ys[0].isfinite().all()
+
+
+def test_what_only_the_checks_differentiate_is_not_cast_twice() -> None:
+    norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm1d(width) for _ in range(3)) for width in (5, 4)).eval()
+    given = plain()
+    with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as found:
+        mk.expert_mixture(**given, norms=norms)
+    casts = sum(event.count for event in found.key_averages() if event.key == "aten::_to_copy")
+    assert casts <= len(leaves(given)) + 2 * 3 + 3  # and the biases that norms give layers without one
+
+
+@pytest.mark.parametrize("name", ["weights", "inputs"])
+def test_dtypes_of_other_kinds_are_refused_as_by_the_checks(name: str) -> None:
+    narrow = [tensor.detach().to(torch.float8_e4m3fn) for tensor in leaves(plain()[name])]
+    given = plain() | {name: narrow if name == "inputs" else [narrow[:3], narrow[3:]]}
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="float8"):
+        mk.expert_mixture(**given)
+
+
+def test_hooks_on_what_is_saved_see_autocast() -> None:
+    seen: set[bool] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return tensor
+
+    norms = [[nn.LayerNorm(width) for _ in range(3)] for width in (5, 4)]
+    for given in (plain(), with_logits() | {"norms": norms}):
+        seen.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            mk.expert_mixture(**given)
+        assert seen == {True}
+
+
 def test_float16_is_left_to_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which fold no norms there."""
     with torch.autocast("cpu", torch.float16), pytest.raises(AssertionError, match="checks in Python were asked"):
