@@ -154,9 +154,11 @@ bool any_requires_grad(const LevelCall& call) {
 }
 
 // What autocast has products take, in the dtype that it has for them: differentiable copies, as the checks in Python
-// make. Other dtypes stay as they are, and so do norms, slopes and logits. Nothing outside of autocast.
+// make. Other dtypes stay as they are, and so do norms, slopes and logits. Nothing outside of autocast. Without the
+// GIL, as it copies weights, and makes leaves' nodes under a lock for which nobody is to wait with it.
 void cast_for_autocast(LevelTensors& tensors) {
   if (!at::autocast::is_autocast_enabled(at::kCPU)) return;
+  const py::gil_scoped_release release;
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(at::kCPU);
   const auto cast = [dtype](Tensors& group) {
     for (at::Tensor& tensor : group) {

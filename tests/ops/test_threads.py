@@ -152,6 +152,12 @@ MODELS = {
     "a trunk": "model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4)",
     "a trunk with dropout": "model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4, dropout=0.1)",
     "a trunk with batch norm": "model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4, batch_norm=True).eval()",
+    "a trunk under autocast": """
+model = mk.nn.MMoE(12, 3, (12, 7), num_experts=4)
+def call(x):
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+""",
     "SNR-Trans": "model = mk.nn.SNR(12, 3, (12, 7), (4, 4))",
     "SNR-Aver": "model = mk.nn.SNR(12, 3, (12, 7), (4, 4), mode='aver')",
     "an exported trunk": """
