@@ -243,6 +243,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
         (
             columns.words("model", lambda row: _LIBRARY_MODELS[row.workload]),
             columns.words("work", lambda row: row.work),
+            columns.words("dtype", lambda row: row.dtype),
             Column("rows", lambda row: str(row.size["B"])),
             columns.time("as it is", "eager"),
             columns.time("torch.compile", "compile"),
