@@ -125,12 +125,17 @@ def _by_backward(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Se
         for parameter in parameters:
             parameter.grad = None
         loss.backward(retain_graph=retain)
-        grads = [placed_as(parameter, parameter.grad) for parameter in parameters]
+        grads = _placed_grads(parameters)
         set_grads(parameters, before)
         return grads
     except BaseException:  # that of a signal's handler, while these are put back, too
         set_grads(parameters, before)
         raise
+
+
+def _placed_grads(parameters: Sequence[Tensor]) -> Grads:
+    """Apart from what puts gradients back: CPython 3.13 passes a comprehension's ``except`` by where a tracer raises."""
+    return [placed_as(parameter, parameter.grad) for parameter in parameters]
 
 
 def _add(total: Tensor | None, grad: Tensor | None, factor: float) -> Tensor | None:

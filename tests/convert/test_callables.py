@@ -336,7 +336,7 @@ def test_another_version_of_python() -> None:
     assert rebuild(version, code).are_of(soft) and not rebuild(b"", code).are_of(soft)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of a kind that depends on PyTorch
 def test_a_scripted_part_is_left_alone() -> None:
     model = _made(First, [torch.jit.script(nn.Softmax(-1))])
     assert "scripted" in str(mk.convert(model)) and type(model) is First
