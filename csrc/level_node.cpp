@@ -345,6 +345,8 @@ py::object level_context(py::handle node) {
 
 }  // namespace
 
+bool is_level_node(torch::autograd::Node* node) { return dynamic_cast<LevelNode*>(node) != nullptr; }
+
 LevelSpec spec_of_words(std::string_view words) { return LevelSpec(values_of<int64_t>(words), {}); }
 
 Tensors with_level_node(const LevelSpec& spec, const LevelTensors& tensors, const at::Tensor& seed,

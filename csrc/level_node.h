@@ -6,6 +6,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/function.h>
 
 #include <string_view>
 
@@ -20,6 +21,8 @@ LevelSpec spec_of_words(std::string_view words);
 // what was dropped, or undefined. `by_name`: "cpp" was asked for.
 Tensors with_level_node(const LevelSpec& spec, const LevelTensors& tensors, const at::Tensor& seed,
                         LevelResults results, bool by_name);
+
+bool is_level_node(torch::autograd::Node* node);
 
 // mtlkernels._C.recorded_level, LevelContext and level_context, see level_node.cpp.
 void define_level_node(pybind11::module_& module);

@@ -15,6 +15,7 @@
 #include "cpu/runtime/memory.h"
 #include "direct.h"
 #include "gradient_lists.h"
+#include "graph.h"
 #include "kept_level.h"
 #include "level_node.h"
 #include "linears.h"
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_C, module) {
   mtlk::find_observers();
   mtlk::define_below_autograd(module);
   mtlk::define_gradient_lists(module);
+  mtlk::define_graph(module);
   mtlk::define_recording(module);
   mtlk::define_level_node(module);
   mtlk::define_kept_level(module);

@@ -168,6 +168,11 @@ def is_node_of(node: Any, function: Any) -> bool:
     return getattr(type(node), "_forward_cls", None) is function
 
 
+def is_of_python(node: Any) -> bool:
+    """Whether a node of autograd's graph is one that a Function in Python has made."""
+    return isinstance(node, torch._C._FunctionBase)
+
+
 def is_leaf_node(node: Any) -> bool:
     """Whether a node of autograd's graph is where the gradient of a leaf arrives."""
     return bool(node.name() == "torch::autograd::AccumulateGrad")
@@ -215,9 +220,12 @@ def waits_for_backward(node: Any) -> bool:
     return bool(static and not getattr(wrapper, "_static_graph_delay_allreduce_enqueued", True))
 
 
+IS_FLAT = "_is_flat_param"
+
+
 def is_flat_parameter(tensor: Tensor) -> bool:
     """Whether ``FullyShardedDataParallel`` keeps several parameters in it."""
-    return getattr(tensor, "_is_flat_param", False) is True
+    return getattr(tensor, IS_FLAT, False) is True
 
 
 class FsdpUnit(NamedTuple):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from mtlkernels import _torch
+from mtlkernels import _graph, _torch
 
 
 def refuse_hidden(losses: Sequence[Tensor]) -> None:
@@ -17,19 +16,17 @@ def refuse_hidden(losses: Sequence[Tensor]) -> None:
         RuntimeError: what only ``loss.backward()`` goes into stands in it, so that parameters would silently not be
             trained, or not by all losses; or what takes its first backward pass for one that it reduces.
     """
-    stack: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
+    made, flat = _graph.notable_nodes(losses, _torch.IS_FLAT)
+    if any(map(_torch.is_flat_parameter, flat)):
+        raise RuntimeError(
+            "losses depend on parameters that FullyShardedDataParallel has put together, which only"
+            " loss.backward() reaches: shard the model by torch.distributed.fsdp.fully_shard"
+        )
+    for node in made:
         if _torch.is_reentrant_checkpoint(node):
             raise RuntimeError(
                 "losses depend on parameters within torch.utils.checkpoint(use_reentrant=True), which only"
                 " loss.backward() reaches: call it with use_reentrant=False"
-            )
-        if _torch.is_leaf_node(node) and _torch.is_flat_parameter(node.variable):
-            raise RuntimeError(
-                "losses depend on parameters that FullyShardedDataParallel has put together, which only"
-                " loss.backward() reaches: shard the model by torch.distributed.fsdp.fully_shard"
             )
         if _torch.waits_for_backward(node):
             raise RuntimeError(
@@ -37,7 +34,3 @@ def refuse_hidden(losses: Sequence[Tensor]) -> None:
                 " first loss.backward(), and not reduce the gradients of any later one: leave static_graph out, or call"
                 " loss.backward() once before"
             )
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                stack.append(below)

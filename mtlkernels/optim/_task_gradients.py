@@ -134,7 +134,7 @@ def _by_backward(loss: Tensor, parameters: Sequence[Tensor], retain: bool) -> Se
 
 
 def _placed_grads(parameters: Sequence[Tensor]) -> Grads:
-    """Apart from what puts gradients back: CPython 3.13 passes a comprehension's ``except`` by where a tracer raises."""
+    """By itself: where a tracer raises, CPython 3.13 leaves a comprehension past the ``except`` around it."""
     return [placed_as(parameter, parameter.grad) for parameter in parameters]
 
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mk
-from mtlkernels import _torch
-from mtlkernels.optim._hidden import refuse_hidden
 from tests import requires
 from tests.seeding import seed
 
@@ -129,20 +127,3 @@ def test_static_graphs() -> None:
         optimizer.zero_grad()
         optimizer.pc_backward(later)
         assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_a_node_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many ways lead to it: here there are 2^12."""
-    seen: list[Any] = []
-    original = _torch.is_leaf_node
-
-    def counted(node: Any) -> bool:
-        seen.append(node)
-        return original(node)
-
-    monkeypatch.setattr(_torch, "is_leaf_node", counted)
-    y = torch.ones(2, requires_grad=True)
-    for _ in range(12):
-        y = y + y
-    refuse_hidden([y.sum()])
-    assert len(seen) == 14

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from mtlkernels import _torch
+from mtlkernels import _graph, _torch
+from mtlkernels.ops.level import autograd
 from mtlkernels.ops.level.checkpointed import is_checkpointed
 from mtlkernels.ops.level.node import level_of
 
@@ -21,7 +21,7 @@ SHARED_ROWS, SHARED_WEIGHTS = 64, 1 << 19
 
 def pays(losses: Sequence[Tensor], passes: int) -> bool:
     """Of so many passes from these losses; what else stands against it :func:`~.passes.cut` finds."""
-    level = _first_level(losses)
+    level = _graph.first_level(losses, autograd.Level)
     if level is None:
         return False
     plan = level_of(level).plan
@@ -34,19 +34,3 @@ def pays(losses: Sequence[Tensor], passes: int) -> bool:
     edges = level.next_functions[spec.num_inputs :][: len(spec.expert_inputs) * len(spec.layers)]
     shapes = [_torch.shape_of_gradient(*edge)[0] for edge in edges if edge[0] is not None]
     return sum(shape[0] * shape[1] for shape in shapes) * (passes - 1) >= SHARED_WEIGHTS
-
-
-def _first_level(losses: Sequence[Tensor]) -> Any:
-    """The node of a level that a loss meets first, None where there is none."""
-    seen: set[Any] = set()
-    for loss in losses:
-        below: list[Any] = [loss.grad_fn]
-        while below:
-            node = below.pop()
-            if node is None or node in seen:
-                continue
-            if level_of(node) is not None:
-                return node
-            seen.add(node)
-            below += [other for other, _ in node.next_functions]
-    return None
