@@ -51,6 +51,16 @@ PREBUILT = os.environ.get("MTLKERNELS_PREBUILT")
 outcomes: dict[str, dict[str, Any]] = {}
 
 
+def source() -> str | None:
+    """A digest of what the C++ kernels are built from, made by the package, which PyTorch must be there to import."""
+    spec = importlib.util.spec_from_file_location("_source", ROOT / "mtlkernels" / "_source.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: str | None = module.digest(ROOT)
+    return found
+
+
 def cpp() -> str:
     """The Python module of the C++ kernels, in a folder for the minor version of torch that they are built for."""
     import torch
@@ -179,13 +189,14 @@ class CMakeBuild(build_ext):
 
         name = ext.name.rpartition(".")[2]
         against = {"torch": str(torch.__version__), "python": sys.implementation.cache_tag}
+        of = {} if ext.name == CUDA else {"source": source()}  # as it is before it is compiled
         try:
             self.run_cmake(ext)
         except CompileError as error:
             outcomes[name] = {"outcome": "failed", "output": str(error).splitlines(), **against}
             self.remove(ext.name)
             raise
-        outcomes[name] = {"outcome": "built", **against}
+        outcomes[name] = {"outcome": "built", **against, **of}
 
     def remove(self, extension: str) -> None:
         """What an earlier build has left, which would be installed in the place of one that failed."""

@@ -2,7 +2,7 @@
 
 from mtlkernels import nn, optim
 from mtlkernels._backends import backends, use_backend
-from mtlkernels._config import show_config
+from mtlkernels._config import show_config, warn_of_another_source
 from mtlkernels._convert import ConversionReport, convert, revert
 from mtlkernels._decisions import log_decisions
 from mtlkernels._extension import operator_library
@@ -40,3 +40,6 @@ __all__ = [
     "snr_trans",
     "use_backend",
 ]
+
+warn_of_another_source()
+del warn_of_another_source

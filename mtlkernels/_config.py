@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import warnings
 
 import torch
 
@@ -59,7 +60,21 @@ def _extension_facts() -> str:
         slower = "without the direct way from Python, so that calls of a few rows take longer"
         return f"{slower} ({_extension.module_error()}); {_extension.operator_library()}"
     facts = ", ".join(f"{name} {value}" for name, value in _extension.build_facts().items())
-    return f"{facts}; {_extension.operator_library()}"
+    return "; ".join([facts, str(_extension.operator_library()), *_of_another_source()])
+
+
+def _of_another_source() -> list[str]:
+    if not _extension.of_another_source():
+        return []
+    from mtlkernels import _diagnosis
+
+    return [str(_diagnosis.of_another_source())]
+
+
+def warn_of_another_source() -> None:
+    """Such kernels may compute what this version's Python does not expect."""
+    for found in _of_another_source():
+        warnings.warn(f"mtlkernels: {found}", RuntimeWarning, stacklevel=3)
 
 
 def _cuda() -> str:

@@ -67,6 +67,13 @@ def missing(name: str, error: str, folder: Path = _extension.FOLDER) -> Diagnosi
     return Diagnosis(cause, rebuild, output)
 
 
+def of_another_source(folder: Path = _extension.FOLDER) -> Diagnosis:
+    """What there is to say of kernels that :func:`_extension.of_another_source` finds."""
+    return Diagnosis(
+        "the C++ kernels were built from another source than is here now", f"build them again: {build_command(folder)}"
+    )
+
+
 def no_kernels(device: str, dtype: torch.dtype) -> str:
     """Why nothing is faster than the reference on a device of this type, and what to do."""
     if device == "cpu":

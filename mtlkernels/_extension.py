@@ -19,6 +19,8 @@ from typing import Any
 
 import torch  # its libraries must be loaded before the extension's
 
+from mtlkernels._source import digest
+
 FOLDER = Path(__file__).parent
 LIBRARY = "libmtlkernels.so"
 LEAST_TORCH = "2.10"  # as pyproject.toml has it
@@ -44,6 +46,14 @@ def built_for(folder: Path = FOLDER) -> list[str]:
     """The minor versions of PyTorch that C++ kernels are there for, the oldest first."""
     found = [tuple(path.parent.name.removeprefix("torch").split("_")) for path in folder.glob(f"lib/torch*/{LIBRARY}")]
     return [f"{major}.{minor}" for major, minor in sorted(found, key=lambda numbers: [int(n) for n in numbers])]
+
+
+def of_another_source(folder: Path = FOLDER) -> bool:
+    """Whether kernels were built in a checkout whose source is another one since, as after an update."""
+    built = record("_C", folder)
+    if "source" not in built or built.get("torch") != torch.__version__:  # nothing is known of those that were loaded
+        return False
+    return digest(folder.parent) not in (None, built["source"])
 
 
 def is_supported(version: str) -> bool:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import mtlkernels as mk
-from mtlkernels import _diagnosis, _extension
+from mtlkernels import _config, _diagnosis, _extension, _source
 from tests import requires
 
 ROOT = Path(__file__).parents[1]
@@ -266,3 +266,64 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
     assert record["outcome"] == "failed" and record["torch"] == torch.__version__
     assert "    this compiler has a cold" in record["output"]
     assert "  |     this compiler has a cold" in shown.stdout.splitlines()
+
+
+def compiled(folder: Path, **record: Any) -> Path:
+    """A package in a checkout, with sources, and the record of a build from these."""
+    found = checkout(folder)
+    (folder / "CMakeLists.txt").touch()
+    (found / "operators.txt").write_text("f(Tensor x) -> Tensor")
+    for file in ("a.cpp", "cpu/a.h", "cuda/a.cu"):
+        (folder / "csrc" / file).parent.mkdir(exist_ok=True)
+        (folder / "csrc" / file).write_text(file)
+    built = {"outcome": "built", "torch": torch.__version__, "source": _source.digest(folder)}
+    (found / "_build.json").write_text(json.dumps({"_C": built | record}))
+    return found
+
+
+@pytest.mark.parametrize("file", ["csrc/a.cpp", "csrc/cpu/a.h", "CMakeLists.txt", "mtlkernels/operators.txt"])
+def test_kernels_of_another_source(file: str, tmp_path: Path) -> None:
+    folder = compiled(tmp_path)
+    assert not _extension.of_another_source(folder)
+    before = (tmp_path / file).read_text()
+    (tmp_path / file).write_text("another")
+    assert _extension.of_another_source(folder)
+    (tmp_path / file).write_text(before)
+    assert not _extension.of_another_source(folder)
+
+
+def test_sources_that_come_go_and_change_their_names(tmp_path: Path) -> None:
+    folder, own = compiled(tmp_path), tmp_path / "csrc" / "a.cpp"
+    own.rename(own.with_name("b.cpp"))
+    assert _extension.of_another_source(folder)
+    own.with_name("b.cpp").rename(own)
+    (own.parent / "b.cpp").touch()
+    assert _extension.of_another_source(folder)
+
+
+def test_sources_of_which_nothing_is_known(tmp_path: Path) -> None:
+    """Of a record by an earlier version or for another PyTorch, where there are no sources, or where CUDA's changed."""
+    folder = compiled(tmp_path / "a")
+    (tmp_path / "a" / "csrc" / "cuda" / "a.cu").write_text("another")
+    assert not _extension.of_another_source(folder)
+    assert not _extension.of_another_source(compiled(tmp_path / "b", torch="2.1.0", source="another"))
+    assert _extension.of_another_source(compiled(tmp_path / "c", source="another"))
+    assert not _extension.of_another_source(package(tmp_path / "d", {"_C": {"outcome": "built", "source": "another"}}))
+    installed = compiled(tmp_path / "e", source="another")
+    shutil.rmtree(tmp_path / "e" / "csrc")
+    assert not _extension.of_another_source(installed)
+
+
+@pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
+def test_it_is_said_where_kernels_are_of_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "another source" not in mk.show_config()
+    monkeypatch.setattr(_extension, "of_another_source", lambda: True)
+    with pytest.warns(RuntimeWarning, match=r"built from another source than is here now; build them again: `.*pip"):
+        _config.warn_of_another_source()
+    assert "another source" in mk.show_config()
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason="there are no C++ kernels")
+def test_this_build_is_of_this_source() -> None:
+    built = _extension.record("_C")
+    assert built.get("source", _source.digest(ROOT)) == _source.digest(ROOT)
