@@ -66,7 +66,7 @@ def random_copy(module: nn.Module, generator: torch.Generator | None, without: S
     for part in module.modules():
         if id(part) in left_out:
             continue
-        for tensor in _tensors_in(vars(part)):
+        for tensor in tensors_in(vars(part)):
             if id(tensor) not in memo and type(tensor) in (Tensor, nn.Parameter):
                 memo[id(tensor)] = _stand_in(tensor, id(tensor) in filled)
     other: Any = copy.deepcopy(module, memo)
@@ -75,16 +75,16 @@ def random_copy(module: nn.Module, generator: torch.Generator | None, without: S
     return other.eval()
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors that a module keeps, within containers, and those of no sub-module."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _tensors_in(part)
+            yield from tensors_in(part)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from _tensors_in(part)
+            yield from tensors_in(part)
 
 
 def _stand_in(tensor: Tensor, filled: bool) -> Tensor:

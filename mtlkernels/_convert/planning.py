@@ -13,6 +13,7 @@ from mtlkernels import _torch
 from mtlkernels._convert.arguments import Told, Tried, told
 from mtlkernels._convert.chains import Chain, Product, flatten, path_of, read_chain, refusal
 from mtlkernels._convert.classes import is_torchs
+from mtlkernels._convert.copies import tensors_in
 from mtlkernels._convert.description import TrunkDescription, one_argument
 from mtlkernels._convert.dropouts import widths_dropped
 from mtlkernels._convert.evaluation import several_dtypes
@@ -23,6 +24,7 @@ from mtlkernels._convert.report import Line
 from mtlkernels._convert.trial import NotFused, Verdict, disagreement
 from mtlkernels.ops._checks import check_routing
 from mtlkernels.ops._fusing import Layer, has_gradient_hooks, has_hooks, kind_of, weight_refusal
+from mtlkernels.ops._operands import has_memory
 from mtlkernels.routing import Routing
 
 
@@ -66,7 +68,7 @@ def plan_trunk(trunk: TrunkDescription, base: Any, module: nn.Module, path: str)
 
 def _examine(trunk: TrunkDescription, base: Any, module: Any) -> tuple[Routing, ...] | str:
     """The routings of levels that can be evaluated otherwise, or why they cannot, as far as their parts tell."""
-    refused = trunk.refusal(module)
+    refused = trunk.refusal(module) or _memory_refusal(module)
     if refused is not None:
         return refused
     if getattr(type(module), trunk.method) is not getattr(base, trunk.method) or trunk.method in vars(module):
@@ -129,6 +131,19 @@ def _hook_refusal(model: nn.Module, parts: Iterable[Any]) -> str | None:
         return f"a parameter of {name} has a hook, which would be called without a gradient where no loss reaches it"
     what = "a forward of its own" if "forward" in vars(hooked) else "a hook"
     return f"{name} has {what}, and would not be called"
+
+
+def _memory_refusal(model: nn.Module) -> str | None:
+    """The report's words for a tensor whose values a trial cannot copy, as there are none: a read would be a crash."""
+    for name, module in model.named_modules():
+        held = {**vars(module), "_parameters": None, "_buffers": None, **module._parameters, **module._buffers}
+        for attribute, value in held.items():
+            if any(not has_memory(tensor) for tensor in tensors_in(value)):
+                return (
+                    f"{name}{'.' * bool(name)}{attribute} has no memory now, as where FullyShardedDataParallel has"
+                    " taken its values; convert it before it is wrapped"
+                )
+    return None
 
 
 def _quantized_refusal(model: nn.Module, chains: Iterable[Chain]) -> str | None:

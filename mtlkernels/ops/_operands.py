@@ -68,10 +68,17 @@ def _reached(tensor: Tensor) -> int:
     return int((tensor.storage_offset() + steps + 1) * tensor.itemsize)
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a plain tensor has the memory that its values take; tensors of other kinds are not looked into."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested or tensor.layout is not torch.strided:
+        return True
+    return tensor.untyped_storage().nbytes() >= _reached(tensor)
+
+
 def check_memory(name: str, tensors: Iterable[Tensor]) -> None:
     """Plain tensors have the memory that their values take: others may have let go of it since they were saved."""
     for i, tensor in enumerate(tensors):
-        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.untyped_storage().nbytes() < _reached(tensor):
+        if not has_memory(tensor):
             raise _mistake(f"{name}[{i}]", tensor, tuple(tensor.shape), tensor.device, (tensor.dtype,))
 
 

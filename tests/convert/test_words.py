@@ -262,6 +262,30 @@ def test_a_level_of_quantized_layers_says_so(only_experts: bool) -> None:
     assert line.detail == reason
 
 
+@pytest.mark.parametrize("holder", ["parameter", "attribute", "statistic", "beside"])
+def test_a_level_whose_memory_is_gone_says_so(holder: str) -> None:
+    """As FullyShardedDataParallel frees what it has put together until a forward pass; it cannot be tried."""
+    model = rechub_ple(tasks=2, levels=1)
+    level = model.cgc_layers[0]
+    linear, norm = level.experts_shared[1].mlp[:2]
+    name = "experts_shared.1.mlp.0.weight"
+    tensor = linear.weight
+    if holder == "attribute":
+        del linear.weight
+        linear.weight = tensor = torch.randn(tensor.shape)
+    elif holder == "statistic":
+        name, tensor = "experts_shared.1.mlp.1.running_var", norm.running_var
+    elif holder == "beside":
+        name, tensor = "scales", torch.ones(3)
+        level.scales = [tensor]
+    tensor.untyped_storage().resize_(0)
+    (line,) = mk.convert(model).left_alone
+    assert line.detail == (
+        f"{name} has no memory now, as where FullyShardedDataParallel has taken its values; convert it before it is"
+        " wrapped"
+    )
+
+
 @pytest.mark.parametrize("make", [doubles.MMoE_Layer, doubles.CGC_Layer])
 def test_dice_over_the_batch_makes_float32_under_autocast(make: Any) -> None:
     """By its slopes, which autocast leaves alone: so the level's own code runs there, and nowhere else."""
