@@ -224,10 +224,12 @@ class SNR(NotScriptable, nn.Module):
     def l0_penalty(self) -> Tensor:
         """The expected number of open routes: what to add to the loss, times a weight, so that routes close.
 
-        TorchJD's autogram misses its gradient, as that of all that is computed outside of a module's call: leave it out
-        of the losses whose matrix that makes.
+        A plain tensor also where ``log_alpha`` are DTensors, as those of FSDP2 are outside of a forward pass; all of
+        their ranks have to call it then. TorchJD's autogram misses its gradient, as that of all that is computed
+        outside of a module's call: leave it out of the losses whose matrix that makes.
         """
-        return torch.stack([l0_penalty(joint.log_alpha, **self._interval) for joint in self._joints()]).sum()
+        total = torch.stack([l0_penalty(joint.log_alpha, **self._interval) for joint in self._joints()]).sum()
+        return _whole(total) if not _torch.compiling() else total
 
     def routes(self) -> RouteMap:
         """Which routes are open at test time; ``print(model.routes())`` draws them.
@@ -255,8 +257,7 @@ class SNR(NotScriptable, nn.Module):
 
     @torch.no_grad()
     def _test_time(self) -> list[Tensor]:
-        drawn: list[Any] = self._coding([None] * len(self.joints))
-        return [z.full_tensor() if has_dtensor((z,)) else z for z in drawn]
+        return [_whole(z) for z in self._coding([None] * len(self.joints))]
 
     def _joints(self) -> list[Any]:
         return list(self.joints)
@@ -370,6 +371,12 @@ class OpenJoint(nn.Module):
 def _open_routes(z: Tensor) -> list[tuple[int, ...]]:
     """Those of a matrix of coding variables, row by row."""
     return [tuple(route) for route in z.nonzero().tolist()]
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A plain tensor, of a DTensor the whole, which its ranks gather."""
+    found: Tensor = tensor.full_tensor() if has_dtensor((tensor,)) else tensor
+    return found
 
 
 def _mode(mode: Any) -> str:

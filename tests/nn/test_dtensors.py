@@ -52,3 +52,23 @@ def test_routes_of_a_sharded_snr(mode: str, mesh: DeviceMesh) -> None:
     assert model.routes() == expected
     with pytest.raises(TypeError, match=r"must be plain tensors to be compacted, got a DTensor for levels\.0\."):
         model.compact()
+
+
+@pytest.mark.parametrize("penalty_first", [False, True])
+def test_the_penalty_of_a_sharded_snr(penalty_first: bool, mesh: DeviceMesh) -> None:
+    """A part of a model gives its parameters back after its forward pass; its penalty goes into a plain loss."""
+    found = []
+    for sharded in (True, False):
+        torch.manual_seed(0)
+        trunk: Any = mk.nn.SNR(5, 2, (4, 3), num_subnets=(3, 2)).eval()
+        model: Any = nn.Sequential(nn.Linear(6, 5), trunk)
+        for part in (trunk, model) if sharded else ():
+            fully_shard(part, mesh=mesh)
+        first = trunk.l0_penalty() if penalty_first else None
+        loss = sum(y.square().mean() for y in model(torch.linspace(-1, 1, 18).view(3, 6)))
+        penalty = trunk.l0_penalty() if first is None else first
+        assert type(penalty) is torch.Tensor
+        (loss + 0.1 * penalty).backward()
+        found.append([whole(parameter.grad) for parameter in model.parameters()])
+    for grad, want in zip(*found, strict=True):
+        torch.testing.assert_close(grad, want)
