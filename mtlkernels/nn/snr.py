@@ -349,8 +349,7 @@ class OpenJoint(nn.Module):
         """J tensors [B, H] → I tensors [B, H]."""
         if self._shape is None:
             return snr_aver(u, self.z, closed_grad=False)
-        # An attribute look-up each would cost more than a row does.
-        matrices: list[Any] = list(self.weights._parameters.values())
+        matrices = self._matrices()
         if _tracing.needs_plain():
             return self._plain(u, matrices)
         nothing = matrices[0].new_zeros(1, 1).expand(self._shape)  # of a closed route only the shape is looked at
@@ -358,6 +357,13 @@ class OpenJoint(nn.Module):
         for (i, j), matrix in zip(self._open, matrices, strict=True):
             weight[i][j] = matrix
         return snr_trans(u, weight, self.z, closed_grad=False)
+
+    def _matrices(self) -> list[Any]:
+        """Those of the open routes, by their names: one that was pruned or parametrized comes last when it is back."""
+        # Attribute look-ups would cost more than a row does.
+        parameters = self.weights._parameters
+        found = [parameters.get(str(number)) for number in range(len(self._open))]
+        return list(self.weights) if any(matrix is None for matrix in found) else found
 
     def _plain(self, u: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The open routes alone by PyTorch's own operators: what is traced has nothing of the closed ones either."""
