@@ -24,6 +24,7 @@ from mtlkernels.ops._fusing import (
     kind_of_norm,
     may_fold,
     plain_parameters,
+    refuses,
     wants_gradient,
 )
 from mtlkernels.ops.gated_mixture import mix_list
@@ -126,25 +127,28 @@ def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], l
 
     C++ does the same for plain ones, ``csrc/linears.cpp``.
     """
-    rows: list[Any] = []
+    by_expert: list[Any] = []
     bare, code = True, None
     for expert in modules:
         if type(expert) is not Expert or (heard and expert._forward_hooks):
             return None
-        if rows and expert._code != code:
+        if by_expert and expert._code != code:
             return None
         code = expert._code
         parts: Any = expert._modules
         layers = parts["linears"]._modules.values()
         if any("forward" in part.__dict__ for part in (expert, *layers)):
             return None
-        if heard and any(layer._forward_hooks for layer in layers):
+        if any(refuses(layer) or (heard and layer._forward_hooks) for layer in layers):
             return None
         bare = bare and not parts["norms"]._modules and _rate(parts["dropout"]) == 0
-        rows.append([plain_parameters(layer) for layer in layers])
-        if None in rows[-1]:
-            return None
-    if any(len(row) != len(rows[0]) for row in rows):
+        by_expert.append(layers)
+    lacking = [[_lacks_bias(layer) for layer in layers] for layers in by_expert]
+    if any(each != lacking[0] for each in lacking):
+        return None
+    # Last, as a parametrization may do something each time: spectral_norm in training, one that draws random numbers.
+    rows = [[plain_parameters(layer) for layer in layers] for layers in by_expert]
+    if any(None in row for row in rows):
         return None
     found: list[Any] = list(zip(*rows, strict=True))
     for (weight, bias), *others in found:
@@ -152,6 +156,10 @@ def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], l
             return None
     weights = [[w for w, _ in layer] for layer in found]
     return weights, [None if layer[0][1] is None else [b for _, b in layer] for layer in found], bare
+
+
+def _lacks_bias(layer: Any) -> bool:
+    return layer._parameters.get("bias", layer) is None
 
 
 def _rate(dropout: Any) -> float | None:

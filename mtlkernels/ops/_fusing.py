@@ -118,13 +118,22 @@ def plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
     weight = parameters.get("weight")
     if type(layer) is _Linear and type(weight) is _Parameter and "bias" in parameters:
         return weight, parameters["bias"]
-    if type(layer) is not nn.Linear and not parametrize.is_parametrized(layer):
+    if refuses(layer):
         return None
-    made = weight is None or "bias" not in parameters
-    if type(layer).forward is not nn.Linear.forward or (made and has_hooks(layer)):
-        return None  # a hook that makes the weight or the bias, as those of nn.utils.weight_norm and nn.utils.prune
     weight, bias = linear_parameters(layer)
     return (weight, bias) if is_plain(weight) else None
+
+
+def refuses(layer: Any) -> bool:
+    """Whether :func:`plain_parameters` has None for a layer, as far as that shows before a weight is computed."""
+    parameters = layer._parameters
+    weight = parameters.get("weight")
+    if type(layer) is not nn.Linear and not parametrize.is_parametrized(layer):
+        return True
+    made = weight is None or "bias" not in parameters
+    if type(layer).forward is not nn.Linear.forward or (made and has_hooks(layer)):
+        return True  # a hook that makes the weight or the bias, as those of nn.utils.weight_norm and nn.utils.prune
+    return weight is not None and not is_plain(weight)
 
 
 def gate_weight(gate: Any) -> Tensor | None:
