@@ -97,19 +97,20 @@ class Expert(nn.Module):
         return act.activate(self._code, x, slope, DICE_EPS)
 
 
-def read_experts(experts: Any) -> tuple[Experts, bool] | None:
+def read_experts(experts: Any, bare_alone: bool = False) -> tuple[Experts, bool] | None:
     """What the op takes of experts but for norms and dropout, read now, and whether there are none of these that act.
 
     None where the experts have to be called: where one is not what it was made as, or not like the others, or where
-    gradients are recorded and somebody listens by a forward hook, as TorchJD's autogram does. In serving nobody looks
-    for hooks: the look-ups show when one row is served.
+    gradients are recorded and somebody listens by a forward hook, as TorchJD's autogram does; with ``bare_alone``
+    perhaps also where there are norms or dropout that act. In serving nobody looks for hooks: the look-ups show when
+    one row is served.
     """
     modules = experts._modules.values()
     heard = torch.is_grad_enabled()
     linears = None
     if _extension.has_module() and not _torch.compiling():
         linears = _extension.function("linears")(experts._modules, Expert, _Linear, _Parameter, _Dropout, heard)
-    linears = linears or _linears(modules, heard)
+    linears = linears or _linears(modules, heard, bare_alone)
     if linears is None:
         return None
     weights, biases, bare = linears
@@ -122,7 +123,9 @@ def read_experts(experts: Any) -> tuple[Experts, bool] | None:
     return (weights, biases, options), bare
 
 
-def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], list[Any], bool] | None:
+def _linears(
+    modules: Iterable[Any], heard: bool, bare_alone: bool = False
+) -> tuple[list[list[Tensor]], list[Any], bool] | None:
     """Weights and biases by layer, then expert, and whether experts are bare; None where one has to be called.
 
     C++ does the same for plain ones, ``csrc/linears.cpp``.
@@ -141,7 +144,10 @@ def _linears(modules: Iterable[Any], heard: bool) -> tuple[list[list[Tensor]], l
             return None
         if any(refuses(layer) or (heard and layer._forward_hooks) for layer in layers):
             return None
-        bare = bare and not parts["norms"]._modules and _rate(parts["dropout"]) == 0
+        norms = parts["norms"]._modules.values()
+        bare = bare and not norms and _rate(parts["dropout"]) == 0
+        if (bare_alone and not bare) or any(kind_of_norm(norm) is None for norm in norms):
+            return None
         by_expert.append(layers)
     lacking = [[_lacks_bias(layer) for layer in layers] for layers in by_expert]
     if any(each != lacking[0] for each in lacking):

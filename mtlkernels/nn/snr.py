@@ -47,7 +47,7 @@ class SubNetworks(nn.Module):
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One [B, D] that every sub-network reads, or one for each → a tensor [B, H] for each."""
         count = len(self.experts)
-        read = None if _tracing.needs_plain() else read_experts(_torch.unproxied(self.experts))
+        read = None if _tracing.needs_plain() else read_experts(_torch.unproxied(self.experts), bare_alone=True)
         if read is None or not read[1]:
             streams = [inputs] * count if isinstance(inputs, Tensor) else inputs
             return tuple(expert(x) for expert, x in zip(self.experts, streams, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import mtlkernels as mk
 
@@ -65,3 +65,25 @@ def test_each_weight_is_computed_once_a_call(edit: Callable[[Any], None], record
     with torch.set_grad_enabled(record):
         model(torch.randn(5, 12))
     assert [count.calls for count in counts] == [1, 1]
+
+
+def test_behind_a_pruned_norm_it_is_computed_once() -> None:
+    model = mk.nn.MMoE(12, 2, (16, 8), num_experts=3, batch_norm=True)
+    experts: Any = model.level.experts
+    count = Counts()
+    parametrize.register_parametrization(experts[0].linears[0], "weight", count)
+    prune.l1_unstructured(experts[1].norms[0], "weight", amount=0.5)
+    count.calls = 0
+    model(torch.randn(5, 12))
+    assert count.calls == 1
+
+
+@pytest.mark.parametrize("style", [{}, {"batch_norm": True}, {"dropout": 0.5}], ids=str)
+def test_in_sub_networks_it_is_computed_once(style: dict[str, Any]) -> None:
+    model = mk.nn.SNR(12, 2, (16, 8), (3, 2), **style)
+    count = Counts()
+    experts: Any = model.levels[0].experts
+    parametrize.register_parametrization(experts[0].linears[0], "weight", count)
+    count.calls = 0
+    model(torch.randn(5, 12))
+    assert count.calls == 1
