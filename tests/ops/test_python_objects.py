@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import mtlkernels as mk
+from tests import requires
 
 ROOT = Path(__file__).parents[2]
 ROUTING = mk.Routing.mmoe(2, 2)
@@ -105,6 +106,27 @@ def test_gradients_without_memory() -> None:
     a.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"grads\[0\]\[0\] must have 320000 bytes of memory, got 0"):
         mk.gram([[a], [b]])
+
+
+@requires.cpp_kernels
+@pytest.mark.parametrize("how", ["storage", "data"])
+def test_gradients_whose_memory_goes_between_the_passes(how: str) -> None:
+    """Where a weighting runs, which may lead to whoever has kept them."""
+    parameter, kept = nn.Parameter(torch.randn(5)), list[torch.Tensor]()
+    parameter.register_hook(kept.append)
+
+    def weighting(gram: torch.Tensor) -> torch.Tensor:
+        for grad in kept:
+            if how == "storage":
+                grad.untyped_storage().resize_(0)
+            else:
+                grad.data = torch.empty(0)
+        return torch.ones(len(gram), dtype=gram.dtype)
+
+    optimizer = mk.optim.GramWeighted(torch.optim.SGD([parameter]), weighting, shared=[parameter])
+    with pytest.raises(ValueError, match=r"grads\[0\]\[0\] must keep its memory"):
+        optimizer.backward([parameter.square().sum(), parameter.sum()])
+    assert parameter.grad is None
 
 
 @pytest.mark.parametrize("rows", [4, 512])

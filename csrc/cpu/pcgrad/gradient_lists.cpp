@@ -35,6 +35,13 @@ void lay_out_alike(std::vector<at::Tensor>& grads) {
   for (at::Tensor& grad : grads) grad = grad.contiguous();
 }
 
+// Whether a tensor has so many bytes at an address still.
+bool is_there(const at::Tensor& tensor, const void* address, int64_t bytes) {
+  if (bytes == 0) return true;
+  const int64_t before = static_cast<const char*>(address) - static_cast<const char*>(tensor.storage().data());
+  return tensor.const_data_ptr() == address && before + bytes <= static_cast<int64_t>(tensor.storage().nbytes());
+}
+
 }  // namespace
 
 GradientLists::GradientLists(std::vector<at::Tensor> grads, int64_t tasks) : tasks_(tasks) {
@@ -69,6 +76,10 @@ GradientLists::GradientLists(std::vector<at::Tensor> grads, int64_t tasks) : tas
     lay_out_alike(parameter.grads);
     parameter.addresses.reserve(parameter.grads.size());
     for (const at::Tensor& grad : parameter.grads) parameter.addresses.push_back(grad.const_data_ptr());
+    parameter.sizes = parameter.grads[0].sizes();
+    parameter.strides = parameter.grads[0].strides();
+    parameter.dtype = parameter.grads[0].scalar_type();
+    parameter.bytes = static_cast<int64_t>(parameter.grads[0].nbytes());
   }
 }
 
@@ -79,6 +90,11 @@ std::vector<GradientLists::Piece> GradientLists::cut() const {
   std::vector<Piece> pieces;
   for (const Parameter& parameter : parameters_) {
     const int count = static_cast<int>(parameter.tasks.size());
+    for (int i = 0; i < count; ++i) {
+      MTLK_CHECK_VALUE(is_there(parameter.grads[i], parameter.addresses[i], parameter.bytes), "grads[",
+                       parameter.tasks[i], "][", &parameter - parameters_.data(),
+                       "] must keep its memory until gradients are combined");
+    }
     for (int64_t first = 0; first < parameter.elements; first += size) {
       const int64_t elements = std::min(size, parameter.elements - first);
       pieces.push_back({&parameter, {parameter.addresses.data(), count, first, elements}});
@@ -126,18 +142,17 @@ std::vector<at::Tensor> GradientLists::combine(const at::Tensor& coefficients) c
   std::vector<at::Tensor> results(parameters_.size());
   std::vector<void*> outputs(parameters_.size());
   std::vector<std::vector<double>> chosen(parameters_.size());
+  const std::vector<Piece> pieces = cut();
   int64_t bytes = 0;
   for (size_t p = 0; p < parameters_.size(); ++p) {
     const Parameter& parameter = parameters_[p];
     if (parameter.grads.empty()) continue;
-    const at::Tensor& like = parameter.grads[0];
-    results[p] = pooled(like.sizes(), like.strides(), like.options());
+    results[p] = pooled(parameter.sizes, parameter.strides, at::device(at::kCPU).dtype(parameter.dtype));
     outputs[p] = results[p].mutable_data_ptr();
     bytes += static_cast<int64_t>(results[p].nbytes());
     for (const int task : parameter.tasks) chosen[p].push_back(all[task]);
   }
   const bool past = bytes >= kStreamBytes;
-  const std::vector<Piece> pieces = cut();
   const auto count = static_cast<int64_t>(pieces.size());
   parallel_runs_on(at::get_num_threads(), count, [&](int64_t i, int64_t) {
     const int64_t p = pieces[i].parameter - parameters_.data();

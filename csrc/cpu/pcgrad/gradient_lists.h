@@ -1,6 +1,7 @@
 // Lists of gradients, T tasks' for each of P parameters, and the two passes over them.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
 #include <vector>
@@ -29,13 +30,17 @@ class MTLK_API GradientLists {
     std::vector<at::Tensor> grads;
     std::vector<const void*> addresses;
     const PcgradKernels* kernels = nullptr;
-    int64_t elements = 0;
+    int64_t elements = 0, bytes = 0;  // of each of them
+    at::DimVector sizes, strides;
+    at::ScalarType dtype = at::ScalarType::Undefined;
   };
   struct Piece {
     const Parameter* parameter;
     PcgradPiece run;
   };
 
+  // For a pass. Throws a ValueError where a gradient's memory is not there any more: between the passes its caller's
+  // code runs.
   std::vector<Piece> cut() const;
 
   const int64_t tasks_;
