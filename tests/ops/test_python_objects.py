@@ -129,6 +129,16 @@ def test_gradients_whose_memory_goes_between_the_passes(how: str) -> None:
     assert parameter.grad is None
 
 
+@pytest.mark.parametrize("rows", [2**61 - 1, 2**62 + 4096])
+def test_more_rows_than_addresses(rows: int) -> None:
+    """All of which lie in one place: the bytes of a result are just below, or just above, a power of two."""
+    x, layer = torch.zeros(1, 1).expand(rows, 1), torch.zeros(1, 1)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        mk.expert_mixture(x, [[layer, layer]], None, None, ROUTING, gate_weights=[torch.zeros(2, 1)] * 2)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        mk.snr_aver([x, x], torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("rows", [4, 512])
 def test_results_can_be_resized(rows: int) -> None:
     """As those of modules, of whatever size: by those who free what they keep, say."""

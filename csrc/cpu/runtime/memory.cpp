@@ -1,6 +1,7 @@
 #include "runtime/memory.h"
 
 #include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
@@ -179,10 +180,11 @@ bool MemoryPool::discard_largest() {
 }
 
 at::Tensor pooled(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options, bool brief) {
-  constexpr int64_t kSmall = 1 << 14;
-  const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
-  if (bytes < kSmall) return at::empty_strided(sizes, strides, options);
-  auto memory = std::make_unique<Scratch>(1, bytes, brief);
+  constexpr size_t kSmall = 1 << 14, kMost = std::numeric_limits<size_t>::max() / 4;
+  // Throws where that overflows, as many rows that lie in one place make it; a blob's own check would end the process.
+  const size_t bytes = at::detail::computeStorageNbytes(sizes, strides, options.dtype().itemsize());
+  if (bytes < kSmall || bytes > kMost) return at::empty_strided(sizes, strides, options);
+  auto memory = std::make_unique<Scratch>(1, static_cast<int64_t>(bytes), brief);
   void* const first = (*memory)[0];
   const auto give_back = [](void* context) { delete static_cast<Scratch*>(context); };  // a function would be allocated
   // Who resizes it gets PyTorch's memory instead.
