@@ -151,6 +151,7 @@ bool Snapshot::take(PyObject* object, Taking taking) {
     if (by_object && (!taking.in_module || has_gradient_hooks(object) || !tensor.is_leaf())) return false;
     entries_.push_back({Kind::kTensor, static_cast<int64_t>(tensors_.size()), object, Py_TYPE(object), nullptr,
                         tensor.requires_grad()});
+    taking.held.append(py::handle(reinterpret_cast<PyObject*>(Py_TYPE(object))));
     tensors_.emplace_back(tensor);
     storages_.insert(tensor.storage().unsafeGetStorageImpl());
     objects_.insert(object);

@@ -37,6 +37,25 @@ def test_nothing_is_kept_alive() -> None:
     assert gone() is None
 
 
+def test_the_class_of_a_tensor_is_held() -> None:
+    """An object of another class that lies where it lay is no tensor."""
+    model, x = TRUNKS["PLE"](batch_norm=True).eval(), torch.randn(5, 20)
+    own = levels(model)[0].experts[0]
+
+    class Tagged(Tensor):
+        pass
+
+    own.register_buffer("tag", torch.zeros(3).as_subclass(Tagged))
+    expected = [serve(model, x) for _ in range(4)][0]
+    assert are_kept(model)
+    held = weakref.ref(Tagged)
+    own._buffers["tag"] = None
+    del Tagged
+    gc.collect()
+    assert held() is not None
+    assert equal(serve(model, x), expected)
+
+
 def test_parameters_may_be_swapped() -> None:
     model, x = kept("MMoE"), torch.randn(5, 20)
     layer = model.level.experts[0].linears[0]
