@@ -9,12 +9,14 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/randint.h>
 
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -171,6 +173,26 @@ void cast_for_autocast(LevelTensors& tensors) {
   if (!tensors.linear_gates) return;
   cast(tensors.gates);
   cast(tensors.gate_biases);
+}
+
+at::Tensor drawn_seed(const at::Generator& generator) {
+  return at::randint(std::numeric_limits<int64_t>::max(), {1}, generator, at::kLong);
+}
+
+at::Tensor state_of(at::Generator& generator) {
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  return generator.get_state();
+}
+
+// Puts a generator back to the state of before a seed was drawn, unless another thread has drawn since, which would
+// draw the same again.
+void undo_draw(at::Generator& generator, const at::Tensor& before) {
+  const py::gil_scoped_release release;
+  at::Generator again = at::detail::createCPUGenerator();
+  again.set_state(before);
+  drawn_seed(again);
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  if (at::equal(again.get_state(), generator.get_state())) generator.set_state(before);
 }
 
 void hold_memory(LevelCall& call) {
@@ -353,8 +375,8 @@ py::object layerwise_level_from_python(py::handle inputs, py::handle weights, py
       const int64_t rows = call.tensors.inputs[0].size(0);
       at::Tensor seed;
       if (drops) {
-        random_state = generator.get_state();
-        seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong);
+        random_state = state_of(generator);
+        seed = drawn_seed(generator);
       }
       std::optional<c10::impl::ExcludeDispatchKeyGuard> as_it_is(c10::DispatchKey::AutocastCPU);
       LevelResults results = train_level(spec, call.tensors, seed, wanted);
@@ -364,7 +386,7 @@ py::object layerwise_level_from_python(py::handle inputs, py::handle weights, py
     }
     return wrapped_groups<py::tuple>({&outputs});
   } catch (const Refused&) {
-    if (random_state.defined()) generator.set_state(random_state);
+    if (random_state.defined()) undo_draw(generator, random_state);
     return py::none();
   }
 }

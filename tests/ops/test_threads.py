@@ -199,3 +199,22 @@ def test_none_waits_for_another_for_ever(names: list[str]) -> None:
     programs = {name: SHARED.format(model=MODELS[name]) for name in names}
     for_each = f"for name, program in {programs!r}.items(): print(name, flush=True), exec(program, {{}})"
     subprocess.run([sys.executable, "-c", for_each], check=True, timeout=240)
+
+
+def test_mistakes_leave_what_other_threads_draw_alone() -> None:
+    weights, logits, x = [torch.randn(3, 5, 4)], [torch.randn(8, 2)], torch.randn(8, 4)
+    done = threading.Event()
+
+    def mistaken() -> None:
+        while not done.is_set():
+            with pytest.raises(ValueError, match="gate_logits"):
+                mk.expert_mixture(x, weights, None, logits, mk.Routing.mmoe(3, 1), dropout=0.5)
+
+    other = threading.Thread(target=mistaken)
+    other.start()
+    try:
+        drawn = [int(torch.randint(2**62, (1,))) for _ in range(5000)]
+    finally:
+        done.set()
+        other.join()
+    assert len(set(drawn)) == len(drawn)
