@@ -245,6 +245,8 @@ struct LevelFunction : torch::autograd::Function<LevelFunction> {
 
 template <typename Root>
 struct NodeOf : torch::autograd::CppNode<LevelFunction> {
+  // What is printed of an output and of an error in it.
+  std::string name() const override { return "mtlkernels::ExpertMixtureBackward"; }
   // Newer versions of PyTorch have this virtual function, which destructors call. There the base makes an empty
   // context, in memory that there may not be. Older versions do not have it, nor is it compiled with them.
   void release_resources() {

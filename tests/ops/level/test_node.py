@@ -107,6 +107,10 @@ def test_a_backward_pass_without_python(linear: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_what_is_printed_of_an_output() -> None:
+    assert "grad_fn=<ExpertMixtureBackward>" in repr(Level()()[0])
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_some_outputs_and_some_tensors(linear: bool) -> None:
     """None where no gradient reaches a tensor; those that are not asked for are not computed."""
