@@ -8,7 +8,6 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randint.h>
 
@@ -29,6 +28,7 @@
 #include "cpu/simd/activation_codes.h"
 #include "level_node.h"
 #include "norm_modules.h"
+#include "observers.h"
 
 namespace mtlk {
 namespace {
@@ -126,7 +126,7 @@ std::unique_ptr<Accumulators> accumulators_of_joined(std::initializer_list<py::h
 class Splitting {
  public:
   Splitting(std::initializer_list<py::handle> of_layers, std::initializer_list<py::handle> of_gates) {
-    if (at::GradMode::is_enabled()) {
+    if (records_gradients()) {
       alive_ = accumulators_of_joined(of_layers, of_gates);
     } else {
       below_.emplace();
@@ -287,7 +287,7 @@ py::object level_tensors_from_python(py::handle inputs, py::handle weights, py::
       return none;
     }
     splitting.reset();
-    const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
+    const bool wanted = records_gradients() && any_requires_grad(call);
     LevelTensors& own = call.tensors;
     py::object known = own.linear_gates ? signature({own.inputs}, {own.weights, own.biases, own.gates, own.gate_biases})
                                         : signature({own.inputs, own.gates}, {own.weights, own.biases});
@@ -321,7 +321,7 @@ py::object level_from_python(py::handle inputs, py::handle weights, py::handle b
       return py::none();
     }
     splitting.reset();
-    const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
+    const bool wanted = records_gradients() && any_requires_grad(call);
     if (wanted && !(trains && norms.is_none() && gate_norms.is_none() && !spec->stores_inputs())) return py::none();
     cast_for_autocast(call.tensors);
     const LevelTensors given = wanted ? call.tensors : LevelTensors{};
@@ -365,7 +365,7 @@ py::object layerwise_level_from_python(py::handle inputs, py::handle weights, py
     }
     splitting.reset();
     cast_for_autocast(call.tensors);
-    const bool wanted = at::GradMode::is_enabled() && any_requires_grad(call);
+    const bool wanted = records_gradients() && any_requires_grad(call);
     const bool drops = std::any_of(spec.dropout.begin(), spec.dropout.end(), [](double rate) { return rate > 0; });
     const LevelTensors given = wanted ? call.tensors : LevelTensors{};
     hold_memory(call);

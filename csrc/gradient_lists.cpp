@@ -28,8 +28,7 @@ py::object lists_from_python(py::handle grads, int64_t tasks) {
   Tensors found;
   if (PyList_Check(grads.ptr())) found.reserve(PyList_GET_SIZE(grads.ptr()));
   if (!read_tensors<true>(grads.ptr(), found)) return py::none();
-  const bool records = at::GradMode::is_enabled();
-  const bool wanted = records && std::any_of(found.begin(), found.end(), [](const at::Tensor& grad) {
+  const bool wanted = records_gradients() && std::any_of(found.begin(), found.end(), [](const at::Tensor& grad) {
                         return grad.defined() && grad.requires_grad();
                       });
   if (wanted) return py::none();

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -15,6 +17,13 @@ bool is_plain(const at::Tensor& tensor);
 // runs its code for that.
 inline bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
+// Whether what is done with tensors that want gradients is recorded. Below autograd it is not, whether gradients are
+// switched on or not: in the kernels of custom operators and within torch.inference_mode.
+inline bool records_gradients() {
+  return at::GradMode::is_enabled() &&
+         !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradFunctionality);
 }
 
 // Whether forward-mode differentiation goes through a tensor.

@@ -47,6 +47,7 @@ DefaultDevice = torch.utils._device.DeviceContext
 # The dispatcher.
 dispatch_stack_length = torch._C._len_torch_dispatch_stack
 below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_excluded, _AUTOGRAD = torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C.DispatchKey.AutogradFunctionality
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
@@ -55,6 +56,15 @@ AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
 def compiling() -> bool:
     """Whether this thread compiles or exports. PyTorch's own answer is of all threads while one exports or compiles."""
     return torch.compiler.is_compiling() and (torch.compiler.is_dynamo_compiling() or dispatch_stack_length() > 0)
+
+
+def records_gradients() -> bool:
+    """Whether what is done with tensors that want gradients is recorded.
+
+    Below autograd it is not, whether gradients are switched on or not: in the kernels of custom operators and within
+    ``torch.inference_mode``. The compiler cannot ask.
+    """
+    return torch.is_grad_enabled() and (compiling() or not _is_excluded(_AUTOGRAD))
 
 
 def unproxied(module: Any) -> Any:

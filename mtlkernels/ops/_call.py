@@ -29,7 +29,7 @@ def needs_function(*groups: Sequence[Tensor | None]) -> bool:
     """
     if _torch.func_transforms_active() and not _torch.compiling():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for group in groups for t in group)
+    return _torch.records_gradients() and any(t is not None and t.requires_grad for group in groups for t in group)
 
 
 def needs_reference(op: str, *groups: Sequence[Tensor | None]) -> bool:

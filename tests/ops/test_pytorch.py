@@ -264,3 +264,33 @@ def test_subclasses_of_tensors_and_default_dtype() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert {y.dtype for y in outputs} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [{}, {"batch_norm": True}, {"activation": "prelu"}, {"dropout": 0.5}])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_switched_on_within_inference_mode(kind: dict[str, Any], training: bool, backend: str) -> None:
+    """Nothing is recorded there, and what is made there cannot be saved; modules do not raise either."""
+    model, x = mk.nn.PLE(6, 2, (5,), num_specific=1, num_shared=1, **kind).train(training), torch.randn(7, 6)
+    u, weight, z = (
+        torch.randn(2, 7, 6),
+        torch.randn(2, 2, 5, 6, requires_grad=True),
+        torch.rand(2, 2, requires_grad=True),
+    )
+    with mk.use_backend(backend):
+        with torch.inference_mode(), torch.enable_grad():
+            found = [*model(x), *mk.snr_trans(u, weight, z), *mk.snr_aver(u, z)]
+        assert all(output.is_inference() and not output.requires_grad for output in found)
+        sum(output.square().sum() for output in (*model(x), *mk.snr_trans(u, weight, z))).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters()) and weight.grad is not None
+
+
+def test_custom_operators_of_models() -> None:
+    """Their kernels run below autograd, where modules record nothing."""
+    model, u = mk.nn.MMoE(6, 2, (5,), num_experts=2), torch.randn(7, 6)
+    weight, z = torch.randn(2, 2, 5, 6, requires_grad=True), torch.rand(2, 2, requires_grad=True)
+
+    @torch.library.custom_op("mtlkernels_tests::below_autograd", mutates_args=())
+    def below(x: Tensor) -> list[Tensor]:
+        return [*model(x), *mk.snr_trans([x, x], weight, z), *mk.snr_aver([x, x], z)]
+
+    assert not any(output.requires_grad for output in below(u))
