@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mtlkernels import _torch
+from mtlkernels._dtensors import has_dtensor
 from mtlkernels.ops._folding import uses_running
 
 # Folding with gradients takes as long as not fusing on fewer rows than these: measured with experts of (256, 128) on
@@ -145,7 +146,9 @@ def gate_weight(gate: Any) -> Tensor | None:
 def weight_refusal(layers: Sequence[Layer]) -> str | None:
     """A weight of a kind that its own module has to multiply with, None where all are plain."""
     odd = next((layer.weight for layer in layers if not is_plain(layer.weight)), None)
-    return None if odd is None else f"a weight of class {type(odd).__name__}"
+    if odd is None:
+        return None
+    return f"a weight of class {type(odd).__name__}{', to be converted before it is sharded' * has_dtensor((odd,))}"
 
 
 def norm_refusal(weight: Tensor, norm: Any) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from tests import requires
 from tests.convert import doubles
 from tests.convert.models import fill, rechub_mmoe, rechub_ple
 
@@ -241,6 +242,17 @@ def test_converted_models_whose_layers_change(change: str, first: bool) -> None:
                     mk.convert(models[i])
             results.append(models[i](streams[:-1], streams[-1]))
         torch.testing.assert_close(results[1], results[0])
+
+
+@requires.gloo
+def test_a_sharded_model_says_so(mesh: Any) -> None:
+    """And what to do: one that was converted before stays so."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fill(doubles.MMoE_Layer(WIDTH, (12, 7)))
+    fully_shard(model, mesh=mesh)
+    (line,) = mk.convert(model).left_alone
+    assert line.detail == "a weight of class DTensor, to be converted before it is sharded (experts.0.mlp.0)"
 
 
 def test_a_quantized_model_says_so() -> None:
