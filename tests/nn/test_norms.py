@@ -22,7 +22,7 @@ def test_slopes_of_layers_that_are_called_are_one_operator(cast: bool) -> None:
     """PyTorch's, where that takes them; each of what it is made up of would be a pass over the rows."""
     expert = mk.nn.MMoE(6, 2, (5,), 3, batch_norm=True, activation="prelu").level.experts[0].eval()
     x = torch.randn(7, 6)
-    with torch.autocast("cpu", torch.bfloat16, enabled=cast), torch.profiler.profile() as found:
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast), torch.profiler.profile(acc_events=True) as found:
         y = expert(x)
     operators = {event.key for event in found.key_averages()}
     assert ("aten::prelu" in operators) != cast and ("aten::where" in operators) == cast

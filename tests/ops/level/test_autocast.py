@@ -186,7 +186,7 @@ def test_half_gates_beside_layers_that_are_stored() -> None:
 def test_what_only_the_checks_differentiate_is_not_cast_twice() -> None:
     norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm1d(width) for _ in range(3)) for width in (5, 4)).eval()
     given = plain()
-    with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as found:
+    with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile(acc_events=True) as found:
         mk.expert_mixture(**given, norms=norms)
     casts = sum(event.count for event in found.key_averages() if event.key == "aten::_to_copy")
     assert casts <= len(leaves(given)) + 2 * 3 + 3  # and the biases that norms give layers without one
