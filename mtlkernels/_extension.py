@@ -53,7 +53,10 @@ def of_another_source(folder: Path = FOLDER) -> bool:
     built = record("_C", folder)
     if "source" not in built or built.get("torch") != torch.__version__:  # nothing is known of those that were loaded
         return False
-    return digest(folder.parent) not in (None, built["source"])
+    try:
+        return digest(folder.parent) not in (None, built["source"])
+    except OSError:  # of sources that are another user's
+        return False
 
 
 def is_supported(version: str) -> bool:

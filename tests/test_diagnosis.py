@@ -314,6 +314,16 @@ def test_sources_of_which_nothing_is_known(tmp_path: Path) -> None:
     assert not _extension.of_another_source(installed)
 
 
+def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = compiled(tmp_path, source="another")
+
+    def refused(path: Path) -> bytes:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert not _extension.of_another_source(folder)
+
+
 @pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
 def test_it_is_said_where_kernels_are_of_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "another source" not in mk.show_config()
