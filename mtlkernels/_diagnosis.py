@@ -67,11 +67,10 @@ def missing(name: str, error: str, folder: Path = _extension.FOLDER) -> Diagnosi
     return Diagnosis(cause, rebuild, output)
 
 
-def of_another_source(folder: Path = _extension.FOLDER) -> Diagnosis:
+def of_another_source() -> Diagnosis:
     """What there is to say of kernels that :func:`_extension.of_another_source` finds."""
-    return Diagnosis(
-        "the C++ kernels were built from another source than is here now", f"build them again: {build_command(folder)}"
-    )
+    rebuild = f"build them again: {build_command(_extension.FOLDER)}"
+    return Diagnosis("the C++ kernels were built from another source than is here now", rebuild)
 
 
 def no_kernels(device: str, dtype: torch.dtype) -> str:

@@ -246,7 +246,7 @@ def test_converted_models_whose_layers_change(change: str, first: bool) -> None:
 
 @requires.gloo
 def test_a_sharded_model_says_so(mesh: Any) -> None:
-    """And what to do: one that was converted before stays so."""
+    """And what to do."""
     from torch.distributed.fsdp import fully_shard
 
     model = fill(doubles.MMoE_Layer(WIDTH, (12, 7)))
