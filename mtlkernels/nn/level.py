@@ -297,12 +297,18 @@ class TrunkLevel(NotScriptable, nn.Module):
             return None
         if torch.is_grad_enabled() and any(norm._forward_hooks for norm in each):
             return None
-        if not may_fold(x, 0) and any(
-            uses_running(norm)
-            and not may_fold(x, weight.numel())
-            and (x.requires_grad or wants_gradient(weight, None, norm))
-            for layer in zip(weights, norms, strict=False)
-            for weight, norm in zip(*layer, strict=True)
+        # Weights that a parametrization has computed are taken: it may do something each time.
+        as_they_are = (isinstance(weight, _Parameter) for layer in weights for weight in layer)
+        if (
+            not may_fold(x, 0)
+            and all(as_they_are)
+            and any(
+                uses_running(norm)
+                and not may_fold(x, weight.numel())
+                and (x.requires_grad or wants_gradient(weight, None, norm))
+                for layer in zip(weights, norms, strict=False)
+                for weight, norm in zip(*layer, strict=True)
+            )
         ):
             return None
         options.update(norms=norms or None, dropout=rates.pop())

@@ -78,6 +78,18 @@ def test_behind_a_pruned_norm_it_is_computed_once() -> None:
     assert count.calls == 1
 
 
+def test_behind_statistics_that_would_be_folded_it_is_computed_once() -> None:
+    """A few rows in evaluation with gradients are the modules' where nothing is computed."""
+    model = mk.nn.MMoE(32, 2, (64, 48), num_experts=3, batch_norm=True).eval()
+    assert not any("ExpertMixture" in str(y.grad_fn) for y in model(torch.randn(2, 32)))
+    count = Counts()
+    experts: Any = model.level.experts
+    parametrize.register_parametrization(experts[0].linears[0], "weight", count)
+    count.calls = 0
+    model(torch.randn(2, 32))
+    assert count.calls == 1
+
+
 @pytest.mark.parametrize("style", [{}, {"batch_norm": True}, {"dropout": 0.5}], ids=str)
 def test_in_sub_networks_it_is_computed_once(style: dict[str, Any]) -> None:
     model = mk.nn.SNR(12, 2, (16, 8), (3, 2), **style)
