@@ -361,7 +361,8 @@ Tensors with_level_node(const LevelSpec& spec, const LevelTensors& tensors, cons
 
 void define_level_node(py::module_& module) {
   module.def("recorded_level", &recorded_level, "The outputs of a call that was replayed, with a node of its tensors.");
-  module.def("level_context", &level_context, "The context of a node that was made in C++, otherwise None.");
+  module.def("level_context", &level_context, py::keep_alive<0, 1>(),
+             "The context of a node that was made in C++, otherwise None.");
   module.def("has_node_hooks", &has_node_hooks, "Whether hooks were registered on a node, other than on a tensor.");
   py::class_<Context>(module, "LevelContext")
       .def_property_readonly("encoded", [](const Context& context) { return context.spec().encoded(); })

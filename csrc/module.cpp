@@ -71,5 +71,6 @@ PYBIND11_MODULE(_C, module) {
   mtlk::define_kept_trunk(module);
   mtlk::define_snapshot(module);
   mtlk::define_watch(module);
-  module.def("select_isa", &mtlk::select_isa, "Serves with one of them; False if there is none of that name.");
+  module.def("select_isa", &mtlk::select_isa,
+             "Serves with one of them, or, of None, by what pays; False if there is none of that name.");
 }

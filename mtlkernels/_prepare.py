@@ -21,9 +21,9 @@ def prepare(model: Model) -> Model:
     """A copy of ``model`` for serving, which keeps the weights of its fused levels in the form that the kernels want.
 
     Everywhere else a call uses the values that are in memory then, so that weights are brought into that form again and
-    again, between their products. Where that takes time, on a CPU with AMX in float32 with 33 rows and more and in
-    float16 with 9 and more, a prepared copy does it once. Elsewhere nothing is kept and it is as fast as ``model``; it
-    gives the same numbers.
+    again, between their products. Where that takes time, on a CPU with AMX in float32 with 33 rows and more, if layers
+    are not narrow, and in float16 with 9 and more, a prepared copy does it once. Elsewhere nothing is kept and it is as
+    fast as ``model``; it gives the same numbers.
 
     The copy owns its parameters: what trains ``model`` afterwards does not reach it; make another one then. It is in
     evaluation mode and its parameters require no gradients. A call in training mode is an error, and so is

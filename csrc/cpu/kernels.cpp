@@ -25,7 +25,7 @@ void put(int isa, Dtype dtype, const K& kernels) {
 template <typename K>
 void put_by_rows(int isa, Dtype dtype, const K& kernels, const K* few = nullptr) {
   const K& before = KernelTable<KernelsByRows<K>>::kernels[isa][static_cast<int>(dtype)].fewer;
-  const K& fewer = kernels.engine.min_rows.call == 0 ? kernels : before;
+  const K& fewer = kernels.engine.pays.call.rows == 0 ? kernels : before;
   put(isa, dtype, KernelsByRows<K>{kernels, fewer, few ? *few : fewer});
 }
 

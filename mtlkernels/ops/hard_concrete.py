@@ -11,6 +11,9 @@ from torch import Tensor
 from mtlkernels import _tracing
 from mtlkernels.ops._checks import DTYPES, check_dense, shape_of
 
+# By which share of the stretched interval zeta has to exceed 1.
+_FAR_ABOVE = 0.01
+
 
 def hard_concrete(
     log_alpha: Tensor, noise: Tensor | None = None, *, beta: float = 2 / 3, gamma: float = -0.1, zeta: float = 1.1
@@ -44,9 +47,11 @@ def hard_concrete(
         _tracing.quietly(_check_noise, noise, log_alpha)
         u = _wide(noise).to(x.dtype)
         info = torch.finfo(u.dtype)
-        u = u.clamp(info.tiny, 1 - info.eps / 2)
-        x = (u.log() - (-u).log1p() + x) / beta
-    return (_sigmoid(x) * (zeta - gamma) + gamma).clamp(0, 1).to(log_alpha.dtype)
+        drawn = u.clamp(info.tiny, 1 - info.eps / 2).logit()
+        x = torch.add(drawn / beta, x, alpha=1 / beta)
+    # Where torch.sigmoid's derivative has lost the digits of 1 - s the clamp cuts off, unless zeta is nearly 1.
+    s = torch.sigmoid(x) if zeta - 1 > _FAR_ABOVE * (zeta - gamma) else _sigmoid(x)
+    return (s * (zeta - gamma) + gamma).clamp(0, 1).to(log_alpha.dtype)
 
 
 def l0_penalty(log_alpha: Tensor, *, beta: float = 2 / 3, gamma: float = -0.1, zeta: float = 1.1) -> Tensor:

@@ -60,6 +60,16 @@ def test_other_parameters(beta: float, gamma: float, zeta: float) -> None:
     torch.testing.assert_close(penalty, expected)
 
 
+def test_gradients_near_one_where_the_clamp_begins_there() -> None:
+    """s * (1 - s) has lost most digits of 1 - s there."""
+    log_alpha = torch.tensor([8.0, 10.0, 12.0, 13.0], requires_grad=True)
+    zeta = 1 + 1e-6
+    (grad,) = torch.autograd.grad(mk.hard_concrete(log_alpha, zeta=zeta).sum(), log_alpha)
+    expected = [exact(x, None, zeta=zeta)[1] for x in log_alpha.tolist()]
+    assert all(expected)
+    torch.testing.assert_close(grad.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
 def test_the_ends_of_the_noise_are_finite(dtype: torch.dtype) -> None:
     """torch.rand can return 0, and a narrow dtype rounds to 1."""
     log_alpha = torch.tensor([-40.0, 0.0, 40.0], dtype=dtype, requires_grad=True)

@@ -15,14 +15,19 @@ enum class WeightForm {
   kPrepared,  // as EngineTable::prepare writes them
 };
 
-// The rows from which an engine pays: of a call that makes its weights ready for one product alone; of a level's
-// forward pass, which does so beside its products; of a level's backward pass, and of one that is layerwise.
-struct MinRows {
-  int64_t call, forward, backward, layerwise_backward;
+// The rows and the width of products, see mean_width.h, from which an engine pays.
+struct PaysFrom {
+  int64_t rows, width;
+};
+
+// Of a call that makes its weights ready for one product alone; of a level's forward pass, which does so beside its
+// products; of a level's backward pass, and of one that is layerwise.
+struct Pays {
+  PaysFrom call, forward, backward, layerwise_backward;
 };
 
 struct EngineTable {
-  MinRows min_rows;
+  Pays pays;
 
   // Weights: the form, and how to prepare one that has `outputs` x `inputs` elements of the storage type, rows
   // row_stride and columns column_stride apart, one of the strides 1. Where natural_outputs is not 0, an engine that
@@ -45,21 +50,24 @@ struct EngineTable {
 constexpr int kFewRows = 8;
 
 // Kernels that are built on an engine, their `engine`: on the best that an instruction set has; on one that makes no
-// weights ready, for calls of fewer rows than the other pays for; on that of a few rows, or the one before where it is
-// not built for them.
+// weights ready, for calls of fewer rows or narrower layers than the other pays for; on that of a few rows, or the one
+// before where it is not built for them.
 template <typename K>
 struct KernelsByRows {
   K usual, fewer, few;
 
-  const K& of(int64_t rows, int64_t MinRows::* which) const {
-    return rows <= kFewRows ? few : rows < usual.engine.min_rows.*which ? fewer : usual;
+  const K& of(int64_t rows, int64_t width, PaysFrom Pays::* which) const {
+    const PaysFrom& from = usual.engine.pays.*which;
+    return rows <= kFewRows ? few : rows < from.rows || width < from.width ? fewer : usual;
   }
 };
 
-// What serves a call of so many rows.
+// What serves a call of so many rows, whose products are so wide. Of an instruction set that was chosen by name, the
+// usual kernels serve any width.
 template <typename K>
-const K& kernels_for(Dtype dtype, int64_t rows, int64_t MinRows::* which) {
-  return kernels_for<KernelsByRows<K>>(dtype).of(rows, which);
+const K& kernels_for(Dtype dtype, int64_t rows, int64_t width, PaysFrom Pays::* which) {
+  constexpr int64_t kAnyWidth = INT64_MAX;
+  return kernels_for<KernelsByRows<K>>(dtype).of(rows, isa_is_chosen() ? kAnyWidth : width, which);
 }
 
 }  // namespace mtlk

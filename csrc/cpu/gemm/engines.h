@@ -31,7 +31,7 @@ template <typename Engine>
 EngineTable engine_table() {
   using T = typename Engine::T;
   EngineTable table{};
-  table.min_rows = Engine::kMinRows;
+  table.pays = Engine::kPays;
   table.form = Engine::kForm;
   table.natural_outputs = Engine::kNaturalOutputs;
   if constexpr (Engine::kForm == WeightForm::kPrepared) {

@@ -38,8 +38,8 @@ KeptWeights::Memory KeptWeights::prepared(const at::Tensor& weight, const Engine
   TORCH_CHECK(!weight.is_inference() && weight.const_data_ptr() == entry->data &&
                   static_cast<int64_t>(weight._version()) == entry->version && weight.sizes() == entry->sizes &&
                   weight.strides() == entry->strides && weight.scalar_type() == entry->dtype,
-              "mtlkernels: a weight was changed after mtlkernels.prepare, which keeps its prepared form; prepare the "
-              "model again");
+              "mtlkernels: a weight was changed, or moved to other memory, after mtlkernels.prepare, which keeps its "
+              "prepared form; prepare the model again");
   if (!entry->memory || entry->prepare != engine.prepare) {
     auto made = std::make_shared<const Scratch>(1, engine.prepared_bytes(weight.size(0), weight.size(1)), false);
     prepare_weight(engine, preparable(weight, false), (*made)[0]);

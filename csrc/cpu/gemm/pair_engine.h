@@ -39,8 +39,8 @@ struct PairEngine {
   static constexpr int64_t kRows = 32;                      // two tiles of features by two groups of rows
   static constexpr int64_t kGroups = 2;
   static constexpr WeightForm kForm = WeightForm::kPrepared;
-  static constexpr MinRows kMinRows =
-      kPlanes < 3 ? MinRows{} : MinRows{160, 33, 64, 384};  // splitting weights takes long
+  // Splitting weights takes long, and what goes in and out, the longer the narrower layers are.
+  static constexpr Pays kPays = kPlanes < 3 ? Pays{} : Pays{{160, 64}, {33, 50}, {128, 100}, {384, 100}};
   static constexpr int64_t kBlockBytes = Products::kCacheBytes / 2;
   // Of a forward pass, whose weights are split again for every block.
   static constexpr int64_t kForwardBlockBytes = kPlanes == 1 ? kBlockBytes : Products::kCacheBytes;

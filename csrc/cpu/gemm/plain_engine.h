@@ -17,7 +17,7 @@ struct PlainEngine {
   static constexpr int64_t kRows = TileShape<C>::rows;      // features of a tile
   static constexpr int64_t kGroups = TileShape<C>::groups;  // groups of rows of a tile
   static constexpr WeightForm kForm = __is_same(T, C) ? WeightForm::kNatural : WeightForm::kCompute;
-  static constexpr MinRows kMinRows{};
+  static constexpr Pays kPays{};
   static constexpr int64_t kNaturalOutputs = 0;       // there is no other form
   static constexpr int64_t kBlockBytes = 640 * 1024;  // with an expert's weights beside it in the second-level cache
   static constexpr int64_t kForwardBlockBytes = kBlockBytes;

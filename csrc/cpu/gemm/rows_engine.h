@@ -322,7 +322,7 @@ struct RowsEngine {
   using C = Compute<T>;
   using Weight = T;
   static constexpr WeightForm kForm = WeightForm::kNatural;
-  static constexpr MinRows kMinRows{};
+  static constexpr Pays kPays{};
   static constexpr int64_t kNaturalOutputs = 0;
   static constexpr bool kBackwardTransposed = false, kSumsAsStored = true, kFromSigns = false;
   static constexpr int64_t kBlockBytes = 640 * 1024, kForwardBlockBytes = kBlockBytes, kChunkBytes = kBlockBytes;

@@ -87,7 +87,8 @@ std::optional<Tensors> KeptLevel::serve(const Tensors& inputs) const {
                      "] must have shape [B, ", like.size(1), "], got ", x.sizes());
     as_they_lie = as_they_lie && x.stride(1) == 1;
   }
-  const auto& kernels = kernels_for<ChainKernels>(dtype_of(like), inputs[0].size(0), &MinRows::forward);
+  const auto& kernels =
+      kernels_for<ChainKernels>(dtype_of(like), inputs[0].size(0), tables_.product_width(), &Pays::forward);
   if (as_they_lie && kernels.engine.form == WeightForm::kNatural) return serve_by_tables(inputs, kernels);
   if (declared_) return std::nullopt;
   LevelTensors tensors = tensors_;

@@ -25,13 +25,13 @@ LevelResults evaluate(const LevelSpec& spec, const LevelTensors& tensors, const 
                       const std::optional<at::Tensor>& seed, bool save) {
   LevelTables tables(spec, tensors);
   const Dtype dtype = dtype_of(tensors.inputs[0]);
-  const int64_t rows = tables.level().rows;
+  const int64_t rows = tables.level().rows, width = tables.product_width();
   if (spec.stores_inputs()) {
-    const auto& kernels = kernels_for<LayerwiseKernels>(dtype, rows, &MinRows::forward);
+    const auto& kernels = kernels_for<LayerwiseKernels>(dtype, rows, width, &Pays::forward);
     tables.set_norms(norms.experts, kernels.fold_norm);
     return layerwise_forward(spec, tensors, tables, kernels, norms, seed, save);
   }
-  const auto& kernels = kernels_for<ChainKernels>(dtype, rows, &MinRows::forward);
+  const auto& kernels = kernels_for<ChainKernels>(dtype, rows, width, &Pays::forward);
   tables.set_norms(norms.experts, kernels.fold_norm);
   return chain_forward(tensors, tables, kernels, norms, spec.saved_shape(dtype), save);
 }
@@ -111,13 +111,14 @@ Tensors gradients_of(const LevelSpec& spec, const LevelTensors& tensors, const T
   tables.set_saved(saved.activations, saved.shape);
   const LevelShape& level = tables.level();
   const Dtype dtype = dtype_of(tensors.inputs[0]);
+  const int64_t width = tables.product_width();
   if (!spec.stores_inputs()) {
-    const auto& kernels = kernels_for<ChainKernels>(dtype, level.rows, &MinRows::backward);
+    const auto& kernels = kernels_for<ChainKernels>(dtype, level.rows, width, &Pays::backward);
     LevelGradients gradients(level, tensors, kernels.engine, needs);
     chain_backward(tensors, tables, kernels, gradients, shared);
     return gradients.take(tables.gate_streams(), kernels.gates);
   }
-  const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows, &MinRows::layerwise_backward);
+  const auto& kernels = kernels_for<LayerwiseKernels>(dtype, level.rows, width, &Pays::layerwise_backward);
   LevelGradients gradients(level, tensors, kernels.engine, needs);
   layerwise_backward(spec, tensors, tables, kernels, saved.statistics, saved.shape.experts, seed, gradients);
   return gradients.take({}, {});
@@ -142,7 +143,6 @@ std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTens
                                           const std::vector<ReachedLevel>& parts, const Needs& needs) {
   const at::Tensor& x = tensors.inputs[0];
   if (parts.size() < 2 || spec.stores_inputs() || x.size(0) == 0) return nullptr;
-  const auto& kernels = kernels_for<ChainKernels>(dtype_of(x), x.size(0), &MinRows::backward);
   const bool need_experts = std::any_of(needs.begin(), needs.begin() + 6, [](bool need) { return need; });
   std::vector<bool> reached(spec.gates());
   for (const ReachedLevel& part : parts) {
@@ -151,6 +151,8 @@ std::unique_ptr<LossesInCommon> in_common(const LevelSpec& spec, const LevelTens
   const ReachedLevel all = spec.reached(reached);
   const LevelTensors own = all.pick(tensors);
   const LevelTables tables(all.spec, own);
+  const int64_t width = tables.product_width();
+  const auto& kernels = kernels_for<ChainKernels>(dtype_of(x), x.size(0), width, &Pays::backward);
   return std::make_unique<LossesInCommon>(own, tables.level(), kernels, need_experts);
 }
 

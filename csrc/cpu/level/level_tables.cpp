@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "gemm/mean_width.h"
 #include "runtime/check.h"
 
 namespace mtlk {
@@ -31,6 +32,12 @@ LevelTables::LevelTables(const LevelSpec& spec, const LevelTensors& tensors)
   level_.input_ld = input_ld_.data();
   level_.biases = biases_.data();
   level_.gates = gates_.gates();
+}
+
+int64_t LevelTables::product_width() const {
+  MeanWidth width;
+  for (size_t l = 1; l < widths_.size(); ++l) width.add(widths_[l - 1], widths_[l]);
+  return width();
 }
 
 void LevelTables::check_experts() {

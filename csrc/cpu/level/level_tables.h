@@ -24,6 +24,9 @@ class LevelTables {
   const LevelShape& level() const { return level_; }
   const std::vector<int>& gate_streams() const { return gate_streams_; }
 
+  // Of one expert, see MeanWidth; the layers of all are alike.
+  int64_t product_width() const;
+
   // Batch norms by running statistics behind the experts' layers, after their biases; there may be none.
   void set_norms(const std::vector<NormTensors>& norms, FoldNorm fold);
 

@@ -96,18 +96,23 @@ const std::vector<std::string>& instruction_sets() {
 
 const char* compiled_instruction_sets() { return MTLK_TARGETS; }
 
-static int& selected() {
-  static int isa = static_cast<int>(instruction_sets().size()) - 1;
+static int best_isa() {
+  static const int isa = static_cast<int>(instruction_sets().size()) - 1;
   return isa;
 }
 
-int selected_isa() { return selected(); }
+static int chosen = -1;
 
-bool select_isa(const std::string& isa) {
+int selected_isa() { return chosen < 0 ? best_isa() : chosen; }
+
+bool isa_is_chosen() { return chosen >= 0; }
+
+bool select_isa(const std::optional<std::string>& isa) {
   const auto& names = instruction_sets();
-  const auto found = std::find(names.begin(), names.end(), isa);
-  if (found != names.end()) selected() = static_cast<int>(found - names.begin());
-  return found != names.end();
+  const auto found = isa ? std::find(names.begin(), names.end(), *isa) : names.end();
+  if (isa && found == names.end()) return false;
+  chosen = isa ? static_cast<int>(found - names.begin()) : -1;
+  return true;
 }
 
 }  // namespace mtlk

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "gemm/mean_width.h"
 #include "gemm/row_blocks.h"
 #include "gemm/weight_forms.h"
 #include "runtime/parallel.h"
@@ -13,6 +14,14 @@
 
 namespace mtlk {
 namespace {
+
+// The matrix of a route in [I, J, D_out, D_in], without two calls of PyTorch's dispatcher for each.
+at::Tensor matrix_of(const at::Tensor& stacked, int i, int j) {
+  const at::Tensor matrix = held(stacked);
+  const int64_t offset = stacked.storage_offset() + i * stacked.stride(0) + j * stacked.stride(1);
+  matrix.unsafeGetTensorImpl()->set_sizes_and_strides(stacked.sizes().slice(2), stacked.strides().slice(2), offset);
+  return matrix;
+}
 
 // A call's arguments, checked, so that a direct call of an operator cannot read out of bounds. The public function
 // checks the same in Python, where messages know the caller's nesting.
@@ -31,7 +40,7 @@ class Call {
                         "mtlkernels: weights must have shape [", this->z.outputs(), ", ", in.count(),
                         ", D_out, D_in], got ", weights[0].sizes());
       for (int i = 0; i < this->z.outputs(); ++i) {
-        for (int j = 0; j < in.count(); ++j) matrices.push_back(weights[0].select(0, i).select(0, j));
+        for (int j = 0; j < in.count(); ++j) matrices.push_back(matrix_of(weights[0], i, j));
       }
     } else {
       matrices = weights.vec();
@@ -53,6 +62,11 @@ class Call {
     return widths;
   }
   const at::Tensor& matrix(int i, int j) const { return matrices[static_cast<size_t>(i) * in.count() + j]; }
+  const SnrTransKernels& kernels() const {
+    MeanWidth width;
+    for (const at::Tensor& matrix : matrices) width.add(matrix.size(1), matrix.size(0));
+    return kernels_for<SnrTransKernels>(dtype_of(like), rows, width(), &Pays::call);
+  }
   bool has_elements(int i, int j) const { return rows > 0 && matrix(i, j).numel() > 0; }
 
   const at::Tensor like;
@@ -75,7 +89,7 @@ constexpr int64_t kBlocksOfCache = 4;
 
 // The sums of one direction: outputs from u, or gradients of u from those of the outputs.
 std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMatrices& in) {
-  const auto& kernels = kernels_for<SnrTransKernels>(dtype_of(call.like), call.rows, &MinRows::call);
+  const auto& kernels = call.kernels();
   const auto kept = [&](int i, int j) { return call.has_elements(i, j); };
   SnrSums sums(call.z, transposed, in, kept, call.like, transposed ? call.in.widths() : call.output_widths());
   const SnrSum& sum = sums.sum();
@@ -110,9 +124,7 @@ std::vector<at::Tensor> run_sums(const Call& call, bool transposed, const SnrMat
 class Products {
  public:
   Products(const Call& call, const SnrMatrices& grads, bool need_weights, bool need_z, bool closed_grad)
-      : call_(call),
-        grads_(grads),
-        kernels_(kernels_for<SnrTransKernels>(dtype_of(call.like), call.rows, &MinRows::call)) {
+      : call_(call), grads_(grads), kernels_(call.kernels()) {
     const bool every = need_z && closed_grad;
     const auto options = call.like.options();
     const auto compute = options.dtype(call.like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -127,7 +139,7 @@ class Products {
         const bool open = call.z.open(i, j) && call.has_elements(i, j);
         at::Tensor grad;
         if (need_weights) {
-          grad = call.stacked ? grad_weights_[0].select(0, i).select(0, j) : pooled(matrix.sizes(), options);
+          grad = call.stacked ? matrix_of(grad_weights_[0], i, j) : pooled(matrix.sizes(), options);
           if (!open && grad.numel() > 0) std::memset(grad.mutable_data_ptr(), 0, grad.nbytes());
           if (!call.stacked) grad_weights_.push_back(grad);
         }
