@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,11 @@ class Kept(NamedTuple):
     weights: list[float]
     gram: Tensor
     calls: int
+
+    @property
+    def scale(self) -> float:
+        """A power of two about as large as the largest weight, which a loss in float16 might not hold."""
+        return math.ldexp(1.0, math.frexp(max(map(abs, self.weights)))[1] - 1)
 
 
 class Memory:

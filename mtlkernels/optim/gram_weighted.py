@@ -207,7 +207,7 @@ class GramWeighted(Optimizer):
                 results, gram, weights = weighted(gradients, lambda gram: nan_where(differ, weights_of(gram)), unit)
                 kept = kept_of(weights, gram) if self._gram_every > 1 else None
             else:
-                results = gradients.combine(plain(differ, gradients.device))
+                results = gradients.combine(plain(differ, gradients.device) * kept.scale)
                 gram, kept = kept.gram.clone(), kept._replace(calls=kept.calls + 1)
             if self.group is not None and totals:
                 local = fail_together(self.group, lambda: gradients_of(totals, 1, self.group))
@@ -233,8 +233,9 @@ class GramWeighted(Optimizer):
         """What a rank does alone, with all of the checks.
 
         Returns:
-            The parameters, shared ones first; the tasks' gradients of these, or their sum by weights that were kept;
-            the gradients of the others; what the losses were scaled by; what was kept, None where the call is exact.
+            The parameters, shared ones first; the tasks' gradients of these, or their sum by weights that were kept,
+            divided by their scale; the gradients of the others; what the losses were scaled by; what was kept, None
+            where the call is exact.
         """
         checked = check_losses(losses)
         shared, others = self._trained()
@@ -261,7 +262,8 @@ class GramWeighted(Optimizer):
             _decisions.note(type(self).__name__, f"backward passes by {done!r}", reason)
         else:
             levels, count = self._batched is None, 1
-            grads, totals = weighted_gradients(checked, kept.weights, shared, others, mean=mean, levels=levels)
+            weights = [weight / kept.scale for weight in kept.weights]
+            grads, totals = weighted_gradients(checked, weights, shared, others, mean=mean, levels=levels)
         parameters = [*shared, *others]
         return parameters, gradients_of(grads, count, self.group, beside=parameters), totals, unit, kept
 

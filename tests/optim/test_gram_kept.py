@@ -107,3 +107,18 @@ def test_gradients_by_kept_weights_share_no_memory() -> None:
         assert a.grad is not None and b.grad is not None
         a.grad += 1
         assert b.grad.tolist() == [0.5, 1.0, 1.5]
+
+
+@pytest.mark.parametrize("size", [1e5, 1e-9])
+def test_weights_that_losses_in_float16_cannot_hold(size: float) -> None:
+    """As those by which small or large gradients get one norm: 1e5 would be infinite there, and 1e-9 zero."""
+    shared = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    optimizer = mk.optim.GramWeighted(torch.optim.SGD([shared]), lambda gram: torch.tensor([size, -size]), gram_every=2)
+    factor, found = 0.01 if size > 1 else 1e4, []
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward([3 * factor * shared[0], factor * shared[1]])
+        assert shared.grad is not None
+        found.append(shared.grad)
+    assert found[0].all() and found[0].isfinite().all()
+    torch.testing.assert_close(found[1], found[0])
