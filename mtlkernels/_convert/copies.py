@@ -146,6 +146,17 @@ def align(module: nn.Module, other: nn.Module) -> None:
         tensor.copy_(value)
 
 
+def cast(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """``module.to(dtype)`` of each, by which parameters get other memory: to be swapped, nothing else may hold them."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    try:
+        for module in modules:
+            module.to(dtype)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
 def _values(module: nn.Module) -> list[Tensor]:
     """All parameters, then all buffers, as ``nn.Module`` has them, which asks each part again for each kind."""
     parts = parts_of(module)

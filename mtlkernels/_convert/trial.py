@@ -21,6 +21,7 @@ from mtlkernels._convert.copies import (
     Pairs,
     agree,
     align,
+    cast,
     close,
     difference,
     is_within,
@@ -190,11 +191,9 @@ def _compare_dtypes(trial: Trial) -> str | None:
     """The first difference in other dtypes than the trial's own, which the copies have again afterwards."""
     reason = None
     for situation in OTHER_DTYPES:
-        for other in trial.copies:
-            other.to(situation.dtype)
+        cast(trial.copies, situation.dtype)
         reason = reason or _compare(trial, situation)
-    for other in trial.copies:
-        other.double()
+    cast(trial.copies, torch.float64)
     align(trial.copies[1], trial.copies[0])
     return reason
 

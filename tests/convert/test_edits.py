@@ -310,12 +310,14 @@ def test_sparse_inputs_run_the_models_own_code() -> None:
     torch.testing.assert_close(model(sparse), other(sparse))
 
 
-def test_whatever_is_set_around_a_conversion() -> None:
+def test_whatever_is_set_around_a_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():
         assert mk.convert(Plain()).replaced
     model = Plain()
     with torch.device("meta"):  # set_default_device would leave something that looks on, whatever it is set back to
         assert mk.convert(model).replaced
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    assert mk.convert(Plain()).replaced
 
 
 def test_threads_that_convert_at_a_time() -> None:
