@@ -186,6 +186,18 @@ def set_mode(module: nn.Module, training: bool) -> None:
         module.train(training)
 
 
+@contextlib.contextmanager
+def called_within(module: nn.Module) -> Iterator[list[Any]]:
+    """Which parts of a module are called within the block."""
+    called: list[Any] = []
+    handles = [part.register_forward_pre_hook(lambda part, _: called.append(part)) for part in module.modules()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def close(actual: Tensor, expected: Tensor, tolerance: float, size: float | None = None) -> bool:
     """Whether two tensors are the same within ``tolerance`` times the largest number, or times ``size``."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:

@@ -17,8 +17,8 @@ class Situation:
     """How both ways are run once: in training or not, with how many rows, of what size, and whether with gradients.
 
     ``scale`` is that of the inputs, ``weights`` that of the matrices, ``signed`` whether vectors have numbers of either
-    sign, ``special`` whether a row of the inputs is zero and one not a number; ``needed`` is False where the original
-    may fail.
+    sign, ``special`` whether a row of the inputs is zero and one not a number, which code may look for and refuse;
+    ``needed`` is False where the original may fail.
     """
 
     words: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from mtlkernels._convert.copies import (
     Pairs,
     agree,
     align,
+    called_within,
     cast,
     close,
     difference,
@@ -270,9 +271,13 @@ def _difference_in(trial: Trial, situation: Situation, draws: bool) -> str | Non
     given = trial.arguments(trial.copies[0], rows, trial.generator)
     try:
         expected = _run(trial, 0, given, situation)
-    except Exception:
+    except Exception as error:
         if situation.needed:
             raise
+        if situation.special:
+            with contextlib.suppress(Exception):
+                _run(trial, 1, given, situation)
+                return f"{words} its own code raises {type(error).__name__}, and the fused way does not"
         align(trial.copies[0], trial.copies[1])  # what it did before it failed is of no interest
         return None
     changed = trial.shared.change()
@@ -341,7 +346,7 @@ def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Si
         for other, run, ys in zip(trial.copies, (expected, actual), outputs, strict=True):
             wanted = [p for p in other.parameters() if p.requires_grad] + run.leaves
             loss = sum((ys[i] * factors[i]).sum() for i in subset)
-            with _called(other) as called:
+            with called_within(other) as called:
                 both.append(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True))  # type: ignore
             again = again or (other is trial.copies[0] and bool(called))
         if again:
@@ -355,18 +360,6 @@ def _compare_gradients(trial: Trial, actual: _Run, expected: _Run, situation: Si
             if a is not None and not close(a, b, situation.tolerance, max(size, largest([b]))):
                 return f"{situation.words} gradients of {name} differ"
     return None
-
-
-@contextlib.contextmanager
-def _called(module: nn.Module) -> Iterator[list[Any]]:
-    """Which parts of a module are called within the block."""
-    called: list[Any] = []
-    handles = [part.register_forward_pre_hook(lambda part, _: called.append(part)) for part in module.modules()]
-    try:
-        yield called
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors(value: Any) -> list[Tensor]:

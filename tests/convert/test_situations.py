@@ -14,7 +14,7 @@ from torch import Tensor
 import mtlkernels as mk
 from mtlkernels._convert import registry, trial
 from tests.convert.doubles import mixed
-from tests.convert.edits import Edited, TopKOfManyRows
+from tests.convert.edits import WIDTH, Edited, TopKOfManyRows
 from tests.convert.test_edits import register
 
 OUTPUTS = "its outputs differ from those of its experts and gates"
@@ -121,6 +121,13 @@ class DetachedWeightsOfGates(Edited):
         return F.linear(x, gate.weight.detach(), gate.bias.detach())
 
 
+class RefusesNaN(Edited):
+    def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
+        if torch.isnan(x).any():
+            raise ValueError("there is NaN among the features")
+        return outputs
+
+
 EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
     "one row in training": (OneRowInTraining, f"in training on 1 row {OUTPUTS}"),
     "no rows": (NoRows, f"in evaluation on no rows {OUTPUTS}"),
@@ -129,6 +136,10 @@ EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
     "clamped weights of gates": (ClampedWeights, f"in evaluation with large weights {OUTPUTS}"),
     "clamped weights in training": (ClampedWeightsInTraining, f"in training with large weights {OUTPUTS}"),
     "positive biases": (lambda: PositiveBiases(norm=True), f"in evaluation with signed vectors {OUTPUTS}"),
+    "features that it refuses": (
+        RefusesNaN,
+        "in evaluation with rows of zeros and NaN its own code raises ValueError, and the fused way does not",
+    ),
     "an entry that is taken away": (TakesFromADict, "its forward sets pending"),
     "an attribute that is taken away": (Forgets, "its forward sets cold"),
     "a parameter that is frozen": (Freezes, "its forward writes to gates.0.bias"),
@@ -170,6 +181,20 @@ def test_a_trial_freezes_what_is_frozen() -> None:
     assert mk.convert(model).left_alone
     model.gates.requires_grad_(False)
     assert mk.convert(model).replaced
+
+
+def test_what_both_ways_refuse_makes_no_difference() -> None:
+    """A description whose ``inputs`` has the check too."""
+
+    def inputs(level: Any, x: Tensor) -> Tensor:
+        RefusesNaN.finish(level, x, [])
+        return x
+
+    register(RefusesNaN, inputs=inputs, arguments=lambda level, streams: (streams[0],))
+    model = RefusesNaN()
+    assert mk.convert(model).replaced
+    with pytest.raises(ValueError, match="there is NaN among the features"):
+        model(torch.full((3, WIDTH), torch.nan))
 
 
 def test_a_large_level_is_tried_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
