@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
+
+
+def as_int(value: object) -> int | None:
+    """A whole number, also one of NumPy's, as PyTorch's layers take them; None for what is none, a bool among it."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return None
+    return int(value)
 
 
 def _index_tuple(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of ints, got {type(value).__name__}")
+    items: list[int] = []
     for item in value:
-        if isinstance(item, bool) or not isinstance(item, int):
+        index = as_int(item)
+        if index is None:
             raise TypeError(f"{name} must hold ints, got {type(item).__name__} ({item!r})")
-    return tuple(value)
+        items.append(index)
+    return tuple(items)
 
 
 @dataclass(frozen=True)
@@ -34,11 +47,12 @@ class Wiring:
 
 
 def _count(name: str, value: object, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    count = as_int(value)
+    if count is None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    if count < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {count}")
+    return count
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,7 @@ class Routing:
         for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
-        if isinstance(num_specific, int):
+        if isinstance(num_specific, Integral):
             specific = (_count("num_specific", num_specific, 0),) * num_tasks
         else:
             specific = _index_tuple("num_specific", num_specific)

@@ -8,6 +8,7 @@ import pickle
 import re
 from typing import Any
 
+import numpy
 import pytest
 
 import mtlkernels as mk
@@ -64,6 +65,17 @@ def test_wiring_leaves_out_experts_without_a_gate() -> None:
     wiring = mk.Routing((0, 1, 2, 1), ((3, 1), (1,))).wiring
     assert (wiring.live, wiring.idle) == ((1, 3), (0, 2))
     assert (wiring.expert_inputs, wiring.gate_experts, wiring.gate_sizes) == ((1, 1), (1, 0, 0), (2, 1))
+
+
+def test_numbers_of_numpy_are_ints() -> None:
+    """Counts that are computed by NumPy or pandas, as PyTorch's layers take them."""
+    one, two, three = map(numpy.int64, (1, 2, 3))
+    assert mk.Routing.mmoe(three, numpy.int32(2)) == mk.Routing.mmoe(3, 2)
+    assert mk.Routing.cgc(two, two, one, shared_gate=True) == mk.Routing.cgc(2, 2, 1, shared_gate=True)
+    assert mk.Routing.cgc(two, [one, two], one) == mk.Routing.cgc(2, [1, 2], 1)
+    routing = mk.Routing([one - 1, one], [numpy.arange(2).tolist(), [one]])
+    assert routing == mk.Routing((0, 1), ((0, 1), (1,)))
+    assert {type(number) for number in (*routing.expert_inputs, *sum(routing.gate_experts, ()))} == {int}
 
 
 MISTAKES = [

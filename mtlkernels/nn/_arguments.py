@@ -10,15 +10,17 @@ import torch
 
 from mtlkernels.ops._checks import DTYPES, check_tensor, shape_of
 from mtlkernels.ops.activations import CODES
+from mtlkernels.routing import as_int
 
 
 def positive(name: str, value: Any) -> int:
     """``value``, an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = as_int(value)
+    if number is None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
 def units(name: str, value: Any, *, may_be_empty: bool, of: str = "layer's width") -> tuple[int, ...]:
@@ -59,7 +61,7 @@ class Style:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be a probability in [0, 1), got {self.dropout}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {self.dtype}")
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64 of torch, got {self.dtype!r}")
 
     @property
     def factory(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -334,7 +335,17 @@ BAD = [
     ({"dropout": True}, TypeError, r"dropout must be a float, got bool"),
     ({"dropout": 1.0}, ValueError, r"dropout must be a probability in \[0, 1\), got 1.0"),
     ({"dtype": torch.int32}, TypeError, r"dtype must be float32, .*, got torch.int32"),
+    ({"dtype": "float32"}, TypeError, r"dtype must be float32, .* of torch, got 'float32'"),
 ]
+
+
+@pytest.mark.parametrize("trunk", [mk.nn.MMoE, mk.nn.CGC, mk.nn.PLE])
+def test_widths_and_counts_of_numpy(trunk: Any) -> None:
+    """As ``nn.Linear`` takes them: a width is often the sum of columns' widths."""
+    width = numpy.sum([3, D - 3])
+    made = trunk(width, numpy.int64(2), expert_units=[numpy.int64(4), numpy.int32(3)], gate_units=[numpy.int64(2)])
+    assert [y.shape for y in made(torch.randn(5, D))] == [(5, 3)] * 2
+    assert (type(made.in_features), made.in_features) == (int, D)
 
 
 @pytest.mark.parametrize("trunk", [mk.nn.MMoE, mk.nn.CGC, mk.nn.PLE])
