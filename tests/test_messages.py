@@ -38,6 +38,7 @@ CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: level(weights=[WEIGHTS[0].to("meta")]), r"cpu, got meta: move one by .to\(device\)"),
     (lambda: level(weights=[[torch.ones(5, 4), torch.ones(4, 5)]]), r"\[5, 4\], got \[4, 5\]: transpose it"),
     (lambda: level(weights=[torch.ones(2, 4, 5)]), r"\[0\]\[0\] must have shape \[H_out, 4\], got \[4, 5\]: transpose"),
+    (lambda: level(weights=[torch.ones(2, 5, 3)]), r"\[0\]\[0\] .* \[5, 4\], got \[5, 3\]: inputs have 4 features$"),
     (lambda: level(weights=[[torch.ones(5, 4), torch.ones(4, 7)]]), r"must have shape \[5, 4\], got \[4, 7\]$"),
     (lambda: level(gate_logits=None), "gate_logits must be .*, got NoneType and no gate_weights"),
     (

@@ -132,7 +132,8 @@ def check_weights(weights: Any, routing: Routing, like: Like) -> list[list[Tenso
         for e, tensor in enumerate(layer):
             if tensor.shape[0] != out or tensor.shape[1] != width:
                 across = tensor.shape[0] == width and (e == 0 or tensor.shape[1] == out)
-                hint = ": transpose it, as rows are outputs here, as in nn.Linear" if across else ""
+                hint = f": inputs have {width} features" if i == e == 0 else ""
+                hint = ": transpose it, as rows are outputs here, as in nn.Linear" if across else hint
                 rows = "H_out" if across and e == 0 else out  # `out` is its own, so that of one that lies across
                 raise ValueError(f"weights[{i}][{e}] must have shape [{rows}, {width}], got {shape_of(tensor)}{hint}")
         layers.append(layer)
