@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mtlkernels import _torch
 from mtlkernels._convert.activations import activation_name, function_of, name_of, setting_of
+from mtlkernels._convert.classes import is_torchs
 from mtlkernels.ops._fusing import Layer, linear_parameters, norm_refusal, slopes_refusal, weight_refusal
 from mtlkernels.ops.activations import WITH_SLOPES
 
@@ -129,7 +130,8 @@ def read_chain(chain: Chain) -> list[Layer] | str:
         elif kind is nn.Identity:
             continue
         elif pair is None:
-            return f"{name_of(module)} before the first Linear"
+            own = isinstance(module, nn.Module) and not is_torchs(kind)
+            return f"{name_of(module)}{', whose forward is not known' if own else ' before the first Linear'}"
         elif kind is nn.BatchNorm1d or kind is nn.LayerNorm:
             if norm is not None or activation is not None or dropout is not None:
                 return f"{kind.__name__} that does not follow a Linear"

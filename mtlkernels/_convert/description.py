@@ -149,6 +149,8 @@ class TrunkDescription:
         if counts is not None:
             counts.add(len(streams))
         for i, level in enumerate(levels):
+            if counts is not None:
+                _check_count(i, plan[i], streams)
             mixed = serving[i].serve(plan[i], streams) if kept else None  # type: ignore[index]
             if mixed is None:
                 parts = parts or prepare()
@@ -291,6 +293,12 @@ def _check_streams(streams: Sequence[Tensor]) -> None:
                 f"inputs, with which this class is registered, must give streams [B, D], got stream {i} of shape "
                 f"{list(x.shape)}; it has to return None for a call that the class's own code is to run"
             )
+
+
+def _check_count(i: int, routing: Routing | None, streams: Sequence[Tensor]) -> None:
+    """In a trial, of which the report says it."""
+    if routing is not None and len(streams) < routing.num_inputs:
+        raise ValueError(f"level {i} reads {routing.num_inputs} streams, but is given {len(streams)}")
 
 
 def _first_tensor(value: Any) -> Tensor | None:

@@ -198,9 +198,11 @@ def _trial(trunk: TrunkDescription, module: nn.Module, plan: Sequence[Routing]) 
 
     options = {"method": trunk.method, "original": original, "drops": drops, **trunk.trial(module)}
     verdict = disagreement(module, fused, arguments, **options)
-    listed = trunk.example is None and trunk.arguments is one_argument and plan[0].num_inputs > 1
-    if failed and listed and verdict is not None and verdict.reason is not None:
-        words = f"; its routing has {plan[0].num_inputs} input streams, given in a list; single_input=True is for one"
+    alone = trunk.example is None and trunk.arguments is one_argument
+    if failed and alone and verdict is not None and verdict.reason is not None:
+        words = "; it was called with one tensor [B, D]: describe another call by inputs with arguments or example"
+        if (count := plan[0].num_inputs) > 1:
+            words = f"; its routing has {count} input streams, given in a list; single_input=True is for one"
         verdict = verdict._replace(reason=verdict.reason + words)
     return verdict, Tried.of(calls, counts)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mk
+from mtlkernels._convert import registry
 from tests import requires
 from tests.convert import doubles
 from tests.convert.models import fill, rechub_mmoe, rechub_ple
@@ -330,3 +331,68 @@ def test_a_library_model_is_tried_as_well(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(type(model), "forward", forward)
     (line,) = mk.convert(model).left_alone
     assert line.detail == "in training its outputs differ from those of its experts and gates"
+
+
+class OwnExpert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu()
+
+
+class OwnMMoE(nn.Module):
+    """A class as users write it, whose features come in a dictionary where there are ``names`` of them."""
+
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.names = names
+        self.experts = nn.ModuleList(OwnExpert() for _ in range(3))
+        self.gates = nn.ModuleList(nn.Linear(WIDTH, 3) for _ in range(2))
+
+    def forward(self, x: Any) -> list[Tensor]:
+        x = torch.cat([x[name] for name in self.names], dim=1) if self.names else x
+        hidden = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return [(gate(x).softmax(1).unsqueeze(2) * hidden).sum(1) for gate in self.gates]
+
+
+def described(monkeypatch: pytest.MonkeyPatch, model: nn.Module, **options: Any) -> str:
+    """The report's words for a model, whose class is forgotten afterwards."""
+    monkeypatch.setattr(registry, "_registered", {})
+    usual: dict[str, Any] = {
+        "experts": lambda model: model.experts,
+        "gates": lambda model: model.gates,
+        "routing": lambda model: mk.Routing.mmoe(3, 2),
+    }
+    mk.convert.register(type(model), **{**usual, **options})
+    (line,) = mk.convert(model).lines
+    return line.detail
+
+
+def test_an_expert_of_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers may be listed instead."""
+    words = "3 experts as modules, because of OwnExpert, whose forward is not known (experts.0), "
+    assert described(monkeypatch, OwnMMoE()).startswith(words)
+    listed = {"experts": lambda model: [[expert.layer, "relu"] for expert in model.experts]}
+    words = "3 experts of 1 layer and 2 gates in one expert_mixture"
+    assert described(monkeypatch, OwnMMoE(), **listed).startswith(words)
+
+
+def test_arguments_that_nobody_has_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = described(monkeypatch, OwnMMoE(names=("a", "b")))
+    assert words.startswith("it fails in a trial: TypeError: ")
+    assert words.endswith(
+        "; it was called with one tensor [B, D]: describe another call by inputs with arguments or example"
+    )
+
+
+def test_a_level_that_is_given_too_few_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    routing = {
+        "levels": lambda model: range(2),
+        "experts": lambda model, level: model.experts,
+        "gates": lambda model, level: model.gates,
+        "routing": lambda model, level: mk.Routing((0, 0, level * 2), ((0, 1, 2),) * 2),
+    }
+    words = described(monkeypatch, OwnMMoE(), **routing)
+    assert words == "it fails in a trial: ValueError: level 1 reads 3 streams, but is given 2"
