@@ -121,6 +121,15 @@ class DetachedWeightsOfGates(Edited):
         return F.linear(x, gate.weight.detach(), gate.bias.detach())
 
 
+class CutsOff(Edited):
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most = most
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, x.clamp(-self.most, self.most))
+
+
 class RefusesNaN(Edited):
     def finish(self, x: Tensor, outputs: list[Tensor]) -> Any:
         if torch.isnan(x).any():
@@ -136,6 +145,8 @@ EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
     "clamped weights of gates": (ClampedWeights, f"in evaluation with large weights {OUTPUTS}"),
     "clamped weights in training": (ClampedWeightsInTraining, f"in training with large weights {OUTPUTS}"),
     "positive biases": (lambda: PositiveBiases(norm=True), f"in evaluation with signed vectors {OUTPUTS}"),
+    "features that it cuts off": (lambda: CutsOff(1e4), f"in evaluation with large inputs {OUTPUTS}"),
+    "features that it cuts off late": (lambda: CutsOff(1e8), f"in evaluation with large inputs {OUTPUTS}"),
     "features that it refuses": (
         RefusesNaN,
         "in evaluation with rows of zeros and NaN its own code raises ValueError, and the fused way does not",
