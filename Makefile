@@ -6,6 +6,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # Python compiles what is imported when it is; all of these packages would take it a minute.
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
+# Where the environment keeps Python from writing down what it has compiled, as images of containers do, each of the tests'
+# many processes would compile PyTorch again, for one to four seconds.
+export PYTHONDONTWRITEBYTECODE :=
 # setup.py looks for cmake and ninja on the PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 

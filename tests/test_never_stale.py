@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import mtlkernels as mk
 from mtlkernels import _extension
 from tests import requires
+from tests.turns import in_turns
 from tests.writers import CHANGES, WRITERS
 
 
@@ -128,35 +129,35 @@ def norms(model: nn.Module) -> list[nn.BatchNorm1d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
 
 
-@pytest.mark.parametrize("kind", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("writer", WRITERS)
+KINDS = (torch.float32, torch.bfloat16)
+WITH_NORMS = [name for name in MODELS if "batch norm" in name]
+
+
+@pytest.mark.parametrize("writer, name, kind", in_turns(KINDS, WRITERS, MODELS), ids=str)
 def test_writes_to_a_weight(writer: str, name: str, kind: torch.dtype) -> None:
     model = make(name, kind)
     check(model, kind, lambda: WRITERS[writer](linears(model)[1].weight))
 
 
-@pytest.mark.parametrize("part", ("running_mean", "running_var", "weight", "bias"))
-@pytest.mark.parametrize("name", [name for name in MODELS if "batch norm" in name])
-@pytest.mark.parametrize("writer", WRITERS)
-def test_writes_to_a_norm(writer: str, name: str, part: str) -> None:
-    """The first and the last norm, which in a converted level is a gate's."""
-    for at in (0, -1):
-        model = make(name, torch.float32)
-        check(model, torch.float32, lambda m=model, i=at: WRITERS[writer](getattr(norms(m)[i], part)))
+PARTS = ("running_mean", "running_var", "weight", "bias")
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("how", CHANGES)
-def test_changes_to_a_linear_layer(how: str, name: str) -> None:
-    for kind in (torch.float32, torch.bfloat16):
-        if how == "SGD_fused" and kind == torch.bfloat16:
-            continue  # PyTorch's own changes nothing there
-        model = make(name, kind)
-        check(model, kind, lambda m=model: CHANGES[how](linears(m)[1]))
+@pytest.mark.parametrize("writer, name, part, at", in_turns((0, -1), WRITERS, WITH_NORMS, PARTS))
+def test_writes_to_a_norm(writer: str, name: str, part: str, at: int) -> None:
+    """The first norm or the last, which in a converted level is a gate's."""
+    model = make(name, torch.float32)
+    check(model, torch.float32, lambda: WRITERS[writer](getattr(norms(model)[at], part)))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "batch norm" in name])
+@pytest.mark.parametrize("how, name, kind", in_turns(KINDS, CHANGES, MODELS), ids=str)
+def test_changes_to_a_linear_layer(how: str, name: str, kind: torch.dtype) -> None:
+    if how == "SGD_fused":
+        kind = torch.float32  # PyTorch's own changes nothing in the other
+    model = make(name, kind)
+    check(model, kind, lambda: CHANGES[how](linears(model)[1]))
+
+
+@pytest.mark.parametrize("name", WITH_NORMS)
 @pytest.mark.parametrize("how", [how for how in CHANGES if "pruning" not in how])
 def test_changes_to_a_norm(how: str, name: str) -> None:
     model = make(name, torch.float32)

@@ -1,7 +1,7 @@
 """Layers of no features and batches of no rows, against the definitions; ``test_zero_widths.py`` runs this.
 
-``python -m tests.ops.zero_widths NAME`` runs the cases of an instruction set, or of the reference, in a process of its
-own: a division by zero kills it, and what it printed last is the case that did.
+``python -m tests.ops.zero_widths 1 0`` runs all of them, by the reference and by each instruction set in turn, in a
+process of its own: a division by zero kills it, and what it printed last is the case that did.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -139,23 +139,36 @@ def cases(dtypes: tuple[torch.dtype, ...] = DTYPES, rows: tuple[int, ...] = ROWS
             yield f"pcgrad, {dtype}, parameters of {sizes}", functools.partial(check_pcgrad, dtype, sizes)
 
 
-def main(name: str, every: int, first: int) -> None:
-    """Runs every ``every``-th check, from number ``first`` on, by the reference or an instruction set."""
+NAMES = ("reference", *_extension.instruction_sets())
+THIRDS = NAMES[1:-1]  # which share their sources with the best: each checks a third, and three of them all
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """In the block the reference is called, or that instruction set."""
+    if name == "reference":
+        with mk.use_backend("reference"):
+            yield
+    else:
+        with _extension.instruction_set(name), mk.use_backend("cpp"):
+            yield
+
+
+def main(every: int, first: int) -> None:
+    """Runs every ``every``-th check, from number ``first`` on."""
     faulthandler.enable()
     warnings.simplefilter("error")
-    with ExitStack() as stack:
-        if name == "reference":
-            stack.enter_context(mk.use_backend("reference"))
-        else:
-            stack.enter_context(_extension.instruction_set(name))
-            stack.enter_context(mk.use_backend("cpp"))
-        torch.set_num_threads(1)
-        count, failed = 0, 0
-        for case, check in itertools.islice(cases(), first, None, every):
-            print(case, flush=True)
+    torch.set_num_threads(1)
+    count, failed = 0, 0
+    for number, (case, check) in enumerate(cases()):
+        for name in NAMES:
+            if number % every != first or (name in THIRDS and (number - THIRDS.index(name)) % 3):
+                continue
+            print(f"{case}, {name}", flush=True)
             count += 1
             try:
-                check()
+                with running(name):
+                    check()
             except Exception:
                 failed += 1
                 traceback.print_exc(limit=-3, file=sys.stdout)
@@ -163,4 +176,4 @@ def main(name: str, every: int, first: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

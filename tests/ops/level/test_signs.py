@@ -13,11 +13,12 @@ from torch import Tensor
 import mtlkernels as mk
 from mtlkernels import _extension
 from mtlkernels.ops.level import reference
-from mtlkernels.testing import Case, CaseFactory
+from mtlkernels.testing import DTYPES, Case, CaseFactory
 from tests import requires
 from tests.ops import agreement
 from tests.ops.level import operator
 from tests.ops.level.definition import formula
+from tests.turns import in_turns
 
 OPS = torch.ops.mtlkernels
 INSTRUCTION_SETS = pytest.mark.parametrize("isa", _extension.instruction_sets())
@@ -86,13 +87,17 @@ def test_signs(isa: str, rows: int, width: int, kind: torch.dtype) -> None:
     assert signs.dtype == torch.uint8 and np.array_equal(signs.numpy(), expected)
 
 
-@INSTRUCTION_SETS
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 17, 100, 1100, 1207])
-@pytest.mark.parametrize("last", ["relu", "none", "silu", "tanh"])
-@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
-def test_last_layers(routing: mk.Routing, last: str, rows: int, kind: torch.dtype, isa: str) -> None:
+LASTS, ROWS = ("relu", "none", "silu", "tanh"), (1, 5, 17, 100, 1100, 1207)
+
+
+@pytest.mark.parametrize(
+    "last, rows, kind, isa, name",
+    in_turns(list(ROUTINGS), LASTS, ROWS, DTYPES, _extension.instruction_sets()),
+    ids=str,
+)
+def test_last_layers(last: str, rows: int, kind: torch.dtype, isa: str, name: str) -> None:
     """Those of experts that several gates mix, in panels; of all where signs would not do."""
+    routing = ROUTINGS[name]
     operands = operator.of_case(case(kind, rows, routing, last).map(Tensor.detach))
     _, expected = reference.forward(*operands.forward(True))
     with _extension.instruction_set(isa):
