@@ -63,7 +63,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "if (has_amx()) add(": OTHER_PROCESSOR,
         '__builtin_cpu_supports("avx512': OTHER_PROCESSOR,
         "static const std::vector<std::string> names = fill_tables();": FAILED_ALLOCATION,
-        "static int isa = static_cast<int>(instruction_sets().size()) - 1;": FAILED_ALLOCATION,
+        "static const int isa = static_cast<int>(instruction_sets().size()) - 1;": FAILED_ALLOCATION,
     },
     "csrc/cpu/runtime/memory.cpp": {
         "static auto* pool = new MemoryPool;": FAILED_ALLOCATION,
