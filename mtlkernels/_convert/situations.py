@@ -17,8 +17,8 @@ class Situation:
     """How both ways are run once: in training or not, with how many rows, of what size, and whether with gradients.
 
     ``scale`` is that of the inputs, ``weights`` that of the matrices, ``signed`` whether vectors have numbers of either
-    sign, ``special`` whether a row of the inputs is zero and one not a number, which code may look for and refuse;
-    ``needed`` is False where the original may fail.
+    sign, ``special`` whether a row of the inputs is zero and one not a number, which code may look for and refuse, and
+    ``wider`` whether inputs have a column more, which code may leave out; ``needed`` is False where the original may fail.
     """
 
     words: str
@@ -28,6 +28,7 @@ class Situation:
     weights: float | None = None
     signed: bool = False
     special: bool = False
+    wider: bool = False
     gradients: bool = False
     autocast: bool = False
     needed: bool = True
@@ -63,6 +64,7 @@ SITUATIONS = (
     Situation("in evaluation on many rows", False, rows=LARGE_ROWS, weights=1.0),
     Situation("in training on many rows", True, rows=LARGE_ROWS),
     Situation("in evaluation with rows of zeros and NaN", False, special=True, needed=False),
+    Situation("in evaluation with inputs that are wider", False, wider=True, needed=False),
 )
 # In which rounding hides small differences, and code sees another dtype, or autocast, which leaves float64 alone.
 OTHER_DTYPES = (

@@ -286,6 +286,8 @@ def _difference_in(trial: Trial, situation: Situation, draws: bool) -> str | Non
     try:
         actual = _run(trial, 1, given, situation)
     except Exception as error:
+        if situation.wider:
+            return f"{words} the fused way raises {type(error).__name__}, and its own code does not"
         usual = situation.dtype == torch.float64 and not situation.autocast
         if rows and (usual or not isinstance(error, NotFused)):
             raise
@@ -313,6 +315,8 @@ def _run(trial: Trial, way: int, given: Any, situation: Situation) -> _Run:
             if situation.special and leaf.dim() > 0 and len(leaf) > 1:
                 leaf[0] = 0
                 leaf[(1,) + (0,) * (leaf.dim() - 1)] = torch.nan
+            if situation.wider and leaf.dim() > 1:
+                leaf = torch.cat([leaf, leaf[..., :1]], -1)
             leaf.requires_grad_()
             leaves.append(leaf)
             value = leaf * 1  # not a leaf, which nothing may be written into

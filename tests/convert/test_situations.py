@@ -137,6 +137,14 @@ class RefusesNaN(Edited):
         return outputs
 
 
+class LeavesFeaturesOut(Edited):
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, x[:, :WIDTH])
+
+    def logits(self, k: int, x: Tensor) -> Tensor:
+        return super().logits(k, x[:, :WIDTH])
+
+
 EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
     "one row in training": (OneRowInTraining, f"in training on 1 row {OUTPUTS}"),
     "no rows": (NoRows, f"in evaluation on no rows {OUTPUTS}"),
@@ -150,6 +158,10 @@ EDITS: dict[str, tuple[Callable[[], Edited], str]] = {
     "features that it refuses": (
         RefusesNaN,
         "in evaluation with rows of zeros and NaN its own code raises ValueError, and the fused way does not",
+    ),
+    "features that it leaves out": (
+        LeavesFeaturesOut,
+        "in evaluation with inputs that are wider the fused way raises ValueError, and its own code does not",
     ),
     "an entry that is taken away": (TakesFromADict, "its forward sets pending"),
     "an attribute that is taken away": (Forgets, "its forward sets cold"),
