@@ -18,7 +18,8 @@ class Situation:
 
     ``scale`` is that of the inputs, ``weights`` that of the matrices, ``signed`` whether vectors have numbers of either
     sign, ``special`` whether a row of the inputs is zero and one not a number, which code may look for and refuse, and
-    ``wider`` whether inputs have a column more, which code may leave out; ``needed`` is False where the original may fail.
+    ``wider`` whether inputs have a column more, which code may leave out; ``needed`` is False where the original may
+    fail.
     """
 
     words: str
