@@ -255,7 +255,9 @@ class TrunkLevel(NotScriptable, nn.Module):
             else:
                 name = options["activation"]
                 calls.keep_trunk(self, Expert, name, inputs, weights, biases, self.routing, gates)
-        logits = self._gate_logits(streams) if gates is None else None
+        logits = None
+        if gates is None:
+            logits, inputs = self._gate_logits(streams), self._for_experts(inputs)
         return expert_mixture(inputs, weights, biases, logits, self.routing, gate_weights=gates, **options)
 
     def served(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -330,6 +332,13 @@ class TrunkLevel(NotScriptable, nn.Module):
             return logits
         gates: Any = self.gates
         return [gate(streams[stream]) for gate, stream in zip(gates, self._gate_inputs, strict=True)]
+
+    def _for_experts(self, inputs: Any) -> Any:
+        """The inputs, but for streams that gates alone read: the operator, which does not, would give them zeros."""
+        read = set(self.routing.expert_inputs)
+        if isinstance(inputs, Tensor) or len(read) == len(inputs) or not torch.is_grad_enabled():
+            return inputs
+        return [x if stream in read else x.detach() for stream, x in enumerate(inputs)]
 
     def _gate_weights(self, num_streams: int) -> Any:
         """The weights of gates that are linear layers to which nobody listens, else None."""

@@ -272,6 +272,15 @@ def test_copies_are_independent_and_equal(kind: str) -> None:
 
 
 # torch.compile itself instantiates an autograd Function as it traces it, and its backend uses torch.jit.
+@pytest.mark.parametrize("activation", ["tanh", "prelu"])
+def test_a_gate_that_no_loss_reaches_keeps_no_gradient(activation: str) -> None:
+    """A task without experts of its own: of the next level its stream is read by its gate alone."""
+    trunk = mk.nn.PLE(5, 2, (4,), num_specific=(0, 1), num_shared=1, gate_units=(3,), activation=activation)
+    trunk(torch.randn(6, 5))[1].sum().backward()
+    reached = {name for name, p in trunk.named_parameters() if p.grad is not None}
+    assert not any(".gates.0." in name for name in reached) and any(".gates.1." in name for name in reached)
+
+
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind, compiler", [("mmoe", "aot_eager"), ("ple", "inductor")])
