@@ -271,7 +271,6 @@ def test_copies_are_independent_and_equal(kind: str) -> None:
         assert torch.equal(a, b)
 
 
-# torch.compile itself instantiates an autograd Function as it traces it, and its backend uses torch.jit.
 @pytest.mark.parametrize("activation", ["tanh", "prelu"])
 def test_a_gate_that_no_loss_reaches_keeps_no_gradient(activation: str) -> None:
     """A task without experts of its own: of the next level its stream is read by its gate alone."""
@@ -281,6 +280,7 @@ def test_a_gate_that_no_loss_reaches_keeps_no_gradient(activation: str) -> None:
     assert not any(".gates.0." in name for name in reached) and any(".gates.1." in name for name in reached)
 
 
+# torch.compile itself instantiates an autograd Function as it traces it, and its backend uses torch.jit.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind, compiler", [("mmoe", "aot_eager"), ("ple", "inductor")])
