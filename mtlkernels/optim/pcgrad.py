@@ -100,7 +100,7 @@ class PCGrad(GramWeighted):
             models, with FSDP, and on CPUs for small levels or few rows, where that is faster. True: one batched pass
             for the whole model. Often faster for small models; it takes T times the memory of a pass, and operators
             that can be batched: dense gradients, no compiled model. Where one loss's gradients are not finite the
-            others' may become NaN, as that pass multiplies it by 0 for them.
+            others' may become NaN, as that pass adds them to these, times 0.
         beside: other optimizers of the same model, such as SparseAdam for its embeddings beside Adam. Their parameters
             take part in :meth:`pc_backward`; their ``step``, ``zero_grad`` and checkpoints stay the caller's.
         group: the process group of data-parallel ranks, all of which call :meth:`pc_backward`.
