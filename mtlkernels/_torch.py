@@ -58,6 +58,11 @@ def compiling() -> bool:
     return torch.compiler.is_compiling() and (torch.compiler.is_dynamo_compiling() or dispatch_stack_length() > 0)
 
 
+def exporting() -> bool:
+    """Whether this thread exports."""
+    return compiling() and torch.compiler.is_exporting()
+
+
 def records_gradients() -> bool:
     """Whether what is done with tensors that want gradients is recorded.
 

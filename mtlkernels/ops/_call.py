@@ -23,22 +23,28 @@ def under_autocast(like: Tensor, *groups: Any) -> Any:
 
 
 def needs_function(*groups: Sequence[Tensor | None]) -> bool:
-    """Whether the call goes through the op's autograd Function: a gradient is wanted, or torch.func is at work.
+    """Whether the call goes through the op's autograd Function: derivatives are wanted, and no export looks on.
 
-    torch.compile cannot trace a Function whose arguments want no gradient; there the operator's own rules serve.
+    torch.compile cannot trace a Function whose arguments want no gradient; there the operator's own rules serve. So
+    they do in torch.export, whose strict mode makes of a Function what runs without gradients.
     """
+    return not _torch.exporting() and wants_derivatives(*groups)
+
+
+def wants_derivatives(*groups: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient is wanted, or torch.func is at work."""
     if _torch.func_transforms_active() and not _torch.compiling():
         return True
     return _torch.records_gradients() and any(t is not None and t.requires_grad for group in groups for t in group)
 
 
 def needs_reference(op: str, *groups: Sequence[Tensor | None]) -> bool:
-    """:func:`needs_function`, for an op whose derivatives and rules for vmap are the reference's alone.
+    """Whether derivatives are wanted, of an op whose derivatives and rules for vmap are the reference's alone.
 
     Raises:
         RuntimeError: :func:`mtlkernels.use_backend` asks for another implementation.
     """
-    if not needs_function(*groups):
+    if not wants_derivatives(*groups):
         return False
     _refuse_others(op, "derivatives and torch.func transforms")
     return True

@@ -103,6 +103,19 @@ def test_a_program_of_training_is_saved_and_loaded(name: str, strict: bool) -> N
         torch.testing.assert_close(loaded.get_buffer(key), buffer)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", ["gated_mixture", "snr_trans", "snr_aver", "SNR Trans", "PLE"])
+def test_a_program_has_the_gradients_of_the_model(name: str, strict: bool) -> None:
+    model, x = KINDS[name].model(), KINDS[name].inputs(9, 1)
+    program: Any = torch.export.export(model, KINDS[name].inputs(5, 0), dynamic_shapes=({0: ROWS},), strict=strict)
+    exported = program.module()
+    for module in (exported, model):
+        sum(y.square().sum() for y in module(*x)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        torch.testing.assert_close(exported.get_parameter(key).grad, parameter.grad)
+
+
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("name", ["CGC with batch norm", "gated_mixture", "snr_aver"])
 def test_transforms_of_a_program(name: str, grad: bool) -> None:

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtlkernels import _backends, _torch
-from mtlkernels.ops._call import apply, needs_function, run_forward, run_operator, traced_under_func, under_autocast
+from mtlkernels.ops._call import (
+    apply,
+    needs_function,
+    run_forward,
+    run_operator,
+    traced_under_func,
+    under_autocast,
+    wants_derivatives,
+)
 from mtlkernels.ops._linears import joint_linear
 from mtlkernels.ops.level import serving  # noqa: F401  (it registers level_serve)
 from mtlkernels.ops.level.autograd import Level, Plan
@@ -211,7 +219,9 @@ def _is_differentiated(given: Arguments, norms: Sequence[Any]) -> bool:
     weights, biases, _ = given.gates or ((), (), ())
     of_norms = [part for module in norms for part in (module.weight, module.bias)]
     experts = [weight for layer in given.layers for weight in layer]
-    return needs_function(given.streams, experts, given.biases, given.slopes, given.logits, weights, biases, of_norms)
+    return wants_derivatives(
+        given.streams, experts, given.biases, given.slopes, given.logits, weights, biases, of_norms
+    )
 
 
 def _keeps_norms(given: Arguments) -> bool:
@@ -247,7 +257,7 @@ def _of_experts(tensors: Sequence[Any], experts: Sequence[int], routing: Routing
 
 def _with_zeros(outputs: Sequence[Tensor], idle: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The outputs; from any of them ``idle``, experts' parameters and inputs that it does without, get zeros."""
-    wanted = [tensor for tensor in idle if needs_function([tensor])]
+    wanted = [tensor for tensor in idle if wants_derivatives([tensor])]
     if not wanted:
         return tuple(outputs)
     zero = torch.stack([tensor[:0].sum().to(outputs[0].dtype) for tensor in wanted]).sum()
