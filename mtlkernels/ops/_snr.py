@@ -255,6 +255,13 @@ def traced(op: str, closed_grad: bool, *groups: Any) -> tuple[Tensor, ...]:
     return _formulas[op](*lists, z)
 
 
+def as_exported(z: Tensor, closed_grad: bool) -> Tensor:
+    """``z`` for an operator in an exported program, whose own derivative knows of no ``closed_grad``."""
+    if closed_grad or not (_torch.exporting() and z.requires_grad and torch.is_grad_enabled()):
+        return z
+    return torch.where(z != 0, z, z.detach())
+
+
 def of_route(z: Tensor, tensor: Tensor) -> Tensor:
     """What a route reads where derivatives of it are taken: if it is closed, nothing that is not finite."""
     return torch.where((z != 0) | torch.isfinite(tensor), tensor, torch.zeros_like(tensor))

@@ -116,6 +116,22 @@ def test_a_program_has_the_gradients_of_the_model(name: str, strict: bool) -> No
         torch.testing.assert_close(exported.get_parameter(key).grad, parameter.grad)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_closed_routes_of_a_program_have_no_gradient_where_none_is_asked(strict: bool) -> None:
+    class Routes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.z = torch.nn.Parameter(torch.tensor([[0.0, 1.0], [0.5, 0.0]]))
+
+        def forward(self, x: Any) -> Any:
+            return (*mk.snr_aver([x, x + 1], self.z, closed_grad=False),)
+
+    x = torch.ones(3, 2)
+    program: Any = torch.export.export(Routes(), (x,), strict=strict).module()
+    sum(y.sum() for y in program(x)).backward()
+    assert program.z.grad.tolist() == [[0.0, 12.0], [6.0, 0.0]]
+
+
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("name", ["CGC with batch norm", "gated_mixture", "snr_aver"])
 def test_transforms_of_a_program(name: str, grad: bool) -> None:

@@ -20,6 +20,7 @@ from mtlkernels.ops._checks import Tensors, shape_of
 from mtlkernels.ops._snr import (
     Plan,
     Routes,
+    as_exported,
     check_closed_grad,
     check_inputs,
     check_z,
@@ -68,7 +69,7 @@ def snr_aver(u: Tensor | Tensors, z: Tensor, *, closed_grad: bool = True) -> tup
     if needs_function(inputs, (z,)):
         plan = Plan("snr_aver", len(inputs), 0, num_outputs, closed_grad, backend)
         return tuple(apply(Routes, plan, *distinct(*inputs, z)))
-    return tuple(run_forward("snr_aver", backend, inputs[0], inputs, z))
+    return tuple(run_forward("snr_aver", backend, inputs[0], inputs, as_exported(z, closed_grad)))
 
 
 def _check(u: Any, z: Any) -> tuple[list[Tensor], int]:

@@ -21,6 +21,7 @@ from mtlkernels.ops._checks import Tensors
 from mtlkernels.ops._snr import (
     Plan,
     Routes,
+    as_exported,
     check_closed_grad,
     check_inputs,
     check_z,
@@ -82,7 +83,7 @@ def snr_trans(
     if needs_function(inputs, weights, (z,)):
         plan = Plan("snr_trans", len(inputs), len(weights), num_outputs, closed_grad, backend)
         return tuple(apply(Routes, plan, *distinct(*inputs, *weights, z)))
-    return tuple(run_forward("snr_trans", backend, inputs[0], inputs, weights, z))
+    return tuple(run_forward("snr_trans", backend, inputs[0], inputs, weights, as_exported(z, closed_grad)))
 
 
 def _check(u: Any, weight: Any, z: Any) -> tuple[list[Tensor], list[Tensor], int]:
