@@ -220,6 +220,19 @@ def test_what_both_ways_refuse_makes_no_difference() -> None:
         model(torch.full((3, WIDTH), torch.nan))
 
 
+def test_a_description_that_leaves_features_out() -> None:
+    register(
+        LeavesFeaturesOut,
+        inputs=lambda level, x: x[:, :WIDTH],
+        arguments=lambda level, streams: (streams[0],),
+    )
+    model = LeavesFeaturesOut().eval()
+    x = torch.randn(700, WIDTH + 3)
+    expected = model(x)
+    assert mk.convert(model).replaced
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_large_level_is_tried_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a small one would take long there."""
     rows: list[int] = []

@@ -117,14 +117,17 @@ def test_a_program_has_the_gradients_of_the_model(name: str, strict: bool) -> No
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_closed_routes_of_a_program_have_no_gradient_where_none_is_asked(strict: bool) -> None:
+@pytest.mark.parametrize("op", ["snr_aver", "snr_trans"])
+def test_closed_routes_of_a_program_have_no_gradient_where_none_is_asked(op: str, strict: bool) -> None:
     class Routes(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.z = torch.nn.Parameter(torch.tensor([[0.0, 1.0], [0.5, 0.0]]))
 
         def forward(self, x: Any) -> Any:
-            return (*mk.snr_aver([x, x + 1], self.z, closed_grad=False),)
+            if op == "snr_aver":
+                return (*mk.snr_aver([x, x + 1], self.z, closed_grad=False),)
+            return (*mk.snr_trans([x, x + 1], [[torch.eye(2)] * 2] * 2, self.z, closed_grad=False),)
 
     x = torch.ones(3, 2)
     program: Any = torch.export.export(Routes(), (x,), strict=strict).module()
