@@ -22,6 +22,7 @@
 
 #include "arguments.h"
 #include "below_autograd.h"
+#include "casts.h"
 #include "cpu/level/level.h"
 #include "cpu/runtime/check.h"
 #include "cpu/runtime/tensors.h"
@@ -155,24 +156,21 @@ bool any_requires_grad(const LevelCall& call) {
          of_norms(call.norms.gates);
 }
 
-// What autocast has products take, in the dtype that it has for them: differentiable copies, as the checks in Python
-// make. Other dtypes stay as they are, and so do norms, slopes and logits. Nothing outside of autocast. Without the
-// GIL, as it copies weights, and makes leaves' nodes under a lock for which nobody is to wait with it.
+// What autocast has products take, in the dtype that it has for them, as the checks in Python cast it. Other dtypes
+// stay as they are, and so do norms, slopes and logits. Nothing outside of autocast.
 void cast_for_autocast(LevelTensors& tensors) {
   if (!at::autocast::is_autocast_enabled(at::kCPU)) return;
-  const py::gil_scoped_release release;
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(at::kCPU);
-  const auto cast = [dtype](Tensors& group) {
-    for (at::Tensor& tensor : group) {
-      const at::ScalarType own = tensor.defined() ? tensor.scalar_type() : dtype;
-      const bool is_cast = own == at::kFloat || own == at::kHalf || own == at::kBFloat16;
-      if (is_cast && own != dtype) tensor = tensor.to(dtype);
-    }
+  std::vector<at::Tensor*> cast;
+  const auto add = [&](Tensors& group) {
+    for (at::Tensor& tensor : group) cast.push_back(&tensor);
   };
-  for (Tensors* group : {&tensors.inputs, &tensors.weights, &tensors.biases}) cast(*group);
-  if (!tensors.linear_gates) return;
-  cast(tensors.gates);
-  cast(tensors.gate_biases);
+  for (Tensors* group : {&tensors.inputs, &tensors.weights, &tensors.biases}) add(*group);
+  if (tensors.linear_gates) {
+    add(tensors.gates);
+    add(tensors.gate_biases);
+  }
+  cast_together(cast, dtype);
 }
 
 at::Tensor drawn_seed(const at::Generator& generator) {

@@ -4,25 +4,22 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_function.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <initializer_list>
 #include <iterator>
-#include <memory>
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cpu/level/level.h"
+#include "nodes.h"
 #include "observers.h"
 #include "recording.h"
 
@@ -227,6 +224,8 @@ Tensors by_python(const Context& context, const variable_list& grads) {
 }
 
 struct LevelFunction : torch::autograd::Function<LevelFunction> {
+  static constexpr const char* kName = "mtlkernels::ExpertMixtureBackward";
+
   static variable_list backward(AutogradContext* saved, variable_list grads) {
     const Context context(saved);
     const std::string& wanted = context.wanted();
@@ -243,33 +242,9 @@ struct LevelFunction : torch::autograd::Function<LevelFunction> {
   }
 };
 
-template <typename Root>
-struct NodeOf : torch::autograd::CppNode<LevelFunction> {
-  // What is printed of an output and of an error in it.
-  std::string name() const override { return "mtlkernels::ExpertMixtureBackward"; }
-  // Newer versions of PyTorch have this virtual function, which destructors call. There the base makes an empty
-  // context, in memory that there may not be. Older versions do not have it, nor is it compiled with them.
-  void release_resources() {
-    Root::release_resources();
-    release_variables();
-    // The context refers to the node, weakly, and as long as anyone does its memory is not given back.
-    if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Root>) this->set_ctx_grad_fn(c10::intrusive_ptr<Root>());
-  }
-};
-using LevelNode = NodeOf<torch::autograd::Node>;
+using LevelNode = NodeOf<LevelFunction>;
 
-// Newer versions count nodes by intrusive pointers.
-template <typename Node>
-auto make_node() {
-  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Node>) {
-    return c10::make_intrusive<Node>();
-  } else {
-    return std::shared_ptr<Node>(new Node(), [](Node* node) { deleteNode(node); });  // torch::autograd's
-  }
-}
-
-// Gives outputs a node, which is what torch::autograd::Function::apply does with them, but for the inputs' shapes,
-// which nobody reads. `words` are the spec's ints, and `floats` its floats.
+// Gives outputs a node. `words` are the spec's ints, and `floats` its floats.
 Tensors with_node(std::string_view words, std::string_view floats, const Tensors& tensors, const at::Tensor& seed,
                   LevelResults results, int64_t way) {
   Tensors given;  // the tensors that there are: each has an edge
@@ -278,27 +253,18 @@ Tensors with_node(std::string_view words, std::string_view floats, const Tensors
     wanted += !tensor.defined() ? kAbsent : tensor.requires_grad() ? kVariable : kConstant;
     if (tensor.defined()) given.push_back(tensor);
   }
-  const auto node = make_node<LevelNode>();
-  node->set_ctx_grad_fn(node);
-  node->set_next_edges(torch::autograd::collect_next_edges(given));
-  node->is_variable_input_.assign(given.size(), true);
-  AutogradContext& context = node->ctx_;
-  context.set_materialize_grads(false);
-  context.saved_data[kSpec] = text_of(words);
-  context.saved_data[kFloats] = text_of(floats);
-  context.saved_data[kWanted] = std::move(wanted);
-  context.saved_data[kWay] = way;
-  context.saved_data[kSaved] = static_cast<int64_t>(results.saved.size());
-  context.saved_data[kLosses] = int64_t{0};
-  variable_list kept = tensors;
-  kept.push_back(seed);
-  std::move(results.saved.begin(), results.saved.end(), std::back_inserter(kept));
-  context.save_for_backward(std::move(kept));
-  for (at::Tensor& output : results.outputs) {
-    torch::autograd::set_history(output, node);
-    node->output_info_.emplace_back(output);
-  }
-  node->save_variables_to_ctx();
+  attach_node<LevelFunction>(given, results.outputs, [&](AutogradContext& context) {
+    context.saved_data[kSpec] = text_of(words);
+    context.saved_data[kFloats] = text_of(floats);
+    context.saved_data[kWanted] = std::move(wanted);
+    context.saved_data[kWay] = way;
+    context.saved_data[kSaved] = static_cast<int64_t>(results.saved.size());
+    context.saved_data[kLosses] = int64_t{0};
+    variable_list kept = tensors;
+    kept.push_back(seed);
+    std::move(results.saved.begin(), results.saved.end(), std::back_inserter(kept));
+    context.save_for_backward(std::move(kept));
+  });
   return std::move(results.outputs);
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "below_autograd.h"
+#include "casts.h"
 #include "cpu/gemm/kept_weights.h"
 #include "cpu/runtime/instruction_sets.h"
 #include "cpu/runtime/kernel_tables.h"
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_C, module) {
              "Keeps what is prepared of each of these weights, which nobody writes to any more.");
   mtlk::find_observers();
   mtlk::define_below_autograd(module);
+  mtlk::define_casts(module);
   mtlk::define_gradient_lists(module);
   mtlk::define_graph(module);
   mtlk::define_recording(module);

@@ -55,15 +55,17 @@ bool has_tangent(const at::Tensor& tensor) {
 
 // Without asking whether a forward-mode level is open, since that takes a lock, which a fork may find held by another
 // thread.
-bool is_observed(at::TensorList tensors) {
+bool is_watched(at::TensorList tensors) {
   static const c10::DispatchKeySet watchers({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                                              c10::DispatchKey::FuncTorchVmapMode, c10::DispatchKey::VmapMode,
                                              c10::DispatchKey::Functionalize, c10::DispatchKey::Tracer});
-  return at::GradMode::is_enabled() || has_function_mode() || c10::impl::dispatch_mode_enabled() ||
+  return has_function_mode() || c10::impl::dispatch_mode_enabled() ||
          !(c10::impl::tls_local_dispatch_key_set().included_ & watchers).empty() ||
          !std::all_of(tensors.begin(), tensors.end(),
                       [](const at::Tensor& t) { return !t.defined() || (is_plain(t) && !has_tangent(t)); });
 }
+
+bool is_observed(at::TensorList tensors) { return at::GradMode::is_enabled() || is_watched(tensors); }
 
 void find_observers() {
   py::object context = py::module_::import("torch.utils._device").attr("DeviceContext");

@@ -30,7 +30,10 @@ inline bool records_gradients() {
 bool has_tangent(const at::Tensor& tensor);
 
 // Whether someone wants to see what a call or a backward pass does, or stands behind these tensors, or has given them
-// tangents; or gradients are recorded. Undefined tensors are None.
+// tangents. Undefined tensors are None.
+bool is_watched(at::TensorList tensors);
+
+// The same, or gradients are recorded.
 bool is_observed(at::TensorList tensors);
 
 // Looks up what is_observed knows modes by; once, when the module is loaded.

@@ -41,8 +41,10 @@ FEWER_ROWS |= {"rechub-PLE-PReLU": (1, 64, 4096), "rechub-PLE-Dice": (1, 64, 409
 PART_ROWS = 4096
 AUTOCAST_ROWS = {"rechub-PLE": (1, 16, 64, 256, 4096), "deepctr-PLE": (1, 16, 256, 4096)}
 # Where torch.compile's contenders stand too; compiling takes longer than all else.
-COMPILED = {("rechub-PLE", TRAINING, 16), ("rechub-PLE", TRAINING, 4096)}
-COMPILED |= {("rechub-PLE", SERVING, rows) for rows in (1, 64, 4096)}
+COMPILED = {("rechub-PLE", TRAINING, rows, torch.float32) for rows in (16, 4096)}
+COMPILED |= {("rechub-PLE", SERVING, rows, torch.float32) for rows in (1, 64, 4096)}
+COMPILED |= {("rechub-PLE", TRAINING, 4096, torch.bfloat16)}
+COMPILED |= {("rechub-PLE", SERVING, rows, torch.bfloat16) for rows in (1, 4096)}
 # Batch norm divides by what rounding has made of a variance, and its gradients are differences: PyTorch's own of towers
 # are off by 4.6e-5 of their size at 8192 rows.
 SLACK = 16.0
@@ -238,7 +240,7 @@ def build(name: str, work: str, rows: int, dtype: torch.dtype, device: torch.dev
         Contender(BASELINE, f"{model.label} as it is", lambda: step(copy.deepcopy(load.source))),
         Contender(OURS, f"converted ({backend})", lambda: step(converted(load.source))),
     ]
-    if (name, work, rows) in COMPILED and dtype is torch.float32:
+    if (name, work, rows, dtype) in COMPILED:
         contenders[1:1] = [
             Contender("compile", "as it is, torch.compile", lambda: step(copy.deepcopy(load.source), True)),
             Contender("ours-compile", "converted, torch.compile", lambda: step(converted(load.source), True)),

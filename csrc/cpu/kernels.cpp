@@ -1,5 +1,6 @@
 // Puts the kernels of one instruction set into the tables; CMakeLists.txt compiles this file once for each.
 
+#include "cast/cast_kernels.h"
 #include "gemm/engines.h"
 #include "level/level_kernels.h"
 #include "mixture/gated_mixture_kernels.h"
@@ -40,6 +41,7 @@ void fill_dtype(int isa, Dtype dtype) {
   put(isa, dtype, snr_aver_kernels<T>());
   put(isa, dtype, gated_mixture_kernels<T>());
   put(isa, dtype, pcgrad_kernels<T>());
+  if constexpr (sizeof(T) == 2) put(isa, dtype, cast_kernels<T>());
 }
 
 void fill(int isa) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,21 @@ def under_autocast(like: Tensor, *groups: Any) -> Any:
     if not _backends.autocast_enabled(device):
         return groups
     dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and _extension.has_module() and not _torch.compiling():
+        cast = _extension.function("cast_together")(_flat(groups), dtype)
+        if cast is not None:
+            return _nested(groups, iter(cast))
     return tuple(cast_floats(group, dtype) for group in groups)
+
+
+def _flat(value: Any) -> list[Any]:
+    """What nested lists and tuples hold, in their order."""
+    return [leaf for item in value for leaf in (_flat(item) if isinstance(item, (list, tuple)) else (item,))]
+
+
+def _nested(value: Any, leaves: Iterator[Any]) -> tuple[Any, ...]:
+    """As ``value``, with the next of the leaves in the place of each of its own; tuples for lists."""
+    return tuple(_nested(item, leaves) if isinstance(item, (list, tuple)) else next(leaves) for item in value)
 
 
 def needs_function(*groups: Sequence[Tensor | None]) -> bool:

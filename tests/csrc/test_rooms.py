@@ -12,6 +12,7 @@ CPU = Path(__file__).parents[2] / "csrc" / "cpu"
 BELOW = {"runtime": {"common"}}
 BELOW["simd"] = BELOW["runtime"] | {"runtime"}
 BELOW["gemm"] = BELOW["simd"] | {"simd"}
+BELOW["cast"] = BELOW["simd"] | {"simd"}
 BELOW["level"] = BELOW["snr"] = BELOW["gemm"] | {"gemm"}
 BELOW["pcgrad"] = BELOW["gemm"]
 BELOW["mixture"] = BELOW["level"] | {"level"}  # gates
