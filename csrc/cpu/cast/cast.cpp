@@ -1,11 +1,10 @@
 #include "cast/cast.h"
 
-#include <ATen/EmptyTensor.h>
-
 #include <algorithm>
 
 #include "cast/cast_args.h"
 #include "runtime/kernel_tables.h"
+#include "runtime/memory.h"
 #include "runtime/parallel.h"
 #include "runtime/tensors.h"
 
@@ -37,8 +36,7 @@ std::vector<at::Tensor> cast_at_once(at::TensorList tensors, at::ScalarType dtyp
   int64_t all = 0;
   for (const at::Tensor& tensor : tensors) {
     const at::Tensor own = held(tensor);
-    const at::Tensor& copy =
-        copies.emplace_back(at::detail::empty_strided_cpu(own.sizes(), own.strides(), own.options().dtype(dtype)));
+    const at::Tensor& copy = copies.emplace_back(pooled(own.sizes(), own.strides(), own.options().dtype(dtype)));
     const auto* const in = static_cast<const char*>(own.const_data_ptr());
     auto* const out = static_cast<char*>(copy.mutable_data_ptr());
     for (int64_t first = 0; first < own.numel(); first += kTaskValues) {
