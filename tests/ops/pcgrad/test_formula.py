@@ -142,6 +142,14 @@ def test_pieces_out_of_range_beside_others(isa: str, flushed: bool) -> None:
     assert max(errors) < PROMISED
 
 
+@pytest.mark.parametrize("isa", _extension.instruction_sets())
+def test_squares_that_are_flushed_beside_larger_ones(isa: str) -> None:
+    """Dot products of bfloat16 take subnormal squares for zeros, which here are a part of a sum that is none."""
+    values = torch.tensor([2.0**-62, 1.25 * 2.0**-64], dtype=torch.bfloat16).repeat_interleave(20_000)
+    with _extension.instruction_set(isa), mk.use_backend("cpp"):
+        assert gram_error([[values]]) < PROMISED
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e-38, 1e25, 1e37])
 def test_squares_out_of_range(scale: float, backend: str) -> None:
     """Gradients that float32 holds, and whose squares it does not."""
