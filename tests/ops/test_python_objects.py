@@ -109,7 +109,7 @@ def test_gradients_without_memory() -> None:
 
 
 @requires.cpp_kernels
-@pytest.mark.parametrize("how", ["storage", "data"])
+@pytest.mark.parametrize("how", ["storage", "data", "shorter", "elsewhere"])
 def test_gradients_whose_memory_goes_between_the_passes(how: str) -> None:
     """Where a weighting runs, which may lead to whoever has kept them."""
     parameter, kept = nn.Parameter(torch.randn(5)), list[torch.Tensor]()
@@ -119,8 +119,12 @@ def test_gradients_whose_memory_goes_between_the_passes(how: str) -> None:
         for grad in kept:
             if how == "storage":
                 grad.untyped_storage().resize_(0)
-            else:
+            elif how == "data":
                 grad.data = torch.empty(0)
+            elif how == "shorter":  # where it lay
+                grad.data = torch.from_dlpack(grad[:2])
+            else:  # above, so that what was there does not end past it
+                grad.data = max([torch.empty_like(grad) for _ in range(64)], key=torch.Tensor.data_ptr)
         return torch.ones(len(gram), dtype=gram.dtype)
 
     optimizer = mk.optim.GramWeighted(torch.optim.SGD([parameter]), weighting, shared=[parameter])
