@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,11 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import mtlkernels as mk
-from mtlkernels import _extension
+from mtlkernels import _backends, _dumps, _extension
 from mtlkernels.nn._arguments import Style
 from mtlkernels.nn.level import TrunkLevel
 from tests import requires
+from tests.nn.serving import kept, serve
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 KINDS: dict[str, Any] = {
@@ -43,6 +46,22 @@ def test_a_prepared_level_in_training_mode_behind_kept_calls(kind: str) -> None:
         level.train()
         with pytest.raises(RuntimeError, match="serves only"):
             prepared(X)
+
+
+@pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("asked", ["reference", None])
+def test_calls_that_are_to_enter_an_implementation(
+    asked: str | None, batch_norm: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that is asked for by name; and any, where calls that fail are saved."""
+    model, entered, found = kept("MMoE", batch_norm=batch_norm), [], _backends._found
+    monkeypatch.setattr(_backends, "_found", lambda *args: entered.append(args[2]) or found(*args))
+    if asked is None:
+        monkeypatch.setattr(_dumps, "folder", tmp_path / "dumps")
+    with nullcontext() if asked is None else mk.use_backend(asked):
+        serve(model, torch.randn(3, 20))
+    assert entered == [asked]
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

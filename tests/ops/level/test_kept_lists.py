@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtlkernels as mk
-from mtlkernels import _extension
+from mtlkernels import _backends, _dumps, _extension
 from mtlkernels.ops.level import lists
 from tests.ops.level.own_lists import CALLS, ROUTING, SINGLE, Level, Read, equal, kept, nothing_kept, rows  # noqa: F401
 
@@ -352,6 +353,18 @@ def test_gate_norms_are_not_served_by_a_call_without() -> None:
         with mk.use_backend("reference"):
             expected = call()
         torch.testing.assert_close(call(), expected)
+
+
+def test_calls_that_are_to_enter_an_implementation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that is asked for by name; and any, where calls that fail are saved."""
+    x, entered, found = rows(3), [], _backends._found
+    level = kept(Level(), x)
+    monkeypatch.setattr(_backends, "_found", lambda *args: entered.append(args[2]) or found(*args))
+    with mk.use_backend("reference"):
+        level(x)
+    monkeypatch.setattr(_dumps, "folder", tmp_path / "dumps")
+    level(x)
+    assert entered == ["reference", None]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")  # PyTorch makes tangents of it
