@@ -16,13 +16,19 @@ pytestmark = requires.cpp_kernels
 WIDTH = 64
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["serving", "training"])
-def test_another_thread_gives_parameters_other_memory(grad: bool) -> None:
+@pytest.mark.parametrize("way", ["serving", "serving with norms", "training"])
+def test_another_thread_gives_parameters_other_memory(way: str) -> None:
     """As `.data` and `Module.to` do: each call sees each weight as it was before or after."""
-    model: Any = mk.nn.MMoE(WIDTH, 2, (WIDTH,), 4, activation="none")
+    grad, norms = way == "training", way == "serving with norms"
+    model: Any = mk.nn.MMoE(WIDTH, 2, (WIDTH,), 4, activation="none", batch_norm=norms).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.eps = 0.0
     experts = [expert.linears[0] for expert in model.level.experts]
     for layer in experts:
-        layer.weight.data, layer.bias.data = torch.ones(WIDTH, WIDTH), torch.zeros(WIDTH)
+        layer.weight.data = torch.ones(WIDTH, WIDTH)
+        if layer.bias is not None:
+            layer.bias.data.zero_()
     model.level.gates.weight.data.zero_()
     x, stop, wrong, calls = torch.ones(WIDTH, WIDTH), False, [], 0
 
