@@ -125,6 +125,10 @@ def _transposed_where_it_lies(level: Level) -> None:
     weight.set_(weight.untyped_storage(), 0, weight.shape, (1, weight.shape[0]))
 
 
+def _negated_where_it_lies(level: Level) -> None:
+    level.weights[0][1] = torch._neg_view(level.weights[0][1])
+
+
 def _swapped(level: Level) -> None:
     level.weights[0][1], level.weights[0][2] = level.weights[0][2], level.weights[0][1]
 
@@ -176,6 +180,7 @@ CHANGES = [
     _in_place,
     _strides,
     _transposed_where_it_lies,
+    _negated_where_it_lies,
     _swapped,
     _new_bias,
     _no_bias_in_a_layer,
