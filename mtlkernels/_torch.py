@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 # pyright: reportAttributeAccessIssue=false
@@ -198,15 +198,22 @@ def checkpoints_around() -> list[Any]:
 
     None in the place of what else looks at saved tensors.
     """
+    with without_hooks_on_saved() as hooks:
+        return [_checkpoint_of(pack) for pack, _ in hooks]
+
+
+@contextmanager
+def without_hooks_on_saved() -> Iterator[list[Any]]:
+    """Within it nothing looks at tensors that are saved for backward passes; gives what does, the innermost first."""
     hooks: list[Any] = []
     try:
         while saves_through_hooks():
             hooks.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
             torch._C._autograd._pop_saved_tensors_default_hooks()
+        yield hooks
     finally:
         for own in reversed(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(*own)
-    return [_checkpoint_of(pack) for pack, _ in hooks]
 
 
 def saves_through_hooks() -> bool:

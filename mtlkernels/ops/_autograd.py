@@ -35,11 +35,13 @@ def differentiate_twice(
         _, pull = vjp(forward, *args)
         return tuple(pull(outs))
 
-    result, pull = vjp(backward, tuple(grad_outputs), tuple(primals))
-    cotangents = tuple(
-        torch.zeros_like(out) if grad is None else grad.to(out.dtype) for out, grad in zip(result, grads, strict=True)
-    )
-    grad_grad_outputs, grad_primals = pull(cotangents)
+    with _torch.without_hooks_on_saved():  # within which PyTorch refuses transforms
+        result, pull = vjp(backward, tuple(grad_outputs), tuple(primals))
+        cotangents = tuple(
+            torch.zeros_like(out) if grad is None else grad.to(out.dtype)
+            for out, grad in zip(result, grads, strict=True)
+        )
+        grad_grad_outputs, grad_primals = pull(cotangents)
     return tuple(grad_grad_outputs), tuple(grad_primals)
 
 

@@ -197,6 +197,23 @@ def test_derivatives_of_a_jacobian(losses: Pair, backend: str) -> None:
         assert_close(derivatives(fused), derivatives(plain))
 
 
+def test_derivatives_of_third_order_within_hooks_on_saved_tensors(pair: Any, backend: str) -> None:
+    """They are made by transforms of torch.func, which PyTorch refuses within such hooks."""
+    fused, plain, values = pair
+
+    def derivatives(function: Callable[..., Any]) -> Any:
+        leaves = [value.clone().requires_grad_() for value in values]
+        loss = loss_of(function)(*leaves)
+        for _ in range(2):
+            grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            loss = loss + sum(grad.square().sum() for grad in grads if grad is not None)
+        return torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+    with mk.use_backend(backend), torch.autograd.graph.save_on_cpu():
+        got = derivatives(fused)
+    assert_close(got, derivatives(plain))
+
+
 def test_func_grad_and_vjp_and_jacrev(pair: Any, backend: str) -> None:
     fused, plain, values = pair
     every = tuple(range(len(values)))
