@@ -34,6 +34,25 @@ def check_gradients_are_the_mean_of_all_ranks() -> None:
                 assert (found.grad - expected.grad).norm().item() <= 1e-5 * largest, name
 
 
+def check_gradients_under_autocast() -> None:
+    """As the converted model makes them of each rank's rows: casts of all of a level's weights are one node."""
+    model = rechub_ple()
+    assert mk.convert(model, force=True).replaced
+    alone, wrapped = copy.deepcopy(model), DistributedDataParallel(model)
+
+    def differentiate(module: Any, rank: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            predictions = module(by_name(features(ROWS, rank).float()))
+        predictions.float().square().sum().backward()
+
+    differentiate(wrapped, dist.get_rank())
+    for rank in range(dist.get_world_size()):
+        differentiate(alone, rank)
+    for (name, found), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert found.grad.dtype is torch.float32, name
+        torch.testing.assert_close(found.grad, expected.grad / dist.get_world_size(), msg=name)
+
+
 def check_training_keeps_ranks_alike() -> None:
     """Parameters stay the same on all ranks, and the optimizer made before the conversion goes on."""
     model = rechub_ple()
