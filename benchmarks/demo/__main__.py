@@ -57,7 +57,7 @@ def time_steps(
 ) -> dict[str, dict[int, dict[str, Timing]]]:
     """Training, of at least ``fewest`` rows, and serving -> batch size -> the time of both models' steps, in turns."""
     models = {BEFORE: copy.deepcopy(before), AFTER: copy.deepcopy(after)}
-    steps = {name: ple.training_step(model) for name, model in models.items()}
+    steps = {name: ple.training_step(model, ple.TIMED_RATE) for name, model in models.items()}
     large = [size for size in sizes if size >= fewest]
     training = in_turns(steps, (features, labels), large, seconds)
     for model in models.values():

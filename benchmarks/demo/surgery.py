@@ -176,6 +176,9 @@ def run(flights: Flights, steps: int, batch: int, seconds: float, out: Path) -> 
     trainings, losses, conflicts = train(model, features, labels, order)
     print_losses(NAMES, losses[USUAL], losses[OURS])
     print_conflicts(conflicts)
+    for surgery in trainings.values():
+        for group in surgery.optimizer.param_groups:
+            group["lr"] = ple.TIMED_RATE
     steps_of = {name: surgery.step for name, surgery in trainings.items()}
     print("\nTiming both in turns ...")
     times = in_turns(steps_of, (features, labels), sorted({SMALL, batch}), seconds)

@@ -135,6 +135,7 @@ struct PlainEngine {
   static constexpr int64_t kSumMultiple = kGroup;  // to which the rows of grad are rounded up
   static void weight_gradient(const Gradient* gradient, int64_t outputs, const Operand* operand, int64_t operand_ld,
                               int64_t nrows, int64_t column, int64_t n, C* grad, int64_t ld, Leave leave) {
+    const SubnormalsAreZeros fast;
     constexpr int64_t kPart = kNarrow ? 16 * 1024 / (kGroup * sizeof(C)) : kDepth;
     const bool at_once = nrows <= kPart && (nrows < kGroup || nrows % kGroup == 0);
     const bool past = leave == Leave::kPastCaches && at_once && can_go_past_caches(grad, ld);

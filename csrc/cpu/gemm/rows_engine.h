@@ -3,6 +3,7 @@
 
 #include "gemm/engine.h"
 #include "gemm/panels.h"
+#include "simd/subnormals.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -251,7 +252,7 @@ struct RowsConstant {
 // Of so many rows those that are computed: some that are not there are too, from what lies in their place.
 inline int64_t computed_rows(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kFewRows; }
 
-// Zeroes that place: what an earlier call left there may be denormal, with which products take several times longer.
+// Zeroes that place: what an earlier call left there may be subnormal, with which norms and activations take longer.
 template <typename C>
 void clear_absent_rows(C* rows, int64_t ld, int64_t nrows) {
   std::memset(rows + nrows * ld, 0, (computed_rows(nrows) - nrows) * ld * sizeof(C));
@@ -339,6 +340,7 @@ struct RowsEngine {
   // out[row][o] = <in[row], w row o>, rows ld apart.
   static void multiply(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t depth, C* out,
                        int64_t ld) {
+    const SubnormalsAreZeros fast;
     with_rows(rows,
               [&](auto constant) { dot_rows<T, C, decltype(constant)::value>(w, ldw, width, in, ld, depth, out, ld); });
   }
@@ -355,6 +357,7 @@ struct RowsEngine {
   // out[row] += the sum over o < outputs of in[row][o] * w row o.
   static void multiply_back(int64_t rows, const T* w, int64_t ldw, int64_t width, const C* in, int64_t ld,
                             int64_t outputs, C* out, int64_t ld_out) {
+    const SubnormalsAreZeros fast;
     with_rows(rows, [&](auto constant) {
       add_rows<T, C, decltype(constant)::value>(w, ldw, outputs, in, ld, width, out, ld_out);
     });
@@ -364,6 +367,7 @@ struct RowsEngine {
   // vectors.
   static void weight_gradient(int64_t rows, const C* gradient, int64_t outputs, const C* in, int64_t width, int64_t ld,
                               C* row, T* grad, bool past) {
+    const SubnormalsAreZeros fast;
     with_rows(rows, [&](auto constant) {
       outer_products<T, C, decltype(constant)::value>(gradient, ld, outputs, in, ld, width, row, grad, past);
     });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "simd/prefetch.h"
+#include "simd/subnormals.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -147,6 +148,7 @@ constexpr int64_t kDepth = 512;
 template <typename C, Product Kind>
 void panel_gemm(const C* a, int64_t ld, const C* panel, int64_t panel_group, int64_t depth, int64_t rows,
                 int64_t groups, C* out, int64_t out_group, bool add, const Prefetch& ahead) {
+  const SubnormalsAreZeros fast;
   const int64_t a_row = Kind == Product::kForward ? ld : 1, a_col = Kind == Product::kForward ? 1 : ld;
   const int64_t ahead_step = depth > 0 ? ahead.bytes / depth : 0;
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {

@@ -24,7 +24,7 @@ MTLK_INLINE FloatVector vabs(FloatVector x) { return (FloatVector)((IntVector)x 
 
 MTLK_INLINE FloatVector vexp(FloatVector x) {
   const FloatVector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  // Clamped by selects that let NaN through, where the result is infinite or less than half of the least denormal
+  // Clamped by selects that let NaN through, where the result is infinite or less than half of the least subnormal
   // number.
   FloatVector y = x > 88.8f ? broadcast(88.8f) : x;
   y = y < -104.0f ? broadcast(-104.0f) : y;

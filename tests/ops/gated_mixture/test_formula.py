@@ -126,7 +126,7 @@ def test_special_values(value: float, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("isa", _extension.instruction_sets())
-def test_shares_that_are_denormal(isa: str) -> None:
+def test_shares_that_are_subnormal(isa: str) -> None:
     """A share of 6e-39 counts beside an expert of 1e35, as in PyTorch's softmax, and so does its gradient."""
     experts = torch.tensor([[[0.0] * 20, [1e35] * 20]])
     logits = torch.tensor([[0.0, -88.0]], requires_grad=True)

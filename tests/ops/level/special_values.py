@@ -14,7 +14,7 @@ from tests.ops.agreement import kinds
 from tests.seeding import seed
 
 # "large" has a square that is finite; "huge" has not, so that norms and products overflow at once.
-ORDINARY = ("nan", "inf", "-inf", "large", "denormal", "-0.0")
+ORDINARY = ("nan", "inf", "-inf", "large", "subnormal", "-0.0")
 HUGE = ("huge", "-huge")
 NORMS = ("none", "batch", "running", "layer")
 # The last expert is read by one gate alone.
@@ -75,7 +75,7 @@ def special(name: str, dtype: torch.dtype) -> float:
     """The number of that name."""
     info = torch.finfo(dtype)
     large = 64.0 if dtype == torch.float16 else info.max**0.5 / 1024
-    named = {"huge": info.max, "-huge": -info.max, "large": large, "denormal": info.smallest_normal / 4}
+    named = {"huge": info.max, "-huge": -info.max, "large": large, "subnormal": info.smallest_normal / 4}
     return named[name] if name in named else float(name)
 
 

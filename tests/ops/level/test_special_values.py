@@ -1,4 +1,4 @@
-"""NaN, infinities, denormal, large and huge numbers: what comes out is what PyTorch's modules make of them."""
+"""NaN, infinities, subnormal, large and huge numbers: what comes out is what PyTorch's modules make of them."""
 
 from __future__ import annotations
 
