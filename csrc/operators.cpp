@@ -7,12 +7,14 @@
 #include <string>
 
 #include "cpu/gemm/kept_weights.h"
+#include "cpu/runtime/forks.h"
 #include "cpu/runtime/kernel_tables.h"
 #include "schemas.h"
 
 TORCH_LIBRARY_FRAGMENT(mtlkernels, m) {
   mtlk::selected_isa();  // tables are filled here, once and by one thread, and known to forks from now on
   mtlk::KeptWeights::instance();
+  mtlk::let_threads_go_before_forks();
   std::istringstream schemas(mtlk::kSchemas);
   for (std::string schema; std::getline(schemas, schema);) {
     const std::string name = "mtlkernels::" + schema.substr(0, schema.find('('));

@@ -11,7 +11,6 @@ import faulthandler
 import os
 import sys
 import threading
-import time
 import traceback
 import warnings
 
@@ -21,10 +20,10 @@ from torch import Tensor
 import mtlkernels as mk
 from mtlkernels.testing import Case, CaseFactory, evaluate
 from mtlkernels.testing.snr import snr_trans
+from tests.ops.children import HANGS, ended
 from tests.ops.level.gate_layers import ROUTING
 
 CHILDREN = 30
-HANGS = 40.0  # seconds, on a machine that is busy with other things
 MAKE = CaseFactory(0, torch.float32)
 LEVEL = MAKE.expert_mixture(64, (24, 32, 80), ROUTING, activation="relu")
 SERVED = LEVEL.map(Tensor.detach)
@@ -56,20 +55,6 @@ def child(expected: list[Tensor]) -> None:
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-def ended(pid: int) -> str:
-    """How a child has ended, "" where all was well."""
-    deadline = time.monotonic() + HANGS
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            return f"ended with {code}" if code else ""
-        time.sleep(0.002)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    return "did not end"
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-// Locks and forks.
+// What forks have to wait for, and what they leave behind.
 #pragma once
 
 #include <pthread.h>
@@ -17,5 +17,11 @@ void stay_free_across_forks() {
   const auto unlock = [] { T::instance().mutex().unlock(); };
   if (pthread_atfork(lock, unlock, unlock) != 0) throw std::bad_alloc();
 }
+
+// Lets OpenMP's idle threads of a thread that forks end first: GCC's runtime in the child would wait for them for ever,
+// also for PyTorch's own operators. The next parallel region, of the parent and of the child, begins new ones. Called
+// once, after every stay_free_across_forks, so that no thread that ends waits for one of those locks. Does nothing
+// where this process is itself a fork, whose threads may have been lost before.
+void let_threads_go_before_forks();
 
 }  // namespace mtlk
