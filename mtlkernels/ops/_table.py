@@ -92,7 +92,11 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device; unless it is traced or transformed, without waiting for that."""
     if device.type == "cuda" and tensor.is_cpu:
         if not (_torch.compiling() or _torch.func_transforms_active()):
-            return copied(tensor.pin_memory(), device)
+            # A copy of its own: what the caller has pinned may be written to, for the next step, before the device has
+            # read it. Contiguous, as PyTorch pins nothing that is expanded, and has a graph read what is otherwise
+            # strided from memory that is gone when it is replayed.
+            own = tensor.clone(memory_format=torch.contiguous_format) if tensor.is_pinned() else tensor.contiguous()
+            return copied(own.pin_memory(), device)
     elif tensor.device == device:
         return tensor
     return tensor.to(device)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mtlkernels.ops import _table
 from mtlkernels.ops._table import Table, moved
@@ -29,6 +30,12 @@ class Host:
 
     def pin_memory(self) -> Host:
         return Host([0], torch.int64, "cpu", True)
+
+    def is_pinned(self) -> bool:
+        return False
+
+    def contiguous(self) -> Host:
+        return self
 
 
 @pytest.mark.parametrize("capturing", [False, True])
@@ -54,3 +61,37 @@ def test_copies_come_from_pinned_memory(
     assert moved(order, torch.device("cpu")) is order
     assert Host.made[1:] == [(1, False), (1, True)]
     assert len(kept) == 2 * (capturing and not keeps)
+
+
+def pinned_as_pytorch_does(tensor: Tensor) -> Tensor:
+    """By ``Tensor.pin_memory`` of PyTorch 2.10 to 2.15: memory of the same strides, unless it is pinned."""
+    return tensor if tensor.is_pinned() else torch.empty_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What is copied to a device is memory that it reads later; those in the list are pinned."""
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "is_pinned", lambda self: any(self is other for other in pinned))
+    monkeypatch.setattr(Tensor, "pin_memory", pinned_as_pytorch_does)
+    monkeypatch.setattr(_table, "copied", lambda tensor, device: tensor)
+    return pinned
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_what_the_caller_keeps_may_be_written_to(is_pinned: bool, on_gpu: list[Tensor]) -> None:
+    """At once, for the next step, though the device may not have read it yet."""
+    order = torch.tensor([[1.0, 0.0]])
+    on_gpu += [order] * is_pinned
+    read = moved(order, GPU)
+    order.fill_(7.0)
+    assert read.tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_one_order_for_all_tasks_reaches_the_device(is_pinned: bool, on_gpu: list[Tensor]) -> None:
+    """As a row that is expanded, or that is cut out of a larger matrix."""
+    for order in (torch.tensor([2.0, 0.0, 1.0]).expand(3, 3), torch.arange(18.0).view(3, 6)[:, ::2]):
+        on_gpu += [order] * is_pinned
+        read = moved(order, GPU)
+        assert torch.equal(read, order) and read.is_contiguous()
