@@ -227,11 +227,12 @@ def layerwise_variants(forward_codes: Sequence[int], backward_codes: Sequence[in
 
 def pcgrad_variants() -> Iterator[Variant]:
     """Every configuration of PCGrad's kernels, for products in float64 and in float32."""
-    for torch_dtype, dtype in pcgrad.DTYPES.items():
+    for dtype in pcgrad.DTYPES.values():
         for group, single in dict.fromkeys((pcgrad.group_size(t), t <= pcgrad.MAX_GROUP) for t in TASKS):
             for wide in (True, False) if dtype != tl.float64 else (True,):
-                constants = (("DTYPE", dtype), ("WIDE", wide), ("GROUP", group), ("SINGLE", single))
-                yield Variant("gram_chunks", pcgrad.gram_tile(torch_dtype, wide, single), constants)
+                between = pcgrad.columns_between(group, wide)
+                constants = {"DTYPE": dtype, "WIDE": wide, "GROUP": group, "SINGLE": single, "BETWEEN": between}
+                yield Variant("gram_chunks", pcgrad.GRAM, tuple(constants.items()))
         yield Variant("combine_chunks", pcgrad.COMBINE, (("DTYPE", dtype),))
     yield Variant("gram_sum", pcgrad.SUM, ())
     flags = (("CLIP", True), ("NORMALIZE", True), ("INCLUDE_SELF", False), ("MEAN", True))

@@ -33,21 +33,22 @@ MAX_GROUP = 8
 # Whose projection one program holds in registers: of 100 tasks it would spill, and of 512 take minutes to compile.
 MAX_PROJECTED = 64
 GROUPS = (6, 8)
-GRAM_CHUNK = 128 * 24  # elements: the product of every gram_tile
+# Chunks of 128 lanes x 24 elements, which keep a GPU busy from 1M parameters on.
+#
+# In float32 a lane adds up 4 products, 4 roundings, and 6 such sums, 5 more; 128 lanes meet in 7 steps. These 16
+# roundings are 9.5e-7 of ``|g_i| |g_j|`` if all go one way, and some 1e-8 as they do go; what follows is float64.
+# Four elements of 8 tasks are enough loads on their way.
+GRAM = Tile(rows=128, columns=4, depth=6, warps=4, stages=1)
 SUM = Tile(rows=128, columns=4, depth=1, warps=4, stages=1)
 COMBINE = Tile(rows=128, columns=8, depth=4, warps=4, stages=1)
 
 
-def gram_tile(dtype: torch.dtype, wide: bool, single: bool) -> Tile:
-    """Chunks of 128 lanes x 24 elements, which keep a GPU busy from 1M parameters on.
+def columns_between(group: int, wide: bool) -> int:
+    """How many elements of each gradient a lane takes at a time in the products between two groups of tasks.
 
-    In float32 a lane adds up 4 products, 4 roundings, and 6 such sums, 5 more; 128 lanes meet in 7 steps. These 16
-    roundings are 9.5e-7 of ``|g_i| |g_j|`` if all go one way, and some 1e-8 as they do go; what follows is float64.
-    Four elements of 8 tasks are enough loads on their way; 64 sums in float64 leave registers for two, or for one that
-    is float64 itself.
+    Of 16 tasks, beside 64 sums in float64, one: 16 loads on their way. With two, Triton 3.6 spilled on sm_90.
     """
-    columns = 4 if single or not wide else 1 if dtype == torch.float64 else 2
-    return Tile(rows=128, columns=columns, depth=24 // columns, warps=4, stages=1)
+    return GRAM.columns if not wide else 1 if group == MAX_GROUP else 2
 
 
 def projection_tile(num_tasks: int) -> Tile:
@@ -118,7 +119,7 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
     pairs = [(first, second) for second in firsts for first in firsts if first <= second]
     table = Table()
     at_pairs = table.integers(first for pair in pairs for first in pair)
-    dtypes = by_dtype(table, columns, [], GRAM_CHUNK)
+    dtypes = by_dtype(table, columns, [], GRAM.rows * GRAM.columns * GRAM.depth)
     num_parts = sum(chunks for _, chunks, _ in dtypes)
     parts = torch.empty((num_tasks, num_tasks, num_parts), dtype=torch.float64, device=device)
     result = torch.empty((num_tasks, num_tasks), dtype=torch.float64, device=device)
@@ -127,10 +128,10 @@ def gram(grads: Sequence[Tensor | None], num_tasks: int) -> Tensor:
         entries = table.to(device)
         for dtype, chunks, (*places, _, number) in dtypes:
             wide = is_wide(dtype, device)
-            tile = gram_tile(dtype, wide, single)
             constants = {"DTYPE": DTYPES[dtype], "WIDE": wide, "GROUP": group, "SINGLE": single}
+            constants["BETWEEN"] = columns_between(group, wide)
             args = (entries, parts, first_part, num_parts, *places, at_pairs, number, num_tasks, len(pairs))
-            launch(gram_chunks, chunks * len(pairs), tile, *args, **constants)
+            launch(gram_chunks, chunks * len(pairs), GRAM, *args, **constants)
             first_part += chunks
         launch(gram_sum, num_tasks * num_tasks, SUM, parts, result, num_parts, num_tasks)
     return result

@@ -1,8 +1,9 @@
 # mypy: ignore-errors
 """Kernels of the Gram matrix: a part for each chunk of a parameter, and their sum.
 
-A program is ROWS lanes that take COLUMNS elements of every gradient at a time, DEPTH times. A lane keeps its own sums
-of products in registers; lanes meet only when the chunk is done.
+A program is ROWS lanes that take COLUMNS elements of every gradient at a time, DEPTH times; between two groups of tasks
+BETWEEN elements at a time, until the chunk ends. A lane keeps its own sums of products in registers; lanes meet only
+when the chunk is done.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def gram_pair(
 @kernel(tensors=2)
 def gram_chunks(
     table, parts, first_part, num_parts, starts, sizes, tasks, pairs, num_parameters, num_tasks, num_pairs,
-    DTYPE: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SINGLE: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SINGLE: tl.constexpr, BETWEEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A chunk's part of ``<g_i, g_j>`` for the tasks i of a group and j of the same or a later one.
@@ -219,7 +220,7 @@ def gram_chunks(
         if first == second:
             gram_pair(*what, first, first, *where, True, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
         else:
-            gram_pair(*what, first, second, *where, False, DTYPE, WIDE, GROUP, ROWS, COLUMNS)
+            gram_pair(*what, first, second, *where, False, DTYPE, WIDE, GROUP, ROWS, BETWEEN)
 
 
 @kernel(tensors=2)
