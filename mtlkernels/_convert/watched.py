@@ -48,6 +48,17 @@ def changed(module: Any, watched: Watched) -> str | None:
     return None
 
 
+def _of_instance(owner: Any, name: Any) -> Any:
+    """What an instance itself has under a name.
+
+    While the compiler traces, by an attribute: of what is looked up in the dictionary, the guards of PyTorch 2.15 on
+    Python 3.13 missed that it had changed, though the same guards, when they were asked what had failed, named it.
+    """
+    if not _torch.compiling():
+        return owner.__dict__.get(name, Absent)
+    return getattr(owner, name, Absent) if name in owner.__dict__ else Absent
+
+
 def _found(owner: Any, names: Sequence[Any], missed: bool) -> Any:
     """What an instance, or its class, or a scope has under a name, and that under the next one.
 
@@ -57,7 +68,7 @@ def _found(owner: Any, names: Sequence[Any], missed: bool) -> Any:
     if type(owner) is Scope:
         now = owner.get(names[0], _torch.compiling())
     else:
-        now = owner.__dict__.get(names[0], Absent)
+        now = _of_instance(owner, names[0])
         if now is Absent:
             now = getattr(type(owner), names[0], Absent)
             if missed and len(names) == 1 and not isinstance(now, SCALARS):
