@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 # pyright: reportAttributeAccessIssue=false
 import torch
+import torch._functorch.config as functorch_config
 import torch.fx.experimental.proxy_tensor
 import torch.utils._device
 from torch import Tensor
@@ -61,6 +62,11 @@ def compiling() -> bool:
 def exporting() -> bool:
     """Whether this thread exports."""
     return compiling() and torch.compiler.is_exporting()
+
+
+def memory_budget() -> float:
+    """Below 1 where a backward pass that is compiled now computes again what it has no memory for."""
+    return float(functorch_config.activation_memory_budget) if compiling() else 1.0
 
 
 def records_gradients() -> bool:

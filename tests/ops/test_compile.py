@@ -233,3 +233,29 @@ def test_exported_program_decomposes_saves_and_loads(tmp_path: Any) -> None:
     torch.export.save(program, tmp_path / "level.pt2")
     loaded = torch.export.load(tmp_path / "level.pt2")
     torch.testing.assert_close(loaded.module()(x), module(x))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("budget", [0.5, 1.0])
+def test_dropout_under_a_memory_budget(budget: float, compiler: str) -> None:
+    """Linear but for dropout: the gradient of each weight and the weight have the output as their product."""
+    model = mk.nn.MMoE(6, 1, (8, 5), num_experts=1, activation="none", dropout=0.5)
+    for linear in model.level.experts[0].linears:
+        nn.init.zeros_(linear.bias)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    x = torch.randn(40, 6)
+
+    def products() -> Tensor:
+        loss = compiled(x)[0].square().sum()
+        weights = [linear.weight for linear in model.level.experts[0].linears]
+        grads = torch.autograd.grad(loss, weights)
+        return torch.stack([(weight * grad).sum() / (2 * loss) for weight, grad in zip(weights, grads, strict=True)])
+
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        if budget < 1:
+            with pytest.raises(Exception, match="dropout: expected an activation_memory_budget of 1"):
+                products()
+            with torch.no_grad():
+                compiled(x)
+            compiled.eval()
+        torch.testing.assert_close(products(), torch.ones(2))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from mtlkernels import _torch
 from mtlkernels._backends import implementation, register_reference, triton_module
 from mtlkernels._library import register_autograd
 from mtlkernels._tracing import observed
@@ -317,6 +318,13 @@ register_reference(_OP, "backward", reference.backward)
 def _differentiable_forward(
     inputs: Any, parameters: Any, gates: Any, ints: Any, floats: Any, seed: Any, save: bool
 ) -> Any:
+    # The seed would be drawn again: of what is random PyTorch keeps the results of its own dropout alone.
+    if seed is not None and _torch.memory_budget() < 1:
+        raise RuntimeError(
+            "dropout: expected an activation_memory_budget of 1 where training is compiled, found"
+            f" {_torch.memory_budget()}, with which the backward pass would drop other values than the forward pass;"
+            " torch.utils.checkpoint saves memory too, and is right"
+        )
     spec = LevelSpec.decoded(ints, floats)
     out = apply(Level, Plan(spec, None), *inputs, *parameters, *gates, seed)
     count = len(spec.gate_sizes)
