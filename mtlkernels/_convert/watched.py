@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mtlkernels import _torch
@@ -51,10 +52,10 @@ def changed(module: Any, watched: Watched) -> str | None:
 def _of_instance(owner: Any, name: Any) -> Any:
     """What an instance itself has under a name.
 
-    While the compiler traces, by an attribute: of what is looked up in the dictionary, the guards of PyTorch 2.15 on
+    While Dynamo traces, by an attribute: of what is looked up in the dictionary, the guards of PyTorch 2.15 on
     Python 3.13 missed that it had changed, though the same guards, when they were asked what had failed, named it.
     """
-    if not _torch.compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return owner.__dict__.get(name, Absent)
     return getattr(owner, name, Absent) if name in owner.__dict__ else Absent
 
