@@ -14,7 +14,10 @@ from tests import requires
 ROOT = Path(__file__).parents[2]
 
 
-pytestmark = [requires.cpp_kernels, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")]
+pytestmark = [
+    requires.cpp_kernels,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks, which this system lacks"),
+]
 
 
 def run(module: str) -> None:

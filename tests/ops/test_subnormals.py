@@ -109,6 +109,19 @@ def test_of_results(product: Product, kind: torch.dtype, rows: int) -> None:
     assert (product(x, torch.full((OUTPUTS, INPUTS), x[0, 0].item(), dtype=kind)) == 0).all()
 
 
+@PRODUCTS
+@KINDS
+@ROWS
+def test_infinities(product: Product, kind: torch.dtype, rows: int) -> None:
+    """An infinity times such a number is NaN, as it is times 0."""
+    x = torch.full((rows, INPUTS), float("inf"), dtype=kind)
+    weight = torch.ones(OUTPUTS, INPUTS, dtype=kind)
+    weight[4, 3] = numbers(kind)[0]
+    y = product(x, weight)
+    assert y[:, 4].isnan().all()
+    assert (y[:, :4] == float("inf")).all()
+
+
 @pytest.mark.parametrize("flushed", [False, True], ids=["", "they are zeros everywhere"])
 def test_the_threads_keep_their_mode(flushed: bool) -> None:
     """What PyTorch computes after a call is as before it, on each thread."""

@@ -252,7 +252,7 @@ struct RowsConstant {
 // Of so many rows those that are computed: some that are not there are too, from what lies in their place.
 inline int64_t computed_rows(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kFewRows; }
 
-// Zeroes that place: what an earlier call left there may be subnormal, with which norms and activations take longer.
+// Zeroes that place: what an earlier call left there may be subnormal, and slow where that is not zero in products.
 template <typename C>
 void clear_absent_rows(C* rows, int64_t ld, int64_t nrows) {
   std::memset(rows + nrows * ld, 0, (computed_rows(nrows) - nrows) * ld * sizeof(C));
