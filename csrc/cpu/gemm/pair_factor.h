@@ -3,7 +3,6 @@
 
 #include "gemm/panels.h"
 #include "simd/prefetch.h"
-#include "simd/subnormals.h"
 
 namespace mtlk {
 namespace MTLK_ISA {
@@ -27,7 +26,6 @@ struct PairFactor {
 template <int Planes, int Rows>
 __attribute__((noinline)) void product_of_whole_numbers(const BFloat16* a, int64_t a_step, const BFloat16* b,
                                                         int64_t b_step, int64_t steps, float* out) {
-  const SubnormalsAreZeros as_in_planes;
   __m512 sums[Rows];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) sums[i] = _mm512_setzero_ps();
