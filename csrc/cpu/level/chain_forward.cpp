@@ -2,13 +2,11 @@
 
 #include "level/blocking.h"
 #include "level/chain.h"
+#include "runtime/caches.h"
 #include "runtime/parallel.h"
 
 namespace mtlk {
 namespace {
-
-// Of activations that are saved, as many bytes leave the caches before the backward pass reads them.
-constexpr int64_t kCachedSaved = int64_t{1} << 20;
 
 void run(const ChainForwardArgs& args, const ChainKernels& kernels) {
   const LevelShape& level = args.level;
@@ -97,7 +95,7 @@ LevelResults chain_forward(const LevelTensors& tensors, LevelTables& tables, con
   }
   if (level.rows == 0) return results;
   tables.set_forward_weights(kernels.engine, false);
-  run({level, outputs.data(), saved.data(), signs, logits, bytes >= kCachedSaved}, kernels);
+  run({level, outputs.data(), saved.data(), signs, logits, bytes >= cached_bytes()}, kernels);
   return results;
 }
 

@@ -8,19 +8,11 @@
 
 #include "level/blocking.h"
 #include "level/gate_layers.h"
+#include "runtime/caches.h"
 #include "runtime/memory.h"
 #include "runtime/parallel.h"
 
 namespace mtlk {
-namespace {
-
-// Weights' gradients of as many bytes leave the caches before an optimizer reads them. On a Zen 4 steps with a fused
-// Adam of 6 MiB took 0.86 to 0.99 of the time past the caches with 1 to 64 rows, 0.97 to 1.01 with 256 and 1024; of 1
-// to 4 MiB 0.90 to 1.00. Of less than half a MiB they took 1.01 on one thread.
-constexpr int64_t kCachedBytes = int64_t{1} << 20;
-
-}  // namespace
-
 bool LevelGradients::Results::any() const {
   return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.defined(); });
 }
@@ -81,7 +73,7 @@ void LevelGradients::point(GradientArgs& args) const {
   args.grad_logits = logits_.data();
   args.need_weights = !weights_.tensors.empty();
   args.need_biases = biases_.any();
-  args.weights_past_caches = weight_bytes() >= kCachedBytes;
+  args.weights_past_caches = weight_bytes() >= cached_bytes();
   args.need_experts =
       args.grad_inputs || args.need_weights || args.need_biases || scales_.any() || shifts_.any() || slopes_.any();
   args.grad_weights = weights_.data();

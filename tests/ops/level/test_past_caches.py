@@ -16,7 +16,7 @@ INSTRUCTION_SETS = pytest.mark.parametrize("isa", _extension.instruction_sets()[
 PLE = mk.Routing.cgc(2, 3, 3)
 # Whole vectors of each dtype; rows of odd lengths, which cannot go past the caches, in one layer and in both.
 CASES = [(3, [320, 192, 64]), (16, [320, 192, 64]), (640, [320, 192, 64]), (16, [310, 192, 70]), (100, [310, 190, 70])]
-CACHED_BYTES = 2**20  # csrc/cpu/level/level_gradients.cpp
+CACHED_BYTES = 2**20  # of a chosen instruction set: csrc/cpu/runtime/caches.cpp
 
 
 def assert_large(case: Case) -> None:
