@@ -208,8 +208,8 @@ class SNR(NotScriptable, nn.Module):
                 if u is None:  # with which hard_concrete is deterministic
                     raise TypeError(f"noise[{number}] must be a tensor [I, J], got None")
         elif self.training:
-            dtypes = [torch.float64 if a.dtype == torch.float64 else torch.float32 for a in alphas]
-            given = [torch.rand(a.shape, device=a.device, dtype=t) for a, t in zip(alphas, dtypes, strict=True)]
+            # A backward pass that is compiled to compute again what it has no memory for would draw again.
+            given = _drawn_eagerly(alphas) if _torch.memory_budget() < 1 else _drawn(alphas)
         else:
             given = [None] * len(alphas)
         return self._coding(given)
@@ -372,6 +372,13 @@ class OpenJoint(nn.Module):
         for (i, j), matrix in zip(self._open, matrices, strict=True):
             outputs[i] = outputs[i] + self.z[i, j].to(u[j].dtype) * F.linear(u[j], matrix)
         return tuple(outputs)
+
+
+def _drawn(alphas: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.rand(a.shape, device=a.device, dtype=torch.promote_types(a.dtype, torch.float32)) for a in alphas]
+
+
+_drawn_eagerly: Any = torch.compiler.disable(_drawn, reason="SNR's noise under an activation_memory_budget below 1")
 
 
 def _open_routes(z: Tensor) -> list[tuple[int, ...]]:

@@ -259,3 +259,30 @@ def test_dropout_under_a_memory_budget(budget: float, compiler: str) -> None:
                 compiled(x)
             compiled.eval()
         torch.testing.assert_close(products(), torch.ones(2))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager_decomp_partition", "inductor"])
+@pytest.mark.parametrize("budget", [0.5, 1.0])
+def test_noise_under_a_memory_budget(budget: float, compiler: str) -> None:
+    """What the backward pass computes again is not drawn again: gradients are those of the coding that was used."""
+    model: Any = mk.nn.SNR(6, 1, [5], [1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    x = torch.rand(40, 6)
+    compiled = torch.compile(model, backend=compiler)
+    weight = model.joints[0].weight
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        for _ in range(5):
+            loss = compiled(x)[0].square().sum()
+            (grad,) = torch.autograd.grad(loss, [weight])
+            torch.testing.assert_close((weight * grad).sum(), 2 * loss)
+
+
+def test_calls_from_cpp() -> None:
+    """Inductor's C++ wrapper calls operators that return one list, and no others."""
+    model = mk.nn.PLE(6, 2, (8, 5), num_specific=1, num_shared=1)
+    x = torch.randn(40, 6)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad(), torch._inductor.config.patch(cpp_wrapper=True):
+        torch.testing.assert_close(compiled(x), model(x))

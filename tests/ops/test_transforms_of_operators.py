@@ -64,6 +64,19 @@ def of_serve() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return run, double(3, 5)
 
 
+def of_serve_without_norms() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """level_serve as a function of a weight, with neither scales nor shifts."""
+    inputs, parameters, gates, ints, floats, _, _ = LEVEL.forward(False)
+    nothing = [None] * 4
+
+    def run(weight: Tensor) -> Tensor:
+        return total(OPERATORS.level_serve(inputs, [weight, *parameters[1:]], gates, nothing, nothing, ints, floats))
+
+    weight = parameters[0]
+    assert weight is not None
+    return run, weight
+
+
 # A scalar function of one argument of an operator, and a value.
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "gated_mixture, experts": (lambda x: total(OPERATORS.gated_mixture_forward(x, LOGITS, *GATES)), EXPERTS),
@@ -76,6 +89,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "level, a gate": of_level(LEVEL, 15),
     "level with norms and dropout, an input": of_level(NORMS, 0),
     "level_serve, a scale": of_serve(),
+    "level_serve without norms, a weight": of_serve_without_norms(),
     "snr_trans, u": (lambda x: total(OPERATORS.snr_trans_forward(list(x), list(MATRICES), Z)), U),
     "snr_trans, weights": (lambda x: total(OPERATORS.snr_trans_forward(list(U), list(x), Z)), MATRICES),
     "snr_trans, z": (lambda x: total(OPERATORS.snr_trans_forward(list(U), list(MATRICES), x)), Z),

@@ -332,9 +332,8 @@ def _differentiable_forward(
     return list(out[:count]), list(saved if save else spec.split_saved(saved)[1])
 
 
-@torch.library.register_vmap("mtlkernels::level_forward")
 @of_no_examples
-def _vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
+def vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
     """The operator's own rule, which torch.compile needs where no gradient is wanted."""
     *lists, ints, floats, seed, save = args
     spec = LevelSpec.decoded(ints, floats)
@@ -352,4 +351,5 @@ def _vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
     return (list(out[:gates]), list(out[gates:])), (list(out_dims[:gates]), list(out_dims[gates:]))
 
 
+torch.library.register_vmap("mtlkernels::level_forward", vmap_operator)
 register_autograd("level_forward", _differentiable_forward)

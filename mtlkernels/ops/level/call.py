@@ -103,7 +103,7 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
         outputs, saved = results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
         if early:
             return _with_zeros(outputs, idle)
-    elif any(scale is not None for scale in scales):
+    elif keeps:
         operands = spec.operands(tensors)
         return tuple(run_operator("level", "serve", backend, streams[0], *operands, scales, shifts, *spec.encoded))
     else:
