@@ -209,7 +209,9 @@ class SNR(NotScriptable, nn.Module):
                     raise TypeError(f"noise[{number}] must be a tensor [I, J], got None")
         elif self.training:
             # A backward pass that is compiled to compute again what it has no memory for would draw again.
-            given = _drawn_eagerly(alphas) if _torch.memory_budget() < 1 else _drawn(alphas)
+            eager = _torch.memory_budget() < 1
+            draw: Any = torch.compiler.disable(_drawn, reason="noise is drawn once") if eager else _drawn
+            given = draw(alphas)
         else:
             given = [None] * len(alphas)
         return self._coding(given)
@@ -376,9 +378,6 @@ class OpenJoint(nn.Module):
 
 def _drawn(alphas: Sequence[Tensor]) -> list[Tensor]:
     return [torch.rand(a.shape, device=a.device, dtype=torch.promote_types(a.dtype, torch.float32)) for a in alphas]
-
-
-_drawn_eagerly: Any = torch.compiler.disable(_drawn, reason="SNR's noise under an activation_memory_budget below 1")
 
 
 def _open_routes(z: Tensor) -> list[tuple[int, ...]]:
