@@ -64,9 +64,13 @@ def exporting() -> bool:
     return compiling() and torch.compiler.is_exporting()
 
 
-def memory_budget() -> float:
-    """Below 1 where a backward pass that is compiled now computes again what it has no memory for."""
-    return float(functorch_config.activation_memory_budget) if compiling() else 1.0
+def memory_budget(tensors: Sequence[Tensor] = ()) -> float:
+    """Below 1 where a backward pass that is compiled now computes again what it has no memory for.
+
+    In an operator only its ``tensors`` show that PyTorch 2.10 traces it.
+    """
+    traced = compiling() or any(isinstance(tensor, TRACED) for tensor in tensors)
+    return float(functorch_config.activation_memory_budget) if traced else 1.0
 
 
 def records_gradients() -> bool:

@@ -319,10 +319,11 @@ def _differentiable_forward(
     inputs: Any, parameters: Any, gates: Any, ints: Any, floats: Any, seed: Any, save: bool
 ) -> Any:
     # The seed would be drawn again: of what is random PyTorch keeps the results of its own dropout alone.
-    if seed is not None and _torch.memory_budget() < 1:
+    budget = 1.0 if seed is None else _torch.memory_budget(inputs)
+    if budget < 1:
         raise RuntimeError(
             "dropout: expected an activation_memory_budget of 1 where training is compiled, found"
-            f" {_torch.memory_budget()}, with which the backward pass would drop other values than the forward pass;"
+            f" {budget}, with which the backward pass would drop other values than the forward pass;"
             " torch.utils.checkpoint saves memory too, and is right"
         )
     spec = LevelSpec.decoded(ints, floats)

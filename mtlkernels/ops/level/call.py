@@ -96,7 +96,7 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     def written(saved: Sequence[Tensor]) -> None:
         update_running_statistics(present, wiring.live, spec.split_saved(saved)[1], streams[0].shape[0])
 
-    early = bool(present) and not _torch.func_transforms_active()  # whose examples' statistics are seen from outside
+    early = len(present) > 0 and not _torch.func_transforms_active()  # whose examples' statistics are seen from outside
     # The compiler differentiates the operator itself, and so sees which outputs nobody uses.
     if not _torch.compiling() and needs_function(tensors):
         results = apply(Level, Plan(spec, backend, written=written if early else None), *tensors, seed)
