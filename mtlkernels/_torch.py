@@ -60,8 +60,11 @@ def compiling() -> bool:
 
 
 def exporting() -> bool:
-    """Whether this thread exports."""
-    return compiling() and torch.compiler.is_exporting()
+    """Whether this thread exports. The compiler of PyTorch 2.10 answers ``is_exporting()`` with True where it compiles.
+
+    What the flag itself holds is right in every version.
+    """
+    return compiling() and torch.compiler._is_exporting_flag
 
 
 def memory_budget(tensors: Sequence[Tensor] = ()) -> float:

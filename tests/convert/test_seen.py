@@ -385,7 +385,11 @@ print(len(module.table))
 """
 
 
-@pytest.mark.parametrize("part, left", [("collections.OrderedDict(a=1.0)", [51]), ("Settings()", [0, 51])])
+# Python 3.10 may collect as it makes the tuple of the call's arguments, before anything is compared.
+UNTOUCHED = [51] if sys.version_info >= (3, 11) else [0, 51]
+
+
+@pytest.mark.parametrize("part, left", [("collections.OrderedDict(a=1.0)", UNTOUCHED), ("Settings()", [0, 51])])
 def test_a_collection_while_it_is_compared(part: str, left: list[int], tmp_path: Path) -> None:
     """What listens to it may empty the list that is gone over; an object's dictionary may be made then, and no more."""
     script = tmp_path / "collected.py"
