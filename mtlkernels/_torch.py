@@ -60,9 +60,9 @@ def compiling() -> bool:
 
 
 def exporting() -> bool:
-    """Whether this thread exports. The compiler of PyTorch 2.10 answers ``is_exporting()`` with True where it compiles.
+    """Whether this thread exports.
 
-    What the flag itself holds is right in every version.
+    By the flag itself, as ``is_exporting()`` is True for the compiler of PyTorch 2.10 wherever it compiles.
     """
     return compiling() and torch.compiler._is_exporting_flag
 
