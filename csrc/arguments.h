@@ -49,6 +49,28 @@ inline bool read_streams(PyObject* inputs, Tensors& streams) {
   return is_tensor(inputs) ? read_tensor(inputs, streams.emplace_back()) : read_tensors(inputs, streams);
 }
 
+inline pybind11::list wrapped(at::TensorList tensors) {
+  pybind11::list result;
+  for (const at::Tensor& tensor : tensors) result.append(to_python(tensor));
+  return result;
+}
+
+// A list's tensors, or what a replayed call returns, which then is empty.
+inline Tensors unwrapped(pybind11::handle tensors) {
+  if (pybind11::isinstance<Results>(tensors)) return std::move(tensors.cast<Results&>().tensors);
+  Tensors result;
+  for (const pybind11::handle tensor : tensors) {
+    if (tensor.is_none()) {
+      result.emplace_back();
+    } else if (is_tensor(tensor.ptr())) {
+      result.push_back(THPVariable_Unpack(tensor.ptr()));
+    } else {
+      throw pybind11::type_error("mtlkernels: a tensor or None was expected");
+    }
+  }
+  return result;
+}
+
 // A list or a tuple of the groups' tensors, None for an undefined one.
 template <typename Sequence>
 pybind11::object wrapped_groups(std::initializer_list<Tensors*> groups) {

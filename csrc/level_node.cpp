@@ -2,7 +2,6 @@
 
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_function.h>
@@ -18,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/level/level.h"
 #include "nodes.h"
 #include "observers.h"
@@ -138,28 +138,6 @@ Tensors by_cpp(const Context& context, const variable_list& grads) {
                              needs_by_kind(needs, tensors));
 }
 
-py::list wrapped(at::TensorList tensors) {
-  py::list result;
-  for (const at::Tensor& tensor : tensors) result.append(to_python(tensor));
-  return result;
-}
-
-// A list's tensors, or what a replayed call returns, which then is empty.
-Tensors unwrapped(py::handle tensors) {
-  if (py::isinstance<Results>(tensors)) return std::move(tensors.cast<Results&>().tensors);
-  Tensors result;
-  for (const py::handle tensor : tensors) {
-    if (tensor.is_none()) {
-      result.emplace_back();
-    } else if (is_tensor(tensor.ptr())) {
-      result.push_back(THPVariable_Unpack(tensor.ptr()));
-    } else {
-      throw py::type_error("mtlkernels: a tensor or None was expected");
-    }
-  }
-  return result;
-}
-
 // A byte for each.
 py::bytes flags_of(const std::vector<bool>& needs) { return std::string(needs.begin(), needs.end()); }
 
@@ -211,16 +189,10 @@ py::object of_recorded_call(const Context& context, const variable_list& grads) 
 }
 
 Tensors by_python(const Context& context, const variable_list& grads) {
-  const py::gil_scoped_acquire gil;
-  try {
+  return with_python([&] {
     const bool plain = context.recorded() && !context.losses() && !is_observed(grads);
     return unwrapped(plain ? of_recorded_call(context, grads) : node_functions().gradients(context, wrapped(grads)));
-  } catch (py::error_already_set& error) {
-    error.restore();
-    python_error persistent;  // as autograd's threads carry errors
-    persistent.persist();
-    throw persistent;
-  }
+  });
 }
 
 struct LevelFunction : torch::autograd::Function<LevelFunction> {

@@ -23,6 +23,7 @@
 #include "observers.h"
 #include "recording.h"
 #include "snapshot.h"
+#include "snr_node.h"
 #include "watch.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -72,6 +73,7 @@ PYBIND11_MODULE(_C, module) {
   mtlk::define_kept_lists(module);
   mtlk::define_kept_trunk(module);
   mtlk::define_snapshot(module);
+  mtlk::define_snr_node(module);
   mtlk::define_watch(module);
   module.def("select_isa", &mtlk::select_isa,
              "Serves with one of them, or, of None, by what pays; False if there is none of that name.");

@@ -2,6 +2,8 @@
 // shapes, which nobody reads.
 #pragma once
 
+#include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
@@ -36,6 +38,20 @@ auto make_node() {
     return c10::make_intrusive<Node>();
   } else {
     return std::shared_ptr<Node>(new Node(), [](Node* node) { deleteNode(node); });  // torch::autograd's
+  }
+}
+
+// f() with the GIL, in a backward pass, whose threads carry Python's errors in a way of their own.
+template <typename F>
+auto with_python(F f) {
+  const pybind11::gil_scoped_acquire gil;
+  try {
+    return f();
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    python_error persistent;
+    persistent.persist();
+    throw persistent;
   }
 }
 

@@ -50,7 +50,6 @@ dispatch_stack_length = torch._C._len_torch_dispatch_stack
 below_autograd = torch._C._AutoDispatchBelowAutograd
 _is_excluded, _AUTOGRAD = torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C.DispatchKey.AutogradFunctionality
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 AFTER_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
 
 

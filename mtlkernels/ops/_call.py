@@ -208,11 +208,3 @@ def why_checked(op: str, like: Tensor) -> str:
     if _tracing.observed():
         return "a tracer, a mode or a transform looks on"
     return f"there is no direct way for {kind!r} in {like.dtype}"
-
-
-def run_cpp(op: str, direction: str, *args: Any) -> Any:
-    """Runs an operator of a call that :func:`direct_to_cpp` lets through.
-
-    Sent to the CPU's kernel whatever the tensors are, so that it is the one to refuse a tensor of another device.
-    """
-    return getattr(torch.ops.mtlkernels, f"{op}_{direction}").default.redispatch(_torch.CPU_KEYS, *args)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtlkernels import _decisions, _torch
+from mtlkernels import _backends, _decisions, _extension, _torch
 from mtlkernels._backends import implementation, register_reference
 from mtlkernels._library import register_autograd
 from mtlkernels.ops._autograd import (
@@ -27,7 +28,7 @@ from mtlkernels.ops._autograd import (
     grads_are_batched,
     of_no_examples,
 )
-from mtlkernels.ops._call import apply, direct_to_cpp, run_cpp
+from mtlkernels.ops._call import apply, direct_to_cpp
 from mtlkernels.ops._checks import as_sequence, check_like, check_tensor, shape_of
 from mtlkernels.ops.gated_mixture.reference import accumulation_dtype
 
@@ -227,24 +228,41 @@ def register(op: str, reference: Any) -> None:
     torch.library.register_vmap(f"mtlkernels::{op}_forward", of_no_examples(rule))
 
 
-def direct(op: str, u: Any, *args: Any) -> tuple[Tensor, ...] | None:
-    """Serving on a CPU, where checks in Python would take as long as a small batch.
+def direct(op: str, u: Any, weight: Any, z: Any, closed_grad: bool) -> tuple[Tensor, ...] | None:
+    """Calls on a CPU past the checks in Python and the Function, which would take as long as a small batch.
 
-    Goes straight to the C++ operator, which checks what it is given before it computes. Returns None where this does
-    not apply, and where the operator refuses: the checks in Python then find out why, in the caller's terms.
+    Goes straight to C++, which checks what it is given before it computes. Returns None where this does not apply, and
+    where C++ refuses: the checks in Python then find out why, in the caller's terms.
     """
     several = isinstance(u, (list, tuple))
     first: Any = u[0] if several and u else u
-    if torch.is_grad_enabled() or not direct_to_cpp(first) or (not several and first.is_nested):
+    if not direct_to_cpp(first) or (not several and (first.is_nested or first.dim() != 3)):
         return None
-    try:
-        found = tuple(run_cpp(op, "forward", list(u) if several else list(u.unbind(0)), *args))
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return None
-    if _decisions.on:
+    streams, transforms, by_name = u if several else u.unbind(0), op == "snr_trans", _backends.forced() is not None
+    found: tuple[Tensor, ...] | None = _extension.function("routes")(
+        transforms, streams, weight, z, closed_grad, by_name
+    )
+    if found is not None and _decisions.on:
         rows = first.shape[0 if several else 1]
         _decisions.note(op, "cpp", "nothing stands in the way of the direct call of C++", first, rows, "forward")
     return found
+
+
+def gradients_of_node(
+    op: str,
+    num_inputs: int,
+    num_outputs: int,
+    closed_grad: bool,
+    by_name: bool,
+    needs: Sequence[bool],
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> Any:
+    """What C++ asks of the backward pass of its node where somebody looks on, or an output has no gradient."""
+    num_weights = len(tensors) - num_inputs - 1
+    plan = Plan(op, num_inputs, num_weights, num_outputs, closed_grad, "cpp" if by_name else None)
+    ctx = SimpleNamespace(plan=plan, needs_input_grad=(False, *needs), saved_tensors=tuple(tensors))
+    return Routes.backward(ctx, *grads)[1:]
 
 
 def traced(op: str, closed_grad: bool, *groups: Any) -> tuple[Tensor, ...]:

@@ -75,7 +75,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     },
     "csrc/cpu/simd/simd.h": {"return kVectorBytes > 16 &&": CONSTANT},
     "csrc/cpu/snr/snr_aver_kernels.h": {"if (p < 0) continue;": BY_CONSTRUCTION},
-    "csrc/cpu/snr/snr_call.cpp": {'TORCH_CHECK_VALUE(!tensors.empty(), "mtlkernels: "': CHECKED_BEFORE},
+    "csrc/cpu/snr/snr.cpp": {"RECORD_FUNCTION(": LIBRARY},
+    "csrc/cpu/snr/snr_call.cpp": {"MTLK_CHECK_VALUE(!tensors.empty(), name,": CHECKED_BEFORE},
     "csrc/cpu/level/kept_level.cpp": {
         "MTLK_CHECK_VALUE(tensor.is_cpu() &&": CHECKED_BEFORE,
         "MTLK_CHECK_VALUE(!spec.stores_inputs() &&": CHECKED_BEFORE,
@@ -111,10 +112,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "return is_tensor(object) && visit": BY_CONSTRUCTION,
     },
     "csrc/linears.cpp": {"biases.append(biases_[i] ? py::object(": LIBRARY},
-    "csrc/level_node.cpp": {
-        "} catch (py::error_already_set& error) {": LIBRARY,
-        "auto* const own = dynamic_cast<LevelNode*>(function);": LIBRARY,
-    },
+    "csrc/level_node.cpp": {"auto* const own = dynamic_cast<LevelNode*>(function);": LIBRARY},
     "csrc/module.cpp": {"PYBIND11_MODULE(_C, module) {": LIBRARY},
     "csrc/modules.h": {
         "if (!own) return PyErr_Clear(), nullptr;": BY_CONSTRUCTION,
@@ -123,6 +121,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "if (!PyDict_CheckExact(experts)) return false;": CHECKED_BEFORE,
         'interned("': INTERNED,
     },
+    "csrc/nodes.h": {"} catch (pybind11::error_already_set& error) {": LIBRARY},
+    "csrc/snr_node.cpp": {"} catch (const Refused&) {": LIBRARY},
     "csrc/operators.cpp": {
         "if (!c10::Dispatcher::singleton().findSchema": WITHOUT_PYTHON,
         'const std::string name = "mtlkernels::" +': LIBRARY,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mk
-from mtlkernels._torch import CPU_KEYS
 from mtlkernels.testing import CaseFactory
 from tests import requires
 from tests.ops.level import operator
@@ -21,6 +20,7 @@ from tests.ops.test_tensor_subclasses import Wrapped
 
 pytestmark = requires.cpp_kernels
 ROUTING = mk.Routing((0, 1, 0), ((0, 1), (2, 1, 0)))
+CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 ROWS, EXPERTS, GATES = 5, torch.zeros(5, 3, 4), ([0, 1, 0, 1, 2], [2, 3])
 LOGITS = [torch.zeros(ROWS, 2), torch.zeros(ROWS, 3)]
 U, Z, MATRICES = [torch.zeros(ROWS, 4) for _ in range(2)], torch.ones(3, 2), [torch.zeros(4, 4) for _ in range(6)]

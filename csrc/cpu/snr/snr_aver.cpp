@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "runtime/check.h"
 #include "runtime/kernel_tables.h"
 #include "runtime/parallel.h"
 #include "runtime/tensors.h"
@@ -20,11 +21,11 @@ constexpr int64_t kCachedOutputs = int64_t{16} << 20;
 const SnrAverKernels& table_for(const at::Tensor& u) { return kernels_for<SnrAverKernels>(dtype_of(u)); }
 
 SnrMatrices checked(at::TensorList u) {
-  TORCH_CHECK_VALUE(!u.empty() && u[0].dim() == 2, "mtlkernels: u must hold at least one matrix");
+  MTLK_CHECK_VALUE(!u.empty() && u[0].dim() == 2, "u must hold at least one matrix");
   SnrMatrices matrices("u", u, u[0].size(0), u[0].scalar_type());
   for (int i = 0; i < matrices.count(); ++i) {
-    TORCH_CHECK_VALUE(matrices.widths()[i] == u[0].size(1), "mtlkernels: u[", i, "] must have shape ", u[0].sizes(),
-                      " as u[0], got width ", matrices.widths()[i]);
+    MTLK_CHECK_VALUE(matrices.widths()[i] == u[0].size(1), "u[", i, "] must have shape ", u[0].sizes(),
+                     " as u[0], got width ", matrices.widths()[i]);
   }
   return matrices;
 }
@@ -95,6 +96,8 @@ void run(const SnrAverWork& work, const at::Tensor& like, Dots* dots) {
   });
 }
 
+}  // namespace
+
 std::vector<at::Tensor> snr_aver_forward(at::TensorList u, const at::Tensor& z) {
   const SnrMatrices in = checked(u);
   Sums sums(SnrCoding(z, in.count(), u[0].scalar_type()), false, in, u[0]);
@@ -121,8 +124,6 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> snr_aver_backward(a
   if (dots) grad_z.push_back(dots->take().to(z.scalar_type()));
   return {grad_u, grad_z};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("snr_aver_forward", TORCH_FN(snr_aver_forward));

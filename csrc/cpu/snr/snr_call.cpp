@@ -1,17 +1,18 @@
 #include "snr/snr_call.h"
 
+#include "runtime/check.h"
 #include "runtime/memory.h"
 #include "runtime/tensors.h"
 
 namespace mtlk {
 
 SnrMatrices::SnrMatrices(const char* name, at::TensorList tensors, int64_t rows, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(!tensors.empty(), "mtlkernels: ", name, " must hold at least one tensor");
+  MTLK_CHECK_VALUE(!tensors.empty(), name, " must hold at least one tensor");
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& x = tensors[i];
     check_dense(name, i, x, dtype);
-    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == rows, "mtlkernels: ", name, "[", i, "] must have shape [", rows,
-                      ", D], got ", x.sizes());
+    MTLK_CHECK_VALUE(x.dim() == 2 && x.size(0) == rows, name, "[", i, "] must have shape [", rows, ", D], got ",
+                     x.sizes());
     kept_.push_back(with_unit_stride(x));
     pointers_.push_back(kept_.back().const_data_ptr());
     ld_.push_back(kept_.back().stride(0));
@@ -21,11 +22,11 @@ SnrMatrices::SnrMatrices(const char* name, at::TensorList tensors, int64_t rows,
 
 SnrCoding::SnrCoding(const at::Tensor& z, int64_t inputs, at::ScalarType dtype) {
   check_dense("z", z, z.scalar_type());
-  TORCH_CHECK_VALUE(z.dim() == 2 && z.size(0) > 0 && z.size(1) == inputs, "mtlkernels: z must be a tensor [I, ", inputs,
-                    "], got ", z.sizes());
+  MTLK_CHECK_VALUE(z.dim() == 2 && z.size(0) > 0 && z.size(1) == inputs, "z must be a tensor [I, ", inputs, "], got ",
+                   z.sizes());
   dtype_of(z);
-  TORCH_CHECK_TYPE(z.scalar_type() != at::kDouble || dtype == at::kDouble,
-                   "mtlkernels: z must be float32 or narrower beside u in ", dtype);
+  MTLK_CHECK_TYPE(z.scalar_type() != at::kDouble || dtype == at::kDouble, "z must be float32 or narrower beside u in ",
+                  dtype);
   values_ = z.to(at::kDouble).contiguous();
   outputs_ = static_cast<int>(z.size(0));
   inputs_ = static_cast<int>(inputs);
@@ -51,13 +52,12 @@ SnrSums::SnrSums(const SnrCoding& z, bool transposed, const SnrMatrices& in, c10
 
 SnrMatrices snr_grad_outputs(at::TensorList grad_outputs, int64_t rows, at::ScalarType dtype,
                              const std::vector<int64_t>& output_widths) {
-  TORCH_CHECK_VALUE(grad_outputs.size() == output_widths.size(),
-                    "mtlkernels: grad_outputs must hold a tensor for each of ", output_widths.size(), " outputs, got ",
-                    grad_outputs.size());
+  MTLK_CHECK_VALUE(grad_outputs.size() == output_widths.size(), "grad_outputs must hold a tensor for each of ",
+                   output_widths.size(), " outputs, got ", grad_outputs.size());
   SnrMatrices grads("grad_outputs", grad_outputs, rows, dtype);
   for (int i = 0; i < grads.count(); ++i) {
-    TORCH_CHECK_VALUE(grads.widths()[i] == output_widths[i], "mtlkernels: grad_outputs[", i, "] must have width ",
-                      output_widths[i], ", got ", grads.widths()[i]);
+    MTLK_CHECK_VALUE(grads.widths()[i] == output_widths[i], "grad_outputs[", i, "] must have width ", output_widths[i],
+                     ", got ", grads.widths()[i]);
   }
   return grads;
 }

@@ -8,6 +8,7 @@
 #include "gemm/mean_width.h"
 #include "gemm/row_blocks.h"
 #include "gemm/weight_forms.h"
+#include "runtime/check.h"
 #include "runtime/parallel.h"
 #include "runtime/tensors.h"
 #include "snr/snr_call.h"
@@ -36,23 +37,21 @@ class Call {
     const auto count = static_cast<size_t>(this->z.outputs()) * in.count();
     for (size_t r = 0; r < weights.size(); ++r) check_dense("weights", r, weights[r], like.scalar_type());
     if (stacked) {
-      TORCH_CHECK_VALUE(weights[0].size(0) == this->z.outputs() && weights[0].size(1) == in.count(),
-                        "mtlkernels: weights must have shape [", this->z.outputs(), ", ", in.count(),
-                        ", D_out, D_in], got ", weights[0].sizes());
+      MTLK_CHECK_VALUE(weights[0].size(0) == this->z.outputs() && weights[0].size(1) == in.count(),
+                       "weights must have shape [", this->z.outputs(), ", ", in.count(), ", D_out, D_in], got ",
+                       weights[0].sizes());
       for (int i = 0; i < this->z.outputs(); ++i) {
         for (int j = 0; j < in.count(); ++j) matrices.push_back(matrix_of(weights[0], i, j));
       }
     } else {
       matrices = weights.vec();
     }
-    TORCH_CHECK_VALUE(matrices.size() == count, "mtlkernels: weights must hold ", count, " matrices, got ",
-                      matrices.size());
+    MTLK_CHECK_VALUE(matrices.size() == count, "weights must hold ", count, " matrices, got ", matrices.size());
     for (size_t r = 0; r < count; ++r) {
       const at::Tensor& first = matrices[r / in.count() * in.count()];
       const int64_t out = first.dim() == 2 ? first.size(0) : 0, width = in.widths()[r % in.count()];
-      TORCH_CHECK_VALUE(matrices[r].dim() == 2 && matrices[r].size(0) == out && matrices[r].size(1) == width,
-                        "mtlkernels: weights[", r, "] must have shape [", out, ", ", width, "], got ",
-                        matrices[r].sizes());
+      MTLK_CHECK_VALUE(matrices[r].dim() == 2 && matrices[r].size(0) == out && matrices[r].size(1) == width, "weights[",
+                       r, "] must have shape [", out, ", ", width, "], got ", matrices[r].sizes());
     }
   }
 
@@ -78,7 +77,7 @@ class Call {
 
  private:
   static const at::Tensor& first_of(at::TensorList u) {
-    TORCH_CHECK_VALUE(!u.empty() && u[0].dim() == 2, "mtlkernels: u must hold at least one matrix");
+    MTLK_CHECK_VALUE(!u.empty() && u[0].dim() == 2, "u must hold at least one matrix");
     return u[0];
   }
 };
@@ -250,6 +249,8 @@ class Products {
   char *gradients_ = nullptr, *operands_ = nullptr;
 };
 
+}  // namespace
+
 std::vector<at::Tensor> snr_trans_forward(at::TensorList u, at::TensorList weights, const at::Tensor& z) {
   const Call call(u, weights, z);
   return run_sums(call, false, call.in);
@@ -270,8 +271,6 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
   }
   return {grad_u, grad_weights, grad_z};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("snr_trans_forward", TORCH_FN(snr_trans_forward));

@@ -55,9 +55,9 @@ def snr_aver(u: Tensor | Tensors, z: Tensor, *, closed_grad: bool = True) -> tup
         ValueError: shapes or devices do not agree.
     """
     check_closed_grad(closed_grad)
-    served = direct("snr_aver", u, z)
-    if served is not None:
-        return served
+    found = direct("snr_aver", u, None, z, closed_grad)
+    if found is not None:
+        return found
     if needs_plain("snr_aver", u, z):
         inputs, num_outputs = _tracing.quietly(_check, u, z)
         return plain(closed_grad, inputs, None, z, num_outputs)

@@ -69,9 +69,9 @@ def snr_trans(
         ValueError: shapes, devices or the numbers of sub-networks do not agree.
     """
     check_closed_grad(closed_grad)
-    served = _serve(u, weight, z)
-    if served is not None:
-        return served
+    found = direct("snr_trans", u, weight, z, closed_grad)
+    if found is not None:
+        return found
     if needs_plain("snr_trans", u, weight, z):
         inputs, weights, num_outputs = _tracing.quietly(_check, u, weight, z)
         return plain(closed_grad, inputs, reference.matrices(weights), z, num_outputs)
@@ -92,23 +92,3 @@ def _check(u: Any, weight: Any, z: Any) -> tuple[list[Tensor], list[Tensor], int
     weights, num_outputs = check_weight(weight, inputs)
     check_z(z, num_outputs, inputs)
     return inputs, weights, int(num_outputs)
-
-
-def _serve(u: Any, weight: Any, z: Any) -> tuple[Tensor, ...] | None:
-    """The short way, for arguments whose nesting the operator's flat lists cannot hide."""
-    if isinstance(weight, Tensor):
-        return direct("snr_trans", u, [weight], z) if weight.dim() == 4 else None
-    if isinstance(u, (list, tuple)):
-        count = len(u)
-    elif isinstance(u, Tensor) and u.dim() == 3:
-        count = u.size(0)
-    else:
-        return None
-    if not isinstance(weight, (list, tuple)) or any(
-        not isinstance(row, (list, tuple)) or len(row) != count for row in weight
-    ):
-        return None
-    matrices = [matrix for row in weight for matrix in row]
-    if len(matrices) == 1 and isinstance(matrices[0], Tensor) and matrices[0].dim() == 4:
-        return None  # which by itself would be a stacked weight
-    return direct("snr_trans", u, matrices, z)
