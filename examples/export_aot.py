@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._inductor.codecache  # which PyTorch 2.10 wants before it loads a package, and does not import
 from common import arguments, print_times
 from convert_rechub import Trainer
 from rechub import by_name, click_data, rechub_ple

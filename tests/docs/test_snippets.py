@@ -62,6 +62,7 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.Modu
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.onnx")
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning:torch.export")  # of 2.10
 @pytest.mark.parametrize("path", WITH_SNIPPETS, ids=[str(path.relative_to(ROOT)) for path in WITH_SNIPPETS])
 def test_snippets(path: Path, page: types.ModuleType) -> None:
     text = path.read_text()
