@@ -26,7 +26,7 @@ using torch::autograd::variable_list;
 // What a node keeps beside tensors, by name: numbers, which compiled autograd hashes.
 const std::string kInputs = "inputs", kOutputs = "outputs";  // how many
 const std::string kOptions = "options";                      // bits of those below
-constexpr int64_t kTransforms = 1, kClosedGrad = 2, kFromCpp = 4;
+constexpr int64_t kTransforms = 1, kClosedGrad = 2, kCppByName = 4;
 
 bool any_wants_gradient(const Tensors& tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
@@ -74,7 +74,7 @@ struct SnrFunction : torch::autograd::Function<SnrFunction> {
       for (const bool need : needs) flags.append(need);
       return unwrapped(gradients_of_node()(transforms ? "snr_trans" : "snr_aver", inputs,
                                            context->saved_data.at(kOutputs).toInt(), closed_grad,
-                                           (options & kFromCpp) != 0, flags, wrapped(all), wrapped(grads)));
+                                           (options & kCppByName) != 0, flags, wrapped(all), wrapped(grads)));
     });
   }
 };
@@ -114,7 +114,7 @@ py::object routes_from_python(bool transforms, py::handle u, py::handle weight, 
           context.saved_data[kInputs] = inputs;
           context.saved_data[kOutputs] = static_cast<int64_t>(outputs.size());
           context.saved_data[kOptions] =
-              int64_t{transforms ? kTransforms : 0} | (closed_grad ? kClosedGrad : 0) | (by_name ? kFromCpp : 0);
+              int64_t{transforms ? kTransforms : 0} | (closed_grad ? kClosedGrad : 0) | (by_name ? kCppByName : 0);
           context.save_for_backward(given);
         });
       }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -156,10 +157,15 @@ def test_what_changes_before_the_backward_pass_is_refused(kind: str) -> None:
 
 @KINDS
 def test_no_more_memory_after_the_backward_pass(kind: str) -> None:
-    """What a call has saved goes with its graph, though its outputs stay."""
+    """What a call has saved goes with the pass, though its outputs stay."""
     op, case = case_of(kind)
-    outputs = op(**case.arguments)
+    made = {**case.arguments, "z": case.arguments["z"] * 1}
+    saved = weakref.ref(made["z"])
+    outputs = op(**made)
+    del made
+    assert saved() is not None
     loss_of(lambda: outputs)().backward()
+    assert saved() is None
     with pytest.raises(RuntimeError, match="second time"):
         loss_of(lambda: outputs)().backward()
 
