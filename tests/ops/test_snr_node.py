@@ -170,9 +170,13 @@ def test_no_more_memory_after_the_backward_pass(kind: str) -> None:
         loss_of(lambda: outputs)().backward()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["matrices", "stacked", "aver"])
 def test_parameters_that_move_during_calls(kind: str) -> None:
-    """What is computed with stays where it is while another thread gives tensors other memory with the same values."""
+    """What is computed with stays where it is while another thread gives tensors other memory with the same values.
+
+    Inputs in one tensor are not among them: PyTorch's own ``unbind`` takes that apart, and it crashes or waits for ever
+    where its tensor gets other memory meanwhile.
+    """
     op, case = case_of(kind)
     expected, leaves, done = [y.detach() for y in op(**case.arguments)], leaves_of(case), threading.Event()
 
