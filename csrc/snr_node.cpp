@@ -56,12 +56,13 @@ struct SnrFunction : torch::autograd::Function<SnrFunction> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const int64_t inputs = context->saved_data.at(kInputs).toInt(), options = context->saved_data.at(kOptions).toInt();
     const variable_list all = context->get_saved_variables();  // once: checkpointing computes it anew each time
-    const auto defined = [](const at::Tensor& grad) { return grad.defined(); };
-    if (std::none_of(grads.begin(), grads.end(), defined)) return variable_list(all.size());
+    if (std::none_of(grads.begin(), grads.end(), [](const at::Tensor& grad) { return grad.defined(); })) {
+      return variable_list(all.size());
+    }
     std::vector<bool> needs;
     for (size_t edge = 0; edge < all.size(); ++edge) needs.push_back(context->needs_input_grad(edge));
     const bool transforms = (options & kTransforms) != 0, closed_grad = (options & kClosedGrad) != 0;
-    if (std::all_of(grads.begin(), grads.end(), defined) && !is_observed(grads) && !is_watched(all)) {
+    if (!is_observed(grads) && !is_watched(all)) {
       const auto any = [&](int64_t first, int64_t last) {
         return std::find(needs.begin() + first, needs.begin() + last, true) != needs.begin() + last;
       };

@@ -258,7 +258,7 @@ def gradients_of_node(
     tensors: Sequence[Tensor],
     grads: Sequence[Tensor | None],
 ) -> Any:
-    """What C++ asks of the backward pass of its node where somebody looks on, or an output has no gradient."""
+    """What C++ asks of the backward pass of its node where somebody looks on."""
     num_weights = len(tensors) - num_inputs - 1
     plan = Plan(op, num_inputs, num_weights, num_outputs, closed_grad, "cpp" if by_name else None)
     ctx = SimpleNamespace(plan=plan, needs_input_grad=(False, *needs), saved_tensors=tuple(tensors))

@@ -24,12 +24,13 @@ KINDS = pytest.mark.parametrize("kind", ["matrices", "stacked", "joined", "aver"
 CLOSED_GRAD = pytest.mark.parametrize("closed_grad", [True, False])
 
 
-def case_of(kind: str, **options: Any) -> tuple[Any, Case]:
+def case_of(kind: str, outputs: int = 2, **options: Any) -> tuple[Any, Case]:
     make = CaseFactory(0, torch.float32)
     if kind == "aver":
-        return mk.snr_aver, snr_aver(make, 5, 6, 3, 2, **options)
+        return mk.snr_aver, snr_aver(make, 5, 6, 3, outputs, **options)
     stacked = kind != "matrices"
-    case = snr_trans(make, 5, [6, 6, 6] if stacked else [6, 3, 5], [4, 4] if stacked else [4, 7], stacked=stacked)
+    widths = [4] * outputs if stacked else [4, 7, 2][:outputs]
+    case = snr_trans(make, 5, [6, 6, 6] if stacked else [6, 3, 5], widths, stacked=stacked)
     if kind == "joined":
         case.arguments["u"] = torch.stack([u.detach() for u in case.arguments["u"]]).requires_grad_()
     return mk.snr_trans, Case({**case.arguments, **options}, case.dtype)
@@ -63,17 +64,29 @@ def test_trains_past_python(kind: str, closed_grad: bool) -> None:
 
 @KINDS
 @CLOSED_GRAD
-@pytest.mark.parametrize("output", [0, 1])
-def test_an_output_without_a_gradient(kind: str, closed_grad: bool, output: int) -> None:
-    """Of which matrices have none either: so a step under PCGrad goes."""
-    op, case = case_of(kind, closed_grad=closed_grad)
-    expected = by_reference(op, case, [output])
-    loss = loss_of(lambda: [op(**case.arguments)[output]])()
+@pytest.mark.parametrize("used", [[0], [2], [0, 1], [0, 2]], ids=str)
+@pytest.mark.parametrize("again", [False, True])
+def test_outputs_without_a_gradient(kind: str, closed_grad: bool, used: list[int], again: bool) -> None:
+    """Of which matrices have none either: so a step under PCGrad goes. Past Python, but for a second derivative."""
+    op, case = case_of(kind, 3, closed_grad=closed_grad)
+    expected, leaves, outputs = by_reference(op, case, used), leaves_of(case), op(**case.arguments)
+    loss = loss_of(lambda: [outputs[i] for i in used])()
     with watched() as in_python:
-        found = torch.autograd.grad(loss, leaves_of(case), allow_unused=True)
-    assert in_python.call_count == 1
+        found = torch.autograd.grad(loss, leaves, allow_unused=True, create_graph=again)
+    assert in_python.call_count == again
     assert [grad is None for grad in found] == [grad is None for grad in expected]
     torch.testing.assert_close(list(found), expected)
+
+
+@KINDS
+def test_only_gradients_that_are_wanted_of_some_outputs(kind: str) -> None:
+    op, case = case_of(kind, 3)
+    expected, leaves, outputs = by_reference(op, case, [1]), leaves_of(case), op(**case.arguments)
+    for leaf, grad in zip(leaves, expected, strict=True):
+        loss = loss_of(lambda: [outputs[1]])()
+        (found,) = torch.autograd.grad(loss, [leaf], allow_unused=True, retain_graph=True)
+        assert (found is None) == (grad is None)
+        torch.testing.assert_close(found, grad)
 
 
 @KINDS

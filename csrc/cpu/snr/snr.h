@@ -22,7 +22,8 @@ struct SnrTensors {
 MTLK_API std::vector<at::Tensor> evaluate_routes(const SnrTensors& tensors);
 
 // The operators snr_trans_backward and snr_aver_backward: a gradient in the place of each of the inputs, the weights
-// and z, undefined where `needs`, a flag for each of the three kinds, wants none.
+// and z, undefined where `needs`, a flag for each of the three kinds, wants none. An output may have an undefined
+// gradient, but not all of them; matrices of its own then have none either.
 MTLK_API std::vector<at::Tensor> differentiate_routes(const SnrTensors& tensors, at::TensorList grad_outputs,
                                                       std::array<bool, 3> needs, bool closed_grad);
 
