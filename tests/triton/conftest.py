@@ -21,7 +21,8 @@ def _without_repetitions() -> Iterator[None]:
     It puts its own functions in the place of Triton's language at every launch and every call of a device function. It
     makes the table of NumPy's dtypes again for each value, and for each tensor a type and a shape like those of many
     others. It broadcasts and casts what is equal already. And it computes each sum and product of int32 once more in
-    int64, to see whether it overflows: not with sizes as small as these.
+    int64, to see whether it overflows: not with sizes as small as these. Each function of the language asks whether a
+    kernel calls it, as the interpreter always does, and looks for constants in each value that it is given.
     """
     if not interpreting():
         yield
@@ -39,6 +40,8 @@ def _without_repetitions() -> Iterator[None]:
             *_semantics(type(interpreter.interpreter_semantic)),
             (interpreter, "_get_np_dtype", _numpy_dtype(interpreter, tl)),
             *_types_once(tl),
+            (tl.core, "_unwrap_if_constexpr", _unwrapped(tl)),
+            (interpreter, "_patch_attr", _patched_member(interpreter)),
         ):
             patches.enter_context(mock.patch.object(of, name, new))
         patches.enter_context(_patched_for_good(interpreter))
@@ -107,6 +110,34 @@ def _semantics(of: Any) -> list[tuple[Any, str, Any]]:
         (of, "cast", cast_unequal),
         (of, "computation_type_impl", promote_once),
     ]
+
+
+def _unwrapped(tl: Any) -> Callable[[Any], Any]:
+    """Nearly all values are neither a constant nor a list."""
+    unwrap, constant = tl.core._unwrap_if_constexpr, tl.core.constexpr
+    others = (list, tuple, tl.core.tuple, constant)
+
+    def unwrapped(value: Any) -> Any:
+        if type(value) is constant:
+            return value.value
+        return unwrap(value) if isinstance(value, others) else value
+
+    return unwrapped
+
+
+def _patched_member(interpreter: Any) -> Callable[..., None]:
+    """A function of the language is called past what asks whether a kernel calls it."""
+    semantic = interpreter.interpreter_semantic
+
+    def patch(of: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        inner = getattr(member, "__wrapped__", member)
+
+        def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
+            return inner(*args, _semantic=semantic, **kwargs)
+
+        scope.set_attr(of, name, call)
+
+    return patch
 
 
 def _numpy_dtype(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
