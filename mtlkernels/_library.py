@@ -56,7 +56,9 @@ def define(
 
     def on_meta(*args: Any) -> Any:
         _check_meta(name, args)
-        return fake(*args)
+        results = fake(*args)
+        _check_wrapper(name, results)
+        return results
 
     torch.library.register_fake(f"mtlkernels::{name}", on_meta, lib=_library)
 
@@ -137,6 +139,16 @@ def _check_meta(operator: str, args: Sequence[Any]) -> None:
     first, device = places[0]
     name, other = next((name, other) for name, other in places if other.type != device.type)
     raise ValueError(f"{name} must be on the device of {first}, {device}, got {other}: move one by .to(device)")
+
+
+def _check_wrapper(operator: str, results: Any) -> None:
+    """Refuses what would end the process: PyTorch before 2.14 takes a list of one tensor for the tensor (#190551)."""
+    single = isinstance(results, list) and len(results) == 1
+    if single and _torch.VERSION < (2, 14) and _torch.lowers_for_cpp_wrapper():
+        raise RuntimeError(
+            f"mtlkernels::{operator}: expected to return more than one tensor in a graph of Inductor's cpp_wrapper,"
+            f" found one, which crashes with PyTorch {torch.__version__}; use PyTorch 2.14, or compile without it"
+        )
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:

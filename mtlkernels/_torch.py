@@ -18,6 +18,7 @@ import torch.utils._device
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 tree_flatten, tree_unflatten, tree_map = pytree.tree_flatten, pytree.tree_unflatten, pytree.tree_map
 # Transforms of torch.func.
 func_transforms_active = torch._C._are_functorch_transforms_active
@@ -73,6 +74,13 @@ def memory_budget(tensors: Sequence[Tensor] = ()) -> float:
     """
     traced = compiling() or any(isinstance(tensor, TRACED) for tensor in tensors)
     return float(functorch_config.activation_memory_budget) if traced else 1.0
+
+
+def lowers_for_cpp_wrapper() -> bool:
+    """Whether Inductor lowers a graph now that its ``cpp_wrapper`` calls, and not one for a package."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    graph: Any = None if virtualized is None else virtualized.V.graph
+    return getattr(graph, "cpp_wrapper", False) and not graph.aot_mode
 
 
 def records_gradients() -> bool:

@@ -111,7 +111,8 @@ class _Level:
         self.saved: list[Tensor] = []
 
     def forward(self, save: bool) -> None:
-        self.outputs, self.saved = kernels.forward(self.inputs, *self.operands, *self.spec.encoded, None, save)
+        results = kernels.forward(self.inputs, *self.operands, *self.spec.encoded, None, save)
+        self.outputs, self.saved = self.spec.split_results(results)
 
     def backward(self) -> None:
         kernels.backward(self.outputs, self.inputs, *self.operands, self.saved, *self.spec.encoded, None, ALL)

@@ -5,7 +5,6 @@ Both take tensors in groups: the sub-networks' outputs u, the weights (Trans alo
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -144,8 +143,7 @@ class RoutesBackward(torch.autograd.Function):
         if grads_are_batched(grad_outputs):
             return batched_backward(RoutesBackward, (plan, needs), tensors)
         run = implementation(plan.op, "backward", plan.backend, primals[0])
-        groups = run(grad_outputs, *plan.groups(primals), *needs, plan.closed_grad)
-        return tuple(itertools.chain.from_iterable(groups))
+        return tuple(run(grad_outputs, *plan.groups(primals), *needs, plan.closed_grad))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

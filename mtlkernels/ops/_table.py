@@ -18,7 +18,7 @@ from mtlkernels import _extension, _torch
 
 # A CUDA graph reads the host's copy of a tensor whenever it is replayed. Since 2.11 PyTorch gives pinned memory that
 # was allocated during a capture to nobody else; before, the copies have to stay here.
-GRAPHS_KEEP_PINNED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+GRAPHS_KEEP_PINNED = _torch.VERSION >= (2, 11)
 _captured: list[Tensor] = []
 
 

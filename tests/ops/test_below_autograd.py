@@ -46,7 +46,7 @@ def arguments(requires_grad: bool = False) -> list[Any]:
 
 
 def outputs(*args: Any) -> list[Tensor]:
-    found: list[Tensor] = torch.ops.mtlkernels.level_forward(*args)[0]
+    found: list[Tensor] = torch.ops.mtlkernels.level_forward(*args)
     return found
 
 

@@ -49,6 +49,10 @@ def run(name: str, *arguments: Any) -> Any:
     return getattr(torch.ops.mtlkernels, name).default.redispatch(CPU_KEYS, *arguments)
 
 
+def below(*arguments: Any) -> Any:
+    return run("level_forward", *arguments)
+
+
 def of_levels() -> Iterator[tuple[str, tuple[Any, ...]]]:
     plain = CaseFactory(0, torch.float32).expert_mixture(ROWS, [4, 6, 3], ROUTING).map(Tensor.detach)
     for operands in (
@@ -56,7 +60,7 @@ def of_levels() -> Iterator[tuple[str, tuple[Any, ...]]]:
         operator.with_gate_layers(torch.float32, ROWS, False),
         operator.with_norms(torch.float32, ROWS, False),
     ):
-        outputs, saved = run("level_forward", *operands.forward(True))
+        outputs, saved = operands.results(True, below)
         yield "level_forward", operands.forward(True)
         yield "level_backward", operands.backward([torch.ones_like(y) for y in outputs], saved, [True] * 8)
     *lists, ints, floats, _, _ = operator.with_gate_layers(torch.float32, ROWS, False).forward(False)
@@ -161,7 +165,7 @@ def level(direction: str, changed: dict[int, Any]) -> tuple[Any, ...]:
     """Arguments of a level's operator, some of which are others."""
     arguments = LEVEL.forward(True)
     if direction == "backward":
-        outputs, saved = run("level_forward", *arguments)
+        outputs, saved = LEVEL.results(True, below)
         arguments = LEVEL.backward([torch.ones_like(y) for y in outputs], saved, [True] * 8)
     return tuple(change(old) if (change := changed.get(at)) else old for at, old in enumerate(arguments))
 

@@ -39,8 +39,8 @@ def of_level(operands: operator.Operands, at: int) -> tuple[Callable[[Tensor], T
 
     def run(value: Tensor) -> Tensor:
         tensors = [*operands.tensors[:at], value, *operands.tensors[at + 1 :]]
-        given = operator.Operands(operands.spec, tensors, operands.seed).forward(False)
-        return total(OPERATORS.level_forward(*given)[0])
+        outputs, _ = operator.Operands(operands.spec, tensors, operands.seed).results(False)
+        return total(outputs)
 
     value = operands.tensors[at]
     assert value is not None

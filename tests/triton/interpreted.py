@@ -145,7 +145,7 @@ def test_an_expert_outside_a_gate_cannot_reach_it_in_one_loop(capability: tuple[
     spec = LevelSpec(1, (0, 0), (0, 1), (1, 1), (Layer(0),))
     level = Operands(spec, [x, weight, weight, None, torch.full((128,), float("inf")).half(), *logits])
     with mock.patch.object(chain_forward, "card", lambda _: Card(1, capability)):
-        (finite, infinite), _ = kernels.forward(*level.forward(False))
+        (finite, infinite), _ = level.results(False, kernels.forward)
     assert finite.eq(16).all() and infinite.isinf().all()
 
 
@@ -234,7 +234,7 @@ def test_an_expert_outside_a_gate_cannot_reach_it() -> None:
     logits = [torch.zeros(32, 1), torch.zeros(32, 1)]
     spec = LevelSpec(1, (0, 0), (0, 1), (1, 1), (Layer(0),))
     level = Operands(spec, [x, weight, weight, None, torch.full((32,), float("inf")), *logits])
-    (finite, infinite), _ = kernels.forward(*level.forward(False))
+    (finite, infinite), _ = level.results(False, kernels.forward)
     assert finite.eq(4).all() and infinite.isinf().all()
 
 

@@ -43,7 +43,7 @@ def step(case: Case, *needs: bool, linear: bool = False) -> list[Tensor]:
     level = a.level(linear)
     wanted = needs or (True,) * 5
     kinds = Groups(*wanted[:3], False, False, False, *wanted[3:], *[False] * (5 - len(wanted)))
-    outputs, saved = kernels.forward(*level.forward(True))
+    outputs, saved = level.results(True, kernels.forward)
     gradients = kernels.backward(*level.backward(a.grad_outputs, saved, kinds))
     return [*outputs, *(saved[-1:] if linear else ()), *gradients]
 
@@ -138,7 +138,7 @@ def test_a_part_takes_the_same_launches_and_no_memory_for_the_rest() -> None:
     case = Case("part", 16, (16, 16), 5, 3, (1,), largest_gate=2)
     a = arguments(case, "cpu")
     level = a.level(False)
-    _, saved = kernels.forward(*level.forward(True))
+    _, saved = level.results(True, kernels.forward)
     grads = [a.grad_outputs[0], None, None]
     with launched() as found:
         gradients = kernels.backward(*level.backward(grads, saved, Groups(*[True] * 8)))

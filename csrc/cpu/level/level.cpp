@@ -36,14 +36,14 @@ LevelResults evaluate(const LevelSpec& spec, const LevelTensors& tensors, const 
   return chain_forward(tensors, tables, kernels, norms, spec.saved_shape(dtype), save);
 }
 
-std::tuple<Tensors, Tensors> level_forward(at::TensorList inputs, const OptionalTensors& parameters,
-                                           const OptionalTensors& gates, at::IntArrayRef ints,
-                                           at::ArrayRef<double> floats, const std::optional<at::Tensor>& seed,
-                                           bool save) {
+Tensors level_forward(at::TensorList inputs, const OptionalTensors& parameters, const OptionalTensors& gates,
+                      at::IntArrayRef ints, at::ArrayRef<double> floats, const std::optional<at::Tensor>& seed,
+                      bool save) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const LevelSpec spec(ints.vec(), floats.vec());
-  LevelResults results = evaluate(spec, spec.split(inputs, parameters, gates), {}, seed, save);
-  return {std::move(results.outputs), std::move(results.saved)};
+  auto [results, saved] = evaluate(spec, spec.split(inputs, parameters, gates), {}, seed, save);
+  std::move(saved.begin(), saved.end(), std::back_inserter(results));
+  return results;
 }
 
 // What level_serve gets in the place of norms, by layer and expert and for each linear gate; `kept` holds it.

@@ -52,9 +52,9 @@ std::vector<at::Tensor> gated_mixture_forward(const at::Tensor& experts, at::Ten
   return outputs;
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gated_mixture_backward(
-    at::TensorList grad_outputs, const at::Tensor& experts, at::TensorList gate_logits, at::IntArrayRef gate_experts,
-    at::IntArrayRef gate_sizes, bool need_experts, bool need_logits) {
+std::vector<at::Tensor> gated_mixture_backward(at::TensorList grad_outputs, const at::Tensor& experts,
+                                               at::TensorList gate_logits, at::IntArrayRef gate_experts,
+                                               at::IntArrayRef gate_sizes, bool need_experts, bool need_logits) {
   check_values(experts);
   const at::Tensor values = with_unit_stride(experts);
   GateTables tables(gate_experts, gate_sizes, experts.size(1));
@@ -62,7 +62,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gated_mixture_backw
   TORCH_CHECK_VALUE(grad_outputs.size() == gate_sizes.size(),
                     "mtlkernels: grad_outputs must hold a tensor for each of ", gate_sizes.size(), " gates, got ",
                     grad_outputs.size());
-  std::vector<at::Tensor> kept, grad_experts, grad_logits;
+  std::vector<at::Tensor> kept, found;
   std::vector<const void*> grads;
   std::vector<int64_t> grad_ld;
   std::vector<void*> logit_pointers;
@@ -75,18 +75,20 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gated_mixture_backw
     grads.push_back(kept.back().const_data_ptr());
     grad_ld.push_back(kept.back().stride(0));
   }
-  for (size_t k = 0; need_logits && k < gate_logits.size(); ++k) {
-    grad_logits.push_back(at::empty(gate_logits[k].sizes(), gate_logits[k].options()));
-    logit_pointers.push_back(grad_logits.back().mutable_data_ptr());
+  if (need_experts) {
+    found.push_back(pooled(experts.sizes(), experts.options()));
+    args.grad_values = found.back().mutable_data_ptr();
   }
-  if (need_experts) grad_experts.push_back(pooled(experts.sizes(), experts.options()));
+  for (size_t k = 0; need_logits && k < gate_logits.size(); ++k) {
+    found.push_back(at::empty(gate_logits[k].sizes(), gate_logits[k].options()));
+    logit_pointers.push_back(found.back().mutable_data_ptr());
+  }
   args.grad_outputs = grads.data();
   args.grad_output_ld = grad_ld.data();
-  args.grad_values = need_experts ? grad_experts[0].mutable_data_ptr() : nullptr;
   args.grad_logits = need_logits ? logit_pointers.data() : nullptr;
   const GatedMixtureKernels& table = kernels_for<GatedMixtureKernels>(dtype_of(experts));
   run(args, table, table.backward);
-  return {grad_experts, grad_logits};
+  return found;
 }
 
 }  // namespace

@@ -6,9 +6,6 @@
 #include <ATen/record_function.h>
 
 #include <algorithm>
-#include <iterator>
-#include <tuple>
-#include <utility>
 
 #include "snr/snr_call.h"
 
@@ -19,18 +16,19 @@ namespace {
 std::vector<at::Tensor> differentiate_all(const SnrTensors& tensors, at::TensorList grad_outputs,
                                           std::array<bool, 3> needs, bool closed_grad) {
   const auto [of_inputs, of_weights, of_z] = needs;
-  std::vector<at::Tensor> found, weights, z;
-  if (tensors.transforms) {
-    std::tie(found, weights, z) = snr_trans_backward(grad_outputs, tensors.inputs, tensors.weights, tensors.z,
-                                                     of_inputs, of_weights, of_z, closed_grad);
-  } else {
-    std::tie(found, z) = snr_aver_backward(grad_outputs, tensors.inputs, tensors.z, of_inputs, of_z, closed_grad);
-  }
-  found.resize(tensors.inputs.size());
-  std::move(weights.begin(), weights.end(), std::back_inserter(found));
-  found.resize(tensors.inputs.size() + tensors.weights.size());
-  found.push_back(of_z ? z[0] : at::Tensor());
-  return found;
+  const std::vector<at::Tensor> found =
+      tensors.transforms ? snr_trans_backward(grad_outputs, tensors.inputs, tensors.weights, tensors.z, of_inputs,
+                                              of_weights, of_z, closed_grad)
+                         : snr_aver_backward(grad_outputs, tensors.inputs, tensors.z, of_inputs, of_z, closed_grad);
+  std::vector<at::Tensor> result;
+  auto next = found.begin();
+  const auto place = [&](bool wanted, size_t count) {
+    for (size_t i = 0; i < count; ++i) result.push_back(wanted ? *next++ : at::Tensor());
+  };
+  place(of_inputs, tensors.inputs.size());
+  place(of_weights, tensors.weights.size());
+  place(of_z, 1);
+  return result;
 }
 
 bool is_stacked(const SnrTensors& tensors) { return tensors.weights.size() == 1; }  // of two outputs or more

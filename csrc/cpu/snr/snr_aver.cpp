@@ -105,10 +105,8 @@ std::vector<at::Tensor> snr_aver_forward(at::TensorList u, const at::Tensor& z) 
   return sums.take();
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> snr_aver_backward(at::TensorList grad_outputs,
-                                                                               at::TensorList u, const at::Tensor& z,
-                                                                               bool need_u, bool need_z,
-                                                                               bool closed_grad) {
+std::vector<at::Tensor> snr_aver_backward(at::TensorList grad_outputs, at::TensorList u, const at::Tensor& z,
+                                          bool need_u, bool need_z, bool closed_grad) {
   const SnrMatrices in = checked(u);
   const SnrCoding coding(z, in.count(), u[0].scalar_type());
   const SnrMatrices grads = snr_grad_outputs(grad_outputs, u[0].size(0), u[0].scalar_type(),
@@ -119,10 +117,10 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> snr_aver_backward(a
   if (need_u) work = sums.emplace(coding, true, grads, u[0]).work();
   if (need_z) work.dots = dots.emplace(coding, in, grads, u[0], closed_grad).call();
   if (sums || dots) run(work, u[0], dots ? &*dots : nullptr);
-  std::vector<at::Tensor> grad_u, grad_z;
-  if (sums) grad_u = sums->take();
-  if (dots) grad_z.push_back(dots->take().to(z.scalar_type()));
-  return {grad_u, grad_z};
+  std::vector<at::Tensor> found;
+  if (sums) found = sums->take();
+  if (dots) found.push_back(dots->take().to(z.scalar_type()));
+  return found;
 }
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {

@@ -4,23 +4,20 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
 
-#include <tuple>
 #include <vector>
 
 #include "snr/snr_args.h"
 
 namespace mtlk {
 
-// The operators, see mtlkernels/operators.txt.
+// The operators, see mtlkernels/operators.txt. Backward passes return the gradients that are wanted, one after another.
 std::vector<at::Tensor> snr_trans_forward(at::TensorList u, at::TensorList weights, const at::Tensor& z);
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> snr_trans_backward(
-    at::TensorList grad_outputs, at::TensorList u, at::TensorList weights, const at::Tensor& z, bool need_u,
-    bool need_weights, bool need_z, bool closed_grad);
+std::vector<at::Tensor> snr_trans_backward(at::TensorList grad_outputs, at::TensorList u, at::TensorList weights,
+                                           const at::Tensor& z, bool need_u, bool need_weights, bool need_z,
+                                           bool closed_grad);
 std::vector<at::Tensor> snr_aver_forward(at::TensorList u, const at::Tensor& z);
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> snr_aver_backward(at::TensorList grad_outputs,
-                                                                               at::TensorList u, const at::Tensor& z,
-                                                                               bool need_u, bool need_z,
-                                                                               bool closed_grad);
+std::vector<at::Tensor> snr_aver_backward(at::TensorList grad_outputs, at::TensorList u, const at::Tensor& z,
+                                          bool need_u, bool need_z, bool closed_grad);
 
 // A list of matrices with equal numbers of rows, kept with unit column stride as long as this lives.
 class SnrMatrices {

@@ -3,7 +3,9 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "gemm/mean_width.h"
 #include "gemm/row_blocks.h"
@@ -256,20 +258,21 @@ std::vector<at::Tensor> snr_trans_forward(at::TensorList u, at::TensorList weigh
   return run_sums(call, false, call.in);
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> snr_trans_backward(
-    at::TensorList grad_outputs, at::TensorList u, at::TensorList weights, const at::Tensor& z, bool need_u,
-    bool need_weights, bool need_z, bool closed_grad) {
+std::vector<at::Tensor> snr_trans_backward(at::TensorList grad_outputs, at::TensorList u, at::TensorList weights,
+                                           const at::Tensor& z, bool need_u, bool need_weights, bool need_z,
+                                           bool closed_grad) {
   const Call call(u, weights, z);
   const SnrMatrices grads = snr_grad_outputs(grad_outputs, call.rows, call.like.scalar_type(), call.output_widths());
-  std::vector<at::Tensor> grad_u, grad_weights, grad_z;
-  if (need_u) grad_u = run_sums(call, true, grads);
+  std::vector<at::Tensor> found;
+  if (need_u) found = run_sums(call, true, grads);
   if (need_weights || need_z) {
     Products products(call, grads, need_weights, need_z, closed_grad);
     products.run();
-    grad_weights = products.take_weights();
-    if (need_z) grad_z.push_back(products.grad_z().to(z.scalar_type()));
+    std::vector<at::Tensor> weights_found = products.take_weights();
+    std::move(weights_found.begin(), weights_found.end(), std::back_inserter(found));
+    if (need_z) found.push_back(products.grad_z().to(z.scalar_type()));
   }
-  return {grad_u, grad_weights, grad_z};
+  return found;
 }
 
 TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {

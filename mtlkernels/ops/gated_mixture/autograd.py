@@ -131,10 +131,7 @@ class GatedMixtureBackward(torch.autograd.Function):
             return batched_backward(GatedMixtureBackward, (plan, needs), tensors)
         experts = tensors[gates]
         run = implementation(_OP, "backward", plan.backend, experts)
-        grad_experts, grad_logits = run(
-            tensors[:gates], experts, tensors[gates + 1 :], plan.gate_experts, plan.gate_sizes, *needs
-        )
-        return (*grad_experts, *grad_logits)
+        return tuple(run(tensors[:gates], experts, tensors[gates + 1 :], plan.gate_experts, plan.gate_sizes, *needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

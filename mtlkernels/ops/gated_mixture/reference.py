@@ -57,8 +57,8 @@ def backward(
     gate_sizes: Sequence[int],
     need_experts: bool,
     need_logits: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of ``experts`` and of each gate's logits.
+) -> list[Tensor]:
+    """Gradients of ``experts`` and of each gate's logits, those that are wanted.
 
     With p the softmax of a gate's logits and g_e = <dy, experts[:, e]>:
     d experts[:, e] = sum over gates of p_e * dy, and d logits_e = p_e * (g_e - sum_j p_j * g_j).
@@ -77,4 +77,4 @@ def backward(
         if need_logits:
             inner = torch.bmm(mixed_by(experts, gate).to(acc), grad.unsqueeze(2)).squeeze(2)
             grad_logits.append((weight * (inner - (weight * inner).sum(1, keepdim=True))).to(logits.dtype))
-    return [grad_experts.to(experts.dtype)] if need_experts else [], grad_logits
+    return [grad_experts.to(experts.dtype), *grad_logits] if need_experts else grad_logits

@@ -26,10 +26,10 @@ def _backward(
     gate_sizes: list[int],
     need_experts: bool,
     need_logits: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     grad_experts = [empty(experts, experts.shape)] if need_experts else []
     grad_logits = [empty(logits, logits.shape) for logits in gate_logits] if need_logits else []
-    return grad_experts, grad_logits
+    return grad_experts + grad_logits
 
 
 define("gated_mixture_forward", _forward, cast_first(1))

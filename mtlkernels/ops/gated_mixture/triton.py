@@ -140,7 +140,7 @@ def backward(
     gate_sizes: Sequence[int],
     need_experts: bool,
     need_logits: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     """As the reference: the gradients of the experts [B, E, H] and of each gate's logits."""
     _check(experts, gate_logits, gate_experts, gate_sizes)
     check_count("grad_outputs", grad_outputs, len(gate_sizes), "gates")
@@ -167,7 +167,7 @@ def backward(
     )
     with _triton.on_device(experts.device):
         run(table.to(experts.device))
-    return [] if grad_experts is None else [grad_experts], logits
+    return logits if grad_experts is None else [grad_experts, *logits]
 
 
 def prepare_backward(

@@ -57,15 +57,15 @@ class Level(torch.autograd.Function):
     def forward(plan: Plan, *tensors: Any) -> Any:
         spec = plan.spec
         args = (*spec.operands(tensors), *spec.encoded, tensors[spec.num_tensors], True)
-        outputs, saved = run_forward(_OP, plan.backend, tensors[0], *args)
+        results = run_forward(_OP, plan.backend, tensors[0], *args)
         if plan.written is not None:
-            plan.written(saved)
-        return (*outputs, *saved)
+            plan.written(spec.split_results(results)[1])
+        return tuple(results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         plan, *tensors = inputs
-        saved = output[len(plan.spec.gate_sizes) :]
+        saved = plan.spec.split_results(output)[1]
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # zeros for what is saved, as large as that, took a tenth of a step
         ctx.plan, ctx.num_saved = plan._replace(written=None), len(saved)
@@ -327,10 +327,9 @@ def _differentiable_forward(
             " torch.utils.checkpoint saves memory too, and is right"
         )
     spec = LevelSpec.decoded(ints, floats)
-    out = apply(Level, Plan(spec, None), *inputs, *parameters, *gates, seed)
-    count = len(spec.gate_sizes)
-    saved = out[count:]
-    return list(out[:count]), list(saved if save else spec.split_saved(saved)[1])
+    results = apply(Level, Plan(spec, None), *inputs, *parameters, *gates, seed)
+    outputs, saved = spec.split_results(results)
+    return list(results) if save else [*outputs, *spec.split_saved(saved)[1]]
 
 
 @of_no_examples
@@ -340,16 +339,13 @@ def vmap_operator(info: Any, in_dims: Any, *args: Any) -> Any:
     spec = LevelSpec.decoded(ints, floats)
 
     def run(spec: LevelSpec, *tensors: Any) -> Any:
-        found = torch.ops.mtlkernels.level_forward(
-            *spec.operands(tensors), *spec.encoded, tensors[spec.num_tensors], save
-        )
-        return (*found[0], *found[1])
+        args = (*spec.operands(tensors), *spec.encoded, tensors[spec.num_tensors], save)
+        return torch.ops.mtlkernels.level_forward(*args)
 
     dims = [dim for group, ts in zip(in_dims, lists, strict=False) for dim in (group or [None] * len(ts))]
     tensors = [tensor for ts in lists for tensor in ts]
     out, out_dims = _vmap_forward(run, info.batch_size, (*dims, in_dims[5]), spec, (*tensors, seed))
-    gates = len(spec.gate_sizes)
-    return (list(out[:gates]), list(out[gates:])), (list(out_dims[:gates]), list(out_dims[gates:]))
+    return list(out), list(out_dims)
 
 
 torch.library.register_vmap("mtlkernels::level_forward", vmap_operator)

@@ -100,15 +100,15 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     # The compiler differentiates the operator itself, and so sees which outputs nobody uses.
     if not _torch.compiling() and needs_function(tensors):
         results = apply(Level, Plan(spec, backend, written=written if early else None), *tensors, seed)
-        outputs, saved = results[: len(spec.gate_sizes)], results[len(spec.gate_sizes) :]
         if early:
-            return _with_zeros(outputs, idle)
+            return _with_zeros(spec.split_results(results)[0], idle)
     elif keeps:
         operands = spec.operands(tensors)
         return tuple(run_operator("level", "serve", backend, streams[0], *operands, scales, shifts, *spec.encoded))
     else:
         args = (*spec.operands(tensors), *spec.encoded, seed, False)
-        outputs, saved = run_forward("level", "reference" if traced else backend, streams[0], *args)
+        results = run_forward("level", "reference" if traced else backend, streams[0], *args)
+    outputs, saved = spec.split_results(results)
     if present:
         written(saved)
     return _with_zeros(outputs, idle)

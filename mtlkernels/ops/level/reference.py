@@ -135,10 +135,10 @@ def forward(
     numbers: Sequence[float],
     seed: Tensor | None,
     save: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     """Every expert is an MLP, ``x <- dropout(activation(norm(x W^T + b)))`` a layer; every gate mixes its experts.
 
-    Returns the K outputs [B, H_L] and what :meth:`LevelSpec.split_saved` takes apart. Between two products all is in
+    Returns the K outputs [B, H_L], then what :meth:`LevelSpec.split_saved` takes apart. Between two products all is in
     the dtype of accumulation. Saved are, with ``save``, the pre-activations [E, B, H] of each layer before its norm, if
     ``stores_inputs`` is true; otherwise, for each layer, the output of the activation, or its input where its
     derivative follows from that, of the last layer that of the experts ``last_saved`` and of the others signs, where
@@ -166,7 +166,7 @@ def forward(
         if inputs[0].is_cuda:
             saved += [signs(values[i].hidden, 32).view(torch.int32) for i in level.hidden_signs]
     logits = [torch.cat(gate_logits(level, groups), 1)] if save and level.gate_inputs else []
-    return outputs, [*saved, *stats, *logits]
+    return [*outputs, *saved, *stats, *logits]
 
 
 def panels(values: Tensor) -> Tensor:
@@ -328,8 +328,8 @@ def _gradients(
     logits = gate_logits(spec, groups)
     last = values[-1].hidden.transpose(0, 1)
     gates = (spec.gate_experts, spec.gate_sizes)
-    grad_experts, grad_logits = mixture.backward(grad_outputs, last, logits, *gates, True, True)
-    grad = grad_experts[0].transpose(0, 1)
+    grad_experts, *grad_logits = mixture.backward(grad_outputs, last, logits, *gates, True, True)
+    grad = grad_experts.transpose(0, 1)
     experts = len(spec.expert_inputs)
     found = Groups(*([None] * size for size in spec.sizes))
     for number in reversed(range(len(spec.layers))):

@@ -3,7 +3,9 @@
 A level's tensors travel in three lists, in the order of :class:`mtlkernels.ops.level.spec.Groups`: ``inputs``;
 ``parameters``, which are those of the experts; and ``gates``, logits or linear layers. Everything else about it is
 ``spec`` and ``numbers``, see :attr:`LevelSpec.encoded`. ``seed``, one int64, decides what is dropped, see
-:mod:`mtlkernels.ops._random`. ``saved`` is what :meth:`LevelSpec.split_saved` takes apart.
+:mod:`mtlkernels.ops._random`. ``saved``, which ``level_forward`` returns behind its K outputs, is what
+:meth:`LevelSpec.split_saved` takes apart. Every operator returns one list: graphs of Inductor's ``cpp_wrapper`` cannot
+call one that returns several.
 
 ``grad_outputs`` are None for outputs that nobody used, and the backward operator returns the gradients of what the
 others depend on, see :meth:`LevelSpec.returned`; ``needs`` is one for each kind of tensor. They may be those of several
@@ -33,7 +35,7 @@ def _forward(
     numbers: list[float],
     seed: Tensor | None,
     save: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     level, x = LevelSpec.decoded(spec, numbers), inputs[0]
     rows, experts = x.shape[0], len(level.expert_inputs)
     weights = level.split((*inputs, *parameters, *gates)).weights
@@ -55,7 +57,7 @@ def _forward(
         saved += [x.new_empty((experts, rows, words), dtype=torch.int32) for words in level.sign_words(widths)]
     if save and level.gate_inputs:
         saved.append(x.new_empty((rows, sum(level.gate_sizes))))
-    return [x.new_empty((rows, widths[-1])) for _ in level.gate_sizes], saved
+    return [*(x.new_empty((rows, widths[-1])) for _ in level.gate_sizes), *saved]
 
 
 def _serve(
@@ -67,7 +69,8 @@ def _serve(
     spec: list[int],
     numbers: list[float],
 ) -> list[Tensor]:
-    return _forward(inputs, parameters, gates, spec, numbers, None, False)[0]
+    results = _forward(inputs, parameters, gates, spec, numbers, None, False)
+    return results[: len(LevelSpec.decoded(spec, numbers).gate_sizes)]
 
 
 def _backward(

@@ -2,12 +2,11 @@
 
 A graph of ``level_forward`` folds batch norms by running statistics into new copies of all weights at each call, which
 takes longer than a level of few rows. This operator takes what they make of a product, a scale and a shift a channel.
-It returns one list, which Inductor's ``cpp_wrapper`` can call; of ``level_forward``'s two it cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -70,14 +69,19 @@ def folded(
     return list(inputs), list(own), list(of_gates), list(spec), list(numbers)
 
 
+def served(forward: Callable[..., Sequence[Tensor]], args: Sequence[Any]) -> list[Tensor]:
+    """The outputs of ``forward``, an implementation of ``level_forward``, for arguments of ``level_serve``."""
+    given = folded(*args)
+    return list(LevelSpec.decoded(*given[3:]).split_results(forward(*given, None, False))[0])
+
+
 def serve(*args: Any) -> list[Tensor]:
-    """The operator in PyTorch: :func:`reference.forward` of what is folded."""
-    return reference.forward(*folded(*args), None, False)[0]
+    """The operator in PyTorch."""
+    return served(reference.forward, args)
 
 
 def _differentiable(*args: Any) -> list[Tensor]:
-    found: list[Tensor] = torch.ops.mtlkernels.level_forward(*folded(*args), None, False)[0]
-    return found
+    return served(torch.ops.mtlkernels.level_forward, args)
 
 
 @torch.library.register_vmap("mtlkernels::level_serve")
@@ -85,8 +89,9 @@ def _differentiable(*args: Any) -> list[Tensor]:
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     lists: _Lists = args[:5]
     if all(scale is None for scale in lists[3]):  # a rule that does the examples at once
-        found, found_dims = vmap_operator(info, (*in_dims[:3], *[None] * 4), *lists[:3], *args[5:], None, False)
-        return found[0], found_dims[0]
+        found = vmap_operator(info, (*in_dims[:3], *[None] * 4), *lists[:3], *args[5:], None, False)
+        count = len(LevelSpec.decoded(*args[5:]).gate_sizes)
+        return tuple(part[:count] for part in found)
     dims = [dim for own, ts in zip(in_dims, lists, strict=False) for dim in (own or [None] * len(ts))]
 
     def run(*tensors: Any) -> Any:

@@ -183,6 +183,11 @@ class LevelSpec:
         """A value of each kind of tensor, repeated for each of its tensors."""
         return [value for value, size in zip(values, self.sizes, strict=True) for _ in range(size)]
 
+    def split_results(self, results: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """What the forward pass returns: the K outputs, and what it saves."""
+        count = len(self.gate_sizes)
+        return results[:count], results[count:]
+
     def split_saved(self, saved: Sequence[Any]) -> tuple[Sequence[Any], ...]:
         """What the forward pass saved: a tensor [E, B, H] a layer; statistics of norms; linear gates' logits; signs.
 

@@ -26,8 +26,8 @@ def forward(u: Sequence[Tensor], z: Tensor) -> list[Tensor]:
 
 def backward(
     grad_outputs: Sequence[Tensor], u: Sequence[Tensor], z: Tensor, need_u: bool, need_z: bool, closed_grad: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of ``u``, over the open routes, and of ``z``: d u_j = sum_i z_ij dv_i and d z_ij = <dv_i, u_j>.
+) -> list[Tensor]:
+    """Gradients of ``u``, over the open routes, and of ``z``, as wanted: d u_j = sum_i z_ij dv_i, d z_ij = <dv_i, u_j>.
 
     Without ``closed_grad`` that of a closed route's z is not computed but zero.
     """
@@ -42,7 +42,7 @@ def backward(
         inner = (grad_outputs[i].to(acc) * u[j].to(acc)).sum()
         grad_z[i * len(u) + j] = inner if closed_grad else torch.where(z[i, j] != 0, inner, 0)
     joined = [torch.stack(grad_z).view(z.shape).to(z.dtype)] if need_z else []
-    return [g.to(u[0].dtype) for g in grad_u], joined
+    return [g.to(u[0].dtype) for g in grad_u] + joined
 
 
 def formula(u: Sequence[Tensor], z: Tensor) -> tuple[Tensor, ...]:

@@ -14,8 +14,9 @@ def _forward(u: list[Tensor], z: Tensor) -> list[Tensor]:
 
 def _backward(
     grad_outputs: list[Tensor], u: list[Tensor], z: Tensor, need_u: bool, need_z: bool, closed_grad: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    return [empty(x, x.shape) for x in u] if need_u else [], [empty(z, z.shape)] if need_z else []
+) -> list[Tensor]:
+    grad_u = [empty(x, x.shape) for x in u] if need_u else []
+    return grad_u + ([empty(z, z.shape)] if need_z else [])
 
 
 define("snr_aver_forward", _forward, cast_first(1), reference.formula)

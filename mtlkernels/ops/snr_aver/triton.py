@@ -44,14 +44,14 @@ def forward(u: Sequence[Tensor], z: Tensor) -> list[Tensor]:
 
 def backward(
     grad_outputs: Sequence[Tensor], u: Sequence[Tensor], z: Tensor, need_u: bool, need_z: bool, closed_grad: bool
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     """As the reference: gradients of u and of z."""
     _check(u, z)
     check_count("grad_outputs", grad_outputs, z.shape[0], "outputs")
     check_operands("grad_outputs", grad_outputs, [tuple(u[0].shape)] * len(grad_outputs), u[0])
     u, grads = contiguous(u), contiguous(grad_outputs)
     grad_u = [torch.empty_like(x) for x in u] if need_u else []
-    grad_z = []
+    grad_z: list[Tensor] = []
     kind = Kind.of(u[0].dtype, _triton.aligned((*u, *grads), u[0].shape[1:])).without_products
     with _triton.on_device(z.device):
         table, lists = Table(), Lists(z)
@@ -67,4 +67,4 @@ def backward(
             tensors = (found, lists.z, inner_products)
             launch(route_dots, programs, tile, *tensors, *numbers, KIND=kind, CLOSED_GRAD=closed_grad)
             grad_z.append(inner_products.sum(1).view(z.shape).to(z.dtype))
-    return grad_u, grad_z
+    return grad_u + grad_z

@@ -56,8 +56,8 @@ def backward(
     need_weights: bool,
     need_z: bool,
     closed_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of ``u``, of the weights and of ``z``.
+) -> list[Tensor]:
+    """Gradients of ``u``, of the weights and of ``z``, those that are wanted.
 
     With M_ij = dv_i^T u_j: d u_j = sum_i z_ij dv_i W_ij, d W_ij = z_ij M_ij and d z_ij = <M_ij, W_ij>. Those of u and W
     are over the open routes alone. A closed route has a d z too, for which M is computed and not kept; without
@@ -85,7 +85,7 @@ def backward(
     if need_weights and weights[0].dim() == 4:
         grad_matrix = [torch.stack(grad_matrix).view(weights[0].shape)]
     joined = [torch.stack(grad_z).view(z.shape).to(z.dtype)] if need_z else []
-    return [g.to(dtype) for g in grad_u], grad_matrix, joined
+    return [g.to(dtype) for g in grad_u] + grad_matrix + joined
 
 
 def formula(u: Sequence[Tensor], weights: Sequence[Tensor], z: Tensor) -> tuple[Tensor, ...]:

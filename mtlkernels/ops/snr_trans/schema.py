@@ -27,10 +27,10 @@ def _backward(
     need_weights: bool,
     need_z: bool,
     closed_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     grad_u = [empty(x, x.shape) for x in u] if need_u else []
     grad_weights = [empty(w, w.shape) for w in weights] if need_weights else []
-    return grad_u, grad_weights, [empty(z, z.shape)] if need_z else []
+    return grad_u + grad_weights + ([empty(z, z.shape)] if need_z else [])
 
 
 define("snr_trans_forward", _forward, cast_first(2), reference.formula)

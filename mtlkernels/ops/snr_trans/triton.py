@@ -143,7 +143,7 @@ def backward(
     need_weights: bool,
     need_z: bool,
     closed_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     """As the reference: gradients of u, of the weights in the form that they have, and of z."""
     widths = _check(u, weights, z)
     check_count("grad_outputs", grad_outputs, len(widths), "outputs")
@@ -154,7 +154,7 @@ def backward(
     kind = Kind.of(u[0].dtype, aligned)
     grad_u = [torch.empty_like(x) for x in u] if need_u else []
     grad_weights = [torch.empty_like(w) for w in weights] if need_weights else []
-    grad_z = []
+    grad_z: list[Tensor] = []
     with _triton.on_device(z.device):
         table, lists = Table(), Lists(z)
         at_weights = table.pointers(matrix)
@@ -176,4 +176,4 @@ def backward(
         launch(kernels.route_products, programs, tile, *tensors, *places, *sizes, KIND=kind, **wanted)
         if need_z:
             grad_z.append(inner_products.sum(1).view(z.shape).to(z.dtype))
-    return grad_u, grad_weights, grad_z
+    return grad_u + grad_weights + grad_z

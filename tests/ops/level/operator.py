@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from mtlkernels.ops import activations as act
 from mtlkernels.ops.level.call import spec_of
 from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM, Layer, LevelSpec
 from mtlkernels.testing import Case, CaseFactory
+
+OPS = torch.ops.mtlkernels
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Operands:
         inputs, parameters, gates = map(list, self.spec.operands(self.tensors))
         ints, floats = map(list, self.spec.encoded)
         return inputs, parameters, gates, ints, floats, self.seed, save
+
+    def results(self, save: bool, run: Callable[..., Any] = OPS.level_forward) -> tuple[Any, Any]:
+        """Outputs and what is saved, of the operator or of an implementation."""
+        return self.spec.split_results(run(*self.forward(save)))
 
     def backward(self, grad_outputs: Any, saved: Any, needs: Any) -> tuple[Any, ...]:
         """Arguments of level_backward."""

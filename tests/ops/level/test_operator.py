@@ -52,7 +52,7 @@ def of_each_kind(dtype: torch.dtype, rows: int, requires_grad: bool) -> list[ope
 
 
 def check_backward(operands: operator.Operands) -> None:
-    outputs, saved = OPS.level_forward(*operands.forward(True))
+    outputs, saved = operands.results(True)
     grads = [torch.randn_like(y) for y in outputs]
     torch.library.opcheck(OPS.level_backward, operands.backward(grads, saved, [True] * 8))
     for needs in ([i == j for i in range(8)] for j in range(8)):
@@ -118,7 +118,7 @@ def test_an_expert_that_no_gate_mixes(norms: tuple[int, int], rows: int) -> None
 
     def run(spec: LevelSpec, *tensors: Tensor | None) -> Any:
         operands = operator.Operands(spec, [*tensors, *mixed])
-        outputs, saved = OPS.level_forward(*operands.forward(True))
+        outputs, saved = operands.results(True)
         grads = OPS.level_backward(*operands.backward([torch.ones_like(y) for y in outputs], saved, [True] * 8))
         return outputs, grads
 
@@ -217,7 +217,7 @@ def test_what_is_saved_on_gpus() -> None:
         x, logits = torch.empty(9, 7, device="cuda"), torch.empty(9, 2, device="cuda")
         pairs = list(itertools.pairwise(widths))
         weights = [torch.empty(height, width, device="cuda") for width, height in pairs for _ in range(2)]
-        _, saved = OPS.level_forward([x], [*weights, *[None] * 8], [logits], *spec.encoded, None, True)
+        _, saved = operator.Operands(spec, [x, *weights, *[None] * 8, logits]).results(True)
     found = [(tuple(tensor.shape), tensor.dtype) for tensor in saved]
     words = [((2, 9, count), torch.int32) for count in (2, 3)]
     assert found == [*(((2, 9, width), torch.float32) for width in widths[1:]), *words]

@@ -60,7 +60,7 @@ def test_losses_at_once_as_one_by_one(routing: mk.Routing, rows: int, kind: torc
     """To the bit: each loss takes an expert from signs, or not, whatever others do."""
     operands = operator.of_case(case(kind, rows, routing).map(Tensor.detach))
     with _extension.instruction_set(isa):
-        outputs, saved = OPS.level_forward(*operands.forward(True))
+        outputs, saved = operands.results(True)
         grads = [torch.randn_like(y) for y in outputs]
         used = [*({k} for k in range(len(grads))), {0, 1}, set(range(len(grads)))]
         losses = [[grad if k in own else None for k, grad in enumerate(grads)] for own in used]
@@ -82,7 +82,7 @@ def test_signs(isa: str, rows: int, width: int, kind: torch.dtype) -> None:
     operands.tensors[0][rows // 2, 2] = float("nan")  # type: ignore[index]
     run = reference.forward if isa == "reference" else OPS.level_forward
     with nullcontext() if isa == "reference" else _extension.instruction_set(isa):
-        outputs, (_, signs) = run(*operands.forward(True))
+        outputs, (_, signs) = operands.results(True, run)
     expected = np.packbits(~(torch.stack(outputs) <= 0).numpy(), axis=-1, bitorder="little")
     assert signs.dtype == torch.uint8 and np.array_equal(signs.numpy(), expected)
 
@@ -99,9 +99,9 @@ def test_last_layers(last: str, rows: int, kind: torch.dtype, isa: str, name: st
     """Those of experts that several gates mix, in panels; of all where signs would not do."""
     routing = ROUTINGS[name]
     operands = operator.of_case(case(kind, rows, routing, last).map(Tensor.detach))
-    _, expected = reference.forward(*operands.forward(True))
+    _, expected = operands.results(True, reference.forward)
     with _extension.instruction_set(isa):
-        _, saved = OPS.level_forward(*operands.forward(True))
+        _, saved = operands.results(True)
     uses = [sum(e in experts for experts in routing.gate_experts) for e in range(len(routing.expert_inputs))]
     count = len(uses) if last in ("silu", "tanh") or kind == torch.float16 else sum(own > 1 for own in uses)
     stacked = [len(values) for values in saved if values.dtype == kind]
@@ -122,7 +122,7 @@ def test_nan_in_a_hidden_layer(rows: int, kind: torch.dtype, isa: str) -> None:
     operands = operator.of_case(CaseFactory(0, kind).expert_mixture(rows, [6, 45, 24], routing).map(Tensor.detach))
     operands.tensors[0][rows // 2, 2] = float("nan")  # type: ignore[index]
     with _extension.instruction_set(isa):
-        outputs, saved = OPS.level_forward(*operands.forward(True))
+        outputs, saved = operands.results(True)
         asked = operands.backward([torch.ones_like(y) for y in outputs], saved, [i == 2 for i in range(8)])
         found = OPS.level_backward(*asked)
     for got, want in zip(found, reference.backward(*asked), strict=True):
@@ -190,6 +190,6 @@ def test_panels(rows: int) -> None:
 )
 def test_refusals(wrong: Any, error: type[Exception], message: str) -> None:
     operands = operator.of_case(case(torch.float32, 17, ROUTINGS["one and two"]).map(Tensor.detach))
-    outputs, (hidden, *others) = OPS.level_forward(*operands.forward(True))
+    outputs, (hidden, *others) = operands.results(True)
     with pytest.raises(error, match=message):
         OPS.level_backward(*operands.backward(outputs, [hidden, *wrong(*others)], [True] * 8))

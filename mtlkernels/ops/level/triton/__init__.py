@@ -20,7 +20,7 @@ from mtlkernels.ops._layout import in_memory
 from mtlkernels.ops._recording import Finish, Recording, Recordings, apart, signature
 from mtlkernels.ops._triton import Table, contiguous
 from mtlkernels.ops.level.reference import Asked, asked_for
-from mtlkernels.ops.level.serving import folded
+from mtlkernels.ops.level.serving import served
 from mtlkernels.ops.level.spec import LevelSpec
 from mtlkernels.ops.level.triton import chain_backward, chain_forward, layerwise_backward, layerwise_forward
 from mtlkernels.ops.level.triton.operands import check_level, check_saved
@@ -36,15 +36,13 @@ def forward(
     numbers: Sequence[float],
     seed: Tensor | None,
     save: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     """As the reference."""
     level = LevelSpec.decoded(spec, numbers)
     tensors: Tensors = (*inputs, *parameters, *gates)
-    count = len(level.gate_sizes)
     recording = recorded(level, tensors, save, seed)
     if recording is not None:
-        found = recording.replay(moving(level, tensors, seed)).list()
-        return found[:count], found[count:]
+        return list(recording.replay(moving(level, tensors, seed)).list())
     check_level(level, tensors, seed)
     tensors = apart(in_memory(tensors))
     groups, table = level.split(tensors), Table()
@@ -53,13 +51,14 @@ def forward(
     else:
         outputs, saved = chain_forward.forward(table, level, groups, save)
     own = moving(level, tensors, seed), _fixed(level, tensors)
-    _keep(level, "forward", (save, _precision(inputs[0])), table, *own, (*outputs, *saved))
-    return outputs, saved
+    results = [*outputs, *saved]
+    _keep(level, "forward", (save, _precision(inputs[0])), table, *own, results)
+    return results
 
 
 def serve(*args: Any) -> list[Tensor]:
     """As the reference."""
-    return forward(*folded(*args), None, False)[0]
+    return served(forward, args)
 
 
 def recorded(level: LevelSpec, tensors: Tensors, save: bool, seed: Tensor | None = None) -> Recording | None:
