@@ -22,6 +22,7 @@ VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 tree_flatten, tree_unflatten, tree_map = pytree.tree_flatten, pytree.tree_unflatten, pytree.tree_map
 # Transforms of torch.func.
 func_transforms_active = torch._C._are_functorch_transforms_active
+is_func_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 unwrap_dead_wrappers = torch._functorch.utils.unwrap_dead_wrappers
 # vmap of torch.autograd.grad(..., is_grads_batched=True), which is not torch.func's.
 is_legacy_batched_tensor = torch._C._functorch.is_legacy_batchedtensor
@@ -153,7 +154,7 @@ def is_vmapped(tensor: Tensor) -> bool:
     """Whether torch.func.vmap batches a tensor, on whatever level of its transforms; the compiler cannot ask."""
     if compiling() or not func_transforms_active():
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    while is_func_wrapped(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
             return True
         tensor = torch._C._functorch.get_unwrapped(tensor)

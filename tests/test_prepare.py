@@ -55,6 +55,17 @@ def test_serves_the_models_numbers(batch_norm: bool, kind: torch.dtype) -> None:
             assert_as_exact(found, exact, plain)
 
 
+def test_weights_that_inference_mode_made() -> None:
+    """They count no changes, so that nothing of theirs is kept."""
+    with torch.inference_mode():
+        model = trunk(torch.bfloat16).eval()
+        x = torch.randn(200, 40).to(torch.bfloat16)
+    prepared = mk.prepare(model)
+    for isa in _extension.instruction_sets():
+        with _extension.instruction_set(isa), torch.inference_mode():
+            assert all(map(torch.equal, prepared(x), model(x)))
+
+
 def test_what_trains_the_model_does_not_reach_it() -> None:
     model = trunk()
     prepared = mk.prepare(model)

@@ -13,7 +13,7 @@ from mtlkernels import _torch, _tracing
 from mtlkernels._backends import autocast_enabled
 from mtlkernels._library import cast_floats
 from mtlkernels.ops._call import held_leaves
-from mtlkernels.ops._operands import check_memory
+from mtlkernels.ops._operands import check_memory_of_all
 
 # Measured on a Xeon, one thread, 2 to 8 gates of 12 on 416 features, there and back: on fewer rows each by itself takes
 # less than a Function in Python.
@@ -27,13 +27,14 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     """
     if _torch.compiling() or _torch.func_transforms_active():
         return _forward(x, weights, biases)
+    observed = _tracing.observed()  # who looks on sees into plain operators
+    if not observed:
+        check_memory_of_all("inputs", [x])
+        check_memory_of_all("gate_weights", weights)
+        check_memory_of_all("gate_biases", biases)
     if autocast_enabled(x.device.type):
         x = cast_floats(x, torch.get_autocast_dtype(x.device.type))  # once for all
         return [F.linear(x, weight, *biases[k : k + 1]) for k, weight in enumerate(weights)]
-    observed = _tracing.observed()  # who looks on sees into plain operators
-    if not observed:
-        check_memory("gate_weights", weights)
-        check_memory("gate_biases", biases)
     few = torch.is_grad_enabled() and x.is_cpu and x.shape[0] < _JOINT_ROWS
     if few or observed:
         return [F.linear(x, weight, *biases[k : k + 1]) for k, weight in enumerate(weights)]
@@ -63,8 +64,8 @@ class _JointLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, *weights = ctx.saved_tensors
-        check_memory("inputs", [x])
-        check_memory("gate_weights", weights)
+        check_memory_of_all("inputs", [x])
+        check_memory_of_all("gate_weights", weights)
         used = [k for k, grad in enumerate(grads) if grad is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlkernels import _torch
 from mtlkernels.ops._checks import shape_of
 
 Shape = tuple[int, ...]
@@ -55,8 +56,7 @@ def _mistake(
     if tensor.device != device:
         return ValueError(f"{name} must be on {device}, got {tensor.device}")
     if tensor.shape == shape:
-        memory = tensor.untyped_storage().nbytes()
-        return ValueError(f"{name} must have {_reached(tensor)} bytes of memory, got {memory}")
+        return _too_little_memory(name, tensor)
     return ValueError(f"{name} must have shape {list(shape)}, got {shape_of(tensor)}")
 
 
@@ -64,6 +64,8 @@ def _reached(tensor: Tensor) -> int:
     """The bytes from the beginning of its memory to the end of the furthest of its values."""
     if tensor.numel() == 0 or tensor._is_zerotensor():
         return 0
+    if tensor.is_contiguous():
+        return int(tensor.storage_offset() * tensor.itemsize + tensor.nbytes)
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int((tensor.storage_offset() + steps + 1) * tensor.itemsize)
 
@@ -72,14 +74,27 @@ def has_memory(tensor: Tensor) -> bool:
     """Whether a plain tensor has the memory that its values take; tensors of other kinds are not looked into."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested or tensor.layout is not torch.strided:
         return True
-    return tensor.untyped_storage().nbytes() >= _reached(tensor)
+    return _torch.is_func_wrapped(tensor) or tensor.untyped_storage().nbytes() >= _reached(tensor)
 
 
-def check_memory(name: str, tensors: Iterable[Tensor]) -> None:
-    """Plain tensors have the memory that their values take: others may have let go of it since they were saved."""
+def check_memory(name: str, tensor: Tensor) -> None:
+    """A plain tensor has the memory that its values take; the compiler, which makes its own, is not asked."""
+    if not _torch.compiling() and not has_memory(tensor):
+        raise _too_little_memory(name, tensor)
+
+
+def check_memory_of_all(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """Of a list's tensors, which others may have let go of; None passes."""
+    if _torch.compiling():
+        return
     for i, tensor in enumerate(tensors):
-        if not has_memory(tensor):
-            raise _mistake(f"{name}[{i}]", tensor, tuple(tensor.shape), tensor.device, (tensor.dtype,))
+        if tensor is not None and not has_memory(tensor):
+            raise _too_little_memory(f"{name}[{i}]", tensor)
+
+
+def _too_little_memory(name: str, tensor: Tensor) -> ValueError:
+    memory = tensor.untyped_storage().nbytes()
+    return ValueError(f"{name} must have {_reached(tensor)} bytes of memory, got {memory}")
 
 
 def check_gate_logits(logits: Sequence[Tensor], sizes: Sequence[int], rows: int, like: Tensor) -> None:

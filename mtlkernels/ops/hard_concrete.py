@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtlkernels import _tracing
 from mtlkernels.ops._checks import DTYPES, check_dense, shape_of
+from mtlkernels.ops._operands import check_memory
 
 # By which share of the stretched interval zeta has to exceed 1.
 _FAR_ABOVE = 0.01
@@ -103,6 +104,7 @@ def _check_tensor(name: str, value: Any) -> None:
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     check_dense(name, value)
+    check_memory(name, value)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ SELECTED = (
     "tests/convert/test_readings_held.py", "tests/convert/test_readings_kinds.py", "tests/convert/test_seen.py",
     "tests/convert/test_seen_kinds.py", "tests/csrc/test_failing_memory.py",
     "tests/test_decisions.py", "tests/test_dumps.py", "tests/test_never_stale.py", "tests/test_prepare.py",
-    "tests/test_show_config.py", "--ignore=tests/ops/test_compile.py", "-k", "not page_faults", "-m", "not slow",
+    "tests/test_show_config.py", "tests/ways_out/test_forward_mode.py",
+    "--ignore=tests/ops/test_compile.py", "-k", "not page_faults", "-m", "not slow",
 )  # fmt: skip
 # By Triton's interpreter: what is recorded of a call, and made again from C++.
 INTERPRETED = ("tests/triton/interpreted_recordings.py",)

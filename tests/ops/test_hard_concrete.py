@@ -155,6 +155,16 @@ def test_bad_input(arguments: Any, options: Any, error: type[Exception], message
             mk.l0_penalty(*arguments, **options)
 
 
+def test_memory_that_is_gone() -> None:
+    """PyTorch reads it without asking, which ends the process."""
+    log_alpha, noise = torch.zeros(2), torch.full((2,), 0.5)
+    noise.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="noise must have 8 bytes of memory, got 0"):
+        mk.hard_concrete(log_alpha, noise)
+    with pytest.raises(ValueError, match="log_alpha must have 8 bytes of memory, got 0"):
+        mk.l0_penalty(noise)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_special_values(value: float, dtype: torch.dtype) -> None:
     x = torch.tensor([value, 0.5], dtype=dtype, requires_grad=True)

@@ -2,6 +2,7 @@
 
 #include "level/gate_tables.h"
 #include "runtime/check.h"
+#include "runtime/tensors.h"
 
 namespace mtlk {
 namespace {
@@ -43,6 +44,8 @@ NormPart FoldedNorms::part(const at::Tensor& tensor, int64_t width, const char* 
   MTLK_CHECK_VALUE(tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.dim() == 1 && tensor.size(0) == width,
                    name, " must have statistics and parameters of shape [", width, "] on the CPU, got ", tensor.sizes(),
                    " on ", tensor.device());
+  MTLK_CHECK_VALUE(tensor.storage().nbytes() >= reached_bytes(tensor), name, " must have ", reached_bytes(tensor),
+                   " bytes of memory for each of their tensors, got ", tensor.storage().nbytes());
   kept_.push_back(tensor.contiguous());
   return {kept_.back().const_data_ptr(), dtype_of(tensor)};
 }

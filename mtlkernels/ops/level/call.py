@@ -23,7 +23,7 @@ from mtlkernels.ops._call import (
 from mtlkernels.ops._linears import joint_linear
 from mtlkernels.ops.level import serving  # noqa: F401  (it registers level_serve)
 from mtlkernels.ops.level.autograd import Level, Plan
-from mtlkernels.ops.level.checks import Arguments
+from mtlkernels.ops.level.checks import Arguments, check_memory_of_arguments
 from mtlkernels.ops.level.norms import (
     Norm,
     check_rows,
@@ -63,9 +63,11 @@ def spec_of(wiring: Wiring, num_inputs: int, layers: tuple[Layer, ...], linear_g
 
 def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     """The level's outputs; the running statistics of norms are then brought up to date."""
-    serves = _serves(given)
+    serves, folded = _serves(given), _folded(given)
     keeps = serves and _keeps_norms(given)
-    if not keeps and _folds_in_float16(given):
+    if folded:
+        check_memory_of_arguments(given)
+    if folded and not keeps and _folds_in_float16(given, folded):
         with torch.autocast(given.streams[0].device.type, enabled=False):
             return tuple(y.to(torch.float16) for y in evaluate(_in_float32(given), routing))
     wiring, layers, biases = routing.wiring, given.layers, given.biases
@@ -114,16 +116,20 @@ def evaluate(given: Arguments, routing: Routing) -> tuple[Tensor, ...]:
     return _with_zeros(outputs, idle)
 
 
-def _folds_in_float16(given: Arguments) -> bool:
+def _folded(given: Arguments) -> list[Any]:
+    """The norm modules by running statistics, of layers and gates."""
+    of_layers = [module for norm in given.norms if norm is not None and norm.running for module in norm.modules]
+    return of_layers + _gate_norms(given)
+
+
+def _folds_in_float16(given: Arguments, modules: Sequence[Any]) -> bool:
     """Whether norms would be folded into weights of float16, and are to be computed in float32 instead.
 
     Of a small or large scale, folded weights and their gradients leave float16's range where neither the weights nor
     the gradients that are asked for do. A GPU, where products in float32 take many times as long, folds in float16 what
     nobody differentiates.
     """
-    modules = _gate_norms(given)
-    modules += [module for norm in given.norms if norm is not None and norm.running for module in norm.modules]
-    if not modules or _dtype_of_products(given.streams[0]) is not torch.float16:
+    if _dtype_of_products(given.streams[0]) is not torch.float16:
         return False
     return given.streams[0].is_cpu or _is_differentiated(given, modules)
 

@@ -19,6 +19,7 @@ from mtlkernels.ops._checks import (
     numbers_by_layer,
     shape_of,
 )
+from mtlkernels.ops._operands import check_memory_of_all
 from mtlkernels.ops.activations import CODES, DICE, has_slopes
 from mtlkernels.ops.level.norms import Norm, check_dropout, check_gate_norms, check_norms
 from mtlkernels.routing import Routing
@@ -77,6 +78,20 @@ def check_arguments(
     if gates is not None:
         return Arguments(*of_layers, (*gates, modules), [])
     return Arguments(*of_layers, None, check_logits(gate_logits, routing, like.rows, like))
+
+
+def check_memory_of_arguments(given: Arguments) -> None:
+    """The tensors of a call have the memory that their values take: PyTorch reads them without asking."""
+    each = len(given.biases) // len(given.layers)
+    check_memory_of_all("inputs", given.streams)
+    check_memory_of_all("gate_logits", given.logits)
+    for i, layer in enumerate(given.layers):
+        check_memory_of_all(f"weights[{i}]", layer)
+        check_memory_of_all(f"biases[{i}]", given.biases[i * each : (i + 1) * each])
+        check_memory_of_all(f"slopes[{i}]", given.slopes[i * each : (i + 1) * each])
+    if given.gates is not None:
+        check_memory_of_all("gate_weights", given.gates[0])
+        check_memory_of_all("gate_biases", given.gates[1])
 
 
 def check_inputs(inputs: Any, routing: Routing) -> list[Tensor]:

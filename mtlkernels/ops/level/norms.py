@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mtlkernels import _torch
 from mtlkernels.ops._checks import Like, as_sequence, check_parameter, check_tensor, numbers_by_layer, shape_of
 from mtlkernels.ops._folding import fold, scale_and_shift, uses_running
+from mtlkernels.ops._operands import check_memory
 from mtlkernels.ops.level.spec import BATCH_NORM, LAYER_NORM
 from mtlkernels.routing import Routing
 
@@ -82,9 +84,7 @@ def check_module(name: str, module: Any, width: int, like: Like) -> None:
         tensor = getattr(module, part)
         if tensor is None:
             continue
-        if tensor.shape != (width,):
-            raise ValueError(f"{name}.{part} must have shape [{width}], got {shape_of(tensor)}")
-        check_parameter(f"{name}.{part}", tensor, "inputs", like)
+        _check_vector(f"{name}.{part}", tensor, width, like)
     if isinstance(module.eps, bool) or not isinstance(module.eps, (int, float)):
         raise TypeError(f"{name}.eps must be a number, got {type(module.eps).__name__}")
     if type(module) is nn.BatchNorm1d:
@@ -101,17 +101,28 @@ def _check_statistics(name: str, module: Any, width: int, like: Like) -> None:
     """The running mean and variance of a batch norm that reads them or brings them up to date: both, or neither."""
     if module.running_mean is None and module.running_var is None:
         return
+    writes = module.training and module.track_running_stats and not _torch.compiling()
+    if writes:
+        if not isinstance(module.momentum, (Real, Tensor, type(None))):
+            raise TypeError(f"{name}.momentum must be a number or None, got {type(module.momentum).__name__}")
+        if module.num_batches_tracked is not None:
+            check_memory(f"{name}.num_batches_tracked", module.num_batches_tracked)
     for part in ("running_mean", "running_var"):
         tensor = getattr(module, part)
         check_tensor(f"{name}.{part}", tensor, 1, f"[{width}]")
-        if tensor.shape[0] != width:
-            raise ValueError(f"{name}.{part} must have shape [{width}], got {shape_of(tensor)}")
-        check_parameter(f"{name}.{part}", tensor, "inputs", like)
-        writes = module.training and module.track_running_stats and not _torch.compiling()
+        _check_vector(f"{name}.{part}", tensor, width, like)
         if writes and tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
                 f"{name}.{part} must be a tensor that training can write to, got one that torch.inference_mode made"
             )
+
+
+def _check_vector(name: str, tensor: Tensor, width: int, like: Like) -> None:
+    """A parameter or statistics of a norm of ``width`` features, whose memory is there."""
+    if tensor.shape != (width,):
+        raise ValueError(f"{name} must have shape [{width}], got {shape_of(tensor)}")
+    check_parameter(name, tensor, "inputs", like)
+    check_memory(name, tensor)
 
 
 def check_dropout(dropout: Any, num_layers: int) -> tuple[float, ...]:
