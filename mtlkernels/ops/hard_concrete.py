@@ -41,7 +41,7 @@ def hard_concrete(
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: ``noise`` has another shape or device, or a parameter is out of range.
     """
-    _check_tensor("log_alpha", log_alpha)
+    _tracing.quietly(_check_tensor, "log_alpha", log_alpha)
     check_interval(beta, gamma, zeta)
     x = _wide(log_alpha)
     if noise is not None:
@@ -71,7 +71,7 @@ def l0_penalty(log_alpha: Tensor, *, beta: float = 2 / 3, gamma: float = -0.1, z
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: a parameter is out of range.
     """
-    _check_tensor("log_alpha", log_alpha)
+    _tracing.quietly(_check_tensor, "log_alpha", log_alpha)
     check_interval(beta, gamma, zeta)
     return _sigmoid(_wide(log_alpha) - beta * math.log(-gamma / zeta)).sum().to(log_alpha.dtype)
 
