@@ -66,6 +66,23 @@ def test_weights_that_inference_mode_made() -> None:
             assert all(map(torch.equal, prepared(x), model(x)))
 
 
+@requires.kept_weights
+def test_nothing_is_kept_of_a_weight_that_inference_mode_made() -> None:
+    """Of which nothing counts what is written to it."""
+    with torch.inference_mode():
+        x, weight, logits = torch.randn(200, 40), torch.randn(3, 80, 40), torch.randn(200, 6)
+        weights = list(weight)
+        _extension.function("keep_prepared")(weights)
+
+        def outputs() -> list[Tensor]:
+            return list(mk.expert_mixture(x, [weights], None, logits, mk.Routing.mmoe(3, 2), activation="none"))
+
+        before = outputs()
+        weight.mul_(2)
+        for y, old in zip(outputs(), before, strict=True):
+            torch.testing.assert_close(y, 2 * old)
+
+
 def test_what_trains_the_model_does_not_reach_it() -> None:
     model = trunk()
     prepared = mk.prepare(model)

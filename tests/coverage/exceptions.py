@@ -29,6 +29,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     },
     "csrc/cpu/gemm/kept_weights.cpp": {
         "static auto* kept = new KeptWeights;": FAILED_ALLOCATION,
+        "TORCH_CHECK(!weight.is_inference() &&": BY_CONSTRUCTION,
         "Entry{WeakTensor(weight.getIntrusivePtr())": LIBRARY,
         "weight.sizes().vec(), weight.strides().vec()": LIBRARY,
         "return at == entries_.end() ||": ADDRESS_OF_ANOTHER,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 import mtlkernels as mk
 from mtlkernels import _backends, _dumps, _extension
@@ -92,6 +93,30 @@ def test_a_default_device_does_not_look_on() -> None:
         for _ in range(4):
             model(X)
         assert model.level.served(X) is not None
+
+
+class Looks(TorchFunctionMode):
+    """Whoever notes the functions that are called."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not _extension.has_module(), reason="no direct way from this Python")
+@pytest.mark.parametrize("beside", [nullcontext, lambda: torch.device("cpu")], ids=["alone", "default device"])
+def test_a_mode_of_functions_looks_on(beside: Any) -> None:
+    """Behind calls that are kept; it gets to see what computes the level."""
+    model, x = kept("MMoE"), torch.randn(3, 20)
+    before = serve(model, x)
+    with beside(), Looks() as mode:
+        found = serve(model, x)
+    assert mode.seen
+    for y, expected in zip(found, before, strict=True):
+        torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")  # what PyTorch has for tangents in place

@@ -84,6 +84,14 @@ def _ordered(experts: Any) -> None:
     experts._modules = collections.OrderedDict(experts._modules)
 
 
+def _without_parameters(experts: Any) -> None:
+    del first(experts).__dict__["_parameters"]
+
+
+def _without_code(experts: Any) -> None:
+    del experts[1].__dict__["_code"]
+
+
 EDITS: dict[str, Callable[[Any], object]] = {
     "none": lambda _: None,
     "a layer replaced": _replace,
@@ -102,6 +110,8 @@ LEFT_TO_PYTHON: dict[str, Callable[[Any], object]] = {
     "weight norm": lambda experts: nn.utils.parametrizations.weight_norm(first(experts)),
     "no layers": _without_linears,
     "modules in another kind of dictionary": _ordered,
+    "no dictionary of parameters": _without_parameters,
+    "no code of an activation": _without_code,
 }
 HEARD: dict[str, Callable[[Any], object]] = {
     "a hook on an expert": lambda experts: experts[1].register_forward_hook(hook),
@@ -160,6 +170,28 @@ def test_dropout_that_drops_nothing(rate: float) -> None:
     for expert in experts:
         expert.dropout.p = rate
     assert in_cpp(experts, heard=True)[2] == _linears(experts, True)[2] == (rate == 0)  # type: ignore[index]
+
+
+NOT_BARE: dict[str, Callable[[Any], object]] = {
+    "no dropout": lambda expert: expert._modules.pop("dropout"),
+    "no norms": lambda expert: expert._modules.pop("norms"),
+    "no rate": lambda expert: expert.dropout.__dict__.pop("p"),
+    "a rate that is no number": lambda expert: setattr(expert.dropout, "p", True),
+}
+
+
+@pytest.mark.parametrize("edit", NOT_BARE.values(), ids=NOT_BARE)
+def test_what_may_drop_or_normalize_is_taken_to_do_so(edit: Callable[[Any], object]) -> None:
+    experts = level().train()
+    edit(experts[1])
+    assert in_cpp(experts, heard=True)[2] is False
+
+
+def test_where_hooks_should_be_may_be_some() -> None:
+    experts = level()
+    del experts[1].__dict__["_forward_hooks"]
+    assert in_cpp(experts, heard=True) is None
+    assert in_cpp(experts, heard=False) is not None
 
 
 def test_a_whole_number_as_dropout() -> None:

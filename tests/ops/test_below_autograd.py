@@ -94,6 +94,25 @@ def test_one_tensor_that_has_a_tangent(place: tuple[int, int]) -> None:
         torch.testing.assert_close(torch.zeros_like(slope) if y is None else y, slope, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+@pytest.mark.parametrize("view", [False, True])
+@PLACES
+def test_a_tangent_that_comes_in_place_and_goes(place: tuple[int, int], view: bool) -> None:
+    """Into the tensor itself, or into what it is a view of, of which it was made before."""
+    args = arguments()
+    base = args[place[0]][place[1]].clone()
+    tensor = args[place[0]][place[1]] = base.view_as(base) if view else base
+    expected = outputs(*args)
+    with torch.no_grad(), forward_ad.dual_level():
+        base.copy_(forward_ad.make_dual(base.clone(), torch.ones_like(base)))
+        assert forward_ad.unpack_dual(tensor).tangent is not None
+        assert by_python(lambda: outputs(*args))
+        assert any(forward_ad.unpack_dual(y).tangent is not None for y in outputs(*args))
+    assert not by_python(lambda: outputs(*args))
+    for y, without in zip(outputs(*args), expected, strict=True):
+        torch.testing.assert_close(y, without)
+
+
 def test_whoever_looks_on() -> None:
     args = arguments()
     with FlopCounterMode(display=False) as counter:

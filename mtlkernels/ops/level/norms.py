@@ -107,18 +107,26 @@ def _check_statistics(name: str, module: Any, width: int, like: Like) -> None:
             raise TypeError(f"{name}.momentum must be a number or None, got {type(module.momentum).__name__}")
         if module.num_batches_tracked is not None:
             check_memory(f"{name}.num_batches_tracked", module.num_batches_tracked)
+            _check_writable(f"{name}.num_batches_tracked", module.num_batches_tracked)
     for part in ("running_mean", "running_var"):
         tensor = getattr(module, part)
-        check_tensor(f"{name}.{part}", tensor, 1, f"[{width}]")
         _check_vector(f"{name}.{part}", tensor, width, like)
-        if writes and tensor.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(
-                f"{name}.{part} must be a tensor that training can write to, got one that torch.inference_mode made"
-            )
+        if writes:
+            _check_writable(f"{name}.{part}", tensor)
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    """Statistics or a count that a step of training changes."""
+    what = f"{name} must be a tensor that training can write to"
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{what}, got one that torch.inference_mode made")
+    if tensor.requires_grad:
+        raise ValueError(f"{what}, got one that requires a gradient")
 
 
 def _check_vector(name: str, tensor: Tensor, width: int, like: Like) -> None:
     """A parameter or statistics of a norm of ``width`` features, whose memory is there."""
+    check_tensor(name, tensor, 1, f"[{width}]")
     if tensor.shape != (width,):
         raise ValueError(f"{name} must have shape [{width}], got {shape_of(tensor)}")
     check_parameter(name, tensor, "inputs", like)

@@ -94,6 +94,23 @@ REFUSED: dict[str, tuple[Edit, type[Exception], str]] = {
     "a variance in float32": (exchanged("running_var", Tensor.float), TypeError, "dtype of inputs, torch.float64"),
     "a mean without values": (exchanged("running_mean", lambda t: t.to("meta")), ValueError, "device of inputs, cpu"),
     "a mean in a list": (exchanged("running_mean", Tensor.tolist), TypeError, r"must be a tensor \[6\], got list"),
+    "a bias in a list": (
+        lambda norm: norm._parameters.__setitem__("bias", [0.0] * 6),
+        TypeError,
+        r"norms\[0\]\[1\].bias must be a tensor \[6\], got list",
+    ),
+    "a mean that wants a gradient": (
+        lambda norm: norm.running_mean.requires_grad_(),
+        ValueError,
+        "running_mean must be a tensor that training can write to, got one that requires a gradient",
+    ),
+    "a count that inference made": (
+        exchanged("num_batches_tracked", made_in_inference),
+        ValueError,
+        "num_batches_tracked must be a tensor that training can write to, got one that torch.inference_mode made",
+    ),
+    "no mode": (without("training"), AttributeError, "training"),
+    "no track_running_stats": (without("track_running_stats"), AttributeError, "track_running_stats"),
 }
 LAYER_NORM_REFUSED: dict[str, tuple[Edit, type[Exception], str]] = {
     "no shape": (without("normalized_shape"), AttributeError, "normalized_shape"),
