@@ -103,10 +103,13 @@ def _stand_in(tensor: Tensor, filled: bool) -> Tensor:
 
 
 @torch.no_grad()
-def randomize(module: nn.Module, generator: torch.Generator, scale: float = 1.0, signed: bool = False) -> None:
+def randomize(
+    module: nn.Module, generator: torch.Generator, scale: float = 1.0, signed: bool = False, masked: bool = False
+) -> None:
     """Fills parameters and buffers: matrices with numbers around 0, times ``scale``; others with positive ones.
 
-    ``signed``: vectors that are parameters with numbers of either sign.
+    ``signed``: vectors that are parameters with numbers of either sign. ``masked``: zeros in the place of every other
+    number of buffers and of parameters that are frozen.
     """
     parameters = set(map(id, module.parameters()))
     for tensor in _values(module):
@@ -119,6 +122,8 @@ def randomize(module: nn.Module, generator: torch.Generator, scale: float = 1.0,
                 values.sub_(0.5).mul_(2)
             else:
                 values.add_(0.1)
+            if masked and not tensor.requires_grad:
+                values.view(-1)[::2] = 0
             tensor.copy_(values)
 
 

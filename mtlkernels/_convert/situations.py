@@ -18,8 +18,9 @@ class Situation:
 
     ``scale`` is that of the inputs, ``weights`` that of the matrices, ``signed`` whether vectors have numbers of either
     sign, ``special`` whether a row of the inputs is zero and one not a number, which code may look for and refuse, and
-    ``wider`` whether inputs have a column more, which code may leave out; ``needed`` is False where the original may
-    fail.
+    ``wider`` whether inputs have a column more, which code may leave out, ``wanting`` whether they want gradients, and
+    ``by_columns`` whether they lie in memory column by column; ``masked`` is whether every other number is zero of
+    what is not trained, as masks have it; ``needed`` is False where the original may fail.
     """
 
     words: str
@@ -30,6 +31,9 @@ class Situation:
     signed: bool = False
     special: bool = False
     wider: bool = False
+    wanting: bool = True
+    by_columns: bool = False
+    masked: bool = False
     gradients: bool = False
     autocast: bool = False
     needed: bool = True
@@ -72,5 +76,12 @@ OTHER_DTYPES = (
     Situation("in evaluation in float32", False, weights=1.0, needed=False, dtype=torch.float32),
     Situation("in evaluation in float32 under autocast", False, autocast=True, needed=False, dtype=torch.float32),
     Situation("in evaluation in bfloat16", False, needed=False, dtype=torch.bfloat16),
+)
+# As inputs of a first level are, which are a user's own tensors; and masks.
+LATER = (
+    Situation("in evaluation with inputs that want no gradient", False, wanting=False),
+    Situation("in training with inputs that want no gradient", True, wanting=False),
+    Situation("in evaluation with zeros in buffers and what is frozen", False, weights=1.0, masked=True, needed=False),
+    Situation("in evaluation with inputs that lie column by column", False, weights=1.0, by_columns=True, needed=False),
 )
 AS_IT_IS = Situation("in evaluation with the values that it has", False, scale=2.0, needed=False)

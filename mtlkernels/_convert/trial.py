@@ -39,7 +39,7 @@ from mtlkernels._convert.random_states import kept_random_state, random_state, s
 from mtlkernels._convert.reached import Reached
 from mtlkernels._convert.settings import settings
 from mtlkernels._convert.shared_state import SharedState
-from mtlkernels._convert.situations import AS_IT_IS, LARGE_WORK, OTHER_DTYPES, ROWS, SITUATIONS, Situation
+from mtlkernels._convert.situations import AS_IT_IS, LARGE_WORK, LATER, OTHER_DTYPES, ROWS, SITUATIONS, Situation
 
 _one_at_a_time = threading.RLock()  # as trials set global generators, and look at them afterwards
 # Numbers may have been drawn by another thread, which seldom are again.
@@ -152,28 +152,28 @@ def _first_difference(trial: Trial) -> str | None:
     dropouts = [dropouts_of(other) for other in trial.copies]
     rates = [module.p for module in dropouts[0]]
     set_rates(dropouts, [0.0] * len(rates))
-    for situation in SITUATIONS:
-        reason = _compare(trial, situation)
+    reason = _compare_all(trial, SITUATIONS) or _compare_settings(trial) or _compare_as_it_is(trial)
+    reason = reason or _compare_dtypes(trial) or _compare_all(trial, LATER)
+    if reason is not None or not rates:
+        return reason
+    set_rates(dropouts, rates)
+    drawn = all(_draws_beside(trial, dropouts[0]) for _ in range(_ATTEMPTS))
+    align(trial.copies[1], trial.copies[0])
+    if drawn:
+        return _DRAWS
+    # What is dropped where: a rate of 1 draws nothing and shows. It may become one later where it is 0 now.
+    for first in (0, 1):
+        set_rates(dropouts, [float(i % 2 == first) for i in range(len(rates))])
+        reason = _compare(trial, Situation("in training with dropout", True), draws=False)
         if reason is not None:
             return reason
-    reason = _compare_settings(trial) or _compare_as_it_is(trial) or _compare_dtypes(trial)
-    if reason is not None:
-        return reason
-    if rates:
-        set_rates(dropouts, rates)
-        drawn = all(_draws_beside(trial, dropouts[0]) for _ in range(_ATTEMPTS))
-        align(trial.copies[1], trial.copies[0])
-        if drawn:
-            return _DRAWS
-        # What is dropped where: a rate of 1 draws nothing and shows. It may become one later where it is 0 now.
-        for first in (0, 1):
-            set_rates(dropouts, [float(i % 2 == first) for i in range(len(rates))])
-            reason = _compare(trial, Situation("in training with dropout", True), draws=False)
-            if reason is not None:
-                return reason
-        set_rates(dropouts, rates)
-        return _compare_masks(trial, dropouts)
-    return None
+    set_rates(dropouts, rates)
+    return _compare_masks(trial, dropouts)
+
+
+def _compare_all(trial: Trial, situations: Sequence[Situation]) -> str | None:
+    """The first difference in any of them."""
+    return next(filter(None, (_compare(trial, situation) for situation in situations)), None)
 
 
 def _compare_as_it_is(trial: Trial) -> str | None:
@@ -210,9 +210,8 @@ def _compare_settings(trial: Trial) -> str | None:
     for setting in found:
         setting.put(setting.another)
     words = ", ".join(dict.fromkeys(setting.name for setting in found))
-    reason = None
-    for mode, training in (("training", True), ("evaluation", False)):
-        reason = reason or _compare(trial, Situation(f"in {mode} with another {words}", training, needed=False))
+    modes = (("training", True), ("evaluation", False))
+    reason = _compare_all(trial, [Situation(f"in {m} with another {words}", t, needed=False) for m, t in modes])
     for setting in found:
         setting.restore()
     return reason
@@ -264,7 +263,7 @@ def _difference_in(trial: Trial, situation: Situation, draws: bool) -> str | Non
     words = situation.words
     rows = min(situation.rows, max(ROWS, int(LARGE_WORK / max(1, trial.size))))
     if situation.weights is not None:
-        randomize(trial.copies[0], trial.generator, situation.weights, situation.signed)
+        randomize(trial.copies[0], trial.generator, situation.weights, situation.signed, situation.masked)
         align(trial.copies[1], trial.copies[0])
     for other in trial.copies:
         set_mode(other, situation.training)
@@ -306,7 +305,7 @@ def _difference_in(trial: Trial, situation: Situation, draws: bool) -> str | Non
 
 
 def _run(trial: Trial, way: int, given: Any, situation: Situation) -> _Run:
-    """One way with tensors of its own, which want gradients."""
+    """One way with tensors of its own, which want gradients in most situations."""
     flat, structure = _torch.tree_flatten(given)
     leaves, values = [], []
     for value in flat:
@@ -317,9 +316,13 @@ def _run(trial: Trial, way: int, given: Any, situation: Situation) -> _Run:
                 leaf[(1,) + (0,) * (leaf.dim() - 1)] = torch.nan
             if situation.wider and leaf.dim() > 1:
                 leaf = torch.cat([leaf, leaf[..., :1]], -1)
-            leaf.requires_grad_()
+            if situation.by_columns and leaf.dim() > 1:
+                leaf = leaf.transpose(0, 1).contiguous().transpose(0, 1)
             leaves.append(leaf)
-            value = leaf * 1  # not a leaf, which nothing may be written into
+            value = leaf
+            if situation.wanting:
+                leaf.requires_grad_()
+                value = leaf * 1  # not a leaf, which nothing may be written into
         elif isinstance(value, Tensor):
             value = value.clone()
         values.append(value)

@@ -123,7 +123,7 @@ def _contents(cell: Any) -> Any:
 
 
 class Numbers:
-    """The numbers of a tensor that is neither a parameter nor a buffer.
+    """The numbers of a tensor that is neither a parameter nor a buffer of floating-point numbers.
 
     Few are compared at each call. Many, and those on another device, once PyTorch has counted a write to them, or where
     it is another tensor. Copies and pickles have the numbers alone.

@@ -23,7 +23,8 @@ from mtlkernels._convert.classes import is_torchs, original_class
 from mtlkernels._convert.objects import INTERNAL, has_torchs_forward, is_owner
 from mtlkernels._convert.reader import Entry, Reader
 from mtlkernels._convert.reading import Code, Path, Scope, Scopes, Surroundings, is_own, methods_of
-from mtlkernels._convert.values import SCALARS, What, is_data, is_same, kind_of, names_of
+from mtlkernels._convert.shared_state import MOST_NUMBERS
+from mtlkernels._convert.values import SCALARS, Numbers, What, is_data, is_odd, is_same, kind_of, names_of
 
 # By which names a part is found, or where variables are, and the entries.
 Watched = tuple[tuple[Any, tuple[Entry, ...]], ...]
@@ -100,7 +101,9 @@ def watched(module: nn.Module, method: str, read: Iterable[Any], writes: Iterabl
     Raises:
         TooMuch: the code reads more than a call should compare.
     """
-    is_known = _known(module, list(read))
+    read = list(read)
+    is_known = _known(module, read)
+    anew = {id(tensor) for step in read if isinstance(step, Product) for tensor in step.parameters()}
     found: list[tuple[Any, tuple[Entry, ...]]] = []
     waiting: list[tuple[tuple[str, ...], Any]] = [((), module)]
     seen: set[int] = set()
@@ -120,7 +123,7 @@ def watched(module: nn.Module, method: str, read: Iterable[Any], writes: Iterabl
             own = code.names | _put_together(part, code.words)
             own -= INTERNAL | (set(writes) if part is module else set())
             names &= code.names
-            entries = reader.settled(_of_part, part, own, code.methods)
+            entries = reader.settled(_of_part, part, own, code.methods, anew)
             around.words |= reader.words
         else:
             reader = Reader(set(), around.words, around, is_known)
@@ -148,8 +151,12 @@ def _address(tensor: Tensor) -> tuple[str, int] | None:
         return None
 
 
-def _of_part(reader: Reader, part: Any, names: set[str], methods: set[str]) -> Iterator[Entry]:
-    """Of those names that code reads of a part, some of which may be those of its ``methods``."""
+def _of_part(reader: Reader, part: Any, names: set[str], methods: set[str], anew: set[int]) -> Iterator[Entry]:
+    """Of those names that code reads of a part, some of which may be those of its ``methods``.
+
+    Of tensors that are buffers those are watched that hold no floating-point numbers, of which a trial has other ones,
+    and that no call reads ``anew``: flags, masks and counts, but for those of batches that norms make.
+    """
     own = vars(part)
     for name in sorted(names):
         if name in own:
@@ -158,8 +165,11 @@ def _of_part(reader: Reader, part: Any, names: set[str], methods: set[str]) -> I
             yield from _of_inner(reader, name, part._modules[name])
         elif name in part._parameters or name in part._buffers:
             kind = _PARAMETERS if name in part._parameters else _BUFFERS
-            if getattr(part, kind)[name] is None:  # which a tensor may take the place of
+            value = getattr(part, kind)[name]
+            if value is None:  # which a tensor may take the place of
                 yield (kind, name), None
+            elif name != "num_batches_tracked" and _decides(value) and id(value) not in anew:
+                yield (kind, name), Numbers(value)
         else:
             value = getattr(type(part), name, Absent)
             if _is_watched(value):
@@ -168,6 +178,11 @@ def _of_part(reader: Reader, part: Any, names: set[str], methods: set[str]) -> I
                 yield (name,), Absent  # nothing of the instance's own, in the place of its class's method, or at all
                 if value is Absent:
                     yield from (((kind, name), Absent) for kind in (_PARTS, _PARAMETERS, _BUFFERS))
+
+
+def _decides(buffer: Tensor) -> bool:
+    """Whether its numbers are such that code may branch on, and few enough to compare."""
+    return not (buffer.is_floating_point() or is_odd(buffer) or buffer.numel() > MOST_NUMBERS)
 
 
 def _of_torchs(reader: Reader, part: Any) -> Iterator[Entry]:

@@ -20,7 +20,7 @@ def set_grads(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> N
 
 
 def accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Adds to ``.grad``, in place where that is dense; gradients that are the first become ``.grad``.
+    """Adds to ``.grad``, in place where that can be; gradients that are the first become ``.grad``.
 
     A signal's handler may raise between any two lines. What takes memory comes first; then ``.grad`` is set where it
     becomes another tensor, which can be undone; last all sums in place are one call, which no handler enters.
@@ -41,6 +41,8 @@ def accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> 
             written = total + grad if grad.is_sparse else grad.add_(total)
         elif distributed and not _placed_alike(total, grad):
             written = placed_as(grad, total) + grad
+        elif not _takes_sums(total):
+            written = total + grad
         else:
             # One call takes DTensors alone or none: these stand for theirs, whose memory they are.
             totals.append(_local(total) if distributed else total)
@@ -59,6 +61,13 @@ def accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> 
         if not totals or totals[0]._version == version:
             set_grads(changed, before)
         raise
+
+
+def _takes_sums(total: Any) -> bool:
+    """Whether PyTorch writes to a dense tensor in place: not where entries share memory, or inference mode made it."""
+    if total.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return has_dtensor((total,)) or 0 not in total.stride() or total.numel() < 2
 
 
 def _placed_alike(a: Any, b: Any) -> bool:

@@ -281,27 +281,42 @@ class GramWeighted(Optimizer):
     # What follows is the wrapped optimizer's.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's parameter groups."""
         return self.optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.optimizer.param_groups = value
+
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The wrapped optimizer's state."""
         return self.optimizer.state
 
+    @state.setter
+    def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.optimizer.state = value
+
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults."""
         return self.optimizer.defaults
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """A step of the wrapped optimizer; a closure calls :meth:`zero_grad` and :meth:`backward`."""
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of all parameters."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+    def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
+        """The wrapped optimizer's step, by its own options; a closure calls :meth:`zero_grad` and :meth:`backward`."""
+        return self.optimizer.step(**options) if closure is None else self.optimizer.step(closure, **options)
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Clears the gradients of all parameters, by None as the wrapped optimizer's own default is."""
+        if set_to_none is None:
+            self.optimizer.zero_grad()
+        else:
+            self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, so that checkpoints with and without the wrapper are the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import itertools
@@ -95,6 +96,31 @@ def test_gradients_accumulate(sparse: bool) -> None:
     optimizer.pc_backward(model())
     assert_close(grads_of(model.parameters()), [None if g is None else 2 * g for g in once])
     assert all(p.grad is g for p, g in zip(model.trunk.parameters(), kept, strict=True)), "added in place"
+
+
+def _made_in_inference(parameter: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return torch.zeros_like(parameter)
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [lambda parameter: parameter.new_zeros(1).expand_as(parameter), _made_in_inference],
+    ids=["expanded", "made in inference mode"],
+)
+def test_gradients_beside_one_that_nothing_is_written_to(earlier: Any) -> None:
+    """Into which PyTorch would not write, behind others that it has written to."""
+    model = Model()
+    other, last = copy.deepcopy(model), model.trunk[2]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    last.weight.grad = earlier(last.weight)
+    for each in (model, other):
+        generator = torch.Generator().manual_seed(0)
+        mk.optim.PCGrad(torch.optim.SGD(each.parameters()), generator=generator).pc_backward(each())
+    for mine, right in zip(grads_of(model.trunk.parameters()), grads_of(other.trunk.parameters()), strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, right)
 
 
 def test_sparse_and_dense_gradients_accumulate() -> None:

@@ -82,6 +82,36 @@ def test_methods_that_the_wrapped_optimizer_alone_has() -> None:
         assert not hasattr(optimizer, "_private") and not hasattr(optimizer, "_step_supports_amp_scaling")
 
 
+class OfItsOwnWay(torch.optim.SGD):
+    """Has other arguments than PyTorch's optimizers have."""
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        super().zero_grad(set_to_none=False)
+
+    def step(self, closure: Callable[[], Any] | None = None, rows: int = 1) -> Any:
+        return rows, super().step(closure)
+
+
+def test_arguments_that_the_wrapped_optimizer_alone_has() -> None:
+    model = Model()
+    inner = OfItsOwnWay(model.parameters(), 0.1)
+    for optimizer in wrappers(inner):
+        optimizer.backward(model())
+        assert optimizer.step(rows=4) == (4, None) and optimizer.step() == (1, None)
+        assert optimizer.step(lambda: 5.0, rows=3) == (3, 5.0)
+        optimizer.zero_grad()
+        assert model.trunk[0].weight.grad is not None and not model.trunk[0].weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["state", "param_groups", "defaults"])
+def test_what_is_set_is_the_wrapped_optimizers(name: str) -> None:
+    inner = torch.optim.Adam(Model().parameters())
+    for optimizer in wrappers(inner):
+        value = copy.copy(getattr(inner, name))
+        setattr(optimizer, name, value)
+        assert getattr(inner, name) is getattr(optimizer, name) is value
+
+
 def test_what_neither_has() -> None:
     for optimizer in wrappers(torch.optim.SGD(Model().parameters())):
         name = type(optimizer).__name__
