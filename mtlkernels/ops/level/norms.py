@@ -117,11 +117,8 @@ def _check_statistics(name: str, module: Any, width: int, like: Like) -> None:
 
 def _check_writable(name: str, tensor: Tensor) -> None:
     """Statistics or a count that a step of training changes."""
-    what = f"{name} must be a tensor that training can write to"
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"{what}, got one that torch.inference_mode made")
-    if tensor.requires_grad:
-        raise ValueError(f"{what}, got one that requires a gradient")
+        raise ValueError(f"{name} must be a tensor that training can write to, got one that torch.inference_mode made")
 
 
 def _check_vector(name: str, tensor: Tensor, width: int, like: Like) -> None:

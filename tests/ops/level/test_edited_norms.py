@@ -99,11 +99,6 @@ REFUSED: dict[str, tuple[Edit, type[Exception], str]] = {
         TypeError,
         r"norms\[0\]\[1\].bias must be a tensor \[6\], got list",
     ),
-    "a mean that wants a gradient": (
-        lambda norm: norm.running_mean.requires_grad_(),
-        ValueError,
-        "running_mean must be a tensor that training can write to, got one that requires a gradient",
-    ),
     "a count that inference made": (
         exchanged("num_batches_tracked", made_in_inference),
         ValueError,
