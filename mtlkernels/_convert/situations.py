@@ -77,7 +77,8 @@ OTHER_DTYPES = (
     Situation("in evaluation in float32 under autocast", False, autocast=True, needed=False, dtype=torch.float32),
     Situation("in evaluation in bfloat16", False, needed=False, dtype=torch.bfloat16),
 )
-# As inputs of a first level are, which are a user's own tensors; and masks.
+# Inputs as those of a first level are, which are a user's own tensors; and masks. Last, so that the situations above
+# keep the numbers that they draw.
 LATER = (
     Situation("in evaluation with inputs that want no gradient", False, wanting=False),
     Situation("in training with inputs that want no gradient", True, wanting=False),

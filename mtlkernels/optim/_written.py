@@ -67,7 +67,9 @@ def _takes_sums(total: Any) -> bool:
     """Whether PyTorch writes to a dense tensor in place: not where entries share memory, or inference mode made it."""
     if total.is_inference() and not torch.is_inference_mode_enabled():
         return False
-    return has_dtensor((total,)) or 0 not in total.stride() or total.numel() < 2
+    if has_dtensor((total,)):
+        return True
+    return not any(step == 0 and size > 1 for step, size in zip(total.stride(), total.shape, strict=True))
 
 
 def _placed_alike(a: Any, b: Any) -> bool:

@@ -312,7 +312,7 @@ class GramWeighted(Optimizer):
         return self.optimizer.step(**options) if closure is None else self.optimizer.step(closure, **options)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Clears the gradients of all parameters, by None as the wrapped optimizer's own default is."""
+        """Clears the gradients of all parameters; None: as the wrapped optimizer does it by itself."""
         if set_to_none is None:
             self.optimizer.zero_grad()
         else:

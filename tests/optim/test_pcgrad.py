@@ -123,6 +123,15 @@ def test_gradients_beside_one_that_nothing_is_written_to(earlier: Any) -> None:
         torch.testing.assert_close(mine, right)
 
 
+def test_a_row_that_steps_over_nothing_is_written_to() -> None:
+    """Of one entry along a dimension, whose stride says nothing."""
+    weight = torch.ones(1, 3, requires_grad=True)
+    weight.grad = kept = torch.zeros(3).as_strided((1, 3), (0, 1))
+    assert kept.stride() == (0, 1)
+    mk.optim.PCGrad(torch.optim.SGD([weight])).pc_backward([weight.sum()])
+    assert weight.grad is kept and kept.tolist() == [[1, 1, 1]]
+
+
 def test_sparse_and_dense_gradients_accumulate() -> None:
     weight = torch.zeros(6, 2, requires_grad=True)
     optimizer = mk.optim.PCGrad(torch.optim.SGD([weight]))
